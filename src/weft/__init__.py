@@ -1,0 +1,1 @@
+"""weft: adaptive low-rank adapters as one equation with five axes."""
