@@ -1,0 +1,216 @@
+"""A `data:` section into tokenised splits.
+
+read ─ rows ─ roles ─ examples ─┬─ carve ── train       ─ limit ─ encode ─ count
+                                └────────── validation  ─ limit ─ encode ─ count
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import TYPE_CHECKING, Literal
+
+from weft.data.chat import chat
+from weft.data.config import DEMO, DataConfig, Format
+from weft.data.demo import demo_rows
+from weft.data.encode import Encode, Frame, causal, classification, seq2seq, text
+from weft.data.examples import Example, examples, find_columns, label_names
+from weft.data.paths import resolve_path
+from weft.data.read import Blocks, read
+from weft.data.source import Row, Source, bad_row
+from weft.data.split import carve
+from weft.data.tally import Counts, Split, tally
+from weft.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+Task = Literal["causal", "seq2seq", "classification"]
+TASKS: dict[Task, tuple[Format, ...]] = {
+    "causal": ("prompt_completion", "chat", "text"),
+    "seq2seq": ("prompt_completion",),
+    "classification": ("classification",),
+}
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tokenised splits and the account of how they came about.
+
+    Columns: `input_ids`, `attention_mask` and `labels` (lists of int; one int for classification), and where the format
+    has them the raw `prompt`, `completion` and `domain`. `labels` are the class names by number, `domains` the names
+    that occur, `hashes` the SHA-256 of each file read, `max_length` the length in tokens that rows were held to.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    task: Task
+    format: Format
+    labels: list[str] | None
+    domains: list[str]
+    counts: dict[str, Counts]
+    hashes: dict[str, str]
+    max_length: int
+
+
+def load(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    base_dir: str | os.PathLike[str] | None = None,
+    task: Task | None = None,
+    labels: Sequence[str] | None = None,
+) -> Loaded:
+    """Read, split and tokenise what `config` names.
+
+    Args:
+        base_dir: where relative paths start, the recipe file's folder; default the working folder.
+        task: what the model does; by default `classification` for labelled text, else `causal`.
+        labels: class names in the order of a model trained before; by default those of the training file.
+
+    Validation rows are carved from the training rows when none are given (`validation_fraction`), deterministically and
+    with no row on both sides. Everything is held in memory; no cache is written.
+
+    Raises DataError on a missing file, a row that cannot be used (named by file and line) or a split with nothing left,
+    ConfigError on settings that do not fit the data, ModelError on a tokenizer without what the format needs.
+    """
+    frame = Frame.of(tokenizer)
+    max_length = _max_length(config, frame)
+    sources = _sources(config, base_dir, Blocks(frame.lengths, max_length - len(frame.opened([]))))
+    columns = find_columns(sources["train"], config, "classification" if task == "classification" else None)
+    task = _task(task, columns.format)
+    rows = {name: examples(source, columns) for name, source in sources.items()}
+    names = _labels(rows, sources, labels) if task == "classification" else None
+    limits = {"train": config.limit, "validation": config.validation_limit, "test": config.test_limit}
+    done = {}
+    for name, split in _splits(rows, sources, config).items():
+        source = sources.get(name, sources["train"])
+        encode = _encoder(task, columns.format, frame, max_length, config.truncate, source, names)
+        done[name] = tally(split, encode, limits[name], config.seed)
+    return Loaded(
+        train=done["train"][0],
+        validation=done["validation"][0] if "validation" in done else None,
+        test=done["test"][0] if "test" in done else None,
+        task=task,
+        format=columns.format,
+        labels=names,
+        domains=sorted({row.domain for held in rows.values() for row in held if row.domain is not None}),
+        counts={name: counts for name, (_, counts) in done.items()},
+        hashes={file: digest for source in sources.values() for file, digest in source.hashes.items()},
+        max_length=max_length,
+    )
+
+
+def _max_length(config: DataConfig, frame: Frame) -> int:
+    """The length rows are held to: the config's, but no more than the tokenizer says its model takes."""
+    takes = frame.tokenizer.model_max_length or config.max_length
+    if config.max_length > takes and "max_length" in config.model_fields_set:
+        warnings.warn(
+            f"data.max_length={config.max_length} is beyond the {takes} tokens of the model; {takes} is used.",
+            stacklevel=3,
+        )
+    length = min(config.max_length, takes)
+    if length < len(frame.prefix) + len(frame.suffix) + 2:
+        raise ModelError(
+            f"the tokenizer's model_max_length={takes} leaves no room for text: set it to the model's real length."
+        )
+    return length
+
+
+def _sources(config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks) -> dict[str, Source]:
+    """The source of each split that is given; a train source with further splits supplies those that are not."""
+    sources = {}
+    for split in SPLITS:
+        written = getattr(config, split)
+        if written == DEMO or (written is None and config.train == DEMO):
+            sources[split] = _demo(split)
+        elif written is not None:
+            sources[split] = read(resolve_path(written, base_dir), config, blocks)
+        elif split in sources["train"].parts:
+            sources[split] = sources["train"].parts[split]
+    return sources
+
+
+def _demo(split: str) -> Source:
+    rows = demo_rows(split)
+    digest = sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    held = [Row(dict(row), number) for number, row in enumerate(rows, start=1)]
+    return Source(f"demo {split}", held, {f"demo {split}": digest}, unit="row")
+
+
+def _task(task: Task | None, form: Format) -> Task:
+    if task is None:
+        return "classification" if form == "classification" else "causal"
+    if task not in TASKS:
+        raise ConfigError(f"there is no task {task!r}: use one of {', '.join(TASKS)}.")
+    if form not in TASKS[task]:
+        fit = next(other for other, forms in TASKS.items() if form in forms)
+        raise ConfigError(
+            f"data in format {form} does not fit the task {task}: set data.format to {' or '.join(TASKS[task])} "
+            f"with its data.fields, or use a model for {fit}."
+        )
+    return task
+
+
+def _labels(rows: dict[str, list[Example]], sources: dict[str, Source], known: Sequence[str] | None) -> list[str]:
+    """The class names, from `known` or the training rows. Raises DataError on a row of another class."""
+    names = list(known) if known is not None else label_names(rows["train"], sources["train"])
+    valid = {*names, ""}
+    for name, split in rows.items():
+        for row in split:
+            if row.answer not in valid:
+                source = sources[name]
+                whose = "the model's classes" if known is not None else "the classes of the training rows"
+                raise bad_row(
+                    source.name,
+                    row.line,
+                    f"label {row.answer!r} is not among {whose}, {', '.join(names)}.",
+                    source.unit,
+                )
+    return names
+
+
+def _splits(rows: dict[str, list[Example]], sources: dict[str, Source], config: DataConfig) -> dict[str, Split]:
+    """The splits by name, in the order train, validation, test; validation carved where it is not given."""
+    seen = {row.key() for row in rows["train"]}
+    splits = {}
+    for name, held in rows.items():
+        copies = 0 if name == "train" else sum(row.key() in seen for row in held)
+        if copies:
+            warnings.warn(
+                f"{copies} of the {len(held)} rows of {sources[name].name} are copies of training rows.", stacklevel=3
+            )
+        splits[name] = Split(sources[name].name, held, sources[name].blank, copies)
+    if "validation" not in splits and config.validation_fraction > 0:
+        whole = splits["train"]
+        train, held_out = carve(
+            [row.key(config.split_on) for row in whole.rows], config.validation_fraction, config.seed
+        )
+        splits["train"] = replace(whole, rows=[whole.rows[index] for index in train])
+        splits["validation"] = Split(f"validation rows of {whole.name}", [whole.rows[index] for index in held_out])
+    return {name: splits[name] for name in SPLITS if name in splits}
+
+
+def _encoder(
+    task: Task,
+    form: Format,
+    frame: Frame,
+    max_length: int,
+    truncate: str,
+    source: Source,
+    names: Sequence[str] | None,
+) -> Encode:
+    if names is not None:
+        return classification(frame, max_length, truncate, names)
+    if task == "seq2seq":
+        return seq2seq(frame, max_length, truncate)
+    if form == "chat":
+        return chat(frame, max_length, truncate, source.at)
+    return text(frame, max_length) if form == "text" else causal(frame, max_length, truncate)
