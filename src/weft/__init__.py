@@ -1,1 +1,80 @@
-"""weft: adaptive low-rank adapters as one equation with five axes."""
+"""weft: adaptive low-rank adapters as one equation with five axes, plugged into peft.
+
+Importing weft registers the type WEFT with peft, so that `get_peft_model`, `PeftModel.from_pretrained`, Trainer and trl
+work with its configs; it loads nothing beyond what `import peft` loads.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from weft.errors import (
+    AdapterError,
+    CombinationError,
+    ConfigError,
+    DataError,
+    MergeError,
+    ModelError,
+    RunError,
+    TargetError,
+    WeftError,
+)
+
+__version__ = "0.1.0.dev0"
+
+from weft.glue.register import register
+from weft.glue.routing import Routing, routing
+from weft.recipes import HydraLoraConfig, PlainLoraConfig, TiedLoraConfig
+from weft.spec import WeftConfig
+from weft.terms.layers.every import All
+from weft.terms.ranks.uniform import Uniform
+from weft.terms.start.kaiming import Kaiming
+from weft.terms.structure.hydra import Hydra
+from weft.terms.structure.plain import Plain
+from weft.terms.structure.tied import Tied
+
+register()
+
+if TYPE_CHECKING:
+    from weft.train import Run, evaluate, generate, train
+
+_LAZY = dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train")
+
+__all__ = [
+    "AdapterError",
+    "All",
+    "CombinationError",
+    "ConfigError",
+    "DataError",
+    "Hydra",
+    "HydraLoraConfig",
+    "Kaiming",
+    "MergeError",
+    "ModelError",
+    "Plain",
+    "PlainLoraConfig",
+    "Routing",
+    "Run",
+    "RunError",
+    "TargetError",
+    "Tied",
+    "TiedLoraConfig",
+    "Uniform",
+    "WeftConfig",
+    "WeftError",
+    "evaluate",
+    "generate",
+    "routing",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:  # the training stack loads transformers models and trl: only when asked for
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'weft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

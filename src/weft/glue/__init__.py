@@ -1,0 +1,1 @@
+"""Where weft meets peft: registration, the tuner, sharing between sites."""

@@ -1,0 +1,156 @@
+"""The one adapted layer: a base module, and a `Site` per adapter name.
+
+    y = base(x);  for each active adapter:  y ← y + h B̃ᵀ
+
+The base layer is called, never re-implemented, so any module with in and out features can carry adapters (quantised
+ones too); merging needs a plain weight. A merge keeps the original W (as many bytes as W, for as long as it is merged)
+and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weft.errors import MergeError
+from weft.site import Site
+from weft.terms.structure.tied import TiedTerm
+
+
+class WeftLinear(nn.Module, BaseTunerLayer):
+    """A linear module and the adapters on it. Input [..., in], output [..., out] in the base's dtype.
+
+    All state of an adapter lives in `weft_site[name]`, keyed by adapter name first, as peft's saving needs.
+    """
+
+    adapter_layer_names = ("weft_site",)
+    other_param_names = ()
+    if TYPE_CHECKING:  # the host's mixin is untyped; these are what is used of it
+        active_adapters: list[str]
+        set_adapter: Callable[..., None]
+        get_base_layer: Callable[[], nn.Module]
+        _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: nn.Module, module_name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.weft_site = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.keep_base = True
+        self._kept: Tensor | None = None
+        self._disable_adapters = False
+        self._active_adapter: list[str] | str = []
+
+    def add_site(self, adapter_name: str, site: Site, *, active: bool, inference_mode: bool) -> None:
+        """Put an adapter on this module, on the base weight's device and in its dtype (peft upcasts it afterwards)."""
+        self.weft_site[adapter_name] = site
+        site.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if active:
+            self.set_adapter([*self.active_adapters, adapter_name], inference_mode=inference_mode)
+        else:
+            site.requires_grad_(False)
+
+    def site(self, adapter_name: str) -> Site:
+        """The adapter called `adapter_name`; KeyError if this module has none."""
+        return cast(Site, self.weft_site[adapter_name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and type(self.base_layer) is nn.Linear:
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # cast once for the base and every adapter
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.weft_site:
+                y = self.weft_site[name](x, y)
+        return y
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
+
+        Raises:
+            MergeError: an adapter is routed, or the base weight is not a plain floating-point matrix.
+            ValueError: `safe_merge` and the merged weight has a value that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
+        if not names:
+            return
+        self.check_mergeable(names)
+        weight = self._plain_weight()
+        delta = sum((self.get_delta_weight(name) for name in names), torch.zeros((), device=weight.device))
+        merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"merging {', '.join(names)} into {self.module_name} gives values that are not finite: nothing was merged."
+            )
+        if self._kept is None and self.keep_base:
+            self._kept = weight.detach().clone()
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original W back, bit for bit."""
+        if not self.merged_adapters:
+            return
+        if self._kept is None:
+            raise MergeError(
+                f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
+            )
+        self._plain_weight().data = self._kept
+        self._kept = None
+        self.merged_adapters.clear()
+
+    def check_mergeable(self, names: list[str]) -> None:
+        """Raise `MergeError` with the reason if one of these adapters has no weight-space form here."""
+        for name in names:
+            if name in self.weft_site and not self.site(name).mergeable:
+                raise MergeError(
+                    f"adapter {name!r} is HydraLoRA: its update depends on the token, so {self.module_name} has no merged "
+                    "weight; serve it unmerged, or train Plain or Tied where a merge is needed."
+                )
+        self._plain_weight()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
+        delta = self.site(adapter_name).delta_weight()
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weft's own export does not)."""
+        return adapter_name in self.weft_site and self.site(adapter_name).mergeable
+
+    def _plain_weight(self) -> nn.Parameter:
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if (
+            not isinstance(base, (nn.Linear, Conv1D))
+            or not isinstance(weight, nn.Parameter)
+            or not weight.is_floating_point()
+        ):
+            raise MergeError(
+                f"{self.module_name} is a {type(base).__name__}, whose weight is not a plain matrix: "
+                "load the base model unquantised to merge."
+            )
+        return weight
+
+    # ------------------------------------------------------------------ adapters come and go
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; shared tensors it owns go to the next site of their group first."""
+        if adapter_name in self.weft_site and isinstance(term := self.site(adapter_name).structure, TiedTerm):
+            term.hand_over()
+        super().delete_adapter(adapter_name)
+
+    def __repr__(self) -> str:
+        return "weft." + super().__repr__()

@@ -1,0 +1,62 @@
+"""Which sites share which tensors (Tied): a key per part, equal keys share.
+
+    module_type   A, B: (last name, in, out, r)
+    shape         A, B: (in, out, r)
+    fused_qkv     q, k, v of one attention count as one module: A: (which of q, k, v read one input, in, r) over all layers;
+                  B: (last name, in, out, r) over all layers; u: the attention it stands in, shared by its q, k, v.
+                  Modules outside attention inputs fall back to module_type.
+
+Source: Tied-LoRA, arXiv 2311.09578 (one fused QKV projection per layer) and, for "shape", the baseline of VB-LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from torch import nn
+
+from weft.terms.structure.tied import Part, Tied
+
+QKV_FAMILIES: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+)
+FUSED_QKV: frozenset[str] = frozenset({"c_attn", "q_attn", "qkv_proj", "query_key_value", "Wqkv", "qkv", "in_proj_qkv"})
+CROSS_ATTENTION: tuple[str, ...] = ("cross", "encdec", "encoder_attn", "inter_attention")
+
+
+def shared_keys(choice: Tied, name: str, size: tuple[int, int, int]) -> dict[Part, Hashable]:
+    """The key of every shared part of the module called `name`; `size` is (r, in, out)."""
+    r, fan_in, out = size
+    parent, _, last = name.rpartition(".")
+    if choice.group == "shape":
+        pair: Hashable = ("shape", fan_in, out, r)
+        return {"A": pair, "B": pair}
+    kind: Hashable = ("type", last, fan_in, out, r)
+    roles = _same_input(parent, last) if choice.group == "fused_qkv" else None
+    if roles is None:
+        return {"A": kind, "B": kind}
+    return {"A": ("fused", roles, fan_in, r), "B": kind, "u": ("instance", parent, roles, fan_in, r)}
+
+
+def _same_input(parent: str, last: str) -> tuple[str, ...] | None:
+    """Which projections beside `last` read the same tensor as it does; None if it is no separate q, k or v."""
+    family = next((names for names in QKV_FAMILIES if last in names), None)
+    if family is None:
+        return None
+    if any(mark in parent.lower() for mark in CROSS_ATTENTION):  # q reads the decoder, k and v the encoder
+        return family[:1] if last == family[0] else family[1:]
+    return family
+
+
+def attention_inputs(model: nn.Module) -> set[str]:
+    """The last names of the model's attention input projections: Tied-LoRA's default targets."""
+    lasts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    found = lasts & FUSED_QKV
+    for family in QKV_FAMILIES:
+        if lasts.issuperset(family):
+            found |= set(family)
+    return found

@@ -1,0 +1,298 @@
+"""The one tuner: turns a `WeftConfig` and a model into sites. With `layer`, the only place that touches peft internals.
+
+What peft does to third parties and what follows from it is written down, fact by fact, in tests/glue/test_contract.py.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Hashable
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weft.errors import AdapterError, MergeError, TargetError, suggest
+from weft.glue.layer import WeftLinear
+from weft.glue.sharing import attention_inputs, shared_keys
+from weft.site import Owners, build_site
+from weft.spec import WeftConfig
+from weft.terms.structure.tied import Part, Tied, TiedTerm
+
+PREFIX = "weft_"
+
+
+class WeftTuner(BaseTuner):
+    """Adapts the targeted linear modules of a model; built by `peft.get_peft_model(model, WeftConfig(...))`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = WeftLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    uses_shared_state = False  # the owner site of a tied group holds the pair, so every loading path of the host works
+
+    # ------------------------------------------------------------------ config and targets
+
+    def _prepare_adapter_config(self, peft_config: WeftConfig, model_config: dict[str, Any]) -> WeftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+            if isinstance(peft_config.structure, Tied):
+                if not (found := attention_inputs(self.model)):
+                    raise TargetError(
+                        f"no attention input projections found in {type(self.model).__name__}, Tied-LoRA's default target: "
+                        "name target_modules, or use 'all-linear'."
+                    )
+                peft_config.target_modules = found
+        return peft_config
+
+    def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
+        """Refuse up front what cannot work, while the model is still untouched."""
+        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
+            if experts := _expert_parameters(model):
+                warnings.warn(
+                    f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
+                    "weft adapts linear modules only.",
+                    stacklevel=2,
+                )
+            return
+        matched = [(n, m) for n, m in model.named_modules() if n and self._check_target_module_exists(peft_config, n)]
+        matched = [(n, m) for n, m in matched if not _inside_adapter(model, n)]
+        if not matched:
+            raise TargetError(_no_match(peft_config, model))
+        for name, module in matched:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            check_adaptable(name, module, parent)
+
+    def _create_and_replace(
+        self,
+        peft_config: WeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        fan_in, out = check_adaptable(current_key, target, parent)
+        rank_pattern, alpha_pattern = peft_config.rank_pattern, peft_config.alpha_pattern
+        r = rank_pattern.get(get_pattern_key(rank_pattern.keys(), current_key), peft_config.r)
+        alpha = alpha_pattern.get(
+            get_pattern_key(alpha_pattern.keys(), current_key), cast(float, peft_config.lora_alpha)
+        )
+        size, structure = (r, fan_in, out), peft_config.structure
+        keys: dict[Part, Hashable] = shared_keys(structure, current_key, size) if isinstance(structure, Tied) else {}
+        owners: Owners = {
+            part: self._owners[adapter_name, part, key]
+            for part, key in keys.items()
+            if (adapter_name, part, key) in self._owners
+        }
+
+        site = build_site(
+            structure, size, scale=peft_config.scale(r, alpha), dropout=peft_config.lora_dropout, owners=owners
+        )
+        for part, key in keys.items():
+            self._owners.setdefault((adapter_name, part, key), cast(TiedTerm, site.structure))
+        layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
+        layer.add_site(
+            adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=peft_config.inference_mode
+        )
+        if layer is not target:
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+
+    @property
+    def _owners(self) -> dict[tuple[str, Part, Hashable], TiedTerm]:
+        """Who owns a shared part; needed only while sites are made, since injection through transformers drops the tuner."""
+        return cast("dict[tuple[str, Part, Hashable], TiedTerm]", self.__dict__.setdefault("_owner_of", {}))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter everywhere."""
+        super().delete_adapter(adapter_name)
+        for key in [key for key in self._owners if key[0] == adapter_name]:
+            del self._owners[key]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            for layer in self._layers():
+                if adapter_name in layer.weft_site:
+                    for module in layer.weft_site[adapter_name].modules():
+                        for name, buffer in list(module.named_buffers(recurse=False)):
+                            if buffer.dtype in (torch.float16, torch.bfloat16):
+                                setattr(module, name, buffer.float())
+
+    # ------------------------------------------------------------------ merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge everywhere or nowhere; see `WeftLinear.merge`."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if not merge:
+            for layer in self._layers():
+                layer.unmerge()
+            return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
+        self._check_mergeable(adapter_names)
+        layers = self._layers()
+        for layer in layers:
+            layer.keep_base = False  # the model is handed out merged for good: keep no second copy of W
+        try:
+            return cast(
+                nn.Module,
+                super()._unload_and_optionally_merge(
+                    merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+                ),
+            )
+        finally:
+            for layer in layers:
+                layer.keep_base = True
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for layer in self._layers():
+            layer.check_mergeable(names)
+        if tied := self._get_tied_target_modules(self.model):
+            raise MergeError(
+                f"{tied[0]} shares its weight with the other embedding (tie_word_embeddings), so a merge would change both: "
+                "untie the model's embeddings first, or leave this module out of target_modules."
+            )
+
+    def _layers(self) -> list[WeftLinear]:
+        return [m for m in self.model.modules() if isinstance(m, WeftLinear)]
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`…q_proj.weft_site.NAME.structure.A` → `…q_proj.weft_site.structure.A`; other keys as peft does."""
+        marked = f".{PREFIX}site.{adapter_name}."
+        if marked in key:
+            return key.replace(marked, f".{PREFIX}site.")
+        return cast(str, super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: WeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the adapter name to the keys, after checking that file and model agree name by name and shape by shape."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        marked = f".{PREFIX}site.{adapter_name}."
+        expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
+        given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
+        wrong = [
+            f"{k}: file {tuple(given[k])}, model {tuple(s)}"
+            for k, s in expected.items()
+            if k in given and given[k] != s
+        ]
+        extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
+        if problem := (
+            (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
+            or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
+            or (f"{len(wrong)} tensors have another shape, such as {wrong[0]}" if wrong else "")
+        ):
+            raise AdapterError(
+                f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
+            )
+        return cast("dict[str, Tensor]", mapped)
+
+
+# ---------------------------------------------------------------------- what can be adapted
+
+
+def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a module that can carry an adapter.
+
+    Raises:
+        TargetError: an embedding, a convolution, 3-D expert parameters, a module whose caller reads its weight instead of
+            calling it, or anything else without in and out features; says what to do.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    kind = type(base).__name__
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TargetError(
+            f"{name} belongs to a torch MultiheadAttention, which reads its weight without calling it: exclude it."
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{name} belongs to a torch TransformerEncoderLayer, whose fast path skips adapters in evaluation: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first."
+        )
+    if isinstance(base, Conv1D):
+        fan_in, out = base.weight.shape
+        return fan_in, out
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    if isinstance(base, nn.Embedding):
+        raise TargetError(
+            f"{name} is an embedding, which has no low-rank site: "
+            f"train it in full with modules_to_save=[{_last(name)!r}]."
+        )
+    if isinstance(base, nn.modules.conv._ConvNd):
+        raise TargetError(
+            f"{name} is a {kind}; weft adapts linear modules only: leave it out, or train it with modules_to_save."
+        )
+    if experts := _expert_parameters(base):
+        raise TargetError(
+            f"{name} holds 3-D expert parameters ({experts[0]}), which are no linear modules: target attention and dense modules "
+            "instead, or use peft's LoraConfig(target_parameters=...)."
+        )
+    fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if isinstance(fan_in, int) and isinstance(out, int):
+        return fan_in, out
+    raise TargetError(
+        f"{name} is a {kind}, which is no linear module: name linear modules in target_modules, or use 'all-linear'."
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _expert_parameters(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and not name.endswith("conv.weight") and "expert" in name
+    ]
+
+
+def _inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
+
+
+def _no_match(config: WeftConfig, model: nn.Module) -> str:
+    """Why nothing matched: 3-D expert parameters, a misspelt name, or a filter that leaves nothing."""
+    targets = config.target_modules
+    linear = sorted({_last(n) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))} - {""})
+    wanted = sorted(targets) if isinstance(targets, set) else [str(targets)]
+    hit = [n for n in _expert_parameters(model) if _last(n) in wanted]
+    if hit:
+        return (
+            f"{hit[0]} is a 3-D expert parameter, not a linear module: target attention and dense modules instead, or use peft's "
+            "LoraConfig(target_parameters=...)."
+        )
+    names = {n for n, _ in model.named_modules()}
+    found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in names)]
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, n) for n in names):
+            return f"target_modules={targets!r} matches only modules that exclude_modules or modules_to_save take away."
+        return f"target_modules={targets!r} matches no module of {type(model).__name__}, which has {', '.join(linear)}."
+    if found:
+        return (
+            f"target_modules={wanted} match only modules that exclude_modules={config.exclude_modules}, modules_to_save="
+            f"{config.modules_to_save} or layers_to_transform={config.layers_to_transform} leave out: relax one of them."
+        )
+    return f"target_modules={wanted} match no module of {type(model).__name__}: {suggest(wanted[0], linear)}"

@@ -1,0 +1,22 @@
+"""A paper's name is a recipe: a constructor that returns one `WeftConfig` and holds no mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft import PeftConfig
+
+from weft.recipes.controls import peft_adalora, peft_lora
+from weft.recipes.hydralora import HydraLoraConfig
+from weft.recipes.lora import PlainLoraConfig
+from weft.recipes.tied_lora import TiedLoraConfig
+
+RECIPES: dict[str, Callable[..., PeftConfig]] = {
+    "lora": PlainLoraConfig,
+    "hydralora": HydraLoraConfig,
+    "tied_lora": TiedLoraConfig,
+    "peft:lora": peft_lora,
+    "peft:adalora": peft_adalora,
+}
+
+__all__ = ["RECIPES", "HydraLoraConfig", "PlainLoraConfig", "TiedLoraConfig", "peft_adalora", "peft_lora"]

@@ -1,0 +1,139 @@
+"""A site: the equation of one adapted module, and the only file that sees every term.
+
+    y = x Wᵀ + b + h B̃ᵀ      with h, g, ω, B̃ as in `weft.kernel`
+
+    structure   Plain · Hydra · Tied     owns A, B and, where they exist, the router ω and the vectors u, v
+    boost       none (Dash: extra slots with learned gains)
+    start       Kaiming (LoRA-Init: extra frozen slots, each the twin of a slot of the structure)
+    mask        0/1 per slot of the structure, only where ranks are reallocated
+    layer_gate  one number for all of the site's slots, only while layers are searched
+
+g is the product of what exists: α/r × mask × layer gate × u for the slots of the structure; the learned gain × layer
+gate for boost slots; −(α/r) × mask × layer gate for the frozen twin slots. What the axes of a config do not need is
+None: it is neither allocated nor saved, and costs nothing in the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.errors import ConfigError
+from weft.kernel import Factors, Slots, add_low_rank, delta_weight
+from weft.terms.start.kaiming import kaiming_uniform
+from weft.terms.structure.hydra import Hydra, HydraTerm
+from weft.terms.structure.plain import Plain, PlainTerm
+from weft.terms.structure.tied import PARTS, Part, Tied, TiedTerm, start_value
+
+Structure = Plain | Hydra | Tied
+Owners = dict[Part, TiedTerm]
+
+
+class ExtraSlots(Protocol):
+    """A term that adds slots of its own beside the structure's."""
+
+    def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots:
+        """Its rows of A, columns of B̃ and gates, given the α/r, mask [r] and layer gate [] of the site."""
+        ...
+
+
+class Site(nn.Module):
+    """One adapter on one module.
+
+    Args:
+        structure: the term that owns A and B.
+        scale: α/r (α/√r with rsLoRA), fixed at the initial rank: surviving slots are not rescaled when slots move.
+        dropout: probability of dropping an element of the adapter's input in training.
+    """
+
+    mask: Tensor | None
+    layer_gate: Tensor | None
+
+    def __init__(self, structure: PlainTerm | HydraTerm | TiedTerm, *, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.structure = structure
+        self.scale = scale
+        self.dropout = dropout
+        self.boost: nn.Module | None = None
+        self.start: nn.Module | None = None
+        self.register_buffer("mask", None)
+        self.register_buffer("layer_gate", None)
+        self.recorder: Callable[[Tensor], None] | None = None  # set by `weft.routing` for the length of a block
+
+    def factors(self) -> Factors:
+        """All terms of the site put together, as the kernel takes them."""
+        f = self.structure.factors(self.scale)
+        for gate in (self.mask, self.layer_gate):
+            if gate is not None:
+                gate_r = gate.expand(f.A.shape[0]) if f.gate is None else f.gate * gate.to(f.gate)
+                f = replace(f, gate=gate_r)
+        terms = [cast(ExtraSlots, term) for term in (self.boost, self.start) if term is not None]
+        if terms:
+            f = replace(f, extra=tuple(term.slots(self.scale, self.mask, self.layer_gate) for term in terms))
+        return f
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y."""
+        choice = self.structure.choice if isinstance(self.structure, HydraTerm) else None
+        if choice is not None and choice.balance and self.recorder is None and self.training:
+            _require_recorder(choice)
+        return add_low_rank(
+            y,
+            x,
+            self.factors(),
+            dropout=self.dropout if self.training else 0.0,
+            per_head_dropout=choice is not None and choice.per_head_dropout,
+            on_mix=self.recorder,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """ΔW [out, in] in fp32; raises `MergeError` on a routed site."""
+        with torch.no_grad():
+            return delta_weight(self.factors())
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the update is the same for every token, so that it can be added to W."""
+        return not isinstance(self.structure, HydraTerm)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def build_site(
+    structure: Structure, size: tuple[int, int, int], *, scale: float, dropout: float, owners: Owners | None = None
+) -> Site:
+    """A fresh site whose function is exactly the base's; values come from torch's global generator.
+
+    Args:
+        size: (r, in, out).
+        owners: for Tied, the terms that already own a shared part of this site's groups; parts not named are owned here.
+    """
+    r, fan_in, out = size
+    term: PlainTerm | HydraTerm | TiedTerm
+    match structure:
+        case Plain():
+            term = PlainTerm(kaiming_uniform(r, fan_in), out)
+        case Hydra():
+            router_in = fan_in if structure.router_input == "x" else r
+            router = kaiming_uniform(structure.heads, router_in)
+            router = router if structure.router_init == "kaiming" else torch.zeros_like(router)
+            term = HydraTerm(structure, kaiming_uniform(r, fan_in), out, router)
+        case Tied():
+            owners = owners or {}
+            values = {part: start_value(structure, part, size, kaiming_uniform) for part in PARTS if part not in owners}
+            term = TiedTerm(structure, {p: value for p, value in values.items() if value is not None}, owners)
+    return Site(term, scale=scale, dropout=dropout)
+
+
+def _require_recorder(choice: Hydra) -> None:
+    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # recomputation in backward is not a step
+        raise ConfigError(
+            f"Hydra(balance={choice.balance:g}) adds its load-balance term to your loss, which this loop does not do: run the "
+            "forward inside `with weft.routing(model) as routing` and add routing.balance_loss(), use weft train, or set "
+            "balance=0."
+        )

@@ -1,0 +1,275 @@
+"""What an adapter is: the five choices, rank, scale, dropout and targets, as one peft config.
+
+    WeftConfig(structure=Hydra(heads=3), start=Kaiming(), boost=None, ranks=Uniform(), layers=All(), r=8, ...)
+
+A config that exists is valid: every choice checks itself, and `weft.compat` checks the pairs. The saved form is
+versioned; a folder written by a newer format is refused by name instead of being misread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from weft import compat
+from weft.errors import AdapterError, ConfigError, suggest, unknown_key
+from weft.terms.layers.every import All
+from weft.terms.ranks.uniform import Uniform
+from weft.terms.start.kaiming import Kaiming
+from weft.terms.structure.hydra import Hydra
+from weft.terms.structure.plain import Plain
+from weft.terms.structure.tied import Tied
+
+FORMAT_VERSION = 1
+
+AXES: dict[str, dict[str, type]] = {
+    "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
+    "start": {"kaiming": Kaiming},
+    "boost": {},
+    "ranks": {"uniform": Uniform},
+    "layers": {"all": All},
+}
+
+
+def encode_choice(choice: object | None) -> dict[str, Any] | None:
+    """A choice as plain JSON: {"kind": "hydra", "heads": 3, ...}; None stays None."""
+    if choice is None:
+        return None
+    fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
+    return {"kind": type(choice).__name__.lower(), **fields}
+
+
+def decode_choice(axis: str, value: Any) -> Any:
+    """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}."""
+    kinds = AXES[axis]
+    if value is None or isinstance(value, tuple(kinds.values())):
+        return value
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
+    if "kind" in value:
+        kind, fields = str(value["kind"]).lower(), {k: v for k, v in value.items() if k != "kind"}
+    elif len(value) == 1:
+        [(name, inner)] = value.items()
+        kind, fields = str(name).lower(), dict(inner or {})
+    else:
+        raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
+    if kind == "none":
+        return None
+    if kind not in kinds:
+        raise ConfigError(f"{axis} has no choice {kind!r}: {suggest(kind, [*kinds, *([] if kinds else ['none'])])}")
+    valid = [f.name for f in dataclasses.fields(kinds[kind]) if f.init]
+    for key in fields:
+        if key not in valid:
+            raise (
+                unknown_key(str(key), valid, kinds[kind].__name__)
+                if valid
+                else ConfigError(f"{kinds[kind].__name__} takes no fields, but {key!r} was given: leave it out.")
+            )
+    return kinds[kind](**fields)
+
+
+def _choices(axis: str) -> str:
+    return f"choose from {', '.join(AXES[axis]) or 'none'}."
+
+
+@dataclass
+class WeftConfig(PeftConfig):
+    """The configuration of a weft adapter; fields named as in peft's LoraConfig mean what they mean there.
+
+    Args:
+        structure: who owns A and B: `Plain()`, `Hydra(heads=3)`, `Tied(train="tl6")`.
+        start: the values at step 0: `Kaiming()`.
+        boost: extra slots along directions of W; None.
+        ranks: which slots are live: `Uniform()`.
+        layers: which blocks are adapted: `All()`.
+        r: rank, a whole number ≥ 1 (per head for Hydra).
+        lora_alpha: the update is scaled by lora_alpha / r. None takes 2·r (Tied: r, as its paper does).
+        lora_dropout: probability of dropping an input element of the adapter in training, 0 ≤ p < 1.
+        target_modules: names (suffixes), one regex, or "all-linear". None takes "all-linear"; for Tied the attention
+            input projections, as its paper does.
+        exclude_modules: names or one regex of modules to leave alone.
+        layers_to_transform: block index or indices to adapt; not together with a regex.
+        layers_pattern: name of the list of blocks, where peft cannot tell.
+        rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins.
+        modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
+        use_rslora: scale by lora_alpha / √r instead.
+
+    Raises:
+        ConfigError (a ValueError): a value that cannot work, an unknown key, or two choices that do not go together.
+        AdapterError (a ValueError): the config was written by a newer version of weft.
+    """
+
+    structure: Plain | Hydra | Tied = field(default_factory=Plain)
+    start: Kaiming = field(default_factory=Kaiming)
+    boost: None = None
+    ranks: Uniform = field(default_factory=Uniform)
+    layers: All = field(default_factory=All)
+    r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("WEFT")  # a member since `import weft`; the host reads its .value
+        for axis in AXES:
+            setattr(self, axis, decode_choice(axis, getattr(self, axis)))
+        for axis in ("structure", "start", "ranks", "layers"):
+            if getattr(self, axis) is None:
+                raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")
+        compat.check(self.structure, self.start, self.boost, self.ranks, self.layers)
+        _check_rank(self.r, "r")
+        if self.lora_alpha is None:
+            self.lora_alpha = self.r if isinstance(self.structure, Tied) else 2 * self.r
+        _check_alpha(self.lora_alpha, "lora_alpha")
+        if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_dropout={self.lora_dropout!r} is not a probability below 1: use 0 for none, or 0.05."
+            )
+        if isinstance(self.structure, Hydra) and self.structure.router_init == "zero" and not self.lora_dropout:
+            raise ConfigError(
+                "Hydra(router_init='zero') without dropout keeps all heads equal for ever: set lora_dropout > 0."
+            )
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                if not value:
+                    raise ConfigError(f"{name}=[] names no module: name some, or leave it out.")
+                setattr(self, name, set(value))
+            elif not (value is None or isinstance(value, str)):
+                raise ConfigError(
+                    f"{name}={value!r} is neither a list of names nor a regex: write names such as ['q_proj']."
+                )
+        if self.layers_to_transform is not None:
+            if self.layers_to_transform == []:
+                raise ConfigError(
+                    "layers_to_transform=[] would adapt every layer in peft: name block numbers, or leave it out."
+                )
+            if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+                raise ConfigError(
+                    f"layers_to_transform={self.layers_to_transform!r} does not work with the regex "
+                    f"target_modules={self.target_modules!r}: write the block numbers into the regex, or list module names."
+                )
+        for pattern, rank in (self.rank_pattern or {}).items():
+            _check_rank(rank, f"rank_pattern[{pattern!r}]")
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            _check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
+        self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON values, choices as {"kind": ...}, names in sorted order."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for axis in AXES:
+            out[axis] = encode_choice(out[axis])
+        for name in ("target_modules", "exclude_modules"):
+            out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
+        out["peft_type"] = "WEFT"
+        out["weft_version"] = _weft_version()
+        return out
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weft`)."""
+        super().save_pretrained(save_directory, **kwargs)
+        _write_loading_note(Path(save_directory))
+
+    def scale(self, r: int, alpha: float) -> float:
+        """What multiplies B A of a site of rank r: α/r, or α/√r with rsLoRA."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def _strict(init: Callable[..., None]) -> Callable[..., None]:
+    """The dataclass's own __init__, after refusing what it does not know: peft would drop such keys with a warning."""
+    valid = [f.name for f in dataclasses.fields(WeftConfig) if f.init]
+
+    @functools.wraps(init)
+    def strict(self: WeftConfig, *args: Any, **kwargs: Any) -> None:
+        made_by = kwargs.pop("weft_version", None)
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise AdapterError(
+                f"this adapter has format {version!r}, written by weft {made_by or 'of a later version'}; this is weft "
+                f"{_weft_version()}, which reads formats up to {FORMAT_VERSION}: upgrade weft."
+            )
+        for key in kwargs:
+            if key not in valid:
+                raise unknown_key(key, valid, type(self).__name__)
+        init(self, *args, **kwargs)
+
+    return strict
+
+
+WeftConfig.__init__ = _strict(WeftConfig.__init__)  # type: ignore[method-assign]
+
+
+def _check_rank(r: Any, name: str) -> None:
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ConfigError(f"{name}={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
+
+
+def _check_alpha(alpha: Any, name: str) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
+
+
+def _weft_version() -> str:
+    from weft import __version__
+
+    return __version__
+
+
+LOADING_NOTE = """
+## Loading this adapter
+
+This is a weft adapter. peft knows the type once weft is imported:
+
+```python
+import weft  # registers the WEFT type with peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+def _write_loading_note(folder: Path) -> None:
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if "import weft" not in text:
+        readme.write_text(text + LOADING_NOTE, encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> WeftConfig:
+    """The weft config saved in `folder`; raises `AdapterError` where there is none or it is not a weft adapter."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no adapter_config.json: give the folder that save_pretrained wrote.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            f"{path} is not valid JSON ({error}): the folder is damaged, save the adapter again."
+        ) from None
+    if data.get("peft_type") != "WEFT":
+        raise AdapterError(f"{path} describes a {data.get('peft_type')} adapter, not a weft one: load it with peft.")
+    return WeftConfig(**data)

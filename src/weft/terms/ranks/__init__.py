@@ -1,0 +1,1 @@
+"""Which rank slots are live: a 0/1 mask in g."""

@@ -1,0 +1,1 @@
+"""Who owns A and B, the router ω, and the vectors u and v."""
