@@ -1,0 +1,201 @@
+"""How good is a run on held-out rows: the loss on answers, exact match, accuracy; overall and per domain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weft.data import IGNORE, Collator, generation_prompts
+from weft.data import load as load_data
+from weft.errors import ConfigError, DataError
+from weft.train import prepare as preparing
+from weft.train.files import write_json
+from weft.train.generation import complete
+from weft.train.load import Trained, load_run
+from weft.train.measure import accuracy, macro_f1, mean_loss
+from weft.train.progress import Progress, Tick
+from weft.train.recipe import Recipe
+from weft.train.run import Run
+
+SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured on some rows; None where a task has no such score.
+
+    `loss` is in nats per answer token (per row for a classifier), `exact_match` the share of greedy answers equal to the
+    reference after stripping outer blanks.
+    """
+
+    rows: int
+    tokens: int
+    loss: float
+    perplexity: float | None = None
+    exact_match: float | None = None
+    accuracy: float | None = None
+    macro_f1: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a run (or of its frozen base) on one split."""
+
+    run: str | None
+    adapter: str
+    task: str
+    split: str
+    scores: Scores
+    domains: dict[str, Scores]
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """The evaluation as plain data, as `eval-<split>.json` and `--json` show it."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, on which rows."""
+
+    run: Run | None
+    name: str
+    trained: Trained
+    rows: Any
+    size: int
+
+
+def evaluate(
+    source: Run | str | Path | Recipe,
+    overrides: Sequence[str],
+    split: str,
+    limit: int | None,
+    adapter: str,
+    base: str | None,
+    batch_size: int | None,
+    max_new_tokens: int | None,
+    progress: Progress,
+) -> Evaluation:
+    """See `weft.train.evaluate`."""
+    if split not in SPLITS:
+        raise ConfigError(f"there is no split {split!r}: use {' or '.join(SPLITS)}.")
+    if adapter not in ("trained", "none"):
+        raise ConfigError(f"adapter={adapter!r} cannot be evaluated: use trained, or none for the frozen base.")
+    started = time.monotonic()
+    subject = _subject(source, overrides, split, adapter, base)
+    rows = subject.rows if limit is None else subject.rows.select(range(min(limit, len(subject.rows))))
+    size = batch_size or subject.size
+    groups = _by_domain(rows)
+    scored = {name: _score(subject.trained, part, size, max_new_tokens, progress) for name, part in groups.items()}
+    overall = _pooled(list(scored.values()))
+    if subject.trained.task == "classification" and len(scored) > 1:  # F1 does not pool
+        overall = _score(subject.trained, rows, size, max_new_tokens, progress)
+    evaluation = Evaluation(
+        run=str(subject.run.folder) if subject.run else None,
+        adapter=subject.name,
+        task=subject.trained.task,
+        split=split,
+        scores=overall,
+        domains={name: scores for name, scores in scored.items() if name},
+        seconds=round(time.monotonic() - started, 3),
+    )
+    if subject.run and limit is None:
+        suffix = "" if adapter == "trained" else "-base"
+        write_json(subject.run.folder / f"eval-{split}{suffix}.json", evaluation.record())
+    return evaluation
+
+
+def _subject(
+    source: Run | str | Path | Recipe, overrides: Sequence[str], split: str, adapter: str, base: str | None
+) -> _Subject:
+    if isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
+        source = Run.load(source)
+    if isinstance(source, Run):
+        recipe = Recipe.read(source.recipe, *overrides, base_dir=Path(source.base_dir))
+        trained = load_run(source, base, adapted=adapter == "trained")
+        data = load_data(
+            recipe.data,
+            trained.base.tokenizer,
+            base_dir=recipe.base_dir,
+            task=trained.task,
+            labels=source.data["labels"],
+        )
+        name = source.recipe["adapter"].get("recipe", "weft") if adapter == "trained" else "none"
+        return _Subject(source, name, trained, _split(data, split), recipe.train.batch_size)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        Run.load(source)  # says what the folder lacks
+    if adapter == "trained":
+        raise ConfigError(
+            f"{source} is a recipe, not a run: train it first, or give --adapter none to measure its base."
+        )
+    recipe = Recipe.read(source, *overrides).model_copy(update={"adapter": {"recipe": "none"}})
+    if base:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base})})
+    prepared = preparing.prepare(recipe)
+    trained = Trained(prepared.base, prepared.model, prepared.task)
+    return _Subject(None, "none", trained, _split(prepared.data, split), recipe.train.batch_size)
+
+
+def _split(data: Any, split: str) -> Any:
+    rows = getattr(data, split)
+    if rows is None or not len(rows):
+        other = [name for name in SPLITS if getattr(data, name) is not None]
+        hint = f"use --split {other[0]}." if other else f"name a file with data.{split}=...."
+        raise DataError(f"the data has no {split} split: {hint}")
+    return rows
+
+
+def _by_domain(rows: Any) -> dict[str, Any]:
+    """The rows of each domain; one nameless group where rows carry none."""
+    if "domain" not in rows.column_names:
+        return {"": rows}
+    where: dict[str, list[int]] = {}
+    for index, name in enumerate(rows["domain"]):
+        where.setdefault(str(name or ""), []).append(index)
+    return {name: rows.select(indices) for name, indices in sorted(where.items())}
+
+
+def _score(trained: Trained, rows: Any, size: int, max_new_tokens: int | None, progress: Progress) -> Scores:
+    collator = Collator(trained.base.tokenizer.pad_token_id)
+    measured = mean_loss(trained.model, rows, collator, size, progress)
+    if trained.task == "classification":
+        actual = list(rows["labels"])
+        right, f1 = accuracy(measured.predicted, actual), macro_f1(measured.predicted, actual)
+        return Scores(len(rows), 0, measured.loss, accuracy=right, macro_f1=f1)
+    match = _exact_match(trained, rows, size, max_new_tokens, progress)
+    perplexity = measured.perplexity if math.isfinite(measured.perplexity) else None
+    return Scores(len(rows), measured.count, measured.loss, perplexity, exact_match=match)
+
+
+def _pooled(parts: list[Scores]) -> Scores:
+    """The scores of all rows from those of disjoint parts: losses weigh by token, matches by row."""
+    if len(parts) == 1:
+        return parts[0]
+    rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
+    loss = sum(part.loss * part.tokens for part in parts) / tokens
+    matches = [part.exact_match * part.rows for part in parts if part.exact_match is not None]
+    perplexity = math.exp(loss) if loss < 700 else None
+    return Scores(rows, tokens, loss, perplexity, exact_match=sum(matches) / rows if matches else None)
+
+
+def _exact_match(
+    trained: Trained, rows: Any, size: int, max_new_tokens: int | None, progress: Progress
+) -> float | None:
+    """The share of rows whose greedy answer is the reference; batches are sorted by length so that little is padded."""
+    prompts = sorted(generation_prompts(rows), key=lambda prompt: len(prompt.input_ids))
+    if not prompts:
+        return None
+    tokenizer, hits = trained.base.tokenizer, 0
+    bound = max_new_tokens or 1 + max(sum(label != IGNORE for label in labels) for labels in rows["labels"])
+    for done in range(0, len(prompts), size):
+        batch = prompts[done : done + size]
+        answers = complete(trained.model, tokenizer, [prompt.input_ids for prompt in batch], bound)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        hits += sum(text.strip() == prompt.reference.strip() for text, prompt in zip(texts, batch, strict=True))
+        progress(Tick("answers", min(done + size, len(prompts)), len(prompts)))
+    return hits / len(prompts)

@@ -1,0 +1,107 @@
+"""A trained run back from its folder: its base, its adapter, ready to evaluate or generate."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, set_seed
+
+from weft.errors import AdapterError, WeftError
+from weft.train import model
+from weft.train.fingerprint import Fingerprint, check_same, fingerprint
+from weft.train.recipe import ModelConfig, Recipe, Task
+from weft.train.run import Run
+
+_TASK_OF = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base with a trained adapter in it, or without one to measure the base."""
+
+    base: model.Base
+    model: PeftModel | PreTrainedModel
+    task: Task
+
+
+def load_run(run: Run, base: str | None = None, adapted: bool = True) -> Trained:
+    """The model of a run; `base` stands in for the path the run was trained on, and must be the same model.
+
+    Raises:
+        AdapterError: no adapter, a newer format, or another base than it was trained on.
+        ModelError: the base is missing or incomplete.
+    """
+    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
+    settings = recipe.model.model_copy(update={"path": base}) if base else recipe.model
+    found = model.find(settings, Path.cwd() if base else recipe.base_dir)
+    set_seed(run.seed)  # a classification head that no adapter brings is drawn as it was in training
+    task = cast(Task, run.task)
+    plain = model.load(found, task, run.data["labels"])
+    trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
+    check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
+    if not adapted:
+        return Trained(found, plain.eval(), task)
+    if not run.adapter_folder.is_dir():
+        raise AdapterError(f"{run.folder} has no adapter: the run is {run.status}; finish it with --resume.")
+    return Trained(found, put_in(plain, run.adapter_folder).eval(), task)
+
+
+def load_adapter(folder: Path, base: str | None = None) -> Trained:
+    """A bare adapter folder, as peft saves it, on the base it names or on `base`.
+
+    Raises:
+        AdapterError: an unreadable or newer adapter, or one that does not fit the base.
+        ModelError: the base is missing or incomplete.
+    """
+    config = _read_config(folder)
+    path = base or config.base_model_name_or_path
+    if not path:
+        raise AdapterError(f"the adapter {folder} names no base model: give it with --base.")
+    found = model.find(ModelConfig(path=path), Path.cwd())
+    task = cast(Task, _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
+    return Trained(found, put_in(model.load(found, task), folder).eval(), task)
+
+
+def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
+    """Load the adapter in `folder` into `plain`, in place; peft alone only warns about tensors that do not fit.
+
+    Raises:
+        AdapterError: a newer format, missing files, or tensors that are not those of this base.
+    """
+    config = _read_config(folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(plain, str(folder), config=config)
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            saved = set(file.keys())
+    except WeftError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        raise AdapterError(f"the adapter {folder} does not fit its base: {_short(error)}") from None
+    wanted = set(get_peft_model_state_dict(adapted))
+    if differing := sorted(saved ^ wanted):
+        what = "has no tensor for" if differing[0] in wanted else "has a tensor that this base has no place for,"
+        raise AdapterError(f"the adapter {folder} {what} {differing[0]}: give the base it was trained on.")
+    return adapted
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder} has no adapter_config.json: give a run folder or an adapter folder.")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except WeftError:
+        raise
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise AdapterError(f"the adapter {folder} cannot be read: {_short(error)}") from None
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".")[:300] + "."

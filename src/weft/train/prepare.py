@@ -1,0 +1,68 @@
+"""Everything that must be right before a run folder exists: recipe, base, data, adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, set_seed
+
+from weft.data import Collator, Loaded
+from weft.data import load as load_data
+from weft.errors import ConfigError
+from weft.train import arguments, model
+from weft.train.adapter import adapt, adapter_config
+from weft.train.fingerprint import Fingerprint, fingerprint
+from weft.train.recipe import Recipe, Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe made real: rows in tokens and a model on its device, adapted unless the recipe says `none`."""
+
+    recipe: Recipe
+    base: model.Base
+    data: Loaded
+    task: Task
+    model: PeftModel | PreTrainedModel
+    adapter: PeftConfig | None
+    fingerprint: Fingerprint
+    collator: Collator
+    steps: int
+    """Optimiser steps of the whole run."""
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load and adapt what `recipe` names; writes nothing.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
+    """
+    arguments.check(recipe.train)
+    adapter_config(recipe.adapter, recipe.train.steps or 10**6)  # refuse what cannot work before anything is read
+    if recipe.train.num_threads:
+        torch.set_num_threads(recipe.train.num_threads)
+    base = model.find(recipe.model, recipe.base_dir)
+    data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
+    task = data.task
+    if recipe.train.trainer == "sft" and task != "causal":
+        raise ConfigError(f"train.trainer=sft trains causal models, and this task is {task}: use trainer: auto.")
+    set_seed(recipe.train.seed)
+    plain = model.load(base, task, data.labels)
+    mark = fingerprint(plain)
+    steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    config = adapter_config(recipe.adapter, steps)
+    adapted = plain if config is None else adapt(plain, config, task)
+    _ready_for_checkpointing(plain, recipe)
+    collator = Collator(base.tokenizer.pad_token_id)
+    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
+
+
+def _ready_for_checkpointing(plain: Any, recipe: Recipe) -> None:
+    if recipe.train.gradient_checkpointing:
+        plain.config.use_cache = False
+    if recipe.train.gradient_checkpointing == "reentrant":
+        plain.enable_input_require_grads()  # or no gradient reaches an adapter behind a frozen embedding

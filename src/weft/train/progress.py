@@ -1,0 +1,24 @@
+"""What a long call tells whoever watches it. The library only reports; showing it is the command line's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tick:
+    """`done` of `total` units of `phase` (optimiser steps, batches)."""
+
+    phase: str
+    done: int
+    total: int
+    loss: float | None = None
+    tokens_per_s: float | None = None
+
+
+Progress = Callable[[Tick], None]
+
+
+def ignore(tick: Tick) -> None:
+    """Watch nothing."""

@@ -1,0 +1,102 @@
+"""transformers' Trainer and trl's SFTTrainer, with our loss on validation rows and our record of the run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weft.train import checkpoint
+from weft.train.files import append_json
+from weft.train.measure import mean_loss
+from weft.train.prepare import Prepared
+from weft.train.progress import Progress, Tick
+from weft.train.run import Run
+
+_COLUMNS = ["input_ids", "attention_mask", "labels"]
+_NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "eval_loss": "validation_loss"}
+_DROPPED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"}
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl, marks and rotates checkpoints, and reports progress; only the main process writes."""
+
+    def __init__(self, run: Run, keep: int, progress: Progress) -> None:
+        self.run, self.keep, self.progress = run, keep, progress
+        self.loss: float | None = None
+        self.rate: float | None = None
+        self.since = (time.monotonic(), 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.since = (time.monotonic(), state.num_input_tokens_seen)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # Trainer's summary; run.json has ours
+            return
+        row = {
+            "step": state.global_step,
+            **{_NAMES.get(key, key): value for key, value in logs.items() if key not in _DROPPED},
+        }
+        if "loss" in logs:
+            before, tokens = self.since
+            self.since = (time.monotonic(), state.num_input_tokens_seen)
+            self.rate = (self.since[1] - tokens) / max(self.since[0] - before, 1e-9)
+            self.loss = logs["loss"]
+            row["tokens_per_s"] = round(self.rate, 1)
+        append_json(self.run.folder / "metrics.jsonl", row)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        checkpoint.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        checkpoint.rotate(Path(args.output_dir), self.keep)
+        self.run.event("checkpoint", step=state.global_step)
+
+
+class _Measured:
+    """Mixed into a trainer: the validation loss is a mean over answer tokens, not over batches."""
+
+    prepared: Prepared
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        trainer: Any = self
+        rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        measured = mean_loss(trainer.model, rows, self.prepared.collator, trainer.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": measured.loss}
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+
+def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any) -> Trainer:
+    """The trainer that `train.trainer` names, around a prepared model."""
+    kind: Any = Trainer
+    options: dict[str, Any] = {}
+    if prepared.recipe.train.trainer == "sft":
+        from trl import SFTTrainer
+
+        kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
+    measured = type("Measured" + kind.__name__, (_Measured, kind), {"prepared": prepared})
+    validation = prepared.data.validation
+    trainer = measured(
+        model=prepared.model,
+        args=args,
+        train_dataset=prepared.data.train.select_columns(_COLUMNS),
+        eval_dataset=validation.select_columns(_COLUMNS) if validation is not None else None,
+        data_collator=prepared.collator,
+        callbacks=[Recorder(run, prepared.recipe.train.keep, progress), *extra],
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
+    return trainer
