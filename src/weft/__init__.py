@@ -23,6 +23,7 @@ from weft.errors import (
 
 __version__ = "0.1.0.dev0"
 
+from weft.glue.official import import_hydralora
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import HydraLoraConfig, PlainLoraConfig, TiedLoraConfig
@@ -65,6 +66,7 @@ __all__ = [
     "WeftError",
     "evaluate",
     "generate",
+    "import_hydralora",
     "routing",
     "train",
 ]
