@@ -242,10 +242,10 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
         raise TargetError(
             f"{name} is a {kind}; weft adapts linear modules only: leave it out, or train it with modules_to_save."
         )
-    if experts := _expert_parameters(base):
+    if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
         raise TargetError(
-            f"{name} holds 3-D expert parameters ({experts[0]}), which are no linear modules: target attention and dense modules "
-            "instead, or use peft's LoraConfig(target_parameters=...)."
+            f"{name} holds 3-D expert parameters ({cubes[0]}), which are no linear modules: target attention and dense "
+            "modules instead, or use peft's LoraConfig(target_parameters=...)."
         )
     fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
     if isinstance(fan_in, int) and isinstance(out, int):
