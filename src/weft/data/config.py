@@ -60,7 +60,7 @@ class DataConfig(Strict):
     train: str = DEMO
     validation: str | None = None
     test: str | None = None
-    format: Literal["auto"] | Format = "auto"
+    format: Literal["auto", "prompt_completion", "chat", "text", "classification"] = "auto"
     fields: Fields = Fields()
     separator: str | None = Field(default=None, min_length=1)
     quoting: Literal["csv", "none"] = "csv"

@@ -1,0 +1,254 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from copy import deepcopy
+
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from weft.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load
+from weft.errors import ConfigError, DataError, ModelError
+
+BOS, EOS = 0, 1
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def numbers(count, start=0):
+    return [{"prompt": f"{n}=", "completion": str(n)} for n in range(start, start + count)]
+
+
+def add_up(loaded):
+    for name, counts in loaded.counts.items():
+        split = getattr(loaded, name)
+        assert counts.read == counts.unused + counts.empty + counts.dropped + counts.kept
+        assert counts.rows == len(split)
+        assert counts.tokens == sum(map(len, split["input_ids"]))
+        assert counts.truncated <= counts.kept
+
+
+def load_in(folder, tokenizer, section, **more):
+    loaded = load(DataConfig.parse(section), tokenizer, base_dir=folder, **more)
+    add_up(loaded)
+    return loaded
+
+
+def test_rows_become_tokens_masks_and_raw_columns(tmp_path, letters, ids):
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "xy", "domain": "d"}, *numbers(3)])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: no column 'domain'"):
+        load_in(tmp_path, letters, "a.jsonl")
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "xy", "domain": "d"}])
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "validation_fraction": 0})
+    assert loaded.validation is loaded.test is None
+    assert loaded.train[0] == {
+        "input_ids": [BOS, *ids("pxy"), EOS],
+        "attention_mask": [1] * 5,
+        "labels": [IGNORE, IGNORE, *ids("xy"), EOS],
+        "prompt": "p",
+        "completion": "xy",
+        "domain": "d",
+    }
+    assert loaded.domains == ["d"]
+    assert (loaded.task, loaded.labels, loaded.counts["train"].answer_tokens) == ("causal", None, 3)
+
+
+def test_validation_is_carved_and_the_test_rows_are_left_alone(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", numbers(40))
+    jsonl(tmp_path / "t.jsonl", numbers(5, 100))
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "test": "t.jsonl"})
+    assert [loaded.counts[name].rows for name in ("train", "validation", "test")] == [36, 4, 5]
+    assert set(loaded.train["prompt"]).isdisjoint(loaded.validation["prompt"])
+    assert sorted(loaded.hashes) == [str(tmp_path / "a.jsonl"), str(tmp_path / "t.jsonl")]
+    again = load_in(tmp_path, letters, {"train": "a.jsonl", "test": "t.jsonl"})
+    assert again.validation["prompt"] == loaded.validation["prompt"]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.sampled_from("abcdef"), min_size=2, max_size=20), seed=st.integers(0, 3))
+def test_no_row_is_on_both_sides_and_none_is_lost(tmp_path, letters, rows, seed):
+    rows = [*rows, "yes", "no"]
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": row} for row in rows])
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "seed": seed, "validation_fraction": 0.3})
+    train, held = Counter(loaded.train["completion"]), Counter(loaded.validation["completion"])
+    assert train.keys().isdisjoint(held.keys())
+    assert train + held == Counter(rows)
+
+
+def test_rows_of_one_prompt_stay_together_when_asked(tmp_path, letters):
+    rows = [{"prompt": f"{n % 10}=", "completion": str(n)} for n in range(60)]
+    jsonl(tmp_path / "a.jsonl", rows)
+    by_row = load_in(tmp_path, letters, {"train": "a.jsonl", "validation_fraction": 0.2})
+    by_prompt = load_in(tmp_path, letters, {"train": "a.jsonl", "validation_fraction": 0.2, "split_on": "prompt"})
+    assert set(by_row.train["prompt"]) & set(by_row.validation["prompt"])
+    assert len(by_prompt.validation) == 12
+    assert set(by_prompt.train["prompt"]).isdisjoint(by_prompt.validation["prompt"])
+
+
+def test_limits_leave_rows_unused_and_count_them(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", numbers(40))
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "limit": 10, "validation_limit": 2})
+    assert (loaded.counts["train"].unused, len(loaded.train)) == (26, 10)
+    assert (loaded.counts["validation"].unused, len(loaded.validation)) == (2, 2)
+
+
+def test_every_row_is_accounted_for(tmp_path, letters):
+    rows = [("p", "kept"), ("p", "kept"), ("p" * 9, "kept"), ("p", " "), ("p", "x" * 20), ("q", "kept")]
+    lines = [json.dumps({"prompt": p, "completion": c}) for p, c in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:3], "", *lines[3:]]))
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "max_length": 10, "validation_fraction": 0})
+    counts = loaded.counts["train"]
+    assert (counts.read, counts.empty, counts.dropped, counts.kept) == (7, 2, 1, 4)
+    assert (counts.truncated, counts.repeated) == (1, 1)
+    assert counts.answer_tokens == 4 * 5
+    assert all(any(label != IGNORE for label in labels) for labels in loaded.train["labels"])
+
+
+def test_nothing_left_is_an_error(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "x" * 20}, {"prompt": "p", "completion": ""}])
+    with pytest.raises(DataError, match=r"of 2, 1 are empty and 1 have no answer within data\.max_length"):
+        load_in(tmp_path, letters, {"train": "a.jsonl", "max_length": 10, "validation_fraction": 0})
+
+
+def test_copies_of_training_rows_in_a_given_split_are_counted_and_said(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", numbers(5))
+    jsonl(tmp_path / "v.jsonl", numbers(4, 3))
+    with pytest.warns(UserWarning, match=r"2 of the 4 rows of .*v\.jsonl are copies of training rows"):
+        loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "validation": "v.jsonl"})
+    assert loaded.counts["validation"].in_train == 2
+
+
+def test_classes_are_numbered_the_same_in_every_split(tmp_path, framed_letters):
+    labelled = {"a": "no", "b": "yes", "c": "no", "d": "um"}
+    jsonl(tmp_path / "a.jsonl", [{"text": word, "label": label} for word, label in labelled.items()])
+    jsonl(tmp_path / "v.jsonl", [{"text": "e", "label": "yes"}])
+    section = {"train": "a.jsonl", "validation": "v.jsonl"}
+    loaded = load_in(tmp_path, framed_letters, section)
+    assert (loaded.task, loaded.labels) == ("classification", ["no", "um", "yes"])
+    assert loaded.train["labels"] == [0, 2, 0, 1]
+    assert loaded.validation["labels"] == [2]
+    assert loaded.validation[0]["completion"] == "yes"
+    assert generation_prompts(loaded.train) == []
+    trained_before = load_in(tmp_path, framed_letters, section, labels=["yes", "no", "um"])
+    assert trained_before.train["labels"] == [1, 0, 1, 2]
+
+
+def test_a_class_that_training_never_saw_is_named(tmp_path, framed_letters):
+    jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": "no"}, {"text": "b", "label": "yes"}])
+    jsonl(tmp_path / "v.jsonl", [{"text": "c", "label": "no"}, {"text": "d", "label": "maybe"}])
+    with pytest.raises(DataError, match=r"v\.jsonl, line 2: label 'maybe' is not among .*no, yes"):
+        load_in(tmp_path, framed_letters, {"train": "a.jsonl", "validation": "v.jsonl"})
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: label 'yes' is not among the model's classes"):
+        load_in(tmp_path, framed_letters, "a.jsonl", labels=["no", "maybe"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "says"),
+    [
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "causal", "format classification does not fit"),
+        ([{"text": "a"}, {"text": "b"}], "seq2seq", "format text does not fit the task seq2seq"),
+        (numbers(3), "classification", "no column for the text of format classification"),
+        (numbers(3), "regression", "there is no task 'regression'"),
+    ],
+)
+def test_data_for_another_task_is_refused(tmp_path, letters, rows, task, says):
+    jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ConfigError) as error:
+        load_in(tmp_path, letters, "a.jsonl", task=task)
+    assert says in str(error.value)
+
+
+def test_an_encoder_decoder_gets_prompt_and_answer_apart(tmp_path, framed_letters, ids):
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "xyz"}])
+    loaded = load_in(tmp_path, framed_letters, {"train": "a.jsonl", "validation_fraction": 0}, task="seq2seq")
+    assert loaded.train[0]["input_ids"] == [BOS, *ids("ab"), EOS]
+    assert loaded.train[0]["labels"] == [*ids("xyz"), EOS]
+    assert loaded.counts["train"].answer_tokens == 4
+    assert generation_prompts(loaded.train)[0].input_ids == [BOS, *ids("ab"), EOS]
+
+
+def test_generation_prompts_hold_what_stood_before_the_answer(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", numbers(5))
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "validation_fraction": 0})
+    prompts = generation_prompts(loaded.train, limit=2)
+    assert [(p.prompt, p.reference, p.domain) for p in prompts] == [("0=", "0", None), ("1=", "1", None)]
+    assert [p.input_ids for p in prompts] == [encode_prompt(letters, "0="), encode_prompt(letters, "1=")]
+
+
+def test_text_has_nothing_to_generate_and_blocks_fit_the_length(tmp_path, letters):
+    (tmp_path / "a.txt").write_text("".join(f"line {n}\n" for n in range(50)))
+    loaded = load_in(tmp_path, letters, {"train": "a.txt", "max_length": 20})
+    assert loaded.format == "text"
+    assert generation_prompts(loaded.train) == []
+    rows = [*loaded.train["input_ids"], *loaded.validation["input_ids"]]
+    assert max(map(len, rows)) <= 20
+    assert all(row[0] == BOS and row[-1] != EOS for row in rows)
+    assert sum(len(row) - 1 for row in rows) == len((tmp_path / "a.txt").read_text()) - 1
+
+
+def test_the_length_is_held_to_what_the_model_takes(tmp_path, letters):
+    tokenizer = deepcopy(letters)
+    tokenizer.model_max_length = 12
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p" * 30, "completion": "c"}])
+    assert load_in(tmp_path, tokenizer, {"train": "a.jsonl", "validation_fraction": 0}).max_length == 12
+    with pytest.warns(UserWarning, match="12 is used"):
+        load_in(tmp_path, tokenizer, {"train": "a.jsonl", "validation_fraction": 0, "max_length": 100})
+    tokenizer.model_max_length = 2
+    with pytest.raises(ModelError, match="leaves no room"):
+        load_in(tmp_path, tokenizer, {"train": "a.jsonl", "validation_fraction": 0})
+
+
+def test_the_demo_brings_its_three_splits(letters):
+    loaded = load_in(None, letters, {"train": "demo", "limit": 20})
+    assert len(loaded.train) == 20
+    assert len(loaded.validation) > 0
+    assert len(loaded.test) > 0
+    assert len(loaded.domains) > 1
+    assert set(loaded.hashes) == {"demo train", "demo validation", "demo test"}
+    assert not set(loaded.train["prompt"]) & set(loaded.test["prompt"])
+
+
+def saved_dict(folder):
+    splits = {
+        name: [{"prompt": f"{name}{n}", "completion": "c"} for n in range(4)] for name in ("train", "dev", "test")
+    }
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(folder / "saved")
+
+
+def test_a_saved_dataset_dict_gives_its_three_splits(tmp_path, letters):
+    saved_dict(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    loaded = load_in(tmp_path, letters, "saved")
+    assert loaded.validation["prompt"] == [f"dev{n}" for n in range(4)]
+    assert loaded.test["prompt"] == [f"test{n}" for n in range(4)]
+    assert len(loaded.hashes) == 3
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+FRESH = """
+import sys
+from transformers import PreTrainedTokenizerFast
+from weft.data import DataConfig, load
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1] + "/tokenizer")
+for train in ("a.jsonl", "saved", "demo"):
+    load(DataConfig.parse(train), tokenizer, base_dir=sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_no_cache_is_written(tmp_path, letters):
+    home = tmp_path / "home"
+    home.mkdir()
+    letters.save_pretrained(tmp_path / "tokenizer")
+    jsonl(tmp_path / "a.jsonl", numbers(20))
+    saved_dict(tmp_path)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    clean |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "TMPDIR": str(home)}
+    subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], env=clean, check=True)
+    assert list(home.rglob("*")) == []
