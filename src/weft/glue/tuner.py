@@ -5,6 +5,7 @@ What peft does to third parties and what follows from it is written down, fact b
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Hashable
@@ -19,11 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from weft.errors import AdapterError, MergeError, TargetError, suggest
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
-from weft.site import Owners, build_site
+from weft.site import Owners, Site, build_site
 from weft.spec import WeftConfig
 from weft.terms.structure.tied import Part, Tied, TiedTerm
 
 PREFIX = "weft_"
+
+logger = logging.getLogger(__name__)
 
 
 class WeftTuner(BaseTuner):
@@ -84,17 +87,13 @@ class WeftTuner(BaseTuner):
         )
         size, structure = (r, fan_in, out), peft_config.structure
         keys: dict[Part, Hashable] = shared_keys(structure, current_key, size) if isinstance(structure, Tied) else {}
-        owners: Owners = {
-            part: self._owners[adapter_name, part, key]
-            for part, key in keys.items()
-            if (adapter_name, part, key) in self._owners
-        }
+        owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
 
         site = build_site(
             structure, size, scale=peft_config.scale(r, alpha), dropout=peft_config.lora_dropout, owners=owners
         )
         for part, key in keys.items():
-            self._owners.setdefault((adapter_name, part, key), cast(TiedTerm, site.structure))
+            self._owners.setdefault((part, key), cast(TiedTerm, site.structure))
         layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
         layer.add_site(
             adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=peft_config.inference_mode
@@ -103,16 +102,14 @@ class WeftTuner(BaseTuner):
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
 
-    @property
-    def _owners(self) -> dict[tuple[str, Part, Hashable], TiedTerm]:
-        """Who owns a shared part; needed only while sites are made, since injection through transformers drops the tuner."""
-        return cast("dict[tuple[str, Part, Hashable], TiedTerm]", self.__dict__.setdefault("_owner_of", {}))
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter everywhere."""
-        super().delete_adapter(adapter_name)
-        for key in [key for key in self._owners if key[0] == adapter_name]:
-            del self._owners[key]
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter on every target, then say once what a user should know about the sites that came out."""
+        self._owners: dict[tuple[Part, Hashable], TiedTerm] = {}  # who owns a shared part, only while sites are made
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            _report_sites({n: m.site(adapter_name) for n, m in _sites(model) if adapter_name in m.weft_site})
+        finally:
+            self._owners = {}
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""
@@ -169,7 +166,7 @@ class WeftTuner(BaseTuner):
             )
 
     def _layers(self) -> list[WeftLinear]:
-        return [m for m in self.model.modules() if isinstance(m, WeftLinear)]
+        return [layer for _, layer in _sites(self.model)]
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -205,6 +202,28 @@ class WeftTuner(BaseTuner):
                 f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
             )
         return cast("dict[str, Tensor]", mapped)
+
+
+def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
+
+
+def _report_sites(sites: dict[str, Site]) -> None:
+    """Warn of ranks above a module's size; log tied groups of one, which are plain LoRA with two vectors."""
+    factors = {name: site.factors() for name, site in sites.items()}
+    wide = [name for name, f in factors.items() if f.A.shape[0] > min(f.A.shape[1], f.B.shape[0])]
+    if wide:
+        warnings.warn(
+            f"the rank is larger than a side of {len(wide)} modules such as {wide[0]}: the extra rank adds parameters, not "
+            "directions; a smaller r, or rank_pattern, would do.",
+            stacklevel=4,
+        )
+    terms = {name: site.structure for name, site in sites.items() if isinstance(site.structure, TiedTerm)}
+    alone = [name for name, term in terms.items() if term.is_alone]
+    if alone and len(alone) < len(terms):
+        logger.info(
+            "%d tied groups have a single member, such as %s: that is plain LoRA with vectors.", len(alone), alone[0]
+        )
 
 
 # ---------------------------------------------------------------------- what can be adapted

@@ -11,11 +11,12 @@ It saves storage and optimiser state, not time: at equal parameters it needs a f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 from weft.spec import WeftConfig
-from weft.terms.structure.tied import Tied
+from weft.terms.structure.tied import PRESETS, Tied
 
 
 def TiedLoraConfig(
@@ -27,4 +28,10 @@ def TiedLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A and B per group of modules, with vectors u and v per module; fields as in `Tied` and `WeftConfig`."""
+    alpha = fields.get("lora_alpha")
+    if alpha not in (None, r) and isinstance(train, str) and train.lower() in PRESETS:
+        warnings.warn(
+            f"{train} with lora_alpha={alpha} at r={r} has scale {alpha / r:g}; the paper's presets have scale 1 (alpha = r).",
+            stacklevel=2,
+        )
     return WeftConfig(structure=Tied(train=train, group=group, zero=zero, init=init), r=r, **fields)  # type: ignore[arg-type]

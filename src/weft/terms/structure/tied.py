@@ -112,7 +112,7 @@ class TiedTerm(nn.Module):
             else:
                 self.register_buffer(part, value)
         self._owner = {part: (term,) for part, term in owner.items()}  # a tuple: nn.Module must not register it
-        self._members: dict[Part, list[TiedTerm]] = {part: [] for part in owned}
+        self._members: dict[Part, list[TiedTerm]] = {part: [] for part in PARTS}
         for part, term in owner.items():
             term._members[part].append(self)
 
@@ -129,17 +129,22 @@ class TiedTerm(nn.Module):
         assert B is not None
         return Factors(A, B, scale, gate=self.part("u"), v=self.part("v"))
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other site shares anything with this one."""
+        return not self._owner and not any(self._members.values())
+
     def hand_over(self) -> None:
         """Give every owned shared part to the next member of its group; called before this site's adapter goes away."""
         for part, members in self._members.items():
             if not members:
                 continue
             heir, *rest = members
-            value = getattr(self, part)
+            value = getattr(self, part, None)
             del heir._owner[part]
             if isinstance(value, nn.Parameter):
                 heir.register_parameter(part, value)
-            else:
+            elif value is not None:
                 heir.register_buffer(part, value)
             heir._members[part] = rest
             for member in rest:
