@@ -1,0 +1,78 @@
+# Two commands need nothing but Python >= 3.11 and make: `make demo` and `make check`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Tests run in this many processes, each with one torch thread.
+JOBS ?= 2
+
+# Every base and data set is local; nothing is looked up on a hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PYTHONWARNINGS ?= ignore::DeprecationWarning
+# Real models and data for the tests and examples that use them, where this machine has them.
+ifndef WEFT_DATA
+ifneq ($(wildcard ../shared/data/README.md),)
+export WEFT_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## the virtual environment .venv with the pinned versions (the other targets do this first)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "weft needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# torch first and by its exact version, so that no other requirement can bring in a newer one
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP) ## base, LoRA, HydraLoRA and Tied-LoRA on the embedded model: train, evaluate, generate (under 3 minutes)
+	$(BIN)/python scripts/demo.py
+
+check: lint types test docs-run docs-build ## everything: format, lint, types, tests, the documents' code, the site
+
+lint: $(STAMP) ## formatting and lint, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP) ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+test: unit grid ## all tests
+
+unit: $(STAMP) ## all tests but the grid
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not grid" --durations=5
+
+grid: $(STAMP) ## every structure on every family of base models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m grid --durations=5
+
+docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)
+
+docs-build: $(STAMP) ## the documentation site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-write: $(STAMP) ## write the generated tables of the documents anew
+	$(BIN)/python scripts/check_docs.py --write
+
+docs-serve: $(STAMP) ## the documentation on http://localhost:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+bench: $(STAMP) ## a training step against the frozen base and against stock peft LoRA
+	$(BIN)/weft bench step
+
+clean: ## delete the environment and all that was built; runs/ stays
+	rm -rf $(VENV) site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,230 @@
+"""Run every code block of README and docs, and compare the generated tables with the code they come from.
+
+    python scripts/check_docs.py                    all pages, several at a time
+    python scripts/check_docs.py docs/index.md      some pages
+    python scripts/check_docs.py --write            write the generated tables anew
+
+A page is read top to bottom in an empty folder, with one Python namespace:
+
+    ```python                  run; an exception fails the page
+    ```bash                    run with bash -euo pipefail
+    ```yaml title="my.yaml"    (any language) written to that file first
+    ```yaml                    parsed; a mapping with `adapter` and `data` must be a valid recipe
+    ```json                    parsed
+    ```text                    shown only: output, equations
+
+Other languages and unlabelled blocks are errors. A block that cannot run here carries, in the text right above it, the
+visible line `*Not run here: REASON.*`. Between `<!-- generated: NAME -->` and `<!-- end -->` stands what
+`docs_tables.py` makes from the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE_SECONDS = 180
+FENCE = re.compile(r"^(?P<indent> *)```(?P<info>.*)$")
+TITLE = re.compile(r'title="([^"]+)"')
+NOT_RUN = re.compile(r"^\*Not run here: (?P<reason>.+)\*$")
+GENERATED = re.compile(r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<close>\n<!-- end -->)", re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
+SHOWN = {"text"}
+CHECKED = {"python", "bash", "yaml", "json", "jsonl"}
+
+
+class PageError(Exception):
+    """A page that says something untrue; the message starts with file and line."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block; `line` is that of its first line of code, counted from 1."""
+
+    language: str
+    code: str
+    line: int
+    title: str | None = None
+    not_run: str | None = None
+
+
+def blocks(text: str, name: str = "page") -> Iterator[Block]:
+    """The fenced blocks of a page in order. Raises PageError on one without end, or of a language we do not check."""
+    lines = text.splitlines()
+    at = 0
+    while at < len(lines):
+        opening = FENCE.match(lines[at])
+        if opening is None:
+            at += 1
+            continue
+        start, indent = at + 1, opening["indent"]
+        end = next((i for i in range(start, len(lines)) if lines[i].strip() == "```"), None)
+        if end is None:
+            raise PageError(f"{name}:{start}: this block has no end")
+        language = opening["info"].split(" ")[0]
+        if language not in SHOWN | CHECKED:
+            raise PageError(
+                f"{name}:{start}: {language or 'no language'}: write one of {', '.join(sorted(SHOWN | CHECKED))}"
+            )
+        above = next((line.strip() for line in reversed(lines[:at]) if line.strip()), "")
+        reason = NOT_RUN.match(above)
+        title = TITLE.search(opening["info"])
+        code = "\n".join(line.removeprefix(indent) for line in lines[start:end]) + "\n"
+        yield Block(language, code, start + 1, title and title[1], reason and reason["reason"])
+        at = end + 1
+
+
+def run_page(page: Path) -> None:
+    """Run the blocks of a page in the working folder. Raises PageError, or whatever a Python block raises."""
+    name = _name(page)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(encoding="utf-8"), name):
+        where = f"{name}:{block.line}"
+        if block.title is not None:
+            Path(block.title).parent.mkdir(parents=True, exist_ok=True)
+            Path(block.title).write_text(block.code, encoding="utf-8")
+        if block.not_run is not None:
+            continue
+        try:
+            match block.language:
+                case "python":
+                    exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+                case "bash":
+                    _bash(block.code, where)
+                case "yaml":
+                    _yaml(block.code)
+                case "json":
+                    json.loads(block.code)
+                case "jsonl":
+                    [json.loads(line) for line in block.code.splitlines()]
+        except PageError:
+            raise
+        except Exception as error:
+            if block.language == "python":
+                raise
+            raise PageError(f"{where}: {error}") from error
+
+
+def _bash(code: str, where: str) -> None:
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PageError(f"{where}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+
+def _yaml(code: str) -> None:
+    from weft.train.recipe import Recipe, read_yaml
+
+    content = read_yaml(code, "the block")
+    if isinstance(content, dict) and {"adapter", "data"} <= content.keys():
+        Recipe.read({"out": "runs/example", **content})
+
+
+def with_tables(text: str, name: str) -> str:
+    """The page with its generated parts as the code has them now."""
+    from docs_tables import TABLES
+
+    def make(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise PageError(f"{name}: there is no generated table {match['name']!r}: {', '.join(TABLES)}")
+        return match["open"] + TABLES[match["name"]]().rstrip("\n") + match["close"]
+
+    return GENERATED.sub(make, text)
+
+
+def dead_links(text: str, page: Path) -> list[str]:
+    """Relative links of a page that lead to no file. Code is not searched."""
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
+    return [link for link in LINK.findall(prose) if "://" not in link and not (page.parent / link).exists()]
+
+
+def check_page(page: Path) -> str | None:
+    """None if the page is true, else what is wrong with it. The blocks run in a process and a folder of their own."""
+    text = page.read_text(encoding="utf-8")
+    if dead := dead_links(text, page):
+        return f"{_name(page)}: links to files that are not there: {', '.join(dead)}"
+    try:
+        if with_tables(text, _name(page)) != text:
+            return f"{_name(page)}: a generated table is not what the code says: run make docs-write"
+        if not any(block.language in CHECKED for block in blocks(text, _name(page))):
+            return None
+    except PageError as error:
+        return str(error)
+    environment = dict(os.environ)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    environment["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory(prefix="weft-docs-") as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, __file__, "--run", str(page.resolve())],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=PAGE_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{_name(page)}: not done after {PAGE_SECONDS} s"
+    return None if done.returncode == 0 else f"{_name(page)} fails\n{done.stdout[-1000:]}{done.stderr[-6000:]}"
+
+
+def pages() -> list[Path]:
+    """README, CONTRIBUTING and all of docs."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _name(page: Path) -> str:
+    return str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else str(page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("pages", nargs="*", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the generated tables anew")
+    parser.add_argument("--jobs", type=int, default=2, help="pages at a time")
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.run is not None:
+        try:
+            run_page(given.run)
+        except PageError as error:
+            print(error, file=sys.stderr)
+            return 1
+        return 0
+    chosen = [page.resolve() for page in given.pages] or pages()
+    if given.write:
+        for page in chosen:
+            text = page.read_text(encoding="utf-8")
+            if (new := with_tables(text, _name(page))) != text:
+                page.write_text(new, encoding="utf-8")
+                print(f"wrote {_name(page)}")
+        return 0
+
+    def timed(page: Path) -> tuple[Path, str | None, float]:
+        began = time.monotonic()
+        return page, check_page(page), time.monotonic() - began
+
+    failed = 0
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for page, wrong, seconds in pool.map(timed, chosen):
+            print(f"{'FAILED' if wrong else 'ok':6} {seconds:5.1f} s  {_name(page)}", flush=True)
+            if wrong:
+                failed += 1
+                print(wrong, flush=True)
+    print(f"documents: {len(chosen) - failed} of {len(chosen)} pages are true")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The parts of the documents that are made from the code: `check_docs.py --write` puts them in, `check_docs.py` compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Union, get_args, get_origin
+
+import typer.main
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from typer.testing import CliRunner
+
+# What a key of a recipe file is for. A key without a line here, or a line without its key, is an error.
+MEANING: dict[str, str] = {
+    "model": "the frozen base; a bare string is its `path`",
+    "data": "which rows; a bare string is `data.train`",
+    "adapter": "which adapter; a bare string is a recipe's name",
+    "train": "how long and how fast",
+    "out": "the run folder, relative to the working folder",
+    "model.path": "a folder, a hub id, or `demo` for the embedded model; a relative folder counts from the recipe file",
+    "model.dtype": "dtype of the base's weights; `auto` is the checkpoint's own",
+    "model.task": "`auto` takes it from the model and the data",
+    "model.trust_remote_code": "there is no other value: code from a model folder never runs",
+    "model.attn_implementation": "passed to transformers",
+    "data.train": "the training rows: a file, a folder saved by `datasets`, or `demo`",
+    "data.validation": "the validation rows; left out, they are split off `train`",
+    "data.test": "the rows `weft eval` uses",
+    "data.format": "`auto` looks at the columns of the first row",
+    "data.fields": "role: column, where a column has another name",
+    "data.separator": "for `.txt`: what stands between prompt and completion on a line",
+    "data.quoting": "`none` for tables whose quotation marks are text",
+    "data.unit": "for `.txt`: what makes a document",
+    "data.prompt_template": "text with `{column}` in it, instead of one prompt column",
+    "data.max_length": "tokens a row may have",
+    "data.truncate": "what gives way in a row that is too long; every cut is counted",
+    "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
+    "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
+    "data.limit": "draw so many training rows",
+    "data.validation_limit": "draw so many validation rows",
+    "data.test_limit": "draw so many test rows",
+    "data.seed": "of the split and the draws",
+    "data.fields.prompt": "column of the prompt",
+    "data.fields.completion": "column of the answer, which the loss is on",
+    "data.fields.messages": "column of the chat messages",
+    "data.fields.text": "column of the text",
+    "data.fields.label": "column of the class",
+    "data.fields.domain": "column of the domain, for per-domain figures",
+    "train.steps": "optimiser steps",
+    "train.epochs": "passes over the training rows; without `steps` and `epochs` it is one",
+    "train.batch_size": "rows per forward pass",
+    "train.accumulation": "forward passes per optimiser step",
+    "train.lr": "peak learning rate",
+    "train.schedule": "a schedule's name in transformers",
+    "train.warmup": "optimiser steps; below 1, a fraction of the run",
+    "train.weight_decay": "AdamW's, on everything that is trained",
+    "train.max_grad_norm": "gradients are scaled down to this norm; 0 is no limit",
+    "train.optimizer": "an optimiser's name in transformers",
+    "train.seed": "of the adapter's start, the order of the rows and dropout",
+    "train.precision": "`bf16` and `fp16` train under autocast",
+    "train.gradient_checkpointing": "recompute activations in the backward pass",
+    "train.eval_every": "optimiser steps between validation losses; left out, one at the end",
+    "train.save_every": "optimiser steps between checkpoints; left out, about five in a run; 0, none",
+    "train.keep": "complete checkpoints kept",
+    "train.logging_every": "optimiser steps between lines of `metrics.jsonl`",
+    "train.num_threads": "torch threads",
+    "train.report_to": "loggers of transformers",
+    "train.trainer": "`sft` is trl's `SFTTrainer`",
+    "train.args": "further arguments of transformers' `TrainingArguments`",
+}
+
+
+def refused() -> str:
+    """Which choices do not go together, and why."""
+    from weft.compat import REFUSED
+
+    rows = [(f"{one} + {other}", f"{reason}.") for (one, other), reason in REFUSED.items()]
+    return _table(("pair", "why"), rows)
+
+
+def choices() -> str:
+    """The choices of each axis, with their fields and defaults."""
+    from weft.spec import AXES
+
+    rows = []
+    for axis, kinds in AXES.items():
+        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in kinds.values()) or "`None`"
+        rows.append((f"`{axis}`", shown))
+    return _table(("axis", "choices in this release"), rows)
+
+
+def config_fields() -> str:
+    """The fields of WeftConfig beside the axes, from its docstring."""
+    from weft.spec import AXES, WeftConfig
+
+    defaults = {
+        f.name: f.default if f.default is not dataclasses.MISSING else (f.default_factory or str)()  # type: ignore[misc]
+        for f in dataclasses.fields(WeftConfig)
+    }
+    rows = []
+    for names, text in _arguments(inspect.getdoc(WeftConfig) or ""):
+        if not set(names) & AXES.keys():
+            shown = "<br>".join(f"`{name}`" for name in names)
+            rows.append((shown, f"`{defaults[names[0]]}`", text))
+    return _table(("field", "default", "meaning"), rows)
+
+
+def recipes() -> str:
+    """The recipes that a recipe file can name."""
+    from weft.train.builtin import BUILTIN
+
+    rows = [(f"`{e.name}`", e.about, f"[{e.paper}](https://arxiv.org/abs/{e.paper[6:]})" if e.paper else "")
+            for e in BUILTIN.values()]  # fmt: skip
+    return _table(("name", "what it is", "paper"), rows)
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe file: type, default, meaning."""
+    from weft.train.recipe import Recipe
+
+    parts, seen = [], set()
+    for title, prefix, fields in _sections(Recipe, ""):
+        rows = []
+        for name, info in fields.items():
+            key = prefix + name
+            if key not in MEANING:
+                raise SystemExit(f"docs_tables.MEANING has no line for {key!r}")
+            seen.add(key)
+            rows.append((f"`{name}`", _type(info.annotation), _default(info), MEANING[key]))
+        parts.append(f"### {title}\n\n" + _table(("key", "value", "default", "meaning"), rows))
+    if stale := MEANING.keys() - seen:
+        raise SystemExit(f"docs_tables.MEANING has lines for keys that are gone: {sorted(stale)}")
+    return "\n".join(parts)
+
+
+def command_help() -> str:
+    """`--help` of every command."""
+    from weft.cli.commands import app
+
+    parts, shell = [], CliRunner(env={"TERM": "dumb", "COLUMNS": "100", "NO_COLOR": "1"})
+    for command in ("", *_commands(typer.main.get_command(app))):
+        shown = shell.invoke(app, [*command.split(), "--help"], prog_name="weft")
+        text = "\n".join(line.rstrip() for line in shown.stdout.strip("\n").splitlines())
+        parts.append(f"## {f'weft {command}'.strip()}\n\n```text\n{text}\n```\n")
+    return "\n".join(parts)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "refused": refused,
+    "choices": choices,
+    "config-fields": config_fields,
+    "recipes": recipes,
+    "recipe-keys": recipe_keys,
+    "command-help": command_help,
+}
+
+
+def _commands(group: Any, before: str = "") -> Iterator[str]:
+    """The names of all commands, those of groups with the group's name in front."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _signature(cls: type) -> str:
+    return ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.init)
+
+
+def _arguments(doc: str) -> Iterator[tuple[list[str], str]]:
+    """(names, text) of the Args section of a docstring; continuation lines are joined."""
+    section = doc.split("Args:\n", 1)[1].split("\n\n", 1)[0]
+    for entry in re.split(r"\n(?=    \S)", "\n" + section):
+        if found := re.match(r"\s*([\w, ]+): (.*)", entry, re.DOTALL):
+            yield [name.strip() for name in found[1].split(",")], " ".join(found[2].split())
+
+
+def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, dict[str, FieldInfo]]]:
+    yield f"`{prefix.rstrip('.')}`" if prefix else "The file", prefix, model.model_fields
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _sections(info.annotation, f"{prefix}{name}.")
+
+
+def _type(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " · ".join(f"`{value}`" for value in inner)
+    if origin is Union or origin is type(int | None):
+        return " · ".join(_type(part) for part in inner if part is not type(None))
+    if origin in (dict, list):
+        return "mapping" if origin is dict else "list"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return {str: "text", int: "whole number", float: "number", bool: "`true` · `false`"}.get(
+        annotation, str(annotation)
+    )
+
+
+def _default(info: FieldInfo) -> str:
+    value = info.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return "required"
+    if value is None or isinstance(value, (BaseModel, dict)):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
