@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weft.compat import REFUSED
 from weft.errors import MergeError
 from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
@@ -116,8 +117,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         for name in names:
             if name in self.weft_site and not self.site(name).mergeable:
                 raise MergeError(
-                    f"adapter {name!r} is HydraLoRA: its update depends on the token, so {self.module_name} has no merged "
-                    "weight; serve it unmerged, or train Plain or Tied where a merge is needed."
+                    f"adapter {name!r} cannot be merged into {self.module_name}: it is HydraLoRA, and {REFUSED['Hydra', 'merge']}; "
+                    "serve it unmerged, or train Plain or Tied where a merge is needed."
                 )
         self._plain_weight()
 
