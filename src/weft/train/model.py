@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def locate(path: str, base_dir: Path) -> str:
         from weft.data.demo import demo_model_path
 
         return str(demo_model_path())
-    folder = resolve_path(path, base_dir)
+    folder = _in_package(path) if path.startswith(_PACKAGE) else resolve_path(path, base_dir)
     if not folder.exists():
         if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
             raise ModelError(f"there is no model folder {str(folder)!r}.")
@@ -92,6 +93,20 @@ def locate(path: str, base_dir: Path) -> str:
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
     return str(folder.resolve())
+
+
+_PACKAGE = "package:"
+
+
+def _in_package(path: str) -> Path:
+    """The folder that `package:NAME/FOLDER` means: a model that an installed Python package carries."""
+    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"the model {path!r} needs the Python package {name!r}, which is not installed: pip install it."
+        )
+    return Path(found.submodule_search_locations[0]) / inside
 
 
 def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:

@@ -31,7 +31,7 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 
 
 class ModelConfig(Strict):
-    """The frozen base. `path` is a folder, a hub id or `demo`; a relative folder counts from the recipe file."""
+    """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
 
     where: ClassVar[str] = "model"
     path: str = "demo"
