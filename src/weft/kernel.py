@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ def add_low_rank(
     rank = r + sum(slots.down.shape[0] for slots in f.extra)
 
     z = u[:, :r] if f.gate is None else u[:, :r] * f.gate.to(u)
-    scale, scaled_late = f.scale, not f.extra  # one factor for all columns rides in the up GEMM for free
+    scale, scaled_late = f.scale, len(f.extra) == 0  # one factor for all columns rides in the up GEMM for free
     if f.router is not None:
         logits = u[:, rank:] if fused_router else _router_logits(x_ti, f)
         omega = _softmax(logits)
@@ -145,7 +145,9 @@ def add_low_rank(
         z = torch.cat(parts, 1)
         up = _cat([up, *(slots.up for slots in f.extra)], 1)
     y_to = y.reshape(-1, y.shape[-1])
-    out = torch.addmm(y_to, z.to(y.dtype), _like(up, y).T, alpha=scale if scaled_late else 1.0)
+    operands = (y_to, z.to(y.dtype), _like(up, y).T)
+    with _without_autocast(y):  # they are of y's dtype already, and so must the result be, fp32 under autocast included
+        out = torch.addmm(*operands, alpha=scale if scaled_late else 1.0)
     return out.view(y.shape)
 
 
@@ -163,9 +165,10 @@ def delta_weight(f: Factors) -> Tensor:
     A, B = f.A.to(dtype), f.B.to(dtype)
     if f.v is not None:
         B = f.v.to(dtype)[:, None] * B
-    delta = (B if f.gate is None else B * f.gate.to(dtype)) @ A * f.scale
-    for slots in f.extra:
-        delta += (slots.up.to(dtype) * slots.gate.to(dtype)) @ slots.down.to(dtype)
+    with _without_autocast(A):
+        delta = (B if f.gate is None else B * f.gate.to(dtype)) @ A * f.scale
+        for slots in f.extra:
+            delta += (slots.up.to(dtype) * slots.gate.to(dtype)) @ slots.down.to(dtype)
     return delta
 
 
@@ -178,6 +181,11 @@ def use_reference(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _use_reference = before
+
+
+def _without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    on = torch.is_autocast_enabled(t.device.type)
+    return torch.autocast(t.device.type, enabled=False) if on else nullcontext()
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,170 @@
+"""What the fast path may not cost: nothing of size tokens × out beside the result, no loop over heads, few saved bytes."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from weft.kernel import Factors, Slots, add_low_rank
+
+TOKENS, IN, OUT, RANK, HEADS = 64, 24, 200, 4, 3
+
+CASES = [
+    pytest.param(router, extra, dropout, id=f"{router}-extra{extra}-p{dropout}")
+    for router, extra, dropout in itertools.product((None, "x", "Ax"), (0, 1), (0.0, 0.1))
+]
+
+
+def make(router: str | None, extra: int, heads: int = HEADS, dtype: torch.dtype = torch.float32) -> Factors:
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype).requires_grad_()
+
+    wide = RANK if router is None else heads * RANK
+    return Factors(
+        A=leaf(RANK, IN),
+        B=leaf(OUT, wide),
+        scale=2.0,
+        gate=leaf(RANK),
+        v=leaf(OUT) if router is None else None,
+        router=None if router is None else leaf(heads, IN if router == "x" else RANK),
+        router_input="Ax" if router == "Ax" else "x",
+        extra=(Slots(leaf(2, IN), leaf(OUT, 2), leaf(2)),) * extra,
+    )
+
+
+def inputs(count: int = TOKENS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    x, y = torch.randn(2, count // 2, IN), torch.randn(2, count // 2, OUT)
+    return y.to(dtype).requires_grad_(), x.to(dtype).requires_grad_()
+
+
+class Cost(TorchDispatchMode):
+    """GEMM calls, and every new storage with the bytes it takes."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.gemms = 0
+        self.calls: Counter[str] = Counter()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.new: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.calls[name] += 1
+        self.gemms += name in {"mm", "addmm", "bmm", "baddbmm"}
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.new[t.untyped_storage().data_ptr()] = t  # kept alive, so that no address is used twice
+        return out
+
+    def large(self, size: int) -> list[int]:
+        return [t.numel() for t in self.new.values() if t.numel() >= size]
+
+
+def saved_bytes(f: Factors, y: Tensor, x: Tensor, **options: object) -> tuple[int, int]:
+    """(bytes of the distinct storages saved for backward beside x and the factors, numel of the largest)."""
+    given = [t for t in (f.A, f.B, f.gate, f.v, f.router, *(t for s in f.extra for t in s)) if t is not None]
+    known = {t.untyped_storage().data_ptr() for t in (x, *given)}
+    saved: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if (key := t.untyped_storage().data_ptr()) not in known:
+            saved[key] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = add_low_rank(y, x, f, **options)
+    sizes = [t.untyped_storage().nbytes() for t in saved.values()]
+    del result
+    return sum(sizes), max((t.untyped_storage().nbytes() // t.element_size() for t in saved.values()), default=0)
+
+
+@pytest.mark.parametrize(("router", "extra", "dropout"), CASES)
+def test_nothing_as_large_as_tokens_by_out_exists_but_the_result(router: str | None, extra: int, dropout: float):
+    f, (y, x) = make(router, extra), inputs()
+    with Cost(y, x) as forward:
+        result = add_low_rank(y, x, f, dropout=dropout)
+    assert forward.large(TOKENS * OUT) == [TOKENS * OUT]  # the result itself
+    upstream = torch.randn_like(result)
+    with Cost(y, x, upstream) as backward:
+        result.backward(upstream)
+    assert backward.large(TOKENS * OUT) == []  # y's gradient is the upstream gradient itself
+
+
+@pytest.mark.parametrize(("router", "extra", "dropout"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_bytes_are_those_of_the_small_factors(router: str | None, extra: int, dropout: float, dtype: torch.dtype):
+    """Specification of HydraLoRA, section 6.4: per token the r latent values, N fp32 weights and, in plain PyTorch, the
+    N·r gated ones; with dropout one dropped x and its mask. What depends on no token is the factors' own casts."""
+    f, (y, x) = make(router, extra, dtype=dtype), inputs(dtype=dtype)
+    element = dtype.itemsize
+    heads = 0 if router is None else HEADS
+    logits = heads if router else 0
+    per_token = element * (RANK + logits + 2 * extra) + 4 * heads + element * (max(heads, 1) * RANK + 2 * extra)
+    per_token += element * RANK  # z = g ⊙ u
+    if router == "Ax":
+        per_token += element * RANK  # A x of the undropped x
+    if router is None and extra:
+        per_token += element * RANK  # the parts of z before they are joined
+    if dropout:
+        per_token += 2 * element * IN  # dropped x, and on a CPU a mask in x's dtype
+    constant = element * ((max(heads, 1) * RANK + 2) * OUT + (RANK + heads + 2) * IN + OUT + 2 * (RANK + 2))
+    size, largest = saved_bytes(f, y, x, dropout=dropout)
+    assert size <= TOKENS * per_token + constant
+    assert largest < TOKENS * OUT
+
+
+@pytest.mark.parametrize(("router", "extra", "dropout"), [c for c in CASES if c.values[0]])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_work_is_the_same_number_of_operations_at_any_number_of_heads(
+    router: str, extra: int, dropout: float, per_head: bool
+):
+    counts = []
+    for heads in (2, 7):
+        f, (y, x) = make(router, extra, heads), inputs()
+        with Cost(y, x) as cost:
+            add_low_rank(y, x, f, dropout=dropout, per_head_dropout=per_head).sum().backward()
+        counts.append((cost.gemms, cost.calls))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("router", [None, "x"])
+def test_one_gemm_down_and_one_up(router: str | None, extra: int):
+    f, (y, x) = make(router, extra), inputs()
+    with Cost(y, x) as cost:
+        add_low_rank(y, x, f)
+    assert cost.gemms == 2
+
+
+def test_dropout_costs_a_routed_site_one_more_gemm():
+    f, (y, x) = make("x", 1), inputs()
+    with Cost(y, x) as cost:
+        add_low_rank(y, x, f, dropout=0.1)
+    assert cost.gemms == 3  # the router must see the undropped x
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("router", [None, "x", "Ax"])
+def test_the_kernel_is_one_graph_for_any_number_of_tokens(router: str | None, autocast: bool):
+    torch._dynamo.reset()
+    f, graphs = make(router, 1), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda y, x: add_low_rank(y, x, f, dropout=0.1), backend=backend, fullgraph=True, dynamic=True
+    )
+    for count in (10, 14, 22):  # no number equal to another size, which dynamo would take for the same symbol
+        y, x = inputs(count)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert compiled(y, x).shape == y.shape
+    assert len(graphs) == 1
