@@ -50,8 +50,11 @@ def adapter_config(section: dict[str, Any], total_steps: int | None = None) -> P
 
 
 def _check_fields(name: str | None, make: Callable[..., PeftConfig], fields: dict[str, Any]) -> None:
-    """Refuse a field that neither the recipe nor the config has; stock peft's constructors check their own."""
+    """Refuse a field that neither the recipe nor the config has; for stock peft, the rank it would refuse only later."""
     if name is not None and name.startswith("peft:"):
+        r = fields.get("r", 1)
+        if not isinstance(r, int) or r < 1:
+            raise ConfigError(f"adapter {name}: r={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
         return
     own = inspect.signature(make).parameters
     named = {key for key, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 
 from weft.errors import AdapterError, WeftError
 from weft.train import model
@@ -39,9 +42,9 @@ def load_run(run: Run, base: str | None = None, adapted: bool = True) -> Trained
     recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
     settings = recipe.model.model_copy(update={"path": base}) if base else recipe.model
     found = model.find(settings, Path.cwd() if base else recipe.base_dir)
-    set_seed(run.seed)  # a classification head that no adapter brings is drawn as it was in training
     task = cast(Task, run.task)
-    plain = model.load(found, task, run.data["labels"])
+    with _drawing(run.seed):  # a classification head that no adapter brings is drawn as it was in training
+        plain = model.load(found, task, run.data["labels"])
     trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
     check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
     if not adapted:
@@ -64,7 +67,17 @@ def load_adapter(folder: Path, base: str | None = None) -> Trained:
         raise AdapterError(f"the adapter {folder} names no base model: give it with --base.")
     found = model.find(ModelConfig(path=path), Path.cwd())
     task = cast(Task, _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
-    return Trained(found, put_in(model.load(found, task), folder).eval(), task)
+    with _drawing(0):
+        plain = model.load(found, task)
+    return Trained(found, put_in(plain, folder).eval(), task)
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """Loading draws tensors that the files then overwrite: it must not move the caller's random state."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
@@ -75,7 +88,7 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
     """
     config = _read_config(folder)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _drawing(0):
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(plain, str(folder), config=config)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import logging
 import math
 import os
 import platform
@@ -36,6 +37,7 @@ from weft.train.recipe import Recipe
 from weft.train.run import Made, Run, check_continues, check_free, now
 from weft.train.trainer import make_trainer
 
+log = logging.getLogger(__name__)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 PACKAGES = ("weft", "torch", "peft", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
@@ -65,6 +67,8 @@ def train(
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     if before is not None:
         _check_same_input(before, run)
+        _check_can_resume(before)
+    _announce(run)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
     with _started(run, before, main):
         trainer = make_trainer(prepared, run, args, progress, callbacks)
@@ -116,6 +120,21 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
     )
 
 
+def _announce(run: Run) -> None:
+    """What was read and what is trained, for whoever listens to the `weft` logger."""
+    for split, count in run.data["counts"].items():
+        lost = ", ".join(f"{count[key]} {key}" for key in ("truncated", "empty", "dropped", "repeated") if count[key])
+        log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({lost})" if lost else "")
+    trained, total = run.parameters["trainable"], run.parameters["total"]
+    log.info(
+        "training %s of %s parameters (%.2f %%) into %s",
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
+        run.folder,
+    )
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -146,6 +165,14 @@ def _check_same_input(before: Run, run: Run) -> None:
         str(run.folder),
         run.base["source"],
     )
+
+
+def _check_can_resume(before: Run) -> None:
+    if before.adapter["peft_type"] == "ADALORA" and checkpoint.newest(before.checkpoints):
+        raise RunError(
+            f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: "
+            "start it again with --overwrite."
+        )
 
 
 @contextlib.contextmanager

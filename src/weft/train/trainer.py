@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weft.train import checkpoint
@@ -62,6 +63,15 @@ class Recorder(TrainerCallback):
         self.run.event("checkpoint", step=state.global_step)
 
 
+class AdaLoraSteps(TrainerCallback):
+    """Stock AdaLoRA moves its ranks only when told of every step, before gradients are cleared; Trainer does not tell."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
 class _Measured:
     """Mixed into a trainer: the validation loss is a mean over answer tokens, not over batches."""
 
@@ -87,6 +97,9 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         from trl import SFTTrainer
 
         kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
+    own: list[TrainerCallback] = [Recorder(run, prepared.recipe.train.keep, progress)]
+    if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
+        own.append(AdaLoraSteps())
     measured = type("Measured" + kind.__name__, (_Measured, kind), {"prepared": prepared})
     validation = prepared.data.validation
     trainer = measured(
@@ -95,7 +108,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         train_dataset=prepared.data.train.select_columns(_COLUMNS),
         eval_dataset=validation.select_columns(_COLUMNS) if validation is not None else None,
         data_collator=prepared.collator,
-        callbacks=[Recorder(run, prepared.recipe.train.keep, progress), *extra],
+        callbacks=[*own, *extra],
         **options,
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers

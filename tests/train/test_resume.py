@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+import weft
+from weft.errors import AdapterError, ConfigError, RunError
+from weft.train import checkpoint
+from weft.train.run import Run
+
+Make = Callable[..., dict[str, Any]]
+LENGTH = {"steps": 10, "save_every": 4, "num_threads": 1}  # six steps an epoch: the run goes on into a second one
+
+
+def weights(run: Run) -> bytes:
+    return (run.adapter_folder / "adapter_model.safetensors").read_bytes()
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(given: dict[str, Any], step: int = 7) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        weft.train(given, callbacks=[Interrupt(step)])
+
+
+def test_a_killed_run_ends_with_the_adapter_of_an_unkilled_one(recipe: Make, tmp_path: Path) -> None:
+    adapter = {"recipe": "lora", "r": 4, "lora_dropout": 0.2}
+    whole = weft.train(recipe(adapter=adapter, train=LENGTH, out=str(tmp_path / "whole")))
+    after_a_step, at_a_checkpoint = (
+        recipe(adapter=adapter, train=LENGTH, out=str(tmp_path / name)) for name in ("after_a_step", "at_a_checkpoint")
+    )
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([[after_a_step, "step", 7], [at_a_checkpoint, "half", 8]]))
+    script = Path(__file__).with_name("killed_run.py")
+    done = subprocess.run([sys.executable, script, jobs], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    half = tmp_path / "at_a_checkpoint" / "checkpoints" / "checkpoint-8"
+    assert (half / "optimizer.pt").exists(), "Trainer alone would go on from this one"
+    for given in (after_a_step, at_a_checkpoint):
+        killed = Run.load(given["out"])
+        assert killed.status == "running"
+        assert not killed.adapter_folder.exists()
+        assert [checkpoint.step_of(path) for path in checkpoint.marked(killed.checkpoints)] == [4]
+        resumed = weft.train(given, resume=True)
+        assert resumed.status == "complete"
+        assert resumed.time["resumed_from"] == 4
+        assert weights(resumed) == weights(whole)
+        assert [row["step"] for row in resumed.history() if "loss" in row] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "hydralora", "tied_lora", "peft:lora"])
+def test_every_structure_resumes_exactly(recipe: Make, tmp_path: Path, adapter: str) -> None:
+    section = {"recipe": adapter, "r": 2, "lora_dropout": 0.1}
+    train = LENGTH | {"eval_every": 3, "accumulation": 2, "batch_size": 4, "weight_decay": 0.1}
+    whole = weft.train(recipe(adapter=section, train=train, out=str(tmp_path / "whole")))
+    given = recipe(adapter=section, train=train, out=str(tmp_path / "cut"))
+    interrupted(given)
+    assert weights(weft.train(given, resume=True)) == weights(whole)
+
+
+def test_a_classifier_resumes_exactly(recipe: Make, tmp_path: Path) -> None:
+    section = {"recipe": "lora", "r": 2, "lora_dropout": 0.1}
+    whole = weft.train(recipe("bert", adapter=section, train=LENGTH, out=str(tmp_path / "whole")))
+    given = recipe("bert", adapter=section, train=LENGTH, out=str(tmp_path / "cut"))
+    interrupted(given)
+    assert weights(weft.train(given, resume=True)) == weights(whole)
+
+
+def test_without_a_checkpoint_it_starts_again(recipe: Make, tmp_path: Path) -> None:
+    whole = weft.train(recipe(train=LENGTH, out=str(tmp_path / "whole")))
+    given = recipe(train=LENGTH, out=str(tmp_path / "cut"))
+    interrupted(given, step=2)
+    resumed = weft.train(tmp_path / "cut", resume=True)  # a run folder names its own recipe
+    assert resumed.time["resumed_from"] == 0
+    assert weights(resumed) == weights(whole)
+
+
+def test_a_complete_run_is_returned_as_it_is(recipe: Make) -> None:
+    run = weft.train(recipe())
+    stamp = (run.folder / "run.json").stat().st_mtime_ns
+    assert weft.train(recipe(), resume=True) == run
+    assert (run.folder / "run.json").stat().st_mtime_ns == stamp
+
+
+def test_another_recipe_does_not_continue_a_run(recipe: Make) -> None:
+    interrupted(recipe(train=LENGTH))
+    with pytest.raises(ConfigError, match=r"train\.lr=0\.01, not 0\.5"):
+        weft.train(recipe(train=LENGTH), "train.lr=0.5", resume=True)
+    assert weft.train(recipe(train=LENGTH), "train.keep=1", resume=True).status == "complete"
+
+
+def test_other_rows_do_not_continue_a_run(recipe: Make, tmp_path: Path) -> None:
+    given = recipe(train=LENGTH)
+    interrupted(given)
+    rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(reversed(rows)))
+    with pytest.raises(RunError, match=r"data .* changed"):
+        weft.train(given, resume=True)
+
+
+def test_another_base_does_not_continue_a_run(recipe: Make, tmp_path: Path) -> None:
+    import tiny_bases as tiny
+
+    given = recipe(train=LENGTH) | {"model": str(tiny.llama(tmp_path / "base"))}
+    interrupted(given)
+    tiny.llama(tmp_path / "base", seed=1)
+    with pytest.raises(AdapterError, match="other weights"):
+        weft.train(given, resume=True)
+
+
+def test_there_must_be_a_run_to_resume(recipe: Make) -> None:
+    with pytest.raises(RunError, match=r"no run\.json"):
+        weft.train(recipe(), resume=True)
+
+
+def test_adalora_says_that_it_cannot_be_resumed(recipe: Make) -> None:
+    adapter = {"recipe": "peft:adalora", "r": 2, "tinit": 1, "tfinal": 1}
+    given = recipe(adapter=adapter, train=LENGTH)
+    interrupted(given)
+    with pytest.raises(RunError, match="AdaLoRA"):
+        weft.train(given, resume=True)
