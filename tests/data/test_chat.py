@@ -1,5 +1,6 @@
 """The template of these tests writes <s>[u]hi</s>[a]hey</s>; answers are opened by [a] and ended by </s>."""
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -63,6 +64,13 @@ def test_generation_goes_on_from_the_assistants_header(chat_letters, tmp_path):
     assert (prompt.prompt, prompt.reference) == ("<s>[u]hi</s>[a]", "hey")
     assert prompt.input_ids == encode_prompt(chat_letters, [{"role": "user", "content": "hi"}])
     assert chat_letters.decode(prompt.input_ids) == "<s>[u]hi</s>[a]"
+
+
+def test_a_chat_cut_in_a_users_turn_is_asked_for_its_last_whole_answer(chat_letters, tmp_path, ids):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns("hi", "hey", "and", "no")}))
+    section = {"train": "a.jsonl", "validation_fraction": 0, "max_length": 16, "truncate": "completion"}
+    (prompt,) = generation_prompts(load(DataConfig.parse(section), chat_letters, base_dir=tmp_path).train)
+    assert (prompt.input_ids, prompt.reference) == (ids("<s>[u]hi</s>[a]"), "hey")
 
 
 def test_a_template_that_ends_no_message_gets_an_end(letters):
