@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
 from families import FAMILIES, Family
 
 torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """Tiny bases of every family and the structures of the grid, built from configs: no downloads, a few ms each.
 
-    model = FAMILIES["llama"].build()         # seeded, eval mode, dropout 0
-    batch = FAMILIES["llama"].batch()         # keyword arguments of a forward that returns .loss and .logits
-    config = STRUCTURES["hydra"](r=4)         # a fresh WeftConfig
+model = FAMILIES["llama"].build()         # seeded, eval mode, dropout 0
+batch = FAMILIES["llama"].batch()         # keyword arguments of a forward that returns .loss and .logits
+config = STRUCTURES["hydra"](r=4)         # a fresh WeftConfig
 """
 
 from __future__ import annotations
@@ -73,7 +73,15 @@ def bert(**overrides: Any) -> BertForSequenceClassification:
 
 def t5(**overrides: Any) -> T5ForConditionalGeneration:
     """An encoder-decoder; q, k, v also in cross-attention."""
-    size = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    size = {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    }
     special = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     return T5ForConditionalGeneration(T5Config(**{**size, **special, **overrides}))
 

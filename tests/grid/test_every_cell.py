@@ -9,12 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, STRUCTURES, Family, adapter_config, logits, randomise, trainable
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 import weft
+from families import FAMILIES, STRUCTURES, Family, adapter_config, logits, randomise, trainable
 from weft.compat import REFUSED
 from weft.glue.layer import WeftLinear
 

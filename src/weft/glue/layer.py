@@ -81,20 +81,14 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
 
         Raises:
-            MergeError: an adapter is routed, or the base weight is not a plain floating-point matrix.
-            ValueError: `safe_merge` and the merged weight has a value that is not finite.
+            MergeError: an adapter is routed, the base weight is not a plain floating-point matrix, or `safe_merge` and the
+                merged weight has a value that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
         if not names:
             return
-        self.check_mergeable(names)
-        weight = self._plain_weight()
-        delta = sum((self.get_delta_weight(name) for name in names), torch.zeros((), device=weight.device))
-        merged = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"merging {', '.join(names)} into {self.module_name} gives values that are not finite: nothing was merged."
-            )
+        self.check_mergeable(names, finite=safe_merge)
+        merged, weight = self._merged_weight(names), self._plain_weight()
         if self._kept is None and self.keep_base:
             self._kept = weight.detach().clone()
         weight.data = merged
@@ -112,8 +106,12 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         self._kept = None
         self.merged_adapters.clear()
 
-    def check_mergeable(self, names: list[str]) -> None:
-        """Raise `MergeError` with the reason if one of these adapters has no weight-space form here."""
+    def check_mergeable(self, names: list[str], *, finite: bool = False) -> None:
+        """Raise `MergeError` with the reason if one of these adapters has no weight-space form here.
+
+        Args:
+            finite: also refuse if a value of the merged weight would not be finite (computes it once more).
+        """
         for name in names:
             if name in self.weft_site and not self.site(name).mergeable:
                 raise MergeError(
@@ -121,6 +119,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
                     "serve it unmerged, or train Plain or Tied where a merge is needed."
                 )
         self._plain_weight()
+        if finite and not torch.isfinite(self._merged_weight(names)).all():
+            raise MergeError(
+                f"merging {', '.join(names)} into {self.module_name} gives values that are not finite, so nothing was merged: "
+                "the adapter has diverged, use an earlier checkpoint."
+            )
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
@@ -130,6 +133,13 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weft's own export does not)."""
         return adapter_name in self.weft_site and self.site(adapter_name).mergeable
+
+    def _merged_weight(self, names: list[str]) -> Tensor:
+        """W plus the updates of those adapters that are here and not merged yet, in W's dtype."""
+        weight = self._plain_weight()
+        new = [name for name in names if name in self.weft_site and name not in self.merged_adapters]
+        delta = sum((self.get_delta_weight(name) for name in new), torch.zeros((), device=weight.device))
+        return (weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
 
     def _plain_weight(self) -> nn.Parameter:
         base = self.get_base_layer()

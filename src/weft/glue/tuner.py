@@ -5,26 +5,36 @@ What peft does to third parties and what follows from it is written down, fact b
 
 from __future__ import annotations
 
+import copy
 import logging
-import re
 import warnings
 from collections.abc import Hashable
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from weft.errors import AdapterError, MergeError, TargetError, suggest
+from weft.errors import AdapterError, ConfigError, MergeError, TargetError
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
+from weft.glue.targets import (
+    check_adaptable,
+    expert_parameters,
+    inside_adapter,
+    is_all_linear,
+    no_match,
+    warn_of_unmatched,
+)
 from weft.site import Owners, Site, build_site
 from weft.spec import WeftConfig
 from weft.terms.structure.tied import Part, Tied, TiedTerm
 
 PREFIX = "weft_"
+# Parts of our tensors' names. peft tells adapters apart by searching these names for ".NAME.", so an adapter called so
+# would silently take tensors out of the other adapters' files.
+RESERVED = frozenset({"weft_site", "structure", "start", "boost", "mask", "layer_gate", "router", "A", "B", "u", "v"})
 
 logger = logging.getLogger(__name__)
 
@@ -49,25 +59,46 @@ class WeftTuner(BaseTuner):
                         "name target_modules, or use 'all-linear'."
                     )
                 peft_config.target_modules = found
+        if is_all_linear(peft_config) and peft_config.layers_to_transform is not None:
+            peft_config.target_modules = self._linear_of_blocks(peft_config)
         return peft_config
+
+    def _linear_of_blocks(self, config: WeftConfig) -> set[str]:
+        """all-linear within layers_to_transform: peft matches full names without looking at the block number."""
+        names = _maybe_include_all_linear_layers(copy.copy(config), self.model).target_modules
+        one = copy.copy(config)
+        found = set()
+        for name in names:
+            one.target_modules = {name.rpartition(".")[2]}
+            if self._check_target_module_exists(one, name):
+                found.add(name)
+        if not found:
+            raise TargetError(
+                f"layers_to_transform={config.layers_to_transform!r} names no block of {type(self.model).__name__} with linear "
+                "modules: count blocks from 0, or leave it out."
+            )
+        return found
 
     def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
         """Refuse up front what cannot work, while the model is still untouched."""
-        if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear":
-            if experts := _expert_parameters(model):
+        if is_all_linear(peft_config):
+            if experts := expert_parameters(model):
                 warnings.warn(
                     f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
                     "weft adapts linear modules only.",
                     stacklevel=2,
                 )
-            return
-        matched = [(n, m) for n, m in model.named_modules() if n and self._check_target_module_exists(peft_config, n)]
-        matched = [(n, m) for n, m in matched if not _inside_adapter(model, n)]
+            peft_config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        matched = [
+            name
+            for name, _ in model.named_modules()
+            if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+        ]
         if not matched:
-            raise TargetError(_no_match(peft_config, model))
-        for name, module in matched:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            check_adaptable(name, module, parent)
+            raise TargetError(no_match(peft_config, model))
+        for name in matched:
+            check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+        warn_of_unmatched(peft_config, model)
 
     def _create_and_replace(
         self,
@@ -104,6 +135,7 @@ class WeftTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter on every target, then say once what a user should know about the sites that came out."""
+        _check_adapter_name(adapter_name)
         self._owners: dict[tuple[Part, Hashable], TiedTerm] = {}  # who owns a shared part, only while sites are made
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -126,7 +158,7 @@ class WeftTuner(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge everywhere or nowhere; see `WeftLinear.merge`."""
-        self._check_mergeable(adapter_names)
+        self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -140,7 +172,7 @@ class WeftTuner(BaseTuner):
             for layer in self._layers():
                 layer.unmerge()
             return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
-        self._check_mergeable(adapter_names)
+        self._check_mergeable(adapter_names, safe_merge)
         layers = self._layers()
         for layer in layers:
             layer.keep_base = False  # the model is handed out merged for good: keep no second copy of W
@@ -155,10 +187,10 @@ class WeftTuner(BaseTuner):
             for layer in layers:
                 layer.keep_base = True
 
-    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
         for layer in self._layers():
-            layer.check_mergeable(names)
+            layer.check_mergeable(names, finite=safe_merge)
         if tied := self._get_tied_target_modules(self.model):
             raise MergeError(
                 f"{tied[0]} shares its weight with the other embedding (tie_word_embeddings), so a merge would change both: "
@@ -208,6 +240,14 @@ def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
 
 
+def _check_adapter_name(name: str) -> None:
+    if name in RESERVED:
+        raise ConfigError(
+            f"adapter_name={name!r} is also a part of weft's tensor names, so other adapters could not be saved beside it: "
+            f"choose another name, such as 'adapter_{name}'."
+        )
+
+
 def _report_sites(sites: dict[str, Site]) -> None:
     """Warn of ranks above a module's size; log tied groups of one, which are plain LoRA with two vectors."""
     factors = {name: site.factors() for name, site in sites.items()}
@@ -224,94 +264,3 @@ def _report_sites(sites: dict[str, Site]) -> None:
         logger.info(
             "%d tied groups have a single member, such as %s: that is plain LoRA with vectors.", len(alone), alone[0]
         )
-
-
-# ---------------------------------------------------------------------- what can be adapted
-
-
-def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a module that can carry an adapter.
-
-    Raises:
-        TargetError: an embedding, a convolution, 3-D expert parameters, a module whose caller reads its weight instead of
-            calling it, or anything else without in and out features; says what to do.
-    """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    kind = type(base).__name__
-    if isinstance(parent, nn.MultiheadAttention):
-        raise TargetError(
-            f"{name} belongs to a torch MultiheadAttention, which reads its weight without calling it: exclude it."
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise TargetError(
-            f"{name} belongs to a torch TransformerEncoderLayer, whose fast path skips adapters in evaluation: call "
-            "torch.backends.mha.set_fastpath_enabled(False) first."
-        )
-    if isinstance(base, Conv1D):
-        fan_in, out = base.weight.shape
-        return fan_in, out
-    if isinstance(base, nn.Linear):
-        return base.in_features, base.out_features
-    if isinstance(base, nn.Embedding):
-        raise TargetError(
-            f"{name} is an embedding, which has no low-rank site: "
-            f"train it in full with modules_to_save=[{_last(name)!r}]."
-        )
-    if isinstance(base, nn.modules.conv._ConvNd):
-        raise TargetError(
-            f"{name} is a {kind}; weft adapts linear modules only: leave it out, or train it with modules_to_save."
-        )
-    if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
-        raise TargetError(
-            f"{name} holds 3-D expert parameters ({cubes[0]}), which are no linear modules: target attention and dense "
-            "modules instead, or use peft's LoraConfig(target_parameters=...)."
-        )
-    fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    if isinstance(fan_in, int) and isinstance(out, int):
-        return fan_in, out
-    raise TargetError(
-        f"{name} is a {kind}, which is no linear module: name linear modules in target_modules, or use 'all-linear'."
-    )
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _expert_parameters(model: nn.Module) -> list[str]:
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.dim() == 3 and not name.endswith("conv.weight") and "expert" in name
-    ]
-
-
-def _inside_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
-
-
-def _no_match(config: WeftConfig, model: nn.Module) -> str:
-    """Why nothing matched: 3-D expert parameters, a misspelt name, or a filter that leaves nothing."""
-    targets = config.target_modules
-    linear = sorted({_last(n) for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))} - {""})
-    wanted = sorted(targets) if isinstance(targets, set) else [str(targets)]
-    hit = [n for n in _expert_parameters(model) if _last(n) in wanted]
-    if hit:
-        return (
-            f"{hit[0]} is a 3-D expert parameter, not a linear module: target attention and dense modules instead, or use peft's "
-            "LoraConfig(target_parameters=...)."
-        )
-    names = {n for n, _ in model.named_modules()}
-    found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in names)]
-    if isinstance(targets, str):
-        if any(re.fullmatch(targets, n) for n in names):
-            return f"target_modules={targets!r} matches only modules that exclude_modules or modules_to_save take away."
-        return f"target_modules={targets!r} matches no module of {type(model).__name__}, which has {', '.join(linear)}."
-    if found:
-        return (
-            f"target_modules={wanted} match only modules that exclude_modules={config.exclude_modules}, modules_to_save="
-            f"{config.modules_to_save} or layers_to_transform={config.layers_to_transform} leave out: relax one of them."
-        )
-    return f"target_modules={wanted} match no module of {type(model).__name__}: {suggest(wanted[0], linear)}"
