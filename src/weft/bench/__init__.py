@@ -1,0 +1,9 @@
+"""Measured speed and memory, always beside the exactness of what was measured."""
+
+from __future__ import annotations
+
+from weft.bench.cases import Case, Shape
+from weft.bench.record import CaseResult, Spread, StepBench, Target
+from weft.bench.rounds import step
+
+__all__ = ["Case", "CaseResult", "Shape", "Spread", "StepBench", "Target", "step"]

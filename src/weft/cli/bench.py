@@ -1,0 +1,130 @@
+"""`weft bench`: speed and memory of a training step, beside the exactness of what was measured."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from weft.cli import output
+from weft.cli.display import watching
+from weft.errors import RunError
+
+if TYPE_CHECKING:
+    from weft.bench import CaseResult, Spread, StepBench
+
+app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed and memory."""  # a callback keeps `step` a name of its own while it is the only command
+
+
+@app.command()
+def step(
+    hidden: Annotated[int, typer.Option(help="Width of the Llama-type model, a multiple of 64.")] = 768,
+    layers: Annotated[int, typer.Option(help="Its blocks.")] = 4,
+    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; at least 7 for figures to publish.")] = 9,
+    dtype: Annotated[list[str] | None, typer.Option(help="Base in fp32 or bf16; may be repeated. Both.")] = None,
+    dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="peft, plain, hydra, tied; may be repeated. All.")] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[@RANK]=MODULE:FUNCTION",
+            help="Layers of your own: function(base, r, dropout) returns the model to step; may be repeated.",
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    clock: Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights, batch, masks and order.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and 3 rounds: does it all run?")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """A training step of every structure against the frozen base's step and stock peft LoRA.
+
+    Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
+    base's step of the same round. Exit code 1 if a gradient of weft disagrees with the reference kernel.
+    """
+    if out is not None and not os.access(out.parent, os.W_OK):  # before minutes of measuring, not after
+        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+    lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
+    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        from weft.bench import Shape
+        from weft.bench import step as call
+        from weft.train.files import write_json
+
+        result = call(
+            Shape(hidden, layers, vocab, batch, seq),
+            rounds=rounds,
+            threads=threads,
+            clock=clock,  # type: ignore[arg-type]  # the library refuses what is no clock
+            seed=seed,
+            quick=quick,
+            progress=progress,
+            **{name: values for name, values in lists.items() if values},
+        )
+        if out is not None:
+            write_json(out, result.to_dict())
+    output.show(result.to_dict(), as_json, lambda: Group(*tables(result)))
+    if wrong := [f"{r.case} on a {r.dtype} base" for r in result.cases if r.exact is False]:
+        raise RunError(
+            f"the gradients of {', '.join(wrong)} are not those of the reference kernel, so these speeds do not count: "
+            "mend the kernel first."
+        )
+
+
+def tables(result: StepBench) -> list[Table]:
+    """The cases, and the targets if some could be judged."""
+    return [step_table(result), *([targets_table(result)] if result.targets else [])]
+
+
+def step_table(result: StepBench) -> Table:
+    """A row per case."""
+    setting, shape = result.setting, result.setting.shape
+    table = Table(
+        title=f"A training step / the frozen base's · hidden {shape.hidden}, {shape.layers} layers, {shape.batch}×{shape.seq} "
+        f"tokens, {setting.threads} thread(s), {setting.clock} time, n = {setting.rounds}",
+        caption=escape(
+            "r rank · p dropout · dtype of the adapter · median [quartiles] · gradients against the reference"
+        ),
+    )
+    for column in ("base", "case"):
+        table.add_column(column)
+    for column in ("forward + backward", "with AdamW", "saved MiB", "/ floor", "gradient error"):
+        table.add_column(column, justify="right")
+    for row in result.cases:
+        table.add_row(row.dtype, str(row.case), *_figures(row))
+    return table
+
+
+def targets_table(result: StepBench) -> Table:
+    """A row per target."""
+    table = Table("base", "target", "measured", "at most", "", title="Targets")
+    for goal in result.targets:
+        verdict = "met" if goal.met else "missed"
+        table.add_row(goal.dtype, goal.name, _spread(goal.value), f"{goal.limit:g}", verdict)
+    return table
+
+
+def _figures(row: CaseResult) -> list[str]:
+    error = ""
+    if row.agreement is not None:
+        error = f"{row.agreement.error:.1e}" + ("" if row.exact else " NOT EXACT")
+    saved = [f"{row.saved_bytes / 2**20:.1f}", f"{row.saved_ratio:.2f}"]
+    return [_spread(row.ratio), f"{row.ratio_adamw.median:.3f}", *saved, error]
+
+
+def _spread(value: Spread) -> str:
+    return escape(f"{value.median:.3f} [{value.low:.3f}, {value.high:.3f}]")
