@@ -60,6 +60,10 @@ def decode_choice(axis: str, value: Any) -> Any:
         kind, fields = str(value["kind"]).lower(), {k: v for k, v in value.items() if k != "kind"}
     elif len(value) == 1:
         [(name, inner)] = value.items()
+        if not (inner is None or isinstance(inner, Mapping)):
+            raise ConfigError(
+                f"{axis}={dict(value)!r}: give the fields of {name!r} by name, as {{{name!r}: {{field: value}}}}."
+            )
         kind, fields = str(name).lower(), dict(inner or {})
     else:
         raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
@@ -128,7 +132,10 @@ class WeftConfig(PeftConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # peft's own check of task_type
+            raise ConfigError(f"peft refuses this config: {error}") from None
         self.peft_type = PeftType("WEFT")  # a member since `import weft`; the host reads its .value
         for axis in AXES:
             setattr(self, axis, decode_choice(axis, getattr(self, axis)))
@@ -140,10 +147,12 @@ class WeftConfig(PeftConfig):
         if self.lora_alpha is None:
             self.lora_alpha = self.r if isinstance(self.structure, Tied) else 2 * self.r
         _check_alpha(self.lora_alpha, "lora_alpha")
-        if isinstance(self.lora_dropout, bool) or not 0 <= self.lora_dropout < 1:
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout={self.lora_dropout!r} is not a probability below 1: use 0 for none, or 0.05."
             )
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
         if isinstance(self.structure, Hydra) and self.structure.router_init == "zero" and not self.lora_dropout:
             raise ConfigError(
                 "Hydra(router_init='zero') without dropout keeps all heads equal for ever: set lora_dropout > 0."
@@ -156,26 +165,49 @@ class WeftConfig(PeftConfig):
             if isinstance(value, (list, tuple, set)):
                 if not value:
                     raise ConfigError(f"{name}=[] names no module: name some, or leave it out.")
+                _check_names(value, name)
                 setattr(self, name, set(value))
             elif not (value is None or isinstance(value, str)):
                 raise ConfigError(
                     f"{name}={value!r} is neither a list of names nor a regex: write names such as ['q_proj']."
                 )
-        if self.layers_to_transform is not None:
-            if self.layers_to_transform == []:
+        if self.modules_to_save is not None:
+            _check_names(self.modules_to_save, "modules_to_save")
+        self._check_layers()
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(pattern := getattr(self, name) or {}, Mapping):
+                raise ConfigError(f"{name}={pattern!r} is no table: write {{regex of a module's name: value}}.")
+            setattr(self, name, dict(pattern))
+        for regex, rank in self.rank_pattern.items():
+            _check_rank(rank, f"rank_pattern[{regex!r}]")
+        for regex, alpha in self.alpha_pattern.items():
+            _check_alpha(alpha, f"alpha_pattern[{regex!r}]")
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            if self.layers_pattern:
+                raise ConfigError(
+                    f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform: name block numbers too, "
+                    "or leave it out."
+                )
+            return
+        if isinstance(layers, (list, tuple, set, range)):
+            self.layers_to_transform = list(layers)
+            if not layers:
                 raise ConfigError(
                     "layers_to_transform=[] would adapt every layer in peft: name block numbers, or leave it out."
                 )
-            if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+        for number in layers if isinstance(layers, (list, tuple, set, range)) else [layers]:
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise ConfigError(
-                    f"layers_to_transform={self.layers_to_transform!r} does not work with the regex "
-                    f"target_modules={self.target_modules!r}: write the block numbers into the regex, or list module names."
+                    f"layers_to_transform={layers!r}: {number!r} is not a block number; use whole numbers from 0 up."
                 )
-        for pattern, rank in (self.rank_pattern or {}).items():
-            _check_rank(rank, f"rank_pattern[{pattern!r}]")
-        for pattern, alpha in (self.alpha_pattern or {}).items():
-            _check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
-        self.rank_pattern, self.alpha_pattern = dict(self.rank_pattern or {}), dict(self.alpha_pattern or {})
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            raise ConfigError(
+                f"layers_to_transform={layers!r} does not work with the regex target_modules={self.target_modules!r}: "
+                "write the block numbers into the regex, or list module names."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain JSON values, choices as {"kind": ...}, names in sorted order."""
@@ -227,8 +259,17 @@ def _check_rank(r: Any, name: str) -> None:
         raise ConfigError(f"{name}={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_names(names: Any, field_name: str) -> None:
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
+
+
 def _check_alpha(alpha: Any, name: str) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+    if not _is_number(alpha) or not 0 < alpha < math.inf:
         raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
 
 
@@ -266,6 +307,8 @@ def read_config(folder: str | Path) -> WeftConfig:
         raise AdapterError(f"{folder} has no adapter_config.json: give the folder that save_pretrained wrote.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("no object at its top")
     except ValueError as error:
         raise AdapterError(
             f"{path} is not valid JSON ({error}): the folder is damaged, save the adapter again."

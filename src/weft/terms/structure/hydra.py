@@ -12,6 +12,7 @@ tokens × out × N.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -50,10 +51,13 @@ class Hydra:
             raise ConfigError(
                 f"Hydra(router_input={self.router_input!r}): {suggest(str(self.router_input), ['x', 'Ax'])}"
             )
-        if not self.balance >= 0:
+        if not isinstance(self.per_head_dropout, bool):
             raise ConfigError(
-                f"Hydra(balance={self.balance!r}) would reward unbalanced heads: use 0 or a small positive number."
+                f"Hydra(per_head_dropout={self.per_head_dropout!r}) is neither true nor false: write one of the two."
             )
+        number = isinstance(self.balance, (int, float)) and not isinstance(self.balance, bool)
+        if not number or not 0 <= self.balance < math.inf:
+            raise ConfigError(f"Hydra(balance={self.balance!r}) is no weight: use 0 or a small number such as 0.01.")
         if self.router_init not in ("kaiming", "zero"):
             raise ConfigError(
                 f"Hydra(router_init={self.router_init!r}): {suggest(str(self.router_init), ['kaiming', 'zero'])}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +35,21 @@ PRESETS: dict[str, frozenset[Part]] = {
 
 
 def trained_parts(train: str | Collection[str]) -> frozenset[Part]:
-    """The trained subset of {A, B, u, v} that `train` means: a preset's name, letters such as "Bu", or a collection."""
+    """The trained subset of {A, B, u, v} that `train` means: a preset's name, letters such as "Bu" (in either case), or a
+    collection of letters."""
     if isinstance(train, str) and train.lower() in PRESETS:
         return PRESETS[train.lower()]
-    letters = set(train)
-    if wrong := sorted(letters - set(PARTS)):
-        names = [*PRESETS, *PARTS]
-        raise ConfigError(f"Tied(train={train!r}) names {wrong[0]!r}, which is no part: {suggest(str(train), names)}")
+    letters: list[Any] = list(train) if isinstance(train, (str, list, tuple, set, frozenset)) else [train]
+    named = {part.lower(): part for part in PARTS}
+    for letter in letters:
+        if not isinstance(letter, str) or letter.lower() not in named:
+            names = suggest(str(train), [*PRESETS, *PARTS]) if isinstance(train, str) else "use one of A, B, u, v."
+            raise ConfigError(f"Tied(train={train!r}) names {letter!r}, which is no part: {names}")
     if not letters:
         raise ConfigError(
             f"Tied(train={train!r}) trains nothing: name some of A, B, u, v or a preset ({', '.join(PRESETS)})."
         )
-    return frozenset(part for part in PARTS if part in letters)
+    return frozenset(named[letter.lower()] for letter in letters)
 
 
 def zero_part(trained: Collection[Part]) -> Part:
