@@ -51,7 +51,7 @@ def test_a_template_fills_columns_of_text_and_numbers():
     [
         ({"fields": {"completion": "reply", "prompt": "qestion"}}, "rows.jsonl, line 1: no column 'qestion'"),
         ({"format": "chat"}, "no column for the messages of format chat (its columns: question, reply)"),
-        ({}, "cannot tell the format of rows.jsonl from its columns question, reply"),
+        ({}, "cannot tell the format of rows.jsonl from its columns (question, reply)"),
         ({"format": "text", "fields": {"prompt": "question"}}, "data.fields.prompt plays no part in format text"),
     ],
 )

@@ -110,6 +110,12 @@ def test_every_row_is_accounted_for(tmp_path, letters):
     assert all(any(label != IGNORE for label in labels) for labels in loaded.train["labels"])
 
 
+def test_an_empty_row_is_never_the_validation_split(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", [*numbers(2), *[{"prompt": str(n), "completion": " "} for n in range(20)]])
+    loaded = load_in(tmp_path, letters, "a.jsonl")
+    assert (len(loaded.train), len(loaded.validation), loaded.counts["train"].empty) == (1, 1, 20)
+
+
 def test_nothing_left_is_an_error(tmp_path, letters):
     jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "x" * 20}, {"prompt": "p", "completion": ""}])
     with pytest.raises(DataError, match=r"of 2, 1 are empty and 1 have no answer within data\.max_length"):

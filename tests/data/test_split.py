@@ -39,7 +39,7 @@ def test_a_large_group_does_not_swamp_the_validation_split():
 
 
 def test_equal_rows_cannot_be_split():
-    with pytest.raises(DataError, match="all the same"):
+    with pytest.raises(DataError, match="takes two that differ"):
         carve(["a", "a"], 0.5, 0)
 
 

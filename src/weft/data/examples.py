@@ -93,7 +93,7 @@ def _format(present: list[str], config: DataConfig, name: str) -> Format:
         if has.issuperset(ROLES[chosen]):
             return chosen
     raise ConfigError(
-        f"cannot tell the format of {name} from its columns {', '.join(present)}: set data.format to one of "
+        f"cannot tell the format of {name} from its columns ({', '.join(present) or 'none'}): set data.format to one of "
         f"{', '.join(ROLES)}, and data.fields."
     )
 

@@ -189,13 +189,20 @@ def _splits(rows: dict[str, list[Example]], sources: dict[str, Source], config: 
             )
         splits[name] = Split(sources[name].name, held, sources[name].blank, copies)
     if "validation" not in splits and config.validation_fraction > 0:
-        whole = splits["train"]
-        train, held_out = carve(
-            [row.key(config.split_on) for row in whole.rows], config.validation_fraction, config.seed
-        )
-        splits["train"] = replace(whole, rows=[whole.rows[index] for index in train])
-        splits["validation"] = Split(f"validation rows of {whole.name}", [whole.rows[index] for index in held_out])
+        splits |= _carved(splits["train"], config)
     return {name: splits[name] for name in SPLITS if name in splits}
+
+
+def _carved(whole: Split, config: DataConfig) -> dict[str, Split]:
+    """Training and validation split out of `whole`; its empty rows are no use to either and stay counted in training."""
+    filled = [row for row in whole.rows if not row.empty]
+    _, held = carve([row.key(config.split_on) for row in filled], config.validation_fraction, config.seed)
+    validation = [filled[index] for index in held]
+    out = {id(row) for row in validation}
+    return {
+        "train": replace(whole, rows=[row for row in whole.rows if id(row) not in out]),
+        "validation": Split(f"the validation rows of {whole.name}", validation),
+    }
 
 
 def _encoder(

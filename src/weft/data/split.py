@@ -17,15 +17,15 @@ def carve(keys: Sequence[str], fraction: float, seed: int) -> tuple[list[int], l
     """Indices of the training rows and of the validation rows, both in file order.
 
     Rows with equal keys are on the same side. Validation gets `round(fraction * len(keys))` rows, at least one; where
-    groups of equal rows do not fit that number, it gets fewer, or the smallest group. Raises DataError when all rows
-    are equal, since nothing would be left to train on.
+    groups of equal rows do not fit that number, it gets fewer, or the smallest group. Raises DataError without two
+    different rows, since nothing would be left to train on.
     """
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     if len(groups) < 2:
         raise DataError(
-            f"a validation split cannot be carved from {len(keys)} row(s) that are all the same: "
+            f"a validation split cannot be carved from {len(keys)} row(s), as it takes two that differ: "
             "give data.validation, or set data.validation_fraction: 0."
         )
     order = sorted(groups, key=lambda key: (_draw(seed, key), key))
