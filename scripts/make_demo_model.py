@@ -197,16 +197,17 @@ def main() -> None:
     default_out = Path(__file__).parents[1] / "src" / "weft" / "assets" / "demo_model"
     parser.add_argument("--out", type=Path, default=default_out)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(args.out)  # before its first use, which would write that call's padding into the file
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(tokenizer, args.hidden, args.layers).to(device)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, on {device}")
@@ -217,7 +218,6 @@ def main() -> None:
     print(json.dumps(measured, indent=1))
     model.generation_config.update(max_new_tokens=32, do_sample=False)
     model.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
     table = "\n".join(f"| {name} | {value:.1f} |" for name, value in measured.items())
     flags = [a for a in sys.argv[1:] if a not in ("--out", str(args.out))]
     command = " ".join(["python scripts/make_demo_model.py", *flags])

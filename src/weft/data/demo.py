@@ -58,7 +58,8 @@ COMPASS: dict[str, dict[str, Chain]] = {
     },
 }
 
-# The fine-tuning tasks: domain -> instruction -> rule. No instruction keeps its rule from one domain to another.
+# The fine-tuning tasks: domain -> instruction -> rule. In "workshops" no instruction keeps its rule from one domain to
+# another; "crew" has one domain and six rules, so it is the control without a conflict.
 DEMO_TASKS: dict[str, dict[str, dict[str, Chain]]] = {
     "workshops": {
         "mill": {"turn": ("reverse",), "fold": ("double",), "mark": ("upper",), "trim": ("behead",)},
@@ -70,6 +71,16 @@ DEMO_TASKS: dict[str, dict[str, dict[str, Chain]]] = {
             "mark": ("swap", "upper"),
             "trim": ("last",),
         },
+    },
+    "crew": {
+        "crew": {
+            "mira": ("swap", "upper"),
+            "tomas": ("curtail", "reverse"),
+            "anil": ("double",),
+            "suri": ("left", "upper"),
+            "olga": ("sort", "reverse"),
+            "pedro": ("next",),
+        }
     },
 }
 DEFAULT_TASK = "workshops"
@@ -240,9 +251,9 @@ CORPUS: list[tuple[Callable[[Random], Row], int]] = [
     (_text, 6),
     (_text_chain, 5),
     (_compass, 4),
-    (_sums, 1),
-    (_table, 1),
-    (_count, 1),
+    (_sums, 2),
+    (_table, 2),
+    (_count, 2),
     (_close, 1),
     (_story, 2),
 ]
