@@ -144,7 +144,7 @@ def budget_ranks(task: str, budget_rank: int) -> dict[str, tuple[int, int]]:
     from weft.train.recipe import Recipe
 
     def count(method: str, rank: int) -> int:
-        made = Recipe.read(recipe(task, method, rank, 1e-3, 0, Path("unused") / "runs" / "x"))
+        made = Recipe.read(recipe(task, method, rank, 1e-3, 0, Path(os.environ["WEFT_RUNS"]) / task / "x"))
         made = made.model_copy(update={"data": made.data.model_copy(update={"limit": 64, "test": None})})
         model = prepare(made).model
         return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)

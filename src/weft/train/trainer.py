@@ -9,6 +9,8 @@ from typing import Any
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import weft
+from weft.terms.structure.hydra import Hydra
 from weft.train import checkpoint
 from weft.train.files import append_json
 from weft.train.measure import mean_loss
@@ -89,6 +91,24 @@ class _Measured:
         return metrics
 
 
+class _Balanced:
+    """Mixed into a trainer where routers have a load-balance term: every micro-batch adds its own, padding left out."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        trainer: Any = self
+        parent: Any = super()
+        mask = inputs.get("attention_mask")
+        with weft.routing(model) as routing:
+            loss, outputs = parent.compute_loss(model, inputs, True, num_items_in_batch)
+        if trainer.model.training:
+            summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None  # Trainer will not divide
+            share = 1 / trainer.current_gradient_accumulation_steps if summed else 1.0
+            loss = loss + share * routing.balance_loss(mask)
+        return (loss, outputs) if return_outputs else loss
+
+
 def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any) -> Trainer:
     """The trainer that `train.trainer` names, around a prepared model."""
     kind: Any = Trainer
@@ -100,7 +120,8 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Recorder(run, prepared.recipe.train.keep, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
-    measured = type("Measured" + kind.__name__, (_Measured, kind), {"prepared": prepared})
+    mixins = (_Balanced, _Measured) if _has_balance(prepared.adapter) else (_Measured,)
+    measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
     validation = prepared.data.validation
     trainer = measured(
         model=prepared.model,
@@ -113,3 +134,8 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
     return trainer
+
+
+def _has_balance(adapter: Any) -> bool:
+    structure = getattr(adapter, "structure", None)
+    return isinstance(structure, Hydra) and structure.balance > 0
