@@ -38,7 +38,9 @@ PAGE_SECONDS = 180
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>.*)$")
 TITLE = re.compile(r'title="([^"]+)"')
 NOT_RUN = re.compile(r"^\*Not run here: (?P<reason>.+)\*$")
-GENERATED = re.compile(r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n).*?(?P<close>\n<!-- end -->)", re.DOTALL)
+GENERATED = re.compile(
+    r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n)(?:(?!<!-- generated).)*?(?P<close><!-- end -->)", re.DOTALL
+)
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
 SHOWN = {"text"}
 CHECKED = {"python", "bash", "yaml", "json", "jsonl"}
@@ -137,7 +139,7 @@ def with_tables(text: str, name: str) -> str:
     def make(match: re.Match[str]) -> str:
         if match["name"] not in TABLES:
             raise PageError(f"{name}: there is no generated table {match['name']!r}: {', '.join(TABLES)}")
-        return match["open"] + TABLES[match["name"]]().rstrip("\n") + match["close"]
+        return f"{match['open']}\n{TABLES[match['name']]().strip(chr(10))}\n\n{match['close']}"
 
     return GENERATED.sub(make, text)
 
