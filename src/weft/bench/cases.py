@@ -1,7 +1,7 @@
 """What is measured: one frozen base, and the same base under each adapter.
 
 Every model of one measurement holds the very same frozen weight tensors. Every adapter sits on all linear modules but
-the head, with α = 2r and with all of its factors away from zero, so that no gradient vanishes for a trivial reason.
+the head, at its recipe's α, with all of its factors away from zero, so that no gradient vanishes for a trivial reason.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.errors import ConfigError, suggest
-from weft.recipes import HydraLoraConfig, PlainLoraConfig, TiedLoraConfig
+from weft.recipes import HydraLoraConfig, PlainLoraConfig, TiedLoraConfig, peft_lora
 
 Dtype = Literal["fp32", "bf16"]
 Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIGS: dict[str, Callable[..., PeftConfig]] = {
-    "peft": LoraConfig,
+    "peft": peft_lora,
     "plain": PlainLoraConfig,
     "hydra": HydraLoraConfig,
     "tied": TiedLoraConfig,
@@ -140,7 +140,7 @@ def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
     if case.kind not in CONFIGS:
         name = case.kind if case.kind in outside else f"{case.kind}@{case.r}"
         return outside[name](model, case.r, case.p).train()
-    config = CONFIGS[case.kind](r=case.r, lora_alpha=2 * case.r, lora_dropout=case.p, target_modules="all-linear")
+    config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
     leave_the_start(adapted)
     return cast(nn.Module, adapted.train())

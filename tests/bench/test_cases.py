@@ -1,0 +1,74 @@
+"""What is measured is what it is called: same base, same targets, factors away from zero, the dtype it says."""
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from weft import ConfigError
+from weft.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, split_rank
+from weft.bench.rounds import QUICK
+from weft.glue.layer import WeftLinear
+
+ADAPTERS = [Case("peft", 8), Case("plain", 8), Case("hydra", 8), Case("tied", 16)]
+
+
+@pytest.mark.parametrize("case", ADAPTERS, ids=str)
+def test_every_adapter_shares_the_base_and_sits_on_the_same_modules(case: Case):
+    base = frozen_base(QUICK, "fp32")
+    untouched = [name for name, _ in base.named_modules()]
+    model = build(case, base, {})
+    frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
+    assert frozen == {p.data_ptr() for p in base.parameters()}
+    assert [name for name, _ in base.named_modules()] == untouched
+    adapted = [name for name, m in model.named_modules() if isinstance(m, (WeftLinear, LoraLayer))]
+    assert len(adapted) == 7 * QUICK.layers
+    assert not any("lm_head" in name for name in adapted)
+
+
+@pytest.mark.parametrize("case", ADAPTERS, ids=str)
+def test_no_gradient_is_trivially_zero(case: Case):
+    torch.manual_seed(0)
+    model, batch = build(case, frozen_base(QUICK, "fp32"), {}), Batch.draw(QUICK, "fp32")
+    batch.loss(model).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in trained)
+
+
+@pytest.mark.parametrize("kind", ["peft", "plain", "tied"])
+@pytest.mark.parametrize(("adapter", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_adapter_has_the_dtype_the_case_names(kind: str, adapter: str, dtype: torch.dtype):
+    model = build(Case(kind, 16, 0.0, adapter), frozen_base(QUICK, "bf16"), {})
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+
+
+def test_on_an_fp32_base_the_adapter_dtypes_are_one():
+    assert [c.adapter for c in cases("fp32", ["plain"], [], [0.0])[1:]] == ["fp32", "fp32"]  # r = 8, r = 16
+    assert {c.adapter for c in cases("bf16", ["plain"], [], [0.0])[1:]} == {"fp32", "bf16"}
+
+
+def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "own_layers.py").write_text("def wrap(base, r, p):\n    base.given = (r, p)\n    return base\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = outside_builders(["mine@4=own_layers:wrap"])
+    [_, case] = cases("fp32", [], list(found), [0.05])
+    model = build(case, frozen_base(QUICK, "fp32"), found)
+    assert isinstance(model, nn.Module)
+    assert model.given == (4, 0.05)
+    assert split_rank("mine") == ("mine", 16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mine", "name=module:function"),
+        ("plain=math:sqrt", "built in"),
+        ("mine=math:no_such", "no_such"),
+        ("mine=no_such_module:f", "no_such_module"),
+        ("mine@x=math:sqrt", "whole number"),
+    ],
+)
+def test_a_case_that_cannot_be_built_is_refused(spec: str, says: str):
+    with pytest.raises(ConfigError, match=says):
+        outside_builders([spec])

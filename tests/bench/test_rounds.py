@@ -1,0 +1,100 @@
+"""A quick measurement from end to end: what is in its record."""
+
+import json
+
+import pytest
+import torch
+
+from weft import ConfigError
+from weft.bench import StepBench, step
+from weft.bench.rounds import QUICK
+
+LABELS = [
+    "floor",
+    *("peft r=8 p=0 fp32", "peft r=16 p=0 fp32", "plain r=8 p=0 fp32", "plain r=16 p=0 fp32"),
+    *("hydra r=8 p=0 fp32", "tied r=16 p=0 fp32"),
+]
+
+
+def test_every_structure_and_the_controls_are_there(quick: StepBench):
+    assert [str(r.case) for r in quick.cases] == LABELS
+    for result in quick.cases:
+        assert len(result.seconds) == len(result.seconds_adamw) == quick.setting.rounds == 3
+        assert all(0 < a <= b for a, b in zip(result.seconds, result.seconds_adamw, strict=True))
+        assert result.ratio.low <= result.ratio.median <= result.ratio.high
+    assert quick.exact
+
+
+def test_the_floor_is_the_unit(quick: StepBench):
+    floor = quick.cases[0]
+    assert floor.trained == 0
+    assert (floor.ratio.median, floor.ratio_adamw.median, floor.saved_ratio) == (1.0, 1.0, 1.0)
+
+
+def test_ratios_are_to_the_floor_of_the_same_round(quick: StepBench):
+    floor, plain = quick.cases[0], quick.result("fp32", "plain r=16 p=0 fp32")
+    ratios = sorted(a / b for a, b in zip(plain.seconds, floor.seconds, strict=True))
+    assert plain.ratio.median == ratios[1]
+
+
+@pytest.mark.parametrize("r", [8, 16])
+def test_plain_lora_saves_what_a_count_by_hand_says(quick: StepBench, r: int):
+    """Beside the floor: the inputs of q/k/v, of gate/up and of down, and r values per linear; attention keeps o's input."""
+    tokens, hidden, inner = QUICK.batch * QUICK.seq, 64, 192
+    extra = quick.result("fp32", f"plain r={r} p=0 fp32").saved_bytes - quick.cases[0].saved_bytes
+    assert extra == 4 * tokens * (hidden + hidden + inner + 7 * r)
+
+
+def test_every_round_runs_every_case_in_a_new_order():
+    order = step(quick=True, dtypes=["fp32"], kinds=["plain"], seed=1).order["fp32"]
+    labels = sorted(["floor", *(f"plain r={r} p={p} fp32" for r in (8, 16) for p in ("0", "0.05"))])
+    assert [sorted(turn) for turn in order] == [labels] * 3
+    assert len({tuple(turn) for turn in order}) > 1
+
+
+def test_the_record_is_json_and_says_how_to_repeat_it(quick: StepBench):
+    record = json.loads(json.dumps(quick.to_dict()))
+    assert record["exact"] is True
+    assert {"weft", "torch", "peft", "transformers", "python", "cpu"} == set(record["versions"])
+    assert record["setting"]["threads"] == 1
+    assert [row["label"] for row in record["cases"]] == LABELS
+    assert record["command"].startswith("weft bench step --dtype fp32 --dropout 0.0 --only peft")
+    assert record["command"].endswith("--seq 16 --rounds 3 --threads 1 --clock cpu --seed 0")
+
+
+def test_quick_judges_no_target(quick: StepBench):
+    assert quick.targets == []
+
+
+def test_threads_and_random_state_are_put_back():
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(3)
+    try:
+        step(quick=True, dtypes=["fp32"], kinds=[])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_progress_reaches_its_total():
+    ticks = []
+    step(quick=True, dtypes=["fp32"], kinds=["hydra"], dropouts=[0.0], progress=ticks.append)
+    assert [(t.phase, t.done, t.total) for t in ticks][-1] == ("stepping fp32", 6, 6)
+    assert [t.done for t in ticks if t.phase == "preparing fp32"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"dtypes": ["fp16"]}, "fp16"),
+        ({"dropouts": [1.0]}, "below 1"),
+        ({"kinds": ["plane"]}, "did you mean 'plain'"),
+        ({"clock": "sun"}, "sun"),
+        ({"threads": 0}, "threads=0"),
+        ({"rounds": 0}, "rounds=0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(setting: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        step(QUICK, **setting)

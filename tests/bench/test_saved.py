@@ -1,0 +1,37 @@
+"""Saved bytes against a count by hand."""
+
+import torch
+from torch.nn import functional as F
+
+from weft.bench.saved import saved_bytes
+from weft.kernel import Factors, add_low_rank
+
+TOKENS, IN, OUT, RANK = 10, 6, 7, 3
+
+
+def test_a_plain_site_saves_its_input_and_the_latent():
+    a, b = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
+    x, y = torch.randn(TOKENS, IN, requires_grad=True), torch.randn(TOKENS, OUT)
+    counted = saved_bytes(lambda: add_low_rank(y, x, Factors(a, b, 2.0)), [a, b])
+    assert counted == 4 * TOKENS * (IN + RANK)
+
+
+def test_weights_are_left_out():
+    w, x = torch.randn(OUT, IN), torch.randn(TOKENS, IN, requires_grad=True)
+    assert saved_bytes(lambda: F.linear(x, w), [w]) == 0
+    assert saved_bytes(lambda: F.linear(x, w), []) == 4 * OUT * IN
+
+
+def test_a_storage_counts_once_and_in_full():
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+
+    def both_views() -> torch.Tensor:
+        hidden = x.exp()  # saves its own result
+        return hidden[0].sin() + hidden[1].sin()  # each saves a row of the same storage
+
+    assert saved_bytes(both_views, []) == 4 * TOKENS * IN
+
+
+def test_bf16_elements_count_two_bytes():
+    x = torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=True)
+    assert saved_bytes(lambda: x.exp(), []) == 2 * TOKENS * IN
