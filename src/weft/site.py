@@ -87,7 +87,7 @@ class Site(nn.Module):
             self.factors(),
             dropout=self.dropout if self.training else 0.0,
             per_head_dropout=choice is not None and choice.per_head_dropout,
-            on_mix=self.recorder,
+            on_mix=None if self.recorder is None or _in_backward() else self.recorder,
         )
 
     def delta_weight(self) -> Tensor:
@@ -130,8 +130,13 @@ def build_site(
     return Site(term, scale=scale, dropout=dropout)
 
 
+def _in_backward() -> bool:
+    """Whether autograd is running: a forward now is gradient checkpointing's recomputation, not another step."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _require_recorder(choice: Hydra) -> None:
-    if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:  # recomputation in backward is not a step
+    if torch.is_grad_enabled() and not _in_backward():
         raise ConfigError(
             f"Hydra(balance={choice.balance:g}) adds its load-balance term to your loss, which this loop does not do: run the "
             "forward inside `with weft.routing(model) as routing` and add routing.balance_loss(), use weft train, or set "
