@@ -1,0 +1,91 @@
+"""What an adapter's folder holds: each tensor once, no more bytes than the formula says, a config that comes back equal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig, get_peft_model
+from safetensors import safe_open
+
+import weft
+from families import FAMILIES, STRUCTURES, trainable
+
+D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
+PAIR = {
+    "module_type": R * (2 * D) + 2 * R * (D + KV),
+    "shape": R * (2 * D) + R * (D + KV),
+    "fused": R * D + R * (D + 2 * KV),
+}
+VECTORS = D + 2 * KV
+# structure: (trained, frozen but saved) for q, k, v of a Llama with 2 layers, hidden 32, key-value width 16, r = 4
+COUNTS = {
+    "plain": (LAYERS * PAIR["module_type"], 0),
+    "hydra": (LAYERS * (3 * R * D + N * R * VECTORS + 3 * N * D), 0),
+    "hydra_Ax": (LAYERS * (3 * R * D + N * R * VECTORS + 3 * N * R), 0),
+    "tied_tl6": (PAIR["module_type"] + LAYERS * (3 * R + VECTORS), 0),
+    "tied_tl5_shape": (PAIR["shape"], 0),
+    "tied_tl6_fused": (PAIR["fused"] + LAYERS * (R + VECTORS), 0),
+    "tied_vera": (LAYERS * (3 * R + VECTORS), PAIR["module_type"]),
+    "tied_Bu": (R * VECTORS + LAYERS * 3 * R, 3 * R * D),
+}
+QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_tensor_is_trained_and_saved_once(structure: str, llama, tmp_path: Path) -> None:
+    model = get_peft_model(llama, STRUCTURES[structure](r=R, target_modules=QKV))
+    trained, frozen = COUNTS[structure]
+    assert sum(p.numel() for p in trainable(model).values()) == trained
+    assert model.get_nb_trainable_parameters()[0] == trained
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    with path.open("rb") as file:
+        (header,) = struct.unpack("<Q", file.read(8))
+    assert path.stat().st_size == 8 + header + 4 * (trained + frozen)
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    assert all(name.partition(".weft_site.structure.")[2] in {"A", "B", "u", "v", "router"} for name in names)
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_config_comes_back_equal_from_its_folder(structure: str, llama, tmp_path: Path) -> None:
+    fields = {
+        "r": 3,
+        "task_type": "CAUSAL_LM",
+        "lora_alpha": 5.5,
+        "lora_dropout": 0.1,
+        "target_modules": QKV,
+        "rank_pattern": {"q_proj": 2},
+    }
+    model = get_peft_model(
+        llama, STRUCTURES[structure](**fields, layers_to_transform=[0, 1], modules_to_save=["lm_head"])
+    )
+    model.save_pretrained(tmp_path)
+    config, loaded = model.peft_config["default"], PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is weft.WeftConfig
+    assert dataclasses.replace(loaded, inference_mode=False) == config
+    assert dataclasses.replace(config, r=2).structure == config.structure
+    assert weft.WeftConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_config_of_a_folder_from_the_future_is_refused_before_weights_are_read(llama, tmp_path: Path) -> None:
+    get_peft_model(llama, weft.PlainLoraConfig()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9, "weft_version": "7.0", "new": 1}))
+    with pytest.raises(weft.AdapterError, match=r"format 9, written by weft 7\.0.*upgrade weft"):
+        PeftConfig.from_pretrained(tmp_path)
+    with pytest.raises(weft.AdapterError, match="upgrade weft"):
+        FAMILIES["llama"].build().load_adapter(str(tmp_path))
+
+
+def test_a_key_nobody_knows_in_a_saved_config_is_refused(llama, tmp_path: Path) -> None:
+    get_peft_model(llama, weft.PlainLoraConfig()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_drop_out": 0.5}))
+    with pytest.raises(weft.ConfigError, match="did you mean 'lora_dropout'"):
+        PeftConfig.from_pretrained(tmp_path)
