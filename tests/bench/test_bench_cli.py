@@ -1,6 +1,7 @@
 """`weft bench step` from the shell's side."""
 
 import json
+import sys
 
 import pytest
 
@@ -50,3 +51,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, cap
 def test_a_wrong_word_is_one_sentence(capsys: pytest.CaptureFixture[str]):
     assert run("--only", "hydro") == 1
     assert "did you mean 'hydra'" in capsys.readouterr().err
+
+
+def test_a_module_beside_the_user_is_found(
+    tmp_path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "beside_me.py").write_text("def same(base, r, p):\n    return base\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert run("--json", "--case", "same@4=beside_me:same") == 0
+    row = json.loads(capsys.readouterr().out)["cases"][-1]
+    assert row["label"] == "same r=4 p=0 fp32"
+    assert row["saved_ratio"] == 1.0  # it is the floor
+    assert row["exact"] is None

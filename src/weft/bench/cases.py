@@ -88,7 +88,7 @@ def cases(dtype: Dtype, kinds: Sequence[str], outside: Sequence[str], dropouts: 
 
 
 def split_rank(name: str) -> tuple[str, int]:
-    """ "mine@8" → ("mine", 8); the rank is 16 where none is written."""
+    """Name and rank of a key such as "mine@8"; the rank is 16 where none is written."""
     kind, _, rank = name.partition("@")
     if rank and not rank.isdecimal():
         raise ConfigError(f"case {name!r} has the rank {rank!r}: write name@RANK=module:function with a whole number.")
@@ -96,7 +96,7 @@ def split_rank(name: str) -> tuple[str, int]:
 
 
 def outside_builders(specs: Sequence[str]) -> dict[str, Build]:
-    """ "name[@RANK]=module:function" → the function, called as function(base, r, dropout) with a frozen base to adapt.
+    """The functions of "name[@RANK]=module:function", called as function(base, r, dropout) with a frozen base to adapt.
 
     Raises:
         ConfigError: not of that form, a name that is taken, or a function that is not there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,8 @@ def step(
     """
     if out is not None and not os.access(out.parent, os.W_OK):  # before minutes of measuring, not after
         raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+    if case:
+        sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
     lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weft.bench import Shape
