@@ -102,7 +102,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             raise MergeError(
                 f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
             )
-        self._plain_weight().data = self._kept
+        weight = self._plain_weight()
+        weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
         self._kept = None
         self.merged_adapters.clear()
 
