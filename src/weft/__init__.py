@@ -23,17 +23,20 @@ from weft.errors import (
 
 __version__ = "0.1.0.dev0"
 
+from weft.glue.attach import attach, load_state_dict, param_groups, state_dict
 from weft.glue.official import import_hydralora
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
-from weft.recipes import HydraLoraConfig, PlainLoraConfig, TiedLoraConfig
+from weft.recipes import HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
 from weft.spec import WeftConfig
+from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.kaiming import Kaiming
 from weft.terms.structure.hydra import Hydra
 from weft.terms.structure.plain import Plain
 from weft.terms.structure.tied import Tied
+from weft.times import epochs
 
 register()
 
@@ -47,10 +50,12 @@ __all__ = [
     "All",
     "CombinationError",
     "ConfigError",
+    "Dash",
     "DataError",
     "Hydra",
     "HydraLoraConfig",
     "Kaiming",
+    "LoraDashConfig",
     "MergeError",
     "ModelError",
     "Plain",
@@ -64,10 +69,15 @@ __all__ = [
     "Uniform",
     "WeftConfig",
     "WeftError",
+    "attach",
+    "epochs",
     "evaluate",
     "generate",
     "import_hydralora",
+    "load_state_dict",
+    "param_groups",
     "routing",
+    "state_dict",
     "train",
 ]
 

@@ -3,7 +3,7 @@
     y = x Wᵀ + b + h B̃ᵀ      with h, g, ω, B̃ as in `weft.kernel`
 
     structure   Plain · Hydra · Tied     owns A, B and, where they exist, the router ω and the vectors u, v
-    boost       none (Dash: extra slots with learned gains)
+    boost       none · Dash              extra slots along directions of W, with learned gains
     start       Kaiming (LoRA-Init: extra frozen slots, each the twin of a slot of the structure)
     mask        0/1 per slot of the structure, only where ranks are reallocated
     layer_gate  one number for all of the site's slots, only while layers are searched
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from weft.errors import ConfigError
 from weft.kernel import Factors, Slots, add_low_rank, delta_weight
+from weft.terms.boost.dash import Dash, DashTerm
 from weft.terms.start.kaiming import kaiming_uniform
 from weft.terms.structure.hydra import Hydra, HydraTerm
 from weft.terms.structure.plain import Plain, PlainTerm
@@ -63,6 +64,8 @@ class Site(nn.Module):
         self.register_buffer("mask", None)
         self.register_buffer("layer_gate", None)
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weft.routing` for the length of a block
+        self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
+        self.schedule: object | None = None  # on an adapter's first site: its `weft.schedule.Schedule`, if it has one
 
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
@@ -87,8 +90,22 @@ class Site(nn.Module):
             self.factors(),
             dropout=self.dropout if self.training else 0.0,
             per_head_dropout=choice is not None and choice.per_head_dropout,
-            on_mix=None if self.recorder is None or _in_backward() else self.recorder,
+            on_mix=self._listener(),
         )
+
+    def _listener(self) -> Callable[[Tensor], None] | None:
+        """Who wants to see the router's weights in this forward; nobody in a recomputation."""
+        recorder, meter = self.recorder, self.gate_meter
+        if (recorder is None and meter is None) or _in_backward():
+            return None
+        if recorder is None or meter is None:
+            return recorder or meter
+
+        def both(omega: Tensor) -> None:
+            recorder(omega)
+            meter(omega)
+
+        return both
 
     def delta_weight(self) -> Tensor:
         """ΔW [out, in] in fp32; raises `MergeError` on a routed site."""
@@ -105,13 +122,20 @@ class Site(nn.Module):
 
 
 def build_site(
-    structure: Structure, size: tuple[int, int, int], *, scale: float, dropout: float, owners: Owners | None = None
+    structure: Structure,
+    size: tuple[int, int, int],
+    *,
+    scale: float,
+    dropout: float,
+    owners: Owners | None = None,
+    boost: Dash | None = None,
 ) -> Site:
     """A fresh site whose function is exactly the base's; values come from torch's global generator.
 
     Args:
         size: (r, in, out).
         owners: for Tied, the terms that already own a shared part of this site's groups; parts not named are owned here.
+        boost: extra slots, empty until their launch.
     """
     r, fan_in, out = size
     term: PlainTerm | HydraTerm | TiedTerm
@@ -127,7 +151,10 @@ def build_site(
             owners = owners or {}
             values = {part: start_value(structure, part, size, kaiming_uniform) for part in PARTS if part not in owners}
             term = TiedTerm(structure, {p: value for p, value in values.items() if value is not None}, owners)
-    return Site(term, scale=scale, dropout=dropout)
+    site = Site(term, scale=scale, dropout=dropout)
+    if boost is not None:
+        site.boost = DashTerm(boost, fan_in, out)
+    return site
 
 
 def _in_backward() -> bool:

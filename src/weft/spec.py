@@ -21,19 +21,21 @@ from peft import PeftConfig, PeftType
 
 from weft import compat
 from weft.errors import AdapterError, ConfigError, suggest, unknown_key
+from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.kaiming import Kaiming
 from weft.terms.structure.hydra import Hydra
 from weft.terms.structure.plain import Plain
 from weft.terms.structure.tied import Tied
+from weft.times import Epochs
 
 FORMAT_VERSION = 1
 
 AXES: dict[str, dict[str, type]] = {
     "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
     "start": {"kaiming": Kaiming},
-    "boost": {},
+    "boost": {"dash": Dash},
     "ranks": {"uniform": Uniform},
     "layers": {"all": All},
 }
@@ -44,7 +46,8 @@ def encode_choice(choice: object | None) -> dict[str, Any] | None:
     if choice is None:
         return None
     fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
-    return {"kind": type(choice).__name__.lower(), **fields}
+    plain = {name: dataclasses.asdict(v) if isinstance(v, Epochs) else v for name, v in fields.items()}
+    return {"kind": type(choice).__name__.lower(), **plain}
 
 
 def decode_choice(axis: str, value: Any) -> Any:
@@ -93,7 +96,7 @@ class WeftConfig(PeftConfig):
     Args:
         structure: who owns A and B: `Plain()`, `Hydra(heads=3)`, `Tied(train="tl6")`.
         start: the values at step 0: `Kaiming()`.
-        boost: extra slots along directions of W; None.
+        boost: extra slots along directions of W: None or `Dash(directions=8, after=100)`.
         ranks: which slots are live: `Uniform()`.
         layers: which blocks are adapted: `All()`.
         r: rank, a whole number ≥ 1 (per head for Hydra).
@@ -115,7 +118,7 @@ class WeftConfig(PeftConfig):
 
     structure: Plain | Hydra | Tied = field(default_factory=Plain)
     start: Kaiming = field(default_factory=Kaiming)
-    boost: None = None
+    boost: Dash | None = None
     ranks: Uniform = field(default_factory=Uniform)
     layers: All = field(default_factory=All)
     r: int = 8

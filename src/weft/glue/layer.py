@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.compat import REFUSED
-from weft.errors import MergeError
+from weft.errors import ConfigError, MergeError
 from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
 
@@ -130,6 +131,22 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
         delta = self.site(adapter_name).delta_weight()
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def base_matrix(self) -> Tensor:
+        """W [out, in] as it is in memory: transposed from Conv1D's layout, dequantised where the base is quantised.
+
+        Raises:
+            ConfigError: the base keeps no weight that can be read.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is None:
+            raise ConfigError(
+                f"{self.module_name} is a {type(base).__name__} without a readable weight: do not target it."
+            )
+        if not weight.is_floating_point():
+            weight = dequantize_module_weight(base)
+        return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weft's own export does not)."""

@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError
+from weft.glue.attach import make_schedule
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -34,7 +35,10 @@ from weft.terms.structure.tied import Part, Tied, TiedTerm
 PREFIX = "weft_"
 # Parts of our tensors' names. peft tells adapters apart by searching these names for ".NAME.", so an adapter called so
 # would silently take tensors out of the other adapters' files.
-RESERVED = frozenset({"weft_site", "structure", "start", "boost", "mask", "layer_gate", "router", "A", "B", "u", "v"})
+RESERVED = frozenset(
+    {"weft_site", "structure", "start", "boost", "mask", "layer_gate", "router", "A", "B", "u", "v"}
+    | {"steps", "gain", "down", "up", "index", "sigma", "rate", "launched"}
+)
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +125,12 @@ class WeftTuner(BaseTuner):
         owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
 
         site = build_site(
-            structure, size, scale=peft_config.scale(r, alpha), dropout=peft_config.lora_dropout, owners=owners
+            structure,
+            size,
+            scale=peft_config.scale(r, alpha),
+            dropout=peft_config.lora_dropout,
+            owners=owners,
+            boost=peft_config.boost,
         )
         for part, key in keys.items():
             self._owners.setdefault((part, key), cast(TiedTerm, site.structure))
@@ -139,7 +148,9 @@ class WeftTuner(BaseTuner):
         self._owners: dict[tuple[Part, Hashable], TiedTerm] = {}  # who owns a shared part, only while sites are made
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            _report_sites({n: m.site(adapter_name) for n, m in _sites(model) if adapter_name in m.weft_site})
+            layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
+            _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
+            make_schedule(layers, adapter_name, self.peft_config[adapter_name])
         finally:
             self._owners = {}
 

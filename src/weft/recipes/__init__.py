@@ -9,14 +9,24 @@ from peft import PeftConfig
 from weft.recipes.controls import peft_adalora, peft_lora
 from weft.recipes.hydralora import HydraLoraConfig
 from weft.recipes.lora import PlainLoraConfig
+from weft.recipes.lora_dash import LoraDashConfig
 from weft.recipes.tied_lora import TiedLoraConfig
 
 RECIPES: dict[str, Callable[..., PeftConfig]] = {
     "lora": PlainLoraConfig,
     "hydralora": HydraLoraConfig,
     "tied_lora": TiedLoraConfig,
+    "lora_dash": LoraDashConfig,
     "peft:lora": peft_lora,
     "peft:adalora": peft_adalora,
 }
 
-__all__ = ["RECIPES", "HydraLoraConfig", "PlainLoraConfig", "TiedLoraConfig", "peft_adalora", "peft_lora"]
+__all__ = [
+    "RECIPES",
+    "HydraLoraConfig",
+    "LoraDashConfig",
+    "PlainLoraConfig",
+    "TiedLoraConfig",
+    "peft_adalora",
+    "peft_lora",
+]

@@ -1,0 +1,157 @@
+"""Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run.
+
+    weft.attach(model, total_steps=1000, steps_per_epoch=250)
+
+A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs
+need this one, before training; `weft train` makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from weft.errors import ConfigError
+from weft.glue.layer import WeftLinear
+from weft.schedule.dash import DashController
+from weft.schedule.schedule import Controller, Event, Length, Member, Schedule
+from weft.spec import WeftConfig
+
+
+def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
+    """Hang a schedule on the first of the adapter's sites, if its config has anything that happens over time."""
+    members = [Member(layer.module_name, layer.site(adapter_name), layer.base_matrix) for layer in layers]
+    controllers: list[Controller] = []
+    if config.boost is not None:
+        controllers.append(DashController(config.boost, members))
+    if controllers:
+        members[0].site.schedule = Schedule(adapter_name, members, controllers)
+
+
+def schedules(model: nn.Module) -> dict[str, Schedule]:
+    """The schedules of all adapters in `model`, by adapter name."""
+    found: dict[str, Schedule] = {}
+    for layer in model.modules():
+        if isinstance(layer, WeftLinear):
+            for name, site in layer.weft_site.items():
+                if isinstance(schedule := getattr(site, "schedule", None), Schedule):
+                    found[name] = schedule
+    return found
+
+
+def attach(
+    model: nn.Module,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: float | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> None:
+    """Tell the adapters of `model` how long the run is, so that times in fractions and epochs mean a step.
+
+    Args:
+        total_steps: optimiser steps of the whole run, a resumed part included.
+        steps_per_epoch: optimiser steps per pass over the training data.
+        on_event: called with every event (a plain dict with "event", "step", "adapter" and its numbers).
+
+    Raises:
+        ConfigError: a length is not a positive number, or an event cannot happen in a run of this length.
+    """
+    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+        if value is not None and (isinstance(value, bool) or not value > 0):
+            raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
+    for schedule in schedules(model).values():
+        before = schedule.length
+        schedule.length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
+        schedule.on_event = on_event or schedule.on_event
+        schedule.check()
+        schedule.prepare()
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """What a bare loop saves beside the adapter folder and the optimiser's state: plain numbers, safe to write as JSON."""
+    return {
+        name: {
+            "steps": schedule.steps,
+            "total_steps": schedule.length.total_steps,
+            "steps_per_epoch": schedule.length.steps_per_epoch,
+            "events": schedule.events,
+        }
+        for name, schedule in schedules(model).items()
+    }
+
+
+def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Continue from `state_dict`, after the adapter itself has been loaded.
+
+    Raises:
+        ConfigError: the state belongs to other adapters, or was taken at another step than the loaded adapter.
+    """
+    found = schedules(model)
+    if found.keys() != state.keys():
+        raise ConfigError(
+            f"the state is of adapters {sorted(state)}, the model's schedules are of {sorted(found)}: load the adapter that was "
+            "saved with it, under the same name."
+        )
+    for name, schedule in found.items():
+        saved = state[name]
+        if saved["steps"] != schedule.steps:
+            raise ConfigError(
+                f"the state was taken after step {saved['steps']}, the adapter {name!r} after step {schedule.steps}: load the "
+                "adapter folder that was saved together with this state."
+            )
+        schedule.length = Length(saved["total_steps"], saved["steps_per_epoch"])
+        schedule.events = list(cast("list[Event]", saved["events"]))
+        schedule.prepare()
+
+
+VECTORS = frozenset({"u", "v", "gain", "router"})
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    router_lr: float | None = None,
+    vector_lr: float | None = None,
+    gain_lr: float | None = None,
+    tied_lr_multiplier: float = 1.0,
+) -> list[dict[str, Any]]:
+    """Optimiser groups as the papers ask: no decay on u, v, gains and routers, own rates where wanted.
+
+    Args:
+        model: an adapted model; what it trains beside the adapter (a head) goes with the factors, biases without decay.
+        lr: rate of A and B and of everything whose own rate is None.
+        weight_decay: for the matrices A, B and modules_to_save.
+        router_lr, vector_lr, gain_lr: rates of the routers, of u and v, of the Dash gains.
+        tied_lr_multiplier: factor on the rate of a shared A or B (first author's code may have had the number of layers).
+
+    Returns:
+        Non-empty groups for any torch optimiser; each parameter once, tied ones too.
+
+    Raises:
+        ConfigError: nothing in the model is trained.
+    """
+    rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+    shared = {id(p) for p in _shared(model)}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        last = name.rpartition(".")[2] if ".weft_site." in name else ""
+        rate = rates.get(last) or lr * (tied_lr_multiplier if id(parameter) in shared else 1.0)
+        decay = 0.0 if last in VECTORS or (not last and parameter.dim() < 2) else weight_decay
+        groups.setdefault((last if last in VECTORS else "factors", rate, decay), []).append(parameter)
+    if not groups:
+        raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
+
+
+def _shared(model: nn.Module) -> list[torch.Tensor]:
+    from weft.terms.structure.tied import TiedTerm
+
+    terms = [module for module in model.modules() if isinstance(module, TiedTerm)]
+    return [value for term in terms for part in ("A", "B") if (value := getattr(term, part, None)) is not None]

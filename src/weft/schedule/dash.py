@@ -1,0 +1,233 @@
+"""The launch of Dash: after optimiser step t, choose each site's directions once and for all.
+
+    measure   W, A, B and, on a routed site, the mean gate of step t     → change rates [k] and σ [k] per site
+    decide    rates, σ → indices of the s directions                     (plain numbers; no tensors of the model)
+    apply     indices → Ū, V̄ into the site's buffers; the moments of its gains dropped
+
+Decompositions are made site by site and freed. With several processes each decomposes its share of the sites and the
+chosen directions are broadcast, so all hold the same bytes.
+
+Source: LoRA-Dash, arXiv 2409.01035. On a routed site, which the paper does not have, ΔW is taken at the mean gate
+measured over the forward passes of step t.
+"""
+
+from __future__ import annotations
+
+import random
+import time as clocks
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weft import linalg
+from weft.errors import ConfigError
+from weft.schedule import clock
+from weft.schedule.schedule import Event, Length, Member, check_possible
+from weft.site import Site
+from weft.terms.boost.dash import Dash, DashTerm
+from weft.terms.structure.hydra import HydraTerm
+from weft.times import resolve
+
+
+@dataclass
+class MeanGate:
+    """Running mean of a router's weights over tokens, filled by the forward passes of one step."""
+
+    total: Tensor | None = None
+    tokens: int = 0
+
+    def __call__(self, omega: Tensor) -> None:
+        """Take in weights [..., N]; recomputation in backward repeats tokens, which leaves the mean as it is."""
+        flat = omega.detach().flatten(0, -2)
+        self.total = flat.sum(0).double() if self.total is None else self.total + flat.sum(0).double()
+        self.tokens += flat.shape[0]
+
+    def mean(self, heads: int) -> Tensor:
+        """[N] fp64; uniform if nothing was seen."""
+        if self.total is None:
+            return torch.full((heads,), 1 / heads, dtype=torch.float64)
+        return self.total / self.tokens
+
+
+@dataclass(eq=False)
+class DashController:
+    """Launches the Dash slots of every site of one adapter."""
+
+    choice: Dash
+    members: list[Member]
+    seed: int = 0
+    gates: dict[str, MeanGate] = field(default_factory=dict)
+
+    def due(self, length: Length) -> int | None:
+        """See `Controller`."""
+        return resolve(self.choice.after, length.total_steps, length.steps_per_epoch)
+
+    def done(self) -> bool:
+        """See `Controller`."""
+        return bool(_term(self.members[0].site).launched)
+
+    def check(self, length: Length) -> None:
+        """See `Controller`."""
+        check_possible(self.due(length), length, "the launch of Dash", self.choice.after)
+
+    def before_step(self, step: int, length: Length) -> None:
+        """Listen to the routers in the forward passes of the step after which the launch is due."""
+        self._stop_listening()
+        if self.due(length) == step + 1:
+            for member in self.members:
+                if isinstance(member.site.structure, HydraTerm):
+                    gate = self.gates[member.name] = MeanGate()
+                    member.site.gate_meter = gate
+
+    def after_step(self, step: int, length: Length, optimizer: Optimizer) -> Event | None:
+        """Launch if step t has been reached."""
+        due = self.due(length)
+        if due is None or step < due:
+            return None
+        started = clocks.perf_counter()
+        chosen = self._choose()
+        if not any(len(found.index) for found, _ in chosen):
+            raise ConfigError(
+                f"Dash is due after step {due}, but no weight has moved (every change rate is 0): train before the launch, "
+                "with a larger `after` or a learning rate above 0."
+            )
+        for member, (found, _) in zip(self.members, chosen, strict=True):
+            term = _term(member.site)
+            term.launch(found)
+            _forget_moments(term.gain, optimizer)
+        self._stop_listening()
+        self._warn_of_gaps(chosen)
+        return {
+            "event": "dash_launch",
+            "seconds": clocks.perf_counter() - started,
+            "sites": {
+                member.name: {
+                    "index": found.index.tolist(),
+                    "sigma": found.sigma.tolist(),
+                    "rate": found.rate.tolist(),
+                    "seconds": seconds,
+                }
+                for member, (found, seconds) in zip(self.members, chosen, strict=True)
+            },
+        }
+
+    def _choose(self) -> list[tuple[linalg.Directions, float]]:
+        """Directions of every site and the seconds they took, the same on all processes."""
+        world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+        if world > 1:
+            self._average_gates()
+        mine: dict[int, tuple[linalg.Directions, float]] = {}
+        for number, member in enumerate(self.members):
+            if number % world == rank:
+                started = clocks.perf_counter()
+                found = self._measure_and_decide(number, member)
+                mine[number] = (found, clocks.perf_counter() - started)
+        return [_share(mine.get(n), m, n % world) if world > 1 else mine[n] for n, m in enumerate(self.members)]
+
+    def _measure_and_decide(self, number: int, member: Member) -> linalg.Directions:
+        w, (a, b, scale) = member.weight(), _pair(member.site, self.gates.get(member.name))
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ConfigError(
+                f"{member.name} has values that are not finite at the launch of Dash: lower the learning rate."
+            )
+        found = linalg.spectrum(w)
+        rate = linalg.change_rate(found, linalg.moved(found, w, a, b, scale), self.choice.eps)
+        count = len(_term(member.site).gain)
+        lowest = linalg.floor(found.sigma, (w.shape[0], w.shape[1]))
+        seed = f"{self.seed}/{number}"
+        chosen = decide(rate.tolist(), found.sigma.tolist(), lowest, count, self.choice.select, seed)
+        return linalg.take(found, w, rate, chosen)
+
+    def _average_gates(self) -> None:
+        for gate in self.gates.values():
+            if gate.total is not None:
+                packed = torch.cat([gate.total, gate.total.new_tensor([float(gate.tokens)])])
+                dist.all_reduce(packed)
+                gate.total, gate.tokens = packed[:-1], int(packed[-1])
+
+    def _warn_of_gaps(self, chosen: Sequence[tuple[linalg.Directions, float]]) -> None:
+        short = [
+            m.name
+            for m, (found, _) in zip(self.members, chosen, strict=True)
+            if len(found.index) < len(_term(m.site).gain)
+        ]
+        if short:
+            warnings.warn(
+                f"{len(short)} sites such as {short[0]} have fewer moved directions than Dash(directions="
+                f"{self.choice.directions}): their other slots stay empty.",
+                stacklevel=2,
+            )
+
+    def _stop_listening(self) -> None:
+        for member in self.members:
+            if self.gates.pop(member.name, None) is not None:
+                member.site.gate_meter = None
+
+
+def decide(rate: list[float], sigma: list[float], lowest: float, count: int, select: str, seed: str) -> list[int]:
+    """Which core directions to launch, best first: of those that moved and are above the floor, at most `count`.
+
+    "rate": largest change rate, ties by index; "top": largest σ; "random": drawn with `seed`.
+    """
+    able = [k for k, (r, s) in enumerate(zip(rate, sigma, strict=True)) if r > 0 and s > lowest]
+    if select == "random":
+        return random.Random(seed).sample(able, min(count, len(able)))
+    if select == "rate":
+        able.sort(key=lambda k: (-rate[k], k))
+    return able[:count]
+
+
+def _term(site: Site) -> DashTerm:
+    return cast(DashTerm, site.boost)
+
+
+def _pair(site: Site, gate: MeanGate | None) -> tuple[Tensor, Tensor, float]:
+    """A [r, in], B [out, r] and the scale of the site's ΔW without its Dash slots; at the mean gate if it is routed."""
+    f = site.factors()
+    a, b = f.A.detach().double(), f.B.detach().double()
+    if f.gate is not None:
+        a = f.gate.detach().to(a)[:, None] * a
+    if f.v is not None:
+        b = f.v.detach().to(b)[:, None] * b
+    if f.router is not None:
+        omega = (gate or MeanGate()).mean(f.heads).to(b)
+        b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
+    return a, b, f.scale
+
+
+def _forget_moments(gain: nn.Parameter, optimizer: Optimizer) -> None:
+    """The gains start fresh at the launch: moments fed with zeros would make their first steps too large."""
+    owner = optimizer if clock.holds(optimizer, gain) else clock.owner_of(gain)
+    if owner is not None:
+        owner.state.pop(gain, None)
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _share(
+    found: tuple[linalg.Directions, float] | None, member: Member, source: int
+) -> tuple[linalg.Directions, float]:
+    """The directions that process `source` found, on all processes."""
+    term = _term(member.site)
+    device = term.gain.device
+    count = torch.tensor([len(found[0].index) if found else 0], device=device)
+    dist.broadcast(count, source)
+    s = int(count)
+    shapes = {"index": (s,), "sigma": (s,), "rate": (s,), "up": (term.up.shape[0], s), "down": (s, term.down.shape[1])}
+    tensors: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        dtype = torch.long if name == "index" else torch.float64
+        value = (
+            getattr(found[0], name).to(device).contiguous() if found else torch.empty(shape, dtype=dtype, device=device)
+        )
+        dist.broadcast(value, source)
+        tensors[name] = value
+    return linalg.Directions(**tensors), found[1] if found else 0.0

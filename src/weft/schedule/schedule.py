@@ -1,0 +1,158 @@
+"""The schedule of one adapter: its sites, its step count, its controllers, its events.
+
+It hangs on the adapter's first site, because nothing else survives every way a host puts adapters into a model. The step
+count is that site's buffer `steps`, so it is saved and loaded with the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weft.errors import ConfigError
+from weft.schedule import clock
+from weft.site import Site
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Member:
+    """One site of the adapter: the name of its module, and how to read W [out, in] as it is in memory now."""
+
+    name: str
+    site: Site
+    weight: Callable[[], Tensor]
+
+
+@dataclass
+class Length:
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data."""
+
+    total_steps: int | None = None
+    steps_per_epoch: float | None = None
+
+
+class Controller(Protocol):
+    """One thing that happens over time: measure reads, decide is a function of plain numbers, apply edits."""
+
+    def due(self, length: Length) -> int | None:
+        """The step after which it acts; None while the length of the run is needed and unknown."""
+        ...
+
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        ...
+
+    def check(self, length: Length) -> None:
+        """Raise `ConfigError` if what it is to do cannot happen in a run of this length, or the length is missing."""
+        ...
+
+    def after_step(self, step: int, length: Length, optimizer: Optimizer) -> Event | None:
+        """Act if it is time; what happened, as plain numbers."""
+        ...
+
+    def before_step(self, step: int, length: Length) -> None:
+        """Get ready for what step + 1 needs measured in its forward passes; `step` are taken so far."""
+        ...
+
+
+@dataclass(eq=False)
+class Schedule:
+    """Drives the controllers of one adapter by the optimiser steps of the optimiser that trains it."""
+
+    adapter_name: str
+    members: list[Member]
+    controllers: list[Controller]
+    length: Length = field(default_factory=Length)
+    events: list[Event] = field(default_factory=list)
+    on_event: Callable[[Event], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.first.register_load_state_dict_post_hook(_prepare_after_load)
+        clock.listen(self)
+        self.prepare()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        clock.listen(self)  # a copy of the model counts for itself
+
+    @property
+    def first(self) -> Site:
+        """The site that holds the count."""
+        return self.members[0].site
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken so far."""
+        return int(self._count)
+
+    @property
+    def _count(self) -> Tensor:
+        return cast(Tensor, self.first.steps)
+
+    def anchor(self) -> nn.Parameter | None:
+        """The first trained parameter of the adapter."""
+        return next((p for m in self.members for p in m.site.parameters() if p.requires_grad), None)
+
+    def pending(self) -> list[Controller]:
+        """The controllers that still have something to do."""
+        return [controller for controller in self.controllers if not controller.done()]
+
+    def check(self) -> None:
+        """Raise `ConfigError` if something can never happen in this run."""
+        for controller in self.pending():
+            controller.check(self.length)
+
+    def prepare(self) -> None:
+        """Let controllers get ready for the next step; also after loading, when the count may have changed."""
+        waiting = self.pending()
+        if waiting and self._count.device.type != "meta":
+            for controller in waiting:
+                controller.before_step(self.steps, self.length)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """One more step was taken; see `weft.schedule.clock`."""
+        with torch.no_grad():
+            self._count.add_(1)
+            for controller in self.pending():
+                if controller.due(self.length) is None:
+                    controller.check(self.length)
+                if event := controller.after_step(self.steps, self.length, optimizer):
+                    self._record({"adapter": self.adapter_name, "step": self.steps, **event})
+            self.prepare()
+
+    def _record(self, event: Event) -> None:
+        self.events.append(event)
+        logger.info("%s after step %d of adapter %s", event["event"], event["step"], event["adapter"])
+        if self.on_event is not None:
+            self.on_event(event)
+
+
+def check_possible(due: int | None, length: Length, what: str, time: object) -> None:
+    """Raise `ConfigError` if an event due after step `due` cannot happen, or when it is due cannot be known."""
+    if due is None:
+        need = "steps_per_epoch" if length.steps_per_epoch is None and hasattr(time, "epochs") else "total_steps"
+        raise ConfigError(
+            f"{what} is due at {time!r}, which needs the length of the run: call weft.attach(model, {need}=...) before training."
+        )
+    if length.total_steps is not None and due >= length.total_steps:
+        raise ConfigError(
+            f"{what} is due after step {due}, but the run ends after {length.total_steps}: it would silently stay without it; "
+            "make the run longer or the time earlier."
+        )
+
+
+def _prepare_after_load(site: nn.Module, _: Any) -> None:
+    schedule = getattr(site, "schedule", None)
+    if isinstance(schedule, Schedule):
+        schedule.prepare()

@@ -1,0 +1,1 @@
+"""Extra rank slots along directions of W that the fine-tune is found to need."""

@@ -1,0 +1,51 @@
+"""When something happens in a run: optimiser steps, a fraction of the run, or epochs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from weft.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """A time in passes over the training data; made by `weft.epochs`."""
+
+    epochs: float
+
+
+Time = int | float | Epochs
+
+
+def epochs(x: float) -> Epochs:
+    """A time in epochs: `Dash(after=weft.epochs(0.5))`. Needs to be told how many optimiser steps an epoch has."""
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 < x < math.inf:
+        raise ConfigError(f"weft.epochs({x!r}) is no time: use a positive number of passes over the data.")
+    return Epochs(float(x))
+
+
+def check_time(time: Any, where: str) -> Time:
+    """A valid time: an int ≥ 1 (optimiser steps), a float in (0, 1) (fraction of the run), `weft.epochs(x)` or its saved form."""
+    if isinstance(time, Mapping) and set(time) == {"epochs"}:
+        return epochs(time["epochs"])
+    if isinstance(time, Epochs):
+        return epochs(time.epochs)
+    if isinstance(time, int) and not isinstance(time, bool) and time >= 1:
+        return time
+    if isinstance(time, float) and 0 < time < 1:
+        return time
+    raise ConfigError(
+        f"{where}: {time!r} is no time: use optimiser steps (100), a fraction of the run (0.1) or weft.epochs(0.5)."
+    )
+
+
+def resolve(time: Time, total_steps: int | None, steps_per_epoch: float | None) -> int | None:
+    """The optimiser step that `time` means, at least 1; None while the length of the run or of an epoch is unknown."""
+    if isinstance(time, Epochs):
+        return None if steps_per_epoch is None else max(1, round(time.epochs * steps_per_epoch))
+    if isinstance(time, float):
+        return None if total_steps is None else max(1, round(time * total_steps))
+    return time
