@@ -179,7 +179,7 @@ def test_exactly_the_named_parts_are_parameters_and_the_frozen_ones_buffers(trai
         assert {n for n, _ in term.named_parameters()} == set(trained) & set("uv")
         assert list(term.named_buffers()) == []
     assert all("weft_" in name for name in trained_parts(model))
-    counts = {"A": R * D, "B": OUT * R, "u": L * R, "v": L * O}
+    counts = {"A": R * D, "B": OUT * R, "u": L * R, "v": L * OUT}
     assert sum(p.numel() for p in trained_parts(model).values()) == sum(counts[part] for part in trained)
 
 
