@@ -19,7 +19,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve bench clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ docs-write: $(STAMP) ## write the generated tables of the documents anew
 
 docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+evidence: $(STAMP) ## the table of docs/real-runs.md, on the real models and data of WEFT_DATA (hours)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
+	$(BIN)/python scripts/real_runs.py --jobs $(JOBS)
 
 bench: $(STAMP) ## a training step against the frozen base and against stock peft LoRA
 	$(BIN)/weft bench step

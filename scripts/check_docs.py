@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE_SECONDS = 180
+PAGE_SECONDS = 600
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>.*)$")
 TITLE = re.compile(r'title="([^"]+)"')
 NOT_RUN = re.compile(r"^\*Not run here: (?P<reason>.+)\*$")

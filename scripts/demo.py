@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,9 +20,12 @@ import weft
 from weft.cli.display import watching
 from weft.cli.output import calling
 from weft.data.demo import demo_rows
-from weft.train.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from weft.train.evaluation import Evaluation
 
 METHODS = {"lora": "LoRA", "hydralora": "HydraLoRA", "tied_lora": "Tied-LoRA"}
+TEST_ROWS = 256
 
 
 def main() -> None:
@@ -30,6 +34,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps; each recipe's own by default")
     given = parser.parse_args()
     began, console, question = time.monotonic(), Console(), demo_rows("test")[0]
+    settings = [f"data.test_limit={TEST_ROWS}"]
+    if given.steps is not None:
+        settings.append(f"train.steps={given.steps}")
     table = Table("adapter", "trained", "seconds", "loss", "exact match", f"{question['prompt']} ?", highlight=False)
 
     def add(name: str, trained: str, seconds: str, found: Evaluation, answer: str) -> None:
@@ -38,12 +45,11 @@ def main() -> None:
 
     with calling(as_json=False, quiet=False), watching(True) as progress:
         warnings.simplefilter("ignore")
-        console.print(f"frozen base: {len(demo_rows('test'))} test rows of the demo tasks")
-        add("none", "0", "", weft.evaluate("none", adapter="none", progress=progress), "")
+        console.print(f"frozen base: {TEST_ROWS} test rows of the demo tasks")
+        add("none", "0", "", weft.evaluate("none", settings[0], adapter="none", progress=progress), "")
         for recipe, title in METHODS.items():
             console.print(f"{title}: weft train {recipe} out={given.out}/{recipe}")
-            steps = [] if given.steps is None else [f"train.steps={given.steps}"]
-            run = weft.train(recipe, f"out={given.out}/{recipe}", *steps, overwrite=True, progress=progress)
+            run = weft.train(recipe, f"out={given.out}/{recipe}", *settings, overwrite=True, progress=progress)
             answer = weft.generate(run, question["prompt"], max_new_tokens=24).text.strip()
             seconds = f"{run.time['train_seconds']:.1f}"
             found = weft.evaluate(run, progress=progress)

@@ -1,0 +1,16 @@
+"""The tensors of a plain term."""
+
+import torch
+
+from weft.terms.structure.plain import PlainTerm
+
+
+def test_a_plain_term_trains_the_given_a_and_a_zero_b():
+    a = torch.randn(3, 5)
+    term = PlainTerm(a, 4)
+    assert {n: tuple(p.shape) for n, p in term.named_parameters()} == {"A": (3, 5), "B": (4, 3)}
+    assert torch.equal(term.A, a)
+    assert torch.count_nonzero(term.B) == 0
+    f = term.factors(2.5)
+    assert (f.A is term.A, f.B is term.B, f.scale, f.heads) == (True, True, 2.5, 1)
+    assert (f.gate, f.v, f.router, f.extra) == (None, None, None, ())
