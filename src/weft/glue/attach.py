@@ -1,6 +1,6 @@
 """Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run.
 
-    weft.attach(model, total_steps=1000, steps_per_epoch=250)
+    weft.attach(model, total_steps=1000, steps_per_epoch=250, original="path/to/unquantised", cache="decompositions")
 
 A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs
 need this one, before training; `weft train` makes it.
@@ -9,13 +9,16 @@ need this one, before training; `weft train` makes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from weft.errors import ConfigError
+from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
+from weft.glue.original import Checkpoint, OriginalWeight
 from weft.schedule.dash import DashController
 from weft.schedule.schedule import Controller, Event, Length, Member, Schedule
 from weft.spec import WeftConfig
@@ -23,10 +26,12 @@ from weft.spec import WeftConfig
 
 def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
     """Hang a schedule on the first of the adapter's sites, if its config has anything that happens over time."""
-    members = [Member(layer.module_name, layer.site(adapter_name), layer.base_matrix) for layer in layers]
+    members = [
+        Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
+    ]
     controllers: list[Controller] = []
     if config.boost is not None:
-        controllers.append(DashController(config.boost, members))
+        controllers.append(DashController(config.boost, members, decompose=Decomposer()))
     if controllers:
         members[0].site.schedule = Schedule(adapter_name, members, controllers)
 
@@ -48,26 +53,54 @@ def attach(
     total_steps: int | None = None,
     steps_per_epoch: float | None = None,
     on_event: Callable[[Event], None] | None = None,
+    original: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> None:
-    """Tell the adapters of `model` how long the run is, so that times in fractions and epochs mean a step.
+    """Tell the adapters of `model` what they cannot see: how long the run is, and where the unquantised weights are.
 
     Args:
         total_steps: optimiser steps of the whole run, a resumed part included.
         steps_per_epoch: optimiser steps per pass over the training data.
         on_event: called with every event (a plain dict with "event", "step", "adapter" and its numbers).
+        original: folder of the checkpoint that the base was made from. Directions are then ranked on its weights, read one
+            at a time, instead of on those in memory, whose small singular values quantisation has overwritten.
+        cache: folder that keeps the decompositions of weights for later runs; without it, the one that WEFT_CACHE names.
 
     Raises:
-        ConfigError: a length is not a positive number, or an event cannot happen in a run of this length.
+        ConfigError: a length is not a positive number, an event cannot happen in a run of this length, or no adapter has
+            directions to launch.
+        ModelError: `original` is not the checkpoint of this base.
     """
     for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
         if value is not None and (isinstance(value, bool) or not value > 0):
             raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
-    for schedule in schedules(model).values():
+    found = schedules(model)
+    if original is not None or cache is not None:
+        _decompose(model, found, original, cache)
+    for schedule in found.values():
         before = schedule.length
         schedule.length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
         schedule.on_event = on_event or schedule.on_event
         schedule.check()
         schedule.prepare()
+
+
+def _decompose(
+    model: nn.Module, found: dict[str, Schedule], original: str | Path | None, cache: str | Path | None
+) -> None:
+    controllers = [c for schedule in found.values() for c in schedule.controllers if isinstance(c, DashController)]
+    if not controllers:
+        raise ConfigError("original and cache are for launching directions, and no adapter does: leave them out.")
+    if cache is not None:
+        for controller in controllers:
+            controller.decompose = Decomposer(Path(cache))
+    if original is not None:
+        checkpoint = Checkpoint(original)
+        layers = {(n, m.module_name): m for m in model.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+        members = [(name, member) for name, schedule in found.items() for member in schedule.members]
+        weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
+        for (_, member), weight in zip(members, weights, strict=True):
+            member.weight, member.source = weight, "original"
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:

@@ -148,6 +148,12 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             weight = dequantize_module_weight(base)
         return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
 
+    @property
+    def base_source(self) -> str:
+        """What `base_matrix` reads: "in memory" (the weight itself), or "dequantised" where the base keeps fewer bits."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return "in memory" if weight is None or weight.is_floating_point() else "dequantised"
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weft's own export does not)."""
         return adapter_name in self.weft_site and self.site(adapter_name).mergeable

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 import time as clocks
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -55,6 +55,11 @@ class MeanGate:
         return self.total / self.tokens
 
 
+def decompose(name: str, w: Tensor) -> linalg.Spectrum:
+    """The spectrum of the weight W [out, in] of module `name`; glue puts a service with a cache in its place."""
+    return linalg.spectrum(w)
+
+
 @dataclass(eq=False)
 class DashController:
     """Launches the Dash slots of every site of one adapter."""
@@ -62,6 +67,7 @@ class DashController:
     choice: Dash
     members: list[Member]
     seed: int = 0
+    decompose: Callable[[str, Tensor], linalg.Spectrum] = decompose
     gates: dict[str, MeanGate] = field(default_factory=dict)
 
     def due(self, length: Length) -> int | None:
@@ -103,6 +109,7 @@ class DashController:
             _forget_moments(term.gain, optimizer)
         self._stop_listening()
         self._warn_of_gaps(chosen)
+        self._warn_of_quantised()
         return {
             "event": "dash_launch",
             "seconds": clocks.perf_counter() - started,
@@ -111,6 +118,7 @@ class DashController:
                     "index": found.index.tolist(),
                     "sigma": found.sigma.tolist(),
                     "rate": found.rate.tolist(),
+                    "ranked_on": member.source,
                     "seconds": seconds,
                 }
                 for member, (found, seconds) in zip(self.members, chosen, strict=True)
@@ -131,12 +139,12 @@ class DashController:
         return [_share(mine.get(n), m, n % world) if world > 1 else mine[n] for n, m in enumerate(self.members)]
 
     def _measure_and_decide(self, number: int, member: Member) -> linalg.Directions:
-        w, (a, b, scale) = member.weight(), _pair(member.site, self.gates.get(member.name))
+        w, (a, b, scale) = member.weight(), factor_pair(member.site, self.gates.get(member.name))
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ConfigError(
                 f"{member.name} has values that are not finite at the launch of Dash: lower the learning rate."
             )
-        found = linalg.spectrum(w)
+        found = self.decompose(member.name, w)
         rate = linalg.change_rate(found, linalg.moved(found, w, a, b, scale), self.choice.eps)
         count = len(_term(member.site).gain)
         lowest = linalg.floor(found.sigma, (w.shape[0], w.shape[1]))
@@ -164,6 +172,15 @@ class DashController:
                 stacklevel=2,
             )
 
+    def _warn_of_quantised(self) -> None:
+        blurred = [member.name for member in self.members if member.source == "dequantised"]
+        if blurred:
+            warnings.warn(
+                f"{len(blurred)} sites such as {blurred[0]} ranked their directions on a dequantised base, whose noise owns the "
+                "small singular values: give the unquantised checkpoint with weft.attach(model, original=...) before training.",
+                stacklevel=2,
+            )
+
     def _stop_listening(self) -> None:
         for member in self.members:
             if self.gates.pop(member.name, None) is not None:
@@ -187,7 +204,7 @@ def _term(site: Site) -> DashTerm:
     return cast(DashTerm, site.boost)
 
 
-def _pair(site: Site, gate: MeanGate | None) -> tuple[Tensor, Tensor, float]:
+def factor_pair(site: Site, gate: MeanGate | None) -> tuple[Tensor, Tensor, float]:
     """A [r, in], B [out, r] and the scale of the site's ΔW without its Dash slots; at the mean gate if it is routed."""
     f = site.factors()
     a, b = f.A.detach().double(), f.B.detach().double()

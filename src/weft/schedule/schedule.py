@@ -26,11 +26,16 @@ Event = dict[str, Any]
 
 @dataclass
 class Member:
-    """One site of the adapter: the name of its module, and how to read W [out, in] as it is in memory now."""
+    """One site of the adapter: the name of its module, how to read W [out, in], and which W that is.
+
+    `source`: "in memory" (as the model computes with it), "dequantised" (as well, from fewer bits) or "original" (from the
+    files of the checkpoint that the base in memory was made from).
+    """
 
     name: str
     site: Site
     weight: Callable[[], Tensor]
+    source: str = "in memory"
 
 
 @dataclass
