@@ -77,9 +77,13 @@ def total_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
     """Optimiser steps of the whole run over `rows` training rows."""
     if config.steps is not None:
         return config.steps
+    return max(1, math.ceil(steps_per_epoch(config, rows, processes) * (config.epochs or 1.0)))
+
+
+def steps_per_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
+    """Optimiser steps of one pass over `rows` training rows."""
     batches = math.ceil(rows / (config.batch_size * processes))
-    per_epoch = max(1, math.ceil(batches / config.accumulation))
-    return max(1, math.ceil(per_epoch * (config.epochs if config.epochs is not None else 1.0)))
+    return max(1, math.ceil(batches / config.accumulation))
 
 
 def save_interval(config: TrainConfig, steps: int) -> int:

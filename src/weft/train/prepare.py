@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
+import weft
 from weft.data import Collator, Loaded
 from weft.data import load as load_data
 from weft.errors import ConfigError
@@ -56,6 +57,8 @@ def prepare(recipe: Recipe) -> Prepared:
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     config = adapter_config(recipe.adapter, steps)
     adapted = plain if config is None else adapt(plain, config, task)
+    per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    weft.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch)  # what cannot happen in this run is an error now
     _ready_for_checkpointing(plain, recipe)
     collator = Collator(base.tokenizer.pad_token_id)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import weft
+from weft.spec import WeftConfig
 from weft.terms.structure.hydra import Hydra
 from weft.train import checkpoint
 from weft.train.files import append_json
@@ -91,6 +94,19 @@ class _Measured:
         return metrics
 
 
+class _Grouped:
+    """Mixed into a trainer of a weft adapter: its optimiser has the groups that the papers ask for."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        trainer: Any = self
+        if trainer.optimizer is None:
+            args = trainer.args
+            kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+            groups = weft.param_groups(model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay)
+            trainer.optimizer = kind(groups, **options)
+        return trainer.optimizer
+
+
 class _Balanced:
     """Mixed into a trainer where routers have a load-balance term: every micro-batch adds its own, padding left out."""
 
@@ -120,7 +136,12 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Recorder(run, prepared.recipe.train.keep, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
-    mixins = (_Balanced, _Measured) if _has_balance(prepared.adapter) else (_Measured,)
+    mixins: list[type] = [_Measured]
+    if isinstance(prepared.adapter, WeftConfig):
+        mixins.append(_Grouped)
+        weft.attach(prepared.model, on_event=_recorded(run))
+    if _has_balance(prepared.adapter):
+        mixins.append(_Balanced)
     measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
     validation = prepared.data.validation
     trainer = measured(
@@ -134,6 +155,16 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
     return trainer
+
+
+def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
+    """Writes what a schedule does into events.jsonl, from the main process."""
+
+    def write(event: dict[str, Any]) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
+
+    return write
 
 
 def _has_balance(adapter: Any) -> bool:
