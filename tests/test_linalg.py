@@ -40,9 +40,9 @@ def towards(u: Tensor, v: Tensor, amount: dict[int, float]) -> tuple[Tensor, Ten
     return torch.linalg.inv(mix) @ v[:, index].T, u[:, index] * a @ mix
 
 
-def found(w: Tensor, a: Tensor, b: Tensor, count: int, route: str = "gram", scale: float = 1.0) -> linalg.Directions:
+def found(w: Tensor, a: Tensor, b: Tensor, count: int, route: str = "gram", eps: float = 1e-8) -> linalg.Directions:
     spec = spectrum(w, route)
-    return pick(spec, w, change_rate(spec, moved(spec, w, a, b, scale)), count)
+    return pick(spec, w, change_rate(spec, moved(spec, w, a, b), eps), count)
 
 
 def geometric(k: int, smallest: float) -> Tensor:
@@ -59,10 +59,10 @@ def test_planted_directions_are_found_in_their_order(shape, smallest: float, rou
     k = min(shape)
     sigma = geometric(k, smallest)
     u, v, w = planted(shape, sigma)
-    order = [k - 1, 2, k - 3, 7, 0, k // 2]  # the smallest σ and the largest among them
+    order = [k - 1, 2, k - 3, 7, 0, 5]  # the smallest σ and the largest among them
     rates = [3.0, 2.0, 1.2, 0.7, 0.4, 0.2]
     amount = {i: (-1) ** n * rate * sigma[i].item() for n, (i, rate) in enumerate(zip(order, rates, strict=True))}
-    got = found(w, *towards(u, v, amount), 6, route)
+    got = found(w, *towards(u, v, amount), 6, route, eps=0)
     assert got.index.tolist() == order
     torch.testing.assert_close(got.rate, torch.tensor(rates, dtype=F64), rtol=2e-3, atol=0)
     torch.testing.assert_close(got.sigma, sigma[order], rtol=2e-3, atol=0)
@@ -84,9 +84,9 @@ def test_any_single_planted_direction_is_the_first(out: int, fan_in: int, seed: 
 def test_a_rate_is_relative_to_sigma_so_a_small_direction_wins_over_a_larger_move() -> None:
     sigma = torch.tensor([100.0, 10.0, 1.0, 0.1], dtype=F64)
     u, v, w = planted((6, 5), sigma)
-    got = found(w, *towards(u, v, {0: 5.0, 1: 2.0, 3: 0.1}), 4)
-    assert got.index.tolist() == [3, 1, 0]  # 1.0, 0.2, 0.05; direction 2 did not move ...
-    assert got.rate.tolist() == pytest.approx([1.0, 0.2, 0.05], rel=1e-6)
+    got = found(w, *towards(u, v, {0: 5.0, 1: 2.0, 3: 0.1}), 3)
+    assert got.index.tolist() == [3, 1, 0]
+    assert got.rate.tolist() == pytest.approx([1.0, 0.2, 0.05], rel=1e-4)
 
 
 # ---------------------------------------------------------------------- d and δ are what the paper defines
@@ -109,7 +109,7 @@ def test_d_from_factors_is_the_diagonal_in_the_basis_of_w(shape, r: int, route: 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_both_routes_agree(shape) -> None:
-    u, v, w = planted(shape, geometric(min(shape), 1e-3))
+    _, _, w = planted(shape, geometric(min(shape), 1e-3))
     a, b = torch.randn(3, shape[1], dtype=F64), torch.randn(shape[0], 3, dtype=F64)
     gram, svd = found(w, a, b, 8, "gram"), found(w, a, b, 8, "svd")
     assert gram.index.tolist() == svd.index.tolist()
@@ -174,7 +174,7 @@ def test_repeated_singular_values_give_finite_directions_of_the_right_count(shap
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (200, 120)], ids=str)
 @pytest.mark.parametrize("rank", [1, 5])
 def test_null_directions_are_left_out(shape, rank: int, route: str) -> None:
-    u, v, w = planted(shape, geometric(rank, 0.1))
+    _, _, w = planted(shape, geometric(rank, 0.1))
     a, b = torch.randn(4, shape[1], dtype=F64), torch.randn(shape[0], 4, dtype=F64)  # moves null directions as well
     spec = spectrum(w, route)
     d = moved(spec, w, a, b)
@@ -203,7 +203,7 @@ def test_a_weight_of_zeros_has_no_directions(shape, route: str) -> None:
     d = moved(spec, w, torch.randn(3, shape[1]), torch.randn(shape[0], 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = pick(spec, w, torch.nan_to_num(change_rate(spec, d)), 4)
+        got = pick(spec, w, change_rate(spec, d), 4)
     assert torch.count_nonzero(d) == 0
     assert torch.isfinite(d).all()
     assert torch.isfinite(change_rate(spec, d)).all()
@@ -259,13 +259,13 @@ def test_the_route_has_no_precision_to_choose() -> None:
 def test_a_million_to_one_spectrum_in_fp32_storage_is_ranked_as_by_the_exact_svd() -> None:
     """The case that an fp32 Gram matrix loses; the truth here is the fp64 SVD of the very same fp32 numbers."""
     sigma = geometric(64, 1e-6)
-    u, v, w64 = planted((96, 64), sigma)
+    _, _, w64 = planted((96, 64), sigma)
     w = w64.float()
     exact_u, exact_sigma, exact_vt = torch.linalg.svd(w.double(), full_matrices=False)
     chosen = [55, 40, 58, 20, 50]
     rates = torch.tensor([3.0, 2.0, 1.2, 0.7, 0.4], dtype=F64)
     b, a = exact_u[:, chosen] * (rates * exact_sigma[chosen]), exact_vt[chosen]
-    got = found(w, a, b, 5)
+    got = found(w, a, b, 5, eps=0)
     assert got.index.tolist() == chosen
     torch.testing.assert_close(got.rate, rates, rtol=1e-2, atol=0)
 

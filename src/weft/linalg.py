@@ -84,8 +84,8 @@ def moved(spec: Spectrum, w_oi: Tensor, a_ri: Tensor, b_or: Tensor, scale: float
 
 
 def change_rate(spec: Spectrum, moved_k: Tensor, eps: float = 1e-8) -> Tensor:
-    """δ_k = |d_k| / (σ_k + eps · σ_max), [k] fp64."""
-    return moved_k.abs() / (spec.sigma + eps * spec.sigma[:1])
+    """δ_k = |d_k| / (σ_k + eps · σ_max), [k] fp64; 0 where nothing moved, in a W of zeros too."""
+    return moved_k.abs() / (spec.sigma + eps * spec.sigma[:1]).clamp_min(1e-300)
 
 
 def pick(spec: Spectrum, w_oi: Tensor, rate_k: Tensor, count: int) -> Directions:

@@ -8,6 +8,8 @@ need this one, before training; `weft train` makes it.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -72,16 +74,18 @@ def attach(
         ModelError: `original` is not the checkpoint of this base.
     """
     for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
-        if value is not None and (isinstance(value, bool) or not value > 0):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
             raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
     found = schedules(model)
     if original is not None or cache is not None:
         _decompose(model, found, original, cache)
     for schedule in found.values():
         before = schedule.length
-        schedule.length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
+        length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
+        schedule.check(length)
+        schedule.length = length
         schedule.on_event = on_event or schedule.on_event
-        schedule.check()
         schedule.prepare()
 
 
@@ -110,7 +114,7 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
             "steps": schedule.steps,
             "total_steps": schedule.length.total_steps,
             "steps_per_epoch": schedule.length.steps_per_epoch,
-            "events": schedule.events,
+            "events": copy.deepcopy(schedule.events),
         }
         for name, schedule in schedules(model).items()
     }
@@ -135,8 +139,11 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
                 f"the state was taken after step {saved['steps']}, the adapter {name!r} after step {schedule.steps}: load the "
                 "adapter folder that was saved together with this state."
             )
-        schedule.length = Length(saved["total_steps"], saved["steps_per_epoch"])
-        schedule.events = list(cast("list[Event]", saved["events"]))
+        now = schedule.length
+        schedule.length = Length(
+            saved["total_steps"] or now.total_steps, saved["steps_per_epoch"] or now.steps_per_epoch
+        )
+        schedule.events = copy.deepcopy(cast("list[Event]", saved["events"]))
         schedule.prepare()
 
 
@@ -175,7 +182,9 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         last = name.rpartition(".")[2] if ".weft_site." in name else ""
-        rate = rates.get(last) or lr * (tied_lr_multiplier if id(parameter) in shared else 1.0)
+        rate = rates.get(last)
+        if rate is None:
+            rate = lr * (tied_lr_multiplier if id(parameter) in shared else 1.0)
         decay = 0.0 if last in VECTORS or (not last and parameter.dim() < 2) else weight_decay
         groups.setdefault((last if last in VECTORS else "factors", rate, decay), []).append(parameter)
     if not groups:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft import linalg
-from weft.errors import ConfigError
+from weft.errors import ConfigError, WeftError
 from weft.schedule import clock
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
@@ -37,22 +37,34 @@ from weft.times import resolve
 
 @dataclass
 class MeanGate:
-    """Running mean of a router's weights over tokens, filled by the forward passes of one step."""
+    """Running mean of the weights of `site`'s router over tokens, filled by the training passes of one step."""
 
+    site: Site
     total: Tensor | None = None
     tokens: int = 0
 
     def __call__(self, omega: Tensor) -> None:
-        """Take in weights [..., N]; recomputation in backward repeats tokens, which leaves the mean as it is."""
+        """Take in weights [..., N]; an evaluation or generation between two steps is none of the training."""
+        if not (self.site.training or torch.is_grad_enabled()):
+            return
         flat = omega.detach().flatten(0, -2)
-        self.total = flat.sum(0).double() if self.total is None else self.total + flat.sum(0).double()
+        self.total = flat.double().sum(0) if self.total is None else self.total + flat.double().sum(0)
         self.tokens += flat.shape[0]
 
     def mean(self, heads: int) -> Tensor:
         """[N] fp64; uniform if nothing was seen."""
-        if self.total is None:
+        if self.total is None or not self.tokens:
             return torch.full((heads,), 1 / heads, dtype=torch.float64)
         return self.total / self.tokens
+
+    def share(self) -> None:
+        """Take in what the other processes saw; all of them must call it."""
+        term = cast(HydraTerm, self.site.structure)
+        seen = torch.zeros(term.choice.heads + 1, dtype=torch.float64, device=term.A.device)
+        if self.total is not None:
+            seen[:-1], seen[-1] = self.total, self.tokens
+        dist.all_reduce(seen)
+        self.total, self.tokens = seen[:-1], int(seen[-1])
 
 
 def decompose(name: str, w: Tensor) -> linalg.Spectrum:
@@ -88,7 +100,7 @@ class DashController:
         if self.due(length) == step + 1:
             for member in self.members:
                 if isinstance(member.site.structure, HydraTerm):
-                    gate = self.gates[member.name] = MeanGate()
+                    gate = self.gates[member.name] = MeanGate(member.site)
                     member.site.gate_meter = gate
 
     def after_step(self, step: int, length: Length, optimizer: Optimizer) -> Event | None:
@@ -106,7 +118,7 @@ class DashController:
         for member, (found, _) in zip(self.members, chosen, strict=True):
             term = _term(member.site)
             term.launch(found)
-            _forget_moments(term.gain, optimizer)
+            _forget_moments(term.gain)
         self._stop_listening()
         self._warn_of_gaps(chosen)
         self._warn_of_quantised()
@@ -127,22 +139,33 @@ class DashController:
 
     def _choose(self) -> list[tuple[linalg.Directions, float]]:
         """Directions of every site and the seconds they took, the same on all processes."""
-        world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
-        if world > 1:
-            self._average_gates()
+        numbers = range(len(self.members))
+        if not _distributed() or dist.get_world_size() == 1:
+            return [self._measure_and_decide(n) for n in numbers]
+        world, rank = dist.get_world_size(), dist.get_rank()
+        for gate in self.gates.values():
+            gate.share()
         mine: dict[int, tuple[linalg.Directions, float]] = {}
-        for number, member in enumerate(self.members):
-            if number % world == rank:
-                started = clocks.perf_counter()
-                found = self._measure_and_decide(number, member)
-                mine[number] = (found, clocks.perf_counter() - started)
-        return [_share(mine.get(n), m, n % world) if world > 1 else mine[n] for n, m in enumerate(self.members)]
+        failure: Exception | None = None
+        try:
+            mine = {n: self._measure_and_decide(n) for n in numbers if n % world == rank}
+        except Exception as error:
+            failure = error
+        _fail_together(failure, _term(self.members[0].site).gain.device)
+        return [_share(mine.get(n), self.members[n], n % world) for n in numbers]
 
-    def _measure_and_decide(self, number: int, member: Member) -> linalg.Directions:
+    def _measure_and_decide(self, number: int) -> tuple[linalg.Directions, float]:
+        """Directions of one site, and the seconds they took."""
+        started, member = clocks.perf_counter(), self.members[number]
         w, (a, b, scale) = member.weight(), factor_pair(member.site, self.gates.get(member.name))
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ConfigError(
                 f"{member.name} has values that are not finite at the launch of Dash: lower the learning rate."
+            )
+        if not torch.isfinite(w).all():
+            raise ConfigError(
+                f"the base weight of {member.name} has values that are not finite, so it has no directions to launch: "
+                "load a base that works, or do not target this module."
             )
         found = self.decompose(member.name, w)
         rate = linalg.change_rate(found, linalg.moved(found, w, a, b, scale), self.choice.eps)
@@ -150,14 +173,7 @@ class DashController:
         lowest = linalg.floor(found.sigma, (w.shape[0], w.shape[1]))
         seed = f"{self.seed}/{number}"
         chosen = decide(rate.tolist(), found.sigma.tolist(), lowest, count, self.choice.select, seed)
-        return linalg.take(found, w, rate, chosen)
-
-    def _average_gates(self) -> None:
-        for gate in self.gates.values():
-            if gate.total is not None:
-                packed = torch.cat([gate.total, gate.total.new_tensor([float(gate.tokens)])])
-                dist.all_reduce(packed)
-                gate.total, gate.tokens = packed[:-1], int(packed[-1])
+        return linalg.take(found, w, rate, chosen), clocks.perf_counter() - started
 
     def _warn_of_gaps(self, chosen: Sequence[tuple[linalg.Directions, float]]) -> None:
         short = [
@@ -213,20 +229,29 @@ def factor_pair(site: Site, gate: MeanGate | None) -> tuple[Tensor, Tensor, floa
     if f.v is not None:
         b = f.v.detach().to(b)[:, None] * b
     if f.router is not None:
-        omega = (gate or MeanGate()).mean(f.heads).to(b)
+        omega = (gate or MeanGate(site)).mean(f.heads).to(b)
         b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
     return a, b, f.scale
 
 
-def _forget_moments(gain: nn.Parameter, optimizer: Optimizer) -> None:
+def _forget_moments(gain: nn.Parameter) -> None:
     """The gains start fresh at the launch: moments fed with zeros would make their first steps too large."""
-    owner = optimizer if clock.holds(optimizer, gain) else clock.owner_of(gain)
-    if owner is not None:
-        owner.state.pop(gain, None)
+    for optimizer in clock.owners(gain):
+        optimizer.state.pop(gain, None)
 
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _fail_together(failure: Exception | None, device: torch.device) -> None:
+    """Raise on all processes if one of them failed: the others would wait for its directions for ever."""
+    failures = torch.tensor(int(failure is not None), device=device)
+    dist.all_reduce(failures)
+    if failure is not None:
+        raise failure
+    if int(failures):
+        raise WeftError("the launch of Dash failed on another process: its own error says why.")
 
 
 def _share(

@@ -7,7 +7,7 @@ count is that site's buffer `steps`, so it is saved and loaded with the adapter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -80,6 +80,7 @@ class Schedule:
     length: Length = field(default_factory=Length)
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
+    _anchor: nn.Parameter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -105,18 +106,27 @@ class Schedule:
     def _count(self) -> Tensor:
         return cast(Tensor, self.first.steps)
 
-    def anchor(self) -> nn.Parameter | None:
-        """The first trained parameter of the adapter."""
-        return next((p for m in self.members for p in m.site.parameters() if p.requires_grad), None)
+    def counts(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` holds the anchor: the adapter's first trained parameter in the first optimiser that steps.
+
+        It is chosen anew when it is no longer the adapter's, no longer trained, or no longer in any living optimiser.
+        """
+        anchor = self._anchor
+        if anchor is None or not any(p is anchor for p in self._trained()) or not clock.owners(anchor):
+            self._anchor = anchor = next((p for p in self._trained() if clock.holds(optimizer, p)), None)
+        return anchor is not None and clock.holds(optimizer, anchor)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (p for member in self.members for p in member.site.parameters() if p.requires_grad)
 
     def pending(self) -> list[Controller]:
         """The controllers that still have something to do."""
         return [controller for controller in self.controllers if not controller.done()]
 
-    def check(self) -> None:
-        """Raise `ConfigError` if something can never happen in this run."""
+    def check(self, length: Length) -> None:
+        """Raise `ConfigError` if something can never happen in a run of this length."""
         for controller in self.pending():
-            controller.check(self.length)
+            controller.check(length)
 
     def prepare(self) -> None:
         """Let controllers get ready for the next step; also after loading, when the count may have changed."""
