@@ -42,8 +42,9 @@ register()
 
 if TYPE_CHECKING:
     from weft.train import Run, evaluate, generate, train
+    from weft.train.directions import directions
 
-_LAZY = dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train")
+_LAZY = {**dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"), "directions": "weft.train.directions"}
 
 __all__ = [
     "AdapterError",
@@ -70,6 +71,7 @@ __all__ = [
     "WeftConfig",
     "WeftError",
     "attach",
+    "directions",
     "epochs",
     "evaluate",
     "generate",

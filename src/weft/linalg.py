@@ -83,6 +83,17 @@ def moved(spec: Spectrum, w_oi: Tensor, a_ri: Tensor, b_or: Tensor, scale: float
         )
 
 
+def moved_by(spec: Spectrum, w_oi: Tensor, delta_oi: Tensor) -> Tensor:
+    """d_k of a dense ΔW [out, in], such as that of a full fine-tune; otherwise as `moved`."""
+    with torch.autocast(w_oi.device.type, enabled=False), torch.no_grad():
+        w, delta = w_oi.detach().to(spec.side), delta_oi.detach().to(spec.side)
+        products = (
+            (w @ spec.side) * (delta @ spec.side) if spec.tall else (w.T @ spec.side) * (delta.T @ spec.side)
+        ).sum(0)
+        lowest = floor(spec.sigma, (w.shape[0], w.shape[1]))
+        return torch.where(spec.sigma > lowest, products / spec.sigma.clamp_min(1e-300), torch.zeros_like(products))
+
+
 def change_rate(spec: Spectrum, moved_k: Tensor, eps: float = 1e-8) -> Tensor:
     """δ_k = |d_k| / (σ_k + eps · σ_max), [k] fp64; 0 where nothing moved, in a W of zeros too."""
     return moved_k.abs() / (spec.sigma + eps * spec.sigma[:1]).clamp_min(1e-300)

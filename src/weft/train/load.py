@@ -61,6 +61,17 @@ def load_adapter(folder: Path, base: str | None = None) -> Trained:
         AdapterError: an unreadable or newer adapter, or one that does not fit the base.
         ModelError: the base is missing or incomplete.
     """
+    found = load_base(folder, base)
+    return Trained(found.base, put_in(cast(PreTrainedModel, found.model), folder).eval(), found.task)
+
+
+def load_base(folder: Path, base: str | None = None) -> Trained:
+    """The base that a bare adapter folder names, or `base`, without the adapter.
+
+    Raises:
+        AdapterError: an unreadable or newer adapter, or one that names no base.
+        ModelError: the base is missing or incomplete.
+    """
     config = _read_config(folder)
     path = base or config.base_model_name_or_path
     if not path:
@@ -69,7 +80,7 @@ def load_adapter(folder: Path, base: str | None = None) -> Trained:
     task = cast(Task, _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
     with _drawing(0):
         plain = model.load(found, task)
-    return Trained(found, put_in(plain, folder).eval(), task)
+    return Trained(found, plain.eval(), task)
 
 
 @contextmanager
