@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli import bench, output
+from weft.cli.directions import directions
 from weft.cli.display import watching
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(bench.app, name="bench")
+app.command()(directions)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
