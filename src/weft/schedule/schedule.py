@@ -103,6 +103,10 @@ class Schedule:
         return int(self._count)
 
     @property
+    def _on_meta(self) -> bool:
+        return any(buffer.is_meta for buffer in self.first.buffers())
+
+    @property
     def _count(self) -> Tensor:
         return cast(Tensor, self.first.steps)
 
@@ -120,8 +124,8 @@ class Schedule:
         return (p for member in self.members for p in member.site.parameters() if p.requires_grad)
 
     def pending(self) -> list[Controller]:
-        """The controllers that still have something to do."""
-        return [controller for controller in self.controllers if not controller.done()]
+        """The controllers that still have something to do; all of them while the adapter has no values yet."""
+        return [controller for controller in self.controllers if self._on_meta or not controller.done()]
 
     def check(self, length: Length) -> None:
         """Raise `ConfigError` if something can never happen in a run of this length."""
@@ -130,9 +134,8 @@ class Schedule:
 
     def prepare(self) -> None:
         """Let controllers get ready for the next step; also after loading, when the count may have changed."""
-        waiting = self.pending()
-        if waiting and self._count.device.type != "meta":
-            for controller in waiting:
+        if not self._on_meta:
+            for controller in self.pending():
                 controller.before_step(self.steps, self.length)
 
     def after_step(self, optimizer: Optimizer) -> None:
