@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from weft import linalg
 from weft.errors import ConfigError, suggest
-from weft.recipes import HydraLoraConfig, PlainLoraConfig, TiedLoraConfig, peft_lora
+from weft.recipes import HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig, peft_lora
+from weft.terms.boost.dash import DashTerm
 
 Dtype = Literal["fp32", "bf16"]
 Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
@@ -30,8 +32,9 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "plain": PlainLoraConfig,
     "hydra": HydraLoraConfig,
     "tied": TiedLoraConfig,
+    "dash": LoraDashConfig,
 }
-RANKS: dict[str, tuple[int, ...]] = {"peft": (8, 16), "plain": (8, 16), "hydra": (8,), "tied": (16,)}
+RANKS: dict[str, tuple[int, ...]] = {"peft": (8, 16), "plain": (8, 16), "hydra": (8,), "tied": (16,), "dash": (8,)}
 HEAD_SIZE = 64
 
 
@@ -143,6 +146,7 @@ def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
     config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear")
     adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
     leave_the_start(adapted)
+    launch_anywhere(adapted)
     return cast(nn.Module, adapted.train())
 
 
@@ -156,6 +160,17 @@ def leave_the_start(model: nn.Module) -> None:
                 p.normal_(std=0.02)
             elif name.endswith((".structure.u", ".structure.v")):
                 p.normal_(mean=1.0, std=0.1)
+            elif name.endswith(".boost.gain"):
+                p.normal_(std=0.1)
+
+
+def launch_anywhere(model: nn.Module) -> None:
+    """Launch every Dash site on random orthonormal directions: a step costs the same along any."""
+    for term in model.modules():
+        if isinstance(term, DashTerm):
+            (out, s), fan_in = term.up.shape, term.down.shape[1]
+            up, down = (torch.linalg.qr(torch.randn(n, s)).Q for n in (out, fan_in))
+            term.launch(linalg.Directions(torch.arange(s), torch.ones(s), torch.ones(s), up, down.T))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ Clock = Literal["cpu", "wall"]
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 NEAR_PEFT = 0.03  # plain and tied against stock peft LoRA of the same rank and adapter dtype, in units of the floor
 HYDRA_OVER_PLAIN = 1.15  # HydraLoRA N=3 r=8 over plain weft LoRA r=16
+DASH_OVER_PLAIN = 1.03  # launched LoRA-Dash r=8 with 8 directions over plain weft LoRA r=16, which has as many slots
+OVER_PLAIN = {"hydra": HYDRA_OVER_PLAIN, "dash": DASH_OVER_PLAIN}
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,7 @@ def targets(results: Sequence[CaseResult]) -> list[Target]:
             behind = Spread.over([(a - b) / f for a, b, f in zip(own, peft, floor[dtype], strict=True)])
             found.append(Target(f"{case}: behind peft", dtype, behind, NEAR_PEFT, behind.median <= NEAR_PEFT))
         plain = seconds.get((dtype, dataclasses.replace(case, kind="plain", r=16)))
-        if case.kind == "hydra" and plain is not None:
+        if (limit := OVER_PLAIN.get(case.kind)) is not None and plain is not None:
             over = Spread.over([a / b for a, b in zip(own, plain, strict=True)])
-            found.append(
-                Target(f"{case}: over plain r=16", dtype, over, HYDRA_OVER_PLAIN, over.median <= HYDRA_OVER_PLAIN)
-            )
+            found.append(Target(f"{case}: over plain r=16", dtype, over, limit, over.median <= limit))
     return found

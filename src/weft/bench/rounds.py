@@ -81,12 +81,12 @@ def step(
     builders = outside_builders(outside)
     results: list[CaseResult] = []
     order: dict[str, list[list[str]]] = {}
-    with _threads(threads), torch.random.fork_rng(devices=[]):
+    with torch_threads(threads), torch.random.fork_rng(devices=[]):
         for dtype in setting.dtypes:
             jobs = _prepare(cases(dtype, kinds, list(builders), dropouts), setting, dtype, builders, progress)
             order[dtype] = _run(jobs, setting, dtype, progress)
             results += [_result(job, jobs[0], dtype) for job in jobs]
-    return StepBench(setting, _versions(), results, [] if quick else targets(results), order)
+    return StepBench(setting, versions(), results, [] if quick else targets(results), order)
 
 
 @dataclass
@@ -173,7 +173,8 @@ def _result(job: _Job, floor: _Job, dtype: Dtype) -> CaseResult:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """Within the block torch computes on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -182,6 +183,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What was measured, and on what."""
     found = {name: version(name) for name in ("weft", "torch", "peft", "transformers")}
     return {**found, "python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}

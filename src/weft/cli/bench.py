@@ -1,8 +1,9 @@
-"""`weft bench`: speed and memory of a training step, beside the exactness of what was measured."""
+"""`weft bench`: speed and memory of a training step and of a launch, beside the exactness of what was measured."""
 
 from __future__ import annotations
 
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +18,14 @@ from weft.cli.display import watching
 from weft.errors import RunError
 
 if TYPE_CHECKING:
-    from weft.bench import CaseResult, Spread, StepBench
+    from weft.bench import CaseResult, LaunchBench, Spread, StepBench
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 
 @app.callback()
 def bench() -> None:
-    """Measure speed and memory."""  # a callback keeps `step` a name of its own while it is the only command
+    """Measure speed and memory."""
 
 
 @app.command()
@@ -37,7 +38,9 @@ def step(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; at least 7 for figures to publish.")] = 9,
     dtype: Annotated[list[str] | None, typer.Option(help="Base in fp32 or bf16; may be repeated. Both.")] = None,
     dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="peft, plain, hydra, tied; may be repeated. All.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="peft, plain, hydra, tied, dash; may be repeated. All.")
+    ] = None,
     case: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,8 +61,7 @@ def step(
     Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
     base's step of the same round. Exit code 1 if a gradient of weft disagrees with the reference kernel.
     """
-    if out is not None and not os.access(out.parent, os.W_OK):  # before minutes of measuring, not after
-        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+    _check_out(out)
     if case:
         sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
     lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
@@ -86,6 +88,75 @@ def step(
             f"the gradients of {', '.join(wrong)} are not those of the reference kernel, so these speeds do not count: "
             "mend the kernel first."
         )
+
+
+@app.command()
+def launch(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OUTxIN@ROUNDS", help="One weight to launch on; may be repeated. 768 to 4096."),
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Blocks of a Llama-type model to launch on; 0 leaves it out.")] = 4,
+    hidden: Annotated[int, typer.Option(help="Its width, a multiple of 64.")] = 768,
+    rounds: Annotated[int, typer.Option(help="Rounds of the model.")] = 3,
+    r: Annotated[int, typer.Option("--r", help="Rank of ΔW.")] = 8,
+    directions: Annotated[int, typer.Option(help="Directions per site.")] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    clock: Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny weights: does it all run?")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """The launch of LoRA-Dash against the published way: a full SVD and dense products inside a forward pass.
+
+    Per weight and for all modules of a model, both ways on the same weights in random order; a ratio is the median over rounds.
+    """
+    _check_out(out)
+    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        from weft.bench import launch as call
+        from weft.train.files import write_json
+
+        result = call(
+            **({"shapes": shape} if shape else {}),
+            layers=layers,
+            hidden=hidden,
+            rounds=rounds,
+            r=r,
+            directions=directions,
+            threads=threads,
+            clock=clock,  # type: ignore[arg-type]  # the library refuses what is no clock
+            seed=seed,
+            quick=quick,
+            progress=progress,
+        )
+        if out is not None:
+            write_json(out, result.to_dict())
+    output.show(result.to_dict(), as_json, lambda: launch_table(result))
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and not os.access(out.parent, os.W_OK):  # before minutes of measuring, not after
+        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+
+
+def launch_table(result: LaunchBench) -> Table:
+    """A row per weight, and one for the model."""
+    table = Table(
+        title=f"The launch of LoRA-Dash · r = {result.r}, {result.directions} directions, {result.threads} thread(s), "
+        f"{result.clock} time",
+        caption=escape(
+            "seconds: medians · ratio: median [quartiles] · agree: share of the directions that both choose"
+        ),
+    )
+    table.add_column("W, out x in")
+    for column in ("n", "modules", "weft s", "published s", "ratio", "agree"):
+        table.add_column(column, justify="right")
+    for row in result.results:
+        seconds = (f"{statistics.median(values):.3g}" for values in (row.seconds, row.published))
+        table.add_row(row.what, str(row.rounds), str(row.sites), *seconds, _spread(row.ratio), f"{row.agreed:.1%}")
+    return table
 
 
 def tables(result: StepBench) -> list[Table]:
