@@ -73,7 +73,8 @@ def train(model: nn.Module, count: int, optimizer: torch.optim.Optimizer | None 
 
 def sites(model: nn.Module, adapter: str = "default") -> dict[str, Site]:
     """Module name → site of `adapter`."""
-    return {m.module_name: m.site(adapter) for m in model.modules() if isinstance(m, WeftLinear)}
+    layers = [m for m in model.modules() if isinstance(m, WeftLinear) and adapter in m.weft_site]
+    return {m.module_name: m.site(adapter) for m in layers}
 
 
 def terms(model: nn.Module, adapter: str = "default") -> list[DashTerm]:

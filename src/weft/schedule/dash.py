@@ -94,10 +94,10 @@ class DashController:
         """See `Controller`."""
         check_possible(self.due(length), length, "the launch of Dash", self.choice.after)
 
-    def before_step(self, step: int, length: Length) -> None:
-        """Listen to the routers in the forward passes of the step after which the launch is due."""
+    def before_step(self, step: int | None, length: Length) -> None:
+        """Listen to the routers in the forward passes of the step after which the launch is due, or may be."""
         self._stop_listening()
-        if self.due(length) == step + 1:
+        if step is None or (self.due(length) == step + 1 and not self.done()):
             for member in self.members:
                 if isinstance(member.site.structure, HydraTerm):
                     gate = self.gates[member.name] = MeanGate(member.site)

@@ -65,8 +65,8 @@ class Controller(Protocol):
         """Act if it is time; what happened, as plain numbers."""
         ...
 
-    def before_step(self, step: int, length: Length) -> None:
-        """Get ready for what step + 1 needs measured in its forward passes; `step` are taken so far."""
+    def before_step(self, step: int | None, length: Length) -> None:
+        """Get ready for what step + 1 needs measured in its forward passes; `step` are taken so far, None if unknown."""
         ...
 
 
@@ -86,7 +86,10 @@ class Schedule:
         self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.first.register_load_state_dict_post_hook(_prepare_after_load)
         clock.listen(self)
-        self.prepare()
+        # A count may still be loaded without anybody being told: transformers' load_adapter assigns tensors by itself.
+        unknown = next(self._trained(), None) is not None
+        for controller in self.controllers:
+            controller.before_step(None if unknown else 0, self.length)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -135,7 +138,7 @@ class Schedule:
     def prepare(self) -> None:
         """Let controllers get ready for the next step; also after loading, when the count may have changed."""
         if not self._on_meta:
-            for controller in self.pending():
+            for controller in self.controllers:
                 controller.before_step(self.steps, self.length)
 
     def after_step(self, optimizer: Optimizer) -> None:
