@@ -10,7 +10,7 @@ from weft.bench.cases import Batch, Case, build, cases, frozen_base, outside_bui
 from weft.bench.rounds import QUICK
 from weft.glue.layer import WeftLinear
 
-ADAPTERS = [Case("peft", 8), Case("plain", 8), Case("hydra", 8), Case("tied", 16)]
+ADAPTERS = [Case("peft", 8), Case("plain", 8), Case("hydra", 8), Case("tied", 16), Case("dash", 8)]
 
 
 @pytest.mark.parametrize("case", ADAPTERS, ids=str)
@@ -36,11 +36,22 @@ def test_no_gradient_is_trivially_zero(case: Case):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in trained)
 
 
-@pytest.mark.parametrize("kind", ["peft", "plain", "tied"])
+@pytest.mark.parametrize("kind", ["peft", "plain", "tied", "dash"])
 @pytest.mark.parametrize(("adapter", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_adapter_has_the_dtype_the_case_names(kind: str, adapter: str, dtype: torch.dtype):
     model = build(Case(kind, 16, 0.0, adapter), frozen_base(QUICK, "bf16"), {})
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+
+
+def test_dash_is_stepped_after_its_launch():
+    """Its slots lie along orthonormal directions, so their share of the step is not skipped work on zeros."""
+    model = build(Case("dash", 8), frozen_base(QUICK, "fp32"), {})
+    terms = [m.site("default").boost for m in model.modules() if isinstance(m, WeftLinear)]
+    for term in terms:
+        assert term.launched
+        torch.testing.assert_close(term.down @ term.down.T, torch.eye(8))
+        torch.testing.assert_close(term.up.T @ term.up, torch.eye(8))
+    assert len(terms) == 7 * QUICK.layers
 
 
 def test_on_an_fp32_base_the_adapter_dtypes_are_one():

@@ -37,6 +37,15 @@ def test_hydra_is_held_against_plain_of_rank_16():
     assert not target.met
 
 
+@pytest.mark.parametrize(("seconds", "met"), [(2.04, True), (2.1, False)])
+def test_dash_is_held_against_plain_of_as_many_slots(seconds: float, met: bool):
+    plain, dash = measured(Case("plain", 16), 1.0, 2.0, 4.0), measured(Case("dash", 8), 1.5, seconds, 4.0)
+    [target] = [t for t in targets([FLOOR, plain, dash]) if "dash" in t.name]
+    assert target.name == "dash r=8 p=0 fp32: over plain r=16"
+    assert target.value.median == pytest.approx(seconds / 2)
+    assert target.met is met
+
+
 @pytest.mark.parametrize(
     "other", [Case("peft", 8), Case("peft", 16, 0.05), Case("peft", 16, 0.0, "bf16")], ids=["rank", "dropout", "dtype"]
 )

@@ -12,7 +12,7 @@ from weft.bench.rounds import QUICK
 LABELS = [
     "floor",
     *("peft r=8 p=0 fp32", "peft r=16 p=0 fp32", "plain r=8 p=0 fp32", "plain r=16 p=0 fp32"),
-    *("hydra r=8 p=0 fp32", "tied r=16 p=0 fp32"),
+    *("hydra r=8 p=0 fp32", "tied r=16 p=0 fp32", "dash r=8 p=0 fp32"),
 ]
 
 

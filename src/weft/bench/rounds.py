@@ -62,7 +62,7 @@ def step(
         shape: the model and batch; default 4 layers of width 768, 4 × 256 tokens.
         dtypes: dtypes of the base, "fp32" and "bf16", measured one after the other.
         dropouts: values of `lora_dropout`.
-        kinds: adapters to measure, of "peft", "plain", "hydra", "tied"; the floor always is.
+        kinds: adapters to measure, of "peft", "plain", "hydra", "tied", "dash"; the floor always is.
         outside: "name[@RANK]=module:function" of further ones; function(base, r, dropout) returns the model to step.
         rounds: interleaved rounds; at least 7 for figures to publish.
         threads: torch's intra-op threads while measuring.
