@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import typer.main
@@ -13,6 +15,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typer.testing import CliRunner
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 # What a key of a recipe file is for. A key without a line here, or a line without its key, is an error.
 MEANING: dict[str, str] = {
@@ -148,6 +152,21 @@ def command_help() -> str:
     return "\n".join(parts)
 
 
+def launch() -> str:
+    """The launch of LoRA-Dash beside the published way, from the record of `weft bench launch`."""
+    record = json.loads((BENCH / "launch.json").read_text(encoding="utf-8"))
+    rows = []
+    for row in record["results"]:
+        ratio = row["ratio"]
+        spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        seconds = (f"{row[key]:.2f}" for key in ("median_seconds", "median_published"))
+        rows.append(
+            (row["what"], str(row["sites"]), str(len(row["seconds"])), *seconds, spread, f"{row['agreed']:.0%}")
+        )
+    head = ("W, out x in", "modules", "n", "weft, s", "published, s", "weft / published", "same directions")
+    return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {record['clock'].upper()} time of {record['threads']} thread: `{record['command']}`."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "choices": choices,
@@ -155,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe-keys": recipe_keys,
     "command-help": command_help,
+    "launch": launch,
 }
 
 
