@@ -164,7 +164,8 @@ def launch() -> str:
             (row["what"], str(row["sites"]), str(len(row["seconds"])), *seconds, spread, f"{row['agreed']:.0%}")
         )
     head = ("W, out x in", "modules", "n", "weft, s", "published, s", "weft / published", "same directions")
-    return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {record['clock'].upper()} time of {record['threads']} thread: `{record['command']}`."
+    how = f"{record['clock'].upper()} time of {record['threads']} thread: `{record['command']}`"
+    return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {how}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
