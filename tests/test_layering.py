@@ -9,7 +9,7 @@ import weft
 
 SOURCE = Path(weft.__file__).parent
 LEVELS = (
-    {"errors", "strict", "linalg", "kernel"},
+    {"errors", "strict", "times", "linalg", "kernel"},
     {"terms"},
     {"site", "spec", "compat"},
     {"schedule", "recipes"},

@@ -20,7 +20,6 @@ from weft.errors import AdapterError
 from weft.glue.layer import WeftLinear
 from weft.schedule.dash import MeanGate, factor_pair
 from weft.terms.boost.dash import DashTerm
-from weft.terms.structure.hydra import HydraTerm
 
 
 @dataclass(frozen=True)
@@ -157,9 +156,7 @@ def _mean_gates(
 ) -> dict[str, MeanGate]:
     """The mean gate of every routed site over `inputs`, in evaluation mode."""
     sites = {name: layer.site(adapter) for name, layer in layers.items() if isinstance(layer, WeftLinear)}
-    gates: dict[str, MeanGate] = {
-        name: _Watched(site) for name, site in sites.items() if isinstance(site.structure, HydraTerm)
-    }
+    gates: dict[str, MeanGate] = {name: _Watched(site) for name, site in sites.items() if not site.mergeable}
     if not gates:
         return {}
     if inputs is None:

@@ -31,7 +31,6 @@ from weft.schedule import clock
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
 from weft.terms.boost.dash import Dash, DashTerm
-from weft.terms.structure.hydra import HydraTerm
 from weft.times import resolve
 
 
@@ -59,8 +58,8 @@ class MeanGate:
 
     def share(self) -> None:
         """Take in what the other processes saw; all of them must call it."""
-        term = cast(HydraTerm, self.site.structure)
-        seen = torch.zeros(term.choice.heads + 1, dtype=torch.float64, device=term.A.device)
+        f = self.site.factors()
+        seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
         if self.total is not None:
             seen[:-1], seen[-1] = self.total, self.tokens
         dist.all_reduce(seen)
@@ -99,7 +98,7 @@ class DashController:
         self._stop_listening()
         if step is None or (self.due(length) == step + 1 and not self.done()):
             for member in self.members:
-                if isinstance(member.site.structure, HydraTerm):
+                if not member.site.mergeable:  # routed
                     gate = self.gates[member.name] = MeanGate(member.site)
                     member.site.gate_meter = gate
 
