@@ -45,7 +45,6 @@ def _finite(value: Any) -> Any:
 @contextlib.contextmanager
 def calling(as_json: bool, quiet: bool) -> Iterator[None]:
     """Around a library call: other libraries are silent, weft's warnings are lines on stderr, stdout stays clean."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -60,9 +59,11 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"weft(\.|$)")
             warnings.showwarning = _warn
-            from transformers.utils.logging import disable_progress_bar
+            from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
             disable_progress_bar()
+            if "TRANSFORMERS_VERBOSITY" not in os.environ:
+                set_verbosity_error()
             yield
     finally:
         log.removeHandler(handler)
