@@ -131,3 +131,32 @@ def test_a_misspelt_command_is_one_sentence(weft: Weft, arguments: list[str], ne
     assert (said.code, said.out) == (1, "")
     assert near in said.err
     assert said.err.count("\n") == 1
+
+
+def test_an_interrupt_says_how_to_go_on(weft: Weft, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.train import loop
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    said = weft("train", recipe_file)
+    assert (said.code, said.out) == (130, "")
+    assert "--resume" in said.err
+
+
+def test_a_bug_of_ours_keeps_its_traceback(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.cli import main
+    from weft.train import loop
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop, "train", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(recipe_file)])
+
+
+def test_of_several_processes_the_first_one_speaks(weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert weft("recipes", "--json").out == ""
