@@ -39,7 +39,7 @@ def make(
         return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_()
 
     slots = [
-        Slots(leaf(5, fan_in), leaf(out, 5), leaf(5)),
+        Slots(leaf(2, fan_in), leaf(out, 2), leaf(2)),
         Slots(leaf(r, fan_in).detach(), leaf(out, r).detach(), torch.full((r,), -1.7, dtype=dtype)),
     ]
     return Factors(
@@ -122,7 +122,7 @@ def test_bf16_stays_within_its_precision_of_the_exact_result(variant: dict):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradcheck(variant: dict, dropout: float):
     f = make(**variant, size=(4, 3, 2, 3))
-    x, y = tokens(3, 4), tokens(3, 3)
+    x, y = tokens(2, 4), tokens(2, 3)
     names = [name for name in ("A", "B", "gate", "v", "router") if getattr(f, name) is not None]
 
     def function(x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def test_gradcheck(variant: dict, dropout: float):
         return add_low_rank(y, x, whole, dropout=dropout)
 
     inputs = [getattr(f, name) for name in names] + list(f.extra[0] if f.extra else ())
-    assert torch.autograd.gradcheck(function, (x, y, *inputs), atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(function, (x, y, *inputs), atol=1e-7, rtol=1e-5, fast_mode=True)
 
 
 class OneMaskPerShape:
