@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+import weft
 from families import FAMILIES, STRUCTURES, Mixer, adapter_config, logits, randomise, trainable
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
@@ -23,8 +24,9 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 def trained(structure: str, base: nn.Module | None = None, **fields) -> PeftModel:
+    """A small model, few sites: what is tested is one graph, and tracing takes its time."""
     base = base or FAMILIES["plain"].build()
-    model = get_peft_model(base, adapter_config(structure, "plain", heads_too=False, **fields))
+    model = get_peft_model(base, STRUCTURES[structure](r=4, target_modules=["q_proj", "v_proj"], **fields))
     randomise(model)
     return model.train()
 
@@ -97,7 +99,7 @@ def test_dropout_and_autocast_compile_without_a_break(structure: str) -> None:
 
 def test_switching_adapters_gives_the_new_ones_output() -> None:
     model, batch = trained("plain").eval(), FAMILIES["plain"].batch()
-    model.add_adapter("second", adapter_config("plain", "plain", heads_too=False))
+    model.add_adapter("second", weft.PlainLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     compiled = torch.compile(model, backend="eager")
     first = logits(compiled, batch)
     model.set_adapter("second")

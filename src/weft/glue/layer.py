@@ -13,12 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.compat import REFUSED
 from weft.errors import MergeError
+from weft.glue.sharing import refuse_reentrant_checkpointing
 from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
 
@@ -72,8 +74,14 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name in self.weft_site:
+                if self.training and dist.is_available() and dist.is_initialized():
+                    self._check_distributed(name)
                 y = self.weft_site[name](x, y)
         return y
+
+    def _check_distributed(self, adapter_name: str) -> None:
+        if isinstance(term := self.site(adapter_name).structure, TiedTerm) and not torch.compiler.is_compiling():
+            refuse_reentrant_checkpointing(term)
 
     # ------------------------------------------------------------------ merging
 
