@@ -26,7 +26,8 @@ def _fresh_compiler() -> Iterator[None]:
 def trained(structure: str, base: nn.Module | None = None, **fields) -> PeftModel:
     """A small model, few sites: what is tested is one graph, and tracing takes its time."""
     base = base or FAMILIES["plain"].build()
-    model = get_peft_model(base, STRUCTURES[structure](r=4, target_modules=["q_proj", "v_proj"], **fields))
+    targets = ["embed", "q_proj", "v_proj"]  # embed: the first block's input then needs a gradient as all others do
+    model = get_peft_model(base, STRUCTURES[structure](r=4, target_modules=targets, **fields))
     randomise(model)
     return model.train()
 

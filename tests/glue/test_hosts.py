@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import weft
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise, trainable
@@ -145,6 +146,33 @@ def test_a_head_in_modules_to_save_is_trained_saved_and_kept_apart(structure: st
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(FAMILIES["bert"].build(), tmp_path)
     assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+def test_a_batch_with_an_adapter_per_row_is_refused_instead_of_ignored(llama) -> None:
+    model = get_peft_model(llama, weft.PlainLoraConfig()).eval()
+    with pytest.raises(weft.AdapterError, match="works with stock LoRA only"):
+        model(**BATCH, adapter_names=["default", "__base__"])
+
+
+def test_auto_classes_find_the_base_and_the_adapter(tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, adapter_config("tied_tl6_fused", "llama"))
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for auto in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        assert torch.equal(logits(auto.from_pretrained(tmp_path / "adapter"), BATCH), logits(model, BATCH))
+
+
+@every_structure
+def test_a_loaded_adapter_can_be_trained_on(structure: str, tmp_path: Path) -> None:
+    model = trained(structure)
+    model.save_pretrained(tmp_path)
+    names = set(trainable(model))
+    again = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path, is_trainable=True).train()
+    again(**BATCH).loss.backward()
+    assert {n for n, p in again.named_parameters() if p.grad is not None and p.grad.any()} == names
+    assert not trainable(PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path))
 
 
 # ---------------------------------------------------------------------- precision

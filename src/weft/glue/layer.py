@@ -89,7 +89,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
 
         Raises:
-            MergeError: an adapter is routed, the base weight is not a plain floating-point matrix, or `safe_merge` and the
+            MergeError: an adapter is routed, the base is not x Wᵀ with a plain floating-point W, or `safe_merge` and the
                 merged weight has a value that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
@@ -154,15 +154,16 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if (
-            not isinstance(base, (nn.Linear, Conv1D))
-            or not isinstance(weight, nn.Parameter)
-            or not weight.is_floating_point()
+            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and isinstance(weight, nn.Parameter)
+            and type(weight.detach()) is Tensor
+            and weight.is_floating_point()
         ):
-            raise MergeError(
-                f"{self.module_name} is a {type(base).__name__}, whose weight is not a plain matrix: "
-                "load the base model unquantised to merge."
-            )
-        return weight
+            return weight
+        raise MergeError(
+            f"{self.module_name} is a {type(base).__name__}, which is not x Wᵀ with a plain matrix W, so ΔW cannot be added: "
+            "load the base model unquantised and unsharded to merge, or serve the adapter unmerged."
+        )
 
     # ------------------------------------------------------------------ adapters come and go
 
