@@ -130,7 +130,7 @@ def add_low_rank(
     z = u[:, :r] if f.gate is None else u[:, :r] * f.gate.to(u)
     scale, scaled_late = f.scale, len(f.extra) == 0  # one factor for all columns rides in the up GEMM for free
     if f.router is not None:
-        logits = u[:, rank:] if fused_router else _router_logits(x_ti, f)
+        logits = u[:, rank:] if fused_router else _router_logits(x_ti, f, None if dropout else u[:, :r])
         omega = _softmax(logits)
         if on_mix is not None:
             on_mix(omega.view(*x.shape[:-1], heads))
@@ -204,10 +204,15 @@ def _softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits, -1, dtype=dtype)
 
 
-def _router_logits(x_ti: Tensor, f: Factors) -> Tensor:
-    """Logits where they cannot ride in the down GEMM: dropout stands between x and A, or the router reads A x."""
+def _router_logits(x_ti: Tensor, f: Factors, latent: Tensor | None) -> Tensor:
+    """Logits where they cannot ride in the down GEMM: dropout stands between x and A, or the router reads A x.
+
+    `latent` is A x [t, r] where x was not dropped.
+    """
     assert f.router is not None
-    source = x_ti if f.router_input == "x" else F.linear(x_ti, _like(f.A, x_ti))
+    if f.router_input == "Ax" and latent is None:
+        latent = F.linear(x_ti, _like(f.A, x_ti))
+    source = x_ti if f.router_input == "x" or latent is None else latent
     return F.linear(source, _like(f.router, source))
 
 
