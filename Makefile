@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP) ## base, LoRA, HydraLoRA and Tied-LoRA on the embedded model: train, evaluate, generate (under 3 minutes)
-	$(BIN)/python scripts/demo.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
 check: lint types test docs-run docs-build ## everything: format, lint, types, tests, the documents' code, the site
 

@@ -1,6 +1,6 @@
 """`make demo`: the frozen base, LoRA, HydraLoRA and Tied-LoRA on the embedded model and tasks, side by side.
 
-    python scripts/demo.py [--out runs/demo] [--steps N]
+    python scripts/demo.py [--out runs/demo] [--steps N] [--rows N]
 
 Each method is trained, evaluated on the test rows, which no training has seen, and asked one question. The same as
 `weft train NAME`, `weft eval` and `weft generate` by hand; the runs stay in the folder.
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from weft.train.evaluation import Evaluation
 
 METHODS = {"lora": "LoRA", "hydralora": "HydraLoRA", "tied_lora": "Tied-LoRA"}
-TEST_ROWS = 256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default="runs/demo")
     parser.add_argument("--steps", type=int, help="optimiser steps; each recipe's own by default")
+    parser.add_argument("--rows", type=int, default=256, help="test rows to measure on")
     given = parser.parse_args()
     began, console, question = time.monotonic(), Console(), demo_rows("test")[0]
-    settings = [f"data.test_limit={TEST_ROWS}"]
+    settings = [f"data.test_limit={given.rows}"]
     if given.steps is not None:
         settings.append(f"train.steps={given.steps}")
     table = Table("adapter", "trained", "seconds", "loss", "exact match", f"{question['prompt']} ?", highlight=False)
@@ -45,7 +45,7 @@ def main() -> None:
 
     with calling(as_json=False, quiet=False), watching(True) as progress:
         warnings.simplefilter("ignore")
-        console.print(f"frozen base: {TEST_ROWS} test rows of the demo tasks")
+        console.print(f"frozen base: {given.rows} test rows of the demo tasks")
         add("none", "0", "", weft.evaluate("none", settings[0], adapter="none", progress=progress), "")
         for recipe, title in METHODS.items():
             console.print(f"{title}: weft train {recipe} out={given.out}/{recipe}")

@@ -41,5 +41,12 @@ def test_all_choices_that_exist_today_go_together():
         weft.WeftConfig(structure=kind())
 
 
+def test_a_config_asks_the_table(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(compat.REFUSED, ("Hydra", "Uniform"), "a row for the length of this test")
+    with pytest.raises(CombinationError, match="for the length of this test"):
+        weft.WeftConfig(structure="hydra")
+    weft.WeftConfig(structure="plain")
+
+
 def test_a_combination_error_is_a_config_error():
     assert issubclass(CombinationError, ConfigError)

@@ -49,8 +49,9 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     "did you mean 'lora_alpha'?"
     """
     names = sorted(valid)
-    if near := get_close_matches(name, names, n=1, cutoff=0.6):
-        return f"did you mean {near[0]!r}?"
+    folded = {valid_name.lower(): valid_name for valid_name in names}
+    if near := get_close_matches(name.lower(), folded, n=1, cutoff=0.6):
+        return f"did you mean {folded[near[0]]!r}?"
     return f"use one of {', '.join(names)}."
 
 

@@ -209,3 +209,18 @@ def test_without_a_balance_term_both_kinds_of_checkpointing_give_the_same_gradie
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_nest_and_padding_alone_is_no_term():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), weft.HydraLoraConfig(r=2, balance=1.0, target_modules=["0"])
+    )
+    x = torch.randn(2, 3, 4)
+    with weft.routing(model) as outer:
+        with weft.routing(model) as inner:
+            model(x)
+        model(x)
+    [(_, seen)], [(_, seen_inside)] = outer.omega.items(), inner.omega.items()
+    assert (len(seen), len(seen_inside)) == (2, 1)
+    assert inner.balance_loss(torch.zeros(2, 3)) == 0

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import check_docs
 import docs_tables
+import pytest
 
 
 def page(folder: Path, text: str) -> Path:

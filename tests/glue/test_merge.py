@@ -218,6 +218,20 @@ def test_a_merged_model_can_be_copied_cast_and_still_unmerged() -> None:
         assert torch.equal(logits(model, BATCH), logits(base, BATCH))
 
 
+class Doubled(nn.Linear):
+    """A linear module that does more than x Wᵀ + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_linear_with_a_forward_of_its_own_is_not_merged() -> None:
+    model = get_peft_model(nn.Sequential(Doubled(4, 4)), weft.PlainLoraConfig(r=2, target_modules=["0"]))
+    randomise(model)
+    with pytest.raises(weft.MergeError, match="0 is a Doubled"):
+        model.merge_adapter()
+
+
 class Quantised(nn.Module):
     """A base layer as quantisers make them: whole-number weight, called but never read."""
 

@@ -10,6 +10,9 @@ import typer
 from weft.cli.commands import app
 from weft.errors import WeftError
 
+INTERRUPTED = 130
+"""What Typer makes of Ctrl-C, as shells do."""
+
 _UsageError = typer.BadParameter.__base__
 """Typer's base of wrong options and arguments; it has moved between Typer's and click's modules."""
 
@@ -24,16 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(given, prog_name="weft", standalone_mode=False)
     except WeftError as error:
         sys.exit(_say(str(error)))
-    except KeyboardInterrupt:
-        print("weft: interrupted; `weft train ... --resume` continues a run.", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
     except Exception as error:
         if _UsageError is None or not isinstance(error, _UsageError):
             raise
         sys.exit(_say(f"{error.format_message()} See `weft --help`."))  # type: ignore[attr-defined]
+    if code == INTERRUPTED:
+        _say("interrupted; `weft train ... --resume` continues a run.")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _say(sentence: str) -> int:
-    print(f"weft: {' '.join(sentence.split())}", file=sys.stderr)  # noqa: T201
+    sys.stderr.write(f"weft: {' '.join(sentence.split())}\n")
     return 1

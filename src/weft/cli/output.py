@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def show(record: Any, as_json: bool, human: Callable[[], RenderableType]) -> None:
-    """The result of a command: its record as JSON, or `human` for a person."""
+    """The result of a command: its record as JSON, or `human` for a person; of several processes the first one speaks."""
+    if not _first_process():
+        return
     if as_json:
         sys.stdout.write(json.dumps(_finite(record), indent=2, default=str) + "\n")
         return
@@ -31,6 +33,10 @@ def show(record: Any, as_json: bool, human: Callable[[], RenderableType]) -> Non
         sys.stdout.write(shown + "\n")
     else:
         Console().print(shown)
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _finite(value: Any) -> Any:
@@ -45,7 +51,6 @@ def _finite(value: Any) -> Any:
 @contextlib.contextmanager
 def calling(as_json: bool, quiet: bool) -> Iterator[None]:
     """Around a library call: other libraries are silent, weft's warnings are lines on stderr, stdout stays clean."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
@@ -53,16 +58,18 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
     log, handler = logging.getLogger("weft"), logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     before = log.level
-    log.setLevel(logging.WARNING if as_json or quiet else logging.INFO)
+    log.setLevel(logging.WARNING if as_json or quiet or not _first_process() else logging.INFO)
     log.addHandler(handler)
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"weft(\.|$)")
             warnings.showwarning = _warn
-            from transformers.utils.logging import disable_progress_bar
+            from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
             disable_progress_bar()
+            if "TRANSFORMERS_VERBOSITY" not in os.environ:
+                set_verbosity_error()
             yield
     finally:
         log.removeHandler(handler)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.compat import REFUSED
 from weft.errors import ConfigError, MergeError
+from weft.glue.sharing import refuse_reentrant_checkpointing
 from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
 
@@ -73,8 +75,14 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name in self.weft_site:
+                if self.training and dist.is_available() and dist.is_initialized():
+                    self._check_distributed(name)
                 y = self.weft_site[name](x, y)
         return y
+
+    def _check_distributed(self, adapter_name: str) -> None:
+        if isinstance(term := self.site(adapter_name).structure, TiedTerm) and not torch.compiler.is_compiling():
+            refuse_reentrant_checkpointing(term)
 
     # ------------------------------------------------------------------ merging
 
@@ -82,7 +90,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
 
         Raises:
-            MergeError: an adapter is routed, the base weight is not a plain floating-point matrix, or `safe_merge` and the
+            MergeError: an adapter is routed, the base is not x Wᵀ with a plain floating-point W, or `safe_merge` and the
                 merged weight has a value that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
@@ -169,15 +177,16 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if (
-            not isinstance(base, (nn.Linear, Conv1D))
-            or not isinstance(weight, nn.Parameter)
-            or not weight.is_floating_point()
+            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and isinstance(weight, nn.Parameter)
+            and type(weight.detach()) is Tensor
+            and weight.is_floating_point()
         ):
-            raise MergeError(
-                f"{self.module_name} is a {type(base).__name__}, whose weight is not a plain matrix: "
-                "load the base model unquantised to merge."
-            )
-        return weight
+            return weight
+        raise MergeError(
+            f"{self.module_name} is a {type(base).__name__}, which is not x Wᵀ with a plain matrix W, so ΔW cannot be added: "
+            "load the base model unquantised and unsharded to merge, or serve the adapter unmerged."
+        )
 
     # ------------------------------------------------------------------ adapters come and go
 

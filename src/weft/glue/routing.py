@@ -9,7 +9,7 @@ Outside such a block nothing is recorded and a forward has no side effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,27 +34,29 @@ class Routing:
         """Mean over sites of balance × N Σ f_n p̄_n, a scalar to add to the task loss.
 
         Args:
-            attention_mask: [batch, tokens], 0 on padding, which is left out where a site saw exactly these tokens.
+            attention_mask: [batch, tokens], 0 on padding, which is left out where a site saw this shape of tokens. An
+                encoder-decoder whose two sides are padded to one length shares it: pass None there, or pad to two lengths.
 
         Raises:
-            ConfigError: nothing with a gradient was recorded (no routed site ran, or reentrant checkpointing hid the graph).
+            ConfigError: no trained router ran, or reentrant checkpointing hid the graph of one.
         """
-        terms = [
-            self.weight[name] * balance_loss(_tokens(omega, attention_mask))
+        counted = [
+            (self.weight[name], _tokens(omega, attention_mask))
             for name, calls in self.omega.items()
             for omega in calls
             if self.weight[name]
         ]
-        if not terms:
+        terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
+        if not counted:
             raise ConfigError(
                 "no routed site with balance > 0 ran inside weft.routing(model): put the forward inside the block."
             )
-        if torch.is_grad_enabled() and not any(term.requires_grad for term in terms):
+        if torch.is_grad_enabled() and not all(term.requires_grad for term in terms):
             raise ConfigError(
-                "the routers were recorded without a graph, as reentrant gradient checkpointing does: use "
+                "routers were recorded without a graph, as reentrant gradient checkpointing does: use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or set balance=0."
             )
-        return torch.stack(terms).mean()
+        return torch.stack(terms).mean() if terms else torch.zeros(())
 
     def mean_gate(self) -> dict[str, Tensor]:
         """Mean router weight [N] of every site over all tokens recorded."""
@@ -67,7 +69,7 @@ class Routing:
 def routing(model: nn.Module) -> Iterator[Routing]:
     """Record the routers of all active HydraLoRA sites of `model` for the length of the block."""
     record = Routing()
-    sites: list[Site] = []
+    before: list[tuple[Site, Callable[[Tensor], None] | None]] = []
     for module_name, layer in model.named_modules():
         if not isinstance(layer, WeftLinear):
             continue
@@ -75,22 +77,22 @@ def routing(model: nn.Module) -> Iterator[Routing]:
             site = layer.site(adapter_name) if adapter_name in layer.weft_site else None
             if site is not None and isinstance(site.structure, HydraTerm):
                 name = module_name if len(layer.active_adapters) == 1 else f"{module_name}[{adapter_name}]"
-                record.weight[name] = site.structure.choice.balance
-                site.recorder = partial(_append, record.omega.setdefault(name, []))
-                sites.append(site)
+                trained = site.structure.router.requires_grad
+                record.weight[name] = site.structure.choice.balance if trained else 0.0
+                before.append((site, site.recorder))
+                site.recorder = partial(_append, record.omega.setdefault(name, []), site.recorder)
     try:
         yield record
     finally:
-        for site in sites:
-            site.recorder = None
+        for site, recorder in before:
+            site.recorder = recorder
 
 
-def _append(calls: list[Tensor], omega: Tensor) -> None:
+def _append(calls: list[Tensor], outer: Callable[[Tensor], None] | None, omega: Tensor) -> None:
     calls.append(omega)
+    if outer is not None:
+        outer(omega)
 
 
 def _tokens(omega: Tensor, mask: Tensor | None) -> Tensor:
-    flat = omega.flatten(0, -2)
-    if mask is None or mask.numel() != flat.shape[0]:
-        return flat
-    return flat[mask.flatten().bool()]
+    return omega.flatten(0, -2) if mask is None or mask.shape != omega.shape[:-1] else omega[mask.bool()]

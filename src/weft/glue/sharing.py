@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import torch
 from torch import nn
 
-from weft.terms.structure.tied import Part, Tied
+from weft.errors import ConfigError
+from weft.terms.structure.tied import Part, Tied, TiedTerm
 
 QKV_FAMILIES: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -60,3 +62,25 @@ def attention_inputs(model: nn.Module) -> set[str]:
         if lasts.issuperset(family):
             found |= set(family)
     return found
+
+
+def refuse_reentrant_checkpointing(term: TiedTerm) -> None:
+    """Raise where gradients of a shared A or B would come out wrong; to be called in a training forward of several processes.
+
+    Reentrant checkpointing runs one backward per block inside the outer one. DDP counts a parameter as ready after the
+    first of them: it raises an obscure error, or (seen with A and B alone) silently averages incomplete gradients.
+
+    Raises:
+        ConfigError: this forward is a reentrant recomputation and the term trains a shared factor.
+    """
+    in_backward = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
+    # the other kind recomputes in a backward too, but with hooks for saved tensors in place
+    if in_backward and not term.choice.trained.isdisjoint("AB") and _top_hooks(False) is None:
+        raise ConfigError(
+            "Tied-LoRA with reentrant gradient checkpointing gives wrong gradients in distributed training, because one "
+            "shared tensor would get a gradient from many nested backwards: set gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}."
+        )
+
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks

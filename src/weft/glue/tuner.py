@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
 import torch
@@ -153,6 +154,16 @@ class WeftTuner(BaseTuner):
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
         finally:
             self._owners = {}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
+        """Called by PeftModel around a forward; without this, it would drop `adapter_names` and use the active adapter."""
+        if adapter_names is not None:
+            raise AdapterError(
+                "adapter_names=[...] (another adapter for every row of a batch) works with stock LoRA only: call the model once "
+                "per adapter after set_adapter, or export the adapters to stock LoRA."
+            )
+        yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""

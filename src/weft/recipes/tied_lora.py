@@ -28,10 +28,10 @@ def TiedLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A and B per group of modules, with vectors u and v per module; fields as in `Tied` and `WeftConfig`."""
-    alpha = fields.get("lora_alpha")
-    if alpha not in (None, r) and isinstance(train, str) and train.lower() in PRESETS:
+    config = WeftConfig(structure=Tied(train=train, group=group, zero=zero, init=init), r=r, **fields)  # type: ignore[arg-type]
+    if isinstance(train, str) and train.lower() in PRESETS and config.lora_alpha != r:
         warnings.warn(
-            f"{train} with lora_alpha={alpha} at r={r} has scale {alpha / r:g}; the paper's presets have scale 1 (alpha = r).",
+            f"{train} with lora_alpha={config.lora_alpha} at r={r} does not have the scale 1 (alpha = r) of the paper's presets.",
             stacklevel=2,
         )
-    return WeftConfig(structure=Tied(train=train, group=group, zero=zero, init=init), r=r, **fields)  # type: ignore[arg-type]
+    return config

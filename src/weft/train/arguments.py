@@ -59,7 +59,7 @@ def check(config: TrainConfig) -> None:
         if name in OWNED:
             raise ConfigError(f"train.args.{name} is already set by {OWNED[name]}: use that.")
         if name not in valid:
-            raise ConfigError(f"train.args has no key {name!r}: {suggest(name, valid - OWNED.keys())}")
+            raise ConfigError(f"train.args has no key {name!r}: {suggest(name, valid)}")
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision=fp16 needs a GPU: use bf16 or fp32 on this machine.")
 

@@ -36,8 +36,8 @@ def builtin(name: str) -> dict[str, Any]:
     entry = BUILTIN[name]
     return {
         "model": "demo",
-        "data": "demo",
+        "data": {"train": "demo", "max_length": 64},
         "adapter": {"recipe": entry.name, **entry.adapter},
-        "train": {"steps": 300, "batch_size": 32, "lr": entry.lr},
+        "train": {"steps": 150, "batch_size": 32, "lr": entry.lr},
         "out": f"runs/{name.replace(':', '-')}",
     }

@@ -68,10 +68,10 @@ def train(
     if before is not None:
         _check_same_input(before, run)
         _check_can_resume(before)
-    _announce(run)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
     with _started(run, before, main):
         trainer = make_trainer(prepared, run, args, progress, callbacks)
+    _announce(run)
     return _run_trainer(trainer, prepared, run, before is not None, main, progress)
 
 

@@ -98,6 +98,9 @@ def test_the_owner_hands_its_tensors_over_before_it_goes(train: str):
         assert (part in dict(second.named_parameters())) == (part in trained)
         assert (part in dict(second.named_buffers())) == (part not in trained)
         assert part not in third.state_dict()
+    tensors["A"] = nn.Parameter(torch.randn(2, 5)) if "A" in trained else torch.randn(2, 5)
+    second.A = tensors["A"]  # a cast or a move at the new owner reaches the others
+    assert third.part("A") is second.A
     second.hand_over()
     for part, tensor in tensors.items():
         assert third.part(part) is tensor

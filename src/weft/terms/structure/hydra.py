@@ -27,7 +27,7 @@ class Hydra:
     """One shared A, several B heads, mixed per token by a learned router.
 
     Args:
-        heads: N ≥ 2 (the paper: 3 for one domain, 10 for Flan-v2; `weft heads` suggests one from data).
+        heads: N ≥ 2 (the paper: 3 for one domain, 10 for the ten task clusters of Flan-v2).
         router_input: "x", the site's raw input (released code), or "Ax", its r-dimensional projection.
         per_head_dropout: a fresh dropout mask per head, as in the released code, instead of one shared mask.
         balance: weight of the load-balance term N Σ f_n p̄_n of Switch Transformers; 0, as in the paper, is none.

@@ -1,0 +1,118 @@
+"""torch.compile: one graph without breaks, the same numbers, no recompile per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import weft
+from families import FAMILIES, STRUCTURES, Mixer, adapter_config, logits, randomise, trainable
+
+every_structure = pytest.mark.parametrize("structure", STRUCTURES)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def trained(structure: str, base: nn.Module | None = None, **fields) -> PeftModel:
+    """A small model, few sites: what is tested is one graph, and tracing takes its time."""
+    base = base or FAMILIES["plain"].build()
+    targets = ["embed", "q_proj", "v_proj"]  # embed: the first block's input then needs a gradient as all others do
+    model = get_peft_model(base, STRUCTURES[structure](r=4, target_modules=targets, **fields))
+    randomise(model)
+    return model.train()
+
+
+def loss_and_gradients(model: nn.Module, run: nn.Module, family: str = "plain") -> tuple[torch.Tensor, dict]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = run(**FAMILIES[family].batch()).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in trainable(model).items()}
+
+
+@every_structure
+def test_a_model_compiles_in_one_graph_to_the_same_loss_and_gradients(structure: str) -> None:
+    model = trained(structure)
+    loss, gradients = loss_and_gradients(model, model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled_loss, compiled_gradients = loss_and_gradients(model, compiled)
+    assert torch.allclose(compiled_loss, loss, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(compiled_gradients[name], gradient, atol=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("structure", ["plain", "hydra", "tied_tl6_fused"])
+def test_a_transformers_model_compiles_in_one_graph(structure: str) -> None:
+    model = get_peft_model(FAMILIES["llama"].build(), adapter_config(structure, "llama")).train()
+    randomise(model)
+    loss, gradients = loss_and_gradients(model, model, "llama")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled_loss, compiled_gradients = loss_and_gradients(model, compiled, "llama")
+    assert torch.allclose(compiled_loss, loss, atol=1e-6)
+    assert all(torch.allclose(compiled_gradients[n], g, atol=1e-6) for n, g in gradients.items())
+
+
+@every_structure
+def test_blocks_compiled_one_by_one_do_not_recompile_per_layer(structure: str) -> None:
+    base = FAMILIES["plain"].build()
+    base.layers.extend(Mixer(32) for _ in range(2))
+    model = trained(structure, base)
+    expected, _ = loss_and_gradients(model, model)
+    counter = CompileCounter()
+    for block in model.base_model.model.layers:
+        block.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        loss, _ = loss_and_gradients(model, model)
+    assert torch.allclose(loss, expected, atol=1e-6)
+    owners = 2 if structure.startswith("tied") else 1  # the block that owns the shared tensors, and the others
+    assert counter.frame_count == owners
+
+
+@pytest.mark.parametrize("structure", ["hydra", "tied_tl6"])
+def test_another_length_makes_one_dynamic_graph_and_no_more(structure: str) -> None:
+    model, counter = trained(structure), CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for tokens in (3, 5, 7, 11, 13):
+        compiled(torch.randn(2, tokens, 12))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("structure", ["hydra", "tied_tl6"])
+def test_dropout_and_autocast_compile_without_a_break(structure: str) -> None:
+    model = trained(structure, lora_dropout=0.2)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = compiled(**FAMILIES["plain"].batch()).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in trainable(model).values())
+
+
+def test_switching_adapters_gives_the_new_ones_output() -> None:
+    model, batch = trained("plain").eval(), FAMILIES["plain"].batch()
+    model.add_adapter("second", weft.PlainLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    compiled = torch.compile(model, backend="eager")
+    first = logits(compiled, batch)
+    model.set_adapter("second")
+    assert torch.equal(logits(compiled, batch), logits(FAMILIES["plain"].build(), batch))
+    model.set_adapter("default")
+    assert torch.equal(logits(compiled, batch), first)
+
+
+@pytest.mark.slow
+def test_the_inductor_backend_gives_the_same_numbers() -> None:
+    model = trained("hydra")
+    loss, gradients = loss_and_gradients(model, model)
+    compiled_loss, compiled_gradients = loss_and_gradients(model, torch.compile(model, fullgraph=True))
+    assert torch.allclose(compiled_loss, loss, atol=1e-5)
+    assert all(torch.allclose(compiled_gradients[n], g, atol=1e-5) for n, g in gradients.items())
