@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
+import docs_bench
 import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -155,6 +156,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe-keys": recipe_keys,
     "command-help": command_help,
+    "step-bf16": lambda: _table(*docs_bench.cases("step-bf16")),
+    "step-targets": lambda: _table(*docs_bench.targets("step-bf16")),
+    "step-setting": lambda: _table(*docs_bench.setting("step-bf16")),
 }
 
 
