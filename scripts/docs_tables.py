@@ -157,8 +157,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe-keys": recipe_keys,
     "command-help": command_help,
     "step-bf16": lambda: _table(*docs_bench.cases("step-bf16")),
-    "step-targets": lambda: _table(*docs_bench.targets("step-bf16")),
-    "step-setting": lambda: _table(*docs_bench.setting("step-bf16")),
+    "step-fp32": lambda: _table(*docs_bench.cases("step-fp32")),
+    "step-targets": lambda: _table(*docs_bench.targets("step-bf16", "step-fp32")),
+    "step-setting": lambda: _table(*docs_bench.setting("step-bf16", "step-fp32")),
 }
 
 
