@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import docs_bench
 import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -176,6 +177,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe-keys": recipe_keys,
     "command-help": command_help,
     "launch": launch,
+    "step-bf16": lambda: _table(*docs_bench.cases("step-bf16")),
+    "step-fp32": lambda: _table(*docs_bench.cases("step-fp32")),
+    "step-targets": lambda: _table(*docs_bench.targets("step-bf16", "step-fp32")),
+    "step-setting": lambda: _table(*docs_bench.setting("step-bf16", "step-fp32")),
 }
 
 

@@ -1,7 +1,7 @@
 """Train the model that ships in `src/weft/assets/demo_model` from the corpus of `weft.data.demo`, from nothing.
 
     python scripts/make_demo_model.py                                  # what is in the package
-    python scripts/make_demo_model.py --steps 20 --out /tmp/demo       # a quick look
+    python scripts/make_demo_model.py --steps 20 --out demo-try       # a quick look
 
 One seed gives one corpus and one start; the last bits of the weights also depend on the machine and its thread count.
 """

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,6 +175,8 @@ class WeftConfig(PeftConfig):
                 raise ConfigError(
                     f"{name}={value!r} is neither a list of names nor a regex: write names such as ['q_proj']."
                 )
+            elif isinstance(value, str):
+                _check_regex(value, name)
         if self.modules_to_save is not None:
             _check_names(self.modules_to_save, "modules_to_save")
         self._check_layers()
@@ -181,6 +184,8 @@ class WeftConfig(PeftConfig):
             if not isinstance(pattern := getattr(self, name) or {}, Mapping):
                 raise ConfigError(f"{name}={pattern!r} is no table: write {{regex of a module's name: value}}.")
             setattr(self, name, dict(pattern))
+        for regex in (*self.rank_pattern, *self.alpha_pattern):
+            _check_regex(regex, "rank_pattern" if regex in self.rank_pattern else "alpha_pattern")
         for regex, rank in self.rank_pattern.items():
             _check_rank(rank, f"rank_pattern[{regex!r}]")
         for regex, alpha in self.alpha_pattern.items():
@@ -255,6 +260,15 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
 
 WeftConfig.__init__ = _strict(WeftConfig.__init__)  # type: ignore[method-assign]
+
+
+def _check_regex(regex: str, name: str) -> None:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ConfigError(
+            f"{name}={regex!r} is no regular expression ({error}): escape its special characters."
+        ) from None
 
 
 def _check_rank(r: Any, name: str) -> None:

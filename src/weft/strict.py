@@ -12,7 +12,7 @@ from weft.errors import ConfigError, unknown_key
 class Strict(BaseModel):
     """Base of every section of a recipe file: frozen, no unknown keys, no silent coercion of strings to numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
     where: ClassVar[str] = "this section"
 
     @model_validator(mode="before")

@@ -1,5 +1,7 @@
 """Saved bytes against a count by hand."""
 
+import weakref
+
 import torch
 from torch.nn import functional as F
 
@@ -35,3 +37,15 @@ def test_a_storage_counts_once_and_in_full():
 def test_bf16_elements_count_two_bytes():
     x = torch.randn(TOKENS, IN, dtype=torch.bfloat16, requires_grad=True)
     assert saved_bytes(lambda: x.exp(), []) == 2 * TOKENS * IN
+
+
+def test_nothing_is_kept_afterwards():
+    x, gone = torch.randn(TOKENS, IN, requires_grad=True), []
+
+    def watched() -> torch.Tensor:
+        hidden = x.exp()
+        gone.append(weakref.ref(hidden.grad_fn))
+        return hidden.sin()
+
+    saved_bytes(watched, [])
+    assert gone[0]() is None

@@ -17,7 +17,9 @@ from weft.bench.cases import Batch
 from weft.kernel import use_reference
 from weft.site import Site
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+TOLERANCE = {"fp32": 1e-5, "bf16": 4e-2}
+"""What rounding alone may do. In bf16 it reaches 2e-2 in the smallest tensors (the r numbers of Tied's u, a router): fp32 is
+what finds a wrong formula, bf16 what finds a lost cast."""
 
 
 @dataclass(frozen=True)

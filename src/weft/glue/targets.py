@@ -94,6 +94,23 @@ def linear_names(model: nn.Module) -> list[str]:
     return sorted(found - {""})
 
 
+def check_saved_modules(config: WeftConfig, model: nn.Module) -> None:
+    """Refuse a name in modules_to_save that no module has; it would be left untrained without a word.
+
+    "classifier" and "score" may be absent: peft names both for every classification model.
+
+    Raises:
+        TargetError: names the entry and the nearest module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for wanted in set(config.modules_to_save or []) - {"classifier", "score"}:
+        if not any(re.match(rf"(^|.*\.){wanted}($|\..*)", name) for name in names):
+            raise TargetError(
+                f"modules_to_save names {wanted!r}, which {type(model).__name__} does not have: "
+                f"{suggest(wanted, {_last(name) for name in names} - {''})}"
+            )
+
+
 def warn_of_unmatched(config: WeftConfig, model: nn.Module) -> None:
     """Name the entries of target_modules that no module is called while others adapt: often a misspelt name."""
     targets = config.target_modules

@@ -17,12 +17,13 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from weft.errors import AdapterError, ConfigError, MergeError, TargetError
+from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
 from weft.glue.attach import make_schedule
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
     check_adaptable,
+    check_saved_modules,
     expert_parameters,
     inside_adapter,
     is_all_linear,
@@ -103,6 +104,7 @@ class WeftTuner(BaseTuner):
             raise TargetError(no_match(peft_config, model))
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+        check_saved_modules(peft_config, model)
         warn_of_unmatched(peft_config, model)
 
     def _create_and_replace(
@@ -211,6 +213,8 @@ class WeftTuner(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise MergeError(f"there is no adapter {unknown[0]!r} to merge: {suggest(unknown[0], self.peft_config)}")
         for layer in self._layers():
             layer.check_mergeable(names, finite=safe_merge)
         if tied := self._get_tied_target_modules(self.model):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from weft.errors import ConfigError, suggest
@@ -54,6 +56,7 @@ def check(config: TrainConfig) -> None:
         names = [str(member.value) for member in kind]
         if value not in names:
             raise ConfigError(f"train.{key}={value!r} is not known to transformers: {suggest(value, names)}")
+    _check_loggers([config.report_to] if isinstance(config.report_to, str) else config.report_to)
     valid = {field.name for field in dataclasses.fields(arguments_class(config)) if field.init}
     for name in config.args:
         if name in OWNED:
@@ -62,6 +65,19 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"train.args has no key {name!r}: {suggest(name, valid)}")
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision=fp16 needs a GPU: use bf16 or fp32 on this machine.")
+
+
+def _check_loggers(names: list[str]) -> None:
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+            raise ConfigError(
+                f"train.report_to={name!r} is no logger: {suggest(name, ['none', 'all', *INTEGRATION_TO_CALLBACK])}"
+            )
+        if name not in ("none", "all", *installed):
+            raise ConfigError(
+                f"train.report_to={name!r} needs the package of that name, which is not installed: pip install it."
+            )
 
 
 def arguments_class(config: TrainConfig) -> type[TrainingArguments]:

@@ -104,7 +104,7 @@ def evaluate(
         domains={name: scores for name, scores in scored.items() if name},
         seconds=round(time.monotonic() - started, 3),
     )
-    if subject.run and limit is None:
+    if subject.run and limit is None and not overrides:
         suffix = "" if adapter == "trained" else "-base"
         write_json(subject.run.folder / f"eval-{split}{suffix}.json", evaluation.record())
     return evaluation
@@ -116,6 +116,10 @@ def _subject(
     if isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
         source = Run.load(source)
     if isinstance(source, Run):
+        if foreign := [text for text in overrides if not text.startswith("data.")]:
+            raise ConfigError(
+                f"{foreign[0]!r} would not be this run any more: only data.… can be changed when evaluating a run."
+            )
         recipe = Recipe.read(source.recipe, *overrides, base_dir=Path(source.base_dir))
         trained = load_run(source, base, adapted=adapter == "trained")
         data = load_data(

@@ -156,7 +156,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check_same_input(before: Run, run: Run) -> None:
-    if before.data["hashes"] != run.data["hashes"]:
+    if sorted(before.data["hashes"].values()) != sorted(run.data["hashes"].values()):  # a project may have moved
         raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
     trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
     check_same(
@@ -208,6 +208,7 @@ def _run_trainer(trainer: Trainer, prepared: Prepared, run: Run, resume: bool, m
             if resume:
                 took["resumed_from"] = checkpoint.step_of(last) if last else 0
             metrics = _final(trainer, prepared, progress)
+            _check_finite(metrics)
             run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
             if main:
                 write_adapter(prepared.model, run)
@@ -267,6 +268,12 @@ def _sentences(run: Run) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.splitlines()[0].rstrip(".").lower()
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    for name in ("train_loss", "validation_loss"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise RunError(f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup.")
 
 
 def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:

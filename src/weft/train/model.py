@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -133,11 +135,15 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
         model, report = _AUTO[task].from_pretrained(
             base.source, use_safetensors=True, output_loading_info=True, **options
         )
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of {base.config.path!r} are damaged ({_first_line(error)}): copy them again."
+        ) from None
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"the model {base.config.path!r} cannot be loaded: {_first_line(error)}") from None
     finally:
         loading.setLevel(level)
-    _check_complete(base, task, report["missing_keys"])
+    _check_complete(base, task, report["missing_keys"], report["mismatched_keys"])
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -166,10 +172,17 @@ def _check_task(base: Base, task: Task) -> None:
         )
 
 
-def _check_complete(base: Base, task: Task, missing: set[str]) -> None:
-    absent = sorted(missing)
-    if task == "classification":
-        absent = [key for key in absent if key.split(".")[0] not in HEADS and "pooler" not in key]
+def _check_complete(base: Base, task: Task, missing: set[str], mismatched: Iterable[Any]) -> None:
+    def foreign(keys: Iterable[str]) -> list[str]:
+        new_head = task == "classification"
+        return sorted(key for key in keys if not (new_head and (key.split(".")[0] in HEADS or "pooler" in key)))
+
+    if wrong := foreign(entry if isinstance(entry, str) else entry[0] for entry in mismatched):
+        raise ModelError(
+            f"the weights of {base.config.path!r} do not fit its config.json: {len(wrong)} tensors have another shape, the "
+            f"first is {wrong[0]!r}; put the weights and the config of one model together."
+        )
+    absent = foreign(missing)
     if absent:
         raise ModelError(
             f"the model {base.config.path!r} lacks weights for {task}: {len(absent)} tensors are missing, "

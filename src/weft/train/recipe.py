@@ -87,7 +87,7 @@ class Recipe(Strict):
     data: DataConfig
     adapter: dict[str, Any]
     train: TrainConfig = Field(default_factory=TrainConfig)
-    out: str
+    out: str = Field(min_length=1)
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
 
     @field_validator("model", mode="before")
@@ -146,6 +146,19 @@ class _Yaml(yaml.SafeLoader):
     """YAML 1.1 reads `1e-3` as a string; a learning rate is a number."""
 
 
+def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    """A mapping whose keys are all different; YAML itself would keep the last."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        name = str(loader.construct_object(key, deep=True))
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands there twice", key.start_mark)
+        seen.add(name)
+    content: dict[Any, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return content
+
+
+_Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 

@@ -112,6 +112,14 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"the run folder {folder} is a file: choose another folder with out=....")
     if folder.exists() and any(folder.iterdir()):
+        if overwrite and folder.resolve() == Path.cwd():
+            raise RunError(
+                f"--overwrite cannot replace the working folder {str(folder)!r}: choose another out, or start elsewhere."
+            )
+        if (waiting := _beside(folder)).exists():
+            raise RunError(
+                f"{waiting} holds a run that was being replaced when weft was stopped: move it away or delete it first."
+            )
         if not overwrite:
             raise RunError(f"the run folder {folder} is not empty: continue it with --resume, or use --overwrite.")
         if not (folder / "run.json").is_file():
@@ -144,14 +152,17 @@ def _differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any
         yield key, (a, b)
 
 
+def _beside(folder: Path) -> Path:
+    """Where a run waits while the one that replaces it starts."""
+    return folder.resolve().with_name(folder.resolve().name + ".replaced")
+
+
 class Made:
     """A new run folder. The run it replaces waits beside it, so that a start that fails changes nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.replaced = (
-            folder.with_name(folder.name + ".replaced") if folder.exists() and any(folder.iterdir()) else None
-        )
+        self.replaced = _beside(folder) if folder.exists() and any(folder.iterdir()) else None
         with writing(folder):
             if self.replaced:
                 folder.replace(self.replaced)
