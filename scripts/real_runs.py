@@ -34,8 +34,8 @@ READING = """
   seeds leave undecided: about ±0.05 nats on E2E.
 - On E2E, HydraLoRA is not distinguishable from LoRA of as many parameters; Tied-LoRA is worse, by 0.01 to 0.10 nats. E2E is a
   single domain, which is not what HydraLoRA is for.
-- On SST-2 no method is distinguishable from another. One LoRA seed of five collapsed to 50.9 %: the rate was chosen on one seed, and
-  2e-3 is at the edge for this encoder. Without that seed all methods lie between 80 % and 83 %.
+- On SST-2 no method is distinguishable from another. One LoRA seed of five collapsed to 50.9 %: the rate was chosen on one
+  seed, and 2e-3 is at the edge for this encoder. Without that seed all methods lie between 80 % and 83 %.
 - Four domains in one training set, HydraLoRA's own case, are in the script (`--tasks mixture`) and are not measured yet.
 """
 
