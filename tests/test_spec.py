@@ -1,6 +1,7 @@
 """A config that exists is valid: what is refused, what the defaults are, and that the saved form says it all."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -38,8 +39,8 @@ configs = st.builds(
     target_modules=names,
     exclude_modules=names,
     layers_to_transform=st.one_of(st.none(), st.integers(0, 40), st.lists(st.integers(0, 40), min_size=1)),
-    rank_pattern=st.dictionaries(st.text(max_size=5), st.integers(1, 9)),
-    alpha_pattern=st.dictionaries(st.text(max_size=5), st.floats(0.1, 9)),
+    rank_pattern=st.dictionaries(st.text(max_size=5).map(re.escape), st.integers(1, 9)),
+    alpha_pattern=st.dictionaries(st.text(max_size=5).map(re.escape), st.floats(0.1, 9)),
     modules_to_save=st.one_of(st.none(), st.just(["classifier"])),
     use_rslora=st.booleans(),
 )
@@ -144,6 +145,9 @@ def test_a_choice_that_means_nothing_is_refused(value, says: str):
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "regex"),
         ({"layers_pattern": "layers"}, "without layers_to_transform"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
+        ({"rank_pattern": {"((": 4}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 4.0}}, "no regular expression"),
+        ({"target_modules": "*q"}, "no regular expression"),
         ({"rank_pattern": [4]}, "no table"),
         ({"alpha_pattern": {"q": -1}}, "alpha_pattern"),
         ({"use_rslora": "no"}, "use_rslora='no'"),
