@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import tiny_bases
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import weft
 from weft.errors import AdapterError, ModelError
+from weft.glue.layer import WeftLinear
 from weft.glue.report import DirectionsReport
 
 
@@ -40,8 +41,6 @@ def merged(base: Path, adapter: Path, folder: Path) -> Path:
 
 
 def weft_model(base: Path, adapter: Path) -> Any:
-    from peft import PeftModel
-
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
 
 
@@ -61,6 +60,32 @@ def test_folders_give_what_the_model_in_memory_gives(base: Path, tmp_path: Path)
     both = weft.directions(base, [one, other])
     assert [adapter.adapter for adapter in both.adapters] == [str(one), str(other)]
     assert len(both.overlaps) == 1
+
+
+def test_a_stock_lora_folder_is_the_same_as_weft_with_its_factors(base: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    stock = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"]),
+    )
+    own = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), weft.PlainLoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    )
+    for theirs, ours in zip(lora_layers(stock), weft_layers(own), strict=True):
+        torch.nn.init.normal_(theirs.lora_B["default"].weight, std=0.1)
+        with torch.no_grad():
+            ours.site("default").structure.A.copy_(theirs.lora_A["default"].weight)
+            ours.site("default").structure.B.copy_(theirs.lora_B["default"].weight)
+    stock.save_pretrained(tmp_path / "stock")
+    assert plain(weft.directions(base, tmp_path / "stock")) == plain(weft.directions(own))
+
+
+def lora_layers(model: Any) -> list[Any]:
+    return [m for m in model.modules() if hasattr(m, "lora_A")]
+
+
+def weft_layers(model: Any) -> list[WeftLinear]:
+    return [m for m in model.modules() if isinstance(m, WeftLinear)]
 
 
 def test_against_an_adapter_and_against_its_merged_model_agree(base: Path, tmp_path: Path):

@@ -1,0 +1,131 @@
+"""Training on two processes over gloo: `two_processes.py FOLDER` forks them after its imports and each writes RANK.pt."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dashing import Net, batch, dash, event, launched, loss_of, parameters, sites, steps, tensors
+from torch.nn.parallel import DistributedDataParallel
+
+import weft
+from weft import linalg
+from weft.errors import WeftError
+
+LAUNCH, END, ROWS = 3, 6, 8
+
+
+class Three(Net):
+    """Three linear modules, so that two processes have unequal shares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = torch.nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(torch.tanh(super().forward(x)))
+
+
+def made(structure: Any, dtype: torch.dtype) -> torch.nn.Module:
+    fields = {"structure": structure, "target_modules": ["first", "second", "third"]}
+    return dash(after=LAUNCH, net=Three, **fields).to(dtype)
+
+
+def train(model: torch.nn.Module, adapted: torch.nn.Module, rank: int, world: int, end: int = END) -> dict[str, Any]:
+    """Steps that see the same 8 rows in all. The large ε keeps AdamW from blowing up the rounding of gradients near 0."""
+    optimizer = torch.optim.AdamW(parameters(adapted), lr=1e-2, eps=1e-5)
+    share = ROWS // world
+    for step in range(end):
+        optimizer.zero_grad()
+        x = batch(step, ROWS)[rank * share : (rank + 1) * share]
+        loss_of(model, x.to(next(adapted.parameters()).dtype)).backward()
+        if step == LAUNCH and rank == 0:  # an evaluation on the main process only
+            with torch.no_grad():
+                adapted.eval()(batch(99).to(next(adapted.parameters()).dtype))
+                adapted.train()
+        optimizer.step()
+        assert (steps(adapted), launched(adapted)) == (step + 1, step + 1 >= LAUNCH)
+    return tensors(adapted)
+
+
+def counted() -> list[int]:
+    calls: list[int] = []
+    real = linalg.spectrum
+    linalg.spectrum = lambda w, *a: (calls.append(w.shape[0]), real(w, *a))[1]  # type: ignore[assignment]
+    return calls
+
+
+CASES = {
+    "plain": weft.Plain(),
+    "tied": weft.Tied(group="shape"),
+    "hydra": weft.Hydra(heads=3),
+}
+DTYPES = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-9)}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    calls, out = counted(), {}
+    for name, structure in CASES.items():
+        for kind, (dtype, _) in DTYPES.items():
+            calls.clear()
+            adapted = made(structure, dtype)
+            model = DistributedDataParallel(adapted, find_unused_parameters=False)
+            out[name, kind] = (train(model, adapted, rank, 2), list(calls), event(adapted)["sites"])
+    out["odd"] = odd_cases(rank)
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(folder: str) -> None:
+    children = []
+    for rank in (0, 1):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            worker(rank, folder)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    for child in children:
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(1)
+
+
+def odd_cases(rank: int) -> dict[str, Any]:
+    """A site that did not move; values that are not finite; two adapters that launch in one step."""
+    found: dict[str, Any] = {}
+    adapted = made(weft.Plain(), torch.float32)
+    sites(adapted)["second"].structure.B.requires_grad_(False)
+    found["gap"] = train(DistributedDataParallel(adapted, find_unused_parameters=False), adapted, rank, 2)
+    adapted = made(weft.Plain(), torch.float32)
+    optimizer = torch.optim.SGD(parameters(adapted), lr=0.1)
+    for p in parameters(adapted):
+        p.grad = torch.ones_like(p)
+    sites(adapted)["second"].structure.A.data[0, 0] = torch.nan  # the share of process 1
+    try:
+        for _ in range(LAUNCH):
+            optimizer.step()
+    except WeftError as error:
+        found["error"] = str(error)
+    adapted = made(weft.Plain(), torch.float32)
+    adapted.add_adapter("other", adapted.peft_config["default"])
+    adapted.base_model.set_adapter(["default", "other"])
+    found["two"] = train(DistributedDataParallel(adapted, find_unused_parameters=False), adapted, rank, 2)
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
