@@ -268,28 +268,28 @@ def _table(task: dict[str, Any]) -> list[str]:
     for method, found in by.items():
         values = [found[s]["test"] for s in seeds]
         first = found[seeds[0]]
-        cells = [method, first["r"], f"{task['adapter_parameters'][method]:,}", f"{first['lr']:g}", _spread(values)]
+        cells = [method, first["r"], f"{task['adapter_parameters'][method]:,}", f"{first['lr']:g}", spread(values)]
         if method == "lora":
             cells += ["", ""]
         else:
             gaps = [found[s]["test"] - by["lora"][s]["test"] for s in seeds]
             wins = sum(gap > 0 if higher else gap < 0 for gap in gaps)
-            cells += [_interval(gaps), f"{wins}/{len(gaps)}"]
+            cells += [interval(gaps), f"{wins}/{len(gaps)}"]
         out.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     domains = by["lora"][seeds[0]]["test_domains"]
     if domains:
         out += ["", "| by domain | " + " | ".join(domains) + " |", "|---|" + "---|" * len(domains)]
         for method, found in by.items():
-            cells = [_spread([found[s]["test_domains"][name] for s in seeds]) for name in domains]
+            cells = [spread([found[s]["test_domains"][name] for s in seeds]) for name in domains]
             out.append(f"| {method} | " + " | ".join(cells) + " |")
     return out
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
 
 
-def _interval(gaps: list[float]) -> str:
+def interval(gaps: list[float]) -> str:
     from scipy.stats import t
 
     if len(gaps) < 2:

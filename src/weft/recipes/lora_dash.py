@@ -19,8 +19,14 @@ from weft.times import Time
 
 
 def LoraDashConfig(
-    r: int = 8, directions: int = 8, after: Time = 100, eps: float = 1e-8, select: str = "rate", **fields: Any
+    r: int = 8,
+    directions: int = 8,
+    after: Time = 100,
+    eps: float = 1e-8,
+    select: str = "rate",
+    seed: int = 0,
+    **fields: Any,
 ) -> WeftConfig:
     """LoRA with Dash slots launched after `after`; fields as in `Dash` and `WeftConfig` (another `structure` composes)."""
-    boost = Dash(directions=directions, after=after, eps=eps, select=select)  # type: ignore[arg-type]
+    boost = Dash(directions=directions, after=after, eps=eps, select=select, seed=seed)  # type: ignore[arg-type]
     return WeftConfig(boost=boost, r=r, **fields)

@@ -77,7 +77,6 @@ class DashController:
 
     choice: Dash
     members: list[Member]
-    seed: int = 0
     decompose: Callable[[str, Tensor], linalg.Spectrum] = decompose
     gates: dict[str, MeanGate] = field(default_factory=dict)
 
@@ -170,7 +169,7 @@ class DashController:
         rate = linalg.change_rate(found, linalg.moved(found, w, a, b, scale), self.choice.eps)
         count = len(_term(member.site).gain)
         lowest = linalg.floor(found.sigma, (w.shape[0], w.shape[1]))
-        seed = f"{self.seed}/{number}"
+        seed = f"{self.choice.seed}/{number}"
         chosen = decide(rate.tolist(), found.sigma.tolist(), lowest, count, self.choice.select, seed)
         return linalg.take(found, w, rate, chosen), clocks.perf_counter() - started
 
@@ -205,13 +204,15 @@ class DashController:
 def decide(rate: list[float], sigma: list[float], lowest: float, count: int, select: str, seed: str) -> list[int]:
     """Which core directions to launch, best first: of those that moved and are above the floor, at most `count`.
 
-    "rate": largest change rate, ties by index; "top": largest σ; "random": drawn with `seed`.
+    "rate": largest change rate, ties by index; "top": largest σ; "bottom": smallest σ; "random": drawn with `seed`.
     """
     able = [k for k, (r, s) in enumerate(zip(rate, sigma, strict=True)) if r > 0 and s > lowest]
     if select == "random":
         return random.Random(seed).sample(able, min(count, len(able)))
     if select == "rate":
         able.sort(key=lambda k: (-rate[k], k))
+    if select == "bottom":
+        able.reverse()
     return able[:count]
 
 

@@ -27,7 +27,7 @@ from weft.errors import ConfigError, suggest
 from weft.kernel import Slots
 from weft.times import Time, check_time
 
-SELECT = ("rate", "top", "random")
+SELECT = ("rate", "top", "bottom", "random")
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class Dash:
         after: when to choose them: optimiser steps (int; the paper's 100), a fraction of the run (float in (0, 1)) or
             `weft.epochs(x)`.
         eps: ε of the change rate, relative to σ_max.
-        select: "rate" (the paper); "top" (largest σ) and "random" (seeded) are controls.
+        select: "rate" (the paper); "top" (largest σ), "bottom" (smallest σ) and "random" are controls.
+        seed: of the directions that "random" draws.
     """
 
     directions: int = 8
     after: Time = 100
     eps: float = 1e-8
-    select: Literal["rate", "top", "random"] = "rate"
+    select: Literal["rate", "top", "bottom", "random"] = "rate"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
@@ -55,6 +57,8 @@ class Dash:
             raise ConfigError(f"Dash(eps={self.eps!r}) is no small number: use 1e-8.")
         if self.select not in SELECT:
             raise ConfigError(f"Dash(select={self.select!r}): {suggest(str(self.select), SELECT)}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"Dash(seed={self.seed!r}) is no seed: use a whole number.")
 
 
 class DashTerm(nn.Module):
