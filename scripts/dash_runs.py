@@ -51,6 +51,8 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     **real_runs.TASKS,
 }
+TASKS["sst2"] = {**TASKS["sst2"], "train": {"steps": 60, "batch_size": 16, "schedule": "linear"}}  # 81 runs of it
+TASKS["sst2"]["data"] = {**TASKS["sst2"]["data"], "limit": 4000}
 
 
 def adapter(variant: str, rank: int, seed: int) -> dict[str, Any]:
@@ -101,7 +103,10 @@ def measure(job: tuple[str, str, int, float, int, str, bool]) -> dict[str, Any]:
     if test:
         found["test"] = getattr(weft.evaluate(run, max_new_tokens=1).scores, spec["measure"])
     record.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(f"{task} {variant} r={rank} lr={lr:g} seed={seed}: {found.get('test', found['validation_loss']):.4f}", flush=True)
+    print(
+        f"{task} {variant} r={rank} lr={lr:g} seed={seed}: {found.get('test', found['validation_loss']):.4f}",
+        flush=True,
+    )
     return found
 
 
@@ -137,10 +142,11 @@ def section() -> list[str]:
     lines = [
         "## LoRA-Dash",
         "",
-        "Plain LoRA, Dash (8 directions, launched after a fifth of the steps) and three controls that launch other directions of W",
-        "at the same moment. All of one rank share scale (α = 2r), learning rate, seed and data order; the rate was chosen with plain",
-        "LoRA at r = 4 on validation rows over two seeds that are not reported. Differences are paired by seed, with 95 %",
-        f"t-intervals. Made by `{saved['command']}` ({saved['versions']}); every run is in `evidence/dash-runs.json`.",
+        "Plain LoRA, Dash (8 directions, launched after a fifth of the steps) and three controls that launch other directions",
+        "of W at the same moment. All of one rank share scale (α = 2r), learning rate, seed and data order; the rate was chosen",
+        "with plain LoRA at r = 4 on validation rows over two seeds that are not reported. Differences are paired by seed, with",
+        f"95 % t-intervals. Made by `{saved['command']}` ({saved['versions']});",
+        "every run is in `evidence/dash-runs.json`.",
     ]
     for task in saved["tasks"]:
         lines += ["", *_table(task)]
@@ -166,7 +172,13 @@ def _table(task: dict[str, Any]) -> list[str]:
                 continue
             first = by[seeds[0]]
             plain, dash = ("hydra", "hydra+dash") if variant in ROUTED else ("lora", "dash")
-            cells = [rank, variant, f"{first['trainable']:,}", f"{first['lr']:g}", real_runs.spread([by[s]["test"] for s in seeds])]
+            cells = [
+                rank,
+                variant,
+                f"{first['trainable']:,}",
+                f"{first['lr']:g}",
+                real_runs.spread([by[s]["test"] for s in seeds]),
+            ]
             for other in (plain, dash):
                 mate = {f["seed"]: f for f in runs if f["variant"] == other and f["r"] == rank}
                 wanted = variant != other and not (other == dash and variant == plain)

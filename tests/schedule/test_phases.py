@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dashing import (
 from peft import PeftModel
 
 import weft
+from weft.glue.attach import schedules
 
 T = 2
 OTHER = {"r": 2, "directions": 3, "target_modules": ["first", "second"]}
@@ -194,3 +196,45 @@ def test_all_that_is_trained_is_in_the_graph_in_both_phases() -> None:
         loss_of(model, batch(step)).backward()
         assert all(p.grad is not None for p in parameters(model))
         optimizer.step()
+
+
+# ---------------------------------------------------------------------- an adapter that is not yet what it says
+
+
+def test_saving_before_the_launch_says_what_is_missing(tmp_path) -> None:
+    model = dash(after=T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "untrained")
+    train(model, T - 1)
+    with pytest.warns(
+        UserWarning, match=rf"{T - 1} steps and is still without the launch of Dash \(due after step {T}\)"
+    ):
+        model.save_pretrained(tmp_path / "early")
+    train(model, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "launched")
+
+
+def test_a_checkpoint_of_a_run_known_to_go_on_needs_no_warning(tmp_path) -> None:
+    model = dash(after=0.5)
+    weft.attach(model, total_steps=2 * T)
+    train(model, T - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    schedule = next(iter(schedules(model).values()))
+    assert schedule.missing() is None
+    assert "without the launch of Dash" in schedule.missing(over=True)
+    train(model, 1)
+    assert schedule.missing(over=True) is None
+
+
+def test_only_the_adapter_that_is_saved_is_spoken_of(tmp_path) -> None:
+    model = dash(after=T)
+    train(model, 1)
+    model.add_adapter("plain", weft.PlainLoraConfig(r=2, target_modules=["first"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path, selected_adapters=["plain"])

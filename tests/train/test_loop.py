@@ -239,3 +239,14 @@ def test_a_disk_full_on_the_way_leaves_what_resume_needs(recipe: Make) -> None:
     assert run.status == "failed"
     assert not run.adapter_folder.exists()
     assert weft.train(given, resume=True).status == "complete"
+
+
+class _Stops(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def test_a_run_stopped_before_its_launch_says_so(recipe: Make) -> None:
+    given = recipe(adapter={"recipe": "lora_dash", "r": 2, "after": 3}, train={"steps": 6})
+    with pytest.warns(UserWarning, match=r"2 steps and is still without the launch of Dash \(due after step 3\)"):
+        weft.train(given, callbacks=[_Stops()])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +48,13 @@ def schedules(model: nn.Module) -> dict[str, Schedule]:
                 if isinstance(schedule := getattr(site, "schedule", None), Schedule):
                     found[name] = schedule
     return found
+
+
+def warn_of_missing(model: nn.Module, adapter_name: str | None = None, *, over: bool = False) -> None:
+    """Warn if an adapter (all, without a name) is saved or has ended before its schedule did what its config asks for."""
+    for name, schedule in schedules(model).items():
+        if adapter_name in (None, name) and (sentence := schedule.missing(over=over)):
+            warnings.warn(sentence, stacklevel=3)
 
 
 def attach(

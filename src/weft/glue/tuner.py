@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
-from weft.glue.attach import make_schedule
+from weft.glue.attach import make_schedule, warn_of_missing
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -227,6 +227,14 @@ class WeftTuner(BaseTuner):
         return [layer for _, layer in _sites(self.model)]
 
     # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: WeftConfig, adapter_name: str, **options: Any
+    ) -> dict[str, Tensor]:
+        """What peft saves, with a warning if the adapter is still without something that its config asks for."""
+        warn_of_missing(model, adapter_name)
+        return cast("dict[str, Tensor]", super()._get_adapter_state_dict(model, config, adapter_name, **options))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

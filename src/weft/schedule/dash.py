@@ -18,7 +18,7 @@ import time as clocks
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -75,6 +75,8 @@ def decompose(name: str, w: Tensor) -> linalg.Spectrum:
 class DashController:
     """Launches the Dash slots of every site of one adapter."""
 
+    what: ClassVar[str] = "the launch of Dash"
+
     choice: Dash
     members: list[Member]
     decompose: Callable[[str, Tensor], linalg.Spectrum] = decompose
@@ -90,7 +92,7 @@ class DashController:
 
     def check(self, length: Length) -> None:
         """See `Controller`."""
-        check_possible(self.due(length), length, "the launch of Dash", self.choice.after)
+        check_possible(self.due(length), length, self.what, self.choice.after)
 
     def before_step(self, step: int | None, length: Length) -> None:
         """Listen to the routers in the forward passes of the step after which the launch is due, or may be."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ class Length:
 
 class Controller(Protocol):
     """One thing that happens over time: measure reads, decide is a function of plain numbers, apply edits."""
+
+    what: ClassVar[str]
+    """How sentences call it: "the launch of Dash"."""
 
     def due(self, length: Length) -> int | None:
         """The step after which it acts; None while the length of the run is needed and unknown."""
@@ -130,6 +133,22 @@ class Schedule:
         """The controllers that still have something to do; all of them while the adapter has no values yet."""
         return [controller for controller in self.controllers if self._on_meta or not controller.done()]
 
+    def missing(self, *, over: bool = False) -> str | None:
+        """What the adapter is still without, as a sentence; None before training and in a run known to go on.
+
+        `over` says that it will not go on, whatever length it was to have.
+        """
+        total = self.length.total_steps
+        if not self.steps or (not over and total is not None and self.steps < total):
+            return None
+        waiting = [f"{c.what} (due {_when(c.due(self.length))})" for c in self.pending()]
+        if not waiting:
+            return None
+        return (
+            f"adapter {self.adapter_name!r} has trained {self.steps} steps and is still without {' and '.join(waiting)}, so it is "
+            "not yet what its config names: train on, or make the time earlier."
+        )
+
     def check(self, length: Length) -> None:
         """Raise `ConfigError` if something can never happen in a run of this length."""
         for controller in self.pending():
@@ -157,6 +176,10 @@ class Schedule:
         logger.info("%s after step %d of adapter %s", event["event"], event["step"], event["adapter"])
         if self.on_event is not None:
             self.on_event(event)
+
+
+def _when(due: int | None) -> str:
+    return "at a time that needs the length of the run" if due is None else f"after step {due}"
 
 
 def check_possible(due: int | None, length: Length, what: str, time: object) -> None:

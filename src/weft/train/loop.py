@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
 from weft.errors import ConfigError, RunError, WeftError
+from weft.glue.attach import warn_of_missing
 from weft.train import arguments, checkpoint
 from weft.train.adapter import parameters, write_adapter
 from weft.train.files import write_lines
@@ -207,6 +208,7 @@ def _run_trainer(trainer: Trainer, prepared: Prepared, run: Run, resume: bool, m
             took: dict[str, Any] = {"train_seconds": round(time.monotonic() - started, 3), "finished": now()}
             if resume:
                 took["resumed_from"] = checkpoint.step_of(last) if last else 0
+            warn_of_missing(prepared.model, over=True)
             metrics = _final(trainer, prepared, progress)
             _check_finite(metrics)
             run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
