@@ -42,13 +42,19 @@ register()
 
 if TYPE_CHECKING:
     from weft.train import Run, evaluate, generate, train
+    from weft.train.callback import Callback
     from weft.train.directions import directions
 
-_LAZY = {**dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"), "directions": "weft.train.directions"}
+_LAZY = {
+    **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
+    "Callback": "weft.train.callback",
+    "directions": "weft.train.directions",
+}
 
 __all__ = [
     "AdapterError",
     "All",
+    "Callback",
     "CombinationError",
     "ConfigError",
     "Dash",

@@ -187,7 +187,8 @@ def check_possible(due: int | None, length: Length, what: str, time: object) -> 
     if due is None:
         need = "steps_per_epoch" if length.steps_per_epoch is None and hasattr(time, "epochs") else "total_steps"
         raise ConfigError(
-            f"{what} is due at {time!r}, which needs the length of the run: call weft.attach(model, {need}=...) before training."
+            f"{what} is due at {time!r}, which needs the length of the run: call weft.attach(model, {need}=...) before training, "
+            "or give your Trainer callbacks=[weft.Callback()]."
         )
     if length.total_steps is not None and due >= length.total_steps:
         raise ConfigError(
