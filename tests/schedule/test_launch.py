@@ -165,7 +165,8 @@ def test_the_seed_of_the_config_decides_what_random_draws() -> None:
     drawn = []
     for config_seed in (0, 1, 0):
         model = get_peft_model(
-            Net(), weft.LoraDashConfig(after=T, select="random", seed=config_seed, r=2, target_modules=["first", "second"])
+            Net(),
+            weft.LoraDashConfig(after=T, select="random", seed=config_seed, r=2, target_modules=["first", "second"]),
         )
         train(model, T)
         drawn.append([term.index.tolist() for term in terms(model)])
