@@ -24,7 +24,7 @@ from weft.errors import (
 __version__ = "0.1.0.dev0"
 
 from weft.glue.attach import attach, load_state_dict, param_groups, state_dict
-from weft.glue.official import import_hydralora
+from weft.glue.official import import_hydralora, import_lora_dash
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
@@ -82,6 +82,7 @@ __all__ = [
     "evaluate",
     "generate",
     "import_hydralora",
+    "import_lora_dash",
     "load_state_dict",
     "param_groups",
     "routing",
