@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from weft import linalg
 from weft.errors import ConfigError, WeftError
 from weft.schedule import clock
+from weft.schedule.known import Known
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
 from weft.terms.boost.dash import Dash, DashTerm
@@ -81,6 +82,7 @@ class DashController:
     members: list[Member]
     decompose: Callable[[str, Tensor], linalg.Spectrum] = decompose
     gates: dict[str, MeanGate] = field(default_factory=dict)
+    _launched: Known = field(default_factory=Known, init=False, repr=False)
 
     def due(self, length: Length) -> int | None:
         """See `Controller`."""
@@ -88,7 +90,7 @@ class DashController:
 
     def done(self) -> bool:
         """See `Controller`."""
-        return bool(_term(self.members[0].site).launched)
+        return bool(self._launched.read(_term(self.members[0].site).launched))
 
     def check(self, length: Length) -> None:
         """See `Controller`."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from weft.errors import ConfigError
 from weft.schedule import clock
+from weft.schedule.known import Known
 from weft.site import Site
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Schedule:
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
     _anchor: nn.Parameter | None = field(default=None, init=False)
+    _known: Known = field(default_factory=Known, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -106,7 +108,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Optimiser steps taken so far."""
-        return int(self._count)
+        return self._known.read(self._count)
 
     @property
     def _on_meta(self) -> bool:
@@ -163,7 +165,8 @@ class Schedule:
     def after_step(self, optimizer: Optimizer) -> None:
         """One more step was taken; see `weft.schedule.clock`."""
         with torch.no_grad():
-            self._count.add_(1)
+            steps = self.steps + 1
+            self._known.keep(self._count.fill_(steps), steps)
             for controller in self.pending():
                 if controller.due(self.length) is None:
                     controller.check(self.length)
