@@ -37,7 +37,7 @@ HYDRA = {"kind": "hydra", "heads": 3}
 
 LINEAR = ("lora", "dash", "random", "top", "bottom")
 ROUTED = ("hydra", "hydra+dash")
-KINDS = {"demo": ("linear", "routed"), "e2e": ("linear", "routed"), "sst2": ("linear",), "mixture": ("routed",)}
+KINDS = {"demo": ("linear", "routed"), "e2e": ("linear",), "sst2": ("linear",), "mixture": ("routed",)}
 
 TASKS: dict[str, dict[str, Any]] = {
     "demo": {
