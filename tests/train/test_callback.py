@@ -92,6 +92,22 @@ def test_what_cannot_happen_is_an_error_before_the_first_step(tmp_path: Path, af
     assert (mine.state.global_step, mine.args.save_total_limit) == (0, 2)
 
 
+class Enough(TrainerCallback):
+    """Ends a run early and in order, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_run_that_ends_before_the_launch_says_so(tmp_path: Path) -> None:
+    mine = trainer(tmp_path, llama(after=0.5), callbacks=[weft.Callback(), Enough(2)], save_strategy="no")
+    with pytest.warns(UserWarning, match=r"has trained 2 steps and is still without the launch of Dash"):
+        mine.train()
+
+
 def test_epochs_of_a_stream_without_a_length_must_be_told(tmp_path: Path) -> None:
     from datasets import IterableDataset
 
@@ -222,7 +238,7 @@ class Scores(TrainerCallback):
 @pytest.mark.parametrize("best", [2, 4])
 @pytest.mark.parametrize("limit", [None, 1, 2])
 def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path, limit: int | None, best: int) -> None:
-    """From after the launch to before it, too: the adapter is then the one of that step."""
+    """From after the launch to before it, too: the adapter is then the one of that step, and says so."""
     mine = trainer(
         tmp_path,
         callbacks=[weft.Callback(), Scores(best)],
@@ -231,7 +247,11 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path, limit
         eval_steps=1,
         save_total_limit=limit,
     )
-    mine.train()
+    if best < 3:
+        with pytest.warns(UserWarning, match="still without the launch of Dash"):
+            mine.train()
+    else:
+        mine.train()
     assert steps(mine.model) == best
     assert {bool(term.launched) for term in terms(mine.model)} == {best >= 3}
     expected = {None: list(range(1, 7)), 1: [best], 2: [best, 6]}[limit]

@@ -5,6 +5,7 @@
 
 on_train_begin   times in fractions and epochs get their steps; what cannot happen is an error before the first step
 on_save          a marker, once every process has written its files; then, not before, old checkpoints are deleted
+on_train_end     a warning if the run has stopped before something that its config asks for
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weft.glue.attach import attach, schedules
+from weft.glue.attach import attach, schedules, warn_of_missing
 from weft.schedule.schedule import Event
 from weft.train import checkpoint
 
@@ -84,8 +85,10 @@ class Callback(TrainerCallback):
             finish(args, state, getattr(args, _LIMIT, None))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Warns if the run has ended, by whatever stopped it, before something that a config asks for."""
+        warn_of_missing(model, over=True)
         if not hasattr(args, _LIMIT):
             return
         args.save_total_limit = getattr(args, _LIMIT)
