@@ -9,6 +9,7 @@ A new recipe is a row of RECIPES; what happens in it over time is an `Event` of 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -167,6 +168,7 @@ def through_weft(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
             "save_every": EVERY,
             "num_threads": 1,
             "weight_decay": 0.1,
+            "schedule": "constant",  # at a rate of 0 a step too many would not show
         },
         "out": str(out),
     }
@@ -187,10 +189,20 @@ def through_trainer(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
     model = get_peft_model(base, CONFIGS[name](**RECIPES[name].adapter, **SHARED))
     ids = torch.randint(4, base.config.vocab_size, (24, 6), generator=torch.Generator().manual_seed(1))
     args = TrainingArguments(
-        str(out), max_steps=END, save_steps=EVERY, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=1e-2, weight_decay=0.1, save_total_limit=2, use_cpu=True, report_to=[], disable_tqdm=True,
+        str(out),
+        max_steps=END,
+        save_steps=EVERY,
+        save_total_limit=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
         logging_strategy="no",
-    )  # fmt: skip
+    )
     rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[weft.Callback(), *deadly])
     trainer.train(resume_from_checkpoint=weft.train.newest_checkpoint(out))
@@ -220,11 +232,11 @@ def live(run: Callable[..., None], top: Path, name: str, out: Path, kill: Kill |
 def main(host: str, top: Path) -> None:
     import torch
 
-    import weft.train.loop
     from weft.train import newest_checkpoint
     from weft.train.checkpoint import step_of
 
     torch.set_num_threads(1)
+    gc.freeze()  # Trainer collects garbage at its start: half of a child's life would be spent on what was imported
     left: dict[str, dict[str, int]] = {}
     for name in RECIPES:
         (top / name).mkdir()

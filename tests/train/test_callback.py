@@ -269,3 +269,21 @@ def test_a_trial_of_a_search_is_left_alone(tmp_path: Path) -> None:
     for event in ("on_train_begin", "on_save", "on_train_end"):
         mine.callback_handler.call_event(event, *given)
     assert (newest_checkpoint(tmp_path), mine.args.save_total_limit) == (folder, limit)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_at_its_last_step_a_run_takes_no_step_too_many(tmp_path: Path, accumulation: int) -> None:
+    """Trainer alone takes one within an epoch; killed while it saves its result, a run must end as it would have."""
+    fields = {"lr_scheduler_type": "constant", "gradient_accumulation_steps": accumulation, "save_total_limit": 1}
+    whole = trainer(tmp_path, **fields)
+    whole.train()
+    last = newest_checkpoint(tmp_path)
+    assert last is not None
+    stamp = (last / checkpoint.MARKER).stat().st_mtime_ns
+    again = trainer(tmp_path, **fields)
+    again.train(resume_from_checkpoint=last)
+    assert (again.state.global_step, again.state.epoch) == (whole.state.global_step, whole.state.epoch)
+    assert (last / checkpoint.MARKER).stat().st_mtime_ns == stamp, "nothing was written over"
+    assert checkpoint.folders(tmp_path) == [last]
+    mine, expected = tensors(again.model), tensors(whole.model)
+    assert [n for n in expected if not torch.equal(mine[n], expected[n])] == []
