@@ -229,6 +229,17 @@ def live(run: Callable[..., None], top: Path, name: str, out: Path, kill: Kill |
     os._exit(0)
 
 
+def shorten_lives() -> None:
+    """Leave out what takes most of a short life and no kill can tell: garbage of imports, the disk's word, model cards."""
+    from peft import PeftModel
+
+    from weft.train import files
+
+    gc.freeze()
+    files.sync = lambda descriptor: None
+    PeftModel.create_or_update_model_card = lambda self, folder: None
+
+
 def main(host: str, top: Path) -> None:
     import torch
 
@@ -236,7 +247,7 @@ def main(host: str, top: Path) -> None:
     from weft.train.checkpoint import step_of
 
     torch.set_num_threads(1)
-    gc.freeze()  # Trainer collects garbage at its start: half of a child's life would be spent on what was imported
+    shorten_lives()
     left: dict[str, dict[str, int]] = {}
     for name in RECIPES:
         (top / name).mkdir()
