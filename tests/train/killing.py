@@ -65,7 +65,7 @@ class Kill:
 
 
 def kills(name: str, host: str) -> dict[str, Kill]:
-    """Every boundary of every phase of a recipe, and three steps drawn with its name."""
+    """Every boundary of every phase of a recipe, and steps drawn with its name: three through weft, one through Trainer."""
     found = {}
     for event in RECIPES[name].events:
         found |= {
@@ -80,7 +80,8 @@ def kills(name: str, host: str) -> dict[str, Kill]:
     found["while the adapter is written"] = Kill("adapter", END)
     if host == "weft":
         found["while run.json is written"] = Kill("end", END)
-    for number, step in enumerate(random.Random(name).sample(range(1, END + 1), 3)):
+    drawn = random.Random(f"{name} {host}").sample(range(1, END + 1), 3 if host == "weft" else 1)
+    for number, step in enumerate(drawn):
         found[f"random step {step}"] = Kill(("optimizer", "step")[number % 2], step)
     return found
 
@@ -242,11 +243,14 @@ def shorten_lives() -> None:
 
 def main(host: str, top: Path) -> None:
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from weft.train import newest_checkpoint
     from weft.train.checkpoint import step_of
 
     torch.set_num_threads(1)
+    AutoModelForCausalLM.from_pretrained(top / "base")  # imported once, for all
+    AutoTokenizer.from_pretrained(top / "base")
     shorten_lives()
     left: dict[str, dict[str, int]] = {}
     for name in RECIPES:
