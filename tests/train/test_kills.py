@@ -13,6 +13,7 @@ import pytest
 import tiny_bases as tiny
 
 import weft
+from weft.recipes import RECIPES
 
 HERE = Path(__file__).parent
 
@@ -39,3 +40,7 @@ def test_killed_at_every_phase_boundary_and_at_random_steps(host: str, tmp_path:
         files = {where: tmp_path / name / where / "adapter" / "adapter_model.safetensors" for where in table}
         whole = (tmp_path / name / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()
         assert [where for where, file in files.items() if file.read_bytes() != whole] == [], name
+
+
+def test_every_recipe_of_ours_has_a_row() -> None:
+    assert set(killing.RECIPES) == {name for name in RECIPES if not name.startswith("peft:")}
