@@ -19,7 +19,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ evidence: $(STAMP) ## the table of docs/real-runs.md, on the real models and dat
 
 bench: $(STAMP) ## a training step against the frozen base and against stock peft LoRA
 	$(BIN)/weft bench step
+
+soak: $(STAMP) ## kill `weft train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 clean: ## delete the environment and all that was built; runs/ stays
 	rm -rf $(VENV) site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

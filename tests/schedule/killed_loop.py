@@ -1,7 +1,8 @@
 """A bare loop, one child process per job, that dies by SIGKILL: `killed_loop.py JOBS.json`, a list of [folder, when, step].
 
 step: right after that optimiser step, before anything of it is saved. half: while its checkpoint is being written.
-end: never. The checkpoint of a step is a folder that gets its name when it is complete.
+inside: in the launch after that step, between the directions of one site and those of the next. end: never.
+The checkpoint of a step is a folder that gets its name when it is complete.
 """
 
 import json
@@ -16,6 +17,7 @@ from dashing import Net, batch, dash, loss_of
 from peft import PeftModel
 
 import weft
+from weft.terms.boost.dash import DashTerm
 
 END, LAUNCH = 9, 5
 torch.set_num_threads(1)
@@ -23,6 +25,19 @@ torch.set_num_threads(1)
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_the_second(step: int) -> None:
+    """Make the launch deadly after its first site."""
+    launch, launched = DashTerm.launch, []
+
+    def apply(term: DashTerm, found: Any) -> None:
+        if launched:
+            die()
+        launched.append(step)
+        launch(term, found)
+
+    DashTerm.launch = apply
 
 
 def adam(model: PeftModel) -> torch.optim.AdamW:
@@ -61,6 +76,8 @@ def run(folder: Path, when: str, at: int) -> None:
         model, start = dash(after=LAUNCH, structure=weft.Hydra(heads=2), lora_dropout=0.1), 0
         optimizer = adam(model)
     model.train()
+    if when == "inside":
+        die_in_the_second(at)
     for step in range(start, END):
         optimizer.zero_grad()
         loss_of(model, batch(step)).backward()

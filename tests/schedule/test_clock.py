@@ -11,6 +11,7 @@ import torch
 from dashing import (
     Net,
     adam,
+    assert_same,
     batch,
     dash,
     launch_step,
@@ -20,6 +21,7 @@ from dashing import (
     schedule,
     sites,
     steps,
+    tensors,
     terms,
     train,
 )
@@ -221,6 +223,19 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(fields: dict, unscale: bool
 
 
 # ---------------------------------------------------------------------- whose step
+
+
+def test_a_step_that_finds_no_gradient_does_not_count() -> None:
+    """It changes nothing: a host that wants to take none drops the gradients."""
+    model = dash(after=3)
+    optimizer = adam(model)
+    train(model, 1, optimizer)
+    before = tensors(model)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_same(tensors(model), before)
+    train(model, 2, optimizer, start=1)
+    assert (steps(model), launch_step(model)) == (3, 3)
 
 
 def test_with_several_optimisers_one_of_them_counts() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,11 @@ LAUNCH, END = 5, 9
 KILLS = {
     "pre-launch": [["step", 3]],
     "at the launch": [["step", LAUNCH]],
+    "inside the launch": [["inside", LAUNCH]],
     "writing the launch": [["half", LAUNCH]],
     "in the dash phase": [["half", 7]],
     "twice": [["step", LAUNCH], ["half", LAUNCH + 1]],
+    **{f"random step {step}": [["step", step]] for step in random.Random("bare loop").sample(range(1, END + 1), 3)},
 }
 
 

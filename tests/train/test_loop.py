@@ -250,3 +250,19 @@ def test_a_run_stopped_before_its_launch_says_so(recipe: Make) -> None:
     given = recipe(adapter={"recipe": "lora_dash", "r": 2, "after": 3}, train={"steps": 6})
     with pytest.warns(UserWarning, match=r"2 steps and is still without the launch of Dash \(due after step 3\)"):
         weft.train(given, callbacks=[_Stops()])
+
+
+class _Likes(TrainerCallback):
+    """An evaluation that step 2 wins."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+        metrics["eval_loss"] = abs(state.global_step - 2)
+
+
+def test_the_best_checkpoint_is_not_rotated_away(recipe: Make) -> None:
+    given = recipe(train={"save_every": 1, "keep": 1, "eval_every": 1, "args": {"load_best_model_at_end": True}})
+    given["data"]["validation_fraction"] = 0.25
+    run = weft.train(given, callbacks=[_Likes()])
+    files = [folder / "adapter_model.safetensors" for folder in (run.adapter_folder, run.checkpoints / "checkpoint-2")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]

@@ -127,6 +127,21 @@ def test_there_must_be_a_run_to_resume(recipe: Make) -> None:
         weft.train(recipe(), resume=True)
 
 
+def test_a_run_killed_before_its_first_record_is_started_again(recipe: Make, tmp_path: Path) -> None:
+    """There is nothing to resume, so the same command must do."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "run.json.part").write_text('{"format": 1, "fol')
+    assert weft.train(recipe()).status == "complete"
+    assert not (tmp_path / "run" / "run.json.part").exists()
+    assert not (tmp_path / "run.replaced").exists()
+
+
+def test_a_folder_with_anything_else_is_not_taken_for_one(recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / "mine").mkdir(parents=True)
+    with pytest.raises(RunError, match="not empty"):
+        weft.train(recipe())
+
+
 def test_adalora_says_that_it_cannot_be_resumed(recipe: Make) -> None:
     adapter = {"recipe": "peft:adalora", "r": 2, "tinit": 1, "tfinal": 1}
     given = recipe(adapter=adapter, train=LENGTH)

@@ -2,10 +2,10 @@
 
 A schedule counts a step if the optimiser that took it holds the schedule's anchor parameter, looked up by identity at
 that moment, because hosts replace parameters. Skipped steps do not count: without fused kernels a GradScaler does not
-call `step` at all; with them it does and leaves a non-zero `found_inf` on the optimiser. Forward calls, evaluation,
-accumulation and recomputation take no optimiser step and so cannot count. An optimiser that steps within another's step
-(ZeroRedundancyOptimizer, Lookahead) holds the same parameters: the outer step is the one that counts, because only after
-it are the weights what the next forward sees.
+call `step` at all; with them it does and leaves a non-zero `found_inf` on the optimiser. Nor does a step count that finds
+no gradient: it changes nothing. Forward calls, evaluation, accumulation and recomputation take no optimiser step and so
+cannot count. An optimiser that steps within another's step (ZeroRedundancyOptimizer, Lookahead) holds the same
+parameters: the outer step is the one that counts, because only after it are the weights what the next forward sees.
 """
 
 from __future__ import annotations
@@ -64,12 +64,17 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     skipped = getattr(optimizer, "found_inf", None)
-    if skipped is not None and float(skipped) != 0:
+    if (skipped is not None and float(skipped) != 0) or _is_empty(optimizer):
         return
     others = [other for other in _optimizers if other is not optimizer]
     for listener in list(_listeners.values()):
         if listener.counts(optimizer) and not any(listener.counts(other) and _is_running(other) for other in others):
             listener.after_step(optimizer)
+
+
+def _is_empty(optimizer: Optimizer) -> bool:
+    """Whether no parameter of `optimizer` has a gradient."""
+    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
 
 
 def _is_running(optimizer: Optimizer) -> bool:

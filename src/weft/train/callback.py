@@ -5,6 +5,7 @@
 
 on_train_begin   times in fractions and epochs get their steps; what cannot happen is an error before the first step
 on_save          a marker, once every process has written its files; then, not before, old checkpoints are deleted
+on_train_end     a warning if the run has stopped before something that its config asks for
 """
 
 from __future__ import annotations
@@ -18,14 +19,49 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weft.glue.attach import attach, schedules
+from weft.glue.attach import attach, schedules, warn_of_missing
 from weft.schedule.schedule import Event
 from weft.train import checkpoint
 
 _LIMIT = "weft_save_total_limit"
 
 
-class Callback(TrainerCallback):
+class Finished(TrainerCallback):
+    """Trainer takes a step too many when it resumes at the last one within an epoch; with this it changes nothing.
+
+    No flag keeps it from the forward pass and from `optimizer.step`. So gradients are dropped, which makes the step empty
+    (weft counts no such step), and what Trainer has counted is put back; nothing is logged, measured or saved.
+    """
+
+    counted: tuple[int, float, int] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        over = state.global_step >= state.max_steps
+        self.counted = (state.global_step, state.epoch, state.num_input_tokens_seen) if over else None
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.counted is not None:
+            optimizer.zero_grad()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.counted is not None:
+            state.global_step, state.epoch, state.num_input_tokens_seen = self.counted
+            control.should_log = control.should_evaluate = control.should_save = False
+            control.should_training_stop = True
+
+    on_substep_end = on_epoch_end = on_step_end
+
+
+class Callback(Finished):
     """A transformers callback that makes a run of your own Trainer safe to kill and knows how long it is.
 
     It calls `weft.attach` when training begins, marks every checkpoint that is complete, for
@@ -60,6 +96,7 @@ class Callback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Raises what `weft.attach` raises."""
+        super().on_train_begin(args, state, control)
         before, per_epoch = _begin(model, state), _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
         attach(
             model,
@@ -84,8 +121,10 @@ class Callback(TrainerCallback):
             finish(args, state, getattr(args, _LIMIT, None))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Warns if the run has ended, by whatever stopped it, before something that a config asks for."""
+        warn_of_missing(model, over=True)
         if not hasattr(args, _LIMIT):
             return
         args.save_total_limit = getattr(args, _LIMIT)

@@ -78,14 +78,11 @@ def drop_incomplete(checkpoints: Path) -> None:
 
 
 def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
-    """Once the newest checkpoint is marked, keep `keep` in all: it, `best`, then others; incomplete, then old ones go first."""
-    every, protected = (
-        folders(checkpoints),
-        {path.resolve() for path in [*marked(checkpoints)[-1:], *([best] if best else [])]},
-    )
-    expendable = [path for path in every if path.resolve() not in protected]
-    expendable.sort(key=lambda path: (is_marked(path), step_of(path)))
-    for path in expendable[: max(0, len(every) - max(keep, len(every) - len(expendable)))]:
+    """Keep `keep` checkpoints: the newest complete one and `best` in any case; incomplete ones go first, then old ones."""
+    every, kept = folders(checkpoints), marked(checkpoints)[-1:]
+    kept += [path for path in every if best is not None and path.resolve() == best.resolve() and path not in kept]
+    expendable = sorted((path for path in every if path not in kept), key=lambda path: (is_marked(path), step_of(path)))
+    for path in expendable[: max(0, len(every) - max(keep, len(kept)))]:
         drop(path)
 
 

@@ -111,7 +111,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"the run folder {folder} is a file: choose another folder with out=....")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not _is_unstarted(folder):
         if overwrite and folder.resolve() == Path.cwd():
             raise RunError(
                 f"--overwrite cannot replace the working folder {str(folder)!r}: choose another out, or start elsewhere."
@@ -152,6 +152,11 @@ def _differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any
         yield key, (a, b)
 
 
+def _is_unstarted(folder: Path) -> bool:
+    """Whether a kill left a new run folder before its first run.json: there is nothing in it to lose or to resume."""
+    return {path.name for path in folder.rglob("*")} <= {"checkpoints", "run.json.part"}
+
+
 def _beside(folder: Path) -> Path:
     """Where a run waits while the one that replaces it starts."""
     return folder.resolve().with_name(folder.resolve().name + ".replaced")
@@ -162,13 +167,14 @@ class Made:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.replaced = _beside(folder) if folder.exists() and any(folder.iterdir()) else None
+        occupied = folder.exists() and any(folder.iterdir()) and not _is_unstarted(folder)
+        self.replaced = _beside(folder) if occupied else None
         with writing(folder):
             if self.replaced:
                 folder.replace(self.replaced)
             self.top = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
             try:
-                (folder / "checkpoints").mkdir(parents=True)
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
             except OSError:
                 self.undo()
                 raise

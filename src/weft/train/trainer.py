@@ -14,7 +14,7 @@ import weft
 from weft.spec import WeftConfig
 from weft.terms.structure.hydra import Hydra
 from weft.train import checkpoint
-from weft.train.callback import finish
+from weft.train.callback import Finished, finish
 from weft.train.files import append_json
 from weft.train.measure import mean_loss
 from weft.train.prepare import Prepared
@@ -135,7 +135,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         from trl import SFTTrainer
 
         kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
-    own: list[TrainerCallback] = [Recorder(run, prepared.recipe.train.keep, progress)]
+    own: list[TrainerCallback] = [Finished(), Recorder(run, prepared.recipe.train.keep, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
     mixins: list[type] = [_Measured]

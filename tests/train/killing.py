@@ -1,0 +1,270 @@
+"""Runs that die by SIGKILL where a recipe's table says, and their next life: `killing.py HOST FOLDER`.
+
+One process imports everything and forks a child for each life. HOST is "weft" (weft.train) or "trainer" (a Trainer of the
+user's own with weft.Callback). FOLDER has a tiny base in `base` and, for "weft", rows in `rows.jsonl`. Each run lies
+in FOLDER/RECIPE/NAME, and FOLDER/lives.json tells, for every kill, the newest complete checkpoint that it left behind.
+
+A new recipe is a row of RECIPES; what happens in it over time is an `Event` of that row.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+END, EVERY = 9, 2
+"""Steps of a run, and between its checkpoints; the last step has one, too. An epoch has six."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a schedule does after optimiser step `step`: `apply` ("module:Class.method") once per site."""
+
+    step: int
+    apply: str
+
+
+@dataclass(frozen=True)
+class Killed:
+    """A recipe, and what happens in it over time."""
+
+    adapter: dict[str, Any]
+    events: tuple[Event, ...] = ()
+
+
+LAUNCH = Event(4, "weft.terms.boost.dash:DashTerm.launch")
+RECIPES = {
+    "lora": Killed({"r": 4}),
+    "hydralora": Killed({"r": 2, "heads": 2}),
+    "tied_lora": Killed({"r": 4}),
+    "lora_dash": Killed({"r": 2, "directions": 3, "after": LAUNCH.step}, (LAUNCH,)),
+}
+SHARED = {"lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+
+
+@dataclass(frozen=True)
+class Kill:
+    """`when`: the place in the code, see `arm`; `step`: the optimiser step at which it is deadly."""
+
+    when: str
+    step: int
+    apply: str = ""
+
+    def newest(self) -> int:
+        """The step of the newest complete checkpoint it leaves; 0 for none."""
+        return END if self.when in ("adapter", "end") else (self.step - 1) // EVERY * EVERY
+
+
+def kills(name: str, host: str) -> dict[str, Kill]:
+    """Every boundary of every phase of a recipe, and steps drawn with its name: three through weft, one through Trainer."""
+    found = {}
+    for event in RECIPES[name].events:
+        found |= {
+            f"the step before {event.step}": Kill("step", event.step - 1),
+            f"right after optimiser step {event.step}": Kill("optimizer", event.step),
+            f"inside what happens at {event.step}": Kill("inside", event.step, event.apply),
+            f"the step after {event.step}": Kill("step", event.step + 1),
+        }
+    for step in {event.step for event in RECIPES[name].events} or {LAUNCH.step}:
+        found[f"while checkpoint {step} is written"] = Kill("half", step)
+        found[f"before checkpoint {step} is marked"] = Kill("unmarked", step)
+    found["while the adapter is written"] = Kill("adapter", END)
+    if host == "weft":
+        found["while run.json is written"] = Kill("end", END)
+    drawn = random.Random(f"{name} {host}").sample(range(1, END + 1), 3 if host == "weft" else 1)
+    for number, step in enumerate(drawn):
+        found[f"random step {step}"] = Kill(("optimizer", "step")[number % 2], step)
+    return found
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def patch(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def arm(kill: Kill) -> list[Any]:
+    """Make one place deadly; the callbacks that do it, if any."""
+    import transformers
+    from peft.config import PeftConfigMixin
+
+    from weft.train import checkpoint
+    from weft.train.run import Run
+
+    class Deadly(transformers.TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if kill.when == "optimizer" and state.global_step + 1 == kill.step:
+                die()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if kill.when == "step" and state.global_step == kill.step:
+                die()
+
+    def half(original: Any) -> Any:
+        return lambda self, folder: die() if self.state.global_step == kill.step else original(self, folder)
+
+    def unmarked(original: Any) -> Any:
+        return lambda folder, step: die() if step == kill.step else original(folder, step)
+
+    def adapter(original: Any) -> Any:
+        return lambda self, to, **more: original(self, to, **more) if "checkpoint-" in str(to) else die()
+
+    def end(original: Any) -> Any:
+        def save(self: Run) -> None:
+            if self.status == "complete":
+                (self.folder / "run.json.part").write_text('{"format": 1, "fol')
+                die()
+            original(self)
+
+        return save
+
+    def second(original: Any) -> Any:
+        calls = []
+
+        def apply(self: Any, *given: Any) -> None:
+            calls.append(self)
+            if len(calls) == 2:
+                die()
+            original(self, *given)
+
+        return apply
+
+    if kill.when == "inside":
+        module, _, path = kill.apply.partition(":")
+        cls, _, method = path.partition(".")
+        patch(getattr(importlib.import_module(module), cls), method, second)
+    places = {
+        "half": (transformers.Trainer, "_save_rng_state", half),
+        "unmarked": (checkpoint, "mark", unmarked),
+        "adapter": (PeftConfigMixin, "save_pretrained", adapter),
+        "end": (Run, "save", end),
+    }
+    if kill.when in places:
+        patch(*places[kill.when])
+    return [Deadly()]
+
+
+def through_weft(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
+    import weft
+
+    recipe = {
+        "model": str(top / "base"),
+        "data": {"train": str(top / "rows.jsonl")},
+        "adapter": {"recipe": name, **RECIPES[name].adapter, **SHARED},
+        "train": {
+            "steps": END,
+            "batch_size": 8,
+            "lr": 1e-2,
+            "save_every": EVERY,
+            "num_threads": 1,
+            "weight_decay": 0.1,
+            "schedule": "constant",  # at a rate of 0 a step too many would not show
+        },
+        "out": str(out),
+    }
+    weft.train(recipe, resume=(out / "run.json").is_file(), callbacks=deadly)
+
+
+def through_trainer(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
+    """A script that knows nothing of having been killed."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    import weft
+    from weft.recipes import RECIPES as CONFIGS
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(top / "base")
+    model = get_peft_model(base, CONFIGS[name](**RECIPES[name].adapter, **SHARED))
+    ids = torch.randint(4, base.config.vocab_size, (24, 6), generator=torch.Generator().manual_seed(1))
+    args = TrainingArguments(
+        str(out),
+        max_steps=END,
+        save_steps=EVERY,
+        save_total_limit=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        weight_decay=0.1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[weft.Callback(), *deadly])
+    trainer.train(resume_from_checkpoint=weft.train.newest_checkpoint(out))
+    trainer.save_model(str(out / "adapter"))
+
+
+HOSTS = {"weft": through_weft, "trainer": through_trainer}
+
+
+def live(run: Callable[..., None], top: Path, name: str, out: Path, kill: Kill | None) -> None:
+    """One life of a run in a child, which must end as it should."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == (-signal.SIGKILL if kill else 0), (name, out.name, code)
+        return
+    try:
+        run(top, name, out, arm(kill) if kill else [])
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def shorten_lives() -> None:
+    """Leave out what takes most of a short life and no kill can tell: garbage of imports, the disk's word, model cards."""
+    from peft import PeftModel
+
+    from weft.train import files
+
+    gc.freeze()
+    files.sync = lambda descriptor: None
+    PeftModel.create_or_update_model_card = lambda self, folder: None
+
+
+def main(host: str, top: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from weft.train import newest_checkpoint
+    from weft.train.checkpoint import step_of
+
+    torch.set_num_threads(1)
+    AutoModelForCausalLM.from_pretrained(top / "base")  # imported once, for all
+    AutoTokenizer.from_pretrained(top / "base")
+    shorten_lives()
+    left: dict[str, dict[str, int]] = {}
+    for name in RECIPES:
+        (top / name).mkdir()
+        live(HOSTS[host], top, name, top / name / "whole", None)
+        left[name] = {}
+        for where, kill in kills(name, host).items():
+            out = top / name / where
+            live(HOSTS[host], top, name, out, kill)
+            newest = newest_checkpoint(out / "checkpoints" if host == "weft" else out)
+            left[name][where] = step_of(newest) if newest else 0
+            live(HOSTS[host], top, name, out, None)
+    (top / "lives.json").write_text(json.dumps(left))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
