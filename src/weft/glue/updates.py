@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.errors import AdapterError
 from weft.glue.layer import WeftLinear
-from weft.schedule.dash import MeanGate, factor_pair
+from weft.schedule.ranking import MeanGate, factor_pair
 from weft.terms.boost.dash import DashTerm
 
 
