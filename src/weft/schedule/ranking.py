@@ -21,10 +21,11 @@ from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from weft import linalg
 from weft.errors import ConfigError, WeftError
+from weft.kernel import Slots
 from weft.schedule.schedule import Length, Member
 from weft.site import ExtraSlots, Site
 
@@ -221,12 +222,18 @@ def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tup
     if f.router is not None:
         omega = (gate or MeanGate(site)).mean(f.heads).to(b)
         b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
-    for term in (site.start, site.boost if dash else None):
-        slots = None if term is None else cast(ExtraSlots, term).slots(f.scale, site.mask, site.layer_gate)
-        if slots is not None:
-            a = torch.cat([a, slots.down.detach().to(a)])
-            b = torch.cat([b, slots.up.detach().to(b) * (slots.gate.detach().to(b) / f.scale)], 1)
+    if (twins := _slots(site.start, site, f.scale)) is not None:
+        # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly 0 right after the switch, where the other form leaves rounding
+        gate_r, twin_a, twin_b = -twins.gate.detach().to(a) / f.scale, twins.down.to(a), twins.up.to(b)
+        a, b = torch.cat([a, gate_r[:, None] * (f.A.detach().to(a) - twin_a)]), torch.cat([b - twin_b, twin_b], 1)
+    if dash and (slots := _slots(site.boost, site, f.scale)) is not None:
+        a = torch.cat([a, slots.down.to(a)])
+        b = torch.cat([b, slots.up.to(b) * (slots.gate.detach().to(b) / f.scale)], 1)
     return a, b, f.scale
+
+
+def _slots(term: nn.Module | None, site: Site, scale: float) -> Slots | None:
+    return None if term is None else cast(ExtraSlots, term).slots(scale, site.mask, site.layer_gate)
 
 
 def _names(due: list[Asker]) -> str:

@@ -74,6 +74,11 @@ def start_switches(start: object) -> list[StartSwitch]:
     return [StartSwitch(start)] if isinstance(start, Directions) else []
 
 
+def start_of(site: Site) -> DirectionsTerm | None:
+    """The term that holds the site's start directions; None where A and B start as plain LoRA's do."""
+    return site.start if isinstance(site.start, DirectionsTerm) else None
+
+
 def _live(site: Site) -> Tensor:
     """The numbers of the slots that the rank mask leaves on, all of them without one: [slots] int64."""
     term = _term(site)
