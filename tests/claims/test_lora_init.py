@@ -15,10 +15,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import weft
-from weft import linalg
-from weft.glue.layer import WeftLinear
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
 from dashing import (
     IN,
@@ -26,7 +22,6 @@ from dashing import (
     Net,
     adam,
     batch,
-    dash,
     events,
     init,
     loss_of,
@@ -34,44 +29,12 @@ from dashing import (
     sites,
     starts,
     switched,
-    terms,
     train,
 )
+from switching import T, base_of, defined, pre_launch, train_seeded, weights
 
-T = 3
 CASES = {"init": {}, "tsd": {"directions": 3}}
 both = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
-
-
-def base_of(model: PeftModel, x: Tensor) -> Tensor:
-    with model.disable_adapter(), torch.no_grad():
-        return model(x)
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Module name → the base's own weight tensor."""
-    return {m.module_name: m.base_layer.weight for m in model.modules() if isinstance(m, WeftLinear)}
-
-
-def train_seeded(model: PeftModel, steps: int) -> None:
-    """The same dropout masks for everybody."""
-    torch.manual_seed(1)
-    train(model, steps)
-
-
-def pre_launch(steps: int = T, dtype: torch.dtype = torch.float32, **fields) -> dict[str, Tensor]:
-    """ΔW of every site after the same steps of plain LoRA, fp64, dense."""
-    model = init(after=10**6, **fields).to(dtype)
-    train_seeded(model, steps)
-    return {n: s.scale * (s.structure.B @ s.structure.A).detach().double() for n, s in sites(model).items()}
-
-
-def defined(w: Tensor, delta: Tensor, count: int) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
-    """Index, σ̄, δ, Ū [out, count] and V̄ᵀ [count, in] of the directions that the definition names."""
-    u, sigma, vt = torch.linalg.svd(w.detach().double(), full_matrices=False)
-    rate = (u.T @ delta @ vt.T).diagonal().abs() / (sigma + 1e-8 * sigma[0])
-    order = rate.argsort(descending=True)[:count].tolist()
-    return order, sigma[order], rate[order], u[:, order], vt[order]
 
 
 # ---------------------------------------------------------------------- what A and B start as
@@ -414,86 +377,6 @@ def test_momentum_is_dropped_too_and_what_is_no_part_of_the_switch_keeps_its_mom
     kept = {id(p) for p in optimizer.state}
     mine = {id(p) for site in sites(model).values() for p in site.parameters()}
     assert kept == {id(p) for p in parameters(model)} - mine
-
-
-# ---------------------------------------------------------------------- LoRA-TSD
-
-
-@pytest.mark.parametrize(("r", "s"), [(4, 2), (3, 3), (2, 4)])
-def test_dashs_directions_are_the_first_of_inits_on_one_pre_launch(r: int, s: int, monkeypatch) -> None:
-    calls: list[tuple[int, ...]] = []
-    real = linalg.spectrum
-    monkeypatch.setattr(linalg, "spectrum", lambda w, *args: (calls.append(tuple(w.shape)), real(w, *args))[1])
-    model, deltas = init(after=T, r=r, directions=s), pre_launch(r=r)
-    train(model, T)
-    assert len(calls) == 2  # one decomposition per site, not two
-    assert [e["step"] for e in events(model).values()] == [T, T]
-    for name, site in sites(model).items():
-        start, dash_term = site.start, site.boost
-        both_have = min(r, s)
-        assert start.index[:both_have].tolist() == dash_term.index[:both_have].tolist()
-        assert torch.equal(start.rate[:both_have], dash_term.rate[:both_have])
-        longest = dash_term if s >= r else start
-        index, _, _, up, down = defined(weights(model)[name], deltas[name], max(r, s))
-        assert longest.index.tolist() == index
-        pairs = torch.einsum("os,si->soi", dash_term.up.double(), dash_term.down.double())
-        torch.testing.assert_close(pairs, torch.einsum("os,si->soi", up, down)[:s], rtol=0, atol=1e-5)
-        assert torch.count_nonzero(dash_term.gain) == 0
-
-
-@pytest.mark.parametrize("select", ["top", "bottom", "random"])
-def test_controls_share_their_list_too(select: str) -> None:
-    model = init(after=T, r=4, directions=2, select=select, seed=5)
-    train(model, T)
-    for name, site in sites(model).items():
-        k = min(weights(model)[name].shape)
-        assert site.start.index[:2].tolist() == site.boost.index.tolist()
-        expected = {"top": [0, 1, 2, 3], "bottom": [k - 1, k - 2, k - 3, k - 4]}
-        assert site.start.index.tolist() == expected.get(select, site.start.index.tolist())
-
-
-def test_gains_a_and_b_are_all_trained_after_both() -> None:
-    model = init(after=T, directions=3)
-    train(model, T, optimizer := adam(model))
-    start = {n: t.clone() for n, t in model.state_dict().items()}
-    train(model, 3, optimizer, start=T)
-    moved = {n for n, t in model.state_dict().items() if not torch.equal(t, start[n])}
-    assert {n.rpartition(".")[2] for n in moved} == {"A", "B", "gain", "steps"}
-    assert len(moved) == 2 * 3 + 1
-    assert all((term.gain != 0).all() for term in terms(model))
-
-
-def test_dash_after_init_is_ranked_on_what_has_moved_since_the_switch() -> None:
-    model = dash(after=T + 2, start=weft.Directions(after=T))
-    train(model, T + 1, optimizer := adam(model))
-    train(model, 1, optimizer, start=T + 1)
-    assert {e["event"]: e["step"] for e in events(model).values()} == {"start_switch": T, "dash_launch": T + 2}
-    for name, site in sites(model).items():
-        s, t = site.structure, site.start
-        delta = site.scale * (s.B.detach().double() @ s.A.detach().double() - t.up.double() @ t.down.double())
-        index, _, rate, _, _ = defined(weights(model)[name], delta, 3)
-        assert site.boost.index.tolist() == index
-        torch.testing.assert_close(site.boost.rate.double(), rate, rtol=1e-4, atol=0)
-        alone = site.scale * s.B.detach().double() @ s.A.detach().double()
-        assert not torch.allclose(defined(weights(model)[name], alone, 3)[2], rate, rtol=1e-2)
-
-
-def test_init_after_dash_returns_to_the_pretrained_function_and_keeps_dashs_directions() -> None:
-    model, x = dash(after=T, start=weft.Directions(after=T + 3)), batch(50)
-    expected = base_of(model, x)
-    train(model, T + 2, optimizer := adam(model))
-    assert all((term.gain != 0).all() for term in terms(model))
-    kept = [term.up.clone() for term in terms(model)]
-    whole = dash(after=T, start=weft.Directions(after=10**6))
-    train(whole, T + 3)
-    train(model, 1, optimizer, start=T + 2)
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-6)
-    assert all(torch.equal(term.up, up) for term, up in zip(terms(model), kept, strict=True))
-    assert not any(p in optimizer.state for p in parameters(model))
-    for name, site in sites(model).items():  # ranked on all of ΔW, gains included
-        index, _, rate, _, _ = defined(weights(model)[name], sites(whole)[name].delta_weight().double(), 2)
-        assert site.start.index.tolist() == index
-        torch.testing.assert_close(site.start.rate.double(), rate, rtol=1e-3, atol=0)
 
 
 # ---------------------------------------------------------------------- cost, and what it says
