@@ -235,7 +235,9 @@ def run_task(pool: Any, task: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(results: dict[str, Any]) -> str:
-    """docs/real-runs.md, a pure function of evidence/real-runs.json."""
+    """docs/real-runs.md, a pure function of the files in evidence/."""
+    import dash_runs
+
     lines = [
         "# Real runs",
         "",
@@ -247,7 +249,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     for task in results["tasks"]:
         lines += ["", *_table(task)]
-    return "\n".join(lines) + "\n" + READING
+    return "\n".join(lines) + "\n" + READING + "\n" + "\n".join(dash_runs.section())
 
 
 def _table(task: dict[str, Any]) -> list[str]:

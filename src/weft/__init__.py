@@ -24,7 +24,7 @@ from weft.errors import (
 __version__ = "0.1.0.dev0"
 
 from weft.glue.attach import attach, load_state_dict, param_groups, state_dict
-from weft.glue.official import import_hydralora
+from weft.glue.official import import_hydralora, import_lora_dash
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import (
@@ -50,13 +50,19 @@ register()
 
 if TYPE_CHECKING:
     from weft.train import Run, evaluate, generate, train
+    from weft.train.callback import Callback
     from weft.train.directions import directions
 
-_LAZY = {**dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"), "directions": "weft.train.directions"}
+_LAZY = {
+    **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
+    "Callback": "weft.train.callback",
+    "directions": "weft.train.directions",
+}
 
 __all__ = [
     "AdapterError",
     "All",
+    "Callback",
     "CombinationError",
     "ConfigError",
     "Dash",
@@ -87,6 +93,7 @@ __all__ = [
     "evaluate",
     "generate",
     "import_hydralora",
+    "import_lora_dash",
     "load_state_dict",
     "param_groups",
     "routing",

@@ -82,3 +82,79 @@ def test_import_names_what_is_wrong(tmp_path):
     (tmp_path / "official" / "adapter_model.safetensors").unlink()
     with pytest.raises(weft.AdapterError, match="weights are missing"):
         weft.import_hydralora(tmp_path / "official", tmp_path / "weft")
+
+
+# ---------------------------------------------------------------------- LoRA-Dash
+
+
+def released_dash(path, s=3, r=2, without=()):
+    """The layout of the released LoRA-Dash code, in an order that is not the model's."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    tensors = {}
+    for name, fan_in, out in (("gate_proj", 6, 10), ("down_proj", 10, 6)):
+        shapes = {
+            "A.weight": (r, fan_in),
+            "B.weight": (out, r),
+            "index.weight": (1, s),
+            "w_u": (out, s),
+            "w_vt": (s, fan_in),
+        }
+        for part, shape in shapes.items():
+            if part not in without:
+                tensors[f"base_model.model.{name}.lora_{part}"] = torch.randn(shape)
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"r": r, "lora_alpha": 8, "lora_dropout": 0.05}))
+    return tensors
+
+
+def test_an_imported_dash_adapter_computes_the_released_function(tmp_path):
+    """y = W x + (α/r) B A x + Ū diag(g) V̄ᵀ x with the file's own directions, launched, and never chosen again."""
+    tensors = released_dash(tmp_path / "official")
+    folder = weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    torch.manual_seed(1)
+    base, x = Mlp(), torch.randn(4, 5, 6)
+
+    def released(name, x):
+        t = {key.split(f"{name}.lora_")[1]: value for key, value in tensors.items() if f".{name}." in key}
+        dash = t["w_u"] @ torch.diag(t["index.weight"][0]) @ t["w_vt"]
+        return getattr(base, name)(x) + x @ (8 / 2 * t["B.weight"] @ t["A.weight"] + dash).T
+
+    expected = released("down_proj", released("gate_proj", x).tanh())
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-4)
+
+    before = {n: b.clone() for n, b in model.named_buffers() if n.endswith((".up", ".down"))}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(x).square().mean().backward()
+    optimizer.step()
+    assert weft.state_dict(model)["default"]["steps"] == 101
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers() if n in before)
+
+
+def test_a_dash_adapter_that_was_never_launched_is_plain_lora(tmp_path):
+    tensors = released_dash(tmp_path / "official", without=("index.weight", "w_u", "w_vt"))
+    folder = weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    model = PeftModel.from_pretrained(Mlp(), folder)
+    assert model.peft_config["default"].boost is None
+    a = model.base_model.model.gate_proj.weft_site["default"].structure.A
+    assert torch.equal(a, tensors["base_model.model.gate_proj.lora_A.weight"])
+
+
+def test_gains_without_their_directions_are_refused(tmp_path):
+    released_dash(tmp_path / "official", without=("w_u", "w_vt"))
+    with pytest.raises(weft.AdapterError, match="has gains without their directions"):
+        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    assert not (tmp_path / "weft").exists()
+
+
+def test_directions_of_another_shape_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = released_dash(tmp_path / "official")
+    tensors["base_model.model.gate_proj.lora_w_u"] = torch.zeros(10, 2)
+    save_file(tensors, tmp_path / "official" / "adapter_model.safetensors")
+    with pytest.raises(weft.AdapterError, match="gate_proj: the shapes of A, B, the gains and the directions"):
+        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")

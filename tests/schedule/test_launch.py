@@ -153,6 +153,26 @@ def test_top_takes_the_largest_sigma() -> None:
         assert (term.rate > 0).all()
 
 
+def test_bottom_takes_the_smallest_sigma_that_is_above_the_floor() -> None:
+    model = dash(after=T, select="bottom")
+    train(model, T)
+    for term, site in zip(terms(model), sites(model).values(), strict=True):
+        k = min(site.structure.A.shape[1], site.structure.B.shape[0])
+        assert term.index.tolist() == [k - 1, k - 2, k - 3]
+
+
+def test_the_seed_of_the_config_decides_what_random_draws() -> None:
+    drawn = []
+    for config_seed in (0, 1, 0):
+        model = get_peft_model(
+            Net(),
+            weft.LoraDashConfig(after=T, select="random", seed=config_seed, r=2, target_modules=["first", "second"]),
+        )
+        train(model, T)
+        drawn.append([term.index.tolist() for term in terms(model)])
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
 def test_random_is_drawn_alike_every_time_and_differently_per_site() -> None:
     drawn = []
     for seed in (0, 0, 1):
@@ -170,6 +190,7 @@ def test_decide_is_a_function_of_plain_numbers() -> None:
     rate, sigma = [0.5, 0.0, 0.9, 0.5, 7.0], [4.0, 3.0, 2.0, 1.0, 1e-9]
     assert decide(rate, sigma, 1e-6, 3, "rate", "") == [2, 0, 3]  # 1 did not move, 4 is below the floor
     assert decide(rate, sigma, 1e-6, 2, "top", "") == [0, 2]
+    assert decide(rate, sigma, 1e-6, 2, "bottom", "") == [3, 2]
     assert decide(rate, sigma, 0.0, 9, "rate", "") == [4, 2, 0, 3]
     assert sorted(decide(rate, sigma, 1e-6, 9, "random", "s")) == [0, 2, 3]
     assert decide([], [], 0.0, 3, "rate", "") == []

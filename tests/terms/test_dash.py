@@ -129,7 +129,7 @@ def test_the_update_in_weight_space_holds_the_slots() -> None:
 
 
 def test_defaults_are_those_of_the_paper() -> None:
-    assert dataclasses.asdict(Dash()) == {"directions": 8, "after": 100, "eps": 1e-8, "select": "rate"}
+    assert dataclasses.asdict(Dash()) == {"directions": 8, "after": 100, "eps": 1e-8, "select": "rate", "seed": 0}
     assert weft.LoraDashConfig().boost == Dash()
     assert weft.LoraDashConfig().lora_alpha == 16
 
@@ -146,7 +146,7 @@ def test_an_eps_that_is_none(eps) -> None:
         Dash(eps=eps)
 
 
-@pytest.mark.parametrize("select", ["rates", "bottom", "", None])
+@pytest.mark.parametrize("select", ["rates", "lowest", "", None])
 def test_an_unknown_selection_names_the_known_ones(select) -> None:
     with pytest.raises(ConfigError, match=r"rate.*\?|random, rate, top"):
         Dash(select=select)
@@ -155,3 +155,9 @@ def test_an_unknown_selection_names_the_known_ones(select) -> None:
 def test_a_misspelt_field_in_a_saved_form_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'directions'"):
         weft.WeftConfig(boost={"kind": "dash", "direction": 4})
+
+
+@pytest.mark.parametrize("seed", [1.5, True, None, "0"])
+def test_a_seed_is_a_whole_number(seed) -> None:
+    with pytest.raises(ConfigError, match="is no seed: use a whole number"):
+        Dash(select="random", seed=seed)

@@ -3,7 +3,7 @@
     weft.attach(model, total_steps=1000, steps_per_epoch=250, original="path/to/unquantised", cache="decompositions")
 
 A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs
-need this one, before training; `weft train` makes it.
+need this one, before training; `weft train` makes it, and `weft.Callback` does in a Trainer of your own.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Read adapters that the released HydraLoRA code wrote, so that published weights can be checked against ours.
+"""Read adapters that released code wrote, so that published weights can be checked against ours.
 
-The released code saves `adapter_model.bin` with one tensor per head:
+HydraLoRA's code saves `adapter_model.bin` with one tensor per head:
 `…{gate,up,down}_proj.lora_A.weight` [r, in], `…lora_B{n}.weight` [out, r] for n = 0…N−1, `…lora_route.weight` [N, in].
 Here the heads lie side by side in one B [out, N·r]. With N = 1 the softmax of one logit is exactly 1, so the adapter is
 plain LoRA and its router is dropped.
 
-Source: the layout of the released code, repository Clin0212/HydraLoRA at commit afb693b (layout only; no code taken).
+LoRA-Dash's code for language models saves `…lora_A.weight` [r, in], `…lora_B.weight` [out, r] and, once launched,
+`…lora_index.weight` [1, s] (the gains), `…lora_w_u` [out, s] and `…lora_w_vt` [s, in]. Its term has scale 1, as ours.
+
+Sources (layouts only; no code taken): repository Clin0212/HydraLoRA at commit afb693b; repository
+Chongjie-Si/Subspace-Tuning, state of 2026-01-29.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,10 +28,12 @@ from torch import Tensor
 from weft.errors import AdapterError
 from weft.glue.tuner import PREFIX
 from weft.spec import WeftConfig
+from weft.terms.boost.dash import Dash
 from weft.terms.structure.hydra import Hydra
 from weft.terms.structure.plain import Plain
 
 _KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B(?P<head>\d+)|route)\.weight$")
+_DASH_KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B|index|w_u|w_vt)(\.weight)?$")
 
 
 def import_hydralora(source: str | Path, out: str | Path) -> Path:
@@ -42,27 +49,69 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
     """
     source, out = Path(source), Path(out)
     settings = _settings(source)
-    sites = _by_site(_tensors(source))
+    sites = _by_site(_tensors(source), _KEY, "HydraLoRA", "lora_A, lora_B0…, lora_route")
     tensors: dict[str, Tensor] = {}
     shapes = set()
     for site, parts in sites.items():
         merged, shape = _join_heads(site, parts)
         shapes.add(shape)
         tensors.update({f"{site}.{PREFIX}site.structure.{name}": value for name, value in merged.items()})
+    r, heads = _one(source, shapes, settings, "(rank, heads)")
+    dropout = float(settings.get("lora_dropout", 0.0))
+    structure = Plain() if heads == 1 else Hydra(heads=heads, per_head_dropout=dropout > 0)
+    return _write(out, tensors, settings, sites, structure=structure, r=r, lora_dropout=dropout)
+
+
+def import_lora_dash(source: str | Path, out: str | Path) -> Path:
+    """Convert a folder written by the released LoRA-Dash code into a weft adapter folder and return its path.
+
+    The gains and directions of the file are taken as they are and never chosen again; the released code, which keeps no
+    phase, would ignore them for a hundred forwards and then choose others. Which singular directions they are, and
+    their σ and change rates, the file does not say: `index` is −1, `sigma` and `rate` are 0.
+
+    Args:
+        source, out: as in `import_hydralora`.
+
+    Raises:
+        AdapterError: a file is missing or unreadable, a tensor has an unknown name, the sites disagree on r or s, or gains
+            are there without their directions (the copy of the code for sequence classification saves none).
+    """
+    source, out = Path(source), Path(out)
+    settings = _settings(source)
+    sites = _by_site(_tensors(source), _DASH_KEY, "LoRA-Dash", "lora_A, lora_B, lora_index, lora_w_u, lora_w_vt")
+    tensors: dict[str, Tensor] = {}
+    shapes = set()
+    for site, parts in sites.items():
+        found, shape = _dash_site(site, parts)
+        shapes.add(shape)
+        tensors.update({f"{site}.{PREFIX}site.{name}": value for name, value in found.items()})
+    r, s = _one(source, shapes, settings, "(rank, directions)")
+    boost = Dash(directions=s) if s else None
+    if boost is not None:
+        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, boost.after)))
+    dropout = float(settings.get("lora_dropout", 0.0))
+    return _write(out, tensors, settings, sites, structure=Plain(), boost=boost, r=r, lora_dropout=dropout)
+
+
+def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], what: str) -> tuple[int, int]:
+    """The one pair that all sites share, with the rank that the settings name."""
     if len(shapes) != 1:
-        raise AdapterError(f"{source}: sites disagree on (rank, heads): {sorted(shapes)}; one adapter has one of each.")
-    [(r, heads)] = shapes
+        raise AdapterError(f"{source}: sites disagree on {what}: {sorted(shapes)}; one adapter has one of each.")
+    [(r, other)] = shapes
     if int(settings.get("r", r)) != r:
         raise AdapterError(
             f"{source}: adapter_config.json says r={settings['r']}, the tensors have rank {r}: the files do not belong together."
         )
-    dropout = float(settings.get("lora_dropout", 0.0))
-    structure = Plain() if heads == 1 else Hydra(heads=heads, per_head_dropout=dropout > 0)
+    return r, other
+
+
+def _write(
+    out: Path, tensors: dict[str, Tensor], settings: dict[str, Any], sites: Iterable[str], **fields: Any
+) -> Path:
+    """A weft adapter folder with these tensors."""
     config = WeftConfig(
-        structure=structure,
-        r=r,
-        lora_alpha=settings.get("lora_alpha", 2 * r),
-        lora_dropout=dropout,
+        **fields,
+        lora_alpha=settings.get("lora_alpha", 2 * fields["r"]),
         target_modules=sorted({site.rpartition(".")[2] for site in sites}),
         task_type=settings.get("task_type"),
         base_model_name_or_path=settings.get("base_model_name_or_path"),
@@ -99,13 +148,13 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     )
 
 
-def _by_site(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _by_site(
+    tensors: dict[str, Tensor], pattern: re.Pattern[str], method: str, expected: str
+) -> dict[str, dict[str, Tensor]]:
     sites: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
-        if (match := _KEY.match(key)) is None:
-            raise AdapterError(
-                f"tensor {key!r} is not part of a HydraLoRA adapter: expected lora_A, lora_B0…, lora_route."
-            )
+        if (match := pattern.match(key)) is None:
+            raise AdapterError(f"tensor {key!r} is not part of a {method} adapter: expected {expected}.")
         sites[match["site"]][match["part"]] = tensor
     if not sites:
         raise AdapterError("the adapter file holds no tensors: save the adapter again.")
@@ -128,3 +177,32 @@ def _join_heads(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor],
         raise AdapterError(f"{site}: the shapes of A, B and route disagree on rank or number of heads.")
     joined = {"A": parts["A"].contiguous(), "B": torch.cat(ups, 1).contiguous()}
     return (joined if heads == 1 else joined | {"router": parts["route"].contiguous()}), (r, heads)
+
+
+def _dash_site(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """One site's tensors in weft's layout, and its (rank, directions); 0 directions where none were launched."""
+    if not {"A", "B"} <= parts.keys():
+        raise AdapterError(f"{site} is incomplete: it has {', '.join(sorted(parts))}, but needs A and B.")
+    a, b, gain = parts["A"], parts["B"], parts.get("index", torch.zeros(0)).flatten()
+    plain = {"structure.A": a.contiguous(), "structure.B": b.contiguous()}
+    if not {"w_u", "w_vt"} <= parts.keys():
+        if gain.any():
+            raise AdapterError(
+                f"{site} has gains without their directions (lora_w_u, lora_w_vt), so its function is lost: save the adapter "
+                "again with the code that keeps them."
+            )
+        return plain, (a.shape[0], 0)
+    up, down = parts["w_u"], parts["w_vt"]
+    s = len(gain)
+    if b.shape[1] != a.shape[0] or up.shape != (b.shape[0], s) or down.shape != (s, a.shape[1]):
+        raise AdapterError(f"{site}: the shapes of A, B, the gains and the directions do not fit together.")
+    dash = {
+        "gain": gain.float(),
+        "up": up.float().contiguous(),
+        "down": down.float().contiguous(),
+        "index": torch.full((s,), -1, dtype=torch.long),
+        "sigma": torch.zeros(s),
+        "rate": torch.zeros(s),
+        "launched": torch.tensor(True),
+    }
+    return plain | {f"boost.{name}": value for name, value in dash.items()}, (a.shape[0], s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -253,6 +253,7 @@ class WeftTuner(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         marked = f".{PREFIX}site.{adapter_name}."
         expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
+        mapped = _count_on_first_site(mapped, expected.keys(), f"{marked}steps")
         given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
         wrong = [
             f"{k}: file {tuple(given[k])}, model {tuple(s)}"
@@ -268,11 +269,20 @@ class WeftTuner(BaseTuner):
             raise AdapterError(
                 f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
             )
-        return cast("dict[str, Tensor]", mapped)
+        return mapped
 
 
 def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
+
+
+def _count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
+    """The adapter's one step count under the name of this model's first site: converted files may not know which that is."""
+    [*wanted] = (key for key in expected if key.endswith(suffix))
+    [*found] = (key for key in mapped if key.endswith((suffix, f".{PREFIX}site.steps")))  # peft names known keys only
+    if len(wanted) == len(found) == 1 and wanted != found:
+        return {wanted[0] if key == found[0] else key: value for key, value in mapped.items()}
+    return mapped
 
 
 def _check_adapter_name(name: str) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import Tensor
+
 from weft import linalg
 from weft.schedule.launch import forget_moments
 from weft.schedule.ranking import Rule
@@ -36,9 +38,9 @@ class DashLaunch:
         """See `Launch`."""
         return Rule(self.choice.eps, self.choice.select, self.choice.seed)
 
-    def done(self, site: Site) -> bool:
+    def flag(self, site: Site) -> Tensor:
         """See `Launch`."""
-        return bool(_term(site).launched)
+        return _term(site).launched
 
     def count(self, site: Site) -> int:
         """See `Launch`."""

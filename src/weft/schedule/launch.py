@@ -13,15 +13,16 @@ from __future__ import annotations
 import time as clocks
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft import linalg
 from weft.errors import ConfigError
 from weft.schedule import clock
+from weft.schedule.known import Known
 from weft.schedule.ranking import Ranked, Ranker, Rule
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
@@ -51,8 +52,8 @@ class Launch(Protocol):
         """By which its directions are ranked."""
         ...
 
-    def done(self, site: Site) -> bool:
-        """Whether it has happened there."""
+    def flag(self, site: Site) -> Tensor:
+        """The site's buffer [] that says whether it has happened there."""
         ...
 
     def count(self, site: Site) -> int:
@@ -74,6 +75,7 @@ class LaunchController:
 
     launch: Launch
     ranker: Ranker
+    _happened: Known = field(default_factory=Known, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.ranker.askers.append(self)
@@ -98,7 +100,7 @@ class LaunchController:
 
     def done(self) -> bool:
         """See `Controller`."""
-        return self.launch.done(self._members[0].site)
+        return bool(self._happened.read(self.launch.flag(self._members[0].site)))
 
     def check(self, length: Length) -> None:
         """See `Controller`."""

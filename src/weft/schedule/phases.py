@@ -1,7 +1,8 @@
 """The training loop as pseudo-code, with who acts when. Nothing here runs; it is the map of this package.
 
     model = get_peft_model(base, config)        glue      sites are built; the first site of an adapter gets its Schedule
-    [weft.attach(model, total_steps=...)]       glue      only for times in fractions or epochs; our trainer does it
+    [weft.attach(model, total_steps=...)]       glue      only for times in fractions or epochs; our trainer and
+                                                          weft.Callback in anybody's do it
 
     for batch in data:
         loss = model(**batch).loss              site      y = x Wᵀ + h B̃ᵀ; no counter, no side effect

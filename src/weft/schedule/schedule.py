@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from weft.errors import ConfigError
 from weft.schedule import clock
+from weft.schedule.known import Known
 from weft.site import Site
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Schedule:
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
     _anchor: nn.Parameter | None = field(default=None, init=False)
+    _known: Known = field(default_factory=Known, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -111,7 +113,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Optimiser steps taken so far."""
-        return int(self._count)
+        return self._known.read(self._count)
 
     @property
     def _on_meta(self) -> bool:
@@ -168,7 +170,8 @@ class Schedule:
     def after_step(self, optimizer: Optimizer) -> None:
         """One more step was taken; see `weft.schedule.clock`."""
         with torch.no_grad():
-            self._count.add_(1)
+            steps = self.steps + 1
+            self._known.keep(self._count.fill_(steps), steps)
             plans = []
             for controller in self.pending():
                 if controller.due(self.length) is None:
@@ -195,7 +198,8 @@ def check_possible(due: int | None, length: Length, what: str, time: object) -> 
     if due is None:
         need = "steps_per_epoch" if length.steps_per_epoch is None and hasattr(time, "epochs") else "total_steps"
         raise ConfigError(
-            f"{what} is due at {time!r}, which needs the length of the run: call weft.attach(model, {need}=...) before training."
+            f"{what} is due at {time!r}, which needs the length of the run: call weft.attach(model, {need}=...) before training, "
+            "or give your Trainer callbacks=[weft.Callback()]."
         )
     if length.total_steps is not None and due >= length.total_steps:
         raise ConfigError(

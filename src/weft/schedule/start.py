@@ -42,9 +42,9 @@ class StartSwitch:
         """See `Launch`."""
         return Rule(self.choice.eps, self.choice.select, self.choice.seed)
 
-    def done(self, site: Site) -> bool:
+    def flag(self, site: Site) -> Tensor:
         """See `Launch`."""
-        return bool(_term(site).launched)
+        return _term(site).launched
 
     def count(self, site: Site) -> int:
         """See `Launch`: as many as the site has live slots."""

@@ -107,7 +107,13 @@ def generate(
 
 
 def newest_checkpoint(checkpoints: str | Path) -> Path | None:
-    """The newest complete checkpoint below a folder, or None; half-written ones do not count."""
+    """The newest complete checkpoint below a folder, or None; half-written ones do not count.
+
+    For `trainer.train(resume_from_checkpoint=...)` of your own Trainer with `weft.Callback`.
+
+    Raises:
+        RunError: a newer one was written by a Trainer without it, so nobody knows whether it is complete.
+    """
     from weft.train import checkpoint
 
     return checkpoint.newest(checkpoints)

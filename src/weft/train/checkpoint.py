@@ -1,17 +1,23 @@
 """Checkpoints that are complete or ignored.
 
 Trainer writes a checkpoint in place, file by file, and on resume takes the newest folder, whole or not. Here a marker is
-written after everything else is on disk, and only marked folders count.
+written after everything else is on disk, and only marked folders count. Whoever marks also signs the state that Trainer
+saves in each checkpoint, so that a folder without a marker can be told apart: half-written, or written by a Trainer
+that marks nothing.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from weft.errors import RunError
 from weft.train.files import sync_tree, write_json, writing
 
 MARKER = "complete.json"
+SIGNATURE = "weft"
+"""The key of what weft keeps in `TrainerState.stateful_callbacks`."""
 
 
 def mark(folder: Path, step: int) -> None:
@@ -21,14 +27,35 @@ def mark(folder: Path, step: int) -> None:
     write_json(folder / MARKER, {"step": step})
 
 
+def unmark(folder: Path) -> None:
+    """A checkpoint that is about to be deleted or written over no longer counts. Raises RunError."""
+    with writing(folder):
+        (folder / MARKER).unlink(missing_ok=True)
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether a checkpoint is complete."""
+    return (folder / MARKER).is_file()
+
+
 def marked(checkpoints: Path) -> list[Path]:
     """The complete checkpoints below a folder, oldest first."""
-    return [path for path in _all(checkpoints) if (path / MARKER).is_file()]
+    return [path for path in folders(checkpoints) if is_marked(path)]
 
 
 def newest(checkpoints: str | Path) -> Path | None:
-    """The newest complete checkpoint; also for `Trainer.train(resume_from_checkpoint=...)` of your own Trainer."""
+    """The newest complete checkpoint; also for `Trainer.train(resume_from_checkpoint=...)` of your own Trainer.
+
+    Raises:
+        RunError: a newer one was written by a Trainer that marks none, so nobody knows whether it is complete.
+    """
     found = marked(Path(checkpoints))
+    unknown = [path for path in folders(Path(checkpoints)) if not is_marked(path) and _is_unsigned(path)]
+    if unknown and (not found or step_of(unknown[-1]) > step_of(found[-1])):
+        raise RunError(
+            f"{unknown[-1]} was written without weft.Callback, which marks complete checkpoints: resume once from the one you "
+            "trust, by its path, with callbacks=[weft.Callback()]."
+        )
     return found[-1] if found else None
 
 
@@ -37,20 +64,41 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+def drop(checkpoint: Path) -> None:
+    """Delete a checkpoint; the marker goes first, so no half-deleted one counts."""
+    unmark(checkpoint)
+    shutil.rmtree(checkpoint)
+
+
 def drop_incomplete(checkpoints: Path) -> None:
     """Delete what a kill left half-written."""
-    for path in _all(checkpoints):
-        if not (path / MARKER).is_file():
-            shutil.rmtree(path)
+    for path in folders(checkpoints):
+        if not is_marked(path):
+            drop(path)
 
 
-def rotate(checkpoints: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints; the marker goes first, so no half-deleted one counts."""
-    for path in marked(checkpoints)[:-keep]:
-        (path / MARKER).unlink()
-        shutil.rmtree(path)
+def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
+    """Once the newest checkpoint is marked, keep `keep` in all: it, `best`, then others; incomplete, then old ones go first."""
+    every, protected = (
+        folders(checkpoints),
+        {path.resolve() for path in [*marked(checkpoints)[-1:], *([best] if best else [])]},
+    )
+    expendable = [path for path in every if path.resolve() not in protected]
+    expendable.sort(key=lambda path: (is_marked(path), step_of(path)))
+    for path in expendable[: max(0, len(every) - max(keep, len(every) - len(expendable)))]:
+        drop(path)
 
 
-def _all(checkpoints: Path) -> list[Path]:
-    folders = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    return sorted(folders, key=step_of)
+def folders(checkpoints: Path) -> list[Path]:
+    """All checkpoints below a folder by step, complete or not."""
+    found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def _is_unsigned(folder: Path) -> bool:
+    """Whether Trainer finished its last file, the state, and nobody signed it."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return SIGNATURE not in (state.get("stateful_callbacks") or {})

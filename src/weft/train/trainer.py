@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -16,6 +14,7 @@ import weft
 from weft.spec import WeftConfig
 from weft.terms.structure.hydra import Hydra
 from weft.train import checkpoint
+from weft.train.callback import finish
 from weft.train.files import append_json
 from weft.train.measure import mean_loss
 from weft.train.prepare import Prepared
@@ -40,6 +39,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.since = (time.monotonic(), state.num_input_tokens_seen)
+        state.stateful_callbacks[checkpoint.SIGNATURE] = {}
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -64,12 +64,9 @@ class Recorder(TrainerCallback):
         self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process writes its own random state
+        finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
-        checkpoint.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
-        checkpoint.rotate(Path(args.output_dir), self.keep)
         self.run.event("checkpoint", step=state.global_step)
 
 
