@@ -25,9 +25,13 @@ BUILTIN = {
         Builtin("tied_lora", "one A and B shared by all layers, own vectors per layer", "arXiv:2311.09578", {}, 1e-2),
         Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
         Builtin(
-            "lora_init", "LoRA, started anew along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3
+            "lora_init",
+            "LoRA, begun anew along the directions of W it moved most",
+            "arXiv:2409.01035",
+            {"after": 10},
+            5e-3,
         ),
-        Builtin("lora_tsd", "LoRA-Init and LoRA-Dash at once", "arXiv:2409.01035", {}, 5e-3),
+        Builtin("lora_tsd", "LoRA-Init and LoRA-Dash at once", "arXiv:2409.01035", {"after": 10}, 5e-3),
         Builtin("peft:lora", "stock peft LoRA, as a control", "arXiv:2106.09685", {"r": 16}, 5e-3),
         Builtin("peft:adalora", "stock peft AdaLoRA, as a control", "arXiv:2303.10512", {}, 5e-3),
         Builtin("none", "no adapter: the frozen base, to evaluate only", None, {}, 1e-3),
