@@ -27,11 +27,19 @@ from weft.glue.attach import attach, load_state_dict, param_groups, state_dict
 from weft.glue.official import import_hydralora, import_lora_dash
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
-from weft.recipes import HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
+from weft.recipes import (
+    HydraLoraConfig,
+    LoraDashConfig,
+    LoraInitConfig,
+    LoraTsdConfig,
+    PlainLoraConfig,
+    TiedLoraConfig,
+)
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.ranks.uniform import Uniform
+from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
 from weft.terms.structure.hydra import Hydra
 from weft.terms.structure.plain import Plain
@@ -59,10 +67,13 @@ __all__ = [
     "ConfigError",
     "Dash",
     "DataError",
+    "Directions",
     "Hydra",
     "HydraLoraConfig",
     "Kaiming",
     "LoraDashConfig",
+    "LoraInitConfig",
+    "LoraTsdConfig",
     "MergeError",
     "ModelError",
     "Plain",

@@ -4,7 +4,7 @@
 
     structure   Plain · Hydra · Tied     owns A, B and, where they exist, the router ω and the vectors u, v
     boost       none · Dash              extra slots along directions of W, with learned gains
-    start       Kaiming (LoRA-Init: extra frozen slots, each the twin of a slot of the structure)
+    start       Kaiming · Directions     extra frozen slots, each the twin of a slot of the structure
     mask        0/1 per slot of the structure, only where ranks are reallocated
     layer_gate  one number for all of the site's slots, only while layers are searched
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from weft.errors import ConfigError
 from weft.kernel import Factors, Slots, add_low_rank, delta_weight
 from weft.terms.boost.dash import Dash, DashTerm
-from weft.terms.start.kaiming import kaiming_uniform
+from weft.terms.start.directions import Directions, DirectionsTerm
+from weft.terms.start.kaiming import Kaiming, kaiming_uniform
 from weft.terms.structure.hydra import Hydra, HydraTerm
 from weft.terms.structure.plain import Plain, PlainTerm
 from weft.terms.structure.tied import PARTS, Part, Tied, TiedTerm, start_value
@@ -37,8 +38,8 @@ Owners = dict[Part, TiedTerm]
 class ExtraSlots(Protocol):
     """A term that adds slots of its own beside the structure's."""
 
-    def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots:
-        """Its rows of A, columns of B̃ and gates, given the α/r, mask [r] and layer gate [] of the site."""
+    def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots | None:
+        """Its rows of A, columns of B̃ and gates, given the α/r, mask [r] and layer gate [] of the site; None without any."""
         ...
 
 
@@ -76,7 +77,8 @@ class Site(nn.Module):
                 f = replace(f, gate=gate_r)
         terms = [cast(ExtraSlots, term) for term in (self.boost, self.start) if term is not None]
         if terms:
-            f = replace(f, extra=tuple(term.slots(self.scale, self.mask, self.layer_gate) for term in terms))
+            slots = (term.slots(self.scale, self.mask, self.layer_gate) for term in terms)
+            f = replace(f, extra=tuple(s for s in slots if s is not None))
         return f
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -129,6 +131,7 @@ def build_site(
     dropout: float,
     owners: Owners | None = None,
     boost: Dash | None = None,
+    start: Kaiming | Directions | None = None,
 ) -> Site:
     """A fresh site whose function is exactly the base's; values come from torch's global generator.
 
@@ -136,6 +139,7 @@ def build_site(
         size: (r, in, out).
         owners: for Tied, the terms that already own a shared part of this site's groups; parts not named are owned here.
         boost: extra slots, empty until their launch.
+        start: Kaiming (None too); Directions starts as Kaiming does, with twin slots that are empty until the switch.
     """
     r, fan_in, out = size
     term: PlainTerm | HydraTerm | TiedTerm
@@ -154,6 +158,8 @@ def build_site(
     site = Site(term, scale=scale, dropout=dropout)
     if boost is not None:
         site.boost = DashTerm(boost, fan_in, out)
+    if isinstance(start, Directions):
+        site.start = DirectionsTerm(start, r, fan_in, out)
     return site
 
 

@@ -25,6 +25,7 @@ from weft.errors import AdapterError, ConfigError, suggest, unknown_key
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.ranks.uniform import Uniform
+from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
 from weft.terms.structure.hydra import Hydra
 from weft.terms.structure.plain import Plain
@@ -35,7 +36,7 @@ FORMAT_VERSION = 1
 
 AXES: dict[str, dict[str, type]] = {
     "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
-    "start": {"kaiming": Kaiming},
+    "start": {"kaiming": Kaiming, "directions": Directions},
     "boost": {"dash": Dash},
     "ranks": {"uniform": Uniform},
     "layers": {"all": All},
@@ -96,7 +97,7 @@ class WeftConfig(PeftConfig):
 
     Args:
         structure: who owns A and B: `Plain()`, `Hydra(heads=3)`, `Tied(train="tl6")`.
-        start: the values at step 0: `Kaiming()`.
+        start: where A and B start: `Kaiming()`, or, after some steps, along W's own directions: `Directions(after=100)`.
         boost: extra slots along directions of W: None or `Dash(directions=8, after=100)`.
         ranks: which slots are live: `Uniform()`.
         layers: which blocks are adapted: `All()`.
@@ -118,7 +119,7 @@ class WeftConfig(PeftConfig):
     """
 
     structure: Plain | Hydra | Tied = field(default_factory=Plain)
-    start: Kaiming = field(default_factory=Kaiming)
+    start: Kaiming | Directions = field(default_factory=Kaiming)
     boost: Dash | None = None
     ranks: Uniform = field(default_factory=Uniform)
     layers: All = field(default_factory=All)

@@ -280,6 +280,62 @@ def test_loras_own_factor_is_the_dense_one(dash: bool):
         assert site.amplification.factor == pytest.approx(float(delta.norm() / seen), rel=1e-4)
 
 
+def switched(lora_alpha: float) -> nn.Module:
+    """An adapter right after the switch of LoRA-Init, at every site along last_but."""
+    config = weft.LoraInitConfig(after=1, r=4, lora_alpha=lora_alpha, target_modules=TARGETS["llama"])
+    model = get_peft_model(FAMILIES["llama"].build(), config)
+    plant(model, last_but)
+    assert weft.directions(model).adapters[0].phase == "before the switch"
+    model(**FAMILIES["llama"].batch()).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0).step()
+    return model
+
+
+@pytest.mark.parametrize("lora_alpha", [8, 3])
+def test_right_after_a_switch_nothing_is_moved(lora_alpha: float):
+    """The frozen slots are part of ΔW: without them it would be all of W along the directions."""
+    (adapter,) = weft.directions(switched(lora_alpha), directions=4).adapters
+    assert adapter.phase == "switched"
+    for site in adapter.sites:
+        assert site.launched == site.predicted == last_but(site.able)
+        assert site.index == site.rate == []
+        assert site.amplification.lora == [0.0] * 4
+        assert (site.amplification.norm, site.amplification.factor) == (0.0, None)
+
+
+def test_what_a_switched_adapter_moves_is_measured_with_its_frozen_slots():
+    model = switched(3)
+    randomise(model, size=0.3)
+    for name, site in sites_of(weft.directions(model, directions=4, full=True)).items():
+        layer = layers_of(model)[name]
+        u, sigma, vt = dense_svd(layer.base_matrix())
+        delta = layer.site("default").delta_weight().double()
+        d = (u.T @ delta @ vt.T).diagonal()
+        assert site.spectrum is not None
+        assert site.spectrum.rate == pytest.approx((d.abs() / (sigma + 1e-8 * sigma[0])).tolist(), rel=1e-3, abs=1e-5)
+        assert site.amplification.lora == pytest.approx(d[last_but(site.able)].tolist(), rel=1e-3, abs=1e-5)
+        assert site.amplification.norm == pytest.approx(float(delta.norm()), rel=1e-4)
+
+
+def test_of_lora_tsd_the_gains_and_the_frozen_slots_are_both_in():
+    model = get_peft_model(
+        FAMILIES["llama"].build(), weft.LoraTsdConfig(after=1, r=4, directions=4, target_modules=TARGETS["llama"])
+    )
+    plant(model, last_but)
+    model(**FAMILIES["llama"].batch()).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0).step()
+    for layer in layers_of(model).values():
+        layer.site("default").boost.gain.data = torch.tensor([0.5, -0.25, 0.125, 1.0])
+    (adapter,) = weft.directions(model, directions=4).adapters
+    assert adapter.phase == "launched"
+    for site in adapter.sites:
+        assert site.launched == last_but(site.able)
+        assert site.amplification.dash == pytest.approx([0.5, -0.25, 0.125, 1.0])
+        assert site.amplification.lora == pytest.approx([0.0] * 4, abs=1e-9)
+        norm = layers_of(model)[site.site].site("default").delta_weight().norm()
+        assert site.amplification.norm == pytest.approx(float(norm), rel=1e-4)
+
+
 # ---------------------------------------------------------------------- overlap
 
 

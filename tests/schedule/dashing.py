@@ -19,6 +19,7 @@ from weft.glue.layer import WeftLinear
 from weft.schedule.schedule import Schedule
 from weft.site import Site
 from weft.terms.boost.dash import DashTerm
+from weft.terms.start.directions import DirectionsTerm
 
 IN, HIDDEN, OUT = 6, 8, 5
 
@@ -43,6 +44,13 @@ def dash(after: Any = 3, *, net: Callable[[], nn.Module] = Net, seed: int = 0, *
     return get_peft_model(net(), weft.LoraDashConfig(after=after, **given))
 
 
+def init(after: Any = 3, *, net: Callable[[], nn.Module] = Net, seed: int = 0, **fields: Any) -> PeftModel:
+    """A seeded Net with r = 2 that starts anew along directions; with `directions=3`, LoRA-TSD."""
+    torch.manual_seed(seed)
+    make = weft.LoraTsdConfig if "directions" in fields else weft.LoraInitConfig
+    return get_peft_model(net(), make(after=after, **{"r": 2, "target_modules": ["first", "second"], **fields}))
+
+
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
@@ -57,7 +65,7 @@ def batch(step: int, rows: int = 8) -> Tensor:
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    x = x.to(next(model.parameters()).dtype)
+    x = x.to(next(p.dtype for p in model.parameters() if p.is_floating_point()))
     target = x[:, :OUT].cos()
     return (model(x) - target).square().mean()
 
@@ -94,6 +102,24 @@ def launched(model: nn.Module, adapter: str = "default") -> bool:
     flags = {bool(term.launched) for term in terms(model, adapter)}
     assert len(flags) == 1
     return flags.pop()
+
+
+def starts(model: nn.Module, adapter: str = "default") -> list[DirectionsTerm]:
+    return [site.start for site in sites(model, adapter).values()]  # type: ignore[misc]
+
+
+def switched(model: nn.Module, adapter: str = "default") -> bool:
+    """Whether all sites are switched; they must agree."""
+    flags = {bool(term.launched) for term in starts(model, adapter)}
+    assert len(flags) == 1
+    return flags.pop()
+
+
+def events(model: nn.Module, adapter: str = "default") -> dict[str, dict[str, Any]]:
+    """What happened to the adapter, by kind; each kind once."""
+    found = {e["event"]: e for e in schedule(model, adapter).events}
+    assert len(found) == len(schedule(model, adapter).events)
+    return found
 
 
 def event(model: nn.Module, adapter: str = "default") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dashing import adam, batch, dash, loss_of, parameters, steps, train
+from dashing import adam, batch, dash, init, loss_of, parameters, steps, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft
@@ -29,9 +29,10 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("build", [dash, init])
 @pytest.mark.parametrize("taken", [0, T + 1])
-def test_a_step_without_an_event_reads_no_tensor(taken: int) -> None:
-    model = dash(after=T if taken else 100)
+def test_a_step_without_an_event_reads_no_tensor(taken: int, build: Any) -> None:
+    model = build(after=T if taken else 100)
     optimizer = torch.optim.SGD(parameters(model), lr=1e-2)
     train(model, taken + 1, optimizer)
     loss_of(model, batch(0)).backward()

@@ -33,7 +33,7 @@ import weft
 from families import FAMILIES, adapter_config
 from weft import linalg
 from weft.errors import ConfigError
-from weft.schedule.dash import decide
+from weft.schedule.ranking import decide
 
 T = 2
 
@@ -49,7 +49,7 @@ def test_a_launch_before_anything_moved_is_refused_with_a_sentence() -> None:
     model = dash(after=T)
     optimizer = SGD(parameters(model), lr=0.0)
     train(model, 1, optimizer)
-    with pytest.raises(ConfigError, match=r"due after step 2, but no weight has moved .*: train before the launch"):
+    with pytest.raises(ConfigError, match=r"due after step 2, but no weight has moved .*: train before it"):
         train(model, 1, optimizer, start=1)
     assert not launched(model)
     optimizer.param_groups[0]["lr"] = 0.1  # who goes on gets the launch as soon as something has moved

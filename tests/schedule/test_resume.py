@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from dashing import Net, adam, assert_same, batch, dash, loss_of, parameters, schedule, sites, steps, tensors, train
+from dashing import (
+    Net,
+    adam,
+    assert_same,
+    batch,
+    dash,
+    init,
+    loss_of,
+    parameters,
+    schedule,
+    sites,
+    steps,
+    tensors,
+    train,
+)
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -17,7 +31,16 @@ import weft
 from families import FAMILIES, adapter_config
 
 LAUNCH, END = 5, 12
-STRUCTURES = {"plain": weft.Plain(), "hydra": weft.Hydra(heads=3), "tied": weft.Tied(group="shape")}
+CASES = {
+    "plain": (dash, {}),
+    "hydra": (dash, {"structure": weft.Hydra(heads=3)}),
+    "tied": (dash, {"structure": weft.Tied(group="shape")}),
+    "init": (init, {}),
+    "init of its own": (init, {"mode": "directions"}),
+    "tsd": (init, {"directions": 3}),
+    "dash after init": (dash, {"start": weft.Directions(after=LAUNCH - 2)}),
+    "init after dash": (dash, {"start": weft.Directions(after=LAUNCH + 2)}),
+}
 OPTIMIZERS = {
     "adamw": lambda m: torch.optim.AdamW(weft.param_groups(m, lr=1e-2, weight_decay=0.1), lr=1e-2),
     "fused": lambda m: torch.optim.AdamW(parameters(m), lr=1e-2, fused=True),
@@ -71,9 +94,10 @@ def without_seconds(state: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("structure", STRUCTURES.values(), ids=STRUCTURES)
-def test_resumed_at_every_step_of_a_run(structure, make, tmp_path: Path) -> None:
-    model = dash(after=LAUNCH, structure=structure, lora_dropout=0.2).train()
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_resumed_at_every_step_of_a_run(case, make, tmp_path: Path) -> None:
+    build, fields = case
+    model = build(after=LAUNCH, lora_dropout=0.2, **fields).train()
     optimizer = make(model)
     save(tmp_path / "0", model, optimizer)
     losses = run(model, optimizer, 0, END, tmp_path)
@@ -147,9 +171,10 @@ def test_routers_are_listened_to_only_where_a_launch_may_come(tmp_path: Path) ->
         assert all(site.gate_meter is None for site in sites(loaded).values())
 
 
-def test_a_checkpoint_loaded_back_into_the_same_model_continues_from_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("build", [dash, init])
+def test_a_checkpoint_loaded_back_into_the_same_model_continues_from_there(build, tmp_path: Path) -> None:
     """As a host that returns to its best checkpoint does; also from after the launch to before it."""
-    model = dash(after=LAUNCH)
+    model = build(after=LAUNCH)
     optimizer = adam(model)
     train(model, 3, optimizer)
     model.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from dashing import Net, batch, dash, event, launched, loss_of, parameters, sites, steps, tensors
+from dashing import Net, batch, dash, init, loss_of, parameters, schedule, sites, steps, tensors
 from torch.nn.parallel import DistributedDataParallel
 
 import weft
@@ -30,9 +30,9 @@ class Three(Net):
         return self.third(torch.tanh(super().forward(x)))
 
 
-def made(structure: Any, dtype: torch.dtype) -> torch.nn.Module:
-    fields = {"structure": structure, "target_modules": ["first", "second", "third"]}
-    return dash(after=LAUNCH, net=Three, **fields).to(dtype)
+def made(fields: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    given = {"target_modules": ["first", "second", "third"], **fields}
+    return (dash if given.pop("dash", True) else init)(after=LAUNCH, net=Three, **given).to(dtype)
 
 
 def train(model: torch.nn.Module, adapted: torch.nn.Module, rank: int, world: int, end: int = END) -> dict[str, Any]:
@@ -48,7 +48,8 @@ def train(model: torch.nn.Module, adapted: torch.nn.Module, rank: int, world: in
                 adapted.eval()(batch(99).to(next(adapted.parameters()).dtype))
                 adapted.train()
         optimizer.step()
-        assert (steps(adapted), launched(adapted)) == (step + 1, step + 1 >= LAUNCH)
+        happened = schedule(adapted).events != [] and not schedule(adapted).pending()
+        assert (steps(adapted), happened) == (step + 1, step + 1 >= LAUNCH)
     return tensors(adapted)
 
 
@@ -60,9 +61,11 @@ def counted() -> list[int]:
 
 
 CASES = {
-    "plain": weft.Plain(),
-    "tied": weft.Tied(group="shape"),
-    "hydra": weft.Hydra(heads=3),
+    "plain": {},
+    "tied": {"structure": weft.Tied(group="shape")},
+    "hydra": {"structure": weft.Hydra(heads=3)},
+    "init": {"dash": False},
+    "tsd": {"start": weft.Directions(after=LAUNCH)},
 }
 DTYPES = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-9)}
 
@@ -73,12 +76,13 @@ def worker(rank: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     calls, out = counted(), {}
-    for name, structure in CASES.items():
+    for name, fields in CASES.items():
         for kind, (dtype, _) in DTYPES.items():
             calls.clear()
-            adapted = made(structure, dtype)
+            adapted = made(fields, dtype)
             model = DistributedDataParallel(adapted, find_unused_parameters=False)
-            out[name, kind] = (train(model, adapted, rank, 2), list(calls), event(adapted)["sites"])
+            trained = train(model, adapted, rank, 2)
+            out[name, kind] = (trained, list(calls), [e["sites"] for e in schedule(adapted).events])
     out["odd"] = odd_cases(rank)
     torch.save(out, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -107,10 +111,10 @@ def main(folder: str) -> None:
 def odd_cases(rank: int) -> dict[str, Any]:
     """A site that did not move; values that are not finite; two adapters that launch in one step."""
     found: dict[str, Any] = {}
-    adapted = made(weft.Plain(), torch.float32)
+    adapted = made({}, torch.float32)
     sites(adapted)["second"].structure.B.requires_grad_(False)
     found["gap"] = train(DistributedDataParallel(adapted, find_unused_parameters=False), adapted, rank, 2)
-    adapted = made(weft.Plain(), torch.float32)
+    adapted = made({}, torch.float32)
     optimizer = torch.optim.SGD(parameters(adapted), lr=0.1)
     for p in parameters(adapted):
         p.grad = torch.ones_like(p)
@@ -120,7 +124,7 @@ def odd_cases(rank: int) -> dict[str, Any]:
             optimizer.step()
     except WeftError as error:
         found["error"] = str(error)
-    adapted = made(weft.Plain(), torch.float32)
+    adapted = made({}, torch.float32)
     adapted.add_adapter("other", adapted.peft_config["default"])
     adapted.base_model.set_adapter(["default", "other"])
     found["two"] = train(DistributedDataParallel(adapted, find_unused_parameters=False), adapted, rank, 2)

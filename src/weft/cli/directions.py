@@ -19,6 +19,9 @@ from weft.errors import RunError
 if TYPE_CHECKING:
     from weft.glue.report import AdapterDirections, DirectionsReport, Hits, Overlap, SiteDirections
 
+CHOSEN = {"launched": "launched", "switched": "those that A and B started along"}
+"""What the directions in the table are, by phase."""
+
 
 def directions(
     model: Annotated[str, typer.Argument(help="The base model's folder; alone, a run or adapter folder.")],
@@ -77,7 +80,7 @@ def site_table(adapter: AdapterDirections, count: int) -> Table:
     common = _common([site.site for site in adapter.sites])
     table = Table(
         title=escape(f"{adapter.adapter} · {adapter.phase} · {count} directions"),
-        caption=f"sites in {common or 'the model'} · directions: {'launched' if launched else 'of largest δ'}, best first, "
+        caption=f"sites in {common or 'the model'} · directions: {CHOSEN.get(adapter.phase, 'of largest δ')}, best first, "
         "0 is the largest σ · δ: largest change rate · "
         + ("Dash: Σ|d| with its slots / without, on these directions · " if launched else "")
         + "LoRA: ‖ΔW‖ / ‖U_ΔᵀWV_Δ‖",

@@ -22,8 +22,11 @@ from weft.errors import ConfigError
 from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
-from weft.schedule.dash import DashController
+from weft.schedule.dash import DashLaunch
+from weft.schedule.launch import Launch, LaunchController
+from weft.schedule.ranking import Ranker
 from weft.schedule.schedule import Controller, Event, Length, Member, Schedule
+from weft.schedule.start import start_switches
 from weft.spec import WeftConfig
 
 
@@ -32,9 +35,10 @@ def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftC
     members = [
         Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
     ]
-    controllers: list[Controller] = []
-    if config.boost is not None:
-        controllers.append(DashController(config.boost, members, decompose=Decomposer()))
+    ranker = Ranker(members, decompose=Decomposer())
+    launches: list[Launch] = [*start_switches(config.start)]
+    launches += [DashLaunch(config.boost)] if config.boost is not None else []
+    controllers: list[Controller] = [LaunchController(launch, ranker) for launch in launches]
     if controllers:
         members[0].site.schedule = Schedule(adapter_name, members, controllers)
 
@@ -100,12 +104,12 @@ def attach(
 def _decompose(
     model: nn.Module, found: dict[str, Schedule], original: str | Path | None, cache: str | Path | None
 ) -> None:
-    controllers = [c for schedule in found.values() for c in schedule.controllers if isinstance(c, DashController)]
-    if not controllers:
+    rankers = [c.ranker for schedule in found.values() for c in schedule.controllers if isinstance(c, LaunchController)]
+    if not rankers:
         raise ConfigError("original and cache are for launching directions, and no adapter does: leave them out.")
     if cache is not None:
-        for controller in controllers:
-            controller.decompose = Decomposer(Path(cache))
+        for ranker in rankers:
+            ranker.decompose = Decomposer(Path(cache))
     if original is not None:
         checkpoint = Checkpoint(original)
         layers = {(n, m.module_name): m for m in model.modules() if isinstance(m, WeftLinear) for n in m.weft_site}

@@ -1,7 +1,7 @@
 """What adapters do along the core directions of W, site by site: measured here, shown elsewhere.
 
     δ_k = |u_kᵀ ΔW v_k| / (σ_k + ε)                change rate (`weft.linalg`)
-    predicted                                       the launched directions, else the s of largest δ under the adapter's ΔW
+    predicted                                       those launched or started along, else the s of largest δ under the adapter's ΔW
     true                                            the same ranking under a later adapter's or a full fine-tune's ΔW
     recall     share of the true top s/2 that is among the s predicted
     accuracy   share of the s predicted that is among the true top 2s

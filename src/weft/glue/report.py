@@ -26,7 +26,7 @@ class Amplification:
 
     index: list[int]
     lora: list[float]
-    """d_k = u_kᵀ ΔW v_k of the structure's part of ΔW."""
+    """d_k = u_kᵀ ΔW v_k of the structure's part of ΔW, the frozen slots of LoRA-Init included."""
     dash: list[float]
     """d_k of the Dash slots: their gains."""
     total_over_lora: float | None
@@ -66,7 +66,7 @@ class SiteDirections:
     moved: list[float]
     """u_kᵀ ΔW v_k of the same directions, with its sign."""
     launched: list[int] | None
-    """The directions of the Dash slots, once they are launched."""
+    """The directions of the Dash slots, once they are launched; without Dash, those that LoRA-Init started A and B along."""
     hits: dict[str, Hits] | None
     """By what chose: predicted, random, top (σ), bottom (σ), and chance, the average of random; None without a truth here."""
     amplification: Amplification
@@ -76,13 +76,13 @@ class SiteDirections:
 
     @property
     def predicted(self) -> list[int]:
-        """The launched directions, else those of largest change rate."""
+        """The directions that were launched or started from, else those of largest change rate."""
         return self.launched or self.index
 
 
 @dataclass(frozen=True)
 class AdapterDirections:
-    """One adapter. `phase`: "plain" (no Dash), "before the launch" or "launched"."""
+    """One adapter. `phase`: "plain", "before the launch" or "launched" (Dash), "before the switch" or "switched" (LoRA-Init)."""
 
     adapter: str
     phase: str

@@ -134,6 +134,7 @@ class WeftTuner(BaseTuner):
             dropout=peft_config.lora_dropout,
             owners=owners,
             boost=peft_config.boost,
+            start=peft_config.start,
         )
         for part, key in keys.items():
             self._owners.setdefault((part, key), cast(TiedTerm, site.structure))

@@ -18,22 +18,28 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.errors import AdapterError
 from weft.glue.layer import WeftLinear
-from weft.schedule.dash import MeanGate, factor_pair
+from weft.schedule.ranking import MeanGate, factor_pair
+from weft.schedule.start import start_of
+from weft.site import Site
 from weft.terms.boost.dash import DashTerm
 
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW of one site in fp64 factors. `phase`: "plain" (no Dash), "before the launch" or "launched"."""
+    """ΔW of one site in fp64 factors.
 
-    a: Tensor  # [r, in]
-    b: Tensor  # [out, r]
+    `phase`: "plain" (neither Dash nor LoRA-Init); "before the launch" or "launched" (Dash); "before the switch" or "switched"
+    (LoRA-Init without Dash).
+    """
+
+    a: Tensor  # [R, in]
+    b: Tensor  # [out, R]
     phase: str = "plain"
     up: Tensor | None = None  # [out, s]: Ū of the launched slots
     gain: Tensor | None = None  # [s]
     down: Tensor | None = None  # [s, in]: V̄ᵀ
-    index: tuple[int, ...] = ()  # which core directions were launched, best first
-    sigma: Tensor | None = None  # [s], as found at the launch
+    index: tuple[int, ...] = ()  # which core directions were launched, or started from, best first
+    sigma: Tensor | None = None  # [s], as found then
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,7 +123,7 @@ def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Upda
     a, b, scale = factor_pair(site, gate)
     term = site.boost
     if not isinstance(term, DashTerm):
-        return Update(a, scale * b)
+        return _started(Update(a, scale * b), site)
     if not term.launched:
         return Update(a, scale * b, "before the launch")
     s = int((term.index >= 0).sum())
@@ -130,6 +136,17 @@ def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Upda
         index=tuple(term.index[:s].tolist()),
         sigma=term.sigma[:s].double(),
     )
+
+
+def _started(update: Update, site: Site) -> Update:
+    """The update of a site without Dash, with what its start says of it."""
+    if (start := start_of(site)) is None:
+        return update
+    if not start.launched:
+        return replace(update, phase="before the switch")
+    chosen = start.index >= 0
+    index = tuple(start.index[chosen].tolist())
+    return replace(update, phase="switched", index=index, sigma=start.sigma[chosen].double())
 
 
 def _lora_update(name: str, layer: LoraLayer, adapter: str) -> Update:

@@ -10,6 +10,8 @@ from weft.recipes.controls import peft_adalora, peft_lora
 from weft.recipes.hydralora import HydraLoraConfig
 from weft.recipes.lora import PlainLoraConfig
 from weft.recipes.lora_dash import LoraDashConfig
+from weft.recipes.lora_init import LoraInitConfig
+from weft.recipes.lora_tsd import LoraTsdConfig
 from weft.recipes.tied_lora import TiedLoraConfig
 
 RECIPES: dict[str, Callable[..., PeftConfig]] = {
@@ -17,6 +19,8 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
     "hydralora": HydraLoraConfig,
     "tied_lora": TiedLoraConfig,
     "lora_dash": LoraDashConfig,
+    "lora_init": LoraInitConfig,
+    "lora_tsd": LoraTsdConfig,
     "peft:lora": peft_lora,
     "peft:adalora": peft_adalora,
 }
@@ -25,6 +29,8 @@ __all__ = [
     "RECIPES",
     "HydraLoraConfig",
     "LoraDashConfig",
+    "LoraInitConfig",
+    "LoraTsdConfig",
     "PlainLoraConfig",
     "TiedLoraConfig",
     "peft_adalora",

@@ -9,12 +9,16 @@
         loss.backward()                         kernel
         optimizer.step()                        torch     ─┐ a global hook after every real optimiser step
             Schedule.after_step                 clock      ├─ +1 if this optimiser holds the adapter's anchor parameter
-            └─ controller.after_step            dash       └─ at step t: measure → decide → apply, site by site
+            ├─ controller.plan                  launch     ├─ at step t: measure → decide, for all who are due …
+            └─ its apply                        launch     └─ … and only then apply
         optimizer.zero_grad()
 
-    pre-launch  step 1 … t        Dash slots exist with Ū = V̄ = 0: contribution and gradient exactly 0
-    launch      after step t      change rates of every W (fp64), directions fixed, moments of the gains dropped
-    dash        step t+1 …        gains are trained from 0; directions are buffers, saved, never chosen again
+    pre-launch  step 1 … t        Dash slots exist with Ū = V̄ = 0: contribution and gradient exactly 0. So do the twins of LoRA-Init
+    ranking     after step t      change rates of every W (fp64), one decomposition per W however many are due
+    launch                        Dash: directions fixed, moments of the gains dropped
+    switch                        LoRA-Init: A, B and, bit for bit, their frozen twins set; moments of A and B dropped
+    afterwards  step t+1 …        gains are trained from 0, A and B from A₀ and B₀; directions and twins are buffers, saved, never
+                                  chosen again
 
 State: the step count is a buffer of the adapter's first site, phase and directions are buffers of every site. All of it is in
 every checkpoint that holds the adapter, so a resumed run continues where it was.

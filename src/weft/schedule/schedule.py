@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,15 @@ class Length:
 
 
 class Controller(Protocol):
-    """One thing that happens over time: measure reads, decide is a function of plain numbers, apply edits."""
+    """One thing that happens over time: measure reads, decide is a function of plain numbers, apply edits.
 
-    what: ClassVar[str]
-    """How sentences call it: "the launch of Dash"."""
+    All controllers that are due after the same step have measured and decided before the first of them applies.
+    """
+
+    @property
+    def what(self) -> str:
+        """How sentences call it: "the launch of Dash"."""
+        ...
 
     def due(self, length: Length) -> int | None:
         """The step after which it acts; None while the length of the run is needed and unknown."""
@@ -65,8 +70,8 @@ class Controller(Protocol):
         """Raise `ConfigError` if what it is to do cannot happen in a run of this length, or the length is missing."""
         ...
 
-    def after_step(self, step: int, length: Length, optimizer: Optimizer) -> Event | None:
-        """Act if it is time; what happened, as plain numbers."""
+    def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
+        """Measure and decide if it is time. The function that is returned applies, and says what happened in plain numbers."""
         ...
 
     def before_step(self, step: int | None, length: Length) -> None:
@@ -167,11 +172,14 @@ class Schedule:
         with torch.no_grad():
             steps = self.steps + 1
             self._known.keep(self._count.fill_(steps), steps)
+            plans = []
             for controller in self.pending():
                 if controller.due(self.length) is None:
                     controller.check(self.length)
-                if event := controller.after_step(self.steps, self.length, optimizer):
-                    self._record({"adapter": self.adapter_name, "step": self.steps, **event})
+                plans.append(controller.plan(self.steps, self.length, optimizer))
+            for apply in plans:  # only when all have measured and decided: each sees the adapter that was trained
+                if apply is not None:
+                    self._record({"adapter": self.adapter_name, "step": self.steps, **apply()})
             self.prepare()
 
     def _record(self, event: Event) -> None:
