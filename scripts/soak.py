@@ -2,10 +2,10 @@
 
     python scripts/soak.py [--minutes 10] [--seed 0] [--out evidence/soak.json]
 
-Every recipe trains on the embedded model. Moments are drawn from 1.3 times the length of an uninterrupted run, so a kill comes wherever
-the process happens to be. A run that is complete in the end must have the adapter of the uninterrupted one, byte for byte,
-and no kill may cost a complete checkpoint. Lives are forked from one process that has imported everything, because importing
-is most of a short life and no run is yet there to be harmed. Exits 1 if anything went wrong.
+Every recipe trains on the embedded model. Moments are drawn from 1.3 times the length of an uninterrupted run, so a kill
+comes wherever the process happens to be. A run that is complete in the end must have the adapter of the uninterrupted one,
+byte for byte, and no kill may cost a complete checkpoint. Lives are forked from one process that has imported everything: importing
+is most of a short life, and there is no run yet to be harmed. Exits 1 if anything went wrong.
 """
 
 from __future__ import annotations
