@@ -2,10 +2,10 @@
 
     python scripts/soak.py [--minutes 10] [--seed 0] [--out evidence/soak.json]
 
-Every recipe trains on the embedded model. Moments are drawn from the length of an uninterrupted run, so a kill comes wherever
-the process happens to be. A run that is complete in the end must have the adapter of the uninterrupted one, byte for byte,
-and no kill may cost a complete checkpoint. Lives are forked from one process that has imported everything, because importing
-is most of a short life and no run is yet there to be harmed. Exits 1 if anything went wrong.
+Every recipe trains on the embedded model. Moments are drawn from 1.3 times the length of an uninterrupted run, so a kill
+comes wherever the process happens to be. A run that is complete in the end must have the adapter of the uninterrupted one,
+byte for byte, and no kill may cost a complete checkpoint. Lives are forked from one process that has imported everything: importing
+is most of a short life, and there is no run yet to be harmed. Exits 1 if anything went wrong.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def one_run(recipe: str, out: Path, whole: bytes, tally: Tally, draw: random.Ran
     """Kill a run at random moments until it is complete before its moment comes, and compare."""
     before = 0
     while True:
-        code, _ = life(recipe, out, draw.uniform(0, tally.seconds))
+        code, _ = life(recipe, out, draw.uniform(0, 1.3 * tally.seconds))
         if code != -signal.SIGKILL:
             break
         tally.kills += 1
@@ -134,21 +134,19 @@ def one_run(recipe: str, out: Path, whole: bytes, tally: Tally, draw: random.Ran
 
 
 def soak(folder: Path, seconds: float, seed: int) -> dict[str, Tally]:
-    """Runs of all recipes in turn, for about so many seconds."""
+    """Runs, each of the recipe that has been killed least, for about so many seconds."""
     end, tallies, wholes = time.monotonic() + seconds, {}, {}
     for recipe in RECIPES:
         code, lived = life(recipe, folder / f"{recipe}-whole", None)
         if code:
             sys.exit((folder / f"{recipe}-whole.log").read_text())
         tallies[recipe], wholes[recipe] = Tally(seconds=lived), weights(folder / f"{recipe}-whole")
-    number = 0
     while time.monotonic() < end:
-        for recipe, tally in tallies.items():
-            out = folder / f"{recipe}-{number}"
-            one_run(recipe, out, wholes[recipe], tally, random.Random(f"{seed} {recipe} {number}"))
-            shutil.rmtree(out, ignore_errors=True)
-            print(f"{out.name}: {tally.kills} kills, {tally.identical}/{tally.complete} identical", flush=True)
-        number += 1
+        recipe, tally = min(tallies.items(), key=lambda item: item[1].kills)
+        out = folder / f"{recipe}-{tally.complete}"
+        one_run(recipe, out, wholes[recipe], tally, random.Random(f"{seed} {out.name}"))
+        shutil.rmtree(out, ignore_errors=True)
+        print(f"{out.name}: {tally.kills} kills, {tally.identical}/{tally.complete} identical", flush=True)
     return tallies
 
 
