@@ -42,11 +42,14 @@ class Killed:
 
 
 LAUNCH = Event(4, "weft.terms.boost.dash:DashTerm.launch")
+SWITCH = Event(4, "weft.terms.start.directions:DirectionsTerm.switch")
 RECIPES = {
     "lora": Killed({"r": 4}),
     "hydralora": Killed({"r": 2, "heads": 2}),
     "tied_lora": Killed({"r": 4}),
     "lora_dash": Killed({"r": 2, "directions": 3, "after": LAUNCH.step}, (LAUNCH,)),
+    "lora_init": Killed({"r": 2, "after": SWITCH.step}, (SWITCH,)),
+    "lora_tsd": Killed({"r": 2, "directions": 3, "after": SWITCH.step}, (SWITCH, LAUNCH)),
 }
 SHARED = {"lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
 
@@ -71,7 +74,7 @@ def kills(name: str, host: str) -> dict[str, Kill]:
         found |= {
             f"the step before {event.step}": Kill("step", event.step - 1),
             f"right after optimiser step {event.step}": Kill("optimizer", event.step),
-            f"inside what happens at {event.step}": Kill("inside", event.step, event.apply),
+            f"inside the {event.apply.rpartition('.')[2]} at {event.step}": Kill("inside", event.step, event.apply),
             f"the step after {event.step}": Kill("step", event.step + 1),
         }
     for step in {event.step for event in RECIPES[name].events} or {LAUNCH.step}:
