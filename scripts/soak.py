@@ -40,6 +40,8 @@ RECIPES = {
     "hydralora": [],
     "tied_lora": [],
     "lora_dash": ["adapter.after=12"],
+    "lora_init": ["adapter.after=12"],
+    "lora_tsd": ["adapter.after=12"],
 }
 LENGTH = "train.steps=24 train.batch_size=8 train.save_every=4 train.logging_every=1 train.num_threads=1"
 SETTINGS = [*LENGTH.split(), "train.schedule=constant", "adapter.lora_dropout=0.1", "data.validation_limit=16"]

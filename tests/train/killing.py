@@ -135,11 +135,11 @@ def arm(kill: Kill) -> list[Any]:
     def second(original: Any) -> Any:
         calls = []
 
-        def apply(self: Any, *given: Any) -> None:
+        def apply(self: Any, *given: Any) -> Any:
             calls.append(self)
             if len(calls) == 2:
                 die()
-            original(self, *given)
+            return original(self, *given)
 
         return apply
 
