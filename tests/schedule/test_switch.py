@@ -67,6 +67,53 @@ def test_values_that_are_not_finite_stop_both_before_either_is_applied(fields: d
         assert all(torch.count_nonzero(t) == 0 for n, t in term.state_dict().items() if n != "index")
 
 
+class Recorded:
+    """A controller that notes when it is asked and when it applies."""
+
+    def __init__(self, name: str, log: list[str], fails: bool = False):
+        self.what, self.log, self.fails, self.over = name, log, fails, False
+
+    def due(self, _length) -> int:
+        return 1
+
+    def done(self) -> bool:
+        return self.over
+
+    def check(self, _length) -> None:
+        pass
+
+    def before_step(self, _step, _length) -> None:
+        pass
+
+    def plan(self, _step, _length, _optimizer):
+        self.log.append(f"{self.what} measures")
+        if self.fails:
+            raise ConfigError("it cannot")
+        return self.apply
+
+    def apply(self) -> dict:
+        self.log.append(f"{self.what} applies")
+        self.over = True
+        return {"event": self.what}
+
+
+def test_all_who_are_due_have_measured_before_the_first_applies() -> None:
+    model, log = init(after=9), []
+    schedule(model).controllers[:] = [Recorded("one", log), Recorded("other", log)]
+    train(model, 2)
+    assert log == ["one measures", "other measures", "one applies", "other applies"]
+    assert [(e["event"], e["step"]) for e in schedule(model).events] == [("one", 1), ("other", 1)]
+
+
+def test_if_one_of_them_cannot_none_is_applied() -> None:
+    model, log = init(after=9), []
+    schedule(model).controllers[:] = [Recorded("one", log), Recorded("other", log, fails=True)]
+    with pytest.raises(ConfigError, match="it cannot"):
+        train(model, 1)
+    assert log == ["one measures", "other measures"]
+    assert not schedule(model).events
+
+
 def test_a_site_that_did_not_move_starts_as_plain_lora_does() -> None:
     model = init(after=T)
     sites(model)["second"].structure.B.requires_grad_(False)

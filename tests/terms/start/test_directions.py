@@ -140,6 +140,13 @@ def test_the_guard_starts_small_sigma_with_a_row_and_no_column() -> None:
     assert torch.count_nonzero(b[:, 1]) == 0
 
 
+def test_the_guard_is_a_share_of_the_weights_largest_sigma() -> None:
+    """Of the whole W, of which the directions at hand need not hold the largest."""
+    for largest, guarded in ((1e4, True), (1e2, False)):
+        frozen = start_values(found([0.1]), torch.randn(1, IN), OUT, Directions(guard=1e-4), 1.0, largest)[2]
+        assert frozen.tolist() == [not guarded]
+
+
 def test_slots_beyond_the_directions_keep_where_their_row_points() -> None:
     rows = torch.randn(3, IN)
     a, b, frozen = start_values(found([0.9]), rows, OUT, Directions(kappa=2.0), 1.0, 0.9)
