@@ -28,9 +28,6 @@ from torch import Tensor
 from weft.errors import AdapterError
 from weft.glue.tuner import PREFIX
 from weft.spec import WeftConfig
-from weft.terms.boost.dash import Dash
-from weft.terms.structure.hydra import Hydra
-from weft.terms.structure.plain import Plain
 
 _KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B(?P<head>\d+)|route)\.weight$")
 _DASH_KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B|index|w_u|w_vt)(\.weight)?$")
@@ -58,8 +55,8 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
         tensors.update({f"{site}.{PREFIX}site.structure.{name}": value for name, value in merged.items()})
     r, heads = _one(source, shapes, settings, "(rank, heads)")
     dropout = float(settings.get("lora_dropout", 0.0))
-    structure = Plain() if heads == 1 else Hydra(heads=heads, per_head_dropout=dropout > 0)
-    return _write(out, tensors, settings, sites, structure=structure, r=r, lora_dropout=dropout)
+    structure = "plain" if heads == 1 else {"kind": "hydra", "heads": heads, "per_head_dropout": dropout > 0}
+    return _write(out, tensors, _config(settings, sites, structure=structure, r=r, lora_dropout=dropout))
 
 
 def import_lora_dash(source: str | Path, out: str | Path) -> Path:
@@ -86,11 +83,11 @@ def import_lora_dash(source: str | Path, out: str | Path) -> Path:
         shapes.add(shape)
         tensors.update({f"{site}.{PREFIX}site.{name}": value for name, value in found.items()})
     r, s = _one(source, shapes, settings, "(rank, directions)")
-    boost = Dash(directions=s) if s else None
-    if boost is not None:
-        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, boost.after)))
-    dropout = float(settings.get("lora_dropout", 0.0))
-    return _write(out, tensors, settings, sites, structure=Plain(), boost=boost, r=r, lora_dropout=dropout)
+    boost = {"kind": "dash", "directions": s} if s else None
+    config = _config(settings, sites, boost=boost, r=r, lora_dropout=float(settings.get("lora_dropout", 0.0)))
+    if config.boost is not None:
+        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, config.boost.after)))
+    return _write(out, tensors, config)
 
 
 def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], what: str) -> tuple[int, int]:
@@ -105,11 +102,9 @@ def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], w
     return r, other
 
 
-def _write(
-    out: Path, tensors: dict[str, Tensor], settings: dict[str, Any], sites: Iterable[str], **fields: Any
-) -> Path:
-    """A weft adapter folder with these tensors."""
-    config = WeftConfig(
+def _config(settings: dict[str, Any], sites: Iterable[str], **fields: Any) -> WeftConfig:
+    """The config of an adapter with these choices on these sites."""
+    return WeftConfig(
         **fields,
         lora_alpha=settings.get("lora_alpha", 2 * fields["r"]),
         target_modules=sorted({site.rpartition(".")[2] for site in sites}),
@@ -117,6 +112,10 @@ def _write(
         base_model_name_or_path=settings.get("base_model_name_or_path"),
         inference_mode=True,
     )
+
+
+def _write(out: Path, tensors: dict[str, Tensor], config: WeftConfig) -> Path:
+    """A weft adapter folder with these tensors."""
     if out.exists() and any(out.iterdir()):
         raise AdapterError(f"{out} is not empty: name a new folder for the converted adapter.")
     out.mkdir(parents=True, exist_ok=True)
