@@ -27,10 +27,11 @@ from weft.glue.attach import attach, load_state_dict, param_groups, state_dict
 from weft.glue.official import import_hydralora
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
-from weft.recipes import HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
+from weft.recipes import AllocLoraConfig, HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
+from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.kaiming import Kaiming
 from weft.terms.structure.hydra import Hydra
@@ -49,6 +50,7 @@ _LAZY = {**dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train")
 __all__ = [
     "AdapterError",
     "All",
+    "AllocLoraConfig",
     "CombinationError",
     "ConfigError",
     "Dash",
@@ -61,6 +63,7 @@ __all__ = [
     "ModelError",
     "Plain",
     "PlainLoraConfig",
+    "Reallocate",
     "Routing",
     "Run",
     "RunError",

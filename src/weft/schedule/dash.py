@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft import linalg
-from weft.errors import ConfigError, WeftError
-from weft.schedule import clock
+from weft.errors import ConfigError
+from weft.schedule import clock, together
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
 from weft.terms.boost.dash import Dash, DashTerm
@@ -138,7 +138,7 @@ class DashController:
     def _choose(self) -> list[tuple[linalg.Directions, float]]:
         """Directions of every site and the seconds they took, the same on all processes."""
         numbers = range(len(self.members))
-        if not _distributed() or dist.get_world_size() == 1:
+        if together.world() == 1:
             return [self._measure_and_decide(n) for n in numbers]
         world, rank = dist.get_world_size(), dist.get_rank()
         for gate in self.gates.values():
@@ -149,7 +149,7 @@ class DashController:
             mine = {n: self._measure_and_decide(n) for n in numbers if n % world == rank}
         except Exception as error:
             failure = error
-        _fail_together(failure, _term(self.members[0].site).gain.device)
+        together.fail(failure, "the launch of Dash", _term(self.members[0].site).gain.device)
         return [_share(mine.get(n), self.members[n], n % world) for n in numbers]
 
     def _measure_and_decide(self, number: int) -> tuple[linalg.Directions, float]:
@@ -238,20 +238,6 @@ def _forget_moments(gain: nn.Parameter) -> None:
     """The gains start fresh at the launch: moments fed with zeros would make their first steps too large."""
     for optimizer in clock.owners(gain):
         optimizer.state.pop(gain, None)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _fail_together(failure: Exception | None, device: torch.device) -> None:
-    """Raise on all processes if one of them failed: the others would wait for its directions for ever."""
-    failures = torch.tensor(int(failure is not None), device=device)
-    dist.all_reduce(failures)
-    if failure is not None:
-        raise failure
-    if int(failures):
-        raise WeftError("the launch of Dash failed on another process: its own error says why.")
 
 
 def _share(

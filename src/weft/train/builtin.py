@@ -24,6 +24,7 @@ BUILTIN = {
         Builtin("hydralora", "one A, several B heads mixed per token by a router", "arXiv:2404.19245", {"r": 8}, 5e-3),
         Builtin("tied_lora", "one A and B shared by all layers, own vectors per layer", "arXiv:2311.09578", {}, 1e-2),
         Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
+        Builtin("alora", "LoRA whose rank slots move to where they are worth most", "arXiv:2403.16187", {}, 5e-3),
         Builtin("peft:lora", "stock peft LoRA, as a control", "arXiv:2106.09685", {"r": 16}, 5e-3),
         Builtin("peft:adalora", "stock peft AdaLoRA, as a control", "arXiv:2303.10512", {}, 5e-3),
         Builtin("none", "no adapter: the frozen base, to evaluate only", None, {}, 1e-3),
