@@ -56,6 +56,7 @@ def rounds(
 ) -> list[int] | None:
     """The optimiser steps round(first + n·every), n < count, each at least one after the one before; None where unknown."""
     start, gap = (_in_steps(time, total_steps, steps_per_epoch) for time in (first, every))
+    gap = 0.0 if count < 2 else gap  # which nobody needs to know then
     if start is None or gap is None:
         return None
     found: list[int] = []
