@@ -35,7 +35,7 @@ def AllocLoraConfig(
     revive: bool = False,
     max_rank: int | None = None,
     check: bool = False,
-    chunk_tokens: int = 16384,
+    chunk_tokens: int | None = None,
     seed: int = 0,
     **fields: Any,
 ) -> WeftConfig:

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from weft.glue.ablation.exact import REPLICAS, shares
+from weft.glue.ablation.exact import shares
 from weft.glue.ablation.network import Network
 from weft.glue.ablation.reference import SlotId
 from weft.glue.ablation.rows import Batch
@@ -24,11 +24,12 @@ from weft.site import Site
 
 
 def brackets(
-    network: Network, sites: Sequence[Site], slots: Sequence[SlotId], batch: Batch, *, chunk_tokens: int
+    network: Network, sites: Sequence[Site], slots: Sequence[SlotId], batch: Batch, *, chunk_tokens: int | None = None
 ) -> Tensor:
     """[slots, 2, rows] fp64."""
     found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
-    size = shares(batch, chunk_tokens * REPLICAS)[0]
+    size, replicas = shares(batch, chunk_tokens)
+    size = size * replicas  # one replica of more rows
     for rows in torch.arange(len(batch["labels"])).split(size):
         part = {k: v[rows.to(v.device)] for k, v in batch.items()}
         for term, gate in enumerate((1.0, 0.0)):

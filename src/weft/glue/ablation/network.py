@@ -137,12 +137,13 @@ def _watching(blocks: Sequence[nn.Module], tell: Any) -> Iterator[None]:
 
 @contextmanager
 def _handing_on(blocks: Sequence[nn.Module], prefix: Sequence[Any], replicas: int) -> Iterator[None]:
-    """The first blocks give what they gave, repeated, without running."""
+    """The first blocks give, without running, what the last of them gave, repeated: nobody but the next block reads it."""
     skipped = list(blocks[: len(prefix)])
     before = [block.__dict__.get("forward") for block in skipped]
+    given = _given(prefix[-1], replicas) if prefix else None
     try:
-        for block, given in zip(skipped, prefix, strict=True):
-            object.__setattr__(block, "forward", partial(_given, given, replicas))
+        for block in skipped:
+            object.__setattr__(block, "forward", partial(_hand, given))
         yield
     finally:
         for block, forward in zip(skipped, before, strict=True):
@@ -152,7 +153,11 @@ def _handing_on(blocks: Sequence[nn.Module], prefix: Sequence[Any], replicas: in
                 object.__setattr__(block, "forward", forward)
 
 
-def _given(given: Any, replicas: int, *_: Any, **__: Any) -> Any:
+def _hand(given: Any, *_: Any, **__: Any) -> Any:
+    return given
+
+
+def _given(given: Any, replicas: int) -> Any:
     if isinstance(given, Tensor):
         return _repeat(given, replicas)
     return (_repeat(given[0], replicas), *copy.copy(given[1:]))

@@ -52,7 +52,7 @@ class Reallocate:
         max_rank: slots that a module has room for; None is twice its rank. Never more than the smaller side of W.
         check: measure each round how well the score does: against the exact one, and the exact one against itself on other
             rows. Costs two exact rounds.
-        chunk_tokens: tokens per forward while scoring; more is faster until memory ends.
+        chunk_tokens: tokens per forward while scoring, where memory is short; None chooses.
         seed: of the rows, of new slots and of "random".
     """
 
@@ -71,17 +71,18 @@ class Reallocate:
     revive: bool = False
     max_rank: int | None = None
     check: bool = False
-    chunk_tokens: int = 16384
+    chunk_tokens: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("first", "every"):
             object.__setattr__(self, name, check_time(getattr(self, name), f"Reallocate({name}=...)"))
-        lowest = {"max_rounds": 0, "rows": 1, "shortlist_factor": 1, "grace_rounds": 0, "chunk_tokens": 1}
+        lowest = {"max_rounds": 0, "rows": 1, "shortlist_factor": 1, "grace_rounds": 0}
         for name, least in lowest.items():
             _check_whole(name, getattr(self, name), least)
-        if self.max_rank is not None:
-            _check_whole("max_rank", self.max_rank, 1)
+        for name in ("max_rank", "chunk_tokens"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"Reallocate(seed={self.seed!r}) is no seed: use a whole number.")
         if self.move not in ("types", "modules"):
