@@ -53,10 +53,14 @@ def recognise(logits: Tensor, labels: Tensor, loss: Tensor | None) -> RowLoss | 
     """How `loss` comes from these logits and labels; None if it is no cross-entropy over them.
 
     Raises:
-        ConfigError: the model gives no loss.
+        ConfigError: the model gives no loss, or one that is not finite.
     """
     if loss is None:
         raise ConfigError("the model returns no loss for the validation rows: its forward must take `labels`.")
+    if not bool(loss.isfinite().all()):
+        raise ConfigError(
+            f"the loss of the validation rows is {float(loss)}: no label of theirs counts, or the training has diverged."
+        )
     if not isinstance(logits, Tensor) or labels.is_floating_point():
         return None
     found: list[RowLoss] = []
