@@ -101,7 +101,10 @@ def measure(job: tuple[str, str, int, float, int, str, bool]) -> dict[str, Any]:
     if test:
         found["test"] = getattr(weft.evaluate(run, max_new_tokens=1).scores, spec["measure"])
     record.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(f"{task} {variant} r={rank} lr={lr:g} seed={seed}: {found.get('test', found['validation_loss']):.4f}", flush=True)
+    print(
+        f"{task} {variant} r={rank} lr={lr:g} seed={seed}: {found.get('test', found['validation_loss']):.4f}",
+        flush=True,
+    )
     return found
 
 
@@ -166,7 +169,13 @@ def _table(task: dict[str, Any]) -> list[str]:
                 continue
             first = by[seeds[0]]
             plain, dash = ("hydra", "hydra+dash") if variant in ROUTED else ("lora", "dash")
-            cells = [rank, variant, f"{first['trainable']:,}", f"{first['lr']:g}", real_runs.spread([by[s]["test"] for s in seeds])]
+            cells = [
+                rank,
+                variant,
+                f"{first['trainable']:,}",
+                f"{first['lr']:g}",
+                real_runs.spread([by[s]["test"] for s in seeds]),
+            ]
             for other in (plain, dash):
                 mate = {f["seed"]: f for f in runs if f["variant"] == other and f["r"] == rank}
                 wanted = variant != other and not (other == dash and variant == plain)

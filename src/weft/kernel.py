@@ -60,7 +60,9 @@ class Factors:
     router: Tensor | None = None  # [N, in], or [N, r] with router_input="Ax"
     router_input: RouterInput = "x"
     extra: tuple[Slots, ...] = ()
-    keep: Tensor | None = None  # [K, r]: the tokens are K equal consecutive parts; part k has slot r scaled by keep[k, r]
+    keep: Tensor | None = (
+        None  # [K, r]: the tokens are K equal consecutive parts; part k has slot r scaled by keep[k, r]
+    )
 
     @property
     def heads(self) -> int:

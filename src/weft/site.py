@@ -206,7 +206,9 @@ def build_site(
     site.initial_rank = r
     if isinstance(ranks, Reallocate):
         site.mask = F.pad(torch.ones(r), (0, room))
-        site.register_buffer("birth", torch.zeros(r + room, dtype=torch.long))  # the round that made the slot; 0: the start
+        site.register_buffer(
+            "birth", torch.zeros(r + room, dtype=torch.long)
+        )  # the round that made the slot; 0: the start
         site.register_buffer("score", torch.zeros(r + room, dtype=torch.float64))  # in the last round that scored it
     if boost is not None:
         site.boost = DashTerm(boost, fan_in, out)

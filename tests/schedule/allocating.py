@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from dashing import sites
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import weft
-from dashing import sites
 from families import FAMILIES
 from weft.glue.ablation.scorer import Ablation
 from weft.glue.attach import schedules
@@ -29,7 +29,15 @@ def bare(family: str = "llama", **fields: Any) -> PeftModel:
     """The adapted model, without rows."""
     base = FAMILIES[family].build()
     torch.manual_seed(0)
-    given = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear", "first": 3, "every": 2, "max_rounds": 2, "rows": 4}
+    given = {
+        "r": 2,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "first": 3,
+        "every": 2,
+        "max_rounds": 2,
+        "rows": 4,
+    }
     return get_peft_model(base, weft.AllocLoraConfig(**{**given, **fields})).train()
 
 

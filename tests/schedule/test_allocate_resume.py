@@ -210,7 +210,13 @@ def test_a_checkpoint_loaded_back_into_the_same_model_brings_its_layout(tmp_path
 
 def arguments(folder: Path, **fields: Any) -> TrainingArguments:
     quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no"}
-    given = {"per_device_train_batch_size": 2, "max_steps": 7, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 1}
+    given = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 7,
+        "learning_rate": 2e-2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     return TrainingArguments(str(folder), **{**given, **quiet, **fields})
 
 
@@ -235,7 +241,9 @@ def test_trainer_ends_with_the_layout_of_its_best_checkpoint(tmp_path: Path) -> 
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
-    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss")
+    args = arguments(
+        tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, metric_for_best_model="loss"
+    )
     Rigged(model, args, train_dataset=HELD_OUT, eval_dataset=HELD_OUT).train()
     first, second = events(model)
     assert ranks(model) == first["ranks"] != second["ranks"]

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from allocating import adam, alora, bare, batch, controller, events, random_factors, ranks, train
+from allocating import adam, alora, bare, batch, controller, events, ranks, train
 from dashing import sites
 from torch import nn
 

@@ -134,6 +134,7 @@ class ReallocateController:
     def _round(self, number: int) -> Event:
         started = clocks.perf_counter()
         surgery.check_sliceable([member.site for member in self.members])
+        self._check_same_masks()
         failure: Exception | None = None
         found, plan, checked = Measured([]), Plan(), dict[str, Any]()
         try:
@@ -147,9 +148,7 @@ class ReallocateController:
         if (live := len(found.slots) - len(plan.pruned) + len(plan.added)) <= 0:
             raise ConfigError("moving ranks would leave no live slot in the network: move fewer, or do fewer rounds.")
         self._apply(number, found, plan)
-        together.check_same(
-            [cast(Tensor, member.site.mask) for member in self.members], "rank masks", self._device
-        )
+        self._check_same_masks()
         return {
             "event": "reallocation",
             "round": number,
@@ -160,6 +159,9 @@ class ReallocateController:
             **checked,
             "seconds": clocks.perf_counter() - started,
         }
+
+    def _check_same_masks(self) -> None:
+        together.check_same([cast(Tensor, member.site.mask) for member in self.members], "rank masks", self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -174,7 +176,7 @@ class ReallocateController:
     def _measure(self, number: int) -> Measured:
         ids = self._live()
         births = [int(self.members[m].site.birth[slot]) for m, slot in ids]  # type: ignore[index]
-        young = [0 < birth and number - birth <= self.choice.grace_rounds for birth in births]
+        young = [birth > 0 and number - birth <= self.choice.grace_rounds for birth in births]
         if self.choice.score == "random":
             dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]
             values, scored, brackets = [die.random() for die in dice], list[int](), None
@@ -294,7 +296,7 @@ class ReallocateController:
             rows = [self._new_row(number, m, slot) for slot in made]
             jobs.append((self.members[m].site, gone, made, rows))
         for slot in found.slots:
-            self.members[slot.module].site.score[slot.slot] = slot.score  # type: ignore[index,operator]
+            self.members[slot.module].site.score[slot.slot] = slot.score  # type: ignore[operator]
         for site, gone, made, rows in jobs:
             surgery.move(site, gone, made, rows, number)
         first = self.members[0].site

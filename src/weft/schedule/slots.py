@@ -89,8 +89,9 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
             view(value)[made] = seed
             if made and not survivors:
                 _count_anew(optimizer.state[parameter])
+    a = by_slot(site)[0][0]
     for slot, row in zip(made, rows, strict=True):
-        site.structure.A[slot] = row.to(site.structure.A)  # type: ignore[index,arg-type]
+        a[slot] = row.to(a)
     for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
         buffer[pruned] = gone
         buffer[made] = new

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import weft
 from families import FAMILIES, adapter_config, randomise
-from weft.glue.ablation import estimate, exact, reference
+from weft.glue.ablation import estimate, exact
 from weft.glue.ablation.quiet import undisturbed
 from weft.glue.ablation.rows import rows_of
 from weft.schedule import slots as surgery
@@ -134,7 +134,8 @@ def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
     randomise(model)
     draw = torch.Generator().manual_seed(1)
     weft.attach(
-        model, validation={"x": 0} and [{"x": torch.randn(4, 12, generator=draw).double(), "labels": torch.randn(4).double()}]
+        model,
+        validation={"x": 0} and [{"x": torch.randn(4, 12, generator=draw).double(), "labels": torch.randn(4).double()}],
     )
     slots = controller(model)._live()
     got = scorer(model).exact(slots, "0/1")
@@ -237,7 +238,7 @@ def test_scoring_leaves_no_trace(mode: str, interrupted: bool) -> None:
     model(input_ids=TOKENS[:2], labels=TOKENS[:2]).loss.backward()
     next(iter(model.modules())).training = True
     list(sites(model).values())[2].train(False)
-    list(sites(model).values())[0].gate_meter = meter = lambda _: pytest.fail("a meter heard the scoring")  # noqa: E731
+    next(iter(sites(model).values())).gate_meter = meter = lambda _: pytest.fail("a meter heard the scoring")
     before, calls = everything(model), 0
     if interrupted:
 
@@ -256,7 +257,7 @@ def test_scoring_leaves_no_trace(mode: str, interrupted: bool) -> None:
     else:
         controller(model)._measure(1)
         assert same(everything(model), before)
-    assert list(sites(model).values())[0].gate_meter is meter
+    assert next(iter(sites(model).values())).gate_meter is meter
 
 
 # ---------------------------------------------------------------------- rows

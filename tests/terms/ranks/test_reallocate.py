@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -148,5 +149,5 @@ def test_rounds_are_at_least_one_step_apart_in_very_short_epochs() -> None:
         found = rounds(epochs(1), epochs(0.25), 8, None, per_epoch)
         assert found is not None
         assert found[0] == per_epoch
-        assert all(b - a >= 1 for a, b in zip(found, found[1:], strict=False))
+        assert all(b - a >= 1 for a, b in itertools.pairwise(found))
     assert rounds(0.5, 0.1, 3, None, None) is None

@@ -104,7 +104,9 @@ def _each(sites: Sequence[Site], slots: Sequence[SlotId], *, alone: bool) -> Ite
                 site, mask = sites[m], masks[m]
                 assert mask is not None
                 site.mask = mask
-                keep = torch.full((len(slots) + 1, len(mask)), float(not alone), dtype=torch.float64, device=mask.device)
+                keep = torch.full(
+                    (len(slots) + 1, len(mask)), float(not alone), dtype=torch.float64, device=mask.device
+                )
                 for k, (module, slot) in enumerate(slots):
                     if module == m:
                         keep[k + 1, slot] = float(alone)

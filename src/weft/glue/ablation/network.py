@@ -81,7 +81,8 @@ def recognised(model: nn.Module, loss: RowLoss, layers: Sequence[WeftLinear], ba
     network = Network(model, loss)
     found = [each for each in _lists(model) if _count(each, layers)]
     if found:
-        blocks = list(max(found, key=lambda each: _count(each, layers)))
+        most: nn.ModuleList = max(found, key=lambda each: _count(each, layers))
+        blocks = list(most)
         network.blocks = blocks if _is_chain(network, blocks, batch) else []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if loss.kind == "next tokens" and not getattr(getattr(base, "config", None), "is_encoder_decoder", False):

@@ -189,9 +189,7 @@ def decide(
         cost = {room.module: room.cost for room in rooms}
         live = sum(cost[s.module] for s in slots) - sum(cost[s.module] for s in pruned)
         added = allocate(receivers, budget - live)
-    return Plan(
-        tuple((s.module, s.slot) for s in pruned), tuple(added), tuple(room.module for room in receivers)
-    )
+    return Plan(tuple((s.module, s.slot) for s in pruned), tuple(added), tuple(room.module for room in receivers))
 
 
 def allocate(receivers: Sequence[Room], budget: int) -> list[tuple[int, int]]:
