@@ -253,7 +253,7 @@ class ReallocateController:
             mine = [slot for slot in found.slots if slot.module in group]
             budget = self._budget(group) if self.choice.unit == "params" else None
             plans.append(decide(mine, rooms, count, budget=budget, revive=self.choice.revive))
-        return Plan(*(tuple(each for plan in plans for each in part) for part in zip(*map(_parts, plans), strict=True)))
+        return Plan(*(tuple(each for one in part for each in one) for part in zip(*map(_parts, plans), strict=True)))
 
     def _room(self, m: int) -> Room:
         site = self.members[m].site

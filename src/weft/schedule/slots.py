@@ -4,9 +4,9 @@
     make     A_i given, B_i = 0, mask 1                          the function stays what it is
              first moments 0; second moments the mean of the surviving slots' of the same tensor
 
-With β = 0.9, 0.999 and the step count that all slots of a tensor share, a second moment of 0 would give a new slot first steps of
-2.5 to 4.6 times the learning rate; seeded, they are a tenth of it and grow to it. A site without survivors counts its steps from 0 again,
-which is exact. What belongs to surviving slots is not touched.
+With β = 0.9, 0.999 and the step count that all slots of a tensor share, a second moment of 0 would give a new slot first steps
+of 2.5 to 4.6 times the learning rate; seeded, they are a tenth of it and grow to it. A site without survivors counts its steps
+from 0 again, which is exact. What belongs to surviving slots is not touched.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def check_sliceable(sites: Sequence[Site]) -> None:
                 if name not in FIRST | SECOND or type(value) is not Tensor or value.shape != parameter.shape:
                     raise ConfigError(
                         f"{type(optimizer).__name__} keeps {name!r} ({type(value).__name__} {list(value.shape)}) about a matrix "
-                        f"{list(parameter.shape)}, which does not fall into rank slots, so slots cannot move: train with AdamW, Adam "
-                        "or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
+                        f"{list(parameter.shape)}, which does not fall into rank slots, so slots cannot move: train with AdamW, "
+                        "Adam or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
                     )
 
 

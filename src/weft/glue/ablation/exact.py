@@ -1,8 +1,8 @@
 """Exact brackets, fast: replicas with gates of their own, the prefix kept, and a control in every forward pass.
 
-Per trajectory (the whole model for last-in, the base for first-in) and share of the rows: one pass keeps what every block gives; then,
-block by block, passes that start there, whose first replica is not ablated and whose others are, each in one slot. A bracket is a
-difference within one pass, so the drift between kernels of different shapes is not in it.
+Per trajectory (the whole model for last-in, the base for first-in) and share of the rows: one pass keeps what every block
+gives; then, block by block, passes that start there, whose first replica is not ablated and whose others are, each in one slot.
+A bracket is a difference within one pass, so the drift between kernels of different shapes is not in it.
 """
 
 from __future__ import annotations
