@@ -23,6 +23,7 @@ from weft.glue.ablation.scorer import Ablation
 from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
+from weft.glue.sharing import shared_tensors
 from weft.schedule.dash import DashController
 from weft.schedule.reallocate import ReallocateController
 from weft.schedule.schedule import Controller, Event, Length, Member, Schedule
@@ -204,7 +205,7 @@ def param_groups(
     """
     rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    shared = {id(p) for p in _shared(model)}
+    shared = {id(p) for p in shared_tensors(model)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -217,10 +218,3 @@ def param_groups(
     if not groups:
         raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
-
-
-def _shared(model: nn.Module) -> list[torch.Tensor]:
-    from weft.terms.structure.tied import TiedTerm
-
-    terms = [module for module in model.modules() if isinstance(module, TiedTerm)]
-    return [value for term in terms for part in ("A", "B") if (value := getattr(term, part, None)) is not None]
