@@ -28,6 +28,7 @@ from weft.glue.official import import_hydralora, import_lora_dash
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import (
+    AllocLoraConfig,
     HydraLoraConfig,
     LoraDashConfig,
     LoraInitConfig,
@@ -38,6 +39,7 @@ from weft.recipes import (
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
+from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
@@ -62,6 +64,7 @@ _LAZY = {
 __all__ = [
     "AdapterError",
     "All",
+    "AllocLoraConfig",
     "Callback",
     "CombinationError",
     "ConfigError",
@@ -78,6 +81,7 @@ __all__ = [
     "ModelError",
     "Plain",
     "PlainLoraConfig",
+    "Reallocate",
     "Routing",
     "Run",
     "RunError",

@@ -1,9 +1,9 @@
-"""Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run.
+"""Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run, validation rows.
 
-    weft.attach(model, total_steps=1000, steps_per_epoch=250, original="path/to/unquantised", cache="decompositions")
+    weft.attach(model, total_steps=1000, steps_per_epoch=250, validation=rows, original="path/to/unquantised", cache="kept")
 
-A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs
-need this one, before training; `weft train` makes it, and `weft.Callback` does in a Trainer of your own.
+A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs, and
+scores of rank slots, need this one, before training; `weft train` makes it, and `weft.Callback` does in a Trainer of your own.
 """
 
 from __future__ import annotations
@@ -15,19 +15,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from weft.errors import ConfigError
+from weft.glue.ablation.rows import rows_of
+from weft.glue.ablation.scorer import Ablation
 from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
 from weft.schedule.dash import DashLaunch
 from weft.schedule.launch import Launch, LaunchController
 from weft.schedule.ranking import Ranker
+from weft.schedule.reallocate import ReallocateController
 from weft.schedule.schedule import Controller, Event, Length, Member, Schedule
 from weft.schedule.start import start_switches
 from weft.spec import WeftConfig
+from weft.terms.ranks.reallocate import Reallocate
 
 
 def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
@@ -39,6 +42,8 @@ def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftC
     launches: list[Launch] = [*start_switches(config.start)]
     launches += [DashLaunch(config.boost)] if config.boost is not None else []
     controllers: list[Controller] = [LaunchController(launch, ranker) for launch in launches]
+    if isinstance(config.ranks, Reallocate):
+        controllers.append(ReallocateController(config.ranks, members))
     if controllers:
         members[0].site.schedule = Schedule(adapter_name, members, controllers)
 
@@ -69,8 +74,10 @@ def attach(
     on_event: Callable[[Event], None] | None = None,
     original: str | Path | None = None,
     cache: str | Path | None = None,
+    validation: Any = None,
 ) -> None:
-    """Tell the adapters of `model` what they cannot see: how long the run is, and where the unquantised weights are.
+    """Tell the adapters of `model` what they cannot see: how long the run is, what to measure on, where the unquantised
+    weights are.
 
     Args:
         total_steps: optimiser steps of the whole run, a resumed part included.
@@ -79,10 +86,13 @@ def attach(
         original: folder of the checkpoint that the base was made from. Directions are then ranked on its weights, read one
             at a time, instead of on those in memory, whose small singular values quantisation has overwritten.
         cache: folder that keeps the decompositions of weights for later runs; without it, the one that WEFT_CACHE names.
+        validation: what rank slots are scored on, tokenised and not trained on: a sequence or dataset of rows (dicts with
+            `labels`), a DataLoader (its dataset and collate_fn), or a list of batches.
 
     Raises:
         ConfigError: a length is not a positive number, an event cannot happen in a run of this length, or no adapter has
-            directions to launch.
+            directions to launch, or rank slots to score.
+        DataError: `validation` has no rows.
         ModelError: `original` is not the checkpoint of this base.
     """
     for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
@@ -92,6 +102,8 @@ def attach(
     found = schedules(model)
     if original is not None or cache is not None:
         _decompose(model, found, original, cache)
+    if validation is not None:
+        _score_on(model, found, validation)
     for schedule in found.values():
         before = schedule.length
         length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
@@ -117,6 +129,20 @@ def _decompose(
         weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
         for (_, member), weight in zip(members, weights, strict=True):
             member.weight, member.source = weight, "original"
+
+
+def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> None:
+    rows = rows_of(validation)
+    bare = model
+    while isinstance(inner := getattr(bare, "_orig_mod", getattr(bare, "module", None)), nn.Module):
+        bare = inner  # as compiled or wrapped for several processes: scoring runs on the model itself
+    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+    controllers = [(name, c) for name, s in found.items() for c in s.controllers if isinstance(c, ReallocateController)]
+    if not controllers:
+        raise ConfigError("validation is for scoring rank slots, and no adapter has Reallocate: leave it out.")
+    for name, controller in controllers:
+        mine = [layers[name, member.name] for member in controller.members]
+        controller.scorer = Ablation(bare, mine, name, controller.choice, rows)
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -189,7 +215,7 @@ def param_groups(
     """
     rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    shared = {id(p) for p in _shared(model)}
+    shared = {id(p) for p in shared_tensors(model)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -202,10 +228,3 @@ def param_groups(
     if not groups:
         raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
-
-
-def _shared(model: nn.Module) -> list[torch.Tensor]:
-    from weft.terms.structure.tied import TiedTerm
-
-    terms = [module for module in model.modules() if isinstance(module, TiedTerm)]
-    return [value for term in terms for part in ("A", "B") if (value := getattr(term, part, None)) is not None]
