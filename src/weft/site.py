@@ -110,9 +110,10 @@ class Site(nn.Module):
             f = replace(f, gate=_times(self.mask, f.gate)) if whole else f.only(self._live(self.mask))
         extra: list[Slots] = []
         if self.boost is not None:
-            extra.append(cast(ExtraSlots, self.boost).slots(self.scale, self.mask, self.layer_gate))
-        if isinstance(self.start, DirectionsTerm):  # a twin goes where its slot goes
-            twins = self.start.slots(self.scale, self.mask, self.layer_gate)
+            boosted = cast(ExtraSlots, self.boost).slots(self.scale, self.mask, self.layer_gate)
+            extra += [] if boosted is None else [boosted]
+        if self.start is not None:  # a twin goes where its slot goes
+            twins = cast(ExtraSlots, self.start).slots(self.scale, self.mask, self.layer_gate)
             extra += [] if twins is None else [twins._replace(keep=self.keep)]
         if extra:
             f = replace(f, extra=tuple(extra))

@@ -23,6 +23,7 @@ from weft.glue.ablation.scorer import Ablation
 from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
+from weft.glue.sharing import shared_tensors
 from weft.schedule.dash import DashLaunch
 from weft.schedule.launch import Launch, LaunchController
 from weft.schedule.ranking import Ranker

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft import linalg
-from weft.errors import ConfigError, WeftError
+from weft.errors import ConfigError
 from weft.kernel import Slots
+from weft.schedule import together
 from weft.schedule.schedule import Length, Member
 from weft.site import ExtraSlots, Site
 
@@ -148,7 +149,7 @@ class Ranker:
 
     def _rank_all(self, due: list[Asker]) -> list[Ranked]:
         numbers = range(len(self.members))
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if together.world() == 1:
             return [self._rank_one(n, due) for n in numbers]
         world, rank = dist.get_world_size(), dist.get_rank()
         for gate in self.gates.values():
@@ -161,7 +162,7 @@ class Ranker:
             failure = error
         rules = list(dict.fromkeys(asker.rule for asker in due))
         device = next(self.members[0].site.parameters()).device
-        _fail_together(failure, device, _names(due))
+        together.fail(failure, _names(due), device)
         return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
 
     def _rank_one(self, number: int, due: list[Asker]) -> Ranked:
@@ -238,16 +239,6 @@ def _slots(term: nn.Module | None, site: Site, scale: float) -> Slots | None:
 
 def _names(due: list[Asker]) -> str:
     return " and ".join(asker.what for asker in due)
-
-
-def _fail_together(failure: Exception | None, device: torch.device, what: str) -> None:
-    """Raise on all processes if one of them failed: the others would wait for its directions for ever."""
-    failures = torch.tensor(int(failure is not None), device=device)
-    dist.all_reduce(failures)
-    if failure is not None:
-        raise failure
-    if int(failures):
-        raise WeftError(f"{what} failed on another process: its own error says why.")
 
 
 def _share(ranked: Ranked | None, rules: list[Rule], site: Site, device: torch.device, source: int) -> Ranked:

@@ -29,6 +29,7 @@ from weft.errors import ConfigError
 from weft.schedule import slots as surgery
 from weft.schedule import together
 from weft.schedule.agreement import agreement, by_row, margin, scores
+from weft.schedule.known import Known
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.terms.ranks.reallocate import Plan, Reallocate, Room, Slot, decide
 from weft.times import rounds
@@ -65,7 +66,10 @@ class ReallocateController:
     choice: Reallocate
     members: list[Member]
     scorer: Scorer | None = None
+    what: str = field(default="moving ranks", init=False)
     _begun: bool = field(default=False, init=False)
+    _rounds: Known = field(default_factory=Known, init=False, repr=False)
+    _ended: Known = field(default_factory=Known, init=False, repr=False)
 
     def __post_init__(self) -> None:
         first = self.members[0].site
@@ -77,7 +81,7 @@ class ReallocateController:
     @property
     def rounds(self) -> int:
         """Rounds done so far."""
-        return int(cast(Tensor, self.members[0].site.rounds))
+        return self._rounds.read(cast(Tensor, self.members[0].site.rounds))
 
     def due(self, length: Length) -> int | None:
         """See `Controller`."""
@@ -92,7 +96,7 @@ class ReallocateController:
         """See `Controller`."""
         if self.choice.score == "none" or self.choice.max_rounds == 0:
             return True
-        return self.rounds >= self.choice.max_rounds or bool(self.members[0].site.ended)
+        return self.rounds >= self.choice.max_rounds or bool(self._ended.read(cast(Tensor, self.members[0].site.ended)))
 
     def check(self, length: Length) -> None:
         """See `Controller`."""
@@ -104,15 +108,15 @@ class ReallocateController:
     def before_step(self, step: int | None, length: Length) -> None:
         """See `Controller`."""
 
-    def after_step(self, step: int, length: Length, optimizer: Optimizer) -> Event | None:
-        """Do the next round if its step has been reached; at the first step, refuse what could not work then."""
+    def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
+        """Score and decide the next round if its step has been reached; at the first step, refuse what could not work then."""
         if not self._begun:
             self._check_ready()
             self._begun = True
         due = self.due(length)
         if due is None or step < due:
             return None
-        return self._round(self.rounds + 1)
+        return self._decided(self.rounds + 1)
 
     def _check_ready(self) -> None:
         if self.choice.needs_data and self.scorer is None:
@@ -131,7 +135,8 @@ class ReallocateController:
 
     # ------------------------------------------------------------------ one round
 
-    def _round(self, number: int) -> Event:
+    def _decided(self, number: int) -> Callable[[], Event]:
+        """Measure and decide a round; the function that is returned moves the slots, as a whole or not at all."""
         started = clocks.perf_counter()
         surgery.check_sliceable([member.site for member in self.members])
         self._check_same_masks()
@@ -145,19 +150,24 @@ class ReallocateController:
             failure = error
         together.fail(failure, "a round of moving ranks", self._device)
         plan = self._shared(plan)
-        if (live := len(found.slots) - len(plan.pruned) + len(plan.added)) <= 0:
+        if len(found.slots) - len(plan.pruned) + len(plan.added) <= 0:
             raise ConfigError("moving ranks would leave no live slot in the network: move fewer, or do fewer rounds.")
+        measured = clocks.perf_counter() - started
+        return lambda: self._moved(number, found, plan, checked, measured)
+
+    def _moved(self, number: int, found: Measured, plan: Plan, checked: dict[str, Any], measured: float) -> Event:
+        started = clocks.perf_counter()
         self._apply(number, found, plan)
         self._check_same_masks()
         return {
             "event": "reallocation",
             "round": number,
             "score": self.choice.score,
-            "slots": live,
+            "slots": len(found.slots) - len(plan.pruned) + len(plan.added),
             "parameters": sum(len(m.site.live()) * surgery.cost(m.site) for m in self.members),
             **self._story(found, plan),
             **checked,
-            "seconds": clocks.perf_counter() - started,
+            "seconds": measured + clocks.perf_counter() - started,
         }
 
     def _check_same_masks(self) -> None:
