@@ -225,7 +225,9 @@ def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tup
         b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
     if (twins := _slots(site.start, site, f.scale)) is not None:
         # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly 0 right after the switch, where the other form leaves rounding
-        gate_r, twin_a, twin_b = -twins.gate.detach().to(a) / f.scale, twins.down.to(a), twins.up.to(b)
+        live = site.live()  # as in f, which has no other slots
+        gate_r = -twins.gate.detach().to(a)[live] / f.scale
+        twin_a, twin_b = twins.down[live].to(a), twins.up[:, live].to(b)
         a, b = torch.cat([a, gate_r[:, None] * (f.A.detach().to(a) - twin_a)]), torch.cat([b - twin_b, twin_b], 1)
     if dash and (slots := _slots(site.boost, site, f.scale)) is not None:
         a = torch.cat([a, slots.down.to(a)])
