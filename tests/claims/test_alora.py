@@ -190,7 +190,7 @@ def test_a_round_tells_what_happened() -> None:
     assert event["ranks"] == ranks(model)
     assert {"margin", "noise", "lowest", "median", "highest", "spread", "seconds"} <= event.keys()
     assert set(event["agreement"]) == {"exact_on_other_rows", "score_in_use"}
-    assert set(event["agreement"]["score_in_use"]) == {"spearman", "overlap", "regret"}
+    assert set(event["agreement"]["score_in_use"]) == {"spearman", "kendall", "overlap", "regret"}
 
 
 def test_a_cut_within_the_noise_of_its_rows_is_a_warning() -> None:

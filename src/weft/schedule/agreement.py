@@ -33,6 +33,17 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     return float(a @ b) / scale if scale else math.nan
 
 
+def kendall(one: Sequence[float], other: Sequence[float]) -> float:
+    """Kendall's τ_b: agreeing minus disagreeing pairs over all pairs, pairs tied on a side taken out; nan if one is constant."""
+    a, b = (_order(torch.tensor(values, dtype=torch.float64)) for values in (one, other))
+    scale = float(a.abs().sum() * b.abs().sum()) ** 0.5
+    return float((a * b).sum()) / scale if scale else math.nan
+
+
+def _order(values: Tensor) -> Tensor:
+    return torch.sign(values[:, None] - values[None, :])
+
+
 def _ranks(values: Tensor) -> Tensor:
     less = (values[None, :] < values[:, None]).sum(1)
     equal = (values[None, :] == values[:, None]).sum(1)
@@ -45,14 +56,15 @@ def lowest(values: Sequence[float], count: int) -> list[int]:
 
 
 def agreement(guess: Sequence[float], truth: Sequence[float], count: int) -> dict[str, Any]:
-    """Spearman correlation; overlap of the `count` lowest; regret: what the choice by `guess` loses in truth, relative to
+    """Spearman's and Kendall's correlation; overlap of the `count` lowest; regret: what the choice by `guess` loses in truth, relative to
     the sum over the truly lowest."""
     chosen, right = lowest(guess, count), lowest(truth, count)
     best = sum(truth[i] for i in right)
     lost = sum(truth[i] for i in chosen) - best
-    rho = spearman(guess, truth)
+    rho, tau = spearman(guess, truth), kendall(guess, truth)
     return {
         "spearman": rho if math.isfinite(rho) else None,
+        "kendall": tau if math.isfinite(tau) else None,
         "overlap": len(set(chosen) & set(right)) / max(count, 1),
         "regret": lost / abs(best) if best else None,
     }

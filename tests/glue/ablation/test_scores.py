@@ -19,7 +19,7 @@ from weft.glue.ablation import estimate, exact
 from weft.glue.ablation.quiet import undisturbed
 from weft.glue.ablation.rows import rows_of
 from weft.schedule import slots as surgery
-from weft.schedule.agreement import agreement, margin, scores, spearman
+from weft.schedule.agreement import agreement, kendall, margin, scores, spearman
 
 
 def adapted(family: str, structure: str, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
@@ -338,7 +338,12 @@ def test_rank_correlation_with_ties() -> None:
     assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 1, 2, 3], [1, 1, 3, 2]) == pytest.approx(7 / 9)  # ranks 0.5, 0.5, 2, 3
+    assert kendall([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert kendall([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert kendall([1, 1, 2, 3], [1, 1, 3, 2]) == pytest.approx(3 / 5)  # four pairs agree, one does not, one is tied
+    assert kendall([1, 2, 3], [1, 1, 2]) == pytest.approx(2 / 6**0.5)  # two agree, one is tied on one side
     assert agreement([1.0, 1.0], [1.0, 2.0], 1)["spearman"] is None
+    assert agreement([1.0, 1.0], [1.0, 2.0], 1)["kendall"] is None
 
 
 def test_overlap_and_regret() -> None:
