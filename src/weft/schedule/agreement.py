@@ -56,8 +56,10 @@ def lowest(values: Sequence[float], count: int) -> list[int]:
 
 
 def agreement(guess: Sequence[float], truth: Sequence[float], count: int) -> dict[str, Any]:
-    """Spearman's and Kendall's correlation; overlap of the `count` lowest; regret: what the choice by `guess` loses in truth, relative to
-    the sum over the truly lowest."""
+    """Spearman's and Kendall's correlation; overlap of the `count` lowest; regret.
+
+    Regret is what the choice by `guess` loses in truth, relative to the sum over the truly lowest.
+    """
     chosen, right = lowest(guess, count), lowest(truth, count)
     best = sum(truth[i] for i in right)
     lost = sum(truth[i] for i in chosen) - best
