@@ -185,6 +185,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="weft-soak-") as folder:
         tallies = soak(Path(folder), 60 * given.minutes, given.seed)
     found = record(tallies, given.seed, time.monotonic() - began)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
     return 1 if found["failures"] else 0
