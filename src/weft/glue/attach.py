@@ -91,8 +91,9 @@ def attach(
             `labels`), a DataLoader (its dataset and collate_fn), or a list of batches.
 
     Raises:
-        ConfigError: a length is not a positive number, an event cannot happen in a run of this length, or no adapter has
-            directions to launch, or rank slots to score.
+        ConfigError: the model has no weft adapter, a length is not a positive number, an event cannot happen in a run of
+            this length (or, where a length is given, cannot be placed in it), or no adapter has directions to launch, or rank
+            slots to score.
         DataError: `validation` has no rows.
         ModelError: `original` is not the checkpoint of this base.
     """
@@ -100,6 +101,12 @@ def attach(
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < math.inf):
             raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
+    if total_steps is not None and int(total_steps) != total_steps:
+        raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")
+    if on_event is not None and not callable(on_event):
+        raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
+    if not any(isinstance(layer, WeftLinear) for layer in model.modules()):
+        raise ConfigError("the model has no weft adapter to attach to: call weft.attach after get_peft_model.")
     found = schedules(model)
     if original is not None or cache is not None:
         _decompose(model, found, original, cache)
@@ -108,7 +115,7 @@ def attach(
     for schedule in found.values():
         before = schedule.length
         length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
-        schedule.check(length)
+        schedule.check(length, may_grow=total_steps is None and steps_per_epoch is None)
         schedule.length = length
         schedule.on_event = on_event or schedule.on_event
         schedule.prepare()
@@ -159,26 +166,34 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     }
 
 
+_SAVED = {"steps", "total_steps", "steps_per_epoch", "events"}
+
+
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     """Continue from `state_dict`, after the adapter itself has been loaded.
 
     Raises:
-        ConfigError: the state belongs to other adapters, or was taken at another step than the loaded adapter.
+        ConfigError: the state is none, belongs to other adapters, or was taken at another step than the loaded adapter.
     """
     found = schedules(model)
+    if not isinstance(state, dict) or not all(isinstance(s, dict) and s.keys() >= _SAVED for s in state.values()):
+        raise ConfigError(
+            "this is no state of schedules: give what weft.state_dict returned, read back as it was written."
+        )
     if found.keys() != state.keys():
         raise ConfigError(
             f"the state is of adapters {sorted(state)}, the model's schedules are of {sorted(found)}: load the adapter that was "
             "saved with it, under the same name."
         )
-    for name, schedule in found.items():
+    for name, schedule in found.items():  # all are right before one is changed
         saved = state[name]
         if saved["steps"] != schedule.steps:
             raise ConfigError(
                 f"the state was taken after step {saved['steps']}, the adapter {name!r} after step {schedule.steps}: load the "
                 "adapter folder that was saved together with this state."
             )
-        now = schedule.length
+    for name, schedule in found.items():
+        saved, now = state[name], schedule.length
         schedule.length = Length(
             saved["total_steps"] or now.total_steps, saved["steps_per_epoch"] or now.steps_per_epoch
         )

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -116,8 +117,8 @@ def _config(settings: dict[str, Any], sites: Iterable[str], **fields: Any) -> We
 
 def _write(out: Path, tensors: dict[str, Tensor], config: WeftConfig) -> Path:
     """A weft adapter folder with these tensors."""
-    if out.exists() and any(out.iterdir()):
-        raise AdapterError(f"{out} is not empty: name a new folder for the converted adapter.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"{out} is not an empty folder: name a new folder for the converted adapter.")
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(out))
@@ -128,13 +129,31 @@ def _settings(source: Path) -> dict[str, Any]:
     path = source / "adapter_config.json"
     if not path.is_file():
         raise AdapterError(f"{source} has no adapter_config.json: give the folder that the released code saved.")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON ({error}): save the adapter again.") from None
+    if not isinstance(settings, dict):
+        raise AdapterError(
+            f"{path} holds no settings but {type(settings).__name__}: give the folder the released code saved."
+        )
+    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
+        if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool)):
+            raise AdapterError(f"{path}: {key}={settings[key]!r} is no number: write the one that was trained with.")
+    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise AdapterError(
+                f"{path}: {key}={settings[key]!r} is nothing the released code has, so its scale is unknown."
+            )
     return settings
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
     if (path := source / "adapter_model.safetensors").is_file():
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{path} is damaged ({error}): copy it again.") from None
     if (path := source / "adapter_model.bin").is_file():
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -183,6 +202,8 @@ def _dash_site(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
     if not {"A", "B"} <= parts.keys():
         raise AdapterError(f"{site} is incomplete: it has {', '.join(sorted(parts))}, but needs A and B.")
     a, b, gain = parts["A"], parts["B"], parts.get("index", torch.zeros(0)).flatten()
+    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != a.shape[0]:
+        raise AdapterError(f"{site}: the shapes of A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together.")
     plain = {"structure.A": a.contiguous(), "structure.B": b.contiguous()}
     if not {"w_u", "w_vt"} <= parts.keys():
         if gain.any():
@@ -193,7 +214,7 @@ def _dash_site(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         return plain, (a.shape[0], 0)
     up, down = parts["w_u"], parts["w_vt"]
     s = len(gain)
-    if b.shape[1] != a.shape[0] or up.shape != (b.shape[0], s) or down.shape != (s, a.shape[1]):
+    if up.shape != (b.shape[0], s) or down.shape != (s, a.shape[1]):
         raise AdapterError(f"{site}: the shapes of A, B, the gains and the directions do not fit together.")
     dash = {
         "gain": gain.float(),

@@ -63,8 +63,8 @@ def prepare(recipe: Recipe) -> Prepared:
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
-    # what cannot happen in this run is an error now
-    weft.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
+    if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
+        weft.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
     _ready_for_checkpointing(plain, recipe)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
 
