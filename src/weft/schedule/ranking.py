@@ -151,18 +151,14 @@ class Ranker:
         numbers = range(len(self.members))
         if together.world() == 1:
             return [self._rank_one(n, due) for n in numbers]
-        world, rank = dist.get_world_size(), dist.get_rank()
         for gate in self.gates.values():
             gate.share()
-        mine: dict[int, Ranked] = {}
-        failure: Exception | None = None
-        try:
-            mine = {n: self._rank_one(n, due) for n in numbers if n % world == rank}
-        except Exception as error:
-            failure = error
+        world, rank = together.world(), together.rank()
         rules = list(dict.fromkeys(asker.rule for asker in due))
         device = next(self.members[0].site.parameters()).device
-        together.fail(failure, _names(due), device)
+        mine = together.attempt(
+            lambda: {n: self._rank_one(n, due) for n in numbers if n % world == rank}, _names(due), device
+        )
         return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
 
     def _rank_one(self, number: int, due: list[Asker]) -> Ranked:

@@ -140,15 +140,12 @@ class ReallocateController:
         started = clocks.perf_counter()
         surgery.check_sliceable([member.site for member in self.members])
         self._check_same_masks()
-        failure: Exception | None = None
-        found, plan, checked = Measured([]), Plan(), dict[str, Any]()
-        try:
+
+        def decide_here() -> tuple[Measured, dict[str, Any], Plan]:
             found = self._measure(number)
-            checked = self._checked(number, found) if self.choice.check else {}
-            plan = self._plan(found)
-        except Exception as error:
-            failure = error
-        together.fail(failure, "a round of moving ranks", self._device)
+            return found, self._checked(number, found) if self.choice.check else {}, self._plan(found)
+
+        found, checked, plan = together.attempt(decide_here, "a round of moving ranks", self._device)
         plan = self._shared(plan)
         if len(found.slots) - len(plan.pruned) + len(plan.added) <= 0:
             raise ConfigError("moving ranks would leave no live slot in the network: move fewer, or do fewer rounds.")
@@ -247,14 +244,7 @@ class ReallocateController:
 
     def _together(self, measure: Callable[[], Tensor]) -> Tensor:
         """What this process measures, or an error on all of them: the next thing is that they exchange it."""
-        failure: Exception | None = None
-        found = torch.empty(0)
-        try:
-            found = measure()
-        except Exception as error:
-            failure = error
-        together.fail(failure, "scoring rank slots", self._device)
-        return found
+        return together.attempt(measure, "scoring rank slots", self._device)
 
     def _plan(self, found: Measured) -> Plan:
         plans = []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from weft.errors import WeftError
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -31,6 +34,17 @@ def fail(failure: Exception | None, what: str, device: torch.device) -> None:
             raise WeftError(f"{what} failed on another process: its own error says why.")
     if failure is not None:
         raise failure
+
+
+def attempt(measure: Callable[[], T], what: str, device: torch.device) -> T:
+    """What this process measures; if it failed on one of them, an error on all. All must call it."""
+    failure: Exception | None = None
+    try:
+        found = measure()
+    except Exception as error:
+        failure = error
+    fail(failure, what, device)
+    return found
 
 
 def total(values: Tensor, device: torch.device) -> Tensor:
