@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from weft.errors import ConfigError
 from weft.kernel import Factors, Slots, add_low_rank, delta_weight
+from weft.known import Known
 from weft.terms.boost.dash import Dash, DashTerm
 from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
@@ -50,24 +51,10 @@ class ExtraSlots(Protocol):
         ...
 
 
-class _Live:
-    """Which slots of a mask are live, looked up once per change of it: a look waits for the device."""
-
-    def __init__(self) -> None:
-        self._of: tuple[Tensor, int] | None = None
-        self._slots: slice | Tensor = slice(0)
-
-    def __call__(self, mask: Tensor) -> slice | Tensor:
-        """A slice where the live slots come first, as at the start, else their indices [k]."""
-        version = -1 if mask.is_inference() else mask._version  # such a tensor does not count its changes
-        if self._of is None or self._of[0] is not mask or self._of[1] != version or version == -1:
-            found = mask.nonzero().flatten()
-            first = found.tolist() == list(range(len(found)))
-            self._of, self._slots = (mask, version), slice(len(found)) if first else found
-        return self._slots
-
-    def __reduce__(self) -> tuple[type[_Live], tuple[()]]:
-        return _Live, ()  # a copy has a mask of its own
+def _live_slots(mask: Tensor) -> slice | Tensor:
+    """A slice where the live slots come first, as at the start, else their indices [k]."""
+    found = mask.nonzero().flatten()
+    return slice(len(found)) if found.tolist() == list(range(len(found))) else found
 
 
 class Site(nn.Module):
@@ -92,7 +79,7 @@ class Site(nn.Module):
         self.register_buffer("mask", None)
         self.register_buffer("layer_gate", None)
         self.keep: Tensor | None = None  # [K, slots], set while slots are scored; see `Factors.keep`
-        self._live = _Live()
+        self._live = Known(_live_slots)
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weft.routing` for the length of a block
         self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
@@ -107,7 +94,7 @@ class Site(nn.Module):
             f = replace(f, keep=self.keep)
         if self.mask is not None:
             whole = self.mask.is_meta or torch.compiler.is_compiling()
-            f = replace(f, gate=_times(self.mask, f.gate)) if whole else f.only(self._live(self.mask))
+            f = replace(f, gate=_times(self.mask, f.gate)) if whole else f.only(self._live.read(self.mask))
         extra: list[Slots] = []
         if self.boost is not None:
             boosted = cast(ExtraSlots, self.boost).slots(self.scale, self.mask, self.layer_gate)

@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from weft import linalg
 from weft.errors import ConfigError
+from weft.known import Known
 from weft.schedule import clock
-from weft.schedule.known import Known
 from weft.schedule.ranking import Ranked, Ranker, Rule
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
@@ -75,7 +75,7 @@ class LaunchController:
 
     launch: Launch
     ranker: Ranker
-    _happened: Known = field(default_factory=Known, init=False, repr=False)
+    _happened: Known[bool] = field(default_factory=lambda: Known(bool), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.ranker.askers.append(self)
@@ -100,7 +100,7 @@ class LaunchController:
 
     def done(self) -> bool:
         """See `Controller`."""
-        return bool(self._happened.read(self.launch.flag(self._members[0].site)))
+        return self._happened.read(self.launch.flag(self._members[0].site))
 
     def check(self, length: Length) -> None:
         """See `Controller`."""

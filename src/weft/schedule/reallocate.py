@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from weft.errors import ConfigError
+from weft.known import Known
 from weft.schedule import slots as surgery
 from weft.schedule import together
 from weft.schedule.agreement import agreement, by_row, margin, scores
-from weft.schedule.known import Known
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.terms.ranks.reallocate import Plan, Reallocate, Room, Slot, decide
 from weft.times import rounds
@@ -68,8 +68,8 @@ class ReallocateController:
     scorer: Scorer | None = None
     what: str = field(default="moving ranks", init=False)
     _begun: bool = field(default=False, init=False)
-    _rounds: Known = field(default_factory=Known, init=False, repr=False)
-    _ended: Known = field(default_factory=Known, init=False, repr=False)
+    _rounds: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
+    _ended: Known[bool] = field(default_factory=lambda: Known(bool), init=False, repr=False)
 
     def __post_init__(self) -> None:
         first = self.members[0].site
@@ -96,7 +96,7 @@ class ReallocateController:
         """See `Controller`."""
         if self.choice.score == "none" or self.choice.max_rounds == 0:
             return True
-        return self.rounds >= self.choice.max_rounds or bool(self._ended.read(cast(Tensor, self.members[0].site.ended)))
+        return self.rounds >= self.choice.max_rounds or self._ended.read(cast(Tensor, self.members[0].site.ended))
 
     def check(self, length: Length) -> None:
         """See `Controller`."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft.errors import ConfigError
+from weft.known import Known
 from weft.schedule import clock
-from weft.schedule.known import Known
 from weft.site import Site
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Schedule:
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
     _anchor: nn.Parameter | None = field(default=None, init=False)
-    _known: Known = field(default_factory=Known, init=False, repr=False)
+    _known: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
