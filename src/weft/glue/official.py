@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,8 @@ from weft.spec import WeftConfig
 
 _KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B(?P<head>\d+)|route)\.weight$")
 _DASH_KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B|index|w_u|w_vt)(\.weight)?$")
+Converted = tuple[dict[str, Tensor], tuple[int, int]]
+"""One site's tensors under weft's names, and its (rank, heads or directions)."""
 
 
 def import_hydralora(source: str | Path, out: str | Path) -> Path:
@@ -48,12 +50,7 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     settings = _settings(source)
     sites = _by_site(_tensors(source), _KEY, "HydraLoRA", "lora_A, lora_B0…, lora_route")
-    tensors: dict[str, Tensor] = {}
-    shapes = set()
-    for site, parts in sites.items():
-        merged, shape = _join_heads(site, parts)
-        shapes.add(shape)
-        tensors.update({f"{site}.{PREFIX}site.structure.{name}": value for name, value in merged.items()})
+    tensors, shapes = _converted(sites, _join_heads)
     r, heads = _one(source, shapes, settings, "(rank, heads)")
     dropout = float(settings.get("lora_dropout", 0.0))
     structure = "plain" if heads == 1 else {"kind": "hydra", "heads": heads, "per_head_dropout": dropout > 0}
@@ -77,18 +74,26 @@ def import_lora_dash(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     settings = _settings(source)
     sites = _by_site(_tensors(source), _DASH_KEY, "LoRA-Dash", "lora_A, lora_B, lora_index, lora_w_u, lora_w_vt")
-    tensors: dict[str, Tensor] = {}
-    shapes = set()
-    for site, parts in sites.items():
-        found, shape = _dash_site(site, parts)
-        shapes.add(shape)
-        tensors.update({f"{site}.{PREFIX}site.{name}": value for name, value in found.items()})
+    tensors, shapes = _converted(sites, _dash_site)
     r, s = _one(source, shapes, settings, "(rank, directions)")
     boost = {"kind": "dash", "directions": s} if s else None
     config = _config(settings, sites, boost=boost, r=r, lora_dropout=float(settings.get("lora_dropout", 0.0)))
     if config.boost is not None:
         tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, config.boost.after)))
     return _write(out, tensors, config)
+
+
+def _converted(
+    sites: dict[str, dict[str, Tensor]], convert: Callable[[str, dict[str, Tensor]], Converted]
+) -> tuple[dict[str, Tensor], set[tuple[int, int]]]:
+    """The tensors of all sites under weft's names, and which pairs of sizes occur."""
+    tensors: dict[str, Tensor] = {}
+    shapes = set()
+    for site, parts in sites.items():
+        found, shape = convert(site, parts)
+        shapes.add(shape)
+        tensors.update({f"{site}.{PREFIX}site.{name}": value for name, value in found.items()})
+    return tensors, shapes
 
 
 def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], what: str) -> tuple[int, int]:
@@ -179,7 +184,7 @@ def _by_site(
     return dict(sites)
 
 
-def _join_heads(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+def _join_heads(site: str, parts: dict[str, Tensor]) -> Converted:
     """One site's tensors in weft's layout, and its (rank, heads)."""
     ups = [parts[name] for name in sorted((n for n in parts if n.startswith("B")), key=lambda n: int(n[1:]))]
     heads = len(ups)
@@ -193,11 +198,11 @@ def _join_heads(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     r = parts["A"].shape[0]
     if any(up.shape[1] != r for up in ups) or (heads > 1 and parts["route"].shape[0] != heads):
         raise AdapterError(f"{site}: the shapes of A, B and route disagree on rank or number of heads.")
-    joined = {"A": parts["A"].contiguous(), "B": torch.cat(ups, 1).contiguous()}
-    return (joined if heads == 1 else joined | {"router": parts["route"].contiguous()}), (r, heads)
+    joined = {"structure.A": parts["A"].contiguous(), "structure.B": torch.cat(ups, 1).contiguous()}
+    return (joined if heads == 1 else joined | {"structure.router": parts["route"].contiguous()}), (r, heads)
 
 
-def _dash_site(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+def _dash_site(site: str, parts: dict[str, Tensor]) -> Converted:
     """One site's tensors in weft's layout, and its (rank, directions); 0 directions where none were launched."""
     if not {"A", "B"} <= parts.keys():
         raise AdapterError(f"{site} is incomplete: it has {', '.join(sorted(parts))}, but needs A and B.")

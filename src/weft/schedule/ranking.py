@@ -13,7 +13,6 @@ measured over the forward passes of step t.
 
 from __future__ import annotations
 
-import random
 import time as clocks
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from weft.site import ExtraSlots, Site
 
 @dataclass(frozen=True)
 class Rule:
-    """How directions are ranked; see `decide`."""
+    """How directions are ranked; see `weft.linalg.decide`."""
 
     eps: float
     select: str
@@ -185,24 +184,9 @@ class Ranker:
         found = {}
         for rule, count in counts.items():
             rate = linalg.change_rate(spectrum, moved, rule.eps)
-            chosen = decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
+            chosen = linalg.decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
             found[rule] = linalg.take(spectrum, w, rate, chosen)
         return Ranked(found, sigma[0], clocks.perf_counter() - started)
-
-
-def decide(rate: list[float], sigma: list[float], lowest: float, count: int, select: str, seed: str) -> list[int]:
-    """Which core directions to choose, best first: of those that moved and are above the floor, at most `count`.
-
-    "rate": largest change rate, ties by index; "top": largest σ; "bottom": smallest σ; "random": drawn with `seed`.
-    """
-    able = [k for k, (r, s) in enumerate(zip(rate, sigma, strict=True)) if r > 0 and s > lowest]
-    if select == "random":
-        return random.Random(seed).sample(able, min(count, len(able)))
-    if select == "rate":
-        able.sort(key=lambda k: (-rate[k], k))
-    if select == "bottom":
-        able.reverse()
-    return able[:count]
 
 
 def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tuple[Tensor, Tensor, float]:

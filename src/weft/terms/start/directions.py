@@ -34,10 +34,10 @@ from torch.nn import functional as F
 
 from weft.errors import ConfigError, suggest
 from weft.kernel import Slots
+from weft.linalg import SELECT
 from weft.times import Time, check_time
 
 MODES = ("residual", "directions")
-SELECT = ("rate", "top", "bottom", "random")
 
 
 @dataclass(frozen=True)
