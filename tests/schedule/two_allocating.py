@@ -1,15 +1,13 @@
-"""ALoRA on two processes over gloo: `two_allocating.py FOLDER` forks them after its imports and each writes RANK.pt."""
+"""ALoRA on two processes over gloo: `two_allocating.py FOLDER`, see `pairing`."""
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from allocating import TOKENS, adam, alora, bare, controller, events, random_factors, ranks, scorer
 from dashing import sites, tensors
+from pairing import run_pair
 from torch.nn.parallel import DistributedDataParallel
 
 import weft
@@ -83,34 +81,10 @@ def _differ(rank: int) -> Any:
     return made
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def worker(rank: int) -> dict[str, Any]:
     out: dict[str, Any] = {name: run(fields, rank, 2) for name, fields in CASES.items()}
-    torch.save({**out, "brackets": brackets(rank), "odd": odd(rank)}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main(folder: str) -> None:
-    children = []
-    for rank in (0, 1):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            worker(rank, folder)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    for child in children:
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            sys.exit(1)
+    return {**out, "brackets": brackets(rank), "odd": odd(rank)}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_pair(worker)
