@@ -23,12 +23,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import statistics
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dash_runs
-from paired import Job, best_rate, collect, measure, parser
+from paired import Job, best_rate, collect, interval, measure, parser, spread
+
+from weft.schedule.agreement import spearman
+from weft.schedule.reallocate import kind_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "alora-runs.json"
@@ -156,13 +161,14 @@ def section() -> list[str]:
     lines = [
         "## ALoRA, LoRA-Init and LoRA-TSD",
         "",
-        f"All start from r = {RANK} and α = 2r on all linear modules and share batch, steps, seeds and data order. ALoRA moves slots",
-        "in eight rounds from a third of the run on; LoRA-Init and LoRA-TSD switch after a fifth. `random` moves as many slots in the",
-        "same rounds, chosen at random; `final` is plain LoRA trained from the start at the ranks that `shortlist` ended with; `adalora`",
-        "is peft's, from 1.5 r to r. Moving no slots is `lora`, bit for bit. Rates were chosen from four each, on validation rows over two",
-        "seeds that are not reported: with LoRA for all whose values start as its do, with LoRA-Init for those along directions, and for",
-        "AdaLoRA its own. Differences are paired by seed, with 95 % t-intervals.",
-        f"Made by `{saved['command']}` ({saved['versions']}); every run is in `evidence/alora-runs.json`.",
+        f"All start from r = {RANK} and α = 2r on all linear modules and share batch, steps, seeds and data order.",
+        "ALoRA moves slots in eight rounds from a third of the run on; LoRA-Init and LoRA-TSD switch after a fifth.",
+        "`random` moves as many slots in the same rounds, chosen at random; `final` is plain LoRA trained from the",
+        "start at the ranks that `shortlist` ended with; `adalora` is peft's, from 1.5 r to r. Moving no slots is",
+        "`lora`, bit for bit. Rates were chosen from four each, on validation rows over two seeds that are not",
+        "reported: with LoRA for all whose values start as its do, with LoRA-Init for those along directions, and",
+        f"for AdaLoRA its own. Differences are paired by seed, with 95 % t-intervals. Made by `{saved['command']}`",
+        f"({saved['versions']}); every run is in `evidence/alora-runs.json`.",
     ]
     for task in saved["tasks"]:
         lines += ["", *_table(task), "", *_where(task)]
@@ -214,8 +220,9 @@ def _where(task: dict[str, Any]) -> list[str]:
     kinds = list(dict.fromkeys(kind_of(name) for name in by["random"][0]["ranks"]))
     short = [kind.rpartition("#.")[2].split(".", 1)[-1] for kind in kinds]
     out = [
-        f"Where the ranks went: the mean final rank of each kind of module over its layers ± sd over seeds (start: {RANK}), and how far",
-        "seeds agree on the ranks of single modules (mean rank correlation between pairs of seeds).",
+        "Where the ranks went: the mean final rank of each kind of module over its layers ± sd over seeds (start:",
+        f"{RANK}), and how far seeds agree on the ranks of single modules (mean rank correlation between pairs of",
+        "seeds).",
         "",
         "| variant | " + " | ".join(short) + " | seeds agree |",
         "|---|" + "---|" * (len(kinds) + 1),
@@ -241,8 +248,9 @@ def _fidelity(tasks: Sequence[dict[str, Any]]) -> list[str]:
     out = [
         "### How good Taylor's scores are",
         "",
-        "Each round of `taylor`: its scores, and exact scores on other 32 rows, both against exact scores on the rows in use. The second is",
-        "as well as any score can do. Mean ± sd over rounds and seeds; regret is relative to the sum over the truly lowest.",
+        "Each round of `taylor`: its scores, and exact scores on other 32 rows, both against exact scores on the",
+        "rows in use. The second is as well as any score can do. Mean ± sd over rounds and seeds; regret is",
+        "relative to the sum over the truly lowest.",
         "",
         "| task | rounds | scores | Spearman | Kendall | overlap of those that move | regret |",
         "|---|---|---|---|---|---|---|",

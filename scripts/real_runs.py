@@ -194,6 +194,7 @@ def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> str:
     """docs/real-runs.md, a pure function of the files in evidence/."""
+    import alora_runs
     import dash_runs
 
     lines = [
@@ -207,7 +208,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     for task in results["tasks"]:
         lines += ["", *_table(task)]
-    return "\n".join(lines) + "\n" + READING + "\n" + "\n".join(dash_runs.section())
+    return "\n".join([*lines, READING, *dash_runs.section(), *alora_runs.section()]).rstrip() + "\n"
 
 
 def _table(task: dict[str, Any]) -> list[str]:
