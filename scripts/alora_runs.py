@@ -8,6 +8,8 @@ Variants at one budget of rank slots, α = 2r, batch, steps, seed and data order
     lora        plain LoRA; the same bit for bit as moving no ranks (score="none")
     exact, shortlist, taylor    AB-LoRA scores, eight rounds from a third of the run on
     random      as many moves in the same rounds, slots chosen at random
+    early       as shortlist, with rounds from a tenth of the run on, every fortieth: the paper's quarter epochs of ten
+    early-random                as many moves in those rounds, at random
     final       plain LoRA from the start at the ranks that `shortlist` ended with
     adalora     stock peft AdaLoRA, from 1.5 r down to r
     init, tsd   LoRA-Init and LoRA-TSD, switched after a fifth of the steps
@@ -40,7 +42,7 @@ RESULTS = ROOT / "evidence" / "alora-runs.json"
 RANK = 4
 TUNING_SEEDS = (1000, 1001)
 
-MOVING = ("exact", "shortlist", "taylor", "random")
+MOVING = ("exact", "shortlist", "taylor", "random", "early", "early-random")
 STARTING = ("init", "init-random", "init-top", "tsd")
 VARIANTS = ("lora", *MOVING, "final", "adalora", *STARTING)
 TASKS = {name: dash_runs.TASKS[name] for name in ("demo", "e2e", "sst2")}
@@ -65,7 +67,9 @@ def adapter(variant: str, seed: int, steps: int, ranks: dict[str, int] | None = 
     """The adapter section of one run; `ranks` are those of `final`."""
     section: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK}
     if variant in MOVING:
-        section |= {"recipe": "alora", "score": variant, "check": variant == "taylor", "seed": seed}
+        score = {"early": "shortlist", "early-random": "random"}.get(variant, variant)
+        section |= {"recipe": "alora", "score": score, "check": variant == "taylor", "seed": seed}
+        section |= {"first": 0.1, "every": 0.025} if "early" in variant else {}
     elif variant == "final":
         section |= {"recipe": "lora", **_pattern(ranks or {})}
     elif variant == "adalora":
@@ -149,7 +153,7 @@ def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
 
 READING = """
 """
-AGAINST = {"init-random": "init", "init-top": "init", "tsd": "init"} | dict.fromkeys(
+AGAINST = {"init-random": "init", "init-top": "init", "tsd": "init", "early": "early-random"} | dict.fromkeys(
     ("exact", "shortlist", "taylor"), "random"
 )
 """Variant: what it is compared with besides LoRA."""
@@ -162,7 +166,7 @@ def section() -> list[str]:
         "## ALoRA, LoRA-Init and LoRA-TSD",
         "",
         f"All start from r = {RANK} and α = 2r on all linear modules and share batch, steps, seeds and data order.",
-        "ALoRA moves slots in eight rounds from a third of the run on; LoRA-Init and LoRA-TSD switch after a fifth.",
+        "ALoRA moves slots in eight rounds from a third of the run on (`early`: from a tenth on); LoRA-Init and LoRA-TSD switch after a fifth.",
         "`random` moves as many slots in the same rounds, chosen at random; `final` is plain LoRA trained from the",
         "start at the ranks that `shortlist` ended with; `adalora` is peft's, from 1.5 r to r. Moving no slots is",
         "`lora`, bit for bit. Rates were chosen from four each, on validation rows over two seeds that are not",
