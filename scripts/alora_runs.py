@@ -153,9 +153,11 @@ def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
 
 READING = """
 """
-AGAINST = {"init-random": "init", "init-top": "init", "tsd": "init", "early": "early-random"} | dict.fromkeys(
-    ("exact", "shortlist", "taylor"), "random"
-)
+AGAINST = {
+    **dict.fromkeys(("exact", "shortlist", "taylor"), "random"),
+    "early": "early-random",
+    **dict.fromkeys(("init-random", "init-top", "tsd"), "init"),
+}
 """Variant: what it is compared with besides LoRA."""
 
 
@@ -166,7 +168,8 @@ def section() -> list[str]:
         "## ALoRA, LoRA-Init and LoRA-TSD",
         "",
         f"All start from r = {RANK} and α = 2r on all linear modules and share batch, steps, seeds and data order.",
-        "ALoRA moves slots in eight rounds from a third of the run on (`early`: from a tenth on); LoRA-Init and LoRA-TSD switch after a fifth.",
+        "ALoRA moves slots in eight rounds from a third of the run on, `early` from a tenth on; LoRA-Init and",
+        "LoRA-TSD switch after a fifth.",
         "`random` moves as many slots in the same rounds, chosen at random; `final` is plain LoRA trained from the",
         "start at the ranks that `shortlist` ended with; `adalora` is peft's, from 1.5 r to r. Moving no slots is",
         "`lora`, bit for bit. Rates were chosen from four each, on validation rows over two seeds that are not",
