@@ -78,7 +78,7 @@ def measure(rounds: int, layers: int, rows: int, tokens: int) -> dict[str, Any]:
     """Every round's seconds and ratios, and how far the scores are apart."""
     scorer, controller = adapted(torch.float32, layers, rows, tokens)
     scorer.model.eval()
-    slots, [(_, moving)] = controller._live(), controller._groups()
+    slots, [(_, moving)] = controller.scoring.live(), controller.scoring.groups()
     scorer.exact(slots[:2], "warm")  # finds the way and checks it, once per run
     found: dict[str, list[float]] = {"loop": [], "exact": [], "shortlist": []}
     for number in range(rounds):

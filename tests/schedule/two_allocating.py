@@ -46,11 +46,11 @@ def brackets(rank: int) -> dict[str, Any]:
     """The same model everywhere; how many slots this process scored."""
     model = alora().double()
     random_factors(model)
-    slots, mine = controller(model)._live(), []
+    slots, mine = controller(model).scoring.live(), []
     s = scorer(model)
     real = s.exact
     s.exact = lambda ids, draw: (mine.append(len(ids)), real(ids, draw))[1]  # type: ignore[method-assign]
-    return {"brackets": controller(model)._exact(slots, "a"), "mine": mine, "all": len(slots)}
+    return {"brackets": controller(model).scoring.exact(slots, "a"), "mine": mine, "all": len(slots)}
 
 
 def odd(rank: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def by_definition(model: nn.Module, slots: list[tuple[int, int]], draw: str = "0
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_fast_way_is_the_definition(family: str, structure: str) -> None:
     model = adapted(family, structure)
-    slots = controller(model)._live()[::5]
+    slots = controller(model).scoring.live()[::5]
     got = scorer(model).exact(slots, "0/1")
     torch.testing.assert_close(got.sum(2), by_definition(model, slots), rtol=0, atol=1e-9)
     blocks = len(scorer(model).way.blocks)
@@ -83,14 +83,14 @@ def test_the_fast_way_is_the_definition(family: str, structure: str) -> None:
 
 def test_in_fp32_within_one_hundred_thousandth() -> None:
     model = adapted("llama", "plain", torch.float32)
-    slots = controller(model)._live()[::3]
+    slots = controller(model).scoring.live()[::3]
     torch.testing.assert_close(scorer(model).exact(slots, "0/1").sum(2), by_definition(model, slots), rtol=0, atol=1e-5)
 
 
 def test_chunks_and_shares_of_rows_do_not_show() -> None:
     model = alora(rows=8).double()
     random_factors(model)
-    slots, s = controller(model)._live(), scorer(model)
+    slots, s = controller(model).scoring.live(), scorer(model)
     expected = s.exact(slots, "a")
     with undisturbed(model, s.sites):
         batch = s._batch("a")
@@ -103,7 +103,7 @@ def test_most_blocks_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Block l of L is run for slots of blocks up to l only: (L + 1)/2L of the work, with the control, and the two prefixes."""
     model = alora(rows=2, max_rounds=1)
     random_factors(model)
-    s, slots = scorer(model), controller(model)._live()
+    s, slots = scorer(model), controller(model).scoring.live()
     s.exact(slots[:1], "a")
     runs = [0, 0]
     for n, block in enumerate(s.way.blocks):
@@ -137,7 +137,7 @@ def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
         model,
         validation={"x": 0} and [{"x": torch.randn(4, 12, generator=draw).double(), "labels": torch.randn(4).double()}],
     )
-    slots = controller(model)._live()
+    slots = controller(model).scoring.live()
     got = scorer(model).exact(slots, "0/1")
     assert scorer(model).way is None
     torch.testing.assert_close(got.sum(2), by_definition(model, slots), rtol=0, atol=1e-12)
@@ -150,8 +150,8 @@ def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
 
 def test_with_b_zero_every_bracket_is_exactly_zero() -> None:
     model = alora()
-    slots = controller(model)._live()
-    assert torch.count_nonzero(controller(model)._exact(slots, "a")) == 0
+    slots = controller(model).scoring.live()
+    assert torch.count_nonzero(controller(model).scoring.exact(slots, "a")) == 0
     assert scorer(model).exact(slots, "a").abs().max() < 1e-6  # measured all the same
 
 
@@ -193,7 +193,7 @@ def test_the_estimate_is_near_the_exact_score_and_its_shortlist_nearer() -> None
     model = alora(rows=24)
     train(model, 3)
     random_factors(model, size=0.03)
-    slots, s = controller(model)._live(), scorer(model)
+    slots, s = controller(model).scoring.live(), scorer(model)
     truth = scores(s.exact(slots, "a"), "both")
     guess = scores(s.estimate(slots, "a"), "both")
     told = agreement(guess, truth, 7)
@@ -251,11 +251,11 @@ def test_scoring_leaves_no_trace(mode: str, interrupted: bool) -> None:
         hook = list(sites(model).values())[-1].register_forward_hook(boom)
         before["hooks"] = everything(model)["hooks"]
         with pytest.raises(KeyboardInterrupt):
-            controller(model)._measure(1)
+            controller(model).scoring.measure(1)
         assert same(everything(model), before)
         hook.remove()
     else:
-        controller(model)._measure(1)
+        controller(model).scoring.measure(1)
         assert same(everything(model), before)
     assert next(iter(sites(model).values())).gate_meter is meter
 
@@ -321,7 +321,7 @@ def test_rows_for_an_adapter_that_scores_nothing_are_refused() -> None:
 def test_a_copy_scores_itself_and_shares_the_rows() -> None:
     model = alora()
     random_factors(model)
-    slots = controller(model)._live()[:4]
+    slots = controller(model).scoring.live()[:4]
     before = scorer(model).exact(slots, "a")
     other = copy.deepcopy(model)
     assert scorer(other).model is other

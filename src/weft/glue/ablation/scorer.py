@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Ablation:
-    """Scores the rank slots of one adapter of `model` on validation rows; see `weft.schedule.reallocate.Scorer`."""
+    """Scores the rank slots of one adapter of `model` on validation rows; see `weft.schedule.scoring.Scorer`."""
 
     model: nn.Module
     layers: list[WeftLinear]
