@@ -56,7 +56,7 @@ def adapted(dtype: torch.dtype, layers: int, rows: int, tokens: int) -> tuple[Ab
 
 def loop(scorer: Ablation, slots: list[tuple[int, int]], draw: str, own: bool = True) -> torch.Tensor:
     """The plain double loop: two whole forward passes per slot; with the model's own loss, which is fp32 at best, or in fp64."""
-    batch = scorer._batch(draw)
+    batch = scorer.drawn(draw)
 
     def loss() -> torch.Tensor:
         if own:

@@ -49,7 +49,7 @@ def brackets(rank: int) -> dict[str, Any]:
     slots, mine = controller(model).scoring.live(), []
     s = scorer(model)
     real = s.exact
-    s.exact = lambda ids, draw: (mine.append(len(ids)), real(ids, draw))[1]  # type: ignore[method-assign]
+    s.exact = lambda ids, draw, **more: (mine.append(len(ids)), real(ids, draw, **more))[1]  # type: ignore[method-assign]
     return {"brackets": controller(model).scoring.exact(slots, "a"), "mine": mine, "all": len(slots)}
 
 

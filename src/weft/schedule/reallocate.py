@@ -5,8 +5,8 @@
     decide    scores, births, free slots → slots to take away and to make               (plain numbers; `terms.ranks.reallocate`)
     apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.slots`)
 
-With several processes the main one decides, and all hold the same masks or stop. A plan is
-applied as a whole between two optimiser steps, so no checkpoint can hold half of one.
+With several processes the main one decides, and all hold the same masks or stop. A plan is applied as a whole between two optimiser
+steps, so no checkpoint can hold half of one.
 
 Source: ALoRA with AB-LoRA scores, arXiv 2403.16187.
 """

@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,19 +29,24 @@ from weft.schedule.agreement import agreement, scores
 from weft.schedule.schedule import Member
 from weft.terms.ranks.reallocate import Reallocate, Slot
 
+T = TypeVar("T")
 SlotId = tuple[int, int]
 """(number of the member, slot)."""
 
 
 class Scorer(Protocol):
-    """What measures slots; glue makes it from the model and its validation rows. Both return brackets [slots, 2, rows]."""
+    """What measures slots; glue makes it from the model and its validation rows."""
 
-    def exact(self, slots: Sequence[SlotId], draw: str) -> Tensor:
-        """By switching each slot off, and on alone, on the rows that `draw` seeds."""
+    def drawn(self, draw: str, *, other: bool = False) -> Mapping[str, Tensor]:
+        """The rows that `draw` seeds; with `other`, as many that it does not take."""
+        ...
+
+    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False) -> Tensor:
+        """Brackets [slots, 2, rows] by switching each slot off, and on alone, on these rows."""
         ...
 
     def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
-        """To second order, from gradients with respect to the gates."""
+        """Brackets [slots, 2, rows] to second order, from gradients with respect to the gates."""
         ...
 
 
@@ -118,7 +123,7 @@ class Scoring:
         count = sum(count for _, count in self.groups())
         exact = self.choice.score == "exact" and found.brackets is not None
         truth = scores(found.brackets if exact else self.exact(ids, self._draw(number)), terms)  # type: ignore[arg-type]
-        other = scores(self.exact(ids, f"{self._draw(number)}/other rows"), terms)
+        other = scores(self.exact(ids, self._draw(number), other=True), terms)
         told = {"exact_on_other_rows": agreement(other, truth, count)}
         if not exact:
             worst = max(slot.score for slot in found.slots) + 1
@@ -126,8 +131,9 @@ class Scoring:
             told["score_in_use"] = agreement(guess, truth, count)
         return {"agreement": told}
 
-    def exact(self, ids: list[SlotId], draw: str) -> Tensor:
+    def exact(self, ids: list[SlotId], draw: str, *, other: bool = False) -> Tensor:
         """Exact brackets [slots, 2, rows] fp64; those of slots that contribute nothing are exactly 0 and cost nothing."""
+        self._check_same_rows(draw, other=other)
         silent: set[SlotId] = set()
         for m in {m for m, _ in ids}:
             mine = [slot for module, slot in ids if module == m]
@@ -136,7 +142,7 @@ class Scoring:
         loud = [n for n, each in enumerate(ids) if each not in silent]
         mine = loud[together.rank() :: together.world()]
         scorer = cast(Scorer, self.scorer)
-        found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw))
+        found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw, other=other))
         out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
         out[mine] = found
         return together.total(out, self._device)
@@ -159,6 +165,14 @@ class Scoring:
         short.sort()
         return short, self.exact([ids[n] for n in short], draw), worth
 
+    def _check_same_rows(self, draw: str, *, other: bool) -> None:
+        """Scores of other rows than a neighbour's cannot be ranked with its own."""
+        if together.world() > 1:
+            scorer = cast(Scorer, self.scorer)
+            rows = self._together(lambda: scorer.drawn(draw, other=other))
+            what = "the validation rows that rank slots are scored on"
+            together.check_same([rows[name] for name in sorted(rows)], what, self._device)
+
     def _draw(self, number: int) -> str:
         return f"{self.choice.seed}/{number if self.choice.resample else 1}"
 
@@ -166,7 +180,7 @@ class Scoring:
         move = self.choice.move
         return {"types": kinds, "modules": modules}[move] if isinstance(move, str) else move
 
-    def _together(self, measure: Callable[[], Tensor]) -> Tensor:
+    def _together(self, measure: Callable[[], T]) -> T:
         """What this process measures, or an error on all of them: the next thing is that they exchange it."""
         return together.attempt(measure, "scoring rank slots", self._device)
 

@@ -47,7 +47,7 @@ def loss_of(out: Any, labels: Tensor, model: nn.Module) -> float:
 def by_definition(model: nn.Module, slots: list[tuple[int, int]], draw: str = "0/1") -> Tensor:
     """Equation 6 once more, with masks alone: [slots, 2]."""
     found, its = [], list(sites(model).values())
-    batch = scorer(model)._batch(draw)
+    batch = scorer(model).drawn(draw)
     masks = [site.mask.clone() for site in its]
 
     def loss(on: list[Tensor]) -> float:
@@ -93,7 +93,7 @@ def test_chunks_and_shares_of_rows_do_not_show() -> None:
     slots, s = controller(model).scoring.live(), scorer(model)
     expected = s.exact(slots, "a")
     with undisturbed(model, s.sites):
-        batch = s._batch("a")
+        batch = s.drawn("a")
         for tokens in (1, 14, 7 * 9, 7 * 64, 10**6):
             got = exact.brackets(s._way(batch), s.layers, s.sites, slots, batch, chunk_tokens=tokens)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -159,7 +159,7 @@ def test_with_one_slot_last_in_is_first_in() -> None:
     model = alora(r=1, target_modules=["layers.0.mlp.up_proj"]).double()
     random_factors(model)
     last_in, first_in = scorer(model).exact([(0, 0)], "a").sum(2)[0].tolist()
-    batch = scorer(model)._batch("a")
+    batch = scorer(model).drawn("a")
     model.eval()
     with torch.no_grad(), model.disable_adapter():
         base = loss_of(model(**batch), batch["labels"], model)
@@ -173,7 +173,7 @@ def test_the_gradient_of_a_gate_is_that_of_b_and_that_of_a(family: str) -> None:
     """∂L/∂α_i = ⟨∇_B[:,i] L, B[:,i]⟩ = ⟨∇_A[i,:] L, A[i,:]⟩, and with gradient checkpointing too."""
     model = adapted(family, "plain", score="taylor")
     s = scorer(model)
-    batch = s._batch("0/1")
+    batch = s.drawn("0/1")
     with undisturbed(model, s.sites):
         slopes = [t.sum(0) for t in estimate.gate_gradients(s._way(batch), s.sites, batch, 1.0)]
     model.get_base_model().gradient_checkpointing_enable()
