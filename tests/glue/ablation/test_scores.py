@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import weft
 from families import FAMILIES, adapter_config, randomise
 from weft.glue.ablation import estimate, exact
+from weft.glue.ablation.network import Network
 from weft.glue.ablation.quiet import undisturbed
 from weft.schedule import slots as surgery
 from weft.schedule.agreement import agreement, scores
@@ -99,6 +100,16 @@ def test_chunks_and_shares_of_rows_do_not_show() -> None:
         for tokens in (1, 14, 7 * 9, 7 * 64, 10**6):
             got = exact.brackets(s._way(batch), s.layers, s.sites, slots, batch, chunk_tokens=tokens)
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_what_drifts_with_the_shape_of_a_pass_is_not_in_a_bracket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of 16 bits round differently for other shapes; here, each pass is off by its number of replicas."""
+    model = alora(rows=6).double()
+    random_factors(model)
+    slots, s = controller(model).scoring.live()[::3], scorer(model)
+    expected, real = s.exact(slots, "a"), Network.losses
+    monkeypatch.setattr(Network, "losses", lambda way, *a: real(way, *a) + 0.1 * (a[1] if len(a) > 1 else 1))
+    torch.testing.assert_close(s.exact(slots, "a"), expected, rtol=0, atol=1e-12)
 
 
 def test_most_blocks_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
