@@ -145,11 +145,11 @@ def arm(kill: Kill) -> list[Any]:
     def second(original: Any) -> Any:
         calls = []
 
-        def apply(*given: Any) -> Any:
+        def apply(*given: Any, **more: Any) -> Any:
             calls.append(given)
             if len(calls) == 2:
                 die()
-            return original(*given)
+            return original(*given, **more)
 
         return apply
 
