@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from allocating import alora, controller, random_factors, scorer, train
+from allocating import TOKENS, alora, bare, controller, random_factors, scorer, train
 from dashing import sites
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -143,6 +143,19 @@ def test_autocast_around_the_loop_changes_no_score(mode: str) -> None:
     expected = getattr(s, mode)(slots, "a")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(getattr(s, mode)(slots, "a"), expected)
+
+
+def test_the_head_sees_only_positions_whose_label_counts() -> None:
+    model, answer = bare(rows=4), torch.tensor([-100] * 5 + [8, 9])
+    weft.attach(model, validation=[{"input_ids": ids, "labels": answer} for ids in TOKENS[:4]])
+    random_factors(model)
+    s, slots = scorer(model), controller(model).scoring.live()
+    s.exact(slots[:1], "a")
+    seen: list[torch.Size] = []
+    s.way.head.register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
+    s.exact(slots, "a")
+    assert {shape[1] for shape in seen} == {2 * 4}  # labels of a pass, of 4 · 7 positions
+    assert max(shape[0] for shape in seen) > 2  # replicas
 
 
 def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
