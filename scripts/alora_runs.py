@@ -35,7 +35,7 @@ import dash_runs
 from paired import Job, best_rate, collect, interval, measure, parser, spread
 
 from weft.schedule.agreement import spearman
-from weft.schedule.reallocate import kind_of
+from weft.schedule.scoring import kind_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "alora-runs.json"
