@@ -131,7 +131,7 @@ def with_rounds(found: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _module(key: str) -> str:
     """The module that an entry of AdaLoRA's rank pattern stands for."""
-    return re.sub(r"^(base_model\.)?(model\.)?|\.lora_E.*$", "", key)
+    return re.sub(r"^base_model\.model\.|\.lora_E.*$", "", key)
 
 
 def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
