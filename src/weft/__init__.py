@@ -38,6 +38,8 @@ from weft.recipes import (
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
@@ -76,11 +78,13 @@ __all__ = [
     "LoraTsdConfig",
     "MergeError",
     "ModelError",
+    "Only",
     "Plain",
     "PlainLoraConfig",
     "Routing",
     "Run",
     "RunError",
+    "Search",
     "TargetError",
     "Tied",
     "TiedLoraConfig",

@@ -6,7 +6,7 @@
     boost       none · Dash              extra slots along directions of W, with learned gains
     start       Kaiming · Directions     extra frozen slots, each the twin of a slot of the structure
     mask        0/1 per slot of the structure, only where ranks are reallocated
-    layer_gate  one number for all of the site's slots, only while layers are searched
+    layer_gate  one number for all of the site's slots, while layers are searched (or kept from a search that goes on)
 
 g is the product of what exists: α/r × mask × layer gate × u for the slots of the structure; the learned gain × layer
 gate for boost slots; −(α/r) × mask × layer gate for the frozen twin slots. What the axes of a config do not need is
@@ -27,6 +27,9 @@ from weft.kernel import Factors, Slots, add_low_rank, delta_weight
 from weft.terms.boost.dash import Dash, DashTerm
 from weft.terms.start.directions import Directions, DirectionsTerm
 from weft.terms.start.kaiming import Kaiming, kaiming_uniform
+from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.structure.hydra import Hydra, HydraTerm
 from weft.terms.structure.plain import Plain, PlainTerm
 from weft.terms.structure.tied import PARTS, Part, Tied, TiedTerm, start_value
@@ -64,6 +67,7 @@ class Site(nn.Module):
         self.start: nn.Module | None = None
         self.register_buffer("mask", None)
         self.register_buffer("layer_gate", None)
+        self.awaits_search = False  # with layers=Search: training is refused but to `weft.search_layers`
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weft.routing` for the length of a block
         self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
         self.schedule: object | None = None  # on an adapter's first site: its `weft.schedule.Schedule`, if it has one
@@ -86,6 +90,8 @@ class Site(nn.Module):
         choice = self.structure.choice if isinstance(self.structure, HydraTerm) else None
         if choice is not None and choice.balance and self.recorder is None and self.training:
             _require_recorder(choice)
+        if self.awaits_search and self.training:
+            _require_search()
         return add_low_rank(
             y,
             x,
@@ -132,6 +138,7 @@ def build_site(
     owners: Owners | None = None,
     boost: Dash | None = None,
     start: Kaiming | Directions | None = None,
+    layers: All | Only | Search | None = None,
 ) -> Site:
     """A fresh site whose function is exactly the base's; values come from torch's global generator.
 
@@ -140,6 +147,7 @@ def build_site(
         owners: for Tied, the terms that already own a shared part of this site's groups; parts not named are owned here.
         boost: extra slots, empty until their launch.
         start: Kaiming (None too); Directions starts as Kaiming does, with twin slots that are empty until the switch.
+        layers: gives the site a layer gate, 1 at first, if the choice has one.
     """
     r, fan_in, out = size
     term: PlainTerm | HydraTerm | TiedTerm
@@ -160,6 +168,9 @@ def build_site(
         site.boost = DashTerm(boost, fan_in, out)
     if isinstance(start, Directions):
         site.start = DirectionsTerm(start, r, fan_in, out)
+    if isinstance(layers, Search) or (isinstance(layers, Only) and layers.gated):
+        site.register_buffer("layer_gate", torch.ones((), dtype=torch.float64))
+        site.awaits_search = isinstance(layers, Search)
     return site
 
 
@@ -174,4 +185,12 @@ def _require_recorder(choice: Hydra) -> None:
             f"Hydra(balance={choice.balance:g}) adds its load-balance term to your loss, which this loop does not do: run the "
             "forward inside `with weft.routing(model) as routing` and add routing.balance_loss(), use weft train, or set "
             "balance=0."
+        )
+
+
+def _require_search() -> None:
+    if torch.is_grad_enabled() and not _in_backward():
+        raise ConfigError(
+            "layers=Search() chooses the blocks before training, which this loop does not do: call weft.search_layers first and train "
+            "with its selection (layers=selection.layers), or use layers=All()."
         )

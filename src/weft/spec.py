@@ -24,6 +24,8 @@ from weft import compat
 from weft.errors import AdapterError, ConfigError, suggest, unknown_key
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
@@ -39,7 +41,7 @@ AXES: dict[str, dict[str, type]] = {
     "start": {"kaiming": Kaiming, "directions": Directions},
     "boost": {"dash": Dash},
     "ranks": {"uniform": Uniform},
-    "layers": {"all": All},
+    "layers": {"all": All, "only": Only, "search": Search},
 }
 
 
@@ -53,12 +55,17 @@ def encode_choice(choice: object | None) -> dict[str, Any] | None:
 
 
 def decode_choice(axis: str, value: Any) -> Any:
-    """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}."""
+    """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
+
+    On the axis layers, a bare list is `Only`.
+    """
     kinds = AXES[axis]
     if value is None or isinstance(value, tuple(kinds.values())):
         return value
     if isinstance(value, str):
         value = {"kind": value}
+    if axis == "layers" and isinstance(value, (list, tuple, set, range)):
+        return Only(tuple(value))
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
     if "kind" in value:
@@ -100,7 +107,7 @@ class WeftConfig(PeftConfig):
         start: where A and B start: `Kaiming()`, or, after some steps, along W's own directions: `Directions(after=100)`.
         boost: extra slots along directions of W: None or `Dash(directions=8, after=100)`.
         ranks: which slots are live: `Uniform()`.
-        layers: which blocks are adapted: `All()`.
+        layers: which blocks are adapted: `All()`, `Only([0, 3])` (a bare list will do) or `Search()`.
         r: rank, a whole number ≥ 1 (per head for Hydra).
         lora_alpha: the update is scaled by lora_alpha / r. None takes 2·r (Tied: r, as its paper does).
         lora_dropout: probability of dropping an input element of the adapter in training, 0 ≤ p < 1.
@@ -122,7 +129,7 @@ class WeftConfig(PeftConfig):
     start: Kaiming | Directions = field(default_factory=Kaiming)
     boost: Dash | None = None
     ranks: Uniform = field(default_factory=Uniform)
-    layers: All = field(default_factory=All)
+    layers: All | Only | Search = field(default_factory=All)
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -194,6 +201,10 @@ class WeftConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
+        if layers is not None and isinstance(self.layers, Only):
+            raise ConfigError(
+                f"layers={list(self.layers.blocks)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
+            )
         if layers is None:
             if self.layers_pattern:
                 raise ConfigError(

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
 from weft.glue.attach import make_schedule, warn_of_missing
+from weft.glue.blocks import Blocks
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -32,6 +34,9 @@ from weft.glue.targets import (
 )
 from weft.site import Owners, Site, build_site
 from weft.spec import WeftConfig
+from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.structure.tied import Part, Tied, TiedTerm
 
 PREFIX = "weft_"
@@ -85,6 +90,17 @@ class WeftTuner(BaseTuner):
             )
         return found
 
+    def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
+        """peft's own match of names, and the axis `layers` on top of it."""
+        found = super()._check_target_module_exists(peft_config, key)
+        if not found or not isinstance(peft_config.layers, (Only, Search)):
+            return found
+        return found if self._blocks.adapts(peft_config.layers, key) else False
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.model)
+
     def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
         """Refuse up front what cannot work, while the model is still untouched."""
         if is_all_linear(peft_config):
@@ -100,12 +116,30 @@ class WeftTuner(BaseTuner):
             for name, _ in model.named_modules()
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
+        self._check_layers(peft_config, model, matched)
         if not matched:
             raise TargetError(no_match(peft_config, model))
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
         check_saved_modules(peft_config, model)
         warn_of_unmatched(peft_config, model)
+
+    def _check_layers(self, config: WeftConfig, model: nn.Module, matched: list[str]) -> None:
+        """Refuse numbers and names that adapt nothing, and a search with nothing to choose between."""
+        if isinstance(config.layers, All):
+            return
+        everything = copy.copy(config)
+        everything.layers = All()
+        names = [name for name, _ in model.named_modules() if name and not inside_adapter(model, name)]
+        targeted = [name for name in names if self._check_target_module_exists(everything, name)]
+        if targeted:
+            self._blocks.check(config.layers, targeted)
+        if isinstance(config.layers, Search) and (outside := sorted(set(targeted) - set(matched))):
+            warnings.warn(
+                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks and "
+                "are not adapted; name them in exclude_modules, or search with granularity='module'.",
+                stacklevel=2,
+            )
 
     def _create_and_replace(
         self,
@@ -135,6 +169,7 @@ class WeftTuner(BaseTuner):
             owners=owners,
             boost=peft_config.boost,
             start=peft_config.start,
+            layers=peft_config.layers,
         )
         for part, key in keys.items():
             self._owners.setdefault((part, key), cast(TiedTerm, site.structure))
