@@ -35,6 +35,7 @@ from weft.recipes import (
     PlainLoraConfig,
     TiedLoraConfig,
 )
+from weft.recipes import FlexoraConfig, HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
@@ -51,11 +52,13 @@ from weft.times import epochs
 register()
 
 if TYPE_CHECKING:
+    from weft.search import Selection, search_layers, second_stage
     from weft.train import Run, evaluate, generate, train
     from weft.train.callback import Callback
     from weft.train.directions import directions
 
 _LAZY = {
+    **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weft.search"),
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
     "Callback": "weft.train.callback",
     "directions": "weft.train.directions",
@@ -70,6 +73,7 @@ __all__ = [
     "Dash",
     "DataError",
     "Directions",
+    "FlexoraConfig",
     "Hydra",
     "HydraLoraConfig",
     "Kaiming",
@@ -85,6 +89,7 @@ __all__ = [
     "Run",
     "RunError",
     "Search",
+    "Selection",
     "TargetError",
     "Tied",
     "TiedLoraConfig",
@@ -101,6 +106,8 @@ __all__ = [
     "load_state_dict",
     "param_groups",
     "routing",
+    "search_layers",
+    "second_stage",
     "state_dict",
     "train",
 ]

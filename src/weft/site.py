@@ -191,6 +191,6 @@ def _require_recorder(choice: Hydra) -> None:
 def _require_search() -> None:
     if torch.is_grad_enabled() and not _in_backward():
         raise ConfigError(
-            "layers=Search() chooses the blocks before training, which this loop does not do: call weft.search_layers first and train "
-            "with its selection (layers=selection.layers), or use layers=All()."
+            "layers=Search() chooses the blocks before training, which this loop does not do: call weft.search_layers first and "
+            "train with its selection (layers=selection.layers), or use layers=All()."
         )

@@ -13,11 +13,14 @@ Lists inside a block (T5's sublayers, experts) belong to the block. A block that
 
 from __future__ import annotations
 
+import warnings
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.errors import TargetError, suggest
+from weft.terms.layers.every import All
 from weft.terms.layers.only import Only
 from weft.terms.layers.search import Search
 
@@ -46,11 +49,13 @@ class Blocks:
         prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
         return next((prefix for prefix in prefixes if prefix in self.number), None)
 
-    def adapts(self, layers: Only | Search, module_name: str) -> bool:
+    def adapts(self, layers: All | Only | Search, module_name: str) -> bool:
         """Whether a targeted module gets a site.
 
-        `Only`: it names the module, its block, or a module that it is in. `Search`: it is in a block, or any module will do.
+        `All`: yes. `Only`: it names the module, its block, or a module that it is in. `Search`: it is in a block, or any module will do.
         """
+        if isinstance(layers, All):
+            return True
         block = self.of(module_name)
         if isinstance(layers, Search):
             return block is not None or layers.granularity == "module"
@@ -59,7 +64,7 @@ class Blocks:
         names = (entry for entry in layers.blocks if isinstance(entry, str))
         return any(module_name == name or module_name.startswith(f"{name}.") for name in names)
 
-    def check(self, layers: Only | Search, targeted: list[str]) -> None:
+    def check(self, layers: All | Only | Search, targeted: list[str]) -> None:
         """Raise `TargetError` if an entry of `Only` adapts nothing, or a search has fewer than two groups.
 
         Args:
@@ -68,12 +73,22 @@ class Blocks:
         if isinstance(layers, Only):
             for entry in layers.blocks:
                 self._check_entry(entry, targeted)
-            return
-        groups = {self.of(name) if layers.granularity == "block" else name for name in targeted} - {None}
+        elif isinstance(layers, Search):
+            self._check_search(layers, targeted)
+
+    def _check_search(self, search: Search, targeted: list[str]) -> None:
+        groups = {self.of(name) if search.granularity == "block" else name for name in targeted} - {None}
         if len(groups) < 2:
             raise TargetError(
-                f"layers=Search() has {len(groups)} {layers.granularity}s of {self.model_name} to choose from, with "
+                f"layers=Search() has {len(groups)} {search.granularity}s of {self.model_name} to choose from, with "
                 f"{len(targeted)} modules targeted: target modules in at least two, or use layers=All()."
+            )
+        outside = [name for name in targeted if not self.adapts(search, name)]
+        if outside:
+            warnings.warn(
+                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks and "
+                "are not adapted: name them in exclude_modules, or search with granularity='module'.",
+                stacklevel=2,
             )
 
     def _check_entry(self, entry: int | str, targeted: list[str]) -> None:

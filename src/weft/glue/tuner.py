@@ -34,9 +34,6 @@ from weft.glue.targets import (
 )
 from weft.site import Owners, Site, build_site
 from weft.spec import WeftConfig
-from weft.terms.layers.every import All
-from weft.terms.layers.only import Only
-from weft.terms.layers.search import Search
 from weft.terms.structure.tied import Part, Tied, TiedTerm
 
 PREFIX = "weft_"
@@ -93,9 +90,7 @@ class WeftTuner(BaseTuner):
     def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
         """peft's own match of names, and the axis `layers` on top of it."""
         found = super()._check_target_module_exists(peft_config, key)
-        if not found or not isinstance(peft_config.layers, (Only, Search)):
-            return found
-        return found if self._blocks.adapts(peft_config.layers, key) else False
+        return found if found and self._blocks.adapts(peft_config.layers, key) else False
 
     @cached_property
     def _blocks(self) -> Blocks:
@@ -116,7 +111,7 @@ class WeftTuner(BaseTuner):
             for name, _ in model.named_modules()
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
-        self._check_layers(peft_config, model, matched)
+        self._check_layers(peft_config, model)
         if not matched:
             raise TargetError(no_match(peft_config, model))
         for name in matched:
@@ -124,22 +119,12 @@ class WeftTuner(BaseTuner):
         check_saved_modules(peft_config, model)
         warn_of_unmatched(peft_config, model)
 
-    def _check_layers(self, config: WeftConfig, model: nn.Module, matched: list[str]) -> None:
-        """Refuse numbers and names that adapt nothing, and a search with nothing to choose between."""
-        if isinstance(config.layers, All):
-            return
-        everything = copy.copy(config)
-        everything.layers = All()
+    def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
+        """Refuse block numbers and names that adapt nothing, and a search with nothing to choose between."""
         names = [name for name, _ in model.named_modules() if name and not inside_adapter(model, name)]
-        targeted = [name for name in names if self._check_target_module_exists(everything, name)]
+        targeted = [name for name in names if super(WeftTuner, self)._check_target_module_exists(config, name)]
         if targeted:
             self._blocks.check(config.layers, targeted)
-        if isinstance(config.layers, Search) and (outside := sorted(set(targeted) - set(matched))):
-            warnings.warn(
-                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks and "
-                "are not adapted; name them in exclude_modules, or search with granularity='module'.",
-                stacklevel=2,
-            )
 
     def _create_and_replace(
         self,

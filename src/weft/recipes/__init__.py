@@ -7,6 +7,7 @@ from collections.abc import Callable
 from peft import PeftConfig
 
 from weft.recipes.controls import peft_adalora, peft_lora
+from weft.recipes.flexora import FlexoraConfig
 from weft.recipes.hydralora import HydraLoraConfig
 from weft.recipes.lora import PlainLoraConfig
 from weft.recipes.lora_dash import LoraDashConfig
@@ -21,12 +22,14 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
     "lora_dash": LoraDashConfig,
     "lora_init": LoraInitConfig,
     "lora_tsd": LoraTsdConfig,
+    "flexora": FlexoraConfig,
     "peft:lora": peft_lora,
     "peft:adalora": peft_adalora,
 }
 
 __all__ = [
     "RECIPES",
+    "FlexoraConfig",
     "HydraLoraConfig",
     "LoraDashConfig",
     "LoraInitConfig",

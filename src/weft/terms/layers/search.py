@@ -48,6 +48,7 @@ class Search:
         hypergrad: "direct": the partial derivative of the validation loss at the trained θ (released code; free);
             "unrolled_fd": also through the last inner steps, by finite differences of gradients; "unrolled_exact": the
             same by double backward, for small models.
+        fd_step: norm of the perturbation of θ in finite differences (DARTS: 1e-2; up to 1e-1 where forwards are in bf16).
         inner_steps: K optimiser steps on θ before every step on α.
         unroll_steps: how many of the K are differentiated by the unrolled kinds; None is all.
         alpha_lr, alpha_optimizer: of α; no decay, no schedule (released code: Adam, 0.01).
@@ -65,6 +66,7 @@ class Search:
 
     granularity: Literal["block", "module"] = "block"
     hypergrad: Literal["direct", "unrolled_fd", "unrolled_exact"] = "direct"
+    fd_step: float = 1e-2
     inner_steps: int = 1
     unroll_steps: int | None = None
     alpha_lr: float = 0.01
@@ -86,7 +88,7 @@ class Search:
         for name in _COUNTS_OR_NONE:
             value = getattr(self, name)
             self._check(name, value is None or _is_count(value), "a whole number from 1 up, or leave it out")
-        for name in ("alpha_lr", "search_epochs"):
+        for name in ("alpha_lr", "search_epochs", "fd_step"):
             self._check(name, _is_positive(getattr(self, name)), "a positive number")
         if self.select is None:
             object.__setattr__(self, "select", "raw_zero" if self.preset == "released" else "above_mean")
