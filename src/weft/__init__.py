@@ -28,6 +28,7 @@ from weft.glue.official import import_hydralora, import_lora_dash
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import (
+    FlexoraConfig,
     HydraLoraConfig,
     LoraDashConfig,
     LoraInitConfig,
@@ -35,7 +36,6 @@ from weft.recipes import (
     PlainLoraConfig,
     TiedLoraConfig,
 )
-from weft.recipes import FlexoraConfig, HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All

@@ -11,10 +11,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Tied", "Reallocate"): "tied sites share one A and B: a slot cannot move to another site",
     ("Tied", "Directions"): "one shared pair cannot start at each site's own directions",
     ("Hydra", "Directions"): "all heads would start equal at B₀, which is unproven",
-    (
-        "Dash",
-        "Search",
-    ): "the adapter that a search trains is not kept, so directions are launched in the training after it",
+    ("Dash", "Search"): "directions are launched in the training after the search, on the selected blocks",
+    ("Directions", "Search"): "start directions are taken in the training after the search, on the selected blocks",
     ("Hydra", "merge"): "the update depends on the token, so no single ΔW exists",
 }
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from weft.errors import ConfigError
 from weft.kernel import Factors, Slots, add_low_rank, delta_weight
 from weft.terms.boost.dash import Dash, DashTerm
-from weft.terms.start.directions import Directions, DirectionsTerm
-from weft.terms.start.kaiming import Kaiming, kaiming_uniform
 from weft.terms.layers.every import All
 from weft.terms.layers.only import Only
 from weft.terms.layers.search import Search
+from weft.terms.start.directions import Directions, DirectionsTerm
+from weft.terms.start.kaiming import Kaiming, kaiming_uniform
 from weft.terms.structure.hydra import Hydra, HydraTerm
 from weft.terms.structure.plain import Plain, PlainTerm
 from weft.terms.structure.tied import PARTS, Part, Tied, TiedTerm, start_value

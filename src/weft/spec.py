@@ -51,6 +51,7 @@ def encode_choice(choice: object | None) -> dict[str, Any] | None:
         return None
     fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
     plain = {name: dataclasses.asdict(v) if isinstance(v, Epochs) else v for name, v in fields.items()}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
     return {"kind": type(choice).__name__.lower(), **plain}
 
 
@@ -91,6 +92,9 @@ def decode_choice(axis: str, value: Any) -> Any:
                 if valid
                 else ConfigError(f"{kinds[kind].__name__} takes no fields, but {key!r} was given: leave it out.")
             )
+    needed = [f.name for f in dataclasses.fields(kinds[kind]) if f.init and f.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in fields]:
+        raise ConfigError(f"{axis}={kind!r} needs {missing[0]}: write {{'{kind}': {{'{missing[0]}': ...}}}}.")
     return kinds[kind](**fields)
 
 

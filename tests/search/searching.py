@@ -94,6 +94,33 @@ def planted(
         return rows_of(x, y + noise * torch.randn(y.shape, generator=draw).double())
 
 
+def distinct(blocks: int = 6, seed: int = 0) -> Stack:
+    """Blocks that each write into two coordinates of their own, so that none can do what another is to learn."""
+    torch.manual_seed(seed)
+    net = Stack(blocks, 2 * blocks).double()
+    with torch.no_grad():
+        for i, block in enumerate(net.blocks):
+            own = torch.zeros(2 * blocks, 1, dtype=torch.float64)
+            own[2 * i : 2 * i + 2] = 1
+            block.down.weight.normal_().mul_(own).div_(block.down.weight.norm())
+            block.down.bias.mul_(own[:, 0])
+    return net
+
+
+def taught(
+    base: Stack, chosen: Collection[int], count: int = 128, *, size: float = 0.5, noise: float = 0.0, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Rows whose targets are those of `base` with a full-rank update of `up` in the chosen blocks."""
+    teacher, draw = copy.deepcopy(base), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for i in sorted(chosen):
+            weight = teacher.blocks[i].up.weight
+            weight.add_(torch.randn(weight.shape, generator=draw).double(), alpha=size / weight.shape[1] ** 0.5)
+        x = torch.randn(count, weight.shape[1], generator=draw).double()
+        y = teacher(x)
+        return rows_of(x, y + noise * torch.randn(y.shape, generator=draw).double())
+
+
 def make(model: PeftModel, rows: list[dict[str, Tensor]], *, seed: int = 0, **inner: Any) -> LayerSearch:
     settings = Inner(
         **{"lr": 1e-2, "batch_size": 4, "accumulation": 1, "schedule": "constant", "max_grad_norm": 0.0, **inner}

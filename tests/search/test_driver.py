@@ -145,14 +145,28 @@ def test_the_same_seed_gives_the_same_selection():
     assert search().run() == search().run()
 
 
+def test_a_direct_hypergradient_of_several_inner_steps_is_said_to_be_biased(caplog: pytest.LogCaptureFixture):
+    search(inner_steps=2)
+    assert "biased" in caplog.text
+    caplog.clear()
+    search(inner_steps=2, hypergrad="unrolled_fd")
+    search()
+    assert not caplog.text
+
+
 def test_one_epoch_is_counted_in_rows_of_the_training_part():
     found = search(steps=None, inner_steps=2, inner={"batch_size": 2, "accumulation": 3})
     assert found.steps == (40 - 12) // (2 * 3 * 2)
 
 
+def test_validation_micro_batches_shrink_before_one_step_repeats_a_row():
+    found = search(outer_batches=5)
+    assert [len(batch["x"]) for batch in found._batches("validation", 5)] == [2] * 5
+
+
 def test_too_few_validation_rows_for_one_step_are_refused():
-    with pytest.raises(DataError, match="takes outer_batches x batch_size = 40"):
-        search(outer_batches=10)
+    with pytest.raises(DataError, match="outer_batches=13 validation rows at least, but there are 12"):
+        search(outer_batches=13)
 
 
 def test_an_adapter_without_gates_cannot_be_searched():

@@ -52,7 +52,8 @@ class Blocks:
     def adapts(self, layers: All | Only | Search, module_name: str) -> bool:
         """Whether a targeted module gets a site.
 
-        `All`: yes. `Only`: it names the module, its block, or a module that it is in. `Search`: it is in a block, or any module will do.
+        `All`: yes. `Only`: it names the module, its block, or a module that it is in. `Search`: it is in a block, or modules
+        are searched.
         """
         if isinstance(layers, All):
             return True
@@ -86,8 +87,8 @@ class Blocks:
         outside = [name for name in targeted if not self.adapts(search, name)]
         if outside:
             warnings.warn(
-                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks and "
-                "are not adapted: name them in exclude_modules, or search with granularity='module'.",
+                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks "
+                "and are not adapted: name them in exclude_modules, or search with granularity='module'.",
                 stacklevel=2,
             )
 

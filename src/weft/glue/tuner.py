@@ -90,7 +90,9 @@ class WeftTuner(BaseTuner):
     def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
         """peft's own match of names, and the axis `layers` on top of it."""
         found = super()._check_target_module_exists(peft_config, key)
-        return found if found and self._blocks.adapts(peft_config.layers, key) else False
+        if not found:  # an object of peft's that says why, and is false
+            return found
+        return found if self._blocks.adapts(peft_config.layers, key) else False
 
     @cached_property
     def _blocks(self) -> Blocks:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -21,7 +21,7 @@ from weft.search.inner import Inner
 from weft.search.passes import Loss
 from weft.search.rows import Collate, Rows
 from weft.search.rules import Stability, stability
-from weft.search.second import second_stage
+from weft.search.second import second_stage, unload
 from weft.search.selection import Candidate, Selection, compare
 from weft.spec import WeftConfig
 from weft.terms.layers.search import Search
@@ -69,7 +69,7 @@ def search_layers(
         collate: a list of rows → the keyword arguments of a forward; None stacks rows of equal shapes.
         loss: (model, batch) → mean loss; None takes the `.loss` that the model returns.
         lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm: of the inner steps, see
-            `weft.search.inner.Inner`. Validation micro-batches have `batch_size` rows as well.
+            `weft.search.inner.Inner`. Validation micro-batches have at most `batch_size` rows too.
         seed: of the splits and the order of rows (of dropout and the adapter's start: torch's own).
         on_step: called after every step on α with "step", "loss", "validation_loss", "alpha", "skipped" and more.
 
@@ -80,6 +80,7 @@ def search_layers(
         RunError: no validation loss was ever a number.
     """
     inner = Inner(lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm)
+    before = [(p, p.requires_grad) for p in model.parameters()]
     adapted, own = _searchable(model, config, adapter)
     given = adapted.peft_config[adapter]
     try:
@@ -97,7 +98,9 @@ def search_layers(
         return search.run(on_step)
     finally:
         if own:
-            adapted.unload()
+            unload(adapted)
+            for p, trained in before:  # peft freezes a base and leaves it so
+                p.requires_grad_(trained)
 
 
 def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, bool]:
@@ -111,25 +114,10 @@ def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tu
             raise ConfigError(
                 f"a config with layers={type(config.layers).__name__} has no search: give it layers=weft.Search()."
             )
-        before = [(p, p.requires_grad) for p in model.parameters()]
-        adapted = get_peft_model(model, config, adapter_name=adapter)
-        adapted.unload = _and_thaw(adapted.unload, before)
-        return adapted, True
+        return cast(PeftModel, get_peft_model(model, config, adapter_name=adapter)), True
     if config is not None:
         raise ConfigError("the model has an adapter and a config was given too: search one of the two.")
     given = model.peft_config.get(adapter)
     if not isinstance(given, WeftConfig) or not isinstance(given.layers, Search):
         raise ConfigError(f"adapter {adapter!r} of the model has no search: make it with layers=weft.Search().")
     return model, False
-
-
-def _and_thaw(unload: Callable[[], nn.Module], before: list[tuple[nn.Parameter, bool]]) -> Callable[[], nn.Module]:
-    """peft freezes a base and leaves it so; what was trainable before the search is so after it."""
-
-    def unloaded() -> nn.Module:
-        base = unload()
-        for p, trained in before:
-            p.requires_grad_(trained)
-        return base
-
-    return unloaded

@@ -11,6 +11,7 @@ Source: Algorithm 1 of Flexora, arXiv 2408.10774, as its released code runs it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from weft.search.rules import choose
 from weft.search.selection import Candidate, Selection
 from weft.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
 from weft.terms.layers.search import Search, alpha_gradient, weights
+
+log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -55,16 +58,19 @@ class LayerSearch:
         self.model, self.search, self.seed = model, search, seed
         self.inner = dataclasses.replace(inner, optimizer="sign_sgd") if search.preset == "released" else inner
         self.adapter_config: dict[str, Any] = model.peft_config[adapter].to_dict()
+        if search.hypergrad == "direct" and search.inner_steps > 1:
+            log.warning("the direct hypergradient ignores all of the %d inner steps: it is biased", search.inner_steps)
         self.splits = split(train, validation, search, seed)
         self._rows = {"train": train, "validation": train if validation is None else validation}
         self._collate = collate or stack
-        self._check_outer_batch()
+        self._sizes = {"train": inner.batch_size, "validation": self._outer_size()}
         if search.hypergrad == "unrolled_exact":
             check_exact(model)
         self.gates = Gates(groups_of(model, adapter, search.granularity))
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
-        take_over(self.passes.params, self.passes.device)
+        held = [b for group in self.gates.groups for site in group.sites.values() for b in site.buffers()]
+        take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
         self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
         self.cycles = {
@@ -84,13 +90,15 @@ class LayerSearch:
     def _rows_per_step(self) -> int:
         return self.inner.batch_size * self.inner.accumulation * self.search.inner_steps
 
-    def _check_outer_batch(self) -> None:
-        wanted, there = self.search.outer_batches * self.inner.batch_size, len(self.splits.validation)
-        if there < wanted:
+    def _outer_size(self) -> int:
+        """Rows of a validation micro-batch: batch_size, or as many as one step on α can have without repeating any."""
+        there, count = len(self.splits.validation), self.search.outer_batches
+        if there < count:
             raise DataError(
-                f"a step on α takes outer_batches x batch_size = {wanted} validation rows, but there are {there}: hold out more "
+                f"a step on α takes outer_batches={count} validation rows at least, but there are {there}: hold out more "
                 "(val_size), or lower outer_batches."
             )
+        return min(self.inner.batch_size, there // count)
 
     # ------------------------------------------------------------------ one outer step
 
@@ -168,7 +176,7 @@ class LayerSearch:
 
     def _batches(self, part: str, count: int) -> list[Batch]:
         """This process's share of the next `count` micro-batches of a split, on the model's device."""
-        size = self.inner.batch_size
+        size = self._sizes[part]
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
         rank, world = processes()

@@ -108,20 +108,21 @@ class Gates:
 
     def read(self) -> Tensor:
         """h [N] fp64 from the gradients of the backwards since `.grad` was empty; a group without a gradient has 0."""
-        if self.factors is None:
-            parts = [[leaf] for leaf in self._leaves]
-        else:
-            parts = [[p for p in found] for found in self.factors]
+        parts: Sequence[Sequence[Tensor]] = self.factors or [[leaf] for leaf in self._leaves]
         h = [sum((_inner(p) for p in found), torch.zeros((), dtype=torch.float64)) for found in parts]
         return torch.stack([value.to(h[0].device) for value in h]).cpu()
 
     def gradient_norms(self, gradients: dict[int, Tensor]) -> Tensor:
         """‖∇‖ [N] fp64 over the parameters that a group has to itself; `gradients` by the parameter's id."""
-        held = [{id(p) for site in group.sites.values() for p in site.parameters()} for group in self.groups]
         shared = {id(p) for group in self.groups for site in group.sites.values() for p in _shared(site)}
-        squares = [
-            sum(float(gradients[i].double().square().sum()) for i in ids - shared if i in gradients) for ids in held
-        ]
+        squares = []
+        for group in self.groups:
+            own = dict.fromkeys(
+                id(p) for site in group.sites.values() for p in site.parameters()
+            )  # in order: sums repeat
+            squares.append(
+                sum(float(gradients[i].double().square().sum()) for i in own if i in gradients and i not in shared)
+            )
         return torch.tensor(squares, dtype=torch.float64).sqrt()
 
 

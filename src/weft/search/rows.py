@@ -41,8 +41,8 @@ def split(train: Rows, validation: Rows | None, search: Search, seed: int) -> Sp
         held = {digest(validation[i]) for i in range(len(validation))}
         if leaked := sum(digest(train[i]) in held for i in chosen):
             raise DataError(
-                f"{leaked} of the {len(chosen)} training rows of the search are validation rows too: α would be fitted to rows that θ "
-                "has seen; take them out of one of the two."
+                f"{leaked} of the {len(chosen)} training rows of the search are validation rows too: α would be fitted to rows "
+                "that θ has seen; take them out of one of the two."
             )
         return _checked(Splits(chosen, list(range(len(validation))), 0))
     order = order[: search.max_search_samples]

@@ -17,6 +17,7 @@ from typing import Literal, cast
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
@@ -58,7 +59,17 @@ def second_stage(
         raise ConfigError(f"finetune={finetune!r}: use 'restart' or 'continue'.")
     fresh = copy.deepcopy(config)
     fresh.layers = selection.layers
-    return cast(PeftModel, get_peft_model(model.unload(), fresh, adapter_name=adapter))
+    return cast(PeftModel, get_peft_model(unload(model), fresh, adapter_name=adapter))
+
+
+def unload(model: PeftModel) -> nn.Module:
+    """The base as it was before it was adapted: peft would leave the searched copy of a head that is trained in full."""
+    wrapped = [(name, m) for name, m in base_of(model).named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    originals = {name: m.original_module for name, m in wrapped}
+    base: nn.Module = model.unload()
+    for name, module in originals.items():
+        _put(base, name, module)
+    return base
 
 
 def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:

@@ -1,0 +1,46 @@
+"""Two processes over gloo: the same α on both, and that of one process with the same global batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from two_searches import CASES, searched
+
+import weft
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two")
+    path = os.pathsep.join([str(Path(weft.__file__).parents[1]), str(HERE), str(HERE.parent)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "two_searches.py"), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_processes_hold_the_same_bytes_though_they_started_apart(name: str, both: list):
+    one, other = (result[name] for result in both)
+    assert one[0] == other[0]
+    assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    assert one[2] == other[2]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_select_as_one_with_the_same_global_batches(name: str, both: list):
+    """Three micro-batches on two processes: the shares are unequal, the mean is still over all tokens."""
+    alone, two = searched(name, seed=1), both[0][name]
+    tolerance = 1e-6 if name == "unrolled_fd" else 1e-9
+    torch.testing.assert_close(torch.tensor(two[0]), torch.tensor(alone[0]), rtol=0, atol=tolerance)
+    for a, b in zip(two[1], alone[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert two[2] == alone[2]
