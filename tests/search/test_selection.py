@@ -59,6 +59,39 @@ def test_any_recipe_takes_the_selection_as_layers(structure: str):
     assert len(names) == 4
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boost": weft.Dash(directions=2, after=2)},
+        {"start": weft.Directions(after=2)},
+        {"boost": weft.Dash(directions=2, after=2), "structure": weft.Tied()},
+    ],
+    ids=["dash", "directions", "tied dash"],
+)
+def test_the_selection_goes_with_what_happens_over_time(fields: dict):
+    """Events happen at the selected sites, the first of which is not the model's first module."""
+    base = stack(4).float()
+    model = get_peft_model(base, weft.WeftConfig(r=2, target_modules=["up", "down"], layers=[1, 3], **fields))
+    optimizer = torch.optim.AdamW(weft.param_groups(model, lr=1e-2))
+    x = torch.randn(16, 6)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = mse(model.train(), {"x": x, "y": x.cos()})
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert len(weft.state_dict(model)["default"]["events"]) == 1
+    assert all(name.startswith(("blocks.1.", "blocks.3.")) for name in sites(model))
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("fields", [{"boost": weft.Dash()}, {"start": weft.Directions()}], ids=["dash", "directions"])
+def test_what_happens_over_time_waits_for_the_training_after_the_search(fields: dict):
+    with pytest.raises(ConfigError, match="in the training after the search"):
+        weft.WeftConfig(layers=weft.Search(), **fields)
+
+
 def test_stock_peft_gets_the_same_modules_by_their_full_names():
     _, selection = searched()
     config = selection.peft_config()
