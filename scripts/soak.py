@@ -42,6 +42,7 @@ RECIPES = {
     "lora_dash": ["adapter.after=12"],
     "lora_init": ["adapter.after=12"],
     "lora_tsd": ["adapter.after=12"],
+    "alora": ["adapter.first=8", "adapter.every=4", "adapter.max_rounds=2", "adapter.rows=4"],
     "flexora": ["adapter.steps=8", "adapter.val_size=32", "adapter.outer_batches=2"],
 }
 LENGTH = "train.steps=24 train.batch_size=8 train.save_every=4 train.logging_every=1 train.num_threads=1"
@@ -185,6 +186,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="weft-soak-") as folder:
         tallies = soak(Path(folder), 60 * given.minutes, given.seed)
     found = record(tallies, given.seed, time.monotonic() - began)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
     return 1 if found["failures"] else 0

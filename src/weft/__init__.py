@@ -28,6 +28,7 @@ from weft.glue.official import import_hydralora, import_lora_dash
 from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import (
+    AllocLoraConfig,
     FlexoraConfig,
     HydraLoraConfig,
     LoraDashConfig,
@@ -41,6 +42,7 @@ from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.layers.only import Only
 from weft.terms.layers.search import Search
+from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
@@ -67,6 +69,7 @@ _LAZY = {
 __all__ = [
     "AdapterError",
     "All",
+    "AllocLoraConfig",
     "Callback",
     "CombinationError",
     "ConfigError",
@@ -85,6 +88,7 @@ __all__ = [
     "Only",
     "Plain",
     "PlainLoraConfig",
+    "Reallocate",
     "Routing",
     "Run",
     "RunError",

@@ -21,8 +21,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class Slots(NamedTuple):
     down: Tensor  # [E, in]
     up: Tensor  # [out, E]
     gate: Tensor  # [E]
+    keep: Tensor | None = None  # [K, E], see `Factors.keep`
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,31 @@ class Factors:
     router: Tensor | None = None  # [N, in], or [N, r] with router_input="Ax"
     router_input: RouterInput = "x"
     extra: tuple[Slots, ...] = ()
+    keep: Tensor | None = (
+        None  # [K, r]: the tokens are K equal consecutive parts; part k has slot r scaled by keep[k, r]
+    )
 
     @property
     def heads(self) -> int:
         """How many B heads the router mixes; 1 where there is no router."""
         return 1 if self.router is None else self.router.shape[0]
+
+    def only(self, slots: slice | Tensor) -> Factors:
+        """These factors with some of the structure's slots, in their order: a slice, or indices [k] int64."""
+
+        def columns(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[..., slots]
+
+        by_head = self.B.unflatten(1, (self.heads, self.A.shape[0])) if self.router is not None else self.B
+        b = cast(Tensor, columns(by_head))
+        return replace(
+            self,
+            A=self.A[slots],
+            B=b.flatten(1) if self.router is not None else b,
+            gate=columns(self.gate),
+            router=columns(self.router) if self.router_input == "Ax" else self.router,
+            keep=columns(self.keep),
+        )
 
 
 def reference(
@@ -85,20 +106,20 @@ def reference(
     g_r = f.scale * (torch.ones_like(A[:, 0]) if f.gate is None else _like(f.gate, x))
     x_dropped = F.dropout(x, dropout) if dropout else x
     if f.router is None:
-        y = torch.einsum("...i,ri,r,or->...o", x_dropped, A, g_r, B)
+        u_r = _parts(torch.einsum("...i,ri->...r", x_dropped, A), f.keep)
+        y = torch.einsum("...r,r,or->...o", u_r, g_r, B)
     else:
-        router_input = x if f.router_input == "x" else torch.einsum("...i,ri->...r", x, A)
+        router_input = x if f.router_input == "x" else _parts(torch.einsum("...i,ri->...r", x, A), f.keep)
         omega = _softmax(torch.einsum("...i,ni->...n", router_input, _like(f.router, x)))
         if on_mix is not None:
             on_mix(omega)
         x_n = F.dropout(x[..., None, :].expand(*x.shape[:-1], f.heads, -1), dropout) if per_head_dropout else None
         u_nr = torch.einsum("...i,ri->...r", x_dropped, A)[..., None, :] if x_n is None else x_n @ A.T
-        h = omega.to(x.dtype)[..., None] * (u_nr * g_r)
-        y = torch.einsum("...nr,onr->...o", h, B.unflatten(1, (f.heads, -1)))
+        h = omega.to(x.dtype)[..., None] * (_parts(u_nr, f.keep) * g_r)
+        y = torch.einsum("...nr,onr->...o", h, B.unflatten(1, (f.heads, A.shape[0])))
     for slots in f.extra:
-        y = y + torch.einsum(
-            "...i,ei,e,oe->...o", x_dropped, *(_like(t, x) for t in (slots.down, slots.gate, slots.up))
-        )
+        u_e = _parts(torch.einsum("...i,ei->...e", x_dropped, _like(slots.down, x)), slots.keep)
+        y = y + torch.einsum("...e,e,oe->...o", u_e, *(_like(t, x) for t in (slots.gate, slots.up)))
     return y
 
 
@@ -127,20 +148,22 @@ def add_low_rank(
     u = F.linear(dropped, _like(_cat([*down, router_down] if fused_router else down, 0), x))  # type: ignore[list-item]
     rank = r + sum(slots.down.shape[0] for slots in f.extra)
 
-    z = u[:, :r] if f.gate is None else u[:, :r] * f.gate.to(u)
+    u_r = _parts(u[:, :r], f.keep)
+    z = u_r if f.gate is None else u_r * f.gate.to(u)
     scale, scaled_late = f.scale, len(f.extra) == 0  # one factor for all columns rides in the up GEMM for free
     if f.router is not None:
-        logits = u[:, rank:] if fused_router else _router_logits(x_ti, f, None if dropout else u[:, :r])
+        logits = u[:, rank:] if fused_router else _router_logits(x_ti, f, None if dropout else u_r)
         omega = _softmax(logits)
         if on_mix is not None:
             on_mix(omega.view(*x.shape[:-1], heads))
         z = _per_head_latent(x_ti, f, dropout) if per_head_dropout and dropout else z[:, None, :]
-        z = (omega[:, :, None] * z).to(u.dtype).reshape(-1, heads * r)
+        z = (omega[:, :, None] * z).to(u.dtype).reshape(len(x_ti), heads * r)
     up = f.B if f.v is None else f.v.to(f.B)[:, None] * f.B
     if f.extra:
         parts, start = [z * scale], r
         for slots in f.extra:
-            parts.append(u[:, start : start + slots.down.shape[0]] * slots.gate.to(u))
+            u_e = _parts(u[:, start : start + slots.down.shape[0]], slots.keep)
+            parts.append(u_e * slots.gate.to(u))
             start += slots.down.shape[0]
         z = torch.cat(parts, 1)
         up = _cat([up, *(slots.up for slots in f.extra)], 1)
@@ -189,6 +212,15 @@ def _without_autocast(t: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(t.device.type, enabled=False) if on else nullcontext()
 
 
+def _parts(u: Tensor, keep: Tensor | None) -> Tensor:
+    """u [..., slots] with the slots of its k-th part, along the first axes, scaled by keep[k]."""
+    if keep is None:
+        return u
+    lead = u.shape[:-1].numel()
+    apart = u.reshape(len(keep), lead // len(keep), u.shape[-1])
+    return (apart * keep.to(u)[:, None]).reshape(u.shape)
+
+
 def _like(t: Tensor, x: Tensor) -> Tensor:
     return t.to(device=x.device, dtype=x.dtype)
 
@@ -211,7 +243,7 @@ def _router_logits(x_ti: Tensor, f: Factors, latent: Tensor | None) -> Tensor:
     """
     assert f.router is not None
     if f.router_input == "Ax" and latent is None:
-        latent = F.linear(x_ti, _like(f.A, x_ti))
+        latent = _parts(F.linear(x_ti, _like(f.A, x_ti)), f.keep)
     source = x_ti if f.router_input == "x" or latent is None else latent
     return F.linear(source, _like(f.router, source))
 
@@ -219,5 +251,5 @@ def _router_logits(x_ti: Tensor, f: Factors, latent: Tensor | None) -> Tensor:
 def _per_head_latent(x_ti: Tensor, f: Factors, dropout: float) -> Tensor:
     """g ⊙ u with a mask per head, [t, n, r]."""
     x_nti = F.dropout(x_ti.expand(f.heads, *x_ti.shape), dropout)
-    u_tnr = F.linear(x_nti, _like(f.A, x_ti)).transpose(0, 1)
+    u_tnr = _parts(F.linear(x_nti, _like(f.A, x_ti)).transpose(0, 1), f.keep)
     return u_tnr if f.gate is None else u_tnr * f.gate.to(u_tnr)

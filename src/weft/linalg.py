@@ -18,6 +18,7 @@ Letters: o out, i in, r rank, k core direction, s kept direction.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 
 Route = Literal["gram", "svd"]
+SELECT = ("rate", "top", "bottom", "random")
+"""The rules of `decide`."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,25 @@ def change_rate(spec: Spectrum, moved_k: Tensor, eps: float = 1e-8) -> Tensor:
     return moved_k.abs() / (spec.sigma + eps * spec.sigma[:1]).clamp_min(1e-300)
 
 
+def decide(rate: list[float], sigma: list[float], lowest: float, count: int, select: str, seed: str) -> list[int]:
+    """Which core directions to choose, best first: of those that moved and are above the floor, at most `count`.
+
+    "rate": largest change rate, ties by index; "top": largest σ; "bottom": smallest σ; "random": drawn with `seed`.
+    """
+    able = [k for k, (r, s) in enumerate(zip(rate, sigma, strict=True)) if r > 0 and s > lowest]
+    if select == "random":
+        return random.Random(seed).sample(able, min(count, len(able)))
+    if select == "rate":
+        able.sort(key=lambda k: (-rate[k], k))
+    if select == "bottom":
+        able.reverse()
+    return able[:count]
+
+
 def pick(spec: Spectrum, w_oi: Tensor, rate_k: Tensor, count: int) -> Directions:
     """The `count` directions of largest rate, ties by index; fewer where the rest is below the floor or has rate 0."""
-    order = sorted(range(len(rate_k)), key=lambda k: (-float(rate_k[k]), k))
     lowest = floor(spec.sigma, (w_oi.shape[0], w_oi.shape[1]))
-    chosen = [k for k in order if float(rate_k[k]) > 0 and float(spec.sigma[k]) > lowest][:count]
-    return take(spec, w_oi, rate_k, chosen)
+    return take(spec, w_oi, rate_k, decide(rate_k.tolist(), spec.sigma.tolist(), lowest, count, "rate", ""))
 
 
 def take(spec: Spectrum, w_oi: Tensor, rate_k: Tensor, chosen: list[int]) -> Directions:

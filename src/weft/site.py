@@ -5,12 +5,16 @@
     structure   Plain · Hydra · Tied     owns A, B and, where they exist, the router ω and the vectors u, v
     boost       none · Dash              extra slots along directions of W, with learned gains
     start       Kaiming · Directions     extra frozen slots, each the twin of a slot of the structure
+    ranks       Uniform · Reallocate     room for more slots than are live
     mask        0/1 per slot of the structure, only where ranks are reallocated
     layer_gate  one number for all of the site's slots, while layers are searched (or kept from a search that goes on)
 
 g is the product of what exists: α/r × mask × layer gate × u for the slots of the structure; the learned gain × layer
 gate for boost slots; −(α/r) × mask × layer gate for the frozen twin slots. What the axes of a config do not need is
 None: it is neither allocated nor saved, and costs nothing in the forward.
+
+Slots whose mask is 0 are left out of the products, so that a site with r live slots computes what plain LoRA of rank r
+does, bit for bit, at its cost. In a compiled graph the mask is a factor of g instead, and shapes never change.
 """
 
 from __future__ import annotations
@@ -20,14 +24,18 @@ from dataclasses import replace
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
 from weft.kernel import Factors, Slots, add_low_rank, delta_weight
+from weft.known import Known
 from weft.terms.boost.dash import Dash, DashTerm
 from weft.terms.layers.every import All
 from weft.terms.layers.only import Only
 from weft.terms.layers.search import Search
+from weft.terms.ranks.reallocate import Reallocate
+from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions, DirectionsTerm
 from weft.terms.start.kaiming import Kaiming, kaiming_uniform
 from weft.terms.structure.hydra import Hydra, HydraTerm
@@ -44,6 +52,12 @@ class ExtraSlots(Protocol):
     def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots | None:
         """Its rows of A, columns of B̃ and gates, given the α/r, mask [r] and layer gate [] of the site; None without any."""
         ...
+
+
+def _live_slots(mask: Tensor) -> slice | Tensor:
+    """A slice where the live slots come first, as at the start, else their indices [k]."""
+    found = mask.nonzero().flatten()
+    return slice(len(found)) if found.tolist() == list(range(len(found))) else found
 
 
 class Site(nn.Module):
@@ -67,6 +81,9 @@ class Site(nn.Module):
         self.start: nn.Module | None = None
         self.register_buffer("mask", None)
         self.register_buffer("layer_gate", None)
+        self.keep: Tensor | None = None  # [K, slots], set while slots are scored; see `Factors.keep`
+        self._live = Known(_live_slots)
+        self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
         self.awaits_search = False  # with layers=Search: training is refused but to `weft.search_layers`
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weft.routing` for the length of a block
         self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
@@ -75,14 +92,22 @@ class Site(nn.Module):
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
         f = self.structure.factors(self.scale)
-        for gate in (self.mask, self.layer_gate):
-            if gate is not None:
-                gate_r = gate.expand(f.A.shape[0]) if f.gate is None else f.gate * gate.to(f.gate)
-                f = replace(f, gate=gate_r)
-        terms = [cast(ExtraSlots, term) for term in (self.boost, self.start) if term is not None]
-        if terms:
-            slots = (term.slots(self.scale, self.mask, self.layer_gate) for term in terms)
-            f = replace(f, extra=tuple(s for s in slots if s is not None))
+        if self.layer_gate is not None:
+            f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[0]), f.gate))
+        if self.keep is not None:
+            f = replace(f, keep=self.keep)
+        if self.mask is not None:
+            whole = self.mask.is_meta or torch.compiler.is_compiling()
+            f = replace(f, gate=_times(self.mask, f.gate)) if whole else f.only(self._live.read(self.mask))
+        extra: list[Slots] = []
+        if self.boost is not None:
+            boosted = cast(ExtraSlots, self.boost).slots(self.scale, self.mask, self.layer_gate)
+            extra += [] if boosted is None else [boosted]
+        if self.start is not None:  # a twin goes where its slot goes
+            twins = cast(ExtraSlots, self.start).slots(self.scale, self.mask, self.layer_gate)
+            extra += [] if twins is None else [twins._replace(keep=self.keep)]
+        if extra:
+            f = replace(f, extra=tuple(extra))
         return f
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -115,6 +140,15 @@ class Site(nn.Module):
 
         return both
 
+    def live(self) -> list[int]:
+        """The structure's live slots, ascending."""
+        slots = range(self.structure.factors(self.scale).A.shape[0])
+        return list(slots) if self.mask is None else self.mask.nonzero().flatten().tolist()
+
+    def fresh_row(self, generator: torch.Generator) -> Tensor:
+        """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
+        return kaiming_uniform(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+
     def delta_weight(self) -> Tensor:
         """ΔW [out, in] in fp32; raises `MergeError` on a routed site."""
         with torch.no_grad():
@@ -138,6 +172,7 @@ def build_site(
     owners: Owners | None = None,
     boost: Dash | None = None,
     start: Kaiming | Directions | None = None,
+    ranks: Uniform | Reallocate | None = None,
     layers: All | Only | Search | None = None,
 ) -> Site:
     """A fresh site whose function is exactly the base's; values come from torch's global generator.
@@ -147,31 +182,45 @@ def build_site(
         owners: for Tied, the terms that already own a shared part of this site's groups; parts not named are owned here.
         boost: extra slots, empty until their launch.
         start: Kaiming (None too); Directions starts as Kaiming does, with twin slots that are empty until the switch.
+        ranks: with Reallocate, room for more slots, which are dead (all zero) until they are made.
         layers: gives the site a layer gate, 1 at first, if the choice has one.
     """
     r, fan_in, out = size
+    room = ranks.capacity(r, fan_in, out) - r if isinstance(ranks, Reallocate) else 0
     term: PlainTerm | HydraTerm | TiedTerm
     match structure:
         case Plain():
-            term = PlainTerm(kaiming_uniform(r, fan_in), out)
+            term = PlainTerm(F.pad(kaiming_uniform(r, fan_in), (0, 0, 0, room)), out)
         case Hydra():
             router_in = fan_in if structure.router_input == "x" else r
             router = kaiming_uniform(structure.heads, router_in)
             router = router if structure.router_init == "kaiming" else torch.zeros_like(router)
-            term = HydraTerm(structure, kaiming_uniform(r, fan_in), out, router)
+            router = F.pad(router, (0, room if structure.router_input == "Ax" else 0))
+            term = HydraTerm(structure, F.pad(kaiming_uniform(r, fan_in), (0, 0, 0, room)), out, router)
         case Tied():
             owners = owners or {}
             values = {part: start_value(structure, part, size, kaiming_uniform) for part in PARTS if part not in owners}
             term = TiedTerm(structure, {p: value for p, value in values.items() if value is not None}, owners)
     site = Site(term, scale=scale, dropout=dropout)
+    site.initial_rank = r
+    if isinstance(ranks, Reallocate):
+        site.mask = F.pad(torch.ones(r), (0, room))
+        site.register_buffer(
+            "birth", torch.zeros(r + room, dtype=torch.long)
+        )  # the round that made the slot; 0: the start
+        site.register_buffer("score", torch.zeros(r + room, dtype=torch.float64))  # in the last round that scored it
     if boost is not None:
         site.boost = DashTerm(boost, fan_in, out)
     if isinstance(start, Directions):
-        site.start = DirectionsTerm(start, r, fan_in, out)
+        site.start = DirectionsTerm(start, r + room, fan_in, out)
     if isinstance(layers, Search) or (isinstance(layers, Only) and layers.gated):
         site.register_buffer("layer_gate", torch.ones((), dtype=torch.float64))
         site.awaits_search = isinstance(layers, Search)
     return site
+
+
+def _times(gate: Tensor, other: Tensor | None) -> Tensor:
+    return gate if other is None else other * gate.to(other)
 
 
 def _in_backward() -> bool:

@@ -26,6 +26,7 @@ from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.layers.only import Only
 from weft.terms.layers.search import Search
+from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
 from weft.terms.start.kaiming import Kaiming
@@ -40,7 +41,7 @@ AXES: dict[str, dict[str, type]] = {
     "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
     "start": {"kaiming": Kaiming, "directions": Directions},
     "boost": {"dash": Dash},
-    "ranks": {"uniform": Uniform},
+    "ranks": {"uniform": Uniform, "reallocate": Reallocate},
     "layers": {"all": All, "only": Only, "search": Search},
 }
 
@@ -110,7 +111,7 @@ class WeftConfig(PeftConfig):
         structure: who owns A and B: `Plain()`, `Hydra(heads=3)`, `Tied(train="tl6")`.
         start: where A and B start: `Kaiming()`, or, after some steps, along W's own directions: `Directions(after=100)`.
         boost: extra slots along directions of W: None or `Dash(directions=8, after=100)`.
-        ranks: which slots are live: `Uniform()`.
+        ranks: which slots are live: `Uniform()`, or `Reallocate(max_rounds=8)`, which moves them between modules.
         layers: which blocks are adapted: `All()`, `Only([0, 3])` (a bare list will do) or `Search()`.
         r: rank, a whole number ≥ 1 (per head for Hydra).
         lora_alpha: the update is scaled by lora_alpha / r. None takes 2·r (Tied: r, as its paper does).
@@ -132,7 +133,7 @@ class WeftConfig(PeftConfig):
     structure: Plain | Hydra | Tied = field(default_factory=Plain)
     start: Kaiming | Directions = field(default_factory=Kaiming)
     boost: Dash | None = None
-    ranks: Uniform = field(default_factory=Uniform)
+    ranks: Uniform | Reallocate = field(default_factory=Uniform)
     layers: All | Only | Search = field(default_factory=All)
     r: int = 8
     lora_alpha: float | None = None

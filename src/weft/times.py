@@ -49,3 +49,25 @@ def resolve(time: Time, total_steps: int | None, steps_per_epoch: float | None) 
     if isinstance(time, float):
         return None if total_steps is None else max(1, round(time * total_steps))
     return time
+
+
+def rounds(
+    first: Time, every: Time, count: int, total_steps: int | None, steps_per_epoch: float | None
+) -> list[int] | None:
+    """The optimiser steps round(first + n·every), n < count, each at least one after the one before; None where unknown."""
+    start, gap = (_in_steps(time, total_steps, steps_per_epoch) for time in (first, every))
+    gap = 0.0 if count < 2 else gap  # which nobody needs to know then
+    if start is None or gap is None:
+        return None
+    found: list[int] = []
+    for n in range(count):
+        found.append(max(round(start + n * gap), found[-1] + 1 if found else 1))
+    return found
+
+
+def _in_steps(time: Time, total_steps: int | None, steps_per_epoch: float | None) -> float | None:
+    if isinstance(time, Epochs):
+        return None if steps_per_epoch is None else time.epochs * steps_per_epoch
+    if isinstance(time, float):
+        return None if total_steps is None else time * total_steps
+    return float(time)

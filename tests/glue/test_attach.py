@@ -129,7 +129,6 @@ def test_a_model_without_a_schedule_takes_attach_quietly() -> None:
     weft.attach(model, total_steps=10)
     assert weft.state_dict(model) == {}
     weft.load_state_dict(model, {})
-    weft.attach(Net(), total_steps=3)
 
 
 # ---------------------------------------------------------------------- state_dict
@@ -373,3 +372,24 @@ def test_decay_leaves_the_gains_at_0_until_the_launch() -> None:
             assert all(torch.count_nonzero(term.gain) == 0 for term in terms(model))
         train(model, 1, optimizer, start=4)
         assert all((term.gain != 0).all() for term in terms(model))
+
+
+@pytest.mark.parametrize("state", [None, [], {"default": None}, {"default": {}}, {"default": {"steps": 0}}])
+def test_a_state_that_is_none_is_refused(state) -> None:
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), weft.LoraDashConfig(target_modules=["0"]))
+    with pytest.raises(ConfigError, match="no state of schedules"):
+        weft.load_state_dict(model, state)
+
+
+def test_attach_refuses_what_it_cannot_use() -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ConfigError, match="no weft adapter"):
+        weft.attach(base, total_steps=10)
+    model = get_peft_model(base, weft.LoraDashConfig(target_modules=["0"], after=0.5))
+    with pytest.raises(ConfigError, match="whole number"):
+        weft.attach(model, total_steps=10.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cannot be called"):
+        weft.attach(model, on_event=3)  # type: ignore[arg-type]
+    weft.attach(model, on_event=print)  # the length may still come
+    with pytest.raises(ConfigError, match="needs the length of the run"):
+        weft.attach(model, steps_per_epoch=4)

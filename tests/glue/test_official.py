@@ -158,3 +158,36 @@ def test_directions_of_another_shape_are_refused(tmp_path):
     save_file(tensors, tmp_path / "official" / "adapter_model.safetensors")
     with pytest.raises(weft.AdapterError, match="gate_proj: the shapes of A, B, the gains and the directions"):
         weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[1]", "holds no settings"),
+        ('{"r": "two"}', "is no number"),
+        ('{"r": 2, "lora_dropout": null}', "is no number"),
+        ('{"r": 2, "use_rslora": true}', "use_rslora=True is nothing the released code has"),
+        ('{"r": 2, "alpha_pattern": {"gate_proj": 4}}', "alpha_pattern"),
+    ],
+)
+@pytest.mark.parametrize("convert", [weft.import_lora_dash, weft.import_hydralora])
+def test_settings_that_cannot_be_meant_are_one_sentence(tmp_path, convert, settings, says):
+    released_dash(tmp_path / "official")
+    (tmp_path / "official" / "adapter_config.json").write_text(settings)
+    with pytest.raises(weft.AdapterError, match=says):
+        convert(tmp_path / "official", tmp_path / "weft")
+    assert not (tmp_path / "weft").exists()
+
+
+def test_factors_of_different_ranks_and_damaged_files_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = released_dash(tmp_path / "official", without=("index.weight", "w_u", "w_vt"))
+    tensors["base_model.model.gate_proj.lora_B.weight"] = torch.zeros(10, 5)
+    save_file(tensors, tmp_path / "official" / "adapter_model.safetensors")
+    with pytest.raises(weft.AdapterError, match=r"gate_proj: the shapes of A .* and B .* do not fit"):
+        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    (tmp_path / "official" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(weft.AdapterError, match="is damaged"):
+        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")

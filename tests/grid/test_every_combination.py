@@ -30,7 +30,10 @@ CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "start": {"kaiming": weft.Kaiming, "directions": lambda: weft.Directions(after=WHEN)},
     "boost": {"none": lambda: None, "dash": lambda: weft.Dash(directions=2, after=WHEN)},
-    "ranks": {"uniform": weft.Uniform},
+    "ranks": {
+        "uniform": weft.Uniform,
+        "reallocate": lambda: weft.Reallocate(first=WHEN, every=1, max_rounds=2, move=2, rows=4),
+    },
 }
 CELLS = list(itertools.product(*CHOICES.values()))
 FAMILY = FAMILIES["llama"]
@@ -74,6 +77,9 @@ def test_an_allowed_combination_trains_through_its_events_saves_loads_copies_and
 ) -> None:
     model, base = get_peft_model(FAMILY.build(), config(cell)), logits(FAMILY.build(), FAMILY.batch())
     assert torch.equal(logits(model, FAMILY.batch()), base)
+    if "reallocate" in cell:
+        tokens = FAMILY.batch()["input_ids"]
+        weft.attach(model, validation=[{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)])
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
     for _ in range(WHEN):
         step(model, optimizer)
@@ -82,7 +88,8 @@ def test_an_allowed_combination_trains_through_its_events_saves_loads_copies_and
     for _ in range(STEPS - WHEN):
         step(model, optimizer)
     happened = [e["event"] for schedule in schedules(model).values() for e in schedule.events]
-    assert happened == ["start_switch"] * ("directions" in cell) + ["dash_launch"] * ("dash" in cell)
+    launched = ["start_switch"] * ("directions" in cell) + ["dash_launch"] * ("dash" in cell)
+    assert happened == launched + ["reallocation"] * 2 * ("reallocate" in cell)
 
     expected = logits(model, FAMILY.batch())
     assert (expected - base).abs().max() > 1e-4

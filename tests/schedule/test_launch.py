@@ -33,7 +33,7 @@ import weft
 from families import FAMILIES, adapter_config
 from weft import linalg
 from weft.errors import ConfigError
-from weft.schedule.ranking import decide
+from weft.linalg import decide
 
 T = 2
 

@@ -238,3 +238,18 @@ def test_only_the_adapter_that_is_saved_is_spoken_of(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path, selected_adapters=["plain"])
+
+
+def test_an_earlier_state_loaded_forgets_what_came_later() -> None:
+    model = dash(after=T)
+    early = copy.deepcopy(model.state_dict())
+    train(model, T + 1)
+    held = schedules(model)["default"].events
+    assert [e["event"] for e in held] == ["dash_launch"]
+    later = copy.deepcopy(model.state_dict())
+    model.load_state_dict(later)
+    assert len(held) == 1
+    model.load_state_dict(early)
+    assert held == weft.state_dict(model)["default"]["events"] == []
+    train(model, T)
+    assert [e["step"] for e in weft.state_dict(model)["default"]["events"]] == [T]

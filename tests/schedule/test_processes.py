@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from pairing import both_of
 from two_processes import CASES, DTYPES, made, train
-
-import weft
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two")
-    path = os.pathsep.join([str(Path(weft.__file__).parents[1]), str(HERE), str(HERE.parent)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "two_processes.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return both_of("two_processes.py", tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("kind", DTYPES)

@@ -1,15 +1,13 @@
-"""Training on two processes over gloo: `two_processes.py FOLDER` forks them after its imports and each writes RANK.pt."""
+"""Training on two processes over gloo: `two_processes.py FOLDER`, see `pairing`."""
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from dashing import Net, batch, dash, init, loss_of, parameters, schedule, sites, steps, tensors
+from pairing import run_pair
 from torch.nn.parallel import DistributedDataParallel
 
 import weft
@@ -70,11 +68,8 @@ CASES = {
 DTYPES = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-9)}
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def worker(rank: int) -> dict[Any, Any]:
     warnings.simplefilter("ignore")
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     calls, out = counted(), {}
     for name, fields in CASES.items():
         for kind, (dtype, _) in DTYPES.items():
@@ -84,28 +79,7 @@ def worker(rank: int, folder: str) -> None:
             trained = train(model, adapted, rank, 2)
             out[name, kind] = (trained, list(calls), [e["sites"] for e in schedule(adapted).events])
     out["odd"] = odd_cases(rank)
-    torch.save(out, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main(folder: str) -> None:
-    children = []
-    for rank in (0, 1):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            worker(rank, folder)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    for child in children:
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            sys.exit(1)
+    return out
 
 
 def odd_cases(rank: int) -> dict[str, Any]:
@@ -132,4 +106,4 @@ def odd_cases(rank: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    run_pair(worker)

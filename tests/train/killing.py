@@ -27,10 +27,10 @@ END, EVERY = 9, 2
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a schedule does after optimiser step `step`: `apply` ("module:Class.method") once per site."""
+    """Something that a schedule does after optimiser step `step`: `apply`, "module:Class.method" or "module:function", per site."""
 
     step: int
-    apply: str
+    apply: str = ""  # a kill inside it is at its second call, so of a thing that happens again only the first has one
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Killed:
 
 LAUNCH = Event(4, "weft.terms.boost.dash:DashTerm.launch")
 SWITCH = Event(4, "weft.terms.start.directions:DirectionsTerm.switch")
+ROUNDS = (Event(4, "weft.schedule.slots:move"), Event(6))
 RECIPES = {
     "lora": Killed({"r": 4}),
     "hydralora": Killed({"r": 2, "heads": 2}),
@@ -51,6 +52,7 @@ RECIPES = {
     "lora_dash": Killed({"r": 2, "directions": 3, "after": LAUNCH.step}, (LAUNCH,)),
     "lora_init": Killed({"r": 2, "after": SWITCH.step}, (SWITCH,)),
     "lora_tsd": Killed({"r": 2, "directions": 3, "after": SWITCH.step}, (SWITCH, LAUNCH)),
+    "alora": Killed({"r": 2, "first": 4, "every": 2, "max_rounds": 2, "rows": 4, "move": 3}, ROUNDS),
     "flexora": Killed({"r": 2, "steps": 5, "val_size": 8, "outer_batches": 2}, search=5),
 }
 SHARED = {"lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
@@ -83,9 +85,11 @@ def kills(name: str, host: str) -> dict[str, Kill]:
         found |= {
             f"the step before {event.step}": Kill("step", event.step - 1),
             f"right after optimiser step {event.step}": Kill("optimizer", event.step),
-            f"inside the {event.apply.rpartition('.')[2]} at {event.step}": Kill("inside", event.step, event.apply),
             f"the step after {event.step}": Kill("step", event.step + 1),
         }
+        if event.apply:
+            what = event.apply.rpartition(".")[2]
+            found[f"inside {what} at {event.step}"] = Kill("inside", event.step, event.apply)
     for step in range(1, RECIPES[name].search + 1):
         found[f"after search step {step}"] = Kill("search", step)
     if last := RECIPES[name].search:
@@ -151,11 +155,11 @@ def arm(kill: Kill) -> list[Any]:
     def second(original: Any) -> Any:
         calls = []
 
-        def apply(self: Any, *given: Any) -> Any:
-            calls.append(self)
+        def apply(*given: Any) -> Any:
+            calls.append(given)
             if len(calls) == 2:
                 die()
-            return original(self, *given)
+            return original(*given)
 
         return apply
 
@@ -177,8 +181,9 @@ def arm(kill: Kill) -> list[Any]:
 
     if kill.when == "inside":
         module, _, path = kill.apply.partition(":")
-        cls, _, method = path.partition(".")
-        patch(getattr(importlib.import_module(module), cls), method, second)
+        cls, _, name = path.rpartition(".")
+        owner = importlib.import_module(module)
+        patch(getattr(owner, cls) if cls else owner, name, second)
     places = {
         "half": (transformers.Trainer, "_save_rng_state", half),
         "unmarked": (checkpoint, "mark", unmarked),
@@ -243,6 +248,8 @@ def through_trainer(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
         logging_strategy="no",
     )
     rows = [{"input_ids": row, "labels": row} for row in ids]
+    if name == "alora":
+        weft.attach(model, validation=[{"input_ids": row, "labels": row} for row in ids.flip(1)])
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[weft.Callback(), *deadly])
     trainer.train(resume_from_checkpoint=weft.train.newest_checkpoint(out))
     trainer.save_model(str(out / "adapter"))

@@ -287,3 +287,30 @@ def test_resumed_at_its_last_step_a_run_takes_no_step_too_many(tmp_path: Path, a
     assert checkpoint.folders(tmp_path) == [last]
     mine, expected = tensors(again.model), tensors(whole.model)
     assert [n for n in expected if not torch.equal(mine[n], expected[n])] == []
+
+
+def test_rows_to_score_on_come_by_the_callback_or_by_attach(tmp_path: Path) -> None:
+    """Times are fractions, so attach alone cannot place the rounds; the callback brings the length."""
+    fields = {"r": 2, "first": 0.5, "every": 0.25, "max_rounds": 1, "rows": 4, "target_modules": ["q_proj", "v_proj"]}
+    told = []
+    for way in ("callback", "attach"):
+        torch.manual_seed(0)
+        model = get_peft_model(FAMILIES["llama"].build(), weft.AllocLoraConfig(**fields))
+        if way == "attach":
+            weft.attach(model, validation=rows(8))
+        callback = weft.Callback(validation=rows(8) if way == "callback" else None)
+        trainer(tmp_path / way, model, [callback], save_strategy="no").train()
+        [event] = weft.state_dict(model)["default"]["events"]
+        told.append({key: value for key, value in event.items() if key != "seconds"})
+    assert told[0] == told[1]
+    assert (told[0]["event"], told[0]["step"]) == ("reallocation", 3)
+
+
+def test_a_model_of_stock_peft_is_marked_too(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = get_peft_model(FAMILIES["llama"].build(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trainer(tmp_path, model, max_steps=2).train()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "checkpoint-2"

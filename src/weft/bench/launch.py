@@ -197,4 +197,7 @@ def _due(base: nn.Module, r: int, directions: int) -> tuple[nn.Module, torch.opt
     targets = ["0"] if isinstance(base, nn.Sequential) else "all-linear"
     adapted = get_peft_model(model, LoraDashConfig(r=r, directions=directions, after=1, target_modules=targets))
     leave_the_start(adapted)
-    return adapted, torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.0)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)  # a step that finds no gradient is none
+    return adapted, torch.optim.SGD(trained, lr=0.0)

@@ -1,9 +1,9 @@
-"""Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run.
+"""Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run, validation rows.
 
-    weft.attach(model, total_steps=1000, steps_per_epoch=250, original="path/to/unquantised", cache="decompositions")
+    weft.attach(model, total_steps=1000, steps_per_epoch=250, validation=rows, original="path/to/unquantised", cache="kept")
 
-A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs
-need this one, before training; `weft train` makes it, and `weft.Callback` does in a Trainer of your own.
+A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs, and
+scores of rank slots, need this one, before training; `weft train` makes it, and `weft.Callback` does in a Trainer of your own.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from weft.errors import ConfigError
+from weft.glue.ablation.rows import rows_of
+from weft.glue.ablation.scorer import Ablation
 from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
+from weft.glue.sharing import shared_tensors
 from weft.schedule.dash import DashLaunch
 from weft.schedule.launch import Launch, LaunchController
 from weft.schedule.ranking import Ranker
+from weft.schedule.reallocate import ReallocateController
 from weft.schedule.schedule import Controller, Event, Length, Member, Schedule
 from weft.schedule.start import start_switches
 from weft.spec import WeftConfig
+from weft.terms.ranks.reallocate import Reallocate
 
 
 def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
@@ -39,6 +43,8 @@ def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftC
     launches: list[Launch] = [*start_switches(config.start)]
     launches += [DashLaunch(config.boost)] if config.boost is not None else []
     controllers: list[Controller] = [LaunchController(launch, ranker) for launch in launches]
+    if isinstance(config.ranks, Reallocate):
+        controllers.append(ReallocateController(config.ranks, members))
     if controllers:
         members[0].site.schedule = Schedule(adapter_name, members, controllers)
 
@@ -69,8 +75,10 @@ def attach(
     on_event: Callable[[Event], None] | None = None,
     original: str | Path | None = None,
     cache: str | Path | None = None,
+    validation: Any = None,
 ) -> None:
-    """Tell the adapters of `model` what they cannot see: how long the run is, and where the unquantised weights are.
+    """Tell the adapters of `model` what they cannot see: how long the run is, what to measure on, where the unquantised
+    weights are.
 
     Args:
         total_steps: optimiser steps of the whole run, a resumed part included.
@@ -79,23 +87,35 @@ def attach(
         original: folder of the checkpoint that the base was made from. Directions are then ranked on its weights, read one
             at a time, instead of on those in memory, whose small singular values quantisation has overwritten.
         cache: folder that keeps the decompositions of weights for later runs; without it, the one that WEFT_CACHE names.
+        validation: what rank slots are scored on, tokenised and not trained on: a sequence or dataset of rows (dicts with
+            `labels`), a DataLoader (its dataset and collate_fn), or a list of batches.
 
     Raises:
-        ConfigError: a length is not a positive number, an event cannot happen in a run of this length, or no adapter has
-            directions to launch.
+        ConfigError: the model has no weft adapter, a length is not a positive number, an event cannot happen in a run of
+            this length (or, where a length is given, cannot be placed in it), or no adapter has directions to launch, or rank
+            slots to score.
+        DataError: `validation` has no rows.
         ModelError: `original` is not the checkpoint of this base.
     """
     for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < math.inf):
             raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
+    if total_steps is not None and int(total_steps) != total_steps:
+        raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")
+    if on_event is not None and not callable(on_event):
+        raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
+    if not any(isinstance(layer, WeftLinear) for layer in model.modules()):
+        raise ConfigError("the model has no weft adapter to attach to: call weft.attach after get_peft_model.")
     found = schedules(model)
     if original is not None or cache is not None:
         _decompose(model, found, original, cache)
+    if validation is not None:
+        _score_on(model, found, validation)
     for schedule in found.values():
         before = schedule.length
         length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
-        schedule.check(length)
+        schedule.check(length, may_grow=total_steps is None and steps_per_epoch is None)
         schedule.length = length
         schedule.on_event = on_event or schedule.on_event
         schedule.prepare()
@@ -119,6 +139,20 @@ def _decompose(
             member.weight, member.source = weight, "original"
 
 
+def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> None:
+    rows = rows_of(validation)
+    bare = model
+    while isinstance(inner := getattr(bare, "_orig_mod", getattr(bare, "module", None)), nn.Module):
+        bare = inner  # as compiled or wrapped for several processes: scoring runs on the model itself
+    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+    controllers = [(name, c) for name, s in found.items() for c in s.controllers if isinstance(c, ReallocateController)]
+    if not controllers:
+        raise ConfigError("validation is for scoring rank slots, and no adapter has Reallocate: leave it out.")
+    for name, controller in controllers:
+        mine = [layers[name, member.name] for member in controller.members]
+        controller.scorer = Ablation(bare, mine, name, controller.choice, rows)
+
+
 def state_dict(model: nn.Module) -> dict[str, Any]:
     """What a bare loop saves beside the adapter folder and the optimiser's state: plain numbers, safe to write as JSON."""
     return {
@@ -132,26 +166,34 @@ def state_dict(model: nn.Module) -> dict[str, Any]:
     }
 
 
+_SAVED = {"steps", "total_steps", "steps_per_epoch", "events"}
+
+
 def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     """Continue from `state_dict`, after the adapter itself has been loaded.
 
     Raises:
-        ConfigError: the state belongs to other adapters, or was taken at another step than the loaded adapter.
+        ConfigError: the state is none, belongs to other adapters, or was taken at another step than the loaded adapter.
     """
     found = schedules(model)
+    if not isinstance(state, dict) or not all(isinstance(s, dict) and s.keys() >= _SAVED for s in state.values()):
+        raise ConfigError(
+            "this is no state of schedules: give what weft.state_dict returned, read back as it was written."
+        )
     if found.keys() != state.keys():
         raise ConfigError(
             f"the state is of adapters {sorted(state)}, the model's schedules are of {sorted(found)}: load the adapter that was "
             "saved with it, under the same name."
         )
-    for name, schedule in found.items():
+    for name, schedule in found.items():  # all are right before one is changed
         saved = state[name]
         if saved["steps"] != schedule.steps:
             raise ConfigError(
                 f"the state was taken after step {saved['steps']}, the adapter {name!r} after step {schedule.steps}: load the "
                 "adapter folder that was saved together with this state."
             )
-        now = schedule.length
+    for name, schedule in found.items():
+        saved, now = state[name], schedule.length
         schedule.length = Length(
             saved["total_steps"] or now.total_steps, saved["steps_per_epoch"] or now.steps_per_epoch
         )
@@ -189,7 +231,7 @@ def param_groups(
     """
     rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    shared = {id(p) for p in _shared(model)}
+    shared = {id(p) for p in shared_tensors(model)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -202,10 +244,3 @@ def param_groups(
     if not groups:
         raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
-
-
-def _shared(model: nn.Module) -> list[torch.Tensor]:
-    from weft.terms.structure.tied import TiedTerm
-
-    terms = [module for module in model.modules() if isinstance(module, TiedTerm)]
-    return [value for term in terms for part in ("A", "B") if (value := getattr(term, part, None)) is not None]

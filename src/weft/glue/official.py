@@ -17,23 +17,23 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weft.errors import AdapterError
 from weft.glue.tuner import PREFIX
 from weft.spec import WeftConfig
-from weft.terms.boost.dash import Dash
-from weft.terms.structure.hydra import Hydra
-from weft.terms.structure.plain import Plain
 
 _KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B(?P<head>\d+)|route)\.weight$")
 _DASH_KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B|index|w_u|w_vt)(\.weight)?$")
+Converted = tuple[dict[str, Tensor], tuple[int, int]]
+"""One site's tensors under weft's names, and its (rank, heads or directions)."""
 
 
 def import_hydralora(source: str | Path, out: str | Path) -> Path:
@@ -50,16 +50,11 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     settings = _settings(source)
     sites = _by_site(_tensors(source), _KEY, "HydraLoRA", "lora_A, lora_B0…, lora_route")
-    tensors: dict[str, Tensor] = {}
-    shapes = set()
-    for site, parts in sites.items():
-        merged, shape = _join_heads(site, parts)
-        shapes.add(shape)
-        tensors.update({f"{site}.{PREFIX}site.structure.{name}": value for name, value in merged.items()})
+    tensors, shapes = _converted(sites, _join_heads)
     r, heads = _one(source, shapes, settings, "(rank, heads)")
     dropout = float(settings.get("lora_dropout", 0.0))
-    structure = Plain() if heads == 1 else Hydra(heads=heads, per_head_dropout=dropout > 0)
-    return _write(out, tensors, settings, sites, structure=structure, r=r, lora_dropout=dropout)
+    structure = "plain" if heads == 1 else {"kind": "hydra", "heads": heads, "per_head_dropout": dropout > 0}
+    return _write(out, tensors, _config(settings, sites, structure=structure, r=r, lora_dropout=dropout))
 
 
 def import_lora_dash(source: str | Path, out: str | Path) -> Path:
@@ -79,18 +74,26 @@ def import_lora_dash(source: str | Path, out: str | Path) -> Path:
     source, out = Path(source), Path(out)
     settings = _settings(source)
     sites = _by_site(_tensors(source), _DASH_KEY, "LoRA-Dash", "lora_A, lora_B, lora_index, lora_w_u, lora_w_vt")
+    tensors, shapes = _converted(sites, _dash_site)
+    r, s = _one(source, shapes, settings, "(rank, directions)")
+    boost = {"kind": "dash", "directions": s} if s else None
+    config = _config(settings, sites, boost=boost, r=r, lora_dropout=float(settings.get("lora_dropout", 0.0)))
+    if config.boost is not None:
+        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, config.boost.after)))
+    return _write(out, tensors, config)
+
+
+def _converted(
+    sites: dict[str, dict[str, Tensor]], convert: Callable[[str, dict[str, Tensor]], Converted]
+) -> tuple[dict[str, Tensor], set[tuple[int, int]]]:
+    """The tensors of all sites under weft's names, and which pairs of sizes occur."""
     tensors: dict[str, Tensor] = {}
     shapes = set()
     for site, parts in sites.items():
-        found, shape = _dash_site(site, parts)
+        found, shape = convert(site, parts)
         shapes.add(shape)
         tensors.update({f"{site}.{PREFIX}site.{name}": value for name, value in found.items()})
-    r, s = _one(source, shapes, settings, "(rank, directions)")
-    boost = Dash(directions=s) if s else None
-    if boost is not None:
-        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, boost.after)))
-    dropout = float(settings.get("lora_dropout", 0.0))
-    return _write(out, tensors, settings, sites, structure=Plain(), boost=boost, r=r, lora_dropout=dropout)
+    return tensors, shapes
 
 
 def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], what: str) -> tuple[int, int]:
@@ -105,11 +108,9 @@ def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], w
     return r, other
 
 
-def _write(
-    out: Path, tensors: dict[str, Tensor], settings: dict[str, Any], sites: Iterable[str], **fields: Any
-) -> Path:
-    """A weft adapter folder with these tensors."""
-    config = WeftConfig(
+def _config(settings: dict[str, Any], sites: Iterable[str], **fields: Any) -> WeftConfig:
+    """The config of an adapter with these choices on these sites."""
+    return WeftConfig(
         **fields,
         lora_alpha=settings.get("lora_alpha", 2 * fields["r"]),
         target_modules=sorted({site.rpartition(".")[2] for site in sites}),
@@ -117,8 +118,12 @@ def _write(
         base_model_name_or_path=settings.get("base_model_name_or_path"),
         inference_mode=True,
     )
-    if out.exists() and any(out.iterdir()):
-        raise AdapterError(f"{out} is not empty: name a new folder for the converted adapter.")
+
+
+def _write(out: Path, tensors: dict[str, Tensor], config: WeftConfig) -> Path:
+    """A weft adapter folder with these tensors."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AdapterError(f"{out} is not an empty folder: name a new folder for the converted adapter.")
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(out))
@@ -129,13 +134,31 @@ def _settings(source: Path) -> dict[str, Any]:
     path = source / "adapter_config.json"
     if not path.is_file():
         raise AdapterError(f"{source} has no adapter_config.json: give the folder that the released code saved.")
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON ({error}): save the adapter again.") from None
+    if not isinstance(settings, dict):
+        raise AdapterError(
+            f"{path} holds no settings but {type(settings).__name__}: give the folder the released code saved."
+        )
+    for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
+        if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool)):
+            raise AdapterError(f"{path}: {key}={settings[key]!r} is no number: write the one that was trained with.")
+    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            raise AdapterError(
+                f"{path}: {key}={settings[key]!r} is nothing the released code has, so its scale is unknown."
+            )
     return settings
 
 
 def _tensors(source: Path) -> dict[str, Tensor]:
     if (path := source / "adapter_model.safetensors").is_file():
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{path} is damaged ({error}): copy it again.") from None
     if (path := source / "adapter_model.bin").is_file():
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -161,7 +184,7 @@ def _by_site(
     return dict(sites)
 
 
-def _join_heads(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+def _join_heads(site: str, parts: dict[str, Tensor]) -> Converted:
     """One site's tensors in weft's layout, and its (rank, heads)."""
     ups = [parts[name] for name in sorted((n for n in parts if n.startswith("B")), key=lambda n: int(n[1:]))]
     heads = len(ups)
@@ -175,15 +198,17 @@ def _join_heads(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     r = parts["A"].shape[0]
     if any(up.shape[1] != r for up in ups) or (heads > 1 and parts["route"].shape[0] != heads):
         raise AdapterError(f"{site}: the shapes of A, B and route disagree on rank or number of heads.")
-    joined = {"A": parts["A"].contiguous(), "B": torch.cat(ups, 1).contiguous()}
-    return (joined if heads == 1 else joined | {"router": parts["route"].contiguous()}), (r, heads)
+    joined = {"structure.A": parts["A"].contiguous(), "structure.B": torch.cat(ups, 1).contiguous()}
+    return (joined if heads == 1 else joined | {"structure.router": parts["route"].contiguous()}), (r, heads)
 
 
-def _dash_site(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[int, int]]:
+def _dash_site(site: str, parts: dict[str, Tensor]) -> Converted:
     """One site's tensors in weft's layout, and its (rank, directions); 0 directions where none were launched."""
     if not {"A", "B"} <= parts.keys():
         raise AdapterError(f"{site} is incomplete: it has {', '.join(sorted(parts))}, but needs A and B.")
     a, b, gain = parts["A"], parts["B"], parts.get("index", torch.zeros(0)).flatten()
+    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != a.shape[0]:
+        raise AdapterError(f"{site}: the shapes of A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together.")
     plain = {"structure.A": a.contiguous(), "structure.B": b.contiguous()}
     if not {"w_u", "w_vt"} <= parts.keys():
         if gain.any():
@@ -194,7 +219,7 @@ def _dash_site(site: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], 
         return plain, (a.shape[0], 0)
     up, down = parts["w_u"], parts["w_vt"]
     s = len(gain)
-    if b.shape[1] != a.shape[0] or up.shape != (b.shape[0], s) or down.shape != (s, a.shape[1]):
+    if up.shape != (b.shape[0], s) or down.shape != (s, a.shape[1]):
         raise AdapterError(f"{site}: the shapes of A, B, the gains and the directions do not fit together.")
     dash = {
         "gain": gain.float(),

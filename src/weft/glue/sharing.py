@@ -64,6 +64,12 @@ def attention_inputs(model: nn.Module) -> set[str]:
     return found
 
 
+def shared_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """The A and B of all tied groups in `model`, each where it is owned."""
+    terms = [module for module in model.modules() if isinstance(module, TiedTerm)]
+    return [value for term in terms for part in ("A", "B") if (value := getattr(term, part, None)) is not None]
+
+
 def refuse_reentrant_checkpointing(term: TiedTerm) -> None:
     """Raise where gradients of a shared A or B would come out wrong; to be called in a training forward of several processes.
 

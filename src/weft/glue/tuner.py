@@ -41,7 +41,7 @@ PREFIX = "weft_"
 # would silently take tensors out of the other adapters' files.
 RESERVED = frozenset(
     {"weft_site", "structure", "start", "boost", "mask", "layer_gate", "router", "A", "B", "u", "v"}
-    | {"steps", "gain", "down", "up", "index", "sigma", "rate", "launched"}
+    | {"steps", "gain", "down", "up", "index", "sigma", "rate", "launched", "birth", "score", "rounds", "ended"}
 )
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,7 @@ class WeftTuner(BaseTuner):
             owners=owners,
             boost=peft_config.boost,
             start=peft_config.start,
+            ranks=peft_config.ranks,
             layers=peft_config.layers,
         )
         for part, key in keys.items():

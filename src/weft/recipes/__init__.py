@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from peft import PeftConfig
 
+from weft.recipes.alora import AllocLoraConfig
 from weft.recipes.controls import peft_adalora, peft_lora
 from weft.recipes.flexora import FlexoraConfig
 from weft.recipes.hydralora import HydraLoraConfig
@@ -22,6 +23,7 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
     "lora_dash": LoraDashConfig,
     "lora_init": LoraInitConfig,
     "lora_tsd": LoraTsdConfig,
+    "alora": AllocLoraConfig,
     "flexora": FlexoraConfig,
     "peft:lora": peft_lora,
     "peft:adalora": peft_adalora,
@@ -29,6 +31,7 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
 
 __all__ = [
     "RECIPES",
+    "AllocLoraConfig",
     "FlexoraConfig",
     "HydraLoraConfig",
     "LoraDashConfig",

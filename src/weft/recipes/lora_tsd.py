@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from weft.recipes.lora_init import LoraInitConfig
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
-from weft.terms.start.directions import Directions
 from weft.times import Time
 
 
@@ -32,6 +32,5 @@ def LoraTsdConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA-Init with Dash slots launched at the same step; fields as in `Directions`, `Dash` and `WeftConfig`."""
-    start = Directions(after, mode, eps, guard, kappa, select, seed)  # type: ignore[arg-type]
     boost = Dash(directions, after, eps, select, seed)  # type: ignore[arg-type]
-    return WeftConfig(start=start, boost=boost, r=r, **fields)
+    return LoraInitConfig(r, after, mode, eps, guard, kappa, select, seed, boost=boost, **fields)

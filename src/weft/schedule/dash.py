@@ -14,10 +14,8 @@ from torch import Tensor
 
 from weft import linalg
 from weft.schedule.launch import forget_moments
-from weft.schedule.ranking import Rule
 from weft.site import Site
 from weft.terms.boost.dash import Dash, DashTerm
-from weft.times import Time
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,6 @@ class DashLaunch:
     choice: Dash
     what: str = "the launch of Dash"
     event: str = "dash_launch"
-
-    @property
-    def after(self) -> Time:
-        """See `Launch`."""
-        return self.choice.after
-
-    @property
-    def rule(self) -> Rule:
-        """See `Launch`."""
-        return Rule(self.choice.eps, self.choice.select, self.choice.seed)
 
     def flag(self, site: Site) -> Tensor:
         """See `Launch`."""

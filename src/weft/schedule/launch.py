@@ -21,12 +21,25 @@ from torch.optim import Optimizer
 
 from weft import linalg
 from weft.errors import ConfigError
+from weft.known import Known
 from weft.schedule import clock
-from weft.schedule.known import Known
 from weft.schedule.ranking import Ranked, Ranker, Rule
 from weft.schedule.schedule import Event, Length, Member, check_possible
 from weft.site import Site
 from weft.times import Time, resolve
+
+
+class Choice(Protocol):
+    """What the config says of when, and by which rule directions are ranked."""
+
+    @property
+    def after(self) -> Time: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def select(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class Launch(Protocol):
@@ -43,13 +56,8 @@ class Launch(Protocol):
         ...
 
     @property
-    def after(self) -> Time:
-        """When it is due."""
-        ...
-
-    @property
-    def rule(self) -> Rule:
-        """By which its directions are ranked."""
+    def choice(self) -> Choice:
+        """Its part of the config."""
         ...
 
     def flag(self, site: Site) -> Tensor:
@@ -75,7 +83,7 @@ class LaunchController:
 
     launch: Launch
     ranker: Ranker
-    _happened: Known = field(default_factory=Known, init=False, repr=False)
+    _happened: Known[bool] = field(default_factory=lambda: Known(bool), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.ranker.askers.append(self)
@@ -88,7 +96,8 @@ class LaunchController:
     @property
     def rule(self) -> Rule:
         """See `Asker`."""
-        return self.launch.rule
+        choice = self.launch.choice
+        return Rule(choice.eps, choice.select, choice.seed)
 
     @property
     def _members(self) -> list[Member]:
@@ -96,15 +105,15 @@ class LaunchController:
 
     def due(self, length: Length) -> int | None:
         """See `Controller`."""
-        return resolve(self.launch.after, length.total_steps, length.steps_per_epoch)
+        return resolve(self.launch.choice.after, length.total_steps, length.steps_per_epoch)
 
     def done(self) -> bool:
         """See `Controller`."""
-        return bool(self._happened.read(self.launch.flag(self._members[0].site)))
+        return self._happened.read(self.launch.flag(self._members[0].site))
 
     def check(self, length: Length) -> None:
         """See `Controller`."""
-        check_possible(self.due(length), length, self.what, self.launch.after)
+        check_possible(self.due(length), length, self.what, self.launch.choice.after)
 
     def is_due(self, step: int, length: Length) -> bool:
         """See `Asker`: after step t, and in the steps after it until it succeeds."""

@@ -13,7 +13,6 @@ measured over the forward passes of step t.
 
 from __future__ import annotations
 
-import random
 import time as clocks
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,15 +23,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft import linalg
-from weft.errors import ConfigError, WeftError
+from weft.errors import ConfigError
 from weft.kernel import Slots
+from weft.schedule import together
 from weft.schedule.schedule import Length, Member
 from weft.site import ExtraSlots, Site
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How directions are ranked; see `decide`."""
+    """How directions are ranked; see `weft.linalg.decide`."""
 
     eps: float
     select: str
@@ -148,20 +148,16 @@ class Ranker:
 
     def _rank_all(self, due: list[Asker]) -> list[Ranked]:
         numbers = range(len(self.members))
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if together.world() == 1:
             return [self._rank_one(n, due) for n in numbers]
-        world, rank = dist.get_world_size(), dist.get_rank()
         for gate in self.gates.values():
             gate.share()
-        mine: dict[int, Ranked] = {}
-        failure: Exception | None = None
-        try:
-            mine = {n: self._rank_one(n, due) for n in numbers if n % world == rank}
-        except Exception as error:
-            failure = error
+        world, rank = together.world(), together.rank()
         rules = list(dict.fromkeys(asker.rule for asker in due))
         device = next(self.members[0].site.parameters()).device
-        _fail_together(failure, device, _names(due))
+        mine = together.attempt(
+            lambda: {n: self._rank_one(n, due) for n in numbers if n % world == rank}, _names(due), device
+        )
         return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
 
     def _rank_one(self, number: int, due: list[Asker]) -> Ranked:
@@ -188,24 +184,9 @@ class Ranker:
         found = {}
         for rule, count in counts.items():
             rate = linalg.change_rate(spectrum, moved, rule.eps)
-            chosen = decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
+            chosen = linalg.decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
             found[rule] = linalg.take(spectrum, w, rate, chosen)
         return Ranked(found, sigma[0], clocks.perf_counter() - started)
-
-
-def decide(rate: list[float], sigma: list[float], lowest: float, count: int, select: str, seed: str) -> list[int]:
-    """Which core directions to choose, best first: of those that moved and are above the floor, at most `count`.
-
-    "rate": largest change rate, ties by index; "top": largest σ; "bottom": smallest σ; "random": drawn with `seed`.
-    """
-    able = [k for k, (r, s) in enumerate(zip(rate, sigma, strict=True)) if r > 0 and s > lowest]
-    if select == "random":
-        return random.Random(seed).sample(able, min(count, len(able)))
-    if select == "rate":
-        able.sort(key=lambda k: (-rate[k], k))
-    if select == "bottom":
-        able.reverse()
-    return able[:count]
 
 
 def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tuple[Tensor, Tensor, float]:
@@ -224,7 +205,9 @@ def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tup
         b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
     if (twins := _slots(site.start, site, f.scale)) is not None:
         # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly 0 right after the switch, where the other form leaves rounding
-        gate_r, twin_a, twin_b = -twins.gate.detach().to(a) / f.scale, twins.down.to(a), twins.up.to(b)
+        live = site.live()  # as in f, which has no other slots
+        gate_r = -twins.gate.detach().to(a)[live] / f.scale
+        twin_a, twin_b = twins.down[live].to(a), twins.up[:, live].to(b)
         a, b = torch.cat([a, gate_r[:, None] * (f.A.detach().to(a) - twin_a)]), torch.cat([b - twin_b, twin_b], 1)
     if dash and (slots := _slots(site.boost, site, f.scale)) is not None:
         a = torch.cat([a, slots.down.to(a)])
@@ -238,16 +221,6 @@ def _slots(term: nn.Module | None, site: Site, scale: float) -> Slots | None:
 
 def _names(due: list[Asker]) -> str:
     return " and ".join(asker.what for asker in due)
-
-
-def _fail_together(failure: Exception | None, device: torch.device, what: str) -> None:
-    """Raise on all processes if one of them failed: the others would wait for its directions for ever."""
-    failures = torch.tensor(int(failure is not None), device=device)
-    dist.all_reduce(failures)
-    if failure is not None:
-        raise failure
-    if int(failures):
-        raise WeftError(f"{what} failed on another process: its own error says why.")
 
 
 def _share(ranked: Ranked | None, rules: list[Rule], site: Site, device: torch.device, source: int) -> Ranked:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weft.errors import ConfigError
+from weft.known import Known
 from weft.schedule import clock
-from weft.schedule.known import Known
 from weft.site import Site
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Schedule:
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
     _anchor: nn.Parameter | None = field(default=None, init=False)
-    _known: Known = field(default_factory=Known, init=False, repr=False)
+    _known: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
@@ -156,10 +156,11 @@ class Schedule:
             "not yet what its config names: train on, or make the time earlier."
         )
 
-    def check(self, length: Length) -> None:
-        """Raise `ConfigError` if something can never happen in a run of this length."""
+    def check(self, length: Length, *, may_grow: bool = False) -> None:
+        """Raise `ConfigError` if something can never happen in a run of this length; `may_grow`: what it lacks may still come."""
         for controller in self.pending():
-            controller.check(length)
+            if not (may_grow and controller.due(length) is None):
+                controller.check(length)
 
     def prepare(self) -> None:
         """Let controllers get ready for the next step; also after loading, when the count may have changed."""
@@ -211,4 +212,8 @@ def check_possible(due: int | None, length: Length, what: str, time: object) -> 
 def _prepare_after_load(site: nn.Module, _: Any) -> None:
     schedule = getattr(site, "schedule", None)
     if isinstance(schedule, Schedule):
+        if (
+            not schedule._on_meta
+        ):  # an earlier state has not seen what came later; in place, because hosts hold the list
+            schedule.events[:] = [event for event in schedule.events if event["step"] <= schedule.steps]
         schedule.prepare()

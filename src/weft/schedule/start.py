@@ -18,10 +18,8 @@ from torch import Tensor
 
 from weft import linalg
 from weft.schedule.launch import forget_moments
-from weft.schedule.ranking import Rule
 from weft.site import Site
 from weft.terms.start.directions import Directions, DirectionsTerm
-from weft.times import Time
 
 
 @dataclass(frozen=True)
@@ -31,16 +29,6 @@ class StartSwitch:
     choice: Directions
     what: str = "the switch of LoRA-Init"
     event: str = "start_switch"
-
-    @property
-    def after(self) -> Time:
-        """See `Launch`."""
-        return self.choice.after
-
-    @property
-    def rule(self) -> Rule:
-        """See `Launch`."""
-        return Rule(self.choice.eps, self.choice.select, self.choice.seed)
 
     def flag(self, site: Site) -> Tensor:
         """See `Launch`."""

@@ -74,7 +74,7 @@ class Callback(Finished):
 
     Args:
         on_event: called with every event, on every process, as `weft.attach` does.
-        original, cache: passed on to `weft.attach`.
+        original, cache, validation: passed on to `weft.attach`.
     """
 
     def __init__(
@@ -83,8 +83,9 @@ class Callback(Finished):
         on_event: Callable[[Event], None] | None = None,
         original: str | Path | None = None,
         cache: str | Path | None = None,
+        validation: Any = None,
     ) -> None:
-        self.on_event, self.original, self.cache = on_event, original, cache
+        self.on_event, self.original, self.cache, self.validation = on_event, original, cache, validation
 
     def on_train_begin(
         self,
@@ -98,14 +99,14 @@ class Callback(Finished):
         """Raises what `weft.attach` raises."""
         super().on_train_begin(args, state, control)
         before, per_epoch = _begin(model, state), _steps_per_epoch(train_dataloader, args.gradient_accumulation_steps)
-        attach(
-            model,
-            total_steps=before + state.max_steps,
-            steps_per_epoch=per_epoch,
-            on_event=self.on_event,
-            original=self.original,
-            cache=self.cache,
-        )
+        options: dict[str, Any] = {
+            "on_event": self.on_event,
+            "original": self.original,
+            "cache": self.cache,
+            "validation": self.validation,
+        }
+        if schedules(model) or any(option is not None for option in options.values()):
+            attach(model, total_steps=before + state.max_steps, steps_per_epoch=per_epoch, **options)
         if state.is_hyper_param_search:
             return
         setattr(args, _LIMIT, args.save_total_limit or getattr(args, _LIMIT, None))  # not lost where training failed

@@ -88,7 +88,9 @@ def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
 
 def folders(checkpoints: Path) -> list[Path]:
     """All checkpoints below a folder by step, complete or not."""
-    found = [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    found = [
+        path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()
+    ]
     return sorted(found, key=step_of)
 
 

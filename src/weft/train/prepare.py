@@ -14,6 +14,9 @@ import weft
 from weft.data import Collator, Loaded
 from weft.data import load as load_data
 from weft.errors import ConfigError
+from weft.glue.ablation.rows import Rows
+from weft.spec import WeftConfig
+from weft.terms.ranks.reallocate import Reallocate
 from weft.train import arguments, model
 from weft.train.adapter import adapt, adapter_config
 from weft.train.fingerprint import Fingerprint, fingerprint
@@ -60,10 +63,24 @@ def prepare(recipe: Recipe) -> Prepared:
     config = adapter_config(recipe.adapter, steps, recipe.base_dir)
     adapted = plain if config is None else adapt(plain, config, task)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    weft.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch)  # what cannot happen in this run is an error now
-    _ready_for_checkpointing(plain, recipe)
     collator = Collator(base.tokenizer.pad_token_id)
+    rows = _scored_on(config, data, collator)
+    if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
+        weft.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
+    _ready_for_checkpointing(plain, recipe)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
+
+
+def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:
+    """The validation rows, where the adapter scores its rank slots on some."""
+    if not (isinstance(config, WeftConfig) and isinstance(config.ranks, Reallocate) and config.ranks.needs_data):
+        return None
+    if data.validation is None or not len(data.validation):
+        raise ConfigError(
+            "this adapter scores its rank slots on validation rows, and the data has none: set data.validation_fraction=0.1, or "
+            "data.validation to a file."
+        )
+    return Rows(data.validation.select_columns(["input_ids", "attention_mask", "labels"]), collator)
 
 
 def _ready_for_checkpointing(plain: Any, recipe: Recipe) -> None:

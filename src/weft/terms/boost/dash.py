@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from weft.errors import ConfigError, suggest
 from weft.kernel import Slots
+from weft.linalg import SELECT
 from weft.times import Time, check_time
-
-SELECT = ("rate", "top", "bottom", "random")
 
 
 @dataclass(frozen=True)

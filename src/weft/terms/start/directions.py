@@ -24,6 +24,7 @@ The twin slots exist from the start as zeros, so that shapes, optimiser groups a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,10 +34,10 @@ from torch.nn import functional as F
 
 from weft.errors import ConfigError, suggest
 from weft.kernel import Slots
+from weft.linalg import SELECT
 from weft.times import Time, check_time
 
 MODES = ("residual", "directions")
-SELECT = ("rate", "top", "bottom", "random")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ class DirectionsTerm(nn.Module):
         for factor in (mask, layer_gate):
             gate = gate if factor is None else gate * factor.to(gate)
         return Slots(self.down, self.up, gate)
+
+    @torch.no_grad()
+    def clear(self, slots: Sequence[int]) -> None:
+        """Forget the twins of slots that are taken away: what is made in their place later has none."""
+        chosen = list(slots)
+        if self.down is not None and self.up is not None:
+            self.down[chosen] = 0
+            self.up[:, chosen] = 0
+        self.index[chosen] = -1
+        self.sigma[chosen] = 0
+        self.rate[chosen] = 0
 
     @torch.no_grad()
     def switch(self, found: Any, a_ri: Tensor, b_or: Tensor, live: Tensor, scale: float, largest: float) -> Tensor:

@@ -18,7 +18,13 @@ class Kaiming:
     """A Kaiming-uniform, B zero: the adapted model computes exactly what the base does at step 0."""
 
 
-def kaiming_uniform(rows: int, fan_in: int, *, device: torch.device | str | None = None) -> Tensor:
-    """[rows, fan_in] fp32, uniform on ±1/√fan_in, from torch's global generator."""
+def kaiming_uniform(
+    rows: int,
+    fan_in: int,
+    *,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """[rows, fan_in] fp32, uniform on ±1/√fan_in, from torch's global generator or the one given."""
     bound = 1.0 / math.sqrt(fan_in)
-    return torch.empty(rows, fan_in, device=device).uniform_(-bound, bound)
+    return torch.empty(rows, fan_in, device=device).uniform_(-bound, bound, generator=generator)

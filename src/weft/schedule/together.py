@@ -1,0 +1,84 @@
+"""What several processes must do as one: fail, agree on numbers, and hold the same masks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weft.errors import WeftError
+
+T = TypeVar("T")
+
+
+def world() -> int:
+    """How many processes train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def fail(failure: Exception | None, what: str, device: torch.device) -> None:
+    """Raise on all processes if one of them failed: the others would wait for it for ever. All must call it."""
+    if world() > 1:
+        failures = torch.tensor(int(failure is not None), device=device)
+        dist.all_reduce(failures)
+        if failure is None and int(failures):
+            raise WeftError(f"{what} failed on another process: its own error says why.")
+    if failure is not None:
+        raise failure
+
+
+def attempt(measure: Callable[[], T], what: str, device: torch.device) -> T:
+    """What this process measures; if it failed on one of them, an error on all. All must call it."""
+    failure: Exception | None = None
+    try:
+        found = measure()
+    except Exception as error:
+        failure = error
+    fail(failure, what, device)
+    return found
+
+
+def total(values: Tensor, device: torch.device) -> Tensor:
+    """The sum of `values` over processes, on the CPU; the same bytes on all."""
+    if world() == 1:
+        return values
+    there = values.to(device)
+    dist.all_reduce(there)
+    return there.cpu()
+
+
+def from_main(values: Tensor, device: torch.device) -> Tensor:
+    """The main process' `values`, on the CPU; shapes may differ before, not in their number of axes."""
+    if world() == 1:
+        return values
+    shape = torch.tensor(values.shape, device=device)
+    dist.broadcast(shape, 0)
+    there = values.to(device) if rank() == 0 else torch.empty(shape.tolist(), dtype=values.dtype, device=device)
+    dist.broadcast(there, 0)
+    return there.cpu()
+
+
+def check_same(tensors: Iterable[Tensor], what: str, device: torch.device) -> None:
+    """Raise `WeftError` on all processes unless `tensors` have the same bytes on all of them."""
+    if world() == 1:
+        return
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    mine = torch.tensor(int.from_bytes(found.digest()[:7], "big"), device=device)
+    lowest, highest = mine.clone(), mine.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    if int(lowest) != int(highest):
+        raise WeftError(
+            f"{what} differ between the processes: start all of them from the same checkpoint and the same base."
+        )

@@ -1,0 +1,210 @@
+"""ALoRA with AB-LoRA scores (arXiv 2403.16187): what it must be before anything moves, and what its scores must find.
+
+IS(i) = S(M) − S(M∖i) + S({i}), S = −L;  the n lowest are pruned, n new ones go to the modules that lost none;  until a round,
+and with no moves at all, it is LoRA.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import weft
+from families import FAMILIES, adapter_config, logits
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
+from allocating import TOKENS, adam, alora, controller, events, random_factors, ranks, scorer, train
+from dashing import sites
+
+# ---------------------------------------------------------------------- with all gates 1 it is LoRA
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.AdamW(p, weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.05, 0.9)]
+)
+@pytest.mark.parametrize("structure", ["plain", "hydra", "hydra_Ax"])
+def test_all_gates_1_is_the_structure_without_gates_bit_for_bit(structure: str, make, dropout: float) -> None:
+    """Twenty optimiser steps from one seed: losses, factors and moments, in spite of the room for as many slots again."""
+    runs = []
+    for ranks_ in (weft.Uniform(), weft.Reallocate(first=99, max_rounds=1, score="random")):
+        base = FAMILIES["llama"].build()
+        torch.manual_seed(3)
+        model = get_peft_model(base, adapter_config(structure, "llama", ranks=ranks_, lora_dropout=dropout)).train()
+        optimizer, losses = make(weft.param_groups(model, lr=1e-2, weight_decay=0.1)), []
+        for step in range(20):
+            ids = TOKENS[2 * step : 2 * step + 2]
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        runs.append((losses, list(sites(model).values()), logits(model, {"input_ids": TOKENS[:4]})))
+    (losses, lora, end), (its_losses, ours, its_end) = runs
+    assert losses == its_losses
+    assert torch.equal(end, its_end)
+    for one, other in zip(lora, ours, strict=True):
+        assert other.structure.A.shape[0] == 8
+        assert torch.equal(one.structure.A, other.structure.A[:4])
+        live = other.structure.B.unflatten(1, (-1, 8))[:, :, :4].flatten(1)
+        assert torch.equal(one.structure.B, live)
+        assert torch.count_nonzero(other.structure.A[4:]) == 0
+
+
+def test_without_moves_it_is_lora_to_the_end() -> None:
+    none, zero = alora(score="none"), alora(max_rounds=0)
+    assert train(none, 8) == train(zero, 8)
+    assert set(ranks(none).values()) == {2}
+
+
+# ---------------------------------------------------------------------- what the scores must find
+
+
+def planted() -> tuple[nn.Module, list[str]]:
+    """A model whose labels come from a teacher: the base plus a large ΔW in two modules. The student has found it, and has
+    small random slots everywhere else."""
+    model = alora(r=2, first=1, max_rounds=1, move=4).double()
+    random_factors(model, size=1e-3)
+    at = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.o_proj"]
+    draw = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name in at:
+            b = sites(model)[name].structure.B
+            b[:, :2] = 1.5 * torch.randn(b.shape[0], 2, generator=draw)
+        teacher = model.eval()(input_ids=TOKENS[40:]).logits[:, :-1].argmax(-1)
+    labels = torch.cat([torch.full((len(teacher), 1), -100), teacher], 1)
+    weft.attach(model, validation=[{"input_ids": i, "labels": y} for i, y in zip(TOKENS[40:], labels, strict=True)])
+    return model.train(), at
+
+
+def totals(model: nn.Module) -> dict[tuple[str, int], tuple[float, float]]:
+    slots = controller(model)._live()
+    names = list(sites(model))
+    found = scorer(model).exact(slots, "a").sum(2).tolist()
+    return {(names[m], slot): (a, b) for (m, slot), (a, b) in zip(slots, found, strict=True)}
+
+
+def test_slots_of_the_teacher_score_highest() -> None:
+    model, at = planted()
+    found = totals(model)
+    best = sorted(found, key=lambda each: -sum(found[each]))[:4]
+    assert {name for name, _ in best} == set(at)
+    rest = [sum(found[each]) for each in found if each not in best]
+    assert min(sum(found[each]) for each in best) > 10 * max(rest)
+
+
+def test_a_slot_whose_sign_is_flipped_has_negative_brackets_and_is_pruned_first() -> None:
+    model, at = planted()
+    site = sites(model)[at[0]]
+    with torch.no_grad():
+        site.structure.B[:, 1] *= -1
+    last_in, first_in = totals(model)[at[0], 1]
+    assert last_in < 0
+    assert first_in < 0
+    optimizer = adam(model, lr=1e-9)
+    ids = TOKENS[:4]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    [event] = events(model)
+    assert event["pruned"][0][:2] == [at[0], 1]
+    assert at[0] not in {name for name, _ in event["added"]}
+
+
+def test_a_round_changes_the_output_by_what_the_pruned_slots_gave_and_nothing_else() -> None:
+    model = alora(first=1, max_rounds=1, lora_dropout=0.0).double()
+    random_factors(model)
+    control = copy.deepcopy(model)
+    optimizer = adam(model, lr=1e-12)
+    ids = TOKENS[:4]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    [event] = events(model)
+    assert len(event["pruned"]) == len(event["added"]) == 7
+    for name, slot, _ in event["pruned"]:
+        sites(control)[name].mask[slot] = 0
+    batch = {"input_ids": ids}
+    torch.testing.assert_close(logits(model, batch), logits(control, batch), rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- how many, and where
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, 7),
+        ({"move": "modules"}, 14),
+        ({"move": 3}, 3),
+        ({"scope": "block"}, 14),
+        ({"scope": "block", "move": 2}, 4),
+    ],
+    ids=["R1", "R2", "number", "R3", "block"],
+)
+def test_how_many_slots_a_round_moves(fields: dict, count: int) -> None:
+    """R1: kinds of modules per block, 7 in a llama; R2: adapted modules, 14 here; R3: 7 in each of two blocks."""
+    model = alora(score="random", max_rounds=1, **fields)
+    train(model, 4)
+    [event] = events(model)
+    assert len(event["pruned"]) == count
+    if fields.get("scope") == "block":
+        for block in (0, 1):
+            assert sum(f".{block}." in name for name, *_ in event["pruned"]) == count // 2
+            assert 0 < sum(f".{block}." in name for name, _ in event["added"]) <= count // 2  # as there is room
+
+
+def test_the_budget_holds_in_every_round() -> None:
+    model = alora(max_rounds=3, every=1)
+    train(model, 6)
+    assert [e["slots"] for e in events(model)] == [28, 28, 28]
+    assert sum(ranks(model).values()) == 28
+
+
+def test_a_budget_in_parameters_is_never_exceeded() -> None:
+    plain = sum(p.numel() for n, p in alora(max_rank=2).named_parameters() if p.requires_grad)
+    model = alora(score="random", unit="params", max_rounds=4, every=1, seed=4)
+    train(model, 8)
+    assert all(plain - 160 < e["parameters"] <= plain for e in events(model))
+    counted = alora(score="random", max_rounds=4, every=1, seed=4)
+    train(counted, 8)
+    assert any(e["parameters"] != plain for e in events(counted))
+
+
+def test_survivors_are_not_rescaled() -> None:
+    """s stays lora_alpha / r of the start, whatever the rank is now."""
+    model = alora()
+    train(model, 6)
+    assert {site.scale for site in sites(model).values()} == {4.0}
+    assert len(set(ranks(model).values())) > 1
+
+
+def test_a_round_tells_what_happened() -> None:
+    model = alora(check=True, score="taylor", max_rounds=1)
+    train(model, 4)
+    [event] = events(model)
+    assert event["ranks"] == ranks(model)
+    assert {"margin", "noise", "lowest", "median", "highest", "spread", "seconds"} <= event.keys()
+    assert set(event["agreement"]) == {"exact_on_other_rows", "score_in_use"}
+    assert set(event["agreement"]["score_in_use"]) == {"spearman", "kendall", "overlap", "regret"}
+
+
+def test_a_cut_within_the_noise_of_its_rows_is_a_warning() -> None:
+    model = alora(max_rounds=1)
+    with pytest.warns(UserWarning, match=r"within the noise of 4 validation rows: give Reallocate\(rows="):
+        train(model, 4)
+
+
+def test_young_slots_may_be_protected() -> None:
+    model = alora(score="random", grace_rounds=1, max_rounds=2, move=12, seed=2)
+    train(model, 6)
+    first, second = events(model)
+    assert not {tuple(a) for a in first["added"]} & {tuple(p[:2]) for p in second["pruned"]}
+    free = alora(score="random", max_rounds=2, move=12, seed=2)
+    train(free, 6)
+    first, second = events(free)
+    assert {tuple(a) for a in first["added"]} & {tuple(p[:2]) for p in second["pruned"]}
