@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from pairing import both_of
 from two_searches import CASES, searched
-
-import weft
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two")
-    path = os.pathsep.join([str(Path(weft.__file__).parents[1]), str(HERE), str(HERE.parent)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "two_searches.py"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    return both_of(str(HERE / "two_searches.py"), tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("name", CASES)

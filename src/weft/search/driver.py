@@ -21,9 +21,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from weft.errors import DataError, RunError
+from weft.schedule import together
 from weft.search.groups import Gates, groups_of
 from weft.search.inner import Inner, InnerLoop
-from weft.search.passes import Batch, Loss, Passes, Random, processes, take_over
+from weft.search.passes import Batch, Loss, Passes, Random
 from weft.search.rows import Collate, Cycle, Rows, split, stack
 from weft.search.rules import choose
 from weft.search.selection import Candidate, Selection
@@ -70,7 +71,7 @@ class LayerSearch:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for group in self.gates.groups for site in group.sites.values() for b in site.buffers()]
-        take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
+        together.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
         self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
         self.cycles = {
@@ -179,8 +180,7 @@ class LayerSearch:
         size = self._sizes[part]
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
-        rank, world = processes()
-        mine = [at[i * size : (i + 1) * size] for i in range(count)][rank::world]
+        mine = [at[i * size : (i + 1) * size] for i in range(count)][together.rank() :: together.world()]
         batches = [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
         device = self.passes.device
         return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
@@ -203,7 +203,7 @@ class LayerSearch:
                 "lower lr, or look at the validation rows."
             )
         alpha = self.alpha.detach().clone()
-        take_over([alpha], self.passes.device)
+        together.take_over([alpha], self.passes.device)
         search = self.search
         assert search.select is not None
         chosen = choose(

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
 from weft.glue.routing import routing
+from weft.schedule import together
 from weft.search.groups import Gates
 from weft.terms.structure.hydra import HydraTerm
 
@@ -75,7 +75,7 @@ class Passes:
         if summed:
             return [1.0] * len(batches)
         total = torch.tensor([sum(counts)], dtype=torch.float64)
-        sum_over_processes([total], self.device)
+        together.sum_up([total], self.device)
         return [count / max(float(total), 1.0) for count in counts]
 
     @property
@@ -98,7 +98,7 @@ class Passes:
                 total += float(loss.detach()) * share
             theta = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
             h = self.gates.read()
-        sum_over_processes([total, h, *theta], self.device)
+        together.sum_up([total, h, *theta], self.device)
         return Passed(float(total), theta, h)
 
     @contextmanager
@@ -171,35 +171,6 @@ class Random:
             yield
         finally:
             outside.set()
-
-
-def processes() -> tuple[int, int]:
-    """(rank, number of processes)."""
-    on = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
-
-
-def sum_over_processes(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Add up, in place, over all processes; one message per dtype. Nothing happens in a single process."""
-    if processes()[1] == 1:
-        return
-    for dtype in {t.dtype for t in tensors}:
-        same = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.detach().reshape(-1).to(device) for t in same])
-        dist.all_reduce(flat)
-        for t, value in zip(same, flat.split([t.numel() for t in same]), strict=True):
-            t.copy_(value.view_as(t))
-
-
-def take_over(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Copy, in place, what the first process has to all others."""
-    if processes()[1] == 1:
-        return
-    for t in tensors:
-        value = t.detach().to(device).contiguous()
-        dist.broadcast(value, 0)
-        with torch.no_grad():
-            t.copy_(value)
 
 
 def math_attention() -> Any:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from weft.errors import ConfigError
 from weft.kernel import use_reference
-from weft.search.passes import Batch, Passes, Random, in_mode, math_attention, sum_over_processes
+from weft.schedule import together
+from weft.search.passes import Batch, Passes, Random, in_mode, math_attention
 from weft.terms.layers.search import alpha_gradient, weights
 
 Product = Callable[["Taken", list[Tensor]], tuple[list[Tensor], Tensor]]
@@ -104,7 +105,7 @@ def by_double_backward(passes: Passes, alpha_n: Tensor) -> Product:
                 for total, value in zip(found, second, strict=True):
                     if value is not None:
                         total.add_(value)
-        sum_over_processes(found, passes.device)
+        together.sum_up(found, passes.device)
         return found[:-1], found[-1]
 
     return product
