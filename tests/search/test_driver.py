@@ -101,6 +101,38 @@ def test_sgd_keeps_the_sum_of_alpha_at_zero_and_adam_need_not():
     assert adam.history[-1]["sum_alpha"] == float(adam.alpha.detach().sum())
 
 
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_alpha_has_no_weight_decay_which_would_pull_it_towards_uniform(kind: str):
+    found = search(alpha_optimizer=kind)
+    assert [group["weight_decay"] for group in found.alpha_optimizer.param_groups] == [0]
+    with torch.no_grad():
+        found.alpha.copy_(torch.tensor([1.0, -1.0, 0.0]))
+    found.alpha.grad = torch.zeros_like(found.alpha)
+    found.alpha_optimizer.step()
+    assert found.alpha.detach().tolist() == [1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "worth"),
+    [
+        ({}, 1 + 2 * 4 / 8),
+        ({"inner_steps": 3}, 3 + 1),
+        ({"inner_steps": 3, "hypergrad": "unrolled_fd"}, 3 * 3 + 1),
+        ({"inner_steps": 3, "hypergrad": "unrolled_fd", "unroll_steps": 1}, 3 + 2 + 1),
+    ],
+    ids=["direct", "K=3", "fd", "truncated"],
+)
+def test_the_cost_in_training_steps_is_the_rows_that_went_through_the_model(fields: dict, worth: float):
+    """Counted by a hook on what is run: training rows per step are 8, validation rows 2 · 4."""
+    found, rows = search(**fields, inner={"batch_size": 4, "accumulation": 2}), []
+    loss = found.passes._loss
+    found.passes._loss = lambda model, batch: (rows.append(len(batch["x"])), loss(model, batch))[1]
+    selection = found.run()
+    assert selection.record["cost_in_steps"] == pytest.approx(6 * worth)
+    assert sum(rows) / 8 == pytest.approx(6 * worth)
+    assert selection.seconds > 0
+
+
 def test_gates_are_the_weights_of_alpha_after_every_step():
     found = search()
     found.run()

@@ -86,7 +86,11 @@ def test_the_selection_goes_with_what_happens_over_time(fields: dict):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("fields", [{"boost": weft.Dash()}, {"start": weft.Directions()}], ids=["dash", "directions"])
+@pytest.mark.parametrize(
+    "fields",
+    [{"boost": weft.Dash()}, {"start": weft.Directions()}, {"ranks": weft.Reallocate()}],
+    ids=["dash", "directions", "reallocate"],
+)
 def test_what_happens_over_time_waits_for_the_training_after_the_search(fields: dict):
     with pytest.raises(ConfigError, match="in the training after the search"):
         weft.WeftConfig(layers=weft.Search(), **fields)

@@ -16,7 +16,7 @@ from weft.cli.display import watching
 from weft.errors import RunError
 
 if TYPE_CHECKING:
-    from weft.search import Selection
+    from weft.search import Selection, Stability
     from weft.train.layers import Searched
 
 
@@ -25,6 +25,10 @@ def search(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="adapter.steps=100")] = None,
     out: Annotated[str, typer.Option(help="The file for the selection.")] = "selection.json",
     seeds: Annotated[int, typer.Option(min=1, help="Searches, to see how far they agree; the first is written.")] = 1,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Search on so many rows too, to see how far that decides; repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -36,24 +40,35 @@ def search(
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weft.train.layers import search_recipe
 
-        found = search_recipe(recipe, *(overrides or []), seeds=seeds, out=out, progress=progress)
+        found = search_recipe(recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, progress=progress)
     output.show(found.record(), as_json, lambda: _shown(found))
 
 
 def _shown(found: Searched) -> RenderableType:
     selection = found.selections[0]
     lines = [table(selection, found)]
-    controls = ", ".join(f"{name} {list(only.blocks)}" for name, only in selection.controls().items())
     text = [f"layers: {list(selection.blocks)}  margin {selection.margin:.3g}"]
     if selection.near_ties:
         text.append(f"one more step could have turned: {', '.join(selection.near_ties)}")
-    if found.stability is not None:
-        text.append(
-            f"{found.stability.selections} seeds agree with a Jaccard index of {found.stability.jaccard:.2f}; "
-            f"by chance {found.stability.chance:.2f}"
-        )
-    text += [f"compare with: {controls}", f"written: {found.path}  (adapter.layers={found.path} in any recipe)"]
+    text += [
+        _agreement(f"{len(found.seeds)} seeds", found.stability, "--seeds 5"),
+        _agreement(f"{1 + len(found.by_rows)} sizes of the search set", found.stability_by_rows, "--rows N --rows M"),
+    ]
+    for rows, other in found.by_rows.items():
+        text.append(f"  on {rows} rows: {list(other.blocks)}")
+    cost = selection.record["cost_in_steps"]
+    text += [
+        f"cost: worth {cost:g} training steps, {cost / found.steps:.0%} of the recipe's {found.steps}; {selection.seconds:.1f} s",
+        output.controls(selection),
+        f"written: {found.path}  (adapter.layers={found.path} in any recipe)",
+    ]
     return Group(*lines, *(escape(line) for line in text))
+
+
+def _agreement(what: str, stability: Stability | None, option: str) -> str:
+    if stability is None:
+        return f"how far another {'seed' if 'seeds' in what else 'search set'} agrees was not measured: {option}"
+    return f"{what} agree with a Jaccard index of {stability.jaccard:.2f}; by chance {stability.chance:.2f}"
 
 
 def table(selection: Selection, found: Searched | None = None) -> Table:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from weft.errors import DataError, RunError
 from weft.schedule import together
+from weft.search import state
 from weft.search.groups import Gates, groups_of
 from weft.search.inner import Inner, InnerLoop
-from weft.search.passes import Batch, Loss, Passes, Random
+from weft.search.passes import Batch, Loss, Passes
 from weft.search.rows import Collate, Cycle, Rows, split, stack
 from weft.search.rules import choose
 from weft.search.selection import Candidate, Selection
@@ -83,9 +85,9 @@ class LayerSearch:
         self.alpha_optimizer: torch.optim.Optimizer = kind(
             [self.alpha], lr=search.alpha_lr
         )  # no decay: it would pull to uniform
-        self.done, self.skipped, self.last_move = 0, 0, 0.0
+        self.done, self.skipped, self.last_move, self.seconds = 0, 0, 0.0, 0.0
         self.history: list[dict[str, Any]] = []
-        self._norms = torch.zeros_like(self.alpha.detach())
+        self.norms = torch.zeros_like(self.alpha.detach())
 
     @property
     def _rows_per_step(self) -> int:
@@ -105,6 +107,7 @@ class LayerSearch:
 
     def step(self) -> dict[str, Any]:
         """K inner steps and one step on α; what happened, as plain numbers."""
+        started = time.perf_counter()
         sites = [site for group in self.gates.groups for site in group.sites.values()]
         waiting = [site.awaits_search for site in sites]
         try:
@@ -116,6 +119,7 @@ class LayerSearch:
             for site, was in zip(sites, waiting, strict=True):
                 site.awaits_search = was
         self.done += 1
+        self.seconds += time.perf_counter() - started
         alpha_hat = weights(self.alpha.detach())
         row = {
             "step": self.done,
@@ -141,7 +145,7 @@ class LayerSearch:
                 taken.append(kept)
             if passed.finite:
                 by_id = {id(p): g for p, g in zip(self.passes.params, passed.theta, strict=True)}
-                self._norms += self.gates.gradient_norms(by_id)
+                self.norms += self.gates.gradient_norms(by_id)
         return losses, taken
 
     def _outer_step(self, taken: Sequence[Taken]) -> tuple[float, bool]:
@@ -181,8 +185,12 @@ class LayerSearch:
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
         mine = [at[i * size : (i + 1) * size] for i in range(count)][together.rank() :: together.world()]
-        batches = [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
         device = self.passes.device
+
+        def collate() -> list[Batch]:
+            return [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
+
+        batches = together.attempt(collate, "collating rows of the search", device)
         return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
 
     # ------------------------------------------------------------------ the whole search
@@ -209,7 +217,7 @@ class LayerSearch:
         chosen = choose(
             alpha.tolist(), search.select, top_k=search.top_k, min_layers=search.min_layers, step=self.last_move
         )
-        alpha_hat, norms = weights(alpha).tolist(), (self._norms / max(1, self.loop.taken)).tolist()
+        alpha_hat, norms = weights(alpha).tolist(), (self.norms / max(1, self.loop.taken)).tolist()
         candidates = [
             Candidate(
                 name=group.name,
@@ -226,12 +234,15 @@ class LayerSearch:
             for i, group in enumerate(self.gates.groups)
         ]
         settings = dataclasses.asdict(search), dataclasses.asdict(self.inner)
-        return Selection(tuple(candidates), search.granularity, self.adapter_config, *settings, self._record())
+        return Selection(
+            tuple(candidates), search.granularity, self.adapter_config, *settings, self._record(), self.seconds
+        )
 
     def _record(self) -> dict[str, Any]:
         last = self.history[-1] if self.history else {}
         return {
             "steps": self.done,
+            "cost_in_steps": round(self.done * self._cost(), 3),
             "skipped_steps": self.skipped,
             "skipped_inner_steps": self.loop.skipped,
             "seed": self.seed,
@@ -240,54 +251,27 @@ class LayerSearch:
             **{name: last.get(name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
         }
 
+    def _cost(self) -> float:
+        """Of one step on α, in training steps: rows through forward and backward; a double backward counts as two passes."""
+        rows = self.inner.batch_size * self.inner.accumulation
+        unrolled = 0 if self.search.hypergrad == "direct" else 2 * (self.search.unroll_steps or self.search.inner_steps)
+        return self.search.inner_steps + unrolled + self._sizes["validation"] * self.search.outer_batches / rows
+
     # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next outer step depends on; taken between outer steps, where the inner loop is at its start."""
-        random = Random.now()
-        return {
-            "alpha": self.alpha.detach().clone(),
-            "alpha_optimizer": self.alpha_optimizer.state_dict(),
-            "theta": {name: p.detach().clone() for name, p in self.named.items()},
-            "inner": self.loop.state_dict(),
-            "positions": {name: cycle.position for name, cycle in self.cycles.items()},
-            "splits": {name: list(getattr(self.splits, name)) for name in ("train", "validation")},
-            "random": {"cpu": random.cpu, "cuda": random.cuda},
-            "norms": self._norms.clone(),
-            "done": self.done,
-            "skipped": self.skipped,
-            "last_move": self.last_move,
-            "history": [dict(row) for row in self.history],
-        }
+        """All that the next outer step depends on; taken between outer steps. All processes call it together."""
+        return state.taken(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, found: dict[str, Any]) -> None:
         """Continue from `state_dict`. Raises RunError if it is of another model or other rows."""
-        here = {name: list(getattr(self.splits, name)) for name in ("train", "validation")}
-        if state["theta"].keys() != self.named.keys() or len(state["alpha"]) != len(self.alpha):
-            raise RunError(
-                "the saved search is of another adapter: resume it with the config that it was started with."
-            )
-        if state["splits"] != here:
-            raise RunError(
-                "the rows or the seed of the search have changed since it was saved: resume it on the same rows."
-            )
-        with torch.no_grad():
-            self.alpha.copy_(state["alpha"])
-            for name, p in self.named.items():
-                p.copy_(state["theta"][name])
-        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        self.loop.load_state_dict(state["inner"])
-        for name, cycle in self.cycles.items():
-            cycle.position = state["positions"][name]
-        self._norms = state["norms"].clone()
-        self.done, self.skipped, self.last_move = state["done"], state["skipped"], state["last_move"]
-        self.history = [dict(row) for row in state["history"]]
-        self.gates.write(weights(self.alpha.detach()) ** self.search.power)
-        Random(state["random"]["cpu"], state["random"]["cuda"]).set()
+        state.restore(self, found)
 
     def save(self, path: str | Path) -> None:
-        """Write `state_dict` to a file that holds tensors and plain values only."""
-        torch.save(self.state_dict(), path)
+        """Write `state_dict`, from the main process, to a file that holds tensors and plain values only. All call it."""
+        found = self.state_dict()
+        if together.rank() == 0:
+            torch.save(found, path)
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote."""

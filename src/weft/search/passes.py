@@ -88,18 +88,21 @@ class Passes:
         shares = self.shares(batches, summed)
         total = torch.zeros(1, dtype=torch.float64)
         with in_mode(self.model, training), self._without_gradients(), self.gates.watched():
-            for batch, share in zip(batches, shares, strict=True):
-                loss = self.loss(batch)
-                if loss.dim():
-                    raise ConfigError(
-                        f"the loss has shape {tuple(loss.shape)}: return one number, the mean over the batch."
-                    )
-                (loss * share).backward()
-                total += float(loss.detach()) * share
+            together.attempt(lambda: self._accumulate(batches, shares, total), "a pass of the search", self.device)
             theta = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
             h = self.gates.read()
         together.sum_up([total, h, *theta], self.device)
         return Passed(float(total), theta, h)
+
+    def _accumulate(self, batches: Sequence[Batch], shares: Sequence[float], total: Tensor) -> None:
+        for batch, share in zip(batches, shares, strict=True):
+            loss = self.loss(batch)
+            if loss.dim():
+                raise ConfigError(
+                    f"the loss has shape {tuple(loss.shape)}: return one number, the mean over the batch."
+                )
+            (loss * share).backward()
+            total += float(loss.detach()) * share
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

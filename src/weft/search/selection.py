@@ -40,7 +40,8 @@ class Selection:
     """Which groups a search selected, and how clearly.
 
     `adapter` is the searched config as plain JSON, `search` and `inner` are the settings, `record` has numbers of the run:
-    steps, skipped_steps, sum_alpha, max_alpha_hat, seed, rows of either split, losses at the end.
+    steps, cost_in_steps (how many training steps the search was worth, counted in rows), skipped_steps, sum_alpha,
+    max_alpha_hat, seed, rows of either split, losses at the end. `seconds`: how long its steps took.
     """
 
     candidates: tuple[Candidate, ...]
@@ -49,6 +50,7 @@ class Selection:
     search: dict[str, Any]
     inner: dict[str, Any]
     record: dict[str, Any] = field(default_factory=dict)
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def chosen(self) -> list[Candidate]:

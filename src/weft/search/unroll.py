@@ -97,14 +97,19 @@ def by_double_backward(passes: Passes, alpha_n: Tensor) -> Product:
             use_reference(),
             math_attention(),
         ):
-            for batch, share in zip(step.batches, passes.shares(step.batches), strict=True):
-                with passes.gates.graphed(
-                    list(weights(alpha))
-                ):  # a graph per micro-batch: each is freed by its own backward
-                    second = _second(passes, batch, share, towards, into)
-                for total, value in zip(found, second, strict=True):
-                    if value is not None:
-                        total.add_(value)
+            shares = passes.shares(step.batches)
+
+            def accumulate() -> None:
+                for batch, share in zip(step.batches, shares, strict=True):
+                    with passes.gates.graphed(
+                        list(weights(alpha))
+                    ):  # a graph per micro-batch: its own backward frees it
+                        second = _second(passes, batch, share, towards, into)
+                    for total, value in zip(found, second, strict=True):
+                        if value is not None:
+                            total.add_(value)
+
+            together.attempt(accumulate, "a double backward of the search", passes.device)
         together.sum_up(found, passes.device)
         return found[:-1], found[-1]
 

@@ -52,8 +52,12 @@ def searches(prepared: Prepared) -> bool:
     return isinstance(prepared.adapter, WeftConfig) and isinstance(prepared.adapter.layers, Search)
 
 
-def make_search(prepared: Prepared, args: TrainingArguments | None = None, seed: int | None = None) -> LayerSearch:
+def make_search(
+    prepared: Prepared, args: TrainingArguments | None = None, seed: int | None = None, rows: int | None = None
+) -> LayerSearch:
     """The search that a recipe describes: θ as the train section trains it, α on rows held out of the training rows.
+
+    `seed` and `rows`, at most so many of the training rows, take the place of the recipe's.
 
     Raises:
         ConfigError: fp16, which would need its gradients scaled, or a setting that cannot work.
@@ -80,12 +84,12 @@ def make_search(prepared: Prepared, args: TrainingArguments | None = None, seed:
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    rows = prepared.data.train.select_columns(COLUMNS)
+    search = cast(Search, config.layers)
     return LayerSearch(
         model,
-        cast(Search, config.layers),
+        search if rows is None else dataclasses.replace(search, max_search_samples=rows),
         inner,
-        cast("Sequence[Any]", rows),
+        cast("Sequence[Any]", prepared.data.train.select_columns(COLUMNS)),
         collate=prepared.collator,
         loss=_loss(train),
         seed=train.seed if seed is None else seed,
@@ -132,12 +136,12 @@ class Stage:
         return self._second(selection)
 
     def _save(self) -> None:
-        if not self.main:
-            return
         partial = self._state.with_name("state.pt.part")
         with writing(self._state):
             self._state.parent.mkdir(exist_ok=True)
-            self.search.save(partial)
+            self.search.save(partial)  # all processes: each has a random state of its own
+            if not self.main:
+                return
             with partial.open("rb") as file:
                 sync(file.fileno())
             partial.replace(self._state)
@@ -150,7 +154,12 @@ class Stage:
             with writing(self.run.folder / "selection.json"):
                 selection.save(self.run.folder / "selection.json")
             self.run.event(
-                "selection", layers=list(selection.blocks), margin=selection.margin, near_ties=selection.near_ties
+                "selection",
+                layers=list(selection.blocks),
+                margin=selection.margin,
+                near_ties=selection.near_ties,
+                cost_in_steps=selection.record["cost_in_steps"],
+                seconds=round(selection.seconds, 3),
             )
 
     def _second(self, selection: Selection) -> tuple[Prepared, Run]:
@@ -161,7 +170,8 @@ class Stage:
         config = model.peft_config["default"]
         weft.attach(model, total_steps=self.run.steps)
         described = {**self.run.adapter, "layers": config.to_dict()["layers"]}
-        run = dataclasses.replace(self.run, adapter=described, parameters=parameters(model))
+        took = {"search_seconds": round(selection.seconds, 3), "search_in_steps": selection.record["cost_in_steps"]}
+        run = dataclasses.replace(self.run, adapter=described, parameters=parameters(model), time=self.run.time | took)
         if self.main:
             run.save()
         return dataclasses.replace(self.prepared, model=model, adapter=config), run
@@ -174,13 +184,27 @@ def begin(prepared: Prepared, run: Run, args: TrainingArguments, main: bool) -> 
 
 @dataclass(frozen=True)
 class Searched:
-    """What `weft search` found: a selection per seed, the first one being the result, and how far they agree."""
+    """What `weft search` found: a selection per seed, the first one being the result, and how far they agree.
+
+    `by_rows` are selections of the first seed from so many rows each; the result is compared with them. `steps` is the length
+    of the recipe's training, beside which the cost of the search is to be seen.
+    """
 
     selections: tuple[Selection, ...]
     seeds: tuple[int, ...]
-    stability: Stability | None
-    """None for one seed."""
+    by_rows: dict[int, Selection]
+    steps: int
     path: Path | None
+
+    @property
+    def stability(self) -> Stability | None:
+        """Over seeds; None for one."""
+        return compare(self.selections) if len(self.selections) > 1 else None
+
+    @property
+    def stability_by_rows(self) -> Stability | None:
+        """Over sizes of the search set, the result's own included; None without any."""
+        return compare([self.selections[0], *self.by_rows.values()]) if self.by_rows else None
 
     def record(self) -> dict[str, Any]:
         """Plain data, as `--json` shows it."""
@@ -189,51 +213,73 @@ class Searched:
             "path": None if self.path is None else str(self.path),
             "seeds": list(self.seeds),
             "stability": None if self.stability is None else dataclasses.asdict(self.stability),
+            "stability_by_rows": None if self.stability_by_rows is None else dataclasses.asdict(self.stability_by_rows),
+            "training_steps": self.steps,
+            "seconds": [selection.seconds for selection in self.selections],
             "controls": {name: list(only.blocks) for name, only in self.selections[0].controls().items()},
             "selections": [dataclasses.asdict(selection) for selection in self.selections],
+            "by_rows": {str(rows): dataclasses.asdict(selection) for rows, selection in self.by_rows.items()},
         }
 
 
 def search_recipe(
-    source: Any, *overrides: str, seeds: int = 1, out: str | Path | None = None, progress: Progress = ignore
+    source: Any,
+    *overrides: str,
+    seeds: int = 1,
+    rows: Sequence[int] = (),
+    out: str | Path | None = None,
+    progress: Progress = ignore,
 ) -> Searched:
     """Search the layers of a recipe and train nothing else.
 
     Args:
         source: a recipe file, a built-in name, a mapping or a `Recipe`. An adapter without a search gets `weft.Search()`.
         seeds: how many searches, with seeds counted up from train.seed; they differ in adapter start, splits and order.
+        rows: search again with the first seed on so many rows each, to see how far the size of the search set decides.
         out: file for the first selection.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work.
     """
+    recipe = Recipe.read(source, *overrides)
+    for name, counts in (("seeds", [seeds]), ("rows", rows)):
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
+            given = counts[0] if name == "seeds" else list(counts)
+            raise ConfigError(f"{name}={given!r} searches nothing: use whole numbers from 1 up.")
+    first, several = recipe.train.seed, seeds > 1 or bool(rows)
+    sized = {n: _search_once(recipe, first, n, progress, several)[0] for n in dict.fromkeys(rows)}
+    found = [_search_once(recipe, seed, None, progress, several) for seed in range(first, first + seeds)]
+    if out is not None:
+        with writing(Path(out)):
+            found[0][0].save(out)
+    return Searched(
+        tuple(selection for selection, _ in found),
+        tuple(range(first, first + seeds)),
+        sized,
+        found[0][1],
+        None if out is None else Path(out),
+    )
+
+
+def _search_once(
+    recipe: Recipe, seed: int, rows: int | None, progress: Progress, several: bool
+) -> tuple[Selection, int]:
+    """The selection, and how many steps the recipe trains."""
     from weft.train.arguments import arguments
     from weft.train.prepare import prepare
 
-    recipe = Recipe.read(source, *overrides)
-    if not isinstance(seeds, int) or seeds < 1:
-        raise ConfigError(f"seeds={seeds!r} searches nothing: use a whole number from 1 up.")
-    selections = []
-    first = recipe.train.seed
-    for seed in range(first, first + seeds):
-        train = recipe.train.model_copy(update={"seed": seed})
-        again = recipe.model_copy(update={"train": train, "adapter": _with_search(recipe.adapter)})
-        again._base_dir = recipe.base_dir
-        prepared = prepare(again)
-        search = make_search(prepared, arguments(train, Path(recipe.out), prepared.steps, False))
-        name = "search" if seeds == 1 else f"search, seed {seed}"
-        selections.append(
-            search.run(lambda row, n=name, t=search.steps: progress(Tick(n, row["step"], t, row["loss"])))  # type: ignore[misc]
-        )
-    if out is not None:
-        with writing(Path(out)):
-            selections[0].save(out)
-    return Searched(
-        tuple(selections),
-        tuple(range(first, first + seeds)),
-        compare(selections) if seeds > 1 else None,
-        None if out is None else Path(out),
-    )
+    train = recipe.train.model_copy(update={"seed": seed})
+    again = recipe.model_copy(update={"train": train, "adapter": _with_search(recipe.adapter)})
+    again._base_dir = recipe.base_dir
+    prepared = prepare(again)
+    search = make_search(prepared, arguments(train, Path(recipe.out), prepared.steps, False), rows=rows)
+    name = f"search, seed {seed}" if several else "search"
+    name += f", {rows} rows" if rows else ""
+
+    def tick(row: dict[str, Any]) -> None:
+        progress(Tick(name, row["step"], search.steps, row["loss"]))
+
+    return search.run(tick), prepared.steps
 
 
 def _with_search(adapter: dict[str, Any]) -> dict[str, Any]:

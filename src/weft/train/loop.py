@@ -215,6 +215,7 @@ def _run_trainer(
     try:
         with _sentences(run):
             trainer, prepared, run = start()
+            started = time.monotonic()  # a search has told its own seconds
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             took: dict[str, Any] = {"train_seconds": round(time.monotonic() - started, 3), "finished": now()}
             if resume:
