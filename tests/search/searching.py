@@ -54,13 +54,46 @@ class Stack(nn.Module):
         return x
 
 
+class FewBits(nn.Module):
+    """A linear module that keeps its weight in int8, as quantisers make them: called, never read."""
+
+    def __init__(self, whole: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        self.step, self.bias = float(whole.weight.detach().abs().max()) / 7, whole.bias
+        self.weight = nn.Parameter((whole.weight.detach() / self.step).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.step, self.bias)
+
+
+def quantised(base: nn.Module) -> nn.Module:
+    """`base` with its linear modules in few bits, in place."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear):
+            base.set_submodule(name, FewBits(module))
+    return base
+
+
+def rounded(base: nn.Module) -> nn.Module:
+    """The function of `quantised(base)` in linear modules that are not quantised, in place."""
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            few = FewBits(module)
+            module.weight.data = few.weight.to(module.weight.dtype) * few.step
+    return base
+
+
 def stack(blocks: int = 3, seed: int = 0, **fields: Any) -> Stack:
     torch.manual_seed(seed)
     return Stack(blocks, **fields).double()
 
 
 def adapted(base: nn.Module, search: weft.Search, seed: int = 1, *, moved: float = 0.0, **fields: Any) -> PeftModel:
-    """An fp64 adapter of rank 2 on all linear modules of `base`; `moved` randomises it, as training would."""
+    """An fp64 adapter of rank 2 on all linear modules of `base`; `moved` randomises it, as training would.
+
+    Whole-number parameters of a quantised base stay as they are.
+    """
     torch.manual_seed(seed)
     config = weft.WeftConfig(**{"r": 2, "target_modules": ["up", "down"], "layers": search, **fields})
     model = get_peft_model(base, config, autocast_adapter_dtype=False)

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from searching import adapted, make, mse, planted, stack
+from searching import adapted, make, mse, planted, quantised, rounded, stack
 from torch import Tensor
 
 import weft
+from weft.errors import ConfigError
 from weft.search.driver import LayerSearch
 from weft.terms.layers.search import weights
 
@@ -25,13 +26,14 @@ STRUCTURES = {
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 2}
 
 
-def moved_search(structure: str = "plain", checkpointing: str = "none", **fields) -> LayerSearch:
+def moved_search(structure: str = "plain", checkpointing: str = "none", bits: str = "none", **fields) -> LayerSearch:
     """A search in the middle of things: θ and α are away from their starts."""
     base = stack(3, checkpointing=checkpointing)
     rows = planted(stack(3), {1}, 40)
     inner = fields.pop("inner", {})
     extra = fields.pop("config", {})
     search = weft.Search(**{**SMALL, **fields})
+    base = {"none": lambda b: b, "quantised": quantised, "rounded": rounded}[bits](base)
     found = make(adapted(base, search, moved=0.3, **STRUCTURES[structure], **extra), rows, **inner)
     set_alpha(found, torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64))
     return found
@@ -236,9 +238,17 @@ def test_direct_points_further_away_from_exact_the_longer_the_unroll():
     assert cosines[1] < cosines[0]
 
 
-def test_a_quantised_or_checkpointed_model_is_refused_for_exact_before_any_step():
-    from weft.errors import ConfigError
+@pytest.mark.parametrize("kind", ["direct", "unrolled_fd"])
+def test_on_a_quantised_base_the_hypergradient_is_that_of_the_same_function_unquantised(kind: str):
+    fields = {"hypergrad": kind, "inner_steps": 2 if kind == "unrolled_fd" else 1, "inner": INNER["adam"]}
+    found = [unrolled(moved_search(bits=bits, **fields))[0] for bits in ("quantised", "rounded")]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+    assert found[0].abs().max() > 1e-4
+    with pytest.raises(ConfigError, match="quantised"):
+        moved_search(bits="quantised", hypergrad="unrolled_exact")
 
+
+def test_a_quantised_or_checkpointed_model_is_refused_for_exact_before_any_step():
     base = stack(3)
     model = adapted(base, weft.Search(hypergrad="unrolled_exact", **SMALL))
     model.gradient_checkpointing = True

@@ -88,6 +88,37 @@ def test_the_selection_goes_with_what_happens_over_time(fields: dict):
 
 @pytest.mark.parametrize(
     "fields",
+    [
+        {"boost": weft.Dash(directions=2, after=2)},
+        {"start": weft.Directions(after=2)},
+        {"ranks": weft.Reallocate(first=2, every=1, max_rounds=2, move=1, score="random")},
+    ],
+    ids=["dash", "directions", "reallocate"],
+)
+def test_a_gate_that_is_kept_from_a_search_goes_with_what_happens_over_time(fields: dict):
+    """At 1 it changes nothing bit for bit; doubled, it doubles the whole update, extra slots and twins too."""
+    found = []
+    for gated in (False, True):
+        torch.manual_seed(4)
+        layers = weft.Only([1, 3], gated=gated)
+        model = get_peft_model(stack(4), weft.WeftConfig(r=2, target_modules=["up", "down"], layers=layers, **fields))
+        optimizer = torch.optim.AdamW(weft.param_groups(model.double(), lr=1e-2))
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).double()
+        for _ in range(5):
+            mse(model.train(), {"x": x, "y": x.cos()}).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(model)
+    one, other = (sites(model) for model in found)
+    assert all(torch.equal(one[name].delta_weight(), other[name].delta_weight()) for name in one)
+    assert weft.state_dict(found[1])["default"]["events"]
+    for name, site in other.items():
+        site.layer_gate.fill_(2.0)
+        torch.testing.assert_close(site.delta_weight(), 2 * one[name].delta_weight(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "fields",
     [{"boost": weft.Dash()}, {"start": weft.Directions()}, {"ranks": weft.Reallocate()}],
     ids=["dash", "directions", "reallocate"],
 )
@@ -153,6 +184,12 @@ def test_with_everything_selected_all_is_the_only_control_and_the_second_stage_i
     assert a.keys() == b.keys()
     assert all(torch.equal(a[n].factors().A, b[n].factors().A) for n in a)
     assert all(site.layer_gate is None for site in a.values())
+    for m in (again, plain):
+        optimizer = torch.optim.AdamW(weft.param_groups(m.double(), lr=1e-2))
+        mse(m.train(), {"x": torch.ones(3, 6).double(), "y": torch.zeros(3, 6).double()}).backward()
+        optimizer.step()
+    assert all(torch.equal(a[n].structure.B, b[n].structure.B) for n in a)
+    assert max(float(site.structure.B.detach().abs().max()) for site in a.values()) > 0
 
 
 def test_restart_leaves_no_adapter_on_unselected_blocks():

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pairing import both_of
 from peft import PeftModel
-from transformers import TrainerCallback
+from test_resume import Interrupt, weights
 
 import weft
 from weft.errors import ConfigError, DataError
@@ -20,19 +21,6 @@ from weft.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 FLEXORA = {"recipe": "flexora", "r": 4, "val_size": 8, "outer_batches": 2, "steps": 4, "lora_dropout": 0.2}
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def weights(run: Run) -> bytes:
-    return (run.adapter_folder / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("finetune", ["restart", "continue"])
@@ -136,3 +124,21 @@ def test_the_adapter_of_a_searched_run_loads_with_peft(recipe: Make, bases: dict
     run = weft.train(recipe(adapter=FLEXORA))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), run.adapter_folder)
     assert model.peft_config["default"].layers == Selection.load(run.folder / "selection.json").layers
+
+
+def test_two_processes_select_as_one_does_and_resume_exactly_inside_the_search(recipe: Make, tmp_path: Path) -> None:
+    """Half the accumulation on each of two processes: the same micro-batches together, in training and in the search."""
+    adapter = {**FLEXORA, "steps": 5, "lora_dropout": 0.0}
+    train = {"batch_size": 4, "accumulation": 2, "save_every": 2, "schedule": "constant"}
+    alone = weft.train(recipe(adapter=adapter, train=train, out=str(tmp_path / "alone")))
+    halved = recipe(adapter=adapter, train={**train, "accumulation": 1})
+    (tmp_path / "recipe.json").write_text(json.dumps(halved))
+    one, other = both_of(str(Path(__file__).with_name("two_trainings.py")), tmp_path)
+    assert one == other
+    assert one["layers"] == [list(alone.adapter["layers"]["blocks"])] * 2
+    assert one["steps"] == alone.steps
+    single, whole, cut = (Selection.load(tmp_path / name / "selection.json") for name in ("alone", "whole", "cut"))
+    assert cut == whole
+    assert [c.alpha for c in whole.candidates] == pytest.approx([c.alpha for c in single.candidates], abs=1e-4)
+    adapters = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert adapters[0] == adapters[1]
