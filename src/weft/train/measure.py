@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from weft.train.progress import Progress, Tick, ignore
@@ -57,14 +58,19 @@ def batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def mean_loss(model: Any, rows: Any, collate: Collate, size: int, progress: Progress = ignore) -> Measured:
-    """The loss of `model` on tokenised `rows` (input_ids, attention_mask, labels)."""
+    """The loss of `model` on tokenised `rows` (input_ids, attention_mask, labels), without what an adapter adds to it in training.
+
+    So the base that holds the adapter is called: around it, stock AdaLoRA adds its penalty to every loss, and cannot run at all
+    once it is loaded.
+    """
+    forward = model.get_base_model() if isinstance(model, PeftModel) else model
     total, count, predicted = 0.0, 0, list[int]()
     rows = rows.select_columns(["input_ids", "attention_mask", "labels"])
     causal = not model.config.is_encoder_decoder
     with evaluating(model):
         for done, batch in enumerate(batches(rows, size), start=1):
             inputs = {key: value.to(model.device) for key, value in collate(batch).items()}
-            output = model(**inputs)
+            output = forward(**inputs)
             labels = inputs["labels"]
             if labels.dim() == 1:
                 scored = len(labels)

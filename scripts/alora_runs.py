@@ -1,0 +1,276 @@
+"""Measure moving ranks (ALoRA), LoRA-Init and LoRA-TSD against LoRA and their controls; write evidence/alora-runs.json.
+
+    python scripts/alora_runs.py --jobs 2               # runs what is missing; then scripts/real_runs.py --report
+    python scripts/alora_runs.py --tasks demo --seeds 2 # a quick look
+
+Variants at one budget of rank slots, α = 2r, batch, steps, seed and data order:
+
+    lora        plain LoRA; the same bit for bit as moving no ranks (score="none")
+    exact, shortlist, taylor    AB-LoRA scores, eight rounds from a third of the run on
+    random      as many moves in the same rounds, slots chosen at random
+    early       as shortlist, with rounds from a tenth of the run on, every fortieth: the paper's quarter epochs of ten
+    early-random                as many moves in those rounds, at random
+    final       plain LoRA from the start at the ranks that `shortlist` ended with
+    adalora     stock peft AdaLoRA, from 1.5 r down to r
+    init, tsd   LoRA-Init and LoRA-TSD, switched after a fifth of the steps
+    init-random, init-top       as init, along directions drawn at random, or those of largest σ
+
+Rates are chosen on validation rows over two seeds that are not reported: with plain LoRA for all whose values start as its
+do, with LoRA-Init for those that start along directions, and for AdaLoRA its own; each from as many rates. `taylor` also
+measures, every round, how far its scores and exact ones on other rows are from exact ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dash_runs
+from paired import Job, best_rate, collect, interval, measure, parser, spread
+
+from weft.schedule.agreement import spearman
+from weft.schedule.reallocate import kind_of
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evidence" / "alora-runs.json"
+RANK = 4
+TUNING_SEEDS = (1000, 1001)
+
+MOVING = ("exact", "shortlist", "taylor", "random", "early", "early-random")
+STARTING = ("init", "init-random", "init-top", "tsd")
+VARIANTS = ("lora", *MOVING, "final", "adalora", *STARTING)
+TASKS = {name: dash_runs.TASKS[name] for name in ("demo", "e2e", "sst2")}
+LEFT_OUT = {"e2e": ("exact",), "sst2": ("exact", "taylor", "init-top")}
+"""What would take hours: eight rounds of exact scores of 140 slots and more, and a control."""
+
+
+def rates(task: str, variant: str) -> list[float]:
+    """Four for each; values that start at the size of W's own want lower ones, AdaLoRA higher ones."""
+    low, middle, high = TASKS[task]["rates"]
+    every = [low / 2, low, middle, high, 2 * high, 4 * high]
+    first = {"init": 0, "lora": 1, "adalora": 2}[variant]
+    return every[first : first + 4]
+
+
+def tuned_with(variant: str) -> str:
+    """The variant whose rate this one uses."""
+    return "adalora" if variant == "adalora" else "init" if variant in STARTING else "lora"
+
+
+def adapter(variant: str, seed: int, steps: int, ranks: dict[str, int] | None = None) -> dict[str, Any]:
+    """The adapter section of one run; `ranks` are those of `final`."""
+    section: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK}
+    if variant in MOVING:
+        score = {"early": "shortlist", "early-random": "random"}.get(variant, variant)
+        section |= {"recipe": "alora", "score": score, "check": variant == "taylor", "seed": seed}
+        section |= {"first": 0.1, "every": 0.025} if "early" in variant else {}
+    elif variant == "final":
+        section |= {"recipe": "lora", **_pattern(ranks or {})}
+    elif variant == "adalora":
+        section |= {"recipe": "peft:adalora", "tinit": steps // 10, "tfinal": 3 * steps // 10}
+    elif variant == "tsd":
+        section |= {"recipe": "lora_tsd", "after": 0.2, "directions": RANK}
+    elif variant in STARTING:
+        select = {"init": "rate", "init-random": "random", "init-top": "top"}[variant]
+        section |= {"recipe": "lora_init", "after": 0.2, "select": select, "seed": seed}
+    else:
+        section |= {"recipe": "lora"}
+    return section
+
+
+def _pattern(ranks: dict[str, int]) -> dict[str, Any]:
+    """Fields for modules of different ranks, at the scale of rank RANK; a module of rank 0 is left alone."""
+    other = {name: rank for name, rank in ranks.items() if rank not in (0, RANK)}
+    fields: dict[str, Any] = {
+        "rank_pattern": {re.escape(name): rank for name, rank in other.items()},
+        "alpha_pattern": {re.escape(name): 2 * rank for name, rank in other.items()},
+    }
+    gone = [name for name, rank in ranks.items() if rank == 0]
+    return fields | ({"exclude_modules": gone} if gone else {})
+
+
+def job(task: str, variant: str, lr: float, seed: int, runs: str, test: bool) -> Job:
+    """One run of a variant; `final` needs that of `shortlist` to be done."""
+    spec = TASKS[task]
+    ranks = None
+    if variant == "final":
+        ranks = rounds(job(task, "shortlist", lr, seed, runs, test).out)[-1]["ranks"]
+    labels = {"task": task, "variant": variant, "r": RANK, "lr": lr, "seed": seed}
+    return Job.of(labels, spec, adapter(variant, seed, spec["train"]["steps"], ranks), runs, test)
+
+
+def rounds(folder: Path) -> list[dict[str, Any]]:
+    """The reallocations of a run, in order."""
+    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "reallocation"]
+
+
+def with_rounds(found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A run's figures with where its ranks went and what its rounds say of their scores."""
+    if found["variant"] == "adalora":
+        kept = json.loads((out / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["rank_pattern"]
+        return found | {"ranks": {_module(key): sum(mask) for key, mask in kept.items()}}
+    if found["variant"] not in MOVING:
+        return found
+    events = rounds(out)
+    figures = ("round", "step", "margin", "noise", "agreement", "seconds", "parameters")
+    return found | {
+        "ranks": events[-1]["ranks"],
+        "rounds": [{key: event[key] for key in figures if key in event} for event in events],
+    }
+
+
+def _module(key: str) -> str:
+    """The module that an entry of AdaLoRA's rank pattern stands for."""
+    return re.sub(r"^(base_model\.)?(model\.)?|\.lora_E.*$", "", key)
+
+
+def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
+    """Choose rates, then run every variant and seed; seeds outermost, so that what there is stays paired."""
+    best, tuning = {}, []
+    for variant in ("lora", "init", "adalora"):
+        jobs = [job(task, variant, lr, seed, args.runs, False) for lr in rates(task, variant) for seed in TUNING_SEEDS]
+        tried = pool.map(measure, jobs, 1)
+        best[variant], tuning = best_rate(tried), tuning + tried
+    variants = [variant for variant in VARIANTS if variant not in LEFT_OUT.get(task, ())]
+    runs = []
+    for part in ([v for v in variants if v != "final"], ["final"]):
+        jobs = [
+            job(task, v, best[tuned_with(v)], seed, args.runs, True)
+            for seed, v in itertools.product(range(args.seeds), part)
+        ]
+        runs += [with_rounds(found, each.out) for found, each in zip(pool.map(measure, jobs, 1), jobs, strict=True)]
+    return {"task": task, "tuning": tuning, "runs": runs}
+
+
+# ---------------------------------------------------------------------- the document's part
+
+READING = """
+"""
+AGAINST = {
+    **dict.fromkeys(("exact", "shortlist", "taylor"), "random"),
+    "early": "early-random",
+    **dict.fromkeys(("init-random", "init-top", "tsd"), "init"),
+}
+"""Variant: what it is compared with besides LoRA."""
+
+
+def section() -> list[str]:
+    """The part of docs/real-runs.md, a pure function of evidence/alora-runs.json."""
+    saved = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lines = [
+        "## ALoRA, LoRA-Init and LoRA-TSD",
+        "",
+        f"All start from r = {RANK} and α = 2r on all linear modules and share batch, steps, seeds and data order.",
+        "ALoRA moves slots in eight rounds from a third of the run on, `early` from a tenth on; LoRA-Init and",
+        "LoRA-TSD switch after a fifth.",
+        "`random` moves as many slots in the same rounds, chosen at random; `final` is plain LoRA trained from the",
+        "start at the ranks that `shortlist` ended with; `adalora` is peft's, from 1.5 r to r. Moving no slots is",
+        "`lora`, bit for bit. Rates were chosen from four each, on validation rows over two seeds that are not",
+        "reported: with LoRA for all whose values start as its do, with LoRA-Init for those along directions, and",
+        f"for AdaLoRA its own. Differences are paired by seed, with 95 % t-intervals. Made by `{saved['command']}`",
+        f"({saved['versions']}); every run is in `evidence/alora-runs.json`.",
+    ]
+    for task in saved["tasks"]:
+        lines += ["", *_table(task), "", *_where(task)]
+    return [*lines, "", *_fidelity(saved["tasks"]), READING]
+
+
+def _by_variant(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Its runs in order of seed."""
+    found = {v: sorted((f for f in task["runs"] if f["variant"] == v), key=lambda f: f["seed"]) for v in VARIANTS}
+    return {variant: runs for variant, runs in found.items() if runs}
+
+
+def _table(task: dict[str, Any]) -> list[str]:
+    spec, by = TASKS[task["task"]], _by_variant(task)
+    train = spec["train"]
+    out = [
+        f"### {spec['title']}, moving and starting",
+        "",
+        f"{train['steps']} steps of {train['batch_size']} rows, n = {len(by['lora'])} seeds; {spec['unit']}.",
+        "",
+        "| variant | trained parameters | lr | mean ± sd | difference to lora (95 %) | difference to another (95 %) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant, runs in by.items():
+        cells = [variant, f"{_parameters(runs, by['lora']):,}", f"{runs[0]['lr']:g}", spread([f["test"] for f in runs])]
+        cells += [_gap(runs, by["lora"]) if variant != "lora" else ""]
+        other = AGAINST.get(variant)
+        cells += [f"{other}: {_gap(runs, by[other])}" if other else ""]
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def _gap(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
+    return interval([run["test"] - other["test"] for run, other in zip(runs, others, strict=True)])
+
+
+def _parameters(runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> int:
+    """Trained numbers, the mean over seeds; of moving ranks those that are live at the end, with a classifier's head."""
+    counts = [run["trainable"] for run in runs]
+    if "rounds" in runs[0]:
+        # there is room for 2 r slots, so `trainable` is twice LoRA's adapter and the head once
+        head = 2 * plain[0]["trainable"] - runs[0]["trainable"]
+        counts = [run["rounds"][-1]["parameters"] + head for run in runs]
+    return round(statistics.mean(counts))
+
+
+def _where(task: dict[str, Any]) -> list[str]:
+    by = {variant: runs for variant, runs in _by_variant(task).items() if "ranks" in runs[0]}
+    kinds = list(dict.fromkeys(kind_of(name) for name in by["random"][0]["ranks"]))
+    short = [kind.rpartition("#.")[2].split(".", 1)[-1] for kind in kinds]
+    out = [
+        "Where the ranks went: the mean final rank of each kind of module over its layers ± sd over seeds (start:",
+        f"{RANK}), and how far seeds agree on the ranks of single modules (mean rank correlation between pairs of",
+        "seeds).",
+        "",
+        "| variant | " + " | ".join(short) + " | seeds agree |",
+        "|---|" + "---|" * (len(kinds) + 1),
+    ]
+    for variant, runs in by.items():
+        means = [
+            [statistics.mean(r for n, r in run["ranks"].items() if kind_of(n) == kind) for run in runs]
+            for kind in kinds
+        ]
+        cells = [variant, *(spread(each, 1) for each in means), _agreement(runs)]
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def _agreement(runs: Sequence[dict[str, Any]]) -> str:
+    names = list(runs[0]["ranks"])
+    lists = [[run["ranks"][name] for name in names] for run in runs]
+    return f"{statistics.mean(spearman(one, other) for one, other in itertools.combinations(lists, 2)):+.2f}"
+
+
+def _fidelity(tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """Taylor's scores and exact ones on other rows, both against exact ones, over all rounds of all seeds."""
+    out = [
+        "### How good Taylor's scores are",
+        "",
+        "Each round of `taylor`: its scores, and exact scores on other 32 rows, both against exact scores on the",
+        "rows in use. The second is as well as any score can do. Mean ± sd over rounds and seeds; regret is",
+        "relative to the sum over the truly lowest.",
+        "",
+        "| task | rounds | scores | Spearman | Kendall | overlap of those that move | regret |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = {"score_in_use": "Taylor", "exact_on_other_rows": "exact, other rows"}
+    for task in tasks:
+        told = [each["agreement"] for f in task["runs"] if f["variant"] == "taylor" for each in f["rounds"]]
+        for key, name in names.items() if told else ():
+            columns = [[each[key][figure] for each in told] for figure in ("spearman", "kendall", "overlap", "regret")]
+            cells = [task["task"], str(len(told)), name, *(spread(column, 2) for column in columns)]
+            out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+if __name__ == "__main__":
+    collect("alora_runs.py", parser(__doc__, list(TASKS), "runs/alora").parse_args(), run_task, RESULTS)
