@@ -133,6 +133,15 @@ def test_the_cost_in_training_steps_is_the_rows_that_went_through_the_model(fiel
     assert selection.seconds > 0
 
 
+def test_the_rate_of_theta_may_be_the_searchs_own():
+    found = [search(inner={"lr": 1e-3}), search(inner_lr=1e-3), search()]
+    for each in found:
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(theta(found[0]), theta(found[1]), strict=True))
+    assert not torch.equal(theta(found[1])[0], theta(found[2])[0])
+    assert found[1].selection().inner["lr"] == 1e-3
+
+
 def test_gates_are_the_weights_of_alpha_after_every_step():
     found = search()
     found.run()

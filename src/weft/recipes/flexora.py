@@ -23,6 +23,7 @@ def FlexoraConfig(
     hypergrad: str = "direct",
     fd_step: float = 1e-2,
     inner_steps: int = 1,
+    inner_lr: float | None = None,
     unroll_steps: int | None = None,
     alpha_lr: float = 0.01,
     alpha_optimizer: str = "adam",
@@ -44,6 +45,7 @@ def FlexoraConfig(
         hypergrad=hypergrad,  # type: ignore[arg-type]
         fd_step=fd_step,
         inner_steps=inner_steps,
+        inner_lr=inner_lr,
         unroll_steps=unroll_steps,
         alpha_lr=alpha_lr,
         alpha_optimizer=alpha_optimizer,  # type: ignore[arg-type]

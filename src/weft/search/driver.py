@@ -59,7 +59,8 @@ class LayerSearch:
         seed: int = 0,
     ):
         self.model, self.search, self.seed = model, search, seed
-        self.inner = dataclasses.replace(inner, optimizer="sign_sgd") if search.preset == "released" else inner
+        optimizer = "sign_sgd" if search.preset == "released" else inner.optimizer
+        self.inner = dataclasses.replace(inner, optimizer=optimizer, lr=search.inner_lr or inner.lr)
         self.adapter_config: dict[str, Any] = model.peft_config[adapter].to_dict()
         if search.hypergrad == "direct" and search.inner_steps > 1:
             log.warning("the direct hypergradient ignores all of the %d inner steps: it is biased", search.inner_steps)

@@ -54,6 +54,7 @@ def test_the_chain_rule_is_autograds_and_sums_to_zero(power: int):
         {"inner_steps": 0},
         {"outer_batches": True},
         {"alpha_lr": 0},
+        {"inner_lr": -1e-3},
         {"alpha_lr": float("nan")},
         {"select": "above_maen"},
         {"top_k": 3},

@@ -50,6 +50,8 @@ class Search:
             same by double backward, for small models.
         fd_step: norm of the perturbation of θ in finite differences (DARTS: 1e-2; up to 1e-1 where forwards are in bf16).
         inner_steps: K optimiser steps on θ before every step on α.
+        inner_lr: rate of θ during the search; None takes the training's. A lower one (ours) keeps θ learning for as long as α
+            does: at a rate at which θ fits in a few steps, the sign of h is that of θ's overshoot, not of a block's use.
         unroll_steps: how many of the K are differentiated by the unrolled kinds; None is all.
         alpha_lr, alpha_optimizer: of α; no decay, no schedule (released code: Adam, 0.01).
         outer_batches: validation micro-batches per step on α (released code: 8, of one sample each).
@@ -68,6 +70,7 @@ class Search:
     hypergrad: Literal["direct", "unrolled_fd", "unrolled_exact"] = "direct"
     fd_step: float = 1e-2
     inner_steps: int = 1
+    inner_lr: float | None = None
     unroll_steps: int | None = None
     alpha_lr: float = 0.01
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
@@ -90,6 +93,9 @@ class Search:
             self._check(name, value is None or _is_count(value), "a whole number from 1 up, or leave it out")
         for name in ("alpha_lr", "search_epochs", "fd_step"):
             self._check(name, _is_positive(getattr(self, name)), "a positive number")
+        self._check(
+            "inner_lr", self.inner_lr is None or _is_positive(self.inner_lr), "a positive number, or leave it out"
+        )
         if self.select is None:
             object.__setattr__(self, "select", "raw_zero" if self.preset == "released" else "above_mean")
         for name, valid in _CHOICES.items():
