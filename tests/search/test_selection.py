@@ -291,6 +291,23 @@ def test_search_layers_reads_the_loss_of_a_transformers_model_in_token_weights()
     assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_load_balance_term_of_routers_is_part_of_the_inner_loss_and_not_of_the_validation_loss():
+    config = adapter_config("hydra", "llama", layers=weft.Search(outer_batches=1, val_size=2, steps=1))
+    config.structure = weft.Hydra(heads=3, balance=0.5)
+    model = get_peft_model(FAMILIES["llama"].build(), config)
+    randomise(model)
+    ids = torch.randint(3, 64, (12, 7), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    search = LayerSearch(model, model.peft_config["default"].layers, Inner(batch_size=2), rows)
+    for site in sites(model).values():
+        site.awaits_search = False
+    batch = search._batches("train", 1)
+    with torch.no_grad():
+        plain = float(model.eval()(**batch[0]).loss)
+    assert search.passes.backward(batch, training=False).loss == pytest.approx(plain, rel=1e-6)
+    assert search.passes.backward(batch, training=True).loss > plain + 0.1
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 def test_every_family_is_searched_by_its_blocks(family: str):
     blocks = {"llama": 2, "gpt2": 2, "bert": 2, "t5": 4}[family]
