@@ -56,7 +56,7 @@ def adapted(dtype: torch.dtype, layers: int, rows: int, tokens: int) -> tuple[Ab
 
 def loop(scorer: Ablation, slots: list[tuple[int, int]], draw: str, own: bool = True) -> torch.Tensor:
     """The plain double loop: two whole forward passes per slot; with the model's own loss, which is fp32 at best, or in fp64."""
-    batch = scorer._batch(draw)
+    batch = scorer.drawn(draw)
 
     def loss() -> torch.Tensor:
         if own:
@@ -78,7 +78,7 @@ def measure(rounds: int, layers: int, rows: int, tokens: int) -> dict[str, Any]:
     """Every round's seconds and ratios, and how far the scores are apart."""
     scorer, controller = adapted(torch.float32, layers, rows, tokens)
     scorer.model.eval()
-    slots, [(_, moving)] = controller._live(), controller._groups()
+    slots, [(_, moving)] = controller.scoring.live(), controller.scoring.groups()
     scorer.exact(slots[:2], "warm")  # finds the way and checks it, once per run
     found: dict[str, list[float]] = {"loop": [], "exact": [], "shortlist": []}
     for number in range(rounds):

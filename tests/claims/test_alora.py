@@ -84,7 +84,7 @@ def planted() -> tuple[nn.Module, list[str]]:
 
 
 def totals(model: nn.Module) -> dict[tuple[str, int], tuple[float, float]]:
-    slots = controller(model)._live()
+    slots = controller(model).scoring.live()
     names = list(sites(model))
     found = scorer(model).exact(slots, "a").sum(2).tolist()
     return {(names[m], slot): (a, b) for (m, slot), (a, b) in zip(slots, found, strict=True)}

@@ -61,7 +61,7 @@ def test_moving_ranks_stay_on_the_budget_of_lora() -> None:
 def test_a_moving_or_starting_variant_is_a_config_that_works(variant: str) -> None:
     from weft.train.adapter import adapter_config
 
-    config = adapter_config(alora_runs.adapter(variant, seed=3, steps=100, ranks=RANKS), total_steps=100)
+    config = adapter_config(alora_runs.adapter("demo", variant, seed=3, ranks=RANKS), total_steps=100)
     assert config is not None
     assert config.r == 4 or variant == "adalora"
     if variant == "final":

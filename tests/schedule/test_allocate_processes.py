@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pairing import both_of
-from two_allocating import CASES, brackets, run
+from two_allocating import CASES, COUNTS, brackets, run
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,13 @@ def test_plan_and_weights_are_those_of_one_process(name: str, both: list) -> Non
 
 
 def test_each_scores_its_share_and_the_scores_are_those_of_one(both: list) -> None:
-    alone = brackets(0)
+    """Even shares, uneven ones, and an empty one that waits for nobody."""
+    alone = brackets(0)["brackets"]
     for result in both:
-        torch.testing.assert_close(result["brackets"]["brackets"], alone["brackets"], rtol=0, atol=1e-12)
-    assert sum(n for result in both for n in result["brackets"]["mine"]) == alone["all"]
-    assert all(result["brackets"]["mine"] == [alone["all"] // 2] for result in both)
+        for count in COUNTS:
+            torch.testing.assert_close(result["brackets"]["brackets"][count], alone[count], rtol=0, atol=1e-12)
+            assert torch.equal(result["brackets"]["brackets"][count], both[0]["brackets"]["brackets"][count])
+    assert [result["brackets"]["mine"] for result in both] == [[14, 2, 1], [14, 1, 0]]
 
 
 def test_a_process_without_a_slot_to_score_waits_for_nobody(both: list) -> None:
@@ -46,11 +48,31 @@ def test_a_process_without_a_slot_to_score_waits_for_nobody(both: list) -> None:
     assert [e["slots"] for e in both[0]["one_slot"]["events"]] == [2]
 
 
+def test_a_module_without_slots_keeps_no_process_waiting(both: list) -> None:
+    for result in both:
+        assert result["rank 0"]["live"] == []
+        for name, value in result["rank 0"]["tensors"].items():
+            assert torch.equal(value, both[0]["rank 0"]["tensors"][name]), name
+
+
 def test_a_failure_on_one_process_ends_both(both: list) -> None:
     assert "failed on another process" in both[0]["odd"]["failed"]
     assert "ignored" in both[1]["odd"]["failed"]
 
 
-def test_masks_that_differ_are_seen(both: list) -> None:
+def test_rows_that_differ_are_seen_before_slots_are_scored_on_them(both: list) -> None:
+    for result in both:
+        assert "the validation rows that rank slots are scored on differ between the processes" in result["odd"]["rows"]
+        assert result["odd"]["rows told"] == 0
+
+
+def test_masks_that_differ_are_seen_before_a_round(both: list) -> None:
     for result in both:
         assert "rank masks differ between the processes" in result["odd"]["differ"]
+        assert result["odd"]["differ told"] == 0
+
+
+def test_masks_that_differ_are_seen_right_after_the_decision(both: list) -> None:
+    for result in both:
+        assert "rank masks differ between the processes" in result["odd"]["after"]
+        assert result["odd"]["after told"] == 0

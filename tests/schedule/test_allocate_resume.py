@@ -260,7 +260,7 @@ def test_dash_slots_stay_on_while_rank_slots_are_scored() -> None:
     for site in sites(model).values():
         nn.init.normal_(site.boost.gain)
     s = scorer(model)
-    drawn = s._batch("a")
+    drawn = s.drawn("a")
     model.eval()
     with torch.no_grad():
         whole = model(**drawn).loss

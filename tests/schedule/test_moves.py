@@ -125,6 +125,25 @@ def test_a_slot_made_where_one_died_inherits_nothing(structure) -> None:
     assert site.birth.tolist() == [2, 0, 0, 0, 0, 0]
 
 
+def test_new_rows_are_kaiming_each_its_own_and_come_from_no_generator_of_the_run() -> None:
+    """Drawn by seed, round, module and slot, so that processes and resumed runs have the same ones."""
+    made = []
+    for seed in (1, 2, 3):
+        model = alora(score="random", first=1, max_rounds=1, move=10, seed=5 if seed == 3 else 4)
+        before = torch.manual_seed(seed).get_state()
+        train(model, 1)
+        assert torch.equal(torch.get_rng_state(), before)
+        its = {name: site.structure.A.detach() for name, site in sites(model).items()}
+        made.append({(name, slot): its[name][slot].clone() for name, slot in events(model)[0]["added"]})
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(row, made[1][each]) for each, row in made[0].items())
+    everything = torch.stack([row[:8] for found in (made[0], made[2]) for row in found.values()])
+    assert len({tuple(row) for row in everything.tolist()}) == 20
+    for row in made[0].values():
+        bound = row.numel() ** -0.5
+        assert 0.5 * bound < row.abs().max() <= bound
+
+
 def test_a_new_slot_takes_no_larger_steps_than_the_rate() -> None:
     """β = 0.9, 0.999, a constant gradient, 1000 steps in: without the seed its first steps are 2.5 to 4.6 times the rate."""
     largest = {}

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import weft
 from weft.errors import WeftError
+from weft.schedule import slots as surgery
 
 END = 6
 CASES: dict[str, dict[str, Any]] = {
@@ -43,47 +44,75 @@ def run(fields: dict[str, Any], rank: int, world: int) -> dict[str, Any]:
 
 
 def brackets(rank: int) -> dict[str, Any]:
-    """The same model everywhere; how many slots this process scored."""
+    """The same model everywhere, some numbers of slots; how many of them this process scored."""
     model = alora().double()
     random_factors(model)
-    slots, mine = controller(model)._live(), []
+    slots = controller(model).scoring.live()
+    mine: list[int] = []
     s = scorer(model)
     real = s.exact
-    s.exact = lambda ids, draw: (mine.append(len(ids)), real(ids, draw))[1]  # type: ignore[method-assign]
-    return {"brackets": controller(model)._exact(slots, "a"), "mine": mine, "all": len(slots)}
+    s.exact = lambda ids, draw, **more: (mine.append(len(ids)), real(ids, draw, **more))[1]  # type: ignore[method-assign]
+    found = {count: controller(model).scoring.exact(slots[:count], "a") for count in COUNTS}
+    return {"brackets": found, "mine": mine}
+
+
+COUNTS = (28, 3, 1)
+"""Slots to score: even shares of two processes, uneven ones, and one that is empty."""
 
 
 def odd(rank: int) -> dict[str, Any]:
-    """A process that cannot score; masks that differ."""
+    """A process that cannot score; other rows; masks that differ before a round; masks that differ after it."""
+    nothing = {"input_ids": TOKENS[0], "labels": torch.full_like(TOKENS[0], -100)}
+    given = {
+        "failed": ({}, [{"input_ids": TOKENS[0], "labels": TOKENS[0]} if rank == 0 else nothing]),
+        "rows": ({}, [{"input_ids": TOKENS[rank], "labels": TOKENS[rank]}]),
+        "differ": ({"score": "random"}, None),
+        "after": ({"score": "random", "max_rounds": 1}, None),
+    }
     found: dict[str, Any] = {}
-    model = bare(first=1)
-    held = [{"input_ids": TOKENS[0], "labels": TOKENS[0] if rank == 0 else torch.full_like(TOKENS[0], -100)}]
-    weft.attach(model, validation=held)
-    ids = TOKENS[:2]
-    for name, prepare in {"failed": lambda m: m, "differ": _differ(rank)}.items():
-        if name == "differ":
-            model = prepare(bare(first=1, score="random"))
+    for name, (fields, held) in given.items():
+        model = bare(first=1, **fields)
+        if held is not None:
+            weft.attach(model, validation=held)
+        random_factors(model)
+        last = list(sites(model).values())[-1]
+        if name == "differ" and rank == 1:
+            last.mask[0] = 0
+        if name == "after" and rank == 1:
+            _wake_all_slots(controller(model), last)
         optimizer = adam(model)
         try:
-            model(input_ids=ids, labels=ids).loss.backward()
+            model(input_ids=TOKENS[:2], labels=TOKENS[:2]).loss.backward()
             optimizer.step()
         except WeftError as error:
             found[name] = str(error)
+        found[f"{name} told"] = len(events(model))
     return found
 
 
-def _differ(rank: int) -> Any:
-    def made(model: Any) -> Any:
-        if rank == 1:
-            list(sites(model).values())[-1].mask[0] = 0
-        return model
+def _wake_all_slots(its: Any, site: Any) -> None:
+    """What is applied here is not what was decided."""
+    real = its._apply
+    its._apply = lambda *given: (real(*given), site.mask.fill_(1))
 
-    return made
+
+def without_a_slot(rank: int) -> dict[str, Any]:
+    """A module at rank 0 in a wrapper that waits for the gradient of every parameter."""
+    model = bare(max_rounds=0)
+    first = next(iter(sites(model).values()))
+    surgery.move(first, [0, 1], [], [], 1)
+    wrapped, optimizer = DistributedDataParallel(model, find_unused_parameters=False), adam(model)
+    for step in range(3):
+        ids = TOKENS[4 * step : 4 * step + 4].chunk(2)[rank]
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"tensors": tensors(model), "live": first.live()}
 
 
 def worker(rank: int) -> dict[str, Any]:
     out: dict[str, Any] = {name: run(fields, rank, 2) for name, fields in CASES.items()}
-    return {**out, "brackets": brackets(rank), "odd": odd(rank)}
+    return {**out, "brackets": brackets(rank), "odd": odd(rank), "rank 0": without_a_slot(rank)}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -27,10 +28,12 @@ END, EVERY = 9, 2
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a schedule does after optimiser step `step`: `apply`, "module:Class.method" or "module:function", per site."""
+    """What a schedule does after optimiser step `step`, in places of the code: "module:Class.method" or "module:function"."""
 
     step: int
-    apply: str = ""  # a kill inside it is at its second call, so of a thing that happens again only the first has one
+    places: tuple[
+        str, ...
+    ] = ()  # a kill inside one is at its second call, so of a thing that happens again only the first has one
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,12 @@ class Killed:
     search: int = 0
 
 
-LAUNCH = Event(4, "weft.terms.boost.dash:DashTerm.launch")
-SWITCH = Event(4, "weft.terms.start.directions:DirectionsTerm.switch")
-ROUNDS = (Event(4, "weft.schedule.slots:move"), Event(6))
+LAUNCH = Event(4, ("weft.terms.boost.dash:DashTerm.launch",))
+SWITCH = Event(4, ("weft.terms.start.directions:DirectionsTerm.switch",))
+SCORING = "weft.glue.ablation.exact:_each"  # one chunk of slots has been scored
+DECIDING = "weft.schedule.reallocate:ReallocateController._room"  # all have
+MOVING = "weft.schedule.slots:move"  # one site has lost or got slots, another has not: no site does both
+ROUNDS = (Event(4, (SCORING, DECIDING, MOVING)), Event(6))
 RECIPES = {
     "lora": Killed({"r": 4}),
     "hydralora": Killed({"r": 2, "heads": 2}),
@@ -69,7 +75,7 @@ class Kill:
 
     when: str
     step: int
-    apply: str = ""
+    place: str = ""
 
     def newest(self) -> int:
         """The step of the newest complete checkpoint it leaves; 0 for none."""
@@ -87,9 +93,9 @@ def kills(name: str, host: str) -> dict[str, Kill]:
             f"right after optimiser step {event.step}": Kill("optimizer", event.step),
             f"the step after {event.step}": Kill("step", event.step + 1),
         }
-        if event.apply:
-            what = event.apply.rpartition(".")[2]
-            found[f"inside {what} at {event.step}"] = Kill("inside", event.step, event.apply)
+        for place in event.places:
+            what = re.split("[.:]", place)[-1]
+            found[f"inside {what} at {event.step}"] = Kill("inside", event.step, place)
     for step in range(1, RECIPES[name].search + 1):
         found[f"after search step {step}"] = Kill("search", step)
     if last := RECIPES[name].search:
@@ -155,11 +161,11 @@ def arm(kill: Kill) -> list[Any]:
     def second(original: Any) -> Any:
         calls = []
 
-        def apply(*given: Any) -> Any:
+        def apply(*given: Any, **more: Any) -> Any:
             calls.append(given)
             if len(calls) == 2:
                 die()
-            return original(*given)
+            return original(*given, **more)
 
         return apply
 
@@ -180,7 +186,7 @@ def arm(kill: Kill) -> list[Any]:
         return save
 
     if kill.when == "inside":
-        module, _, path = kill.apply.partition(":")
+        module, _, path = kill.place.partition(":")
         cls, _, name = path.rpartition(".")
         owner = importlib.import_module(module)
         patch(getattr(owner, cls) if cls else owner, name, second)

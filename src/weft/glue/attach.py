@@ -150,6 +150,12 @@ def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> 
         raise ConfigError("validation is for scoring rank slots, and no adapter has Reallocate: leave it out.")
     for name, controller in controllers:
         mine = [layers[name, member.name] for member in controller.members]
+        choice, given = controller.choice, len(rows.items)
+        if choice.check and choice.needs_data and given <= choice.rows:
+            raise ConfigError(
+                f"Reallocate(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
+                "give more, or leave check out."
+            )
         controller.scorer = Ablation(bare, mine, name, controller.choice, rows)
 
 

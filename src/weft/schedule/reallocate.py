@@ -1,11 +1,12 @@
 """Moving rank slots between sites: after each due step, score the live slots, decide, move.
 
     measure   the model on one fixed batch of validation rows, a slot off or alone      → two brackets per slot and row
+              (`schedule.scoring`)
     decide    scores, births, free slots → slots to take away and to make               (plain numbers; `terms.ranks.reallocate`)
     apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.slots`)
 
-With several processes each scores its share of the slots, the main one decides, and all hold the same masks or stop. A plan is
-applied as a whole between two optimiser steps, so no checkpoint can hold half of one.
+With several processes the main one decides, and all hold the same masks or stop. A plan is applied as a whole between two optimiser
+steps, so no checkpoint can hold half of one.
 
 Source: ALoRA with AB-LoRA scores, arXiv 2403.16187.
 """
@@ -14,12 +15,11 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time as clocks
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,34 +29,11 @@ from weft.errors import ConfigError
 from weft.known import Known
 from weft.schedule import slots as surgery
 from weft.schedule import together
-from weft.schedule.agreement import agreement, by_row, margin, scores
+from weft.schedule.agreement import by_row, margin
 from weft.schedule.schedule import Event, Length, Member, check_possible
-from weft.terms.ranks.reallocate import Plan, Reallocate, Room, Slot, decide
+from weft.schedule.scoring import Measured, Scorer, Scoring, SlotId
+from weft.terms.ranks.reallocate import Plan, Reallocate, Room, decide
 from weft.times import rounds
-
-SlotId = tuple[int, int]
-"""(number of the member, slot)."""
-
-
-class Scorer(Protocol):
-    """What measures slots; glue makes it from the model and its validation rows. Both return brackets [slots, 2, rows]."""
-
-    def exact(self, slots: Sequence[SlotId], draw: str) -> Tensor:
-        """By switching each slot off, and on alone, on the rows that `draw` seeds."""
-        ...
-
-    def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
-        """To second order, from gradients with respect to the gates."""
-        ...
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Live slots with what the decision needs, and the brackets of those that were scored exactly, or by estimate."""
-
-    slots: list[Slot]
-    scored: list[int] = field(default_factory=list)  # positions in `slots`
-    brackets: Tensor | None = None  # [len(scored), 2, rows]
 
 
 @dataclass(eq=False)
@@ -75,6 +52,11 @@ class ReallocateController:
         first = self.members[0].site
         first.register_buffer("rounds", torch.zeros((), dtype=torch.long))
         first.register_buffer("ended", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def scoring(self) -> Scoring:
+        """What measures its slots."""
+        return Scoring(self.choice, self.members, self.scorer)
 
     # ------------------------------------------------------------------ when
 
@@ -125,7 +107,7 @@ class ReallocateController:
                 "weft.attach(model, validation=rows_or_dataloader) before training, or use score='random'."
             )
         surgery.check_sliceable([member.site for member in self.members])
-        for group, count in self._groups():
+        for group, count in self.scoring.groups():
             live = sum(len(self.members[m].site.live()) for m in group)
             if count >= live:
                 raise ConfigError(
@@ -137,13 +119,13 @@ class ReallocateController:
 
     def _decided(self, number: int) -> Callable[[], Event]:
         """Measure and decide a round; the function that is returned moves the slots, as a whole or not at all."""
-        started = clocks.perf_counter()
+        started, scoring = clocks.perf_counter(), self.scoring
         surgery.check_sliceable([member.site for member in self.members])
         self._check_same_masks()
 
         def decide_here() -> tuple[Measured, dict[str, Any], Plan]:
-            found = self._measure(number)
-            return found, self._checked(number, found) if self.choice.check else {}, self._plan(found)
+            found = scoring.measure(number)
+            return found, scoring.check(number, found) if self.choice.check else {}, self._plan(found)
 
         found, checked, plan = together.attempt(decide_here, "a round of moving ranks", self._device)
         plan = self._shared(plan)
@@ -174,81 +156,9 @@ class ReallocateController:
     def _device(self) -> torch.device:
         return cast(Tensor, self.members[0].site.mask).device
 
-    def _live(self) -> list[SlotId]:
-        return [(m, slot) for m, member in enumerate(self.members) for slot in member.site.live()]
-
-    def _draw(self, number: int) -> str:
-        return f"{self.choice.seed}/{number if self.choice.resample else 1}"
-
-    def _measure(self, number: int) -> Measured:
-        ids = self._live()
-        births = [int(self.members[m].site.birth[slot]) for m, slot in ids]  # type: ignore[index]
-        young = [birth > 0 and number - birth <= self.choice.grace_rounds for birth in births]
-        if self.choice.score == "random":
-            dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]
-            values, scored, brackets = [die.random() for die in dice], list[int](), None
-            worth = values
-        else:
-            scored, brackets, worth = self._brackets(ids, young, self._draw(number))
-            values = list(worth)
-            for position, value in zip(scored, scores(brackets, self.choice.terms), strict=True):
-                values[position] = value
-        able = set(range(len(ids))) if brackets is None else set(scored)
-        if not all(map(math.isfinite, [*values, *worth])):
-            raise ConfigError(
-                "the scores of rank slots are not finite: the training has diverged, lower the learning rate."
-            )
-        return Measured(
-            [
-                Slot(m, slot, value, birth, w, n in able and not new)
-                for n, ((m, slot), value, birth, w, new) in enumerate(
-                    zip(ids, values, births, worth, young, strict=True)
-                )
-            ],
-            scored,
-            brackets,
-        )
-
-    def _brackets(self, ids: list[SlotId], young: list[bool], draw: str) -> tuple[list[int], Tensor, list[float]]:
-        """Positions of the slots that may be pruned on their score, their brackets, and what every slot is worth."""
-        everything, terms = list(range(len(ids))), self.choice.terms
-        if self.choice.score == "exact":
-            found = self._exact(ids, draw)
-            return everything, found, scores(found, terms)
-        scorer = cast(Scorer, self.scorer)
-        estimate = together.from_main(self._together(lambda: scorer.estimate(ids, draw)), self._device)
-        worth = scores(estimate, terms)
-        if self.choice.score == "taylor":
-            return everything, estimate, worth
-        short: list[int] = []
-        for group, count in self._groups():
-            mine = [n for n in everything if ids[n][0] in group and not young[n]]
-            short += sorted(mine, key=lambda n: (worth[n], n))[: self.choice.shortlist_factor * count]
-        short.sort()
-        return short, self._exact([ids[n] for n in short], draw), worth
-
-    def _exact(self, ids: list[SlotId], draw: str) -> Tensor:
-        """Exact brackets; those of slots that contribute nothing are exactly 0 and cost nothing."""
-        silent: set[SlotId] = set()
-        for m in {m for m, _ in ids}:
-            mine = [slot for module, slot in ids if module == m]
-            quiet = surgery.silent(self.members[m].site, mine)
-            silent |= {(m, slot) for slot, still in zip(mine, quiet, strict=True) if still}
-        loud = [n for n, each in enumerate(ids) if each not in silent]
-        mine = loud[together.rank() :: together.world()]
-        scorer = cast(Scorer, self.scorer)
-        found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw))
-        out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
-        out[mine] = found
-        return together.total(out, self._device)
-
-    def _together(self, measure: Callable[[], Tensor]) -> Tensor:
-        """What this process measures, or an error on all of them: the next thing is that they exchange it."""
-        return together.attempt(measure, "scoring rank slots", self._device)
-
     def _plan(self, found: Measured) -> Plan:
         plans = []
-        for group, count in self._groups():
+        for group, count in self.scoring.groups():
             rooms = [self._room(m) for m in group]
             mine = [slot for slot in found.slots if slot.module in group]
             budget = self._budget(group) if self.choice.unit == "params" else None
@@ -265,21 +175,6 @@ class ReallocateController:
         """What the group's slots cost at the start."""
         sites = [self.members[m].site for m in group]
         return sum(site.initial_rank * surgery.cost(site) for site in sites)
-
-    def _groups(self) -> list[tuple[list[int], int]]:
-        """Members that are ranked together, and how many slots move among them per round."""
-        blocks: dict[str, list[int]] = {}
-        for m, member in enumerate(self.members):
-            blocks.setdefault(block_of(member.name), []).append(m)
-        kinds = {block: len({kind_of(self.members[m].name) for m in group}) for block, group in blocks.items()}
-        if self.choice.scope == "block":
-            return [(group, self._count(kinds[block], len(group))) for block, group in blocks.items()]
-        everything = list(range(len(self.members)))
-        return [(everything, self._count(max(kinds.values()), len(everything)))]
-
-    def _count(self, kinds: int, modules: int) -> int:
-        move = self.choice.move
-        return {"types": kinds, "modules": modules}[move] if isinstance(move, str) else move
 
     def _shared(self, plan: Plan) -> Plan:
         """The main process' plan."""
@@ -343,31 +238,6 @@ class ReallocateController:
             )
         return {"margin": gap, "noise": noise if math.isfinite(noise) else None}
 
-    def _checked(self, number: int, found: Measured) -> Event:
-        """The score in use against the exact one, and the exact one against itself on other rows."""
-        ids, terms = [(slot.module, slot.slot) for slot in found.slots], self.choice.terms
-        count = sum(count for _, count in self._groups())
-        exact = self.choice.score == "exact" and found.brackets is not None
-        truth = scores(found.brackets if exact else self._exact(ids, self._draw(number)), terms)  # type: ignore[arg-type]
-        other = scores(self._exact(ids, f"{self._draw(number)}/other rows"), terms)
-        told = {"exact_on_other_rows": agreement(other, truth, count)}
-        if not exact:
-            worst = max(slot.score for slot in found.slots) + 1
-            guess = [slot.score if slot.able else worst for slot in found.slots]
-            told["score_in_use"] = agreement(guess, truth, count)
-        return {"agreement": told}
-
 
 def _parts(plan: Plan) -> tuple[tuple[SlotId, ...], tuple[SlotId, ...], tuple[int, ...]]:
     return plan.pruned, plan.added, plan.receivers
-
-
-def block_of(name: str) -> str:
-    """The block that a module stands in: its name up to the first number; "" without one."""
-    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
-    return found.group() if found else ""
-
-
-def kind_of(name: str) -> str:
-    """The name with its numbers left open: equal for the same module of all blocks."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", name)

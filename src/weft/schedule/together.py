@@ -113,5 +113,5 @@ def check_same(tensors: Iterable[Tensor], what: str, device: torch.device) -> No
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     if int(lowest) != int(highest):
         raise WeftError(
-            f"{what} differ between the processes: start all of them from the same checkpoint and the same base."
+            f"{what} differ between the processes: start all of them from the same checkpoint, the same base and the same rows."
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ def undisturbed(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
     cached = [config for config in _configs(model) if getattr(config, "use_cache", None)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
+            for kind in {p.device.type for p in model.parameters()}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
             for config in cached:
                 config.use_cache = False
             for site in sites:

@@ -7,10 +7,12 @@ padded on the right: `labels` with −100, everything else with 0, and an `atten
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,16 +32,29 @@ class Rows:
     items: Any  # a sequence of rows, or a map-style dataset
     collate: Callable[[list[Any]], Mapping[str, Any]]
 
-    def draw(self, count: int, seed: str) -> Batch:
+    def draw(self, count: int, seed: str, *, other: bool = False) -> Batch:
         """`count` rows (all, if there are fewer), chosen by `seed` alone, as one batch on the CPU.
 
+        What is random in the dataset or its collate_fn (masked tokens) is drawn by `seed` too, and moves no generator of the run.
+
+        Args:
+            other: from the rows that this draw leaves.
+
         Raises:
-            DataError: no label of these rows counts.
+            DataError: no label of these rows counts, or no row is left.
         """
-        chosen = random.Random(f"rows/{seed}").sample(range(len(self.items)), min(count, len(self.items)))
-        batch = {
-            k: v for k, v in self.collate([self.items[n] for n in sorted(chosen)]).items() if isinstance(v, Tensor)
-        }
+        everything = range(len(self.items))
+        chosen = random.Random(f"rows/{seed}").sample(everything, min(count, len(everything)))
+        if other:
+            left = sorted(set(everything) - set(chosen))
+            chosen = random.Random(f"other rows/{seed}").sample(left, min(count, len(left)))
+        if not chosen:
+            raise DataError(
+                f"all {len(everything)} validation rows are drawn, so there are no others to compare with: give more."
+            )
+        with _own_dice(seed):
+            collated = self.collate([self.items[n] for n in sorted(chosen)])
+        batch = {k: v for k, v in collated.items() if isinstance(v, Tensor)}
         labels = batch.get("labels")
         if labels is None or not labels.numel():
             raise DataError("the validation rows have no `labels`, which scoring rank slots needs: add them.")
@@ -52,6 +67,22 @@ class Rows:
 
     def __deepcopy__(self, memo: Any) -> Rows:
         return self
+
+
+@contextmanager
+def _own_dice(seed: str) -> Iterator[None]:
+    """Python's, numpy's and torch's generators on the CPU, seeded for the length of the block."""
+    number = random.Random(f"dice/{seed}").getrandbits(32)
+    python, its = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(its)
 
 
 def rows_of(validation: Any) -> Rows:

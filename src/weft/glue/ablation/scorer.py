@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Ablation:
-    """Scores the rank slots of one adapter of `model` on validation rows; see `weft.schedule.reallocate.Scorer`."""
+    """Scores the rank slots of one adapter of `model` on validation rows; see `weft.schedule.scoring.Scorer`."""
 
     model: nn.Module
     layers: list[WeftLinear]
@@ -46,9 +46,15 @@ class Ablation:
         """The sites, in the order of the layers."""
         return [layer.site(self.adapter) for layer in self.layers]
 
-    def exact(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+    def drawn(self, draw: str, *, other: bool = False) -> Batch:
+        """The rows that `draw` seeds, or others, on the device of the model."""
+        device = next(self.model.parameters()).device
+        rows = self.rows.draw(self.choice.rows, draw, other=other)
+        return {k: v.to(device) for k, v in rows.items()}
+
+    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False) -> Tensor:
         """[slots, 2, rows] fp64."""
-        batch, terms = self._batch(draw), TERMS[self.choice.terms]
+        batch, terms = self.drawn(draw, other=other), TERMS[self.choice.terms]
         with undisturbed(self.model, self.sites):
             if not slots:
                 return torch.zeros(0, 2, len(batch["labels"]) if self._way(batch) else 1, dtype=torch.float64)
@@ -59,7 +65,7 @@ class Ablation:
 
     def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots, 2, rows] fp64."""
-        batch = self._batch(draw)
+        batch = self.drawn(draw)
         with undisturbed(self.model, self.sites):
             if way := self._way(batch):
                 return estimate.brackets(way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens)
@@ -67,10 +73,6 @@ class Ablation:
             f"Reallocate(score={self.choice.score!r}) needs a cross-entropy over logits with one part per row, which "
             f"{type(self.model).__name__} does not give: use score='exact'."
         )
-
-    def _batch(self, draw: str) -> Batch:
-        device = next(self.model.parameters()).device
-        return {k: v.to(device) for k, v in self.rows.draw(self.choice.rows, draw).items()}
 
     def _whole_loss(self, batch: Batch) -> Tensor:
         """[1] fp64: the model's own loss."""
@@ -91,11 +93,9 @@ class Ablation:
         return self.way
 
     def _find_way(self, batch: Batch) -> Network | None:
-        """Tried on a few rows, whatever the size of the round's batch."""
+        """Tried on a few rows with labels, whatever the size of the round's batch."""
         size = exact.shares(batch, self.choice.chunk_tokens)[0]
-        few = {k: v[: max(size, 2)] for k, v in batch.items()}
-        if not bool((few["labels"].flatten(1) if few["labels"].dim() > 1 else few["labels"]).ne(IGNORE).any()):
-            few = batch
+        few = _most_labelled(batch, max(size, 2))
         given = self.model(**few)
         loss = recognise(given.logits, few["labels"], given.loss)
         if loss is None:
@@ -138,3 +138,11 @@ class Ablation:
     @property
     def _dtype(self) -> torch.dtype:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+def _most_labelled(batch: Batch, count: int) -> Batch:
+    """The `count` rows with the most labels that count, whether or not they are shifted by a token."""
+    counted = (batch["labels"] != IGNORE).reshape(len(batch["labels"]), -1)
+    found = counted.sum(1) + counted[:, 1:].sum(1)
+    best = found.argsort(descending=True, stable=True)[:count].sort().values
+    return {k: v[best.to(v.device)] for k, v in batch.items()}

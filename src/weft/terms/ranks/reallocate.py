@@ -51,7 +51,7 @@ class Reallocate:
         revive: whether a module without slots may get new ones.
         max_rank: slots that a module has room for; None is twice its rank. Never more than the smaller side of W.
         check: measure each round how well the score does: against the exact one, and the exact one against itself on other
-            rows. Costs two exact rounds.
+            rows, which there must be. Costs two exact rounds.
         chunk_tokens: tokens per forward while scoring, where memory is short; None chooses.
         seed: of the rows, of new slots and of "random".
     """
