@@ -75,6 +75,8 @@ evidence: $(STAMP) ## the table of docs/real-runs.md, on the real models and dat
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
 	$(BIN)/python scripts/dash_runs.py --jobs $(JOBS)
 	$(BIN)/python scripts/alora_runs.py --jobs $(JOBS)
+	$(BIN)/python scripts/search_accuracy.py
+	$(BIN)/python scripts/flexora_runs.py --jobs $(JOBS)
 	$(BIN)/python scripts/real_runs.py --jobs $(JOBS)
 
 bench: $(STAMP) ## a training step against the frozen base and against stock peft LoRA

@@ -221,7 +221,12 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _signature(cls: type) -> str:
-    return ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.init)
+    shown = (
+        f.name if f.default is dataclasses.MISSING else f"{f.name}={f.default!r}"
+        for f in dataclasses.fields(cls)
+        if f.init
+    )
+    return ", ".join(shown)
 
 
 def _arguments(doc: str) -> Iterator[tuple[list[str], str]]:

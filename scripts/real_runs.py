@@ -196,6 +196,7 @@ def report(results: dict[str, Any]) -> str:
     """docs/real-runs.md, a pure function of the files in evidence/."""
     import alora_runs
     import dash_runs
+    import flexora_runs
 
     lines = [
         "# Real runs",
@@ -208,7 +209,8 @@ def report(results: dict[str, Any]) -> str:
     ]
     for task in results["tasks"]:
         lines += ["", *_table(task)]
-    return "\n".join([*lines, READING, *dash_runs.section(), *alora_runs.section()]).rstrip() + "\n"
+    sections = [*dash_runs.section(), *alora_runs.section(), *flexora_runs.section()]
+    return "\n".join([*lines, READING, *sections]).rstrip() + "\n"
 
 
 def _table(task: dict[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ RECIPES = {
     "lora_init": ["adapter.after=12"],
     "lora_tsd": ["adapter.after=12"],
     "alora": ["adapter.first=8", "adapter.every=4", "adapter.max_rounds=2", "adapter.rows=4"],
+    "flexora": ["adapter.steps=8", "adapter.val_size=32", "adapter.outer_batches=2"],
 }
 LENGTH = "train.steps=24 train.batch_size=8 train.save_every=4 train.logging_every=1 train.num_threads=1"
 SETTINGS = [*LENGTH.split(), "train.schedule=constant", "adapter.lora_dropout=0.1", "data.validation_limit=16"]

@@ -14,7 +14,7 @@ LEVELS = (
     {"site", "spec", "compat"},
     {"schedule", "recipes"},
     {"glue"},
-    {"data", "export", "train"},
+    {"data", "export", "search", "train"},
     {"bench"},
     {"report", "cli"},
 )

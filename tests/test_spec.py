@@ -82,8 +82,16 @@ def test_every_way_to_write_a_choice(value):
 def test_every_choice_of_every_axis_can_be_named():
     for axis, kinds in AXES.items():
         for name, cls in kinds.items():
-            assert decode_choice(axis, name) == cls()
-            assert decode_choice(axis, encode_choice(cls())) == cls()
+            made = cls([0, 2]) if name == "only" else cls()
+            if name != "only":
+                assert decode_choice(axis, name) == made
+            assert decode_choice(axis, encode_choice(made)) == made
+
+
+def test_only_is_a_bare_list_and_says_what_it_lacks_without_one():
+    assert WeftConfig(layers=[2, 0]).layers == WeftConfig(layers={"only": {"blocks": [0, 2]}}).layers
+    with pytest.raises(ConfigError, match="needs blocks"):
+        WeftConfig(layers="only")
 
 
 def test_none_is_a_choice_only_where_an_axis_may_be_empty():

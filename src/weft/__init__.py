@@ -29,6 +29,7 @@ from weft.glue.register import register
 from weft.glue.routing import Routing, routing
 from weft.recipes import (
     AllocLoraConfig,
+    FlexoraConfig,
     HydraLoraConfig,
     LoraDashConfig,
     LoraInitConfig,
@@ -39,6 +40,8 @@ from weft.recipes import (
 from weft.spec import WeftConfig
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
@@ -51,11 +54,13 @@ from weft.times import epochs
 register()
 
 if TYPE_CHECKING:
+    from weft.search import Selection, search_layers, second_stage
     from weft.train import Run, evaluate, generate, train
     from weft.train.callback import Callback
     from weft.train.directions import directions
 
 _LAZY = {
+    **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weft.search"),
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
     "Callback": "weft.train.callback",
     "directions": "weft.train.directions",
@@ -71,6 +76,7 @@ __all__ = [
     "Dash",
     "DataError",
     "Directions",
+    "FlexoraConfig",
     "Hydra",
     "HydraLoraConfig",
     "Kaiming",
@@ -79,12 +85,15 @@ __all__ = [
     "LoraTsdConfig",
     "MergeError",
     "ModelError",
+    "Only",
     "Plain",
     "PlainLoraConfig",
     "Reallocate",
     "Routing",
     "Run",
     "RunError",
+    "Search",
+    "Selection",
     "TargetError",
     "Tied",
     "TiedLoraConfig",
@@ -101,6 +110,8 @@ __all__ = [
     "load_state_dict",
     "param_groups",
     "routing",
+    "search_layers",
+    "second_stage",
     "state_dict",
     "train",
 ]

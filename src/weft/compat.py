@@ -11,6 +11,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("Tied", "Reallocate"): "tied sites share one A and B: a slot cannot move to another site",
     ("Tied", "Directions"): "one shared pair cannot start at each site's own directions",
     ("Hydra", "Directions"): "all heads would start equal at B₀, which is unproven",
+    ("Dash", "Search"): "directions are launched in the training after the search, on the selected blocks",
+    ("Directions", "Search"): "start directions are taken in the training after the search, on the selected blocks",
+    ("Reallocate", "Search"): "ranks move in the training after the search, between the selected blocks",
     ("Hydra", "merge"): "the update depends on the token, so no single ΔW exists",
 }
 

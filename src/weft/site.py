@@ -7,7 +7,7 @@
     start       Kaiming · Directions     extra frozen slots, each the twin of a slot of the structure
     ranks       Uniform · Reallocate     room for more slots than are live
     mask        0/1 per slot of the structure, only where ranks are reallocated
-    layer_gate  one number for all of the site's slots, only while layers are searched
+    layer_gate  one number for all of the site's slots, while layers are searched (or kept from a search that goes on)
 
 g is the product of what exists: α/r × mask × layer gate × u for the slots of the structure; the learned gain × layer
 gate for boost slots; −(α/r) × mask × layer gate for the frozen twin slots. What the axes of a config do not need is
@@ -31,6 +31,9 @@ from weft.errors import ConfigError
 from weft.kernel import Factors, Slots, add_low_rank, delta_weight
 from weft.known import Known
 from weft.terms.boost.dash import Dash, DashTerm
+from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions, DirectionsTerm
@@ -81,6 +84,7 @@ class Site(nn.Module):
         self.keep: Tensor | None = None  # [K, slots], set while slots are scored; see `Factors.keep`
         self._live = Known(_live_slots)
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
+        self.awaits_search = False  # with layers=Search: training is refused but to `weft.search_layers`
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weft.routing` for the length of a block
         self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
         self.schedule: object | None = None  # on an adapter's first site: its `weft.schedule.Schedule`, if it has one
@@ -111,6 +115,8 @@ class Site(nn.Module):
         choice = self.structure.choice if isinstance(self.structure, HydraTerm) else None
         if choice is not None and choice.balance and self.recorder is None and self.training:
             _require_recorder(choice)
+        if self.awaits_search and self.training:
+            _require_search()
         return add_low_rank(
             y,
             x,
@@ -167,6 +173,7 @@ def build_site(
     boost: Dash | None = None,
     start: Kaiming | Directions | None = None,
     ranks: Uniform | Reallocate | None = None,
+    layers: All | Only | Search | None = None,
 ) -> Site:
     """A fresh site whose function is exactly the base's; values come from torch's global generator.
 
@@ -176,6 +183,7 @@ def build_site(
         boost: extra slots, empty until their launch.
         start: Kaiming (None too); Directions starts as Kaiming does, with twin slots that are empty until the switch.
         ranks: with Reallocate, room for more slots, which are dead (all zero) until they are made.
+        layers: gives the site a layer gate, 1 at first, if the choice has one.
     """
     r, fan_in, out = size
     room = ranks.capacity(r, fan_in, out) - r if isinstance(ranks, Reallocate) else 0
@@ -205,6 +213,9 @@ def build_site(
         site.boost = DashTerm(boost, fan_in, out)
     if isinstance(start, Directions):
         site.start = DirectionsTerm(start, r + room, fan_in, out)
+    if isinstance(layers, Search) or (isinstance(layers, Only) and layers.gated):
+        site.register_buffer("layer_gate", torch.ones((), dtype=torch.float64))
+        site.awaits_search = isinstance(layers, Search)
     return site
 
 
@@ -223,4 +234,12 @@ def _require_recorder(choice: Hydra) -> None:
             f"Hydra(balance={choice.balance:g}) adds its load-balance term to your loss, which this loop does not do: run the "
             "forward inside `with weft.routing(model) as routing` and add routing.balance_loss(), use weft train, or set "
             "balance=0."
+        )
+
+
+def _require_search() -> None:
+    if torch.is_grad_enabled() and not _in_backward():
+        raise ConfigError(
+            "layers=Search() chooses the blocks before training, which this loop does not do: call weft.search_layers first and "
+            "train with its selection (layers=selection.layers), or use layers=All()."
         )

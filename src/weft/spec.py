@@ -24,6 +24,8 @@ from weft import compat
 from weft.errors import AdapterError, ConfigError, suggest, unknown_key
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
+from weft.terms.layers.only import Only
+from weft.terms.layers.search import Search
 from weft.terms.ranks.reallocate import Reallocate
 from weft.terms.ranks.uniform import Uniform
 from weft.terms.start.directions import Directions
@@ -40,7 +42,7 @@ AXES: dict[str, dict[str, type]] = {
     "start": {"kaiming": Kaiming, "directions": Directions},
     "boost": {"dash": Dash},
     "ranks": {"uniform": Uniform, "reallocate": Reallocate},
-    "layers": {"all": All},
+    "layers": {"all": All, "only": Only, "search": Search},
 }
 
 
@@ -50,16 +52,22 @@ def encode_choice(choice: object | None) -> dict[str, Any] | None:
         return None
     fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
     plain = {name: dataclasses.asdict(v) if isinstance(v, Epochs) else v for name, v in fields.items()}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
     return {"kind": type(choice).__name__.lower(), **plain}
 
 
 def decode_choice(axis: str, value: Any) -> Any:
-    """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}."""
+    """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
+
+    On the axis layers, a bare list is `Only`.
+    """
     kinds = AXES[axis]
     if value is None or isinstance(value, tuple(kinds.values())):
         return value
     if isinstance(value, str):
         value = {"kind": value}
+    if axis == "layers" and isinstance(value, (list, tuple, set, range)):
+        return Only(tuple(value))
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
     if "kind" in value:
@@ -85,6 +93,9 @@ def decode_choice(axis: str, value: Any) -> Any:
                 if valid
                 else ConfigError(f"{kinds[kind].__name__} takes no fields, but {key!r} was given: leave it out.")
             )
+    needed = [f.name for f in dataclasses.fields(kinds[kind]) if f.init and f.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in fields]:
+        raise ConfigError(f"{axis}={kind!r} needs {missing[0]}: write {{'{kind}': {{'{missing[0]}': ...}}}}.")
     return kinds[kind](**fields)
 
 
@@ -101,7 +112,7 @@ class WeftConfig(PeftConfig):
         start: where A and B start: `Kaiming()`, or, after some steps, along W's own directions: `Directions(after=100)`.
         boost: extra slots along directions of W: None or `Dash(directions=8, after=100)`.
         ranks: which slots are live: `Uniform()`, or `Reallocate(max_rounds=8)`, which moves them between modules.
-        layers: which blocks are adapted: `All()`.
+        layers: which blocks are adapted: `All()`, `Only([0, 3])` (a bare list will do) or `Search()`.
         r: rank, a whole number ≥ 1 (per head for Hydra).
         lora_alpha: the update is scaled by lora_alpha / r. None takes 2·r (Tied: r, as its paper does).
         lora_dropout: probability of dropping an input element of the adapter in training, 0 ≤ p < 1.
@@ -123,7 +134,7 @@ class WeftConfig(PeftConfig):
     start: Kaiming | Directions = field(default_factory=Kaiming)
     boost: Dash | None = None
     ranks: Uniform | Reallocate = field(default_factory=Uniform)
-    layers: All = field(default_factory=All)
+    layers: All | Only | Search = field(default_factory=All)
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -195,6 +206,10 @@ class WeftConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
+        if layers is not None and isinstance(self.layers, Only):
+            raise ConfigError(
+                f"layers={list(self.layers.blocks)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
+            )
         if layers is None:
             if self.layers_pattern:
                 raise ConfigError(

@@ -1,4 +1,4 @@
-"""Every combination of structure, start, boost and ranks: it trains through its events, or is refused by the one table."""
+"""Every combination of structure, start, boost, ranks and layers: it trains through its events, or is refused by the one table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 import weft
 from families import FAMILIES, logits, trainable
 from weft import compat
-from weft.errors import CombinationError, MergeError
+from weft.errors import CombinationError, ConfigError, MergeError
 from weft.glue.attach import schedules
 from weft.spec import AXES
 
@@ -32,7 +32,12 @@ CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
     "boost": {"none": lambda: None, "dash": lambda: weft.Dash(directions=2, after=WHEN)},
     "ranks": {
         "uniform": weft.Uniform,
-        "reallocate": lambda: weft.Reallocate(first=WHEN, every=1, max_rounds=2, move=2, rows=4),
+        "reallocate": lambda: weft.Reallocate(first=WHEN, every=1, max_rounds=2, move=1, rows=4),
+    },
+    "layers": {
+        "all": weft.All,
+        "only": lambda: weft.Only([1]),
+        "search": lambda: weft.Search(select="top_k", top_k=1, outer_batches=2, val_size=4, steps=2),
     },
 }
 CELLS = list(itertools.product(*CHOICES.values()))
@@ -51,6 +56,20 @@ def reason(cell: tuple[str, ...]) -> str | None:
 
 def config(cell: tuple[str, ...]) -> weft.WeftConfig:
     return weft.WeftConfig(r=2, target_modules=["q_proj", "down_proj"], **given(cell))
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 64, (12, 7), generator=torch.Generator().manual_seed(2))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def after_the_search(model: PeftModel) -> PeftModel:
+    """The model of the second stage; before the search, training is refused."""
+    with pytest.raises(ConfigError, match="search_layers"):
+        model.train()(**FAMILY.batch())
+    selection = weft.search_layers(model, rows(), batch_size=2, accumulation=1, lr=1e-2)
+    assert len(selection.blocks) == 1
+    return weft.second_stage(model, selection)
 
 
 def step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
@@ -77,9 +96,13 @@ def test_an_allowed_combination_trains_through_its_events_saves_loads_copies_and
 ) -> None:
     model, base = get_peft_model(FAMILY.build(), config(cell)), logits(FAMILY.build(), FAMILY.batch())
     assert torch.equal(logits(model, FAMILY.batch()), base)
+    if "search" in cell:
+        model = after_the_search(model)
+        assert torch.equal(logits(model, FAMILY.batch()), base)
+    if "all" not in cell:
+        assert len({name.split(".layers.")[1][0] for name in trainable(model)}) == 1
     if "reallocate" in cell:
-        tokens = FAMILY.batch()["input_ids"]
-        weft.attach(model, validation=[{"input_ids": row, "labels": row} for row in tokens.repeat(4, 1)])
+        weft.attach(model, validation=rows())
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
     for _ in range(WHEN):
         step(model, optimizer)

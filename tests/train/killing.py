@@ -38,10 +38,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Killed:
-    """A recipe, and what happens in it over time."""
+    """A recipe, and what happens in it over time; `search`: steps of a search of layers before its training."""
 
     adapter: dict[str, Any]
     events: tuple[Event, ...] = ()
+    search: int = 0
 
 
 LAUNCH = Event(4, ("weft.terms.boost.dash:DashTerm.launch",))
@@ -58,8 +59,14 @@ RECIPES = {
     "lora_init": Killed({"r": 2, "after": SWITCH.step}, (SWITCH,)),
     "lora_tsd": Killed({"r": 2, "directions": 3, "after": SWITCH.step}, (SWITCH, LAUNCH)),
     "alora": Killed({"r": 2, "first": 4, "every": 2, "max_rounds": 2, "rows": 4, "move": 3}, ROUNDS),
+    "flexora": Killed({"r": 2, "steps": 5, "val_size": 8, "outer_batches": 2}, search=5),
 }
 SHARED = {"lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+
+
+def recipes(host: str) -> dict[str, Killed]:
+    """The rows that a host can run: a Trainer of one's own does not search."""
+    return {name: row for name, row in RECIPES.items() if host == "weft" or not row.search}
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ class Kill:
 
     def newest(self) -> int:
         """The step of the newest complete checkpoint it leaves; 0 for none."""
+        if self.when.startswith("search"):
+            return 0
         return END if self.when in ("adapter", "end") else (self.step - 1) // EVERY * EVERY
 
 
@@ -87,6 +96,11 @@ def kills(name: str, host: str) -> dict[str, Kill]:
         for place in event.places:
             what = re.split("[.:]", place)[-1]
             found[f"inside {what} at {event.step}"] = Kill("inside", event.step, place)
+    for step in range(1, RECIPES[name].search + 1):
+        found[f"after search step {step}"] = Kill("search", step)
+    if last := RECIPES[name].search:
+        found |= {f"while the search is saved at {step}": Kill("search saved", step) for step in (EVERY, last)}
+        found["between search and training"] = Kill("searched", last)
     for step in {event.step for event in RECIPES[name].events} or {LAUNCH.step}:
         found[f"while checkpoint {step} is written"] = Kill("half", step)
         found[f"before checkpoint {step} is marked"] = Kill("unmarked", step)
@@ -112,7 +126,9 @@ def arm(kill: Kill) -> list[Any]:
     import transformers
     from peft.config import PeftConfigMixin
 
+    from weft.search.driver import LayerSearch
     from weft.train import checkpoint
+    from weft.train.layers import Stage
     from weft.train.run import Run
 
     class Deadly(transformers.TrainerCallback):
@@ -153,6 +169,22 @@ def arm(kill: Kill) -> list[Any]:
 
         return apply
 
+    def search(original: Any) -> Any:
+        def step(self: LayerSearch) -> Any:
+            row = original(self)
+            return die() if self.done == kill.step else row
+
+        return step
+
+    def saved(original: Any) -> Any:
+        def save(self: LayerSearch, path: Path) -> None:
+            original(self, path)
+            if self.done == kill.step:
+                path.write_bytes(path.read_bytes()[:100])
+                die()
+
+        return save
+
     if kill.when == "inside":
         module, _, path = kill.place.partition(":")
         cls, _, name = path.rpartition(".")
@@ -163,6 +195,9 @@ def arm(kill: Kill) -> list[Any]:
         "unmarked": (checkpoint, "mark", unmarked),
         "adapter": (PeftConfigMixin, "save_pretrained", adapter),
         "end": (Run, "save", end),
+        "search": (LayerSearch, "step", search),
+        "search saved": (LayerSearch, "save", saved),
+        "searched": (Stage, "_second", lambda original: lambda self, selection: die()),
     }
     if kill.when in places:
         patch(*places[kill.when])
@@ -269,7 +304,7 @@ def main(host: str, top: Path) -> None:
     AutoTokenizer.from_pretrained(top / "base")
     shorten_lives()
     left: dict[str, dict[str, int]] = {}
-    for name in RECIPES:
+    for name in recipes(host):
         (top / name).mkdir()
         live(HOSTS[host], top, name, top / name / "whole", None)
         left[name] = {}

@@ -34,7 +34,7 @@ def test_killed_at_every_phase_boundary_and_at_random_steps(host: str, tmp_path:
     )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     left = json.loads((tmp_path / "lives.json").read_text())
-    for name in killing.RECIPES:
+    for name in killing.recipes(host):
         table = killing.kills(name, host)
         assert left[name] == {where: kill.newest() for where, kill in table.items()}
         files = {where: tmp_path / name / where / "adapter" / "adapter_model.safetensors" for where in table}

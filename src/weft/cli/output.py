@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from weft.cli.diagnosis import Diagnosis
+    from weft.search import Selection
     from weft.train.evaluation import Evaluation, Scores
     from weft.train.run import Run
 
@@ -86,12 +87,35 @@ def run_summary(run: Run) -> str:
     shown = [f"{key.replace('_', ' ')} {run.metrics[key]:.4g}" for key in sorted(run.metrics) if key != "tokens"]
     return "\n".join(
         [
+            *_searched(run),
             f"{run.steps} steps in {seconds:.1f} s; {', '.join(shown) or 'nothing measured'}",
             f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trained parameters)",
             f"next:    weft eval {run.folder}"
             + ("" if run.task == "classification" else f' · weft generate {run.folder} "..."'),
         ]
     )
+
+
+def _searched(run: Run) -> list[str]:
+    """What was selected, what that cost beside the training, and what it must be compared with; nothing without a search."""
+    if not (run.folder / "selection.json").is_file():
+        return []
+    from weft.search import Selection
+
+    selection, time = Selection.load(run.folder / "selection.json"), run.time
+    steps, seconds = time.get("search_in_steps", 0.0), time.get("search_seconds", 0.0)
+    more = seconds / max(time.get("train_seconds", 0.0), 1e-9)
+    return [
+        f"search:  layers {list(selection.blocks)} of {len(selection.candidates)}; cost {steps:g} training steps "
+        f"(+{steps / run.steps:.0%}), {seconds:.1f} s (+{more:.0%})",
+        f"         {controls(selection)}",
+    ]
+
+
+def controls(selection: Selection) -> str:
+    """The selections without a search that a result must be held against."""
+    named = ", ".join(f"{name} {list(only.blocks)}" for name, only in selection.controls().items())
+    return f"compare with adapter.layers: {named}"
 
 
 _SCORES = (

@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
 from weft.glue.attach import make_schedule, warn_of_missing
+from weft.glue.blocks import Blocks
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -85,6 +87,17 @@ class WeftTuner(BaseTuner):
             )
         return found
 
+    def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
+        """peft's own match of names, and the axis `layers` on top of it."""
+        found = super()._check_target_module_exists(peft_config, key)
+        if not found:  # an object of peft's that says why, and is false
+            return found
+        return found if self._blocks.adapts(peft_config.layers, key) else False
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.model)
+
     def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
         """Refuse up front what cannot work, while the model is still untouched."""
         if is_all_linear(peft_config):
@@ -100,12 +113,20 @@ class WeftTuner(BaseTuner):
             for name, _ in model.named_modules()
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
+        self._check_layers(peft_config, model)
         if not matched:
             raise TargetError(no_match(peft_config, model))
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
         check_saved_modules(peft_config, model)
         warn_of_unmatched(peft_config, model)
+
+    def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
+        """Refuse block numbers and names that adapt nothing, and a search with nothing to choose between."""
+        names = [name for name, _ in model.named_modules() if name and not inside_adapter(model, name)]
+        targeted = [name for name in names if super(WeftTuner, self)._check_target_module_exists(config, name)]
+        if targeted:
+            self._blocks.check(config.layers, targeted)
 
     def _create_and_replace(
         self,
@@ -136,6 +157,7 @@ class WeftTuner(BaseTuner):
             boost=peft_config.boost,
             start=peft_config.start,
             ranks=peft_config.ranks,
+            layers=peft_config.layers,
         )
         for part, key in keys.items():
             self._owners.setdefault((part, key), cast(TiedTerm, site.structure))

@@ -8,6 +8,7 @@ from peft import PeftConfig
 
 from weft.recipes.alora import AllocLoraConfig
 from weft.recipes.controls import peft_adalora, peft_lora
+from weft.recipes.flexora import FlexoraConfig
 from weft.recipes.hydralora import HydraLoraConfig
 from weft.recipes.lora import PlainLoraConfig
 from weft.recipes.lora_dash import LoraDashConfig
@@ -23,6 +24,7 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
     "lora_init": LoraInitConfig,
     "lora_tsd": LoraTsdConfig,
     "alora": AllocLoraConfig,
+    "flexora": FlexoraConfig,
     "peft:lora": peft_lora,
     "peft:adalora": peft_adalora,
 }
@@ -30,6 +32,7 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
 __all__ = [
     "RECIPES",
     "AllocLoraConfig",
+    "FlexoraConfig",
     "HydraLoraConfig",
     "LoraDashConfig",
     "LoraInitConfig",

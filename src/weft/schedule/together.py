@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -65,6 +65,39 @@ def from_main(values: Tensor, device: torch.device) -> Tensor:
     there = values.to(device) if rank() == 0 else torch.empty(shape.tolist(), dtype=values.dtype, device=device)
     dist.broadcast(there, 0)
     return there.cpu()
+
+
+def sum_up(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Add up, in place, over all processes; one message per dtype."""
+    if world() == 1:
+        return
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.detach().reshape(-1).to(device) for t in same])
+        dist.all_reduce(flat)
+        for t, value in zip(same, flat.split([t.numel() for t in same]), strict=True):
+            t.copy_(value.view_as(t))
+
+
+def take_over(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Copy, in place, what the main process has to all others; shapes are the same on all."""
+    if world() == 1:
+        return
+    for t in tensors:
+        value = t.detach().to(device).contiguous()
+        dist.broadcast(value, 0)
+        with torch.no_grad():
+            t.copy_(value)
+
+
+def gathered(value: Tensor, device: torch.device) -> list[Tensor]:
+    """The `value` of every process in the order of their ranks, on the CPU; shapes are the same on all."""
+    if world() == 1:
+        return [value.cpu()]
+    there = value.to(device)
+    found = [torch.empty_like(there) for _ in range(world())]
+    dist.all_gather(found, there)
+    return [each.cpu() for each in found]
 
 
 def check_same(tensors: Iterable[Tensor], what: str, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from weft.errors import ConfigError, TargetError, WeftError, suggest, unknown_key
 from weft.recipes import RECIPES
+from weft.search import Selection
 from weft.spec import AXES, WeftConfig
 from weft.train.files import write_folder
 from weft.train.recipe import Task
@@ -21,10 +22,13 @@ from weft.train.run import Run
 _TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "classification": TaskType.SEQ_CLS}
 
 
-def adapter_config(section: dict[str, Any], total_steps: int | None = None) -> PeftConfig | None:
+def adapter_config(
+    section: dict[str, Any], total_steps: int | None = None, base_dir: Path | None = None
+) -> PeftConfig | None:
     """The peft config that an `adapter` section describes; None for `recipe: none`, the frozen base.
 
-    `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run.
+    `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `layers` may be the file of a saved
+    selection, relative to `base_dir`.
 
     Raises:
         ConfigError: an unknown recipe, axis or field, or a value that cannot work.
@@ -39,6 +43,8 @@ def adapter_config(section: dict[str, Any], total_steps: int | None = None) -> P
         raise ConfigError(f"adapter.recipe={name!r} is not known: {suggest(str(name), [*RECIPES, 'none'])}")
     make = WeftConfig if name is None else RECIPES[name]
     _check_fields(name, make, fields)
+    if isinstance(layers := fields.get("layers"), str) and layers.endswith(".json"):
+        fields["layers"] = Selection.load((base_dir or Path()) / Path(layers).expanduser()).layers
     if name == "peft:adalora" and total_steps is not None:
         fields.setdefault("total_step", total_steps)
     try:
@@ -58,7 +64,7 @@ def _check_fields(name: str | None, make: Callable[..., PeftConfig], fields: dic
         return
     own = inspect.signature(make).parameters
     named = {key for key, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
-    axes = set(AXES) if name is not None else set()
+    axes = set(AXES) - {"layers"} if name is not None else set()
     valid = (named | {field.name for field in dataclasses.fields(WeftConfig)} | {"recipe"}) - _NOT_IN_RECIPES - axes
     for key in fields:
         if key not in valid:

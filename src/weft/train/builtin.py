@@ -33,6 +33,9 @@ BUILTIN = {
         ),
         Builtin("lora_tsd", "LoRA-Init and LoRA-Dash at once", "arXiv:2409.01035", {"after": 10}, 5e-3),
         Builtin("alora", "LoRA whose rank slots move to where they are worth most", "arXiv:2403.16187", {}, 5e-3),
+        Builtin(
+            "flexora", "LoRA on the blocks that a search on held-out rows selects", "arXiv:2408.10774", {"r": 16}, 5e-3
+        ),
         Builtin("peft:lora", "stock peft LoRA, as a control", "arXiv:2106.09685", {"r": 16}, 5e-3),
         Builtin("peft:adalora", "stock peft AdaLoRA, as a control", "arXiv:2303.10512", {}, 5e-3),
         Builtin("none", "no adapter: the frozen base, to evaluate only", None, {}, 1e-3),

@@ -1,6 +1,6 @@
 """One training run, from a recipe to a run folder.
 
-    prepare (nothing written) → run folder → Trainer → adapter/ → run.json says complete
+    prepare (nothing written) → run folder → [search of layers] → Trainer → adapter/ → run.json says complete
 
 Whatever fails before the first step leaves no folder; whatever fails later leaves one that --resume continues.
 """
@@ -16,9 +16,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 
 from weft.errors import ConfigError, RunError, WeftError
 from weft.glue.attach import warn_of_missing
-from weft.train import arguments, checkpoint
+from weft.train import arguments, checkpoint, layers
 from weft.train.adapter import parameters, write_adapter
 from weft.train.files import write_lines
 from weft.train.fingerprint import Fingerprint, check_same
@@ -71,9 +71,17 @@ def train(
         _check_can_resume(before)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
     with _started(run, before, main):
-        trainer = make_trainer(prepared, run, args, progress, callbacks)
+        search = layers.begin(prepared, run, args, main)
+        ready = None if search else make_trainer(prepared, run, args, progress, callbacks)
     _announce(run)
-    return _run_trainer(trainer, prepared, run, before is not None, main, progress)
+
+    def start() -> tuple[Trainer, Prepared, Run]:
+        if search is None or ready is not None:
+            return cast(Trainer, ready), prepared, run
+        selected, described = search.finish(before is not None, progress)
+        return make_trainer(selected, described, args, progress, callbacks), selected, described
+
+    return _run_trainer(start, run, before is not None, main, progress)
 
 
 def _what(
@@ -198,12 +206,16 @@ def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
     made.keep()
 
 
-def _run_trainer(trainer: Trainer, prepared: Prepared, run: Run, resume: bool, main: bool, progress: Progress) -> Run:
-    """Train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
+def _run_trainer(
+    start: Callable[[], tuple[Trainer, Prepared, Run]], run: Run, resume: bool, main: bool, progress: Progress
+) -> Run:
+    """Search layers where the recipe does, train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
     last = _resume_point(run, main) if resume else None
-    started = time.monotonic()
+    started, trainer = time.monotonic(), None
     try:
         with _sentences(run):
+            trainer, prepared, run = start()
+            started = time.monotonic()  # a search has told its own seconds
             trainer.train(resume_from_checkpoint=str(last) if last else None)
             took: dict[str, Any] = {"train_seconds": round(time.monotonic() - started, 3), "finished": now()}
             if resume:
@@ -218,7 +230,7 @@ def _run_trainer(trainer: Trainer, prepared: Prepared, run: Run, resume: bool, m
                 run.save()
     except BaseException as error:
         if main:
-            _record_failure(run, error, trainer.state.global_step)
+            _record_failure(run, error, trainer.state.global_step if trainer is not None else 0)
         raise
     return run
 

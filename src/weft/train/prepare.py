@@ -46,7 +46,9 @@ def prepare(recipe: Recipe) -> Prepared:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
     """
     arguments.check(recipe.train)
-    adapter_config(recipe.adapter, recipe.train.steps or 10**6)  # refuse what cannot work before anything is read
+    adapter_config(
+        recipe.adapter, recipe.train.steps or 10**6, recipe.base_dir
+    )  # refuse what cannot work before anything is read
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
     base = model.find(recipe.model, recipe.base_dir)
@@ -58,7 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
     plain = model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    config = adapter_config(recipe.adapter, steps)
+    config = adapter_config(recipe.adapter, steps, recipe.base_dir)
     adapted = plain if config is None else adapt(plain, config, task)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)

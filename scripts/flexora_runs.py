@@ -1,0 +1,272 @@
+"""Measure Flexora's selections against all layers and against selections made without it; write evidence/flexora-runs.json.
+
+    python scripts/flexora_runs.py --jobs 2               # runs what is missing; then scripts/real_runs.py --report
+    python scripts/flexora_runs.py --tasks demo --seeds 1 # a quick look
+
+Every seed searches once per kind of search; then plain LoRA is trained from its own start on what each variant names, at one rank,
+scale, rate, number of steps, seed and data order:
+
+    all         every block, which is plain LoRA       longer      the same for as many more steps as the search was worth
+    flexora     what the search selects (above_mean, restart)
+    random      three draws of as many groups          first, last the first and the last ones
+    norm        those with the largest mean gradient norm during the search, which a search without α has too
+
+Searches are of blocks, at the training's rate and, "slow", at a tenth of it; on the demo model, which has four blocks, also of
+single modules. Variants that name the same layers are one run.
+The rate is chosen on validation rows with `all`, over two seeds that are not reported; so if it favours one, then the baseline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dash_runs
+from paired import Job, best_rate, collect, interval, measure, parser, spread
+
+from weft.search.rules import Stability, chance, jaccard, stability
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evidence" / "flexora-runs.json"
+RANK, DRAWS = 4, 3
+TUNING_SEEDS = (1000, 1001)
+TASKS = {name: dash_runs.TASKS[name] for name in ("demo", "e2e", "sst2")}
+SEARCHES: dict[str, tuple[str, float]] = {
+    "block": ("block", 1),
+    "block-slow": ("block", 0.1),
+    "module-slow": ("module", 0.1),
+}
+"""Kind of search: what it selects, and its rate as a share of the training's."""
+KINDS = {"demo": tuple(SEARCHES), "e2e": ("block", "block-slow"), "sst2": ("block", "block-slow")}
+SEARCH = {"steps": 30, "outer_batches": 1, "val_size": 160}
+"""One batch of held-out rows per step, as many rows as θ is trained on: the released code's proportion."""
+
+RANDOM = tuple(f"random {i + 1}" for i in range(DRAWS))
+VARIANTS = ("all", "longer", "flexora", *RANDOM, "first", "last", "norm")
+Layers = list[int | str]
+
+
+def described(
+    task: str,
+    name: str,
+    adapter: dict[str, Any],
+    lr: float,
+    seed: int,
+    runs: str,
+    *,
+    steps: int | None = None,
+    test: bool = True,
+) -> Job:
+    """One run of a task with this adapter section, for `steps` if not for the task's."""
+    labels = {"task": task, "layers": name, "r": RANK, "lr": lr, "seed": seed}
+    spec = TASKS[task]
+    spec = spec | {"train": spec["train"] | ({"steps": steps} if steps else {})}
+    return Job.of(labels, spec, {"r": RANK, "lora_alpha": 2 * RANK, **adapter}, runs, test)
+
+
+@dataclass(frozen=True)
+class SearchJob:
+    """One search: its file is kept, and read where it lies."""
+
+    task: str
+    kind: str
+    lr: float
+    seed: int
+    runs: str
+
+    def recipe(self) -> dict[str, Any]:
+        """As `weft.train.layers.search_recipe` takes it."""
+        granularity, share = SEARCHES[self.kind]
+        adapter = {"recipe": "flexora", "granularity": granularity, "inner_lr": share * self.lr, **SEARCH}
+        return described(self.task, "", adapter, self.lr, self.seed, self.runs).recipe | {"out": "unused"}
+
+
+def search(job: SearchJob) -> dict[str, Any]:
+    """The layers of every variant of one seed and kind of search, and what the search cost and found."""
+    import torch
+
+    from weft.search import Selection
+    from weft.train.layers import search_recipe
+
+    torch.set_num_threads(1)
+    path = Path(job.runs) / job.task / f"search-{job.kind}-lr{job.lr:g}-s{job.seed}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        search_recipe(job.recipe(), out=path)
+    selection = Selection.load(path)
+    names = {"gradient norm": "norm"}
+    controls = selection.controls(draws=DRAWS, seed=job.seed)
+    return {
+        "kind": job.kind,
+        "seed": job.seed,
+        "groups": [c.name for c in selection.candidates],
+        "alpha": [c.alpha for c in selection.candidates],
+        "gradient_norm": [c.gradient_norm for c in selection.candidates],
+        "layers": {"flexora": list(selection.blocks)} | {names.get(k, k): list(v.blocks) for k, v in controls.items()},
+        "cost_in_steps": selection.record["cost_in_steps"],
+        "seconds": selection.seconds,
+        "margin": selection.margin,
+        "near_ties": selection.near_ties,
+    }
+
+
+def job(task: str, layers: Layers | None, lr: float, seed: int, runs: str, steps: int | None = None) -> Job:
+    """One run of plain LoRA on these layers; without any on all of the model, to choose the rate."""
+    if layers is None:
+        return described(task, "tuning", {"recipe": "lora"}, lr, seed, runs, test=False)
+    name = "-".join(map(str, layers))
+    name = name if len(name) < 40 else hashlib.sha256(name.encode()).hexdigest()[:12]
+    name += f"-for-{steps}" if steps else ""
+    return described(task, name, {"recipe": "lora", "layers": layers}, lr, seed, runs, steps=steps)
+
+
+def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
+    """Choose the rate, search every seed, then run what the variants name; seeds outermost, so that what there is stays paired."""
+    spec = TASKS[task]
+    jobs = [job(task, None, lr, seed, args.runs) for lr in spec["rates"] for seed in TUNING_SEEDS]
+    tuning = pool.map(measure, jobs, 1)
+    lr = best_rate(tuning)
+    searches = [SearchJob(task, kind, lr, seed, args.runs) for seed in range(args.seeds) for kind in KINDS[task]]
+    found = pool.map(search, searches, 1)
+    wanted = [(each, variant) for each in found for variant in VARIANTS]
+    made = [job(task, layers_of(s, v), lr, s["seed"], args.runs, length(spec, s, v)) for s, v in wanted]
+    once = {each.out: each for each in made}
+    figures = dict(zip(once, pool.map(measure, list(once.values()), 1), strict=True))
+    runs = [
+        {k: v for k, v in figures[each.out].items() if k != "layers"}
+        | {"variant": variant, "kind": s["kind"], "layers": layers_of(s, variant)}
+        for each, (s, variant) in zip(made, wanted, strict=True)
+    ]
+    return {"task": task, "tuning": tuning, "searches": found, "runs": runs}
+
+
+def layers_of(found: dict[str, Any], variant: str) -> Layers:
+    """What a variant names; all groups stand for a control of a search that selected everything."""
+    layers: dict[str, Layers] = found["layers"]
+    return layers.get(variant, layers["all"])
+
+
+def length(spec: dict[str, Any], found: dict[str, Any], variant: str) -> int | None:
+    """Steps of a run, where they are not the task's."""
+    return spec["train"]["steps"] + round(found["cost_in_steps"]) if variant == "longer" else None
+
+
+# ---------------------------------------------------------------------- the document's part
+
+READING = """
+"""
+
+
+def section() -> list[str]:
+    """The part of docs/real-runs.md, a pure function of evidence/flexora-runs.json."""
+    saved = json.loads(RESULTS.read_text(encoding="utf-8"))
+    lines = [
+        "## Flexora",
+        "",
+        f"Plain LoRA with r = {RANK} and α = 2r on all linear modules of the named blocks; all share steps, batch, rate, seeds",
+        f"and data order. `flexora` are the blocks that a search of {SEARCH['steps']} steps on α selects (α above its mean; the",
+        "adapter starts anew); `random` are three draws per seed of as many blocks, `norm` those of largest gradient norm",
+        "during the search, and `longer` is `all` trained for as many more steps as the search was worth. A search is at the",
+        "training's rate, a slow one at a tenth of it. The training's rate was chosen with `all` on validation rows over two",
+        "seeds that are not reported. Differences are paired by seed, with 95 % t-intervals.",
+        f"Made by `{saved['command']}` ({saved['versions']}); every run is in",
+        "`evidence/flexora-runs.json`.",
+    ]
+    for task in saved["tasks"]:
+        for kind in KINDS[task["task"]]:
+            lines += ["", *_table(task, kind), "", *_story(task, kind)]
+    return [*lines, READING]
+
+
+def _of(task: dict[str, Any], kind: str) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """The searches, and the runs of every variant, in order of seed."""
+    searches = sorted((s for s in task["searches"] if s["kind"] == kind), key=lambda s: s["seed"])
+    mine = sorted((f for f in task["runs"] if f["kind"] == kind), key=lambda f: f["seed"])
+    return searches, {variant: [f for f in mine if f["variant"] == variant] for variant in VARIANTS}
+
+
+def _table(task: dict[str, Any], kind: str) -> list[str]:
+    (granularity, share), spec, (searches, by) = SEARCHES[kind], TASKS[task["task"]], _of(task, kind)
+    tests = {variant: [f["test"] for f in runs] for variant, runs in by.items() if variant not in RANDOM}
+    tests["random"] = [
+        statistics.mean(each) for each in zip(*([f["test"] for f in by[v]] for v in RANDOM), strict=True)
+    ]
+    shown = ("all", "longer", "flexora", "random", "first", "last", "norm")
+    out = [
+        f"### {spec['title']}, {granularity}s selected" + ("" if share == 1 else ", slow search"),
+        "",
+        f"{spec['train']['steps']} steps of {spec['train']['batch_size']} rows, {len(searches[0]['groups'])} {granularity}s, "
+        f"n = {len(searches)} seeds; {spec['unit']}.",
+        "",
+        f"| variant | {granularity}s | trained parameters | mean ± sd | difference to all (95 %) | flexora − this (95 %) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in shown:
+        runs = by[RANDOM[0] if variant == "random" else variant]
+        trained = f"{round(statistics.mean(f['trainable'] for f in runs)):,}"
+        kept = f"{statistics.mean(len(f['layers']) for f in runs):.1f}"
+        cells = [variant, kept, trained, spread(tests[variant])]
+        cells += [_gap(tests[variant], tests["all"]) if variant != "all" else ""]
+        cells += [_gap(tests["flexora"], tests[variant]) if variant != "flexora" else ""]
+        out.append("| " + " | ".join(cells) + " |")
+    return out
+
+
+def _gap(one: Sequence[float], other: Sequence[float]) -> str:
+    return interval([a - b for a, b in zip(one, other, strict=True)])
+
+
+def _story(task: dict[str, Any], kind: str) -> list[str]:
+    """What the search cost, how far its selections agree, and how often a random draw was as good."""
+    spec, (searches, by) = TASKS[task["task"]], _of(task, kind)
+    steps = spec["train"]["steps"]
+    cost = statistics.mean(s["cost_in_steps"] for s in searches)
+    pairs = list(zip(searches, by["all"], by["flexora"], strict=True))
+    seconds = statistics.mean(s["seconds"] / plain["train_seconds"] for s, plain, _ in pairs)
+    second = statistics.mean(chosen["train_seconds"] / plain["train_seconds"] for _, plain, chosen in pairs)
+    sign = -1 if spec["measure"] == "loss" else 1
+    better = [
+        sign * (mine["test"] - drawn["test"]) > 0
+        for variant in RANDOM
+        for mine, drawn in zip(by["flexora"], by[variant], strict=True)
+    ]
+    agree, norms = _agreement(searches), _with_norms(searches)
+    lines = [
+        f"The search was worth {cost:.0f} training steps (+{cost / steps:.0%}) and took {seconds:.0%} of the seconds of `all`;",
+        f"training on what it selected took {second:.0%} of them. Selections of seeds agree with a Jaccard index of",
+        f"{agree.jaccard:.2f} (chance {agree.chance:.2f}), with the sets of largest gradient norm {norms[0]:.2f}",
+        f"(chance {norms[1]:.2f}). `flexora` was better than a random draw in {sum(better)} of {len(better)}.",
+    ]
+    if SEARCHES[kind][0] == "block":
+        lines.append("Selected: " + ", ".join(str(s["layers"]["flexora"]) for s in searches) + ".")
+    return lines
+
+
+def _agreement(searches: Sequence[dict[str, Any]]) -> Stability:
+    """Over pairs of seeds; of a single one with itself."""
+    chosen = [_indices(s, "flexora") for s in searches]
+    return stability(chosen if len(chosen) > 1 else chosen * 2, len(searches[0]["groups"]))
+
+
+def _with_norms(searches: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Mean Jaccard index of the selection and the set of largest gradient norm, and its chance."""
+    pairs = [(_indices(s, "flexora"), _indices(s, "norm"), len(s["groups"])) for s in searches]
+    return (
+        statistics.mean(jaccard(mine, norm) for mine, norm, _ in pairs),
+        statistics.mean(chance(len(mine), len(norm), n) for mine, norm, n in pairs),
+    )
+
+
+def _indices(found: dict[str, Any], variant: str) -> list[int]:
+    """Places among the groups: those of blocks are their numbers."""
+    return [each if isinstance(each, int) else found["groups"].index(each) for each in layers_of(found, variant)]
+
+
+if __name__ == "__main__":
+    collect("flexora_runs.py", parser(__doc__, list(TASKS), "runs/flexora").parse_args(), run_task, RESULTS)

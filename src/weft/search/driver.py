@@ -1,0 +1,279 @@
+"""The search loop.
+
+    for t in range(T):
+        for k in range(K):   θ ← OPT_θ(θ, ∇_θ R_train(θ, α))          α stands still; θ is never reset
+        g ← hypergradient of R_val at the new θ                        `weft.search.unroll`, or its direct term only
+        α ← OPT_α(α, g);  gates ← α̂(α)                                 θ, its gradients and its optimiser untouched
+
+Source: Algorithm 1 of Flexora, arXiv 2408.10774, as its released code runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from weft.errors import DataError, RunError
+from weft.schedule import together
+from weft.search import state
+from weft.search.groups import Gates, groups_of
+from weft.search.inner import Inner, InnerLoop
+from weft.search.passes import Batch, Loss, Passes
+from weft.search.rows import Collate, Cycle, Rows, split, stack
+from weft.search.rules import choose
+from weft.search.selection import Candidate, Selection
+from weft.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
+from weft.terms.layers.search import Search, alpha_gradient, weights
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class LayerSearch:
+    """A search in progress, one outer step at a time; `weft.search_layers` runs one from its start to its end.
+
+    Args:
+        model: a PeftModel; its adapter `adapter` has layers=`search`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        search: Search,
+        inner: Inner,
+        train: Rows,
+        validation: Rows | None = None,
+        *,
+        adapter: str = "default",
+        collate: Collate | None = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ):
+        self.model, self.search, self.seed = model, search, seed
+        optimizer = "sign_sgd" if search.preset == "released" else inner.optimizer
+        self.inner = dataclasses.replace(inner, optimizer=optimizer, lr=search.inner_lr or inner.lr)
+        self.adapter_config: dict[str, Any] = model.peft_config[adapter].to_dict()
+        if search.hypergrad == "direct" and search.inner_steps > 1:
+            log.warning("the direct hypergradient ignores all of the %d inner steps: it is biased", search.inner_steps)
+        self.splits = split(train, validation, search, seed)
+        self._rows = {"train": train, "validation": train if validation is None else validation}
+        self._collate = collate or stack
+        self._sizes = {"train": inner.batch_size, "validation": self._outer_size()}
+        if search.hypergrad == "unrolled_exact":
+            check_exact(model)
+        self.gates = Gates(groups_of(model, adapter, search.granularity))
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.passes = Passes(model, list(self.named.values()), self.gates, loss)
+        held = [b for group in self.gates.groups for site in group.sites.values() for b in site.buffers()]
+        together.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
+        self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
+        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
+        self.cycles = {
+            "train": Cycle(len(self.splits.train), seed),
+            "validation": Cycle(len(self.splits.validation), seed + 1),
+        }
+        self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
+        kind = torch.optim.Adam if search.alpha_optimizer == "adam" else torch.optim.SGD
+        self.alpha_optimizer: torch.optim.Optimizer = kind(
+            [self.alpha], lr=search.alpha_lr
+        )  # no decay: it would pull to uniform
+        self.done, self.skipped, self.last_move, self.seconds = 0, 0, 0.0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.norms = torch.zeros_like(self.alpha.detach())
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self.inner.batch_size * self.inner.accumulation * self.search.inner_steps
+
+    def _outer_size(self) -> int:
+        """Rows of a validation micro-batch: batch_size, or as many as one step on α can have without repeating any."""
+        there, count = len(self.splits.validation), self.search.outer_batches
+        if there < count:
+            raise DataError(
+                f"a step on α takes outer_batches={count} validation rows at least, but there are {there}: hold out more "
+                "(val_size), or lower outer_batches."
+            )
+        return min(self.inner.batch_size, there // count)
+
+    # ------------------------------------------------------------------ one outer step
+
+    def step(self) -> dict[str, Any]:
+        """K inner steps and one step on α; what happened, as plain numbers."""
+        started = time.perf_counter()
+        sites = [site for group in self.gates.groups for site in group.sites.values()]
+        waiting = [site.awaits_search for site in sites]
+        try:
+            for site in sites:
+                site.awaits_search = False
+            losses, taken = self._inner_steps()
+            loss, moved = self._outer_step(taken)
+        finally:
+            for site, was in zip(sites, waiting, strict=True):
+                site.awaits_search = was
+        self.done += 1
+        self.seconds += time.perf_counter() - started
+        alpha_hat = weights(self.alpha.detach())
+        row = {
+            "step": self.done,
+            "loss": losses[-1],
+            "validation_loss": loss,
+            "skipped": not moved,
+            "alpha": self.alpha.detach().tolist(),
+            "sum_alpha": float(self.alpha.detach().sum()),
+            "max_alpha_hat": float(alpha_hat.max()),
+        }
+        self.history.append(row)
+        return row
+
+    def _inner_steps(self) -> tuple[list[float], list[Taken]]:
+        k, unrolled = self.search.inner_steps, self.search.hypergrad != "direct"
+        window = (self.search.unroll_steps or k) if unrolled else 0
+        losses, taken = [], []
+        for i in range(k):
+            batches = self._batches("train", self.inner.accumulation)
+            passed, kept = self.loop.step(batches, keep=i >= k - window)
+            losses.append(passed.loss)
+            if kept is not None:
+                taken.append(kept)
+            if passed.finite:
+                by_id = {id(p): g for p, g in zip(self.passes.params, passed.theta, strict=True)}
+                self.norms += self.gates.gradient_norms(by_id)
+        return losses, taken
+
+    def _outer_step(self, taken: Sequence[Taken]) -> tuple[float, bool]:
+        loss, gradient = self.hypergradient(taken)
+        if gradient is None:
+            self.skipped += 1
+            return loss, False
+        before = self.alpha.detach().clone()
+        self.alpha.grad = gradient
+        self.alpha_optimizer.step()
+        self.alpha.grad = None
+        self.last_move = float((self.alpha.detach() - before).abs().max())
+        self.gates.write(weights(self.alpha.detach()) ** self.search.power)
+        return loss, True
+
+    def hypergradient(self, taken: Sequence[Taken] = ()) -> tuple[float, Tensor | None]:
+        """The validation loss of the next outer batch and its gradient [N] fp64 for α; None where one is no number."""
+        batches = self._batches("validation", self.search.outer_batches)
+        passed = self.passes.backward(batches, training=False, summed=self.search.preset == "released")
+        if not passed.finite:
+            return passed.loss, None
+        alpha_hat = weights(self.alpha.detach())
+        gradient = alpha_gradient(passed.h, alpha_hat, self.search.power)
+        if taken:
+            exact = self.search.hypergrad == "unrolled_exact"
+            product = (
+                by_double_backward(self.passes, self.alpha)
+                if exact
+                else by_differences(self.passes, alpha_hat, self.search.fd_step)
+            )
+            gradient = adjoint(taken, passed.theta, gradient, product)
+        return passed.loss, gradient if bool(gradient.isfinite().all()) else None
+
+    def _batches(self, part: str, count: int) -> list[Batch]:
+        """This process's share of the next `count` micro-batches of a split, on the model's device."""
+        size = self._sizes[part]
+        at = self.cycles[part].take(count * size)
+        indices = getattr(self.splits, part)
+        mine = [at[i * size : (i + 1) * size] for i in range(count)][together.rank() :: together.world()]
+        device = self.passes.device
+
+        def collate() -> list[Batch]:
+            return [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
+
+        batches = together.attempt(collate, "collating rows of the search", device)
+        return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+
+    # ------------------------------------------------------------------ the whole search
+
+    def run(self, on_step: Listener | None = None) -> Selection:
+        """The steps that are left, then the selection; `on_step` is called with what each step did."""
+        while self.done < self.steps:
+            row = self.step()
+            if on_step is not None:
+                on_step(row)
+        return self.selection()
+
+    def selection(self) -> Selection:
+        """What the rule selects from α as it is now. Raises RunError if no step on α was ever possible."""
+        if self.done and self.skipped == self.done:
+            raise RunError(
+                f"none of the {self.done} validation losses of the search was a number, so nothing was learned of the layers: "
+                "lower lr, or look at the validation rows."
+            )
+        alpha = self.alpha.detach().clone()
+        together.take_over([alpha], self.passes.device)
+        search = self.search
+        assert search.select is not None
+        chosen = choose(
+            alpha.tolist(), search.select, top_k=search.top_k, min_layers=search.min_layers, step=self.last_move
+        )
+        alpha_hat, norms = weights(alpha).tolist(), (self.norms / max(1, self.loop.taken)).tolist()
+        candidates = [
+            Candidate(
+                name=group.name,
+                block=group.block,
+                modules=tuple(group.sites),
+                alpha=float(alpha[i]),
+                alpha_hat=alpha_hat[i],
+                distance=chosen.distance[i],
+                selected=i in chosen.selected,
+                near=i in chosen.near,
+                filled=i in chosen.filled,
+                gradient_norm=norms[i],
+            )
+            for i, group in enumerate(self.gates.groups)
+        ]
+        settings = dataclasses.asdict(search), dataclasses.asdict(self.inner)
+        return Selection(
+            tuple(candidates), search.granularity, self.adapter_config, *settings, self._record(), self.seconds
+        )
+
+    def _record(self) -> dict[str, Any]:
+        last = self.history[-1] if self.history else {}
+        return {
+            "steps": self.done,
+            "cost_in_steps": round(self.done * self._cost(), 3),
+            "skipped_steps": self.skipped,
+            "skipped_inner_steps": self.loop.skipped,
+            "seed": self.seed,
+            "rows": {name: len(getattr(self.splits, name)) for name in ("train", "validation")},
+            "repeated_rows": self.splits.repeated,
+            **{name: last.get(name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
+        }
+
+    def _cost(self) -> float:
+        """Of one step on α, in training steps: rows through forward and backward; a double backward counts as two passes."""
+        rows = self.inner.batch_size * self.inner.accumulation
+        unrolled = 0 if self.search.hypergrad == "direct" else 2 * (self.search.unroll_steps or self.search.inner_steps)
+        return self.search.inner_steps + unrolled + self._sizes["validation"] * self.search.outer_batches / rows
+
+    # ------------------------------------------------------------------ resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next outer step depends on; taken between outer steps. All processes call it together."""
+        return state.taken(self)
+
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Continue from `state_dict`. Raises RunError if it is of another model or other rows."""
+        state.restore(self, found)
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict`, from the main process, to a file that holds tensors and plain values only. All call it."""
+        found = self.state_dict()
+        if together.rank() == 0:
+            torch.save(found, path)
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a file that `save` wrote."""
+        self.load_state_dict(torch.load(path, weights_only=True))

@@ -1,0 +1,125 @@
+"""The stage after the search: a fresh adapter on the selected blocks, or the searched one with α̂ folded into it.
+
+    restart    y = x Wᵀ + b + h B̃ᵀ                 on the selected blocks, from the adapter's own start; no α̂ anywhere
+    continue   w ← α̂_l w                           w: B of Plain and Hydra, v (else u) of Tied: the same function without gates
+
+Where Tied has neither v nor u, α̂ stays as a fixed gate of the site (`Only(gated=True)`). Unselected blocks have no adapter in
+either: what the searched adapter learned there is dropped.
+
+Source: the released code restarts; continuing is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from weft.errors import ConfigError
+from weft.glue.layer import WeftLinear
+from weft.glue.updates import base_of
+from weft.search.selection import Selection
+from weft.site import Site
+from weft.spec import WeftConfig
+from weft.terms.structure.tied import TiedTerm
+
+
+def second_stage(
+    model: PeftModel,
+    selection: Selection,
+    finetune: Literal["restart", "continue"] | None = None,
+    adapter: str = "default",
+) -> PeftModel:
+    """The model to train after a search, in place of the searched one, which is used up.
+
+    Args:
+        model: the searched model.
+        finetune: "restart" or "continue"; None takes what the search says.
+
+    Returns:
+        "restart": the base with a fresh adapter; its start is drawn from torch's global generator. "continue": the same model
+        with sites on the selected blocks only and no search left.
+
+    Raises:
+        ConfigError: the adapter is not one that was searched.
+    """
+    config = model.peft_config.get(adapter)
+    if not isinstance(config, WeftConfig) or type(config.layers).__name__ != "Search":
+        raise ConfigError(f"adapter {adapter!r} was not searched: give the model that weft.search_layers trained.")
+    finetune = finetune or config.layers.finetune  # type: ignore[union-attr]
+    if finetune == "continue":
+        _continue(model, selection, adapter)
+        return model
+    if finetune != "restart":
+        raise ConfigError(f"finetune={finetune!r}: use 'restart' or 'continue'.")
+    fresh = copy.deepcopy(config)
+    fresh.layers = selection.layers
+    return cast(PeftModel, get_peft_model(unload(model), fresh, adapter_name=adapter))
+
+
+def unload(model: PeftModel) -> nn.Module:
+    """The base as it was before it was adapted: peft would leave the searched copy of a head that is trained in full."""
+    wrapped = [(name, m) for name, m in base_of(model).named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    originals = {name: m.original_module for name, m in wrapped}
+    base: nn.Module = model.unload()
+    for name, module in originals.items():
+        _put(base, name, module)
+    return base
+
+
+def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
+    kept = {name: c for c in selection.chosen for name in c.modules}
+    base = base_of(model)
+    layers = {m.module_name: m for m in base.modules() if isinstance(m, WeftLinear) and adapter in m.weft_site}
+    if missing := sorted(set(kept) - set(layers)):
+        raise ConfigError(
+            f"the selection names {missing[0]}, where the model has no site: use the selection of this search."
+        )
+    for name, layer in layers.items():
+        if name not in kept:
+            layer.delete_adapter(adapter)
+            if not layer.weft_site:
+                _put(base, name, layer.get_base_layer())
+    folded: set[int] = set()
+    sites = [layers[name].site(adapter) for name in kept]
+    took = [_fold(site, folded) for site in sites]
+    for site in sites:
+        site.awaits_search = False
+    config = cast(WeftConfig, model.peft_config[adapter])
+    config.layers = replace(selection.layers, gated=not all(took))
+    tuner = model.base_model
+    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in kept]
+
+
+def _put(base: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(base.get_submodule(parent), last, module)
+
+
+def _fold(site: Site, folded: set[int]) -> bool:
+    """Multiply the site's gate into a factor of its own, a shared one once; False where it has none and keeps the gate."""
+    gate = site.layer_gate
+    if gate is None:
+        return True
+    factor = _own_factor(site)
+    if factor is None:
+        return False
+    if id(factor) not in folded:
+        folded.add(id(factor))
+        with torch.no_grad():
+            factor.copy_(factor.double() * gate.double())
+    site.register_buffer("layer_gate", None)
+    return True
+
+
+def _own_factor(site: Site) -> Tensor | None:
+    term = site.structure
+    if not isinstance(term, TiedTerm):
+        return term.B
+    vector = term.part("v")
+    return vector if vector is not None else term.part("u")

@@ -1,0 +1,260 @@
+"""Hypergradients against what they are derivatives of: explicit α leaves, and finite differences of the whole program."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from searching import adapted, make, mse, planted, quantised, rounded, stack
+from torch import Tensor
+
+import weft
+from weft.errors import ConfigError
+from weft.search.driver import LayerSearch
+from weft.terms.layers.search import weights
+
+STRUCTURES = {
+    "plain": {},
+    "hydra": {"structure": weft.Hydra(heads=3)},
+    "hydra_Ax": {"structure": weft.Hydra(heads=2, router_input="Ax")},
+    "tied_tl6": {"structure": weft.Tied(train="tl6")},
+    "tied_v": {"structure": weft.Tied(train="vera")},
+    "tied_Bu": {"structure": weft.Tied(train="Bu")},
+    "tied_AB": {"structure": weft.Tied(train="tl5")},
+}
+SMALL = {"outer_batches": 2, "val_size": 12, "steps": 2}
+
+
+def moved_search(structure: str = "plain", checkpointing: str = "none", bits: str = "none", **fields) -> LayerSearch:
+    """A search in the middle of things: θ and α are away from their starts."""
+    base = stack(3, checkpointing=checkpointing)
+    rows = planted(stack(3), {1}, 40)
+    inner = fields.pop("inner", {})
+    extra = fields.pop("config", {})
+    search = weft.Search(**{**SMALL, **fields})
+    base = {"none": lambda b: b, "quantised": quantised, "rounded": rounded}[bits](base)
+    found = make(adapted(base, search, moved=0.3, **STRUCTURES[structure], **extra), rows, **inner)
+    set_alpha(found, torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64))
+    return found
+
+
+def set_alpha(search: LayerSearch, alpha: Tensor) -> None:
+    with torch.no_grad():
+        search.alpha.copy_(alpha)
+    search.gates.write(weights(alpha) ** search.search.power)
+
+
+def by_leaf(search: LayerSearch, batches: list) -> Tensor:
+    """∂R_val/∂α by autograd through an explicit α."""
+    alpha = search.alpha.detach().clone().requires_grad_()
+    search.model.eval()
+    with search.gates.graphed(list(weights(alpha) ** search.search.power)):
+        loss = torch.stack([mse(search.model, b) for b in batches]).mean()
+        [found] = torch.autograd.grad(loss, alpha)
+    return found
+
+
+def outer_batches(search: LayerSearch) -> list:
+    before = search.cycles["validation"].position
+    batches = search._batches("validation", search.search.outer_batches)
+    search.cycles["validation"].position = before
+    return batches
+
+
+@pytest.mark.parametrize("structure", list(STRUCTURES))
+def test_the_inner_product_identity_equals_an_explicit_alpha_leaf(structure: str):
+    """Two micro-batches: accumulation is part of the claim."""
+    search = moved_search(structure)
+    assert (search.gates.factors is None) == (structure == "tied_AB")
+    expected = by_leaf(search, outer_batches(search))
+    _, found = search.hypergradient()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert expected.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("structure", ["plain", "tied_AB"])
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant"])
+def test_the_identity_holds_under_gradient_checkpointing(structure: str, kind: str):
+    plain, checkpointed = moved_search(structure), moved_search(structure, checkpointing=kind)
+    expected = by_leaf(plain, outer_batches(plain))
+    _, found = checkpointed.hypergradient()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_the_identity_holds_for_single_modules_too():
+    base, rows = stack(3), planted(stack(3), {1}, 40)
+    search = make(adapted(base, weft.Search(granularity="module", **SMALL), moved=0.3), rows)
+    set_alpha(search, torch.linspace(-0.5, 0.5, 6, dtype=torch.float64))
+    expected = by_leaf(search, outer_batches(search))
+    torch.testing.assert_close(search.hypergradient()[1], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_direct_is_the_finite_difference_of_the_validation_loss_at_fixed_theta():
+    search = moved_search()
+    batches = outer_batches(search)
+    _, found = search.hypergradient()
+    start = search.alpha.detach().clone()
+    for i in range(3):
+        sides = []
+        for eps in (1e-5, -1e-5):
+            moved = start.clone()
+            moved[i] += eps
+            set_alpha(search, moved)
+            with torch.no_grad():
+                sides.append(torch.stack([mse(search.model.eval(), b) for b in batches]).mean())
+        torch.testing.assert_close(found[i], (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", list(STRUCTURES))
+def test_the_gradients_of_alpha_sum_to_zero(structure: str):
+    _, found = moved_search(structure).hypergradient()
+    assert abs(float(found.sum())) < 1e-12 * float(found.abs().sum())
+
+
+def test_cubed_gates_of_the_released_code_have_three_times_the_gradient():
+    search = moved_search(preset="released")
+    batches = outer_batches(search)
+    expected = by_leaf(search, batches) * len(batches)  # it sums the losses of micro-batches
+    torch.testing.assert_close(search.hypergradient()[1], expected, rtol=1e-10, atol=1e-14)
+
+
+def program(search: LayerSearch, alpha: Tensor, frozen: list[list[Tensor | float]] | None) -> Tensor:
+    """R_val after K inner steps from where `search` stands, written out without it; `frozen` are Adam's 1/(√v+ε) with η/(1−β₁ᵗ)."""
+    search = copy.deepcopy(search)
+    set_alpha(search, alpha)
+    params = search.passes.params
+    for p in params:
+        p.grad = None
+    momentum = [torch.zeros_like(p) for p in params]
+    lr, decay = search.inner.lr, search.inner.weight_decay
+    for k in range(search.search.inner_steps):
+        search.model.train()
+        for site in (s for g in search.gates.groups for s in g.sites.values()):
+            site.awaits_search = False
+        batches = search._batches("train", search.inner.accumulation)
+        loss = torch.stack([mse(search.model, b) for b in batches]).mean()
+        gradients = torch.autograd.grad(loss, params)
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(params, gradients, strict=True)):
+                if frozen is None:
+                    p.add_(g + decay * p, alpha=-lr)
+                else:
+                    momentum[i] = 0.9 * momentum[i] + 0.1 * g
+                    p.sub_(lr * decay * p + frozen[k][i] * momentum[i])
+    search.model.eval()
+    with torch.no_grad():
+        return torch.stack([mse(search.model, b) for b in outer_batches(search)]).mean()
+
+
+def brute_force(search: LayerSearch, frozen: list | None = None, eps: float = 1e-5) -> Tensor:
+    start, found = search.alpha.detach().clone(), []
+    for i in range(len(start)):
+        move = torch.zeros_like(start)
+        move[i] = eps
+        found.append((program(search, start + move, frozen) - program(search, start - move, frozen)) / (2 * eps))
+    return torch.stack(found)
+
+
+def unrolled(search: LayerSearch) -> tuple[Tensor, list]:
+    """The hypergradient after the search's own inner steps, and what those recorded."""
+    for site in (s for g in search.gates.groups for s in g.sites.values()):
+        site.awaits_search = False
+    _, taken = search._inner_steps()
+    return search.hypergradient(taken)[1], taken
+
+
+INNER = {
+    "sgd": {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.05},
+    "adam": {"optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", ["unrolled_fd", "unrolled_exact"])
+@pytest.mark.parametrize("optimizer", list(INNER))
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_unrolled_equals_finite_differences_of_the_whole_program(kind: str, optimizer: str, steps: int):
+    fields = {"hypergrad": kind, "inner_steps": steps, "inner": {**INNER[optimizer], "accumulation": 2}}
+    if kind == "unrolled_fd":
+        fields["fd_step"] = 1e-4
+    search = moved_search(**fields)
+    before = copy.deepcopy(search)
+    found, taken = unrolled(search)
+    frozen = [step.push for step in taken] if optimizer == "adam" else None
+    expected = brute_force(before, frozen)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert abs(float(found.sum())) < 1e-6 * float(found.abs().sum())
+
+
+@pytest.mark.parametrize("structure", ["hydra", "tied_tl6", "tied_AB"])
+def test_unrolled_kinds_agree_for_every_structure(structure: str):
+    fields = {"inner_steps": 3, "inner": INNER["adam"]}
+    exact, _ = unrolled(moved_search(structure, hypergrad="unrolled_exact", **fields))
+    fd, _ = unrolled(moved_search(structure, hypergrad="unrolled_fd", fd_step=1e-4, **fields))
+    torch.testing.assert_close(fd, exact, rtol=1e-5, atol=1e-9)
+
+
+def test_dropout_is_repeated_in_the_passes_of_the_adjoint():
+    fields = {"inner_steps": 2, "inner": INNER["sgd"], "config": {"lora_dropout": 0.3}}
+    found = []
+    for kind, extra in (("unrolled_exact", {}), ("unrolled_fd", {"fd_step": 1e-4})):
+        search = moved_search(hypergrad=kind, **extra, **fields)
+        torch.manual_seed(5)
+        found.append(unrolled(search)[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-9)
+
+
+def test_clipping_is_part_of_the_program_as_a_constant():
+    """With the clip factor held constant, a clipped SGD step is a step of a smaller rate."""
+    search = moved_search(
+        hypergrad="unrolled_exact", inner={**INNER["sgd"], "weight_decay": 0.0, "max_grad_norm": 1e-3}
+    )
+    clipped, taken = unrolled(search)
+    assert taken[0].clip < 0.1
+    slower = moved_search(
+        hypergrad="unrolled_exact", inner={"optimizer": "sgd", "lr": 0.1 * taken[0].clip, "weight_decay": 0.0}
+    )
+    torch.testing.assert_close(clipped, unrolled(slower)[0], rtol=1e-9, atol=1e-14)
+
+
+def test_truncation_to_one_step_is_the_last_steps_term():
+    fields = {"hypergrad": "unrolled_exact", "inner_steps": 4, "inner": INNER["sgd"]}
+    whole, taken = unrolled(moved_search(**fields))
+    short, kept = unrolled(moved_search(unroll_steps=1, **fields))
+    assert (len(taken), len(kept)) == (4, 1)
+    assert not torch.allclose(whole, short, rtol=1e-3)
+
+
+def test_direct_points_further_away_from_exact_the_longer_the_unroll():
+    """The cosine is what the card shows per K; only its direction of change is a claim."""
+    cosines = []
+    for steps in (1, 8):
+        fields = {"inner_steps": steps, "inner": {"optimizer": "sgd", "lr": 0.1}}
+        exact, _ = unrolled(moved_search(hypergrad="unrolled_exact", **fields))
+        search = moved_search(hypergrad="direct", **fields)
+        direct, _ = unrolled(search)
+        cosines.append(float(torch.nn.functional.cosine_similarity(exact, direct, dim=0)))
+    assert cosines[0] > 0.9
+    assert cosines[1] < cosines[0]
+
+
+@pytest.mark.parametrize("kind", ["direct", "unrolled_fd"])
+def test_on_a_quantised_base_the_hypergradient_is_that_of_the_same_function_unquantised(kind: str):
+    fields = {"hypergrad": kind, "inner_steps": 2 if kind == "unrolled_fd" else 1, "inner": INNER["adam"]}
+    found = [unrolled(moved_search(bits=bits, **fields))[0] for bits in ("quantised", "rounded")]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+    assert found[0].abs().max() > 1e-4
+    with pytest.raises(ConfigError, match="quantised"):
+        moved_search(bits="quantised", hypergrad="unrolled_exact")
+
+
+def test_a_quantised_or_checkpointed_model_is_refused_for_exact_before_any_step():
+    base = stack(3)
+    model = adapted(base, weft.Search(hypergrad="unrolled_exact", **SMALL))
+    model.gradient_checkpointing = True
+    with pytest.raises(ConfigError, match="unrolled_fd"):
+        make(model, planted(stack(3), {1}, 40))
+    other = adapted(stack(3), weft.Search(hypergrad="unrolled_exact", **SMALL))
+    other.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
+    with pytest.raises(ConfigError, match="quantised"):
+        make(other, planted(stack(3), {1}, 40))
