@@ -43,7 +43,7 @@ SEARCHES: dict[str, tuple[str, float]] = {
     "module-slow": ("module", 0.1),
 }
 """Kind of search: what it selects, and its rate as a share of the training's."""
-KINDS = {"demo": tuple(SEARCHES), "e2e": ("block", "block-slow"), "sst2": ("block", "block-slow")}
+KINDS = {"demo": tuple(SEARCHES), "e2e": ("block", "block-slow"), "sst2": ("block-slow",)}
 SEARCH = {"steps": 30, "outer_batches": 1, "val_size": 160}
 """One batch of held-out rows per step, as many rows as θ is trained on: the released code's proportion."""
 
