@@ -11,8 +11,8 @@ scale, rate, number of steps, seed and data order:
     random      three draws of as many groups          first, last the first and the last ones
     norm        those with the largest mean gradient norm during the search, which a search without α has too
 
-Searches are of blocks, at the training's rate and, "slow", at a tenth of it; on the demo model, which has four blocks, also of
-single modules. Variants that name the same layers are one run.
+Searches are of blocks, at the rate of the training (not on SST-2, to save an hour) and, "slow", at a tenth of it; on the demo
+model, which has four blocks, also of single modules. Variants that name the same layers are one run.
 The rate is chosen on validation rows with `all`, over two seeds that are not reported; so if it favours one, then the baseline.
 """
 
