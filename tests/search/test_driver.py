@@ -214,3 +214,19 @@ def test_an_adapter_without_gates_cannot_be_searched():
     model = adapted(stack(3), weft.All())
     with pytest.raises(ConfigError, match="no layer gates"):
         LayerSearch(model, weft.Search(**SMALL), search().inner, planted(stack(3), {1}, 40), loss=mse)
+
+
+@pytest.mark.parametrize("asked", [{"select": "top_k", "top_k": 4}, {"min_layers": 4}])
+def test_more_layers_than_there_are_is_an_error_before_the_search(asked: dict):
+    with pytest.raises(ConfigError, match="of 3 groups"):
+        search(**asked)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_a_damaged_state_is_refused_in_a_sentence(content: bytes | None, tmp_path: Path):
+    found = search()
+    found.save(tmp_path / "state.pt")
+    whole = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(whole[:300] if content is None else content)
+    with pytest.raises(RunError, match="damaged"):
+        found.load(tmp_path / "state.pt")

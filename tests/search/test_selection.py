@@ -15,6 +15,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 import weft
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise
 from weft.errors import AdapterError, ConfigError
+from weft.glue.layer import WeftLinear
 from weft.search import Selection, compare
 from weft.search.driver import LayerSearch
 from weft.search.inner import Inner
@@ -340,6 +341,36 @@ def test_selections_are_compared_only_on_the_same_groups():
     assert compare([one, one]).jaccard == 1.0
     with pytest.raises(ConfigError, match="same groups"):
         compare([one, other])
+
+
+def two_adapters() -> PeftModel:
+    model = adapted(stack(3), weft.Search(**SMALL))
+    model.add_adapter("other", weft.PlainLoraConfig(r=2, target_modules=["up", "down"]))
+    return model.double()
+
+
+@pytest.mark.parametrize("active", [["other"], ["default", "other"]])
+def test_an_adapter_that_is_not_the_only_active_one_is_not_searched(active: list[str]):
+    model = two_adapters()
+    model.base_model.set_adapter(active)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match="set_adapter"):
+        weft.search_layers(model, planted(stack(3), {1}, 40), loss=mse)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_restart_does_not_drop_another_adapter_unasked():
+    model = two_adapters()
+    selection = weft.search_layers(model, planted(stack(3), {1}, 40), loss=mse, lr=1e-2)
+    with pytest.raises(ConfigError, match="other"):
+        weft.second_stage(model, selection)
+    assert set(model.peft_config) == {"default", "other"}
+    kept = weft.second_stage(model, selection, "continue")
+    others = [p for name, p in kept.named_parameters() if ".other." in name]
+    assert others
+    assert not any(p.requires_grad for p in others)
+    layers = [m for m in kept.modules() if isinstance(m, WeftLinear)]
+    assert all(layer.active_adapters == ["default"] for layer in layers)
 
 
 def test_a_model_without_a_search_is_refused():

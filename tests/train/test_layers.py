@@ -110,6 +110,13 @@ def test_a_search_alone_writes_a_selection_that_any_recipe_takes(recipe: Make, t
     assert all(".layers.1." in name for name in _tensors(listed))
 
 
+def test_layers_that_are_chosen_already_are_not_searched(recipe: Make) -> None:
+    with pytest.raises(ConfigError, match="nothing to search"):
+        search_recipe(recipe(adapter={"recipe": "lora", "layers": [0]}))
+    with pytest.raises(ConfigError, match="flexora searches its layers"):
+        weft.train(recipe(adapter={**FLEXORA, "layers": [0]}))
+
+
 @pytest.mark.parametrize("adapter", ["peft:lora", "none"])
 def test_an_adapter_without_gates_is_not_searched(recipe: Make, adapter: str) -> None:
     given = recipe()

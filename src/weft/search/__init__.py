@@ -74,7 +74,7 @@ def search_layers(
         on_step: called after every step on α with "step", "loss", "validation_loss", "alpha", "skipped" and more.
 
     Raises:
-        ConfigError: the model has no search, or a setting cannot work.
+        ConfigError: the model has no search, another adapter of it is active, or a setting cannot work.
         DataError: too few rows, or validation rows that are training rows.
         TargetError: the model has fewer than two blocks with targeted modules.
         RunError: no validation loss was ever a number.

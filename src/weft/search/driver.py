@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,14 +22,14 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from weft.errors import DataError, RunError
+from weft.errors import ConfigError, DataError, RunError
 from weft.schedule import together
 from weft.search import state
 from weft.search.groups import Gates, groups_of
 from weft.search.inner import Inner, InnerLoop
 from weft.search.passes import Batch, Loss, Passes
 from weft.search.rows import Collate, Cycle, Rows, split, stack
-from weft.search.rules import choose
+from weft.search.rules import check_counts, choose
 from weft.search.selection import Candidate, Selection
 from weft.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
 from weft.terms.layers.search import Search, alpha_gradient, weights
@@ -42,7 +43,7 @@ class LayerSearch:
     """A search in progress, one outer step at a time; `weft.search_layers` runs one from its start to its end.
 
     Args:
-        model: a PeftModel; its adapter `adapter` has layers=`search`.
+        model: a PeftModel; its adapter `adapter` has layers=`search`, and is the active one.
     """
 
     def __init__(
@@ -58,6 +59,11 @@ class LayerSearch:
         loss: Loss | None = None,
         seed: int = 0,
     ):
+        if list(model.active_adapters) != [adapter]:
+            raise ConfigError(
+                f"adapter {adapter!r} is to be searched, but active is {', '.join(model.active_adapters) or 'none'}: the steps "
+                f"would train that; call model.set_adapter({adapter!r}) first."
+            )
         self.model, self.search, self.seed = model, search, seed
         optimizer = "sign_sgd" if search.preset == "released" else inner.optimizer
         self.inner = dataclasses.replace(inner, optimizer=optimizer, lr=search.inner_lr or inner.lr)
@@ -71,6 +77,7 @@ class LayerSearch:
         if search.hypergrad == "unrolled_exact":
             check_exact(model)
         self.gates = Gates(groups_of(model, adapter, search.granularity))
+        check_counts(len(self.gates.groups), search.top_k, search.min_layers)  # before the search, not after
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for group in self.gates.groups for site in group.sites.values() for b in site.buffers()]
@@ -275,5 +282,12 @@ class LayerSearch:
             torch.save(found, path)
 
     def load(self, path: str | Path) -> None:
-        """Continue from a file that `save` wrote."""
-        self.load_state_dict(torch.load(path, weights_only=True))
+        """Continue from a file that `save` wrote. Raises RunError if it is damaged, or of another model or other rows."""
+        try:
+            found = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(
+                f"{path} is a damaged state of a search ({said}): delete it, and the search starts again."
+            ) from None
+        self.load_state_dict(found)

@@ -51,9 +51,7 @@ def choose(
         ConfigError: an α is no number, or more blocks are asked for than there are.
     """
     n = len(alpha)
-    for name, count in (("top_k", top_k or 0), ("min_layers", min_layers)):
-        if count > n:
-            raise ConfigError(f"{name}={count} of {n} groups cannot be selected: use at most {n}.")
+    check_counts(n, top_k, min_layers)
     if not n or not all(math.isfinite(a) for a in alpha):
         raise ConfigError(f"α={list(alpha)} cannot be selected from: the search has diverged.")
     ranked = sorted(range(n), key=lambda i: (-alpha[i], i))
@@ -67,6 +65,13 @@ def choose(
     distance = tuple(a - threshold for a in alpha)
     near = tuple(i for i in range(n) if abs(distance[i]) < step)
     return Chosen(tuple(sorted(chosen | set(filled))), distance, filled, near)
+
+
+def check_counts(n: int, top_k: int | None, min_layers: int) -> None:
+    """Raise ConfigError if more blocks are asked for than the n that there are."""
+    for name, count in (("top_k", top_k or 0), ("min_layers", min_layers)):
+        if count > n:
+            raise ConfigError(f"{name}={count} of {n} groups cannot be selected: use at most {n}.")
 
 
 def _threshold(alpha: Sequence[float], rule: Rule, ranked: list[int], top_k: int | None) -> float:

@@ -46,7 +46,7 @@ def second_stage(
         with sites on the selected blocks only and no search left.
 
     Raises:
-        ConfigError: the adapter is not one that was searched.
+        ConfigError: the adapter is not one that was searched, or a restart would drop other adapters of the model.
     """
     config = model.peft_config.get(adapter)
     if not isinstance(config, WeftConfig) or type(config.layers).__name__ != "Search":
@@ -57,6 +57,11 @@ def second_stage(
         return model
     if finetune != "restart":
         raise ConfigError(f"finetune={finetune!r}: use 'restart' or 'continue'.")
+    if others := sorted(set(model.peft_config) - {adapter}):
+        raise ConfigError(
+            f"finetune='restart' takes all adapters off the base, {', '.join(others)} too: save and delete them first "
+            "(model.delete_adapter), or use finetune='continue'."
+        )
     fresh = copy.deepcopy(config)
     fresh.layers = selection.layers
     return cast(PeftModel, get_peft_model(unload(model), fresh, adapter_name=adapter))
@@ -82,7 +87,10 @@ def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
         )
     for name, layer in layers.items():
         if name not in kept:
+            active = layer._active_adapter
+            layer._active_adapter = []  # or peft would switch another adapter on here, and train it
             layer.delete_adapter(adapter)
+            layer._active_adapter = active
             if not layer.weft_site:
                 _put(base, name, layer.get_base_layer())
     folded: set[int] = set()

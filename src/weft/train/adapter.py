@@ -66,6 +66,13 @@ def _check_fields(name: str | None, make: Callable[..., PeftConfig], fields: dic
     named = {key for key, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
     axes = set(AXES) - {"layers"} if name is not None else set()
     valid = (named | {field.name for field in dataclasses.fields(WeftConfig)} | {"recipe"}) - _NOT_IN_RECIPES - axes
+    if name == "flexora":
+        valid -= {"layers"}
+        if "layers" in fields:
+            raise ConfigError(
+                f"adapter flexora searches its layers, and layers={fields['layers']!r} is given too: train a choice with another "
+                "recipe, such as lora."
+            )
     for key in fields:
         if key not in valid:
             raise unknown_key(str(key), valid, "adapter" if name is None else f"adapter {name}")

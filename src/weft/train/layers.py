@@ -239,7 +239,7 @@ def search_recipe(
         out: file for the first selection.
 
     Raises:
-        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work.
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work, or it names its layers already.
     """
     recipe = Recipe.read(source, *overrides)
     for name, counts in (("seeds", [seeds]), ("rows", rows)):
@@ -287,7 +287,8 @@ def _with_search(adapter: dict[str, Any]) -> dict[str, Any]:
     if name == "none" or name.startswith("peft:"):
         raise ConfigError(f"adapter {name} has no layer gates to search with: use a recipe of weft, such as flexora.")
     given = adapter.get("layers")
-    searched = (
-        name == "flexora" or given == "search" or (isinstance(given, dict) and "search" in {given.get("kind"), *given})
-    )
+    kinds = {given.get("kind"), *given} if isinstance(given, dict) else {given if isinstance(given, str) else None}
+    searched = name == "flexora" or "search" in kinds
+    if not searched and given is not None and "all" not in kinds:
+        raise ConfigError(f"adapter.layers={given!r} is a choice already, so there is nothing to search: drop it.")
     return adapter if searched else {**adapter, "layers": "search"}
