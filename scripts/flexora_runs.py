@@ -231,17 +231,18 @@ def _story(task: dict[str, Any], kind: str) -> list[str]:
     seconds = statistics.mean(s["seconds"] / plain["train_seconds"] for s, plain, _ in pairs)
     second = statistics.mean(chosen["train_seconds"] / plain["train_seconds"] for _, plain, chosen in pairs)
     sign = -1 if spec["measure"] == "loss" else 1
-    better = [
-        sign * (mine["test"] - drawn["test"]) > 0
+    gaps = [
+        sign * (mine["test"] - drawn["test"])
         for variant in RANDOM
         for mine, drawn in zip(by["flexora"], by[variant], strict=True)
     ]
+    better, worse = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
     agree, norms = _agreement(searches), _with_norms(searches)
     lines = [
         f"The search was worth {cost:.0f} training steps (+{cost / steps:.0%}) and took {seconds:.0%} of the seconds of `all`;",
         f"training on what it selected took {second:.0%} of them. Selections of seeds agree with a Jaccard index of",
         f"{agree.jaccard:.2f} (chance {agree.chance:.2f}), with the sets of largest gradient norm {norms[0]:.2f}",
-        f"(chance {norms[1]:.2f}). `flexora` was better than a random draw in {sum(better)} of {len(better)}.",
+        f"(chance {norms[1]:.2f}). `flexora` was better than a random draw in {better} and worse in {worse} of {len(gaps)}.",
     ]
     if SEARCHES[kind][0] == "block":
         lines.append("Selected: " + ", ".join(str(s["layers"]["flexora"]) for s in searches) + ".")

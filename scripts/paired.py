@@ -6,6 +6,7 @@ A script describes runs as `Job`s and gives them to a `Pool`'s `map(measure, job
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import multiprocessing
@@ -57,21 +58,22 @@ class Job:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Train a run and measure it on its test rows, or read its record where it lies."""
+    """Train a run and measure it on its test rows, or read its record where it lies and is of the same recipe."""
     import torch
 
     import weft
     from weft.train.run import Run
 
     torch.set_num_threads(1)
-    record = job.out / "figures.json"
+    record, recipe = job.out / "figures.json", digest(job.recipe)
     if record.exists():
         saved: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
-        if job.score is None or "test" in saved:
+        if saved.get("recipe") == recipe and (job.score is None or "test" in saved):
             return saved
     run: Run = weft.train({**job.recipe, "out": str(job.out)}, overwrite=True)
     figures = {
         **job.labels,
+        "recipe": recipe,
         "trainable": run.parameters["trainable"],
         "validation_loss": run.metrics["validation_loss"],
         "train_loss": run.metrics["train_loss"],
@@ -85,6 +87,11 @@ def measure(job: Job) -> dict[str, Any]:
     said = " ".join(f"{key}={value}" for key, value in job.labels.items())
     print(f"{said}: {figures.get('test', figures['validation_loss']):.4f}", flush=True)
     return figures
+
+
+def digest(recipe: dict[str, Any]) -> str:
+    """A short hash of a recipe."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def best_rate(found: Sequence[dict[str, Any]]) -> float:

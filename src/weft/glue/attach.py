@@ -156,6 +156,12 @@ def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> 
                 f"Reallocate(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
                 "give more, or leave check out."
             )
+        if choice.needs_data and given < choice.rows:
+            warnings.warn(
+                f"Reallocate(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
+                "on all of them: give more, or lower rows.",
+                stacklevel=3,
+            )
         controller.scorer = Ablation(bare, mine, name, controller.choice, rows)
 
 

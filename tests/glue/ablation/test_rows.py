@@ -111,6 +111,11 @@ def test_checking_scores_needs_rows_beside_those_of_a_round() -> None:
     weft.attach(bare(check=True, rows=len(HELD_OUT) - 1), validation=HELD_OUT)
 
 
+def test_fewer_rows_than_a_round_wants_are_said() -> None:
+    with pytest.warns(UserWarning, match=r"rows=32\) scores on so many validation rows and 24 were given"):
+        weft.attach(bare(rows=32), validation=HELD_OUT)
+
+
 def test_labels_that_count_nowhere_are_an_error_in_a_later_round_too() -> None:
     """By then the way of scoring is known and no loss of the model's own is looked at."""
     model = alora(rows=2)
