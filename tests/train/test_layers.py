@@ -13,7 +13,7 @@ from peft import PeftModel
 from test_resume import Interrupt, weights
 
 import weft
-from weft.errors import ConfigError, DataError
+from weft.errors import ConfigError, DataError, TargetError
 from weft.search import Selection
 from weft.search.driver import LayerSearch
 from weft.train.layers import search_recipe
@@ -108,6 +108,11 @@ def test_a_search_alone_writes_a_selection_that_any_recipe_takes(recipe: Make, t
     assert run.adapter["layers"]["blocks"] == list(found.selections[0].blocks)
     listed = weft.train(recipe(adapter={"recipe": "lora", "r": 4, "layers": [1]}, out=str(tmp_path / "listed")))
     assert all(".layers.1." in name for name in _tensors(listed))
+    other = recipe(
+        "t5", adapter={"recipe": "lora", "layers": str(tmp_path / "selection.json")}, out=str(tmp_path / "t5")
+    )
+    with pytest.raises(TargetError, match=r"searched on another model: it selects model\.layers"):
+        weft.train(other)
 
 
 def test_layers_that_are_chosen_already_are_not_searched(recipe: Make) -> None:

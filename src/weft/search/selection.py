@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
+from torch import nn
 
-from weft.errors import AdapterError, ConfigError
+from weft.errors import AdapterError, ConfigError, TargetError
 from weft.search.rules import Stability, stability
 from weft.terms.layers.only import Only
 
@@ -113,6 +114,16 @@ class Selection:
             by_norm = sorted(range(n), key=lambda i: (-self.candidates[i].gradient_norm, i))
             found |= {"first": range(k), "last": range(n - k, n), "gradient norm": sorted(by_norm[:k])}  # type: ignore[dict-item]
         return {name: Only(_keys([self.candidates[i] for i in at], self.granularity)) for name, at in found.items()}
+
+    def check(self, base: nn.Module) -> None:
+        """Raise TargetError if `base` lacks a selected module: block numbers would stand for something else there."""
+        there = {name for name, _ in base.named_modules()}
+        for name in (name for c in self.chosen for name in c.modules):
+            if name not in there:
+                raise TargetError(
+                    f"the selection was searched on another model: it selects {name}, which this one does not have; search this "
+                    "model, or write the blocks by hand (layers=[0, 3])."
+                )
 
     def save(self, path: str | Path) -> None:
         """Write the selection as JSON."""

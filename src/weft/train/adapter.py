@@ -43,8 +43,8 @@ def adapter_config(
         raise ConfigError(f"adapter.recipe={name!r} is not known: {suggest(str(name), [*RECIPES, 'none'])}")
     make = WeftConfig if name is None else RECIPES[name]
     _check_fields(name, make, fields)
-    if isinstance(layers := fields.get("layers"), str) and layers.endswith(".json"):
-        fields["layers"] = Selection.load((base_dir or Path()) / Path(layers).expanduser()).layers
+    if (selection := saved_selection(section, base_dir)) is not None:
+        fields["layers"] = selection.layers
     if name == "peft:adalora" and total_steps is not None:
         fields.setdefault("total_step", total_steps)
     try:
@@ -53,6 +53,14 @@ def adapter_config(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the adapter section cannot work: {_sentence(error)}") from None
+
+
+def saved_selection(section: dict[str, Any], base_dir: Path | None = None) -> Selection | None:
+    """The saved selection that the section's `layers` names. Raises AdapterError if that file is none."""
+    layers = section.get("layers")
+    if not isinstance(layers, str) or not layers.endswith(".json"):
+        return None
+    return Selection.load((base_dir or Path()) / Path(layers).expanduser())
 
 
 def _check_fields(name: str | None, make: Callable[..., PeftConfig], fields: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from weft.glue.ablation.rows import Rows
 from weft.spec import WeftConfig
 from weft.terms.ranks.reallocate import Reallocate
 from weft.train import arguments, model
-from weft.train.adapter import adapt, adapter_config
+from weft.train.adapter import adapt, adapter_config, saved_selection
 from weft.train.fingerprint import Fingerprint, fingerprint
 from weft.train.recipe import Recipe, Task
 
@@ -61,6 +61,8 @@ def prepare(recipe: Recipe) -> Prepared:
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     config = adapter_config(recipe.adapter, steps, recipe.base_dir)
+    if (selection := saved_selection(recipe.adapter, recipe.base_dir)) is not None:
+        selection.check(plain)
     adapted = plain if config is None else adapt(plain, config, task)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)
