@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interrupting import Interrupt, weights
 from pairing import both_of
 from peft import PeftModel
-from test_resume import Interrupt, weights
 
 import weft
 from weft.errors import ConfigError, DataError, TargetError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from interrupting import Interrupt, weights
 
 import weft
 from weft.errors import AdapterError, ConfigError, RunError
@@ -17,19 +17,6 @@ from weft.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 LENGTH = {"steps": 10, "save_every": 4, "num_threads": 1}  # six steps an epoch: the run goes on into a second one
-
-
-def weights(run: Run) -> bytes:
-    return (run.adapter_folder / "adapter_model.safetensors").read_bytes()
-
-
-class Interrupt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def interrupted(given: dict[str, Any], step: int = 7) -> None:
