@@ -9,7 +9,7 @@ import weft
 
 SOURCE = Path(weft.__file__).parent
 LEVELS = (
-    {"errors", "strict", "times", "linalg", "kernel", "known"},
+    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known"},
     {"terms"},
     {"site", "spec", "compat"},
     {"schedule", "recipes"},

@@ -22,6 +22,7 @@ from peft import PeftConfig, PeftType
 
 from weft import compat
 from weft.errors import AdapterError, ConfigError, suggest, unknown_key
+from weft.numbers import is_number, is_whole
 from weft.terms.boost.dash import Dash
 from weft.terms.layers.every import All
 from weft.terms.layers.only import Only
@@ -164,7 +165,7 @@ class WeftConfig(PeftConfig):
         if self.lora_alpha is None:
             self.lora_alpha = self.r if isinstance(self.structure, Tied) else 2 * self.r
         _check_alpha(self.lora_alpha, "lora_alpha")
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
                 f"lora_dropout={self.lora_dropout!r} is not a probability below 1: use 0 for none, or 0.05."
             )
@@ -224,7 +225,7 @@ class WeftConfig(PeftConfig):
                     "layers_to_transform=[] would adapt every layer in peft: name block numbers, or leave it out."
                 )
         for number in layers if isinstance(layers, (list, tuple, set, range)) else [layers]:
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            if not is_whole(number, 0):
                 raise ConfigError(
                     f"layers_to_transform={layers!r}: {number!r} is not a block number; use whole numbers from 0 up."
                 )
@@ -289,12 +290,8 @@ def _check_regex(regex: str, name: str) -> None:
 
 
 def _check_rank(r: Any, name: str) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+    if not is_whole(r, 1):
         raise ConfigError(f"{name}={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_names(names: Any, field_name: str) -> None:
@@ -303,7 +300,7 @@ def _check_names(names: Any, field_name: str) -> None:
 
 
 def _check_alpha(alpha: Any, name: str) -> None:
-    if not _is_number(alpha) or not 0 < alpha < math.inf:
+    if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
 
 

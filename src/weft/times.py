@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import ConfigError
+from weft.numbers import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ Time = int | float | Epochs
 
 def epochs(x: float) -> Epochs:
     """A time in epochs: `Dash(after=weft.epochs(0.5))`. Needs to be told how many optimiser steps an epoch has."""
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 < x < math.inf:
+    if not is_number(x) or not 0 < x < math.inf:
         raise ConfigError(f"weft.epochs({x!r}) is no time: use a positive number of passes over the data.")
     return Epochs(float(x))
 
@@ -33,7 +34,7 @@ def check_time(time: Any, where: str) -> Time:
         return epochs(time["epochs"])
     if isinstance(time, Epochs):
         return epochs(time.epochs)
-    if isinstance(time, int) and not isinstance(time, bool) and time >= 1:
+    if is_whole(time, 1):
         return time
     if isinstance(time, float) and 0 < time < 1:
         return time

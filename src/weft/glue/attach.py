@@ -24,6 +24,7 @@ from weft.glue.decompose import Decomposer
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
 from weft.glue.sharing import shared_tensors
+from weft.numbers import is_number
 from weft.schedule.dash import DashLaunch
 from weft.schedule.launch import Launch, LaunchController
 from weft.schedule.ranking import Ranker
@@ -98,8 +99,7 @@ def attach(
         ModelError: `original` is not the checkpoint of this base.
     """
     for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
             raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
     if total_steps is not None and int(total_steps) != total_steps:
         raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")

@@ -36,6 +36,7 @@ from weft.glue.report import (
     SiteSpectrum,
 )
 from weft.glue.updates import Update
+from weft.numbers import is_whole
 
 Updates = Mapping[str, Update]
 Truth = Callable[[str], Update | Tensor]  # a site's true update, in factors or dense [out, in]
@@ -55,7 +56,7 @@ class Question:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
+        if not is_whole(self.directions, 1):
             raise ConfigError(
                 f"directions={self.directions!r} is no number of directions: use a whole number from 1 up."
             )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from weft.errors import ConfigError, suggest
 from weft.glue.attach import param_groups
+from weft.numbers import is_number, is_whole
 from weft.search.passes import Batch, Passed, Passes, Random
 from weft.search.unroll import Taken
 
@@ -44,12 +45,11 @@ class Inner:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value, 1):
                 raise ConfigError(f"{name}={value!r} is no count: use a whole number from 1 up.")
         for name in ("lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value < math.inf or (name == "lr" and not value):
+            if not is_number(value) or not 0 <= value < math.inf or (name == "lr" and not value):
                 raise ConfigError(f"{name}={value!r} cannot be used in a search: give a positive number.")
         for name, valid in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in valid:

@@ -26,6 +26,7 @@ from transformers import TrainingArguments, set_seed
 
 import weft
 from weft.errors import ConfigError
+from weft.numbers import is_whole
 from weft.search import Selection, Stability, compare
 from weft.search.driver import LayerSearch
 from weft.search.inner import Inner
@@ -243,7 +244,7 @@ def search_recipe(
     """
     recipe = Recipe.read(source, *overrides)
     for name, counts in (("seeds", [seeds]), ("rows", rows)):
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
+        if not all(is_whole(n, 1) for n in counts):
             given = counts[0] if name == "seeds" else list(counts)
             raise ConfigError(f"{name}={given!r} searches nothing: use whole numbers from 1 up.")
     first, several = recipe.train.seed, seeds > 1 or bool(rows)

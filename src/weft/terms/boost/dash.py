@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from weft.errors import ConfigError, suggest
 from weft.kernel import Slots
 from weft.linalg import SELECT
+from weft.numbers import is_number, is_whole
 from weft.times import Time, check_time
 
 
@@ -49,14 +50,14 @@ class Dash:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.directions, bool) or not isinstance(self.directions, int) or self.directions < 1:
+        if not is_whole(self.directions, 1):
             raise ConfigError(f"Dash(directions={self.directions!r}) launches nothing: use a whole number from 1 up.")
         object.__setattr__(self, "after", check_time(self.after, "Dash(after=...)"))
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 0 <= self.eps < math.inf:
+        if not is_number(self.eps) or not 0 <= self.eps < math.inf:
             raise ConfigError(f"Dash(eps={self.eps!r}) is no small number: use 1e-8.")
         if self.select not in SELECT:
             raise ConfigError(f"Dash(select={self.select!r}): {suggest(str(self.select), SELECT)}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if not is_whole(self.seed):
             raise ConfigError(f"Dash(seed={self.seed!r}) is no seed: use a whole number.")
 
 

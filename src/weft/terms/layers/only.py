@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import ConfigError
+from weft.numbers import is_whole
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ class Only:
         if not named:
             raise ConfigError("Only([]) adapts nothing: name at least one block, or use All().")
         for block in named:
-            number = isinstance(block, int) and not isinstance(block, bool) and block >= 0
-            if not number and not (isinstance(block, str) and block):
+            if not is_whole(block, 0) and not (isinstance(block, str) and block):
                 raise ConfigError(
                     f"Only({named!r}): {block!r} is no block; use numbers from 0 up, or full names of blocks or modules."
                 )

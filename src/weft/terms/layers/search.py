@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from weft.errors import ConfigError, suggest
+from weft.numbers import is_number, is_whole
 
 Rule = Literal["above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"]
 
@@ -87,10 +88,10 @@ class Search:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            self._check(name, _is_count(getattr(self, name)), "a whole number from 1 up")
+            self._check(name, is_whole(getattr(self, name), 1), "a whole number from 1 up")
         for name in _COUNTS_OR_NONE:
             value = getattr(self, name)
-            self._check(name, value is None or _is_count(value), "a whole number from 1 up, or leave it out")
+            self._check(name, value is None or is_whole(value, 1), "a whole number from 1 up, or leave it out")
         for name in ("alpha_lr", "search_epochs", "fd_step"):
             self._check(name, _is_positive(getattr(self, name)), "a positive number")
         self._check(
@@ -151,9 +152,5 @@ def alpha_gradient(h_n: Tensor, alpha_hat_n: Tensor, power: int = 1) -> Tensor:
     return h_n - alpha_hat_n / len(h_n) * h_n.sum()
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return is_number(value) and 0 < value < math.inf

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from weft.errors import ConfigError, suggest
+from weft.numbers import is_whole
 from weft.times import Time, check_time
 
 SCORES = ("exact", "shortlist", "taylor", "random", "none")
@@ -83,7 +84,7 @@ class Reallocate:
         for name in ("max_rank", "chunk_tokens"):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if not is_whole(self.seed):
             raise ConfigError(f"Reallocate(seed={self.seed!r}) is no seed: use a whole number.")
         if self.move not in ("types", "modules"):
             if isinstance(self.move, str):
@@ -123,7 +124,7 @@ _WORDS = {
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         raise ConfigError(f"Reallocate({name}={value!r}) is out of range: use a whole number from {least} up.")
 
 

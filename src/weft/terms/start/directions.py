@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from weft.errors import ConfigError, suggest
 from weft.kernel import Slots
 from weft.linalg import SELECT
+from weft.numbers import is_number, is_whole
 from weft.times import Time, check_time
 
 MODES = ("residual", "directions")
@@ -69,11 +70,11 @@ class Directions:
             if (given := getattr(self, name)) not in valid:
                 raise ConfigError(f"Directions({name}={given!r}): {suggest(str(given), valid)}")
         for name, usual in (("eps", "1e-8"), ("guard", "1e-6")):
-            if not _is_number(given := getattr(self, name)) or not 0 <= given < 1:
+            if not is_number(given := getattr(self, name)) or not 0 <= given < 1:
                 raise ConfigError(f"Directions({name}={given!r}) is no small number: use {usual}.")
-        if not _is_number(self.kappa) or not 0 < self.kappa < math.inf:
+        if not is_number(self.kappa) or not 0 < self.kappa < math.inf:
             raise ConfigError(f"Directions(kappa={self.kappa!r}) is no length: use 1.0.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if not is_whole(self.seed):
             raise ConfigError(f"Directions(seed={self.seed!r}) is no seed: use a whole number.")
 
 
@@ -167,7 +168,3 @@ def start_values(
     b[:, :s] = torch.where(able, root, 0.0) * up
     frozen[:s] = able
     return a, b, frozen
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

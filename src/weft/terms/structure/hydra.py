@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from weft.errors import ConfigError, suggest
 from weft.kernel import Factors, RouterInput
+from weft.numbers import is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Hydra:
     router_init: str = field(default="kaiming")
 
     def __post_init__(self) -> None:
-        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 2:
+        if not is_whole(self.heads, 2):
             raise ConfigError(
                 f"Hydra(heads={self.heads!r}) is plain LoRA or nothing: use Plain(), or a whole number of heads from 2 up."
             )
@@ -55,8 +56,7 @@ class Hydra:
             raise ConfigError(
                 f"Hydra(per_head_dropout={self.per_head_dropout!r}) is neither true nor false: write one of the two."
             )
-        number = isinstance(self.balance, (int, float)) and not isinstance(self.balance, bool)
-        if not number or not 0 <= self.balance < math.inf:
+        if not is_number(self.balance) or not 0 <= self.balance < math.inf:
             raise ConfigError(f"Hydra(balance={self.balance!r}) is no weight: use 0 or a small number such as 0.01.")
         if self.router_init not in ("kaiming", "zero"):
             raise ConfigError(
