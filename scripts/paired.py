@@ -147,18 +147,18 @@ def collect(
     import transformers
 
     versions = f"torch {torch.__version__}, peft {peft.__version__}, transformers {transformers.__version__}"
-    command = f"python scripts/{script} " + " ".join(_shown(sys.argv[1:]))
+    command = f"python scripts/{script} " + " ".join(shown(sys.argv[1:]))
     results = {"command": command.strip(), "versions": f"{versions}, {platform.machine()}", "tasks": done}
     to.parent.mkdir(exist_ok=True)
     to.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def _shown(arguments: Sequence[str]) -> list[str]:
+def shown(arguments: Sequence[str]) -> list[str]:
     """Arguments without those that only name a folder of this machine."""
-    shown: list[str] = []
+    kept: list[str] = []
     for argument in arguments:
         if argument.startswith("/"):
-            shown.pop()
+            kept.pop()
         elif "=/" not in argument:
-            shown.append(argument)
-    return shown
+            kept.append(argument)
+    return kept

@@ -91,9 +91,8 @@ def cosine(seed: int, length: int, inner: dict[str, Any]) -> float:
         settings = weft.Search(outer_batches=2, val_size=32, steps=1, inner_steps=length, hypergrad=kind)
         model = adapted(base, settings, seed, moved=0.1, target_modules=["up"])
         search = make(model, taught(base, {1, 3, 4}, seed=seed, size=1.0), seed=seed, batch_size=16, **inner)
-        for group in search.gates.groups:
-            for site in group.sites.values():
-                site.awaits_search = False
+        for site in search.gates.sites:
+            site.awaits_search = False
         _, gradient = search.hypergradient(search._inner_steps()[1])
         gradients.append(gradient)
     return float(torch.nn.functional.cosine_similarity(*gradients, dim=0))

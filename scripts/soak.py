@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from paired import shown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weft
@@ -157,7 +158,7 @@ def soak(folder: Path, seconds: float, seed: int) -> dict[str, Tally]:
 def record(tallies: dict[str, Tally], seed: int, seconds: float) -> dict[str, object]:
     """What evidence/soak.json holds."""
     return {
-        "command": "python " + shlex.join(["scripts/soak.py", *sys.argv[1:]]),
+        "command": "python " + shlex.join(["scripts/soak.py", *shown(sys.argv[1:])]),
         "versions": f"weft {weft.__version__}, torch {torch.__version__}, {platform.machine()}",
         "seed": seed,
         "settings": SETTINGS,

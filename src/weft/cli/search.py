@@ -16,7 +16,7 @@ from weft.cli.display import watching
 from weft.errors import RunError
 
 if TYPE_CHECKING:
-    from weft.search import Selection, Stability
+    from weft.search import Stability
     from weft.train.layers import Searched
 
 
@@ -46,7 +46,6 @@ def search(
 
 def _shown(found: Searched) -> RenderableType:
     selection = found.selections[0]
-    lines = [table(selection, found)]
     text = [f"layers: {list(selection.blocks)}  margin {selection.margin:.3g}"]
     if selection.near_ties:
         text.append(f"one more step could have turned: {', '.join(selection.near_ties)}")
@@ -62,7 +61,7 @@ def _shown(found: Searched) -> RenderableType:
         output.controls(selection),
         f"written: {found.path}  (adapter.layers={found.path} in any recipe)",
     ]
-    return Group(*lines, *(escape(line) for line in text))
+    return Group(table(found), *(escape(line) for line in text))
 
 
 def _agreement(what: str, stability: Stability | None, option: str) -> str:
@@ -71,8 +70,9 @@ def _agreement(what: str, stability: Stability | None, option: str) -> str:
     return f"{what} agree with a Jaccard index of {stability.jaccard:.2f}; by chance {stability.chance:.2f}"
 
 
-def table(selection: Selection, found: Searched | None = None) -> Table:
-    """A row per group: α, α̂ and whether it is selected."""
+def table(found: Searched) -> Table:
+    """A row per group of the first selection: α, α̂ and whether it is selected."""
+    selection = found.selections[0]
     record = selection.record
     shown = Table(
         title=f"{len(selection.chosen)} of {len(selection.candidates)} {selection.granularity}s",
@@ -81,7 +81,7 @@ def table(selection: Selection, found: Searched | None = None) -> Table:
     )
     for column in ("", selection.granularity, "α", "α̂", "over threshold", "‖∇‖"):
         shown.add_column(column, justify="left" if column in ("", selection.granularity) else "right")
-    frequency = None if found is None or found.stability is None else found.stability.frequency
+    frequency = None if found.stability is None else found.stability.frequency
     if frequency is not None:
         shown.add_column("of all seeds", justify="right")
     for i, c in enumerate(selection.candidates):

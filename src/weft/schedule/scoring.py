@@ -145,7 +145,8 @@ class Scoring:
         found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw, other=other))
         out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
         out[mine] = found
-        return together.total(out, self._device)
+        together.sum_up([out], self._device)
+        return out
 
     def _brackets(self, ids: list[SlotId], young: list[bool], draw: str) -> tuple[list[int], Tensor, list[float]]:
         """Positions of the slots that may be pruned on their score, their brackets, and what every slot is worth."""

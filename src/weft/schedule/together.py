@@ -47,15 +47,6 @@ def attempt(measure: Callable[[], T], what: str, device: torch.device) -> T:
     return found
 
 
-def total(values: Tensor, device: torch.device) -> Tensor:
-    """The sum of `values` over processes, on the CPU; the same bytes on all."""
-    if world() == 1:
-        return values
-    there = values.to(device)
-    dist.all_reduce(there)
-    return there.cpu()
-
-
 def from_main(values: Tensor, device: torch.device) -> Tensor:
     """The main process' `values`, on the CPU; shapes may differ before, not in their number of axes."""
     if world() == 1:
@@ -68,7 +59,7 @@ def from_main(values: Tensor, device: torch.device) -> Tensor:
 
 
 def sum_up(tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Add up, in place, over all processes; one message per dtype."""
+    """Add up, in place, over all processes, which then hold the same bytes; one message per dtype."""
     if world() == 1:
         return
     for dtype in dict.fromkeys(t.dtype for t in tensors):

@@ -80,7 +80,7 @@ class LayerSearch:
         check_counts(len(self.gates.groups), search.top_k, search.min_layers)  # before the search, not after
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
-        held = [b for group in self.gates.groups for site in group.sites.values() for b in site.buffers()]
+        held = [b for site in self.gates.sites for b in site.buffers()]
         together.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
         self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
@@ -116,7 +116,7 @@ class LayerSearch:
     def step(self) -> dict[str, Any]:
         """K inner steps and one step on α; what happened, as plain numbers."""
         started = time.perf_counter()
-        sites = [site for group in self.gates.groups for site in group.sites.values()]
+        sites = self.gates.sites
         waiting = [site.awaits_search for site in sites]
         try:
             for site in sites:

@@ -68,11 +68,16 @@ class Gates:
         owned = [id(p) for found in factors for p in found or ()]
         separable = all(found is not None for found in factors) and len(owned) == len(set(owned))
         self.factors = cast("list[list[nn.Parameter]]", factors) if separable else None
+        self._own = _own(self.groups)
         self._leaves: list[Tensor] = []
-        for group in self.groups:
-            for site in group.sites.values():  # a host may have cast the buffer to 16 bits with the rest of the adapter
-                site.layer_gate = torch.ones((), dtype=torch.float64, device=site.factors().A.device)
+        for site in self.sites:  # a host may have cast the buffer to 16 bits with the rest of the adapter
+            site.layer_gate = torch.ones((), dtype=torch.float64, device=site.factors().A.device)
         self.write(torch.ones(len(self.groups), dtype=torch.float64))
+
+    @property
+    def sites(self) -> list[Site]:
+        """All sites, group by group."""
+        return [site for group in self.groups for site in group.sites.values()]
 
     def write(self, gate_n: Tensor) -> None:
         """Put the gates [N] into the buffers, in place."""
@@ -85,7 +90,7 @@ class Gates:
     @contextmanager
     def graphed(self, gate_n: Sequence[Tensor]) -> Iterator[None]:
         """For the length of the block the sites' gates are these scalars, with whatever graph they have."""
-        before = [(site, site.layer_gate) for group in self.groups for site in group.sites.values()]
+        before = [(site, site.layer_gate) for site in self.sites]
         try:
             for gate, group in zip(gate_n, self.groups, strict=True):
                 for site in group.sites.values():
@@ -101,7 +106,7 @@ class Gates:
         if self.factors is not None:
             yield
             return
-        device = next(iter(self.groups[0].sites.values())).factors().A.device
+        device = self.sites[0].factors().A.device
         self._leaves = [gate.to(device).requires_grad_() for gate in self.gate_n.clone()]
         with self.graphed(self._leaves):
             yield
@@ -114,16 +119,15 @@ class Gates:
 
     def gradient_norms(self, gradients: dict[int, Tensor]) -> Tensor:
         """‖∇‖ [N] fp64 over the parameters that a group has to itself; `gradients` by the parameter's id."""
-        shared = {id(p) for group in self.groups for site in group.sites.values() for p in _shared(site)}
-        squares = []
-        for group in self.groups:
-            own = dict.fromkeys(
-                id(p) for site in group.sites.values() for p in site.parameters()
-            )  # in order: sums repeat
-            squares.append(
-                sum(float(gradients[i].double().square().sum()) for i in own if i in gradients and i not in shared)
-            )
+        squares = [sum(float(gradients[i].double().square().sum()) for i in own if i in gradients) for own in self._own]
         return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+
+def _own(groups: Sequence[Group]) -> list[list[int]]:
+    """By id, the parameters that each group has to itself; in order, so that sums over them repeat."""
+    shared = {id(p) for group in groups for site in group.sites.values() for p in _shared(site)}
+    held = [dict.fromkeys(id(p) for site in group.sites.values() for p in site.parameters()) for group in groups]
+    return [[i for i in own if i not in shared] for own in held]
 
 
 def _inner(p: Tensor) -> Tensor:

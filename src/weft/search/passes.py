@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
+from weft.glue.modes import in_mode
 from weft.glue.routing import routing
 from weft.schedule import together
 from weft.search.groups import Gates
@@ -56,8 +57,7 @@ class Passes:
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], gates: Gates, loss: Loss | None = None):
         self.model, self.params, self.gates = model, list(params), gates
         self._loss = loss or model_loss
-        sites = [site for group in gates.groups for site in group.sites.values()]
-        terms = [site.structure for site in sites]
+        terms = [site.structure for site in gates.sites]
         self._balanced = any(isinstance(term, HydraTerm) and term.choice.balance > 0 for term in terms)
         self._causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
@@ -133,18 +133,6 @@ def counted(batch: Batch, causal: bool) -> int:
         return int((labels[:, 1:] if causal else labels).ne(-100).sum())
     first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
     return 1 if first is None or not first.dim() else len(first)
-
-
-@contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Train or eval mode for the length of the block; every module's own mode is put back."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before.items():
-            module.training = was
 
 
 @dataclass(frozen=True)

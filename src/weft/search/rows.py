@@ -92,6 +92,7 @@ class Cycle:
 
     def __init__(self, n: int, seed: int):
         self.n, self.seed, self.position = n, seed, 0
+        self._turn, self._order = -1, list[int]()
 
     def take(self, count: int) -> list[int]:
         """The next `count` indices."""
@@ -101,8 +102,7 @@ class Cycle:
 
     def _at(self, position: int) -> int:
         turn, place = divmod(position, self.n)
-        if getattr(self, "_turn", None) != turn:
+        if self._turn != turn:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
             self._turn, self._order = turn, torch.randperm(self.n, generator=generator).tolist()
-        index: int = self._order[place]
-        return index
+        return self._order[place]

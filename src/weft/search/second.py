@@ -26,6 +26,7 @@ from weft.glue.updates import base_of
 from weft.search.selection import Selection
 from weft.site import Site
 from weft.spec import WeftConfig
+from weft.terms.layers.search import Search
 from weft.terms.structure.tied import TiedTerm
 
 
@@ -49,9 +50,9 @@ def second_stage(
         ConfigError: the adapter is not one that was searched, or a restart would drop other adapters of the model.
     """
     config = model.peft_config.get(adapter)
-    if not isinstance(config, WeftConfig) or type(config.layers).__name__ != "Search":
+    if not isinstance(config, WeftConfig) or not isinstance(config.layers, Search):
         raise ConfigError(f"adapter {adapter!r} was not searched: give the model that weft.search_layers trained.")
-    finetune = finetune or config.layers.finetune  # type: ignore[union-attr]
+    finetune = finetune or config.layers.finetune
     if finetune == "continue":
         _continue(model, selection, adapter)
         return model

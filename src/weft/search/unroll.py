@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
+from weft.glue.modes import in_mode
 from weft.kernel import use_reference
 from weft.schedule import together
-from weft.search.passes import Batch, Passes, Random, in_mode, math_attention
+from weft.search.passes import Batch, Passes, Random, math_attention
 from weft.terms.layers.search import alpha_gradient, weights
 
 Product = Callable[["Taken", list[Tensor]], tuple[list[Tensor], Tensor]]

@@ -23,12 +23,12 @@ _TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "c
 
 
 def adapter_config(
-    section: dict[str, Any], total_steps: int | None = None, base_dir: Path | None = None
+    section: dict[str, Any], total_steps: int | None = None, selection: Selection | None = None
 ) -> PeftConfig | None:
     """The peft config that an `adapter` section describes; None for `recipe: none`, the frozen base.
 
-    `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `layers` may be the file of a saved
-    selection, relative to `base_dir`.
+    `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `selection` is what
+    the section's `layers` names, if that is a file (`saved_selection`).
 
     Raises:
         ConfigError: an unknown recipe, axis or field, or a value that cannot work.
@@ -43,7 +43,7 @@ def adapter_config(
         raise ConfigError(f"adapter.recipe={name!r} is not known: {suggest(str(name), [*RECIPES, 'none'])}")
     make = WeftConfig if name is None else RECIPES[name]
     _check_fields(name, make, fields)
-    if (selection := saved_selection(section, base_dir)) is not None:
+    if selection is not None:
         fields["layers"] = selection.layers
     if name == "peft:adalora" and total_steps is not None:
         fields.setdefault("total_step", total_steps)

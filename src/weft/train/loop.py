@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -72,12 +72,13 @@ def train(
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
     with _started(run, before, main):
         search = layers.begin(prepared, run, args, main)
-        ready = None if search else make_trainer(prepared, run, args, progress, callbacks)
+        if search is None:
+            trainer = make_trainer(prepared, run, args, progress, callbacks)
     _announce(run)
 
     def start() -> tuple[Trainer, Prepared, Run]:
-        if search is None or ready is not None:
-            return cast(Trainer, ready), prepared, run
+        if search is None:
+            return trainer, prepared, run
         selected, described = search.finish(before is not None, progress)
         return make_trainer(selected, described, args, progress, callbacks), selected, described
 

@@ -46,9 +46,9 @@ def prepare(recipe: Recipe) -> Prepared:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
     """
     arguments.check(recipe.train)
-    adapter_config(
-        recipe.adapter, recipe.train.steps or 10**6, recipe.base_dir
-    )  # refuse what cannot work before anything is read
+    selection = saved_selection(recipe.adapter, recipe.base_dir)
+    # refuse what cannot work before anything is read
+    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection)
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
     base = model.find(recipe.model, recipe.base_dir)
@@ -60,8 +60,8 @@ def prepare(recipe: Recipe) -> Prepared:
     plain = model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    config = adapter_config(recipe.adapter, steps, recipe.base_dir)
-    if (selection := saved_selection(recipe.adapter, recipe.base_dir)) is not None:
+    config = adapter_config(recipe.adapter, steps, selection)
+    if selection is not None:
         selection.check(plain)
     adapted = plain if config is None else adapt(plain, config, task)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weft.glue.modes import in_mode
 from weft.site import Site
 
 
@@ -18,7 +19,6 @@ def undisturbed(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
 
     Gradients of parameters are not touched by what runs inside; whoever needs gates' gradients asks for them alone.
     """
-    modes = {module: module.training for module in model.modules()}
     listeners = [(site, site.recorder, site.gate_meter, site.keep) for site in sites]
     cached = [config for config in _configs(model) if getattr(config, "use_cache", None)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
@@ -30,11 +30,9 @@ def undisturbed(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
                 config.use_cache = False
             for site in sites:
                 site.recorder = site.gate_meter = None
-            model.eval()
+            stack.enter_context(in_mode(model, training=False))
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for site, recorder, meter, keep in listeners:
             site.recorder, site.gate_meter, site.keep = recorder, meter, keep
         for config in cached:
