@@ -136,14 +136,19 @@ def _inner(p: Tensor) -> Tensor:
     return (p.grad.double() * p.detach().double()).sum().cpu()
 
 
+def own_factors(site: Site) -> list[Tensor]:
+    """The factors that the site's update is linear in and that no other group has, trained or not: B; of Tied v and u."""
+    term = site.structure
+    if not isinstance(term, TiedTerm):
+        return [term.B]
+    return [value for value in (term.part("v"), term.part("u")) if value is not None]
+
+
 def _linear_factors(group: Group) -> list[nn.Parameter] | None:
     """One trained parameter per site that its update is linear in, shared ones once; None if a site has none."""
     found: dict[int, nn.Parameter] = {}
     for site in group.sites.values():
-        term = site.structure
-        names = ("v", "u") if isinstance(term, TiedTerm) else ("B",)
-        held = [term.part(n) if isinstance(term, TiedTerm) else getattr(term, n) for n in names]  # type: ignore[arg-type]
-        trained = [p for p in held if isinstance(p, nn.Parameter) and p.requires_grad]
+        trained = [p for p in own_factors(site) if isinstance(p, nn.Parameter) and p.requires_grad]
         if not trained or site.boost is not None or site.start is not None:
             return None
         found[id(trained[0])] = trained[0]

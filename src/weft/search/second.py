@@ -18,16 +18,16 @@ from typing import Literal, cast
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from weft.errors import ConfigError
 from weft.glue.layer import WeftLinear
 from weft.glue.updates import base_of
+from weft.search.groups import own_factors
 from weft.search.selection import Selection
 from weft.site import Site
 from weft.spec import WeftConfig
 from weft.terms.layers.search import Search
-from weft.terms.structure.tied import TiedTerm
 
 
 def second_stage(
@@ -115,7 +115,7 @@ def _fold(site: Site, folded: set[int]) -> bool:
     gate = site.layer_gate
     if gate is None:
         return True
-    factor = _own_factor(site)
+    factor = next(iter(own_factors(site)), None)
     if factor is None:
         return False
     if id(factor) not in folded:
@@ -124,11 +124,3 @@ def _fold(site: Site, folded: set[int]) -> bool:
             factor.copy_(factor.double() * gate.double())
     site.register_buffer("layer_gate", None)
     return True
-
-
-def _own_factor(site: Site) -> Tensor | None:
-    term = site.structure
-    if not isinstance(term, TiedTerm):
-        return term.B
-    vector = term.part("v")
-    return vector if vector is not None else term.part("u")
