@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft import kernel
 from weft.errors import MergeError
-from weft.kernel import Factors, Slots, add_low_rank, delta_weight, reference
+from weft.kernel import Factors, Slots, Work, add_low_rank, delta_weight, reference
 
 IN, OUT, RANK, HEADS = 6, 7, 3, 4  # r + N and N·r are no multiples of 8
 
@@ -62,9 +62,9 @@ def leaves(f: Factors) -> list[Tensor]:
 def both(f: Factors, x: Tensor, y: Tensor, seed: int = 5, **options: object) -> Iterator[list[Tensor]]:
     """(output, gradients of x, y and every trained factor) of the fast path, then of the reference."""
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
-    for path in (add_low_rank, lambda y, x, f, **o: y + reference(x, f, **o)):
+    for path in (add_low_rank, lambda y, x, work: y + reference(x, work)):
         torch.manual_seed(seed)
-        result = path(y, x, f, **options)
+        result = path(y, x, Work(f, **options))
         yield [result.detach(), *torch.autograd.grad(result, [x, y, *leaves(f)], upstream)]
 
 
@@ -132,7 +132,7 @@ def test_gradcheck(variant: dict, dropout: float):
         if extra:
             extra = (Slots(*values[len(names) :]), *extra[1:])
         whole = Factors(scale=f.scale, router_input=f.router_input, extra=extra, **given)
-        return add_low_rank(y, x, whole, dropout=dropout)
+        return add_low_rank(y, x, Work(whole, dropout=dropout))
 
     inputs = [getattr(f, name) for name in names] + list(f.extra[0] if f.extra else ())
     assert torch.autograd.gradcheck(function, (x, y, *inputs), atol=1e-7, rtol=1e-5, fast_mode=True)
@@ -164,7 +164,7 @@ def test_a_mask_per_head_reaches_its_head_in_both_paths(variant: dict, monkeypat
 
 def test_per_head_dropout_without_dropout_changes_nothing():
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
-    assert torch.equal(add_low_rank(y, x, f, per_head_dropout=True), add_low_rank(y, x, f))
+    assert torch.equal(add_low_rank(y, x, Work(f, per_head_dropout=True)), add_low_rank(y, x, Work(f)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -198,7 +198,7 @@ def test_the_base_output_is_not_written_to():
     f, x, y = make("x", extra=1), tokens(5, IN).detach(), tokens(5, OUT).detach()
     before = y.clone()
     with torch.no_grad():
-        add_low_rank(y, x, f)
+        add_low_rank(y, x, Work(f))
     assert torch.equal(y, before)
 
 
@@ -234,7 +234,7 @@ def test_under_autocast_gemms_are_bf16_and_the_router_is_fp32(router: str, dropo
     weights: list[Tensor] = []
     with torch.autocast("cpu", torch.bfloat16), SoftmaxTypes() as softmax:
         y = F.linear(x, torch.ones(OUT, IN))
-        result = add_low_rank(y, x, f, dropout=dropout, on_mix=weights.append)
+        result = add_low_rank(y, x, Work(f, dropout=dropout, on_mix=weights.append))
         gradients = torch.autograd.grad(result.float().sum(), leaves(f))
     assert result.dtype == torch.bfloat16
     assert softmax.seen == [torch.float32, torch.float32]  # once forward, once backward
@@ -242,7 +242,7 @@ def test_under_autocast_gemms_are_bf16_and_the_router_is_fp32(router: str, dropo
     torch.testing.assert_close(weights[0].sum(-1), torch.ones(9), rtol=0, atol=1e-6)
     assert all(g.dtype == torch.float32 for g in gradients)
     if not dropout:
-        want = y.detach().double() + reference(x.double(), cast(f, torch.float64))
+        want = y.detach().double() + reference(x.double(), Work(cast(f, torch.float64)))
         assert (result.double() - want).abs().max() < 2e-2 * want.abs().max()
 
 
@@ -256,7 +256,7 @@ def test_the_gates_are_applied_in_fp32_and_rounded_once():
     u_and_logits = F.linear(x, torch.cat([A, router])).double()
     omega = torch.softmax(u_and_logits[:, r:], -1)
     want = (omega[:, :, None] * u_and_logits[:, None, :r]).flatten(1)
-    got = add_low_rank(torch.zeros(500, heads * r).bfloat16(), x, f).double()
+    got = add_low_rank(torch.zeros(500, heads * r).bfloat16(), x, Work(f)).double()
     assert ((got - want).abs() <= 2**-8 * 1.01 * want.abs()).all()
 
 
@@ -267,9 +267,9 @@ def test_the_result_has_the_dtype_of_the_base_output(x_type: torch.dtype, y_type
     """A base layer may leave the autocast dtype (an fp32 head under autocast), or return another dtype than x's."""
     f, x, y = make("x", extra=1, dtype=torch.float32), tokens(4, IN, dtype=x_type), tokens(4, OUT, dtype=y_type)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        fast = add_low_rank(y, x, f)
+        fast = add_low_rank(y, x, Work(f))
         with kernel.use_reference():
-            slow = add_low_rank(y, x, f)
+            slow = add_low_rank(y, x, Work(f))
     assert fast.dtype == slow.dtype == y_type
     assert (fast - slow).abs().max() <= 3e-2 * slow.abs().max()
 
@@ -352,13 +352,13 @@ def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyP
 
     def fail() -> None:
         with kernel.use_reference():
-            add_low_rank(y, x, f)
+            add_low_rank(y, x, Work(f))
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert len(calls) == 1
-    add_low_rank(y, x, f)
+    add_low_rank(y, x, Work(f))
     assert len(calls) == 1
 
 
@@ -369,9 +369,9 @@ def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
     with kernel.use_reference():
         with kernel.use_reference(False):
-            add_low_rank(y, x, f)
+            add_low_rank(y, x, Work(f))
         assert not calls
-        add_low_rank(y, x, f)
+        add_low_rank(y, x, Work(f))
     assert len(calls) == 1
 
 

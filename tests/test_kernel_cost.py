@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.kernel import Factors, Slots, add_low_rank
+from weft.kernel import Factors, Slots, Work, add_low_rank
 
 TOKENS, IN, OUT, RANK, HEADS = 64, 24, 200, 4, 3
 
@@ -79,7 +79,7 @@ def saved_bytes(f: Factors, y: Tensor, x: Tensor, **options: object) -> tuple[in
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = add_low_rank(y, x, f, **options)
+        result = add_low_rank(y, x, Work(f, **options))
     sizes = [t.untyped_storage().nbytes() for t in saved.values()]
     del result
     return sum(sizes), max((t.untyped_storage().nbytes() // t.element_size() for t in saved.values()), default=0)
@@ -89,7 +89,7 @@ def saved_bytes(f: Factors, y: Tensor, x: Tensor, **options: object) -> tuple[in
 def test_nothing_as_large_as_tokens_by_out_exists_but_the_result(router: str | None, extra: int, dropout: float):
     f, (y, x) = make(router, extra), inputs()
     with Cost(y, x) as forward:
-        result = add_low_rank(y, x, f, dropout=dropout)
+        result = add_low_rank(y, x, Work(f, dropout=dropout))
     assert forward.large(TOKENS * OUT) == [TOKENS * OUT]  # the result itself
     upstream = torch.randn_like(result)
     with Cost(y, x, upstream) as backward:
@@ -129,7 +129,7 @@ def test_the_work_is_the_same_number_of_operations_at_any_number_of_heads(
     for heads in (2, 7):
         f, (y, x) = make(router, extra, heads), inputs()
         with Cost(y, x) as cost:
-            add_low_rank(y, x, f, dropout=dropout, per_head_dropout=per_head).sum().backward()
+            add_low_rank(y, x, Work(f, dropout=dropout, per_head_dropout=per_head)).sum().backward()
         counts.append((cost.gemms, cost.calls))
     assert counts[0] == counts[1]
 
@@ -139,14 +139,14 @@ def test_the_work_is_the_same_number_of_operations_at_any_number_of_heads(
 def test_one_gemm_down_and_one_up(router: str | None, extra: int):
     f, (y, x) = make(router, extra), inputs()
     with Cost(y, x) as cost:
-        add_low_rank(y, x, f)
+        add_low_rank(y, x, Work(f))
     assert cost.gemms == 2
 
 
 def test_dropout_costs_a_routed_site_one_more_gemm():
     f, (y, x) = make("x", 1), inputs()
     with Cost(y, x) as cost:
-        add_low_rank(y, x, f, dropout=0.1)
+        add_low_rank(y, x, Work(f, dropout=0.1))
     assert cost.gemms == 3  # the router must see the undropped x
 
 
@@ -160,7 +160,7 @@ def test_the_kernel_is_one_graph_for_any_number_of_tokens(router: str | None, au
         return graph
 
     compiled = torch.compile(
-        lambda y, x: add_low_rank(y, x, f, dropout=0.1), backend=backend, fullgraph=True, dynamic=True
+        lambda y, x: add_low_rank(y, x, Work(f, dropout=0.1)), backend=backend, fullgraph=True, dynamic=True
     )
     for count in (10, 14, 22):  # no number equal to another size, which dynamo would take for the same symbol
         y, x = inputs(count)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.errors import ConfigError
-from weft.kernel import Factors, Slots, add_low_rank, delta_weight
+from weft.kernel import Factors, Slots, Work, add_low_rank, delta_weight
 from weft.known import Known
 from weft.terms.boost.dash import Dash, DashTerm
 from weft.terms.layers.every import All
@@ -77,6 +77,7 @@ class Site(nn.Module):
         self.structure = structure
         self.scale = scale
         self.dropout = dropout
+        self.one_mask = False  # whether linears that read one input also drop the same of its elements
         self.boost: nn.Module | None = None
         self.start: nn.Module | None = None
         self.register_buffer("mask", None)
@@ -110,21 +111,23 @@ class Site(nn.Module):
             f = replace(f, extra=tuple(extra))
         return f
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y."""
+    def work(self) -> Work:
+        """What this site asks of one forward.
+
+        Raises:
+            ConfigError: a training forward that would silently leave out what the config asks for.
+        """
         choice = self.structure.choice if isinstance(self.structure, HydraTerm) else None
         if choice is not None and choice.balance and self.recorder is None and self.training:
             _require_recorder(choice)
         if self.awaits_search and self.training:
             _require_search()
-        return add_low_rank(
-            y,
-            x,
-            self.factors(),
-            dropout=self.dropout if self.training else 0.0,
-            per_head_dropout=choice is not None and choice.per_head_dropout,
-            on_mix=self._listener(),
-        )
+        per_head = choice is not None and choice.per_head_dropout
+        return Work(self.factors(), self.dropout if self.training else 0.0, per_head, self._listener())
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y."""
+        return add_low_rank(y, x, self.work())
 
     def _listener(self) -> Callable[[Tensor], None] | None:
         """Who wants to see the router's weights in this forward; nobody in a recomputation."""

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from weft.bench.saved import saved_bytes
-from weft.kernel import Factors, add_low_rank
+from weft.kernel import Factors, Work, add_low_rank
 
 TOKENS, IN, OUT, RANK = 10, 6, 7, 3
 
@@ -14,7 +14,7 @@ TOKENS, IN, OUT, RANK = 10, 6, 7, 3
 def test_a_plain_site_saves_its_input_and_the_latent():
     a, b = torch.randn(RANK, IN, requires_grad=True), torch.randn(OUT, RANK, requires_grad=True)
     x, y = torch.randn(TOKENS, IN, requires_grad=True), torch.randn(TOKENS, OUT)
-    counted = saved_bytes(lambda: add_low_rank(y, x, Factors(a, b, 2.0)), [a, b])
+    counted = saved_bytes(lambda: add_low_rank(y, x, Work(Factors(a, b, 2.0))), [a, b])
     assert counted == 4 * (TOKENS * (IN + RANK) + RANK * OUT)  # and a row-major copy of Bᵀ
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
 from weft.errors import ConfigError, MergeError
-from weft.kernel import Factors, add_low_rank
+from weft.kernel import Factors, Work, add_low_rank
 from weft.site import Site, build_site
 from weft.terms.structure.hydra import Hydra
 
@@ -162,8 +162,8 @@ def test_one_head_is_lora_bit_for_bit_and_its_router_never_moves():
     A, B, x = (torch.randn(shape, dtype=torch.float64) for shape in ((R, IN), (OUT, R), (7, IN)))
     router = torch.randn(1, IN, dtype=torch.float64, requires_grad=True)
     y = torch.zeros(7, OUT, dtype=torch.float64)
-    routed = add_low_rank(y, x, Factors(A, B, S, router=router))
-    assert torch.equal(routed, add_low_rank(y, x, Factors(A, B, S)))
+    routed = add_low_rank(y, x, Work(Factors(A, B, S, router=router)))
+    assert torch.equal(routed, add_low_rank(y, x, Work(Factors(A, B, S))))
     assert torch.count_nonzero(torch.autograd.grad(routed.square().sum(), router)[0]) == 0
 
 

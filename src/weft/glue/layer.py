@@ -10,6 +10,7 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,9 +22,14 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.compat import REFUSED
 from weft.errors import ConfigError, MergeError
+from weft.glue.modes import watched
 from weft.glue.sharing import refuse_reentrant_checkpointing
+from weft.kernel import Linear, Work, add_low_rank, current, linears
 from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
+
+if TYPE_CHECKING:
+    from weft.glue.fusion import InputGroup
 
 
 class WeftLinear(nn.Module, BaseTunerLayer):
@@ -47,6 +53,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
+        self.group: InputGroup | None = None  # of linears that read one input; see `weft.glue.fusion`
         self._kept: Tensor | None = None
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
@@ -70,15 +77,73 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        names, read = self._names(), self.cast_input(x)
+        y = None if args or kwargs or not names else self._by_node(names, x, read)
+        if y is None:
+            y, rest = self.base_layer(read, *args, **kwargs), names
+        else:
+            rest = names[1:]
+        for name in rest:
+            y = add_low_rank(y, read, self._work(name, x, read))
+        return cast(Tensor, y)
+
+    def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
+        """The base's output with the first active adapter's update, if one node can compute both."""
+        if self.group is not None and current().groups and not torch.compiler.is_compiling():
+            y = self.group.output(self, x, read)
+            if y is not None:
+                return y
+        job = self.job(names[0], x, read)
+        return None if job is None else linears(read, [job])[0]
+
+    def _names(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.weft_site]
+
+    def cast_input(self, x: Tensor) -> Tensor:
+        """x as the base will compute with it: under autocast cast once, for the base and every adapter."""
         if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and type(self.base_layer) is nn.Linear:
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # cast once for the base and every adapter
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.weft_site:
-                if self.training and dist.is_available() and dist.is_initialized():
-                    self._check_distributed(name)
-                y = self.weft_site[name](x, y)
-        return y
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def only_job(self, x: Tensor, read: Tensor) -> Linear | None:
+        """`job` of the one active adapter; None where there is not exactly one, or it is merged or switched off."""
+        names = self._names()
+        off = self._disable_adapters or self.merged_adapters
+        return None if off or len(names) != 1 else self.job(names[0], x, read)
+
+    def job(self, name: str, x: Tensor, read: Tensor) -> Linear | None:
+        """What a node needs to compute this linear with the adapter `name`; None where it must be left to the modules.
+
+        `read` is x as the base takes it (`cast_input`).
+        """
+        weight = self._frozen_weight(read)
+        if weight is None or current().reference:
+            return None
+        work = self._work(name, x, read)
+        return None if work.plain or work.scored else (weight, cast(nn.Linear, self.base_layer).bias, work)
+
+    def _frozen_weight(self, x: Tensor) -> Tensor | None:
+        """W if the base is nothing but x Wᵀ + b with plain frozen tensors that x can be multiplied with, else None."""
+        base = self.base_layer
+        if type(base) is not nn.Linear or watched(base):
+            return None
+        weight, bias = base.weight, base.bias
+        if type(weight) not in (nn.Parameter, Tensor) or weight.requires_grad or weight.device != x.device:
+            return None
+        if bias is not None and bias.requires_grad:
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return weight if x.dtype == weight.dtype or (autocast and x.dtype in (torch.bfloat16, torch.float16)) else None
+
+    def _work(self, adapter_name: str, x: Tensor, read: Tensor) -> Work:
+        """What the adapter asks of this forward."""
+        if self.training and dist.is_available() and dist.is_initialized():
+            self._check_distributed(adapter_name)
+        site = self.site(adapter_name)
+        work = site.work()
+        if work.dropout and site.one_mask and self.group is not None and not torch.compiler.is_compiling():
+            return replace(work, mask=self.group.mask(x, read, work.dropout))
+        return work
 
     def _check_distributed(self, adapter_name: str) -> None:
         if isinstance(term := self.site(adapter_name).structure, TiedTerm) and not torch.compiler.is_compiling():

@@ -38,13 +38,13 @@ def shared_keys(choice: Tied, name: str, size: tuple[int, int, int]) -> dict[Par
         pair: Hashable = ("shape", fan_in, out, r)
         return {"A": pair, "B": pair}
     kind: Hashable = ("type", last, fan_in, out, r)
-    roles = _same_input(parent, last) if choice.group == "fused_qkv" else None
+    roles = same_input(parent, last) if choice.group == "fused_qkv" else None
     if roles is None:
         return {"A": kind, "B": kind}
     return {"A": ("fused", roles, fan_in, r), "B": kind, "u": ("instance", parent, roles, fan_in, r)}
 
 
-def _same_input(parent: str, last: str) -> tuple[str, ...] | None:
+def same_input(parent: str, last: str) -> tuple[str, ...] | None:
     """Which projections beside `last` read the same tensor as it does; None if it is no separate q, k or v."""
     family = next((names for names in QKV_FAMILIES if last in names), None)
     if family is None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
 from weft.glue.attach import make_schedule, warn_of_missing
 from weft.glue.blocks import Blocks
+from weft.glue.fusion import fuse
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -178,6 +179,7 @@ class WeftTuner(BaseTuner):
             layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
             _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
+            fuse(model)
         finally:
             self._owners = {}
 

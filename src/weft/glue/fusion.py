@@ -1,0 +1,188 @@
+"""Which adapted linears one node can span under an unmodified model, and the hand-over between their forwards.
+
+InputGroup    q, k, v of one attention, gate and up of one MLP: the first of them that is called computes all of them, and the
+              others find their result when they are called with the very same tensor. Nothing is kept after the last.
+GatedBlock    an MLP whose forward is, word for word, down(act(gate(x)) * up(x)): one node computes it.
+
+Both step aside, per forward, for whatever they cannot do: another base than a plain frozen Linear, hooks on a module
+inside, several active adapters, gates per part of the batch, `torch.compile` (which fuses by itself, and in which tensors have no
+identity), `WEFT_REFERENCE=1`, `WEFT_GROUPS=0`, `WEFT_MLP=0`. Values do not depend on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import weakref
+from collections.abc import Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.glue.modes import all_watched, watched
+from weft.glue.sharing import QKV_FAMILIES, same_input
+from weft.kernel import Linear, current, draw, gated_mlp, linears
+
+if TYPE_CHECKING:
+    from weft.glue.layer import WeftLinear
+
+GATE_UP: tuple[tuple[str, str], ...] = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
+MISSES = 2  # results nobody came for, after which a group is given up
+
+logger = logging.getLogger(__name__)
+
+
+class InputGroup:
+    """Adapted linears of one parent that read one input. Belongs to no module tree; its members hold it."""
+
+    def __init__(self, members: Sequence[WeftLinear]):
+        self.members = list(members)
+        self.misses = 0
+        self._input: Seen = None
+        self._waiting: dict[WeftLinear, Tensor] = {}
+        self._masked: Seen = None
+        self._mask: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_input": None, "_waiting": {}, "_masked": None, "_mask": None}
+
+    def output(self, layer: WeftLinear, x: Tensor, read: Tensor) -> Tensor | None:
+        """The output of `layer` on x if the group computes it, else None. `read` is x as the bases take it."""
+        if layer in self._waiting and _is(x, self._input):
+            return self._waiting.pop(layer)
+        self._note_miss()
+        if self.misses >= MISSES or all_watched():
+            return None
+        jobs: list[Linear] = []
+        for member in self.members:
+            job = member.only_job(x, read)
+            if job is None or (jobs and job[2].dropout != jobs[0][2].dropout):
+                return None
+            jobs.append(job)
+        self._waiting = dict(zip(self.members, linears(read, jobs), strict=True))
+        self._input = _seen(x)
+        return self._waiting.pop(layer)
+
+    def mask(self, x: Tensor, read: Tensor, p: float) -> Tensor:
+        """The one mask that all members read x through."""
+        if self._mask is None or not _is(x, self._masked):
+            self._mask, self._masked = draw(read, p), _seen(x)
+        return self._mask
+
+    def _note_miss(self) -> None:
+        """Drop what was not fetched; a model that does so again and again does not read one input here."""
+        if self._waiting and torch._C._current_graph_task_id() == -1:
+            self.misses += 1
+            if self.misses == MISSES:
+                names = ", ".join(member.module_name for member in self.members)
+                logger.info("%s do not read one input, so each is computed by itself.", names)
+        self._waiting, self._input = {}, None
+
+
+Seen = tuple["weakref.ref[Tensor]", int] | None
+
+
+def _seen(x: Tensor) -> Seen:
+    return weakref.ref(x), 0 if x.is_inference() else x._version
+
+
+def _is(x: Tensor, seen: Seen) -> bool:
+    """Whether x is the very tensor that was seen, unchanged since."""
+    return seen is not None and seen[0]() is x and (x.is_inference() or x._version == seen[1])
+
+
+def fuse(model: nn.Module) -> None:
+    """Find the groups and gated MLPs among the adapted linears of `model`, anew after every change of adapters."""
+    from weft.glue.layer import WeftLinear
+
+    for name, parent in model.named_modules():
+        children = {last: child for last, child in parent.named_children() if isinstance(child, WeftLinear)}
+        for child in children.values():
+            child.group = None
+        for names in _groups(name, list(children)):
+            group = InputGroup([children[last] for last in names])
+            for member in group.members:
+                member.group = group
+        if is_gated_mlp(parent) and "forward" not in vars(parent):
+            parent.forward = MethodType(_gated_forward, parent)
+
+
+def _groups(parent: str, lasts: list[str]) -> list[list[str]]:
+    """Names of children of `parent` that read one input, in the order of the families, two or more each."""
+    found = []
+    for family in QKV_FAMILIES:
+        for roles in {same_input(parent, last) for last in family if last in lasts}:
+            found.append([last for last in family if last in lasts and last in (roles or ())])
+    found += [[last for last in pair if last in lasts] for pair in GATE_UP]
+    return [names for names in found if len(names) > 1]
+
+
+# ---------------------------------------------------------------------- gated MLPs
+
+CANONICAL = re.compile(
+    r"(?:(?P<name>\w+)=)?self\.down_proj\(self\.act_fn\(self\.gate_proj\((?P<x>\w+)\)\)\*self\.up_proj\((?P=x)\)\)"
+)
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether the forward of this module's class is down_proj(act_fn(gate_proj(x)) * up_proj(x)), and nothing else."""
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in (*NAMES, "act_fn")):
+        return False
+    try:
+        source = inspect.getsource(type(module).forward)
+    except (OSError, TypeError):
+        return False
+    head, _, body = source.partition(":\n")
+    lines = [re.sub(r"\s|#.*", "", line) for line in body.splitlines()]
+    whole = ";".join(line for line in lines if line)
+    given = re.search(r"self,\s*(\w+)", head)
+    match = CANONICAL.match(whole.removeprefix("return"))
+    if match is None or given is None or match["x"] != given[1]:
+        return False
+    rest = (whole.removeprefix("return"))[match.end() :]
+    return rest == (f";return{match['name']}" if match["name"] else "")
+
+
+def activation_of(act: nn.Module) -> str | None:
+    """The kernel's name of an activation module; None if it has none."""
+    kind = type(act).__name__
+    if isinstance(act, nn.SiLU) or kind == "SiLUActivation":
+        return "silu"
+    if kind == "GELUTanh" or (type(act) is nn.GELU and act.approximate == "tanh"):
+        return "gelu_tanh"
+    if (type(act) is nn.GELU and act.approximate == "none") or kind == "GELUActivation":
+        return "gelu"
+    return None
+
+
+def _gated_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a gated MLP: one node where it can be, else the class's own."""
+    if not (args or kwargs or torch.compiler.is_compiling()):
+        y = _gated_output(self, x)
+        if y is not None:
+            return y
+    return cast(Tensor, type(self).forward(self, x, *args, **kwargs))
+
+
+def _gated_output(mlp: nn.Module, x: Tensor) -> Tensor | None:
+    from weft.glue.layer import WeftLinear
+
+    switches = current()
+    if not switches.mlp or switches.reference or all_watched():
+        return None
+    layers = [getattr(mlp, name) for name in NAMES]
+    act = cast(nn.Module, mlp.act_fn)
+    activation = activation_of(act)
+    if activation is None or watched(act):
+        return None
+    if not all(isinstance(layer, WeftLinear) and not watched(layer) for layer in layers):
+        return None
+    read = layers[0].cast_input(x)
+    jobs: list[Linear] = [job for layer in layers if (job := layer.only_job(x, read)) is not None]
+    if len(jobs) < 3 or jobs[0][2].dropout != jobs[1][2].dropout:
+        return None
+    return gated_mlp(read, activation, *jobs)

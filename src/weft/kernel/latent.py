@@ -1,0 +1,47 @@
+"""f of the equation, h = f(u): the identity, or the router's mixture of N heads; and its derivative.
+
+    u = [u_r | u_e]        [t, r + E]     what the slots read; extra slots last
+    q                      [t, N or r]    what the router reads, of x without dropout
+    ω = softmax(q) or softmax(q mixᵀ)     in fp32 or wider
+    h = [ω ⊗ u_r | u_e]    [t, N·r + E]
+
+All static gates are folded into B̃ beforehand, so an unrouted site has h = u.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last axis, in fp32 or wider."""
+    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def mixture(u: Tensor, q: Tensor, mix: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
+    """h [t, N·r + E] in u's dtype, rounded once, and ω [t, N]. With mix [N, r] the router reads q through it."""
+    omega = softmax(q if mix is None else F.linear(q, mix))
+    h = (omega[:, :, None] * u[:, None, :r]).flatten(1).to(u.dtype)
+    return (h if u.shape[1] == r else torch.cat([h, u[:, r:]], 1)), omega
+
+
+def mixture_backward(
+    gh: Tensor | None, gomega: Tensor | None, u: Tensor, q: Tensor, mix: Tensor | None, omega: Tensor, r: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of u, q and mix; gh [t, N·r + E] is h's, gomega [t, N] what came to ω from elsewhere."""
+    gu = torch.zeros_like(u) if gh is None else None
+    if gh is not None:
+        heads = omega.shape[1]
+        by_head = gh[:, : heads * r].unflatten(1, (heads, r)).to(omega.dtype)
+        through_u = (by_head * u[:, None, :r]).sum(2)
+        gomega = through_u if gomega is None else gomega + through_u
+        gu = (omega[:, :, None] * by_head).sum(1).to(u.dtype)
+        if u.shape[1] > r:
+            gu = torch.cat([gu, gh[:, heads * r : heads * r + u.shape[1] - r]], 1)
+    assert gu is not None
+    assert gomega is not None
+    glogits = omega * (gomega - (gomega * omega).sum(1, keepdim=True))
+    glogits = glogits.to(q.dtype)
+    return gu, (glogits if mix is None else glogits @ mix), (None if mix is None else glogits.T @ q)

@@ -1,0 +1,311 @@
+"""The one autograd node: linears that read one input, each with its low-rank update, forward and backward by hand.
+
+    forward     u = x̂ Ãᵀ (one GEMM for all members that read x through the same mask)
+                y = x Wᵀ + b;  y += s · f(u) B̃ᵀ
+    backward    gh = s · g B̃,  gB̃ = s · (hᵀ g)ᵀ,  gu = f'(gh),  gÃ = guᵀ x̂,  gx = Σ g W + gu Ã (⊙ mask)
+
+Saved are x once, the masks' bits and u; nothing of size tokens × out, no dropped copy of x, no cast one. Small factors
+are cast to x's dtype inside, W only under autocast. Where another module computes x Wᵀ + b, its output takes the place of W.
+
+The backward is no formula of differentiable steps: a second one raises (`once_differentiable`). What needs it uses
+`weft.kernel.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from weft.kernel.dropout import masked
+from weft.kernel.factors import without_autocast
+from weft.kernel.latent import mixture, mixture_backward
+
+
+class Member(NamedTuple):
+    """What of one linear is no tensor. `mask`: which mask its slots read x through, -1 for x itself."""
+
+    scale: float  # 1/(1 − p) of its mask included
+    heads: int
+    r: int
+    mask: int
+    told: bool  # whether ω is handed out
+
+
+class Parts(NamedTuple):
+    """The tensors of one linear: either `weight` [out, in] and `bias`, or `base` [..., out], the output it is added to."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    base: Tensor | None
+    down: Tensor
+    up: Tensor
+    route: Tensor | None
+    mix: Tensor | None
+
+
+class Plan(NamedTuple):
+    """A node's members and masks; p is the masks' probability."""
+
+    members: tuple[Member, ...]
+    masks: int
+    p: float
+
+
+class Latents(NamedTuple):
+    """What one member reads: u [t, R'] (padded) and, routed, q."""
+
+    u: Tensor
+    q: Tensor | None
+
+
+def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs [..., out] of all members, and ω [..., N] of those that are told."""
+    with without_autocast(x):
+        found = LowRankLinears.apply(plan, x, *masks, *(t for each in tensors for t in each))
+    n = len(plan.members)
+    return list(found[:n]), [omega.unflatten(0, x.shape[:-1]) for omega in found[n:]]
+
+
+class LowRankLinears(Function):
+    """See the module; apply(plan, x, *masks, *tensors of each member) → (*outputs, *told ω)."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        masks, each = cast("tuple[Tensor, ...]", tensors[: plan.masks]), split(tensors[plan.masks :])
+        x_ti = x.reshape(-1, x.shape[-1])
+        latents = read(x_ti, plan, each, masks)
+        outputs, told = [], []
+        for m, own, seen in zip(plan.members, each, latents, strict=True):
+            h, omega = gates(m, own, seen)
+            outputs.append(up(m, own, x, h))
+            if m.told:
+                told.append(cast(Tensor, omega))
+        ctx.plan = plan
+        ctx.save_for_backward(x, *tensors[: plan.masks], *flat(each), *(t for seen in latents for t in seen))
+        ctx.set_materialize_grads(False)
+        return (*outputs, *told)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        x, *rest = ctx.saved_tensors
+        n = len(plan.members)
+        masks, rest = rest[: plan.masks], rest[plan.masks :]
+        each, seen = split(rest[: n * len(Parts._fields)]), rest[n * len(Parts._fields) :]
+        latents = [Latents(*seen[2 * i : 2 * i + 2]) for i in range(n)]
+        with without_autocast(x):
+            gx, found = backward(
+                x, plan, each, masks, latents, grads[:n], spread(plan.members, grads[n:]), ctx.needs_input_grad[1]
+            )
+        return (None, gx, *[None] * plan.masks, *flat(found))
+
+
+def split(tensors: Sequence[Tensor | None]) -> list[Parts]:
+    """The flat tensors of a node, member by member."""
+    n = len(Parts._fields)
+    return [Parts(*tensors[i : i + n]) for i in range(0, len(tensors), n)]  # type: ignore[arg-type]
+
+
+def flat(each: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """All tensors, one member after the other."""
+    return [t for own in each for t in own]
+
+
+def spread(members: Sequence[Member], told: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """ω's gradients by member, None for those whose ω was not handed out."""
+    given = iter(told)
+    return [next(given) if m.told else None for m in members]
+
+
+# ---------------------------------------------------------------------- forward
+
+
+def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) -> list[Latents]:
+    """What every member's slots and router read of x [t, in]: one GEMM per distinct input."""
+    rows, sources = _rows(plan, each, x)
+    found: list[Tensor] = [x] * len(rows)
+    for source in sorted(set(sources)):
+        own = [i for i, s in enumerate(sources) if s == source]
+        x_s = x if source < 0 else masked(x, masks[source], plan.p)
+        u = F.linear(x_s, stacked([rows[i] for i in own], x))
+        for i, part in zip(own, u.split([*(len(rows[i]) for i in own), u.shape[1] - sum(len(rows[i]) for i in own)], 1), strict=False):
+            found[i] = part
+    return _latents(plan, each, found)
+
+
+def _rows(plan: Plan, each: Sequence[Parts], x: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Rows [k, in] that read x, and for each block the mask it reads through."""
+    rows: list[Tensor] = []
+    sources: list[int] = []
+    for m, own in zip(plan.members, each, strict=True):
+        rows.append(own.down if m.heads else padded_rows(own.down, x))
+        sources.append(m.mask)
+        if own.route is not None:
+            rows.append(own.route)
+            sources.append(-1)
+    return rows, sources
+
+
+def _latents(plan: Plan, each: Sequence[Parts], found: Sequence[Tensor]) -> list[Latents]:
+    given = iter(found)
+    latents = []
+    for m, own in zip(plan.members, each, strict=True):
+        u = next(given)
+        q = next(given) if own.route is not None else (u[:, : m.r] if m.heads else None)
+        latents.append(Latents(u, q))
+    return latents
+
+
+def gates(m: Member, own: Parts, seen: Latents) -> tuple[Tensor, Tensor | None]:
+    """h of one member, padded, and ω if it is routed."""
+    if not m.heads:
+        return seen.u, None
+    h, omega = mixture(seen.u, cast(Tensor, seen.q), None if own.mix is None else own.mix.to(seen.u), m.r)
+    return F.pad(h, (0, fast_width(h.shape[1], h) - h.shape[1])), omega
+
+
+def up(m: Member, own: Parts, x: Tensor, h: Tensor) -> Tensor:
+    """x Wᵀ + b + s h B̃ᵀ [..., out]; the sum is formed in place unless another module's output is added to."""
+    columns = padded_columns(own.up, h.shape[1], x).T
+    if own.base is not None:
+        y = own.base.reshape(-1, own.base.shape[-1])
+        return torch.addmm(y, h.to(y.dtype), columns.to(y.dtype), alpha=m.scale).view(own.base.shape)
+    weight = cast(Tensor, own.weight).to(x.dtype)
+    y = F.linear(x, weight, None if own.bias is None else own.bias.to(x.dtype))
+    return y.reshape(-1, y.shape[-1]).addmm_(h, columns, alpha=m.scale).view(y.shape)
+
+
+# ---------------------------------------------------------------------- backward
+
+
+def backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    latents: Sequence[Latents],
+    grads: Sequence[Tensor | None],
+    gomegas: Sequence[Tensor | None],
+    needs_x: bool,
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Gradients of x [..., in] and of every member's `Parts`, given those of the outputs and of ω."""
+    gx: Tensor | None = None
+    found: list[list[Tensor | None]] = []
+    through: list[Tensor | None] = []
+    for m, own, seen, g, gomega in zip(plan.members, each, latents, grads, gomegas, strict=True):
+        g_to = None if g is None else g.reshape(-1, g.shape[-1])
+        gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
+        if needs_x and g_to is not None and own.weight is not None:
+            weight = own.weight.to(x.dtype)
+            gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
+        found.append([None, None, g if own.base is not None else None, None, gup, None, gmix])
+        through += [gu] if own.route is None else [gu, gq]
+    gx, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through, gx, needs_x)
+    given = iter(grows)
+    for own, gradients in zip(each, found, strict=True):
+        gradients[3] = _cut(next(given), own.down)
+        if own.route is not None:
+            gradients[5] = _cut(next(given), own.route)
+    return (None if gx is None else gx.view(x.shape)), found
+
+
+def member_backward(
+    m: Member, own: Parts, seen: Latents, g: Tensor | None, gomega: Tensor | None, x: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of u, q, mix and up of one member, given that of its output, g [t, out], and of ω."""
+    if g is None and gomega is None:
+        return None, None, None, None
+    h, omega = gates(m, own, seen)
+    gh = gup = None
+    if g is not None:
+        columns = padded_columns(own.up, h.shape[1], x)
+        g = g.to(x.dtype)
+        gh = (g @ columns).mul_(m.scale)
+        gup = (h.T @ g)[: own.up.shape[1]].mul_(m.scale).T.to(own.up.dtype)  # hᵀ g: the other form, gᵀ h, takes longer
+    if not m.heads:
+        return gh, None, None, gup
+    mix = None if own.mix is None else own.mix.to(x.dtype)
+    gu, gq, gmix = mixture_backward(gh, gomega, seen.u, cast(Tensor, seen.q), mix, cast(Tensor, omega), m.r)
+    if own.route is None:
+        gu[:, : m.r] += gq
+    return gu, gq, (None if gmix is None or own.mix is None else gmix.to(own.mix.dtype)), gup
+
+
+def read_backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    through: Sequence[Tensor | None],
+    gx: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """gx with the rows' share added, and the gradients of the rows, given those of what they read."""
+    rows, sources = _rows(plan, each, x)
+    found: list[Tensor | None] = [None] * len(rows)
+    for source in sorted(set(sources)):
+        own = [i for i, s in enumerate(sources) if s == source and through[i] is not None]
+        if not own:
+            continue
+        matrix = stacked([rows[i] for i in own], x)
+        gu = side_by_side([cast(Tensor, through[i]) for i in own], len(matrix))
+        x_s = x if source < 0 else masked(x, masks[source], plan.p)
+        grows = gu.T @ x_s
+        for i, part in zip(own, grows.split([*(len(rows[i]) for i in own), len(matrix) - sum(len(rows[i]) for i in own)]), strict=False):
+            found[i] = part
+        if not needs_x:
+            continue
+        if source >= 0:
+            share = masked(gu @ matrix, masks[source], plan.p)
+            gx = share if gx is None else gx.add_(share)
+        else:
+            gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
+    return gx, found
+
+
+# ---------------------------------------------------------------------- shapes that GEMMs are fast in
+
+
+def fast_width(n: int, t: Tensor) -> int:
+    """Columns to compute with where n are needed: this CPU's GEMMs are slower with fewer than 16 columns, and in 16-bit
+    dtypes with other numbers than multiples of 16 (measured: docs/lab-log.md)."""
+    if t.device.type != "cpu" or t.dtype == torch.float64:
+        return n
+    unit = 8 if t.dtype == torch.float32 and n > 16 else 16
+    return -(-n // unit) * unit
+
+
+def padded_rows(t: Tensor, x: Tensor) -> Tensor:
+    """t [R, in] with zero rows up to a fast width, in its own dtype."""
+    missing = fast_width(len(t), x) - len(t)
+    return F.pad(t, (0, 0, 0, missing)) if missing else t
+
+
+def padded_columns(t: Tensor, width: int, x: Tensor) -> Tensor:
+    """t [out, M] with zero columns up to `width`, in x's dtype."""
+    t = t.to(x.dtype)
+    return F.pad(t, (0, width - t.shape[1])) if t.shape[1] < width else t
+
+
+def stacked(rows: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The rows below one another in x's dtype, with zero rows up to a fast width."""
+    whole = rows[0].to(x.dtype) if len(rows) == 1 else torch.cat([t.to(x.dtype) for t in rows])
+    return padded_rows(whole, x)
+
+
+def side_by_side(columns: Sequence[Tensor], width: int) -> Tensor:
+    """The gradients [t, k] beside one another, with zero columns up to `width`."""
+    whole = columns[0] if len(columns) == 1 else torch.cat(list(columns), 1)
+    return F.pad(whole, (0, width - whole.shape[1])) if whole.shape[1] < width else whole
+
+
+def _cut(gradient: Tensor | None, own: Tensor) -> Tensor | None:
+    """A gradient of padded rows as that of the rows themselves."""
+    return None if gradient is None else gradient[: len(own)].to(own.dtype)
