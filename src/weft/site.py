@@ -111,8 +111,8 @@ class Site(nn.Module):
             f = replace(f, extra=tuple(extra))
         return f
 
-    def work(self) -> Work:
-        """What this site asks of one forward.
+    def work(self, mask: Tensor | None = None) -> Work:
+        """What this site asks of one forward; `mask`: bits of a dropout mask already drawn.
 
         Raises:
             ConfigError: a training forward that would silently leave out what the config asks for.
@@ -123,11 +123,12 @@ class Site(nn.Module):
         if self.awaits_search and self.training:
             _require_search()
         per_head = choice is not None and choice.per_head_dropout
-        return Work(self.factors(), self.dropout if self.training else 0.0, per_head, self._listener())
+        dropout = self.dropout if self.training else 0.0
+        return Work(self.factors(), dropout, per_head, self._listener(), mask if dropout else None)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y."""
-        return add_low_rank(y, x, self.work())
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`."""
+        return add_low_rank(y, x, self.work(mask))
 
     def _listener(self) -> Callable[[Tensor], None] | None:
         """Who wants to see the router's weights in this forward; nobody in a recomputation."""

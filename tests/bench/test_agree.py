@@ -11,7 +11,8 @@ from weft.bench import Case, step
 from weft.bench.agree import agreement, relative_error
 from weft.bench.cases import Batch, build, frozen_base
 from weft.bench.rounds import QUICK
-from weft.kernel import add_low_rank
+from weft.kernel import Factors
+from weft.kernel.branch import Branch, branch
 
 ONE = {"quick": True, "dtypes": ["fp32"], "dropouts": [0.05], "kinds": ["tied"]}
 
@@ -20,11 +21,10 @@ ONE = {"quick": True, "dtypes": ["fp32"], "dropouts": [0.05], "kinds": ["tied"]}
 def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fast path whose update is 0.1 % too large; the reference stays right."""
 
-    def wrong(y, x, f, **options):
-        off = f if weft.kernel._use_reference else dataclasses.replace(f, scale=1.001 * f.scale)
-        return add_low_rank(y, x, off, **options)
+    def wrong(f: Factors, *rest: object) -> Branch:
+        return branch(dataclasses.replace(f, scale=1.001 * f.scale), *rest)
 
-    monkeypatch.setattr("weft.site.add_low_rank", wrong)
+    monkeypatch.setattr("weft.kernel.add.branch", wrong)
 
 
 def test_the_fast_path_is_exact_with_dropout():
@@ -64,7 +64,7 @@ def test_comparing_leaves_no_gradient_and_no_random_state_behind():
     assert torch.equal(torch.get_rng_state(), state)
     assert batch.embeddings.grad is None
     assert all(p.grad is None for p in model.parameters())
-    assert weft.kernel._use_reference is False
+    assert not weft.kernel.current().reference
 
 
 def test_a_gradient_that_is_not_finite_is_infinitely_wrong():

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import weft
+from weft.kernel.dropout import dropped
 from weft.site import build_site
 from weft.terms.structure.plain import Plain
 
@@ -38,7 +39,16 @@ def pair(**fields: object) -> tuple[PeftModel, PeftModel]:
         nn.init.normal_(term.B, std=0.1)
         theirs.lora_A["default"].weight.data = term.A.detach().clone()
         theirs.lora_B["default"].weight.data = term.B.detach().clone()
+        if isinstance(drop := theirs.lora_dropout["default"], nn.Dropout):
+            theirs.lora_dropout["default"] = OurMasks(drop.p)
     return ours, stock
+
+
+class OurMasks(nn.Dropout):
+    """Dropout with the masks that our kernel draws."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropped(x, self.p) if self.training else x
 
 
 def trained(model: PeftModel) -> list[nn.Parameter]:

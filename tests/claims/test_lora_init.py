@@ -384,7 +384,7 @@ def test_momentum_is_dropped_too_and_what_is_no_part_of_the_switch_keeps_its_mom
 
 def test_no_matrix_of_the_weights_size_is_made_in_a_step() -> None:
     """Forward and backward with frozen twins and gains: nothing of size out × in."""
-    wide = 64
+    wide = 128
 
     class Wide(nn.Module):
         def __init__(self) -> None:

@@ -10,7 +10,6 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from weft.compat import REFUSED
 from weft.errors import ConfigError, MergeError
 from weft.glue.modes import watched
 from weft.glue.sharing import refuse_reentrant_checkpointing
-from weft.kernel import Linear, Work, add_low_rank, current, linears
+from weft.kernel import Linear, current, linears
 from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
 
@@ -84,7 +83,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         else:
             rest = names[1:]
         for name in rest:
-            y = add_low_rank(y, read, self._work(name, x, read))
+            self._check_distributed(name)
+            y = self.weft_site[name](read, y, self._mask(name, x, read))
         return cast(Tensor, y)
 
     def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
@@ -116,10 +116,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
         `read` is x as the base takes it (`cast_input`).
         """
-        weight = self._frozen_weight(read)
-        if weight is None or current().reference:
+        weight, site = self._frozen_weight(read), self.site(name)
+        if weight is None or current().reference or watched(site):
             return None
-        work = self._work(name, x, read)
+        self._check_distributed(name)
+        work = site.work(self._mask(name, x, read))
         return None if work.plain or work.scored else (weight, cast(nn.Linear, self.base_layer).bias, work)
 
     def _frozen_weight(self, x: Tensor) -> Tensor | None:
@@ -135,18 +136,17 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         autocast = torch.is_autocast_enabled(x.device.type)
         return weight if x.dtype == weight.dtype or (autocast and x.dtype in (torch.bfloat16, torch.float16)) else None
 
-    def _work(self, adapter_name: str, x: Tensor, read: Tensor) -> Work:
-        """What the adapter asks of this forward."""
-        if self.training and dist.is_available() and dist.is_initialized():
-            self._check_distributed(adapter_name)
+    def _mask(self, adapter_name: str, x: Tensor, read: Tensor) -> Tensor | None:
+        """The dropout mask that this linear shares with those that read x too; None where it draws its own."""
         site = self.site(adapter_name)
-        work = site.work()
-        if work.dropout and site.one_mask and self.group is not None and not torch.compiler.is_compiling():
-            return replace(work, mask=self.group.mask(x, read, work.dropout))
-        return work
+        if not (site.one_mask and site.training and site.dropout) or self.group is None or torch.compiler.is_compiling():
+            return None
+        return self.group.mask(x, read, site.dropout)
 
     def _check_distributed(self, adapter_name: str) -> None:
-        if isinstance(term := self.site(adapter_name).structure, TiedTerm) and not torch.compiler.is_compiling():
+        if not (self.training and dist.is_available() and dist.is_initialized()) or torch.compiler.is_compiling():
+            return
+        if isinstance(term := self.site(adapter_name).structure, TiedTerm):
             refuse_reentrant_checkpointing(term)
 
     # ------------------------------------------------------------------ merging

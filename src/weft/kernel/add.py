@@ -10,10 +10,10 @@ from torch import Tensor
 from weft.kernel.branch import Work, branch
 from weft.kernel.dropout import draw, dropped
 from weft.kernel.factors import by_part, joined, like, without_autocast
-from weft.kernel.gated_mlp import run_gated
+from weft.kernel.mlp import run_gated
 from weft.kernel.latent import softmax
 from weft.kernel.node import Member, Parts, Plan, run
-from weft.kernel.reference import reference
+from weft.kernel.equation import reference
 from weft.kernel.switches import current
 
 

@@ -87,7 +87,8 @@ class LowRankLinears(Function):
             if m.told:
                 told.append(cast(Tensor, omega))
         ctx.plan = plan
-        ctx.save_for_backward(x, *tensors[: plan.masks], *flat(each), *(t for seen in latents for t in seen))
+        kept = [own._replace(base=None) for own in each]
+        ctx.save_for_backward(x, *masks, *flat(kept), *flat(latents))
         ctx.set_materialize_grads(False)
         return (*outputs, *told)
 
@@ -205,7 +206,7 @@ def backward(
         if needs_x and g_to is not None and own.weight is not None:
             weight = own.weight.to(x.dtype)
             gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
-        found.append([None, None, g if own.base is not None else None, None, gup, None, gmix])
+        found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
         through += [gu] if own.route is None else [gu, gq]
     gx, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through, gx, needs_x)
     given = iter(grows)

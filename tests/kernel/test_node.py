@@ -138,28 +138,26 @@ def test_gradcheck(variant: dict, dropout: float):
     assert torch.autograd.gradcheck(function, (x, y, *inputs), atol=1e-7, rtol=1e-5, fast_mode=True)
 
 
-class OneMaskPerShape:
-    """A dropout whose masks do not depend on the layout: [t, i] shared, [n, t, i] or [t, n, i] per head."""
-
-    def __init__(self, heads: int, count: int, fan_in: int, p: float):
-        rng = torch.Generator().manual_seed(4)
-        self.shared = (torch.rand(count, fan_in, generator=rng) > p).double() / (1 - p)
-        self.by_head = (torch.rand(heads, count, fan_in, generator=rng) > p).double() / (1 - p)
-
-    def __call__(self, x: Tensor, p: float) -> Tensor:
-        if x.dim() == 2:
-            return x * self.shared
-        return x * (self.by_head if x.shape[:2] == self.by_head.shape[:2] else self.by_head.transpose(0, 1))
-
-
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.values[0]["router"] is not None])
-def test_a_mask_per_head_reaches_its_head_in_both_paths(variant: dict, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernel.F, "dropout", OneMaskPerShape(HEADS, 5, IN, 0.5))
-    f = make(**variant)
-    assert_equal_paths(f, tokens(5, IN), tokens(5, OUT), 1e-12, dropout=0.5, per_head_dropout=True)
-    fast, _ = both(f, tokens(5, IN), tokens(5, OUT), dropout=0.5, per_head_dropout=True)
-    shared, _ = both(f, tokens(5, IN), tokens(5, OUT), dropout=0.5)
-    assert not torch.allclose(fast[0], shared[0])
+def test_a_mask_per_head_reaches_its_head(variant: dict, monkeypatch: pytest.MonkeyPatch):
+    """Head n alone, its B kept and all others 0, is what plain LoRA of its own mask gives, weighted by ω."""
+    seen: list[Tensor] = []
+
+    def dropped(x: Tensor, p: float, bits: Tensor | None = None) -> Tensor:
+        rng = torch.Generator().manual_seed(4)
+        seen.append((torch.rand(x.shape, generator=rng) > p).double() / (1 - p))
+        return x * seen[-1]
+
+    monkeypatch.setattr("weft.kernel.equation.dropped", dropped)
+    f, x = make(**variant), tokens(5, IN)
+    weights: list[Tensor] = []
+    got = add_low_rank(torch.zeros(5, OUT, dtype=torch.float64), x, Work(f, 0.5, True, weights.append))
+    mask_tni = next(mask for mask in seen if mask.dim() == 3)
+    want = sum(reference(x.detach() * slots_mask, Work(Factors(slots.down, slots.up, gate=slots.gate))) for slots in f.extra for slots_mask in [seen[0]])
+    for n in range(HEADS):
+        plain = Factors(f.A, f.B.unflatten(1, (HEADS, RANK))[:, n], f.scale, f.gate, f.v)
+        want = want + weights[0][:, n : n + 1] * reference(x.detach() * mask_tni[:, n], Work(plain))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_per_head_dropout_without_dropout_changes_nothing():
@@ -207,7 +205,7 @@ def test_no_update_adds_exactly_nothing():
     with torch.no_grad():
         f.B.zero_()
     y = tokens(5, OUT, dtype=torch.float64)
-    assert torch.equal(add_low_rank(y, tokens(5, IN), f), y)
+    assert torch.equal(add_low_rank(y, tokens(5, IN), Work(f)), y)
 
 
 # ---------------------------------------------------------------------- dtypes and autocast
@@ -279,7 +277,7 @@ def test_fp16_logits_as_large_as_fp16_can_hold_give_no_nan():
     f.router.data = torch.tensor([[6e4], [-6e4], [0.0]], dtype=torch.float16)
     x = torch.tensor([[1.0], [-1.0], [0.0]], dtype=torch.float16, requires_grad=True)
     weights: list[Tensor] = []
-    result = add_low_rank(torch.zeros(3, OUT, dtype=torch.float16), x, f, on_mix=weights.append)
+    result = add_low_rank(torch.zeros(3, OUT, dtype=torch.float16), x, Work(f, on_mix=weights.append))
     gradients = torch.autograd.grad(result.float().sum(), [x, *leaves(f)])
     torch.testing.assert_close(weights[0], torch.tensor([[1.0, 0, 0], [0, 1, 0], [1 / 3] * 3]))
     assert all(torch.isfinite(t).all() for t in (result, *gradients))
@@ -298,7 +296,7 @@ def test_fp32_factors_serve_a_bf16_model(variant: dict):
     f = make(**variant, dtype=torch.float32)
     x, y = tokens(9, IN, dtype=torch.bfloat16), tokens(9, OUT, dtype=torch.bfloat16)
     fast, slow = both(f, x, y)
-    want = y.detach().double() + reference(x.detach().double(), cast(f, torch.float64))
+    want = y.detach().double() + reference(x.detach().double(), Work(cast(f, torch.float64)))
     assert fast[0].dtype == torch.bfloat16
     assert (fast[0].double() - want).abs().max() <= 2e-2 * want.abs().max()
     for got, other in zip(fast[3:], slow[3:], strict=True):
@@ -309,11 +307,11 @@ def test_fp32_factors_serve_a_bf16_model(variant: dict):
 # ---------------------------------------------------------------------- what the router reports
 
 
-@pytest.mark.parametrize("path", [add_low_rank, lambda y, x, f, **o: reference(x, f, **o)], ids=["fast", "reference"])
+@pytest.mark.parametrize("path", [add_low_rank, lambda y, x, work: reference(x, work)], ids=["fast", "reference"])
 def test_on_mix_sees_the_softmax_with_its_graph(path):
     f, x = make("x"), tokens(2, 5, IN)
     weights: list[Tensor] = []
-    path(tokens(2, 5, OUT), x, f, dropout=0.5, on_mix=weights.append)
+    path(tokens(2, 5, OUT), x, Work(f, dropout=0.5, on_mix=weights.append))
     torch.testing.assert_close(weights[0], torch.softmax(x @ f.router.T, -1), rtol=1e-12, atol=1e-12)
     assert torch.autograd.grad(weights[0][..., 0].sum(), f.router)[0].abs().max() > 0
 
@@ -324,7 +322,7 @@ def test_on_mix_sees_the_softmax_with_its_graph(path):
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v.values[0]["router"] is None])
 def test_delta_weight_is_the_forward_of_the_identity(variant: dict):
     f = make(**variant)
-    update = add_low_rank(torch.zeros(IN, OUT, dtype=torch.float64), torch.eye(IN, dtype=torch.float64), f)
+    update = add_low_rank(torch.zeros(IN, OUT, dtype=torch.float64), torch.eye(IN, dtype=torch.float64), Work(f))
     torch.testing.assert_close(delta_weight(f), update.T, rtol=1e-12, atol=1e-12)
 
 
@@ -347,7 +345,7 @@ def test_a_routed_update_has_no_weight():
 def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     slow = kernel.reference
-    monkeypatch.setattr(kernel, "reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
+    monkeypatch.setattr("weft.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
 
     def fail() -> None:
@@ -365,7 +363,7 @@ def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyP
 def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     slow = kernel.reference
-    monkeypatch.setattr(kernel, "reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
+    monkeypatch.setattr("weft.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
     with kernel.use_reference():
         with kernel.use_reference(False):
@@ -377,10 +375,11 @@ def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
 
 LOGITS = """
 import torch
-from weft import HydraLoraConfig, kernel
+from weft import HydraLoraConfig
+from weft.kernel import add
 from peft import get_peft_model
-calls, slow = [], kernel.reference
-kernel.reference = lambda *a, **o: (calls.append(1), slow(*a, **o))[1]
+calls, slow = [], add.reference
+add.reference = lambda *a, **o: (calls.append(1), slow(*a, **o))[1]
 torch.manual_seed(0)
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)),
                        HydraLoraConfig(r=2, heads=3, target_modules=["0", "2"]))
@@ -398,11 +397,11 @@ def test_the_environment_switches_every_site_to_the_reference():
     assert out.returncode == 0, out.stderr
     before, *logits, after = out.stdout.split()
     assert (before, after) == ("0", "2")  # both sites went through it
-    before_calls = kernel.reference
+    before_calls = kernel.add.reference
     try:
         exec(LOGITS.replace("print(", "result = ("), scope)
     finally:
-        kernel.reference = before_calls
+        kernel.add.reference = before_calls
     here = scope["result"]
     assert (here[0], here[-1]) == (0, 0)
     torch.testing.assert_close(torch.tensor([float(s) for s in logits]), torch.tensor(here[1:-1]), rtol=1e-5, atol=1e-6)

@@ -85,8 +85,7 @@ class GatedMlp(Function):
         y = up(outer.members[0], each[2], hidden, h_down)
         omegas = zip((*inner.members, *outer.members), (omega_gate, omega_up, omega_down), strict=True)
         ctx.plans = activation, inner, outer
-        latents = (*seen[0], *seen[1], *seen_down)
-        ctx.save_for_backward(x, e, a, *tensors, *latents)
+        ctx.save_for_backward(x, e, a, *tensors, *flat([*seen, seen_down]))
         ctx.set_materialize_grads(False)
         return (y.view(*x.shape[:-1], -1), *(cast(Tensor, omega) for m, omega in omegas if m.told))
 
