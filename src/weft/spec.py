@@ -38,6 +38,7 @@ from weft.times import Epochs
 
 FORMAT_VERSION = 1
 
+DROPOUT_MASKS = ("linear", "input")
 AXES: dict[str, dict[str, type]] = {
     "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
     "start": {"kaiming": Kaiming, "directions": Directions},
@@ -117,6 +118,8 @@ class WeftConfig(PeftConfig):
         r: rank, a whole number ≥ 1 (per head for Hydra).
         lora_alpha: the update is scaled by lora_alpha / r. None takes 2·r (Tied: r, as its paper does).
         lora_dropout: probability of dropping an input element of the adapter in training, 0 ≤ p < 1.
+        dropout_mask: "linear", a mask per module as in peft, or "input", one for the modules that read one tensor (q, k, v of
+            one attention, gate and up of one MLP), which is faster. Under torch.compile it is always "linear".
         target_modules: names (suffixes), one regex, or "all-linear". None takes "all-linear"; for Tied the attention
             input projections, as its paper does.
         exclude_modules: names or one regex of modules to leave alone.
@@ -139,6 +142,7 @@ class WeftConfig(PeftConfig):
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
+    dropout_mask: str = "linear"
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -169,6 +173,8 @@ class WeftConfig(PeftConfig):
             raise ConfigError(
                 f"lora_dropout={self.lora_dropout!r} is not a probability below 1: use 0 for none, or 0.05."
             )
+        if self.dropout_mask not in DROPOUT_MASKS:
+            raise ConfigError(f"dropout_mask={self.dropout_mask!r}: {suggest(str(self.dropout_mask), DROPOUT_MASKS)}")
         if not isinstance(self.use_rslora, bool):
             raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
         if isinstance(self.structure, Hydra) and self.structure.router_init == "zero" and not self.lora_dropout:

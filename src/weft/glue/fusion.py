@@ -169,20 +169,55 @@ def _gated_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Ten
 
 
 def _gated_output(mlp: nn.Module, x: Tensor) -> Tensor | None:
-    from weft.glue.layer import WeftLinear
-
-    switches = current()
-    if not switches.mlp or switches.reference or all_watched():
+    found = _mlp_layers(mlp)
+    if found is None:
         return None
-    layers = [getattr(mlp, name) for name in NAMES]
-    act = cast(nn.Module, mlp.act_fn)
-    activation = activation_of(act)
-    if activation is None or watched(act):
-        return None
-    if not all(isinstance(layer, WeftLinear) and not watched(layer) for layer in layers):
-        return None
+    activation, layers = found
     read = layers[0].cast_input(x)
-    jobs: list[Linear] = [job for layer in layers if (job := layer.only_job(x, read)) is not None]
-    if len(jobs) < 3 or jobs[0][2].dropout != jobs[1][2].dropout:
+    jobs = [job for layer in layers if (job := layer.only_job(x, read)) is not None]
+    if len(jobs) < len(NAMES) or jobs[0][2].dropout != jobs[1][2].dropout:
         return None
     return gated_mlp(read, activation, *jobs)
+
+
+def _mlp_layers(mlp: nn.Module) -> tuple[str, list[WeftLinear]] | None:
+    """The activation's name and gate, up and down, if one node may stand for this MLP as things are."""
+    from weft.glue.layer import WeftLinear
+
+    act = cast(nn.Module, mlp.act_fn)
+    activation = activation_of(act)
+    if activation is None or not current().mlp or all_watched() or watched(act):
+        return None
+    layers = [layer for name in NAMES if isinstance(layer := getattr(mlp, name), WeftLinear) and not watched(layer)]
+    return (activation, layers) if len(layers) == len(NAMES) and _all_single(layers) else None
+
+
+def _all_single(layers: Sequence[WeftLinear]) -> bool:
+    return all(layer.has_one_adapter and layer.why_not() is None for layer in layers)
+
+
+# ---------------------------------------------------------------------- which node computes what
+
+
+def nodes(model: nn.Module) -> dict[str, str]:
+    """For every adapted linear of `model`, by its name, what computes it in the next forward outside of torch.compile.
+
+    "mlp", "group" or "linear": a node that spans its gated MLP, the linears that read its input, or itself. Otherwise
+    "module: " and the reason why its base module is called and the update added to what it gives.
+    """
+    from weft.glue.layer import WeftLinear
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, WeftLinear)}
+    whole: set[WeftLinear] = set()
+    for parent in model.modules():
+        if "forward" in vars(parent) and is_gated_mlp(parent) and (spanned := _mlp_layers(parent)) is not None:
+            whole.update(spanned[1])
+    return {name: "mlp" if layer in whole else _node_of(layer) for name, layer in layers.items()}
+
+
+def _node_of(layer: WeftLinear) -> str:
+    group, reason = layer.group, layer.why_not()
+    if reason is not None:
+        return f"module: {reason}"
+    together = current().groups and not all_watched() and group is not None and group.misses < MISSES
+    return "group" if together and group is not None and _all_single(group.members) else "linear"

@@ -105,36 +105,44 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             return x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
+    @property
+    def has_one_adapter(self) -> bool:
+        """Whether exactly one adapter takes part in a forward."""
+        return len(self._names()) == 1 and not (self._disable_adapters or self.merged_adapters)
+
     def only_job(self, x: Tensor, read: Tensor) -> Linear | None:
-        """`job` of the one active adapter; None where there is not exactly one, or it is merged or switched off."""
-        names = self._names()
-        off = self._disable_adapters or self.merged_adapters
-        return None if off or len(names) != 1 else self.job(names[0], x, read)
+        """`job` of the one active adapter; None where there is not exactly one."""
+        return self.job(self._names()[0], x, read) if self.has_one_adapter else None
 
     def job(self, name: str, x: Tensor, read: Tensor) -> Linear | None:
         """What a node needs to compute this linear with the adapter `name`; None where it must be left to the modules.
 
         `read` is x as the base takes it (`cast_input`).
         """
-        weight, site = self._frozen_weight(read), self.site(name)
-        if weight is None or current().reference or watched(site):
+        if self.why_not() is not None:
+            return None
+        base = cast(nn.Linear, self.base_layer)
+        autocast = torch.is_autocast_enabled(read.device.type) and read.dtype in (torch.bfloat16, torch.float16)
+        if base.weight.device != read.device or not (base.weight.dtype == read.dtype or autocast):
             return None
         self._check_distributed(name)
-        work = site.work(self._mask(name, x, read))
-        return None if work.plain or work.scored else (weight, cast(nn.Linear, self.base_layer).bias, work)
+        work = self.site(name).work(self._mask(name, x, read))
+        return None if work.plain or work.scored else (base.weight, base.bias, work)
 
-    def _frozen_weight(self, x: Tensor) -> Tensor | None:
-        """W if the base is nothing but x Wᵀ + b with plain frozen tensors that x can be multiplied with, else None."""
-        base = self.base_layer
-        if type(base) is not nn.Linear or watched(base):
-            return None
-        weight, bias = base.weight, base.bias
-        if type(weight) not in (nn.Parameter, Tensor) or weight.requires_grad or weight.device != x.device:
-            return None
-        if bias is not None and bias.requires_grad:
-            return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return weight if x.dtype == weight.dtype or (autocast and x.dtype in (torch.bfloat16, torch.float16)) else None
+    def why_not(self) -> str | None:
+        """Why no node can own this linear: its base must be called and the update added to what it gives; None if one can."""
+        base, names = self.base_layer, self._names()
+        if current().reference:
+            return "WEFT_REFERENCE is set"
+        if type(base) is not nn.Linear or type(base.weight) not in (nn.Parameter, Tensor):
+            return f"{type(base).__name__} is no plain Linear"
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return "the base is trained too"
+        if watched(base):
+            return "hooks on the base"
+        if names and watched(self.site(names[0])):
+            return "hooks on the adapter"
+        return None
 
     def _mask(self, adapter_name: str, x: Tensor, read: Tensor) -> Tensor | None:
         """The dropout mask that this linear shares with those that read x too; None where it draws its own."""

@@ -160,6 +160,7 @@ class WeftTuner(BaseTuner):
             ranks=peft_config.ranks,
             layers=peft_config.layers,
         )
+        site.one_mask = peft_config.dropout_mask == "input"
         for part, key in keys.items():
             self._owners.setdefault((part, key), cast(TiedTerm, site.structure))
         layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
