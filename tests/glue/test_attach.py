@@ -254,7 +254,9 @@ def test_load_adapter_of_transformers_in_every_phase(count: int, dtype: torch.dt
             else:
                 loaded = PeftModel.from_pretrained(row.build().to(dtype), tmp_path / "adapter", adapter_name="renamed")
             got, same_dtype = loaded.eval()(**row.batch()).logits, dtype == torch.float32 or load == "from_pretrained"
-            atol = 0 if same_dtype else 2**-6 * expected.abs().max().item()  # transformers keeps adapters in the base's dtype
+            atol = (
+                0 if same_dtype else 2**-6 * expected.abs().max().item()
+            )  # transformers keeps adapters in the base's dtype
             assert torch.allclose(got, expected, rtol=0, atol=atol), load
             assert (steps(loaded, "renamed"), launched(loaded, "renamed")) == (count, count >= 3)
             for mine, theirs in zip(terms(model), terms(loaded, "renamed"), strict=True):

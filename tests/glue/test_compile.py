@@ -98,6 +98,29 @@ def test_dropout_and_autocast_compile_without_a_break(structure: str) -> None:
     assert all(p.grad.isfinite().all() for p in trainable(model).values())
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_backward_applies_the_masks_of_its_forward(backend: str) -> None:
+    """The directional derivative is that of differences of the compiled function itself under one seed, in fp64."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Mixer(16).double(),
+        weft.PlainLoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "k_proj", "v_proj"]),
+        autocast_adapter_dtype=False,
+    ).train()
+    randomise(model)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return compiled(x.requires_grad_()).sin().sum()
+
+    x, v = torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 16, dtype=torch.float64)
+    [g] = torch.autograd.grad(value(x), x)
+    with torch.no_grad():
+        ahead, behind = (x + 1e-6 * v).detach(), (x - 1e-6 * v).detach()
+    assert (g * v).sum().item() == pytest.approx(((value(ahead) - value(behind)) / 2e-6).item(), rel=1e-6)
+
+
 def test_switching_adapters_gives_the_new_ones_output() -> None:
     model, batch = trained("plain").eval(), FAMILIES["plain"].batch()
     model.add_adapter("second", weft.PlainLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

@@ -61,7 +61,10 @@ def test_a_step_is_the_same_with_and_without(structure: str, family: str) -> Non
     [
         ("llama", {"q_proj": "group", "v_proj": "group", "o_proj": "linear", "gate_proj": "mlp", "down_proj": "mlp"}),
         ("bert", {"query": "group", "value": "group", "intermediate.dense": "linear"}),
-        ("t5", {"SelfAttention.q": "group", "EncDecAttention.q": "linear", "EncDecAttention.v": "group", "wo": "linear"}),
+        (
+            "t5",
+            {"SelfAttention.q": "group", "EncDecAttention.q": "linear", "EncDecAttention.v": "group", "wo": "linear"},
+        ),
         ("gpt2", {"c_attn": "module: Conv1D is no plain Linear"}),
         ("gpt_neox", {"query_key_value": "linear"}),
         ("plain", {"q_proj": "group", "mlp": "linear"}),
@@ -74,7 +77,8 @@ def test_which_node_computes_what(family: str, kinds: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "config"), [(GemmaForCausalLM, GemmaConfig), (MistralForCausalLM, MistralConfig), (Qwen2ForCausalLM, Qwen2Config)]
+    ("build", "config"),
+    [(GemmaForCausalLM, GemmaConfig), (MistralForCausalLM, MistralConfig), (Qwen2ForCausalLM, Qwen2Config)],
 )
 def test_gated_mlps_of_other_families_are_known_by_their_forward(build, config) -> None:
     torch.manual_seed(0)
@@ -107,7 +111,7 @@ class Named(Gated):
     def forward(self, hidden: Tensor) -> Tensor:
         # a comment
         y = self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
-        return y
+        return y  # noqa: RET504
 
 
 class Swapped(Gated):
@@ -121,7 +125,9 @@ class Earlier(Gated):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-@pytest.mark.parametrize(("kind", "known"), [(Gated, True), (Named, True), (Scaled, False), (Swapped, False), (Earlier, False)])
+@pytest.mark.parametrize(
+    ("kind", "known"), [(Gated, True), (Named, True), (Scaled, False), (Swapped, False), (Earlier, False)]
+)
 def test_an_mlp_is_spanned_only_if_its_forward_is_that_and_nothing_else(kind: type[Gated], known: bool) -> None:
     torch.manual_seed(0)
     mlp = nn.Sequential(kind())
@@ -138,7 +144,9 @@ def test_an_activation_that_is_not_known_is_left_to_the_module() -> None:
     assert activation_of(nn.Tanh()) is None
     base = Gated()
     base.act_fn = nn.Tanh()
-    model = get_peft_model(nn.Sequential(base), weft.PlainLoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    model = get_peft_model(
+        nn.Sequential(base), weft.PlainLoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"])
+    )
     assert set(nodes(model).values()) == {"group", "linear"}
 
 
@@ -146,7 +154,9 @@ def test_an_activation_that_is_not_known_is_left_to_the_module() -> None:
 
 
 def groups_of(model: nn.Module) -> list:
-    return list({id(m.group): m.group for m in model.modules() if isinstance(m, WeftLinear) and m.group is not None}.values())
+    return list(
+        {id(m.group): m.group for m in model.modules() if isinstance(m, WeftLinear) and m.group is not None}.values()
+    )
 
 
 def test_nothing_waits_after_a_forward_and_the_input_is_not_kept() -> None:
@@ -169,7 +179,9 @@ class Crossed(nn.Module):
 
 def test_a_model_that_reads_another_input_gets_its_own_numbers_and_the_group_gives_up() -> None:
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(Crossed()), weft.PlainLoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    model = get_peft_model(
+        nn.Sequential(Crossed()), weft.PlainLoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+    )
     randomise(model)
     x = torch.randn(5, 8)
     with use_reference():
@@ -278,7 +290,7 @@ def test_two_active_adapters_add_up() -> None:
     both = logits(model, batch)
     with use_reference():
         torch.testing.assert_close(both, logits(model, batch), rtol=1e-5, atol=1e-5)
-    assert {n for n in nodes(model).values()} == {"linear"}
+    assert set(nodes(model).values()) == {"linear"}
 
 
 def test_disabled_merged_and_unloaded_models_are_the_base_or_the_sum() -> None:

@@ -24,7 +24,9 @@ VARIANTS = {
 }
 
 
-def make(router: str | None = None, gate: bool = False, v: bool = False, extra: int = 0, dtype=torch.float64) -> Factors:
+def make(
+    router: str | None = None, gate: bool = False, v: bool = False, extra: int = 0, dtype=torch.float64
+) -> Factors:
     torch.manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -107,7 +109,9 @@ def test_outputs_and_gradients_are_those_of_the_equation(variant: str, dtype: to
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_under_autocast_fp32_masters_have_fp32_gradients_of_the_equation(variant: str, dtype: torch.dtype, dropout: float):
+def test_under_autocast_fp32_masters_have_fp32_gradients_of_the_equation(
+    variant: str, dtype: torch.dtype, dropout: float
+):
     f, (x, weight, bias) = make(**VARIANTS[variant], dtype=torch.float32), inputs(torch.float32)
     with torch.autocast("cpu", dtype):
         got = gradients(node, plain, f, (x.detach().to(dtype).requires_grad_(), weight, bias), dropout)

@@ -29,7 +29,9 @@ def factors(fan_in: int, out: int, router: str | None, extra: int, dtype: torch.
 
 
 def leaves(f: Factors) -> list[Tensor]:
-    return [t for t in (f.A, f.B, f.gate, f.router, *(t for s in f.extra for t in (s.down, s.up, s.gate))) if t is not None]
+    return [
+        t for t in (f.A, f.B, f.gate, f.router, *(t for s in f.extra for t in (s.down, s.up, s.gate))) if t is not None
+    ]
 
 
 def make(router: str | None, extra: int, p: float, dtype: torch.dtype = torch.float64):

@@ -153,7 +153,11 @@ def test_a_mask_per_head_reaches_its_head(variant: dict, monkeypatch: pytest.Mon
     weights: list[Tensor] = []
     got = add_low_rank(torch.zeros(5, OUT, dtype=torch.float64), x, Work(f, 0.5, True, weights.append))
     mask_tni = next(mask for mask in seen if mask.dim() == 3)
-    want = sum(reference(x.detach() * slots_mask, Work(Factors(slots.down, slots.up, gate=slots.gate))) for slots in f.extra for slots_mask in [seen[0]])
+    want = sum(
+        reference(x.detach() * slots_mask, Work(Factors(slots.down, slots.up, gate=slots.gate)))
+        for slots in f.extra
+        for slots_mask in [seen[0]]
+    )
     for n in range(HEADS):
         plain = Factors(f.A, f.B.unflatten(1, (HEADS, RANK))[:, n], f.scale, f.gate, f.v)
         want = want + weights[0][:, n : n + 1] * reference(x.detach() * mask_tni[:, n], Work(plain))

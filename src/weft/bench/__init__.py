@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from weft.bench.cases import Case, Shape
+from weft.bench.goals import Target
 from weft.bench.launch import LaunchBench, LaunchResult, launch
-from weft.bench.record import CaseResult, Spread, StepBench, Target
+from weft.bench.record import CaseResult, StepBench
 from weft.bench.rounds import step
+from weft.bench.spread import Spread
 
 __all__ = [
     "Case",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -20,8 +21,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft import linalg
 from weft.errors import ConfigError, suggest
-from weft.recipes import HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig, peft_lora
+from weft.recipes import AllocLoraConfig, HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig, peft_lora
+from weft.site import Site
 from weft.terms.boost.dash import DashTerm
+from weft.terms.layers.only import Only
 
 Dtype = Literal["fp32", "bf16"]
 Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
@@ -33,8 +36,18 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "hydra": HydraLoraConfig,
     "tied": TiedLoraConfig,
     "dash": LoraDashConfig,
+    "alora": partial(AllocLoraConfig, max_rounds=0),  # its ranks are moved by hand
+    "flexora": PlainLoraConfig,  # with a gate on every block
 }
-RANKS: dict[str, tuple[int, ...]] = {"peft": (8, 16), "plain": (8, 16), "hydra": (8,), "tied": (16,), "dash": (8,)}
+RANKS: dict[str, tuple[int, ...]] = {
+    "peft": (8, 16),
+    "plain": (8, 16),
+    "hydra": (8,),
+    "tied": (16,),
+    "dash": (8,),
+    "alora": (16,),
+    "flexora": (16,),
+}
 HEAD_SIZE = 64
 
 
@@ -64,30 +77,53 @@ class Shape:
 class Case:
     """One model to step: the frozen base ("floor"), an adapter of `CONFIGS`, or one from outside.
 
-    `adapter` is the dtype of the adapter's parameters: fp32, or the base's (`autocast_adapter_dtype=False`).
+    `adapter` is the dtype of the adapter's parameters: fp32, or the base's (`autocast_adapter_dtype=False`). `mask`: "linear", or
+    "input" for one dropout mask per input (`dropout_mask`). `compiled`: each block under torch.compile.
     """
 
     kind: str
     r: int = 0
     p: float = 0.0
     adapter: Dtype = "fp32"
+    mask: str = "linear"
+    compiled: bool = False
 
     def __str__(self) -> str:
-        if self.kind == "floor":
-            return self.kind
-        return f"{self.kind} r={self.r} p={self.p:g} {self.adapter}"
+        words = [self.kind] if self.kind == "floor" else [self.kind, f"r={self.r}", f"p={self.p:g}", self.adapter]
+        words += [] if self.mask == "linear" else ["one-mask"]
+        return " ".join([*words, *(["compiled"] if self.compiled else [])])
+
+    @property
+    def is_weft(self) -> bool:
+        """Whether weft computes its update."""
+        return self.kind in CONFIGS and self.kind != "peft"
 
 
-def cases(dtype: Dtype, kinds: Sequence[str], outside: Sequence[str], dropouts: Sequence[float]) -> list[Case]:
-    """The floor, then every case of the kinds asked for at every rank, dropout and adapter dtype on a base of `dtype`.
-
-    `outside` are the keys of `outside_builders`, "name" or "name@RANK".
-    """
+def cases(dtype: Dtype, kinds: Sequence[str], dropouts: Sequence[float]) -> list[Case]:
+    """The floor, then every case of the kinds asked for at every rank, dropout and adapter dtype on a base of `dtype`."""
     if unknown := [kind for kind in kinds if kind not in CONFIGS]:
         raise ConfigError(f"there is no case {unknown[0]!r}: {suggest(unknown[0], CONFIGS)}")
     adapters: tuple[Dtype, ...] = ("fp32",) if dtype == "fp32" else ("fp32", "bf16")
     found = [Case(kind, r, p, a) for kind in kinds for p in dropouts for r in RANKS[kind] for a in adapters]
-    return [Case("floor"), *found, *(Case(*split_rank(name), p, dtype) for name in outside for p in dropouts)]
+    return [Case("floor"), *found]
+
+
+def outside_cases(names: Iterable[str], dropouts: Sequence[float], dtype: Dtype) -> list[Case]:
+    """The cases of `outside_builders`, whose keys are "name" or "name@RANK"."""
+    return [Case(*split_rank(name), p, dtype) for name in names for p in dropouts]
+
+
+def table_cases(dtype: Dtype) -> list[Case]:
+    """The cases of the project's table of figures on a base of `dtype`: all of `weft bench step --all`."""
+    p = 0.05
+    found = [Case("floor"), Case("floor", compiled=True)]
+    for dropout in (0.0, p):
+        found.append(Case("peft", 16, dropout))
+        if dtype == "bf16":
+            found.append(Case("peft", 16, dropout, "bf16"))
+        found += [Case("plain", 16, dropout), Case("plain", 16, dropout, compiled=True), Case("hydra", 8, dropout)]
+        found += [Case(kind, r, dropout) for kind, r in (("dash", 8), ("tied", 16), ("alora", 16), ("flexora", 16))]
+    return [*found, Case("plain", 16, p, mask="input"), Case("hydra", 8, p, mask="input")]
 
 
 def split_rank(name: str) -> tuple[str, int]:
@@ -138,16 +174,27 @@ def frozen_base(shape: Shape, dtype: Dtype) -> LlamaForCausalLM:
 def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
     """The model of a case, in training mode; it shares the base's weight tensors and leaves the base as it was."""
     model = copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
-    if case.kind == "floor":
-        return model
-    if case.kind not in CONFIGS:
+    if case.kind not in ("floor", *CONFIGS):
         name = case.kind if case.kind in outside else f"{case.kind}@{case.r}"
         return outside[name](model, case.r, case.p).train()
-    config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear")
+    adapted = model if case.kind == "floor" else _adapted(case, model)
+    if case.compiled:
+        for block in model.model.layers:  # type: ignore[union-attr]
+            block.compile(dynamic=False)
+    return adapted.train()
+
+
+def _adapted(case: Case, model: nn.Module) -> nn.Module:
+    fields: dict[str, Any] = {} if case.mask == "linear" else {"dropout_mask": case.mask}
+    if case.kind == "flexora":
+        fields["layers"] = Only(tuple(range(len(model.model.layers))), gated=True)  # type: ignore[union-attr, arg-type]
+    config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear", **fields)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
     leave_the_start(adapted)
     launch_anywhere(adapted)
-    return cast(nn.Module, adapted.train())
+    move_ranks(adapted)
+    set_gates(adapted)
+    return cast(nn.Module, adapted)
 
 
 def leave_the_start(model: nn.Module) -> None:
@@ -171,6 +218,28 @@ def launch_anywhere(model: nn.Module) -> None:
             (out, s), fan_in = term.up.shape, term.down.shape[1]
             up, down = (torch.linalg.qr(torch.randn(n, s)).Q for n in (out, fan_in))
             term.launch(linalg.Directions(torch.arange(s), torch.ones(s), torch.ones(s), up, down.T))
+
+
+def move_ranks(model: nn.Module, by: int = 4) -> None:
+    """Where ranks are reallocated: every other site has lost `by` slots to the next one, as after some rounds."""
+    sites = [m for m in model.modules() if isinstance(m, Site) and m.mask is not None]
+    with torch.no_grad():
+        for place, site in enumerate(sites[: len(sites) // 2 * 2]):
+            live = site.initial_rank + (by if place % 2 else -by)
+            fresh = torch.arange(len(cast(Tensor, site.mask))) < live
+            cast(Tensor, site.mask).copy_(fresh)
+            factors = site.structure.factors(1.0)
+            factors.A[~fresh] = 0.0
+            factors.B[:, ~fresh] = 0.0
+            if place % 2:
+                factors.A[site.initial_rank : live].normal_(std=0.02)
+
+
+def set_gates(model: nn.Module) -> None:
+    """Where layers are gated: gates of a search that went on for a while."""
+    for site in model.modules():
+        if isinstance(site, Site) and site.layer_gate is not None:
+            site.layer_gate.normal_(mean=1.0, std=0.1)
 
 
 @dataclass(frozen=True)

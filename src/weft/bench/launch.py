@@ -24,8 +24,9 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from weft.bench.cases import Shape, frozen_base, leave_the_start
-from weft.bench.record import CLOCKS, Clock, Spread
+from weft.bench.record import CLOCKS, Clock
 from weft.bench.rounds import torch_threads, versions
+from weft.bench.spread import Spread
 from weft.errors import ConfigError, suggest
 from weft.glue.attach import schedules
 from weft.glue.decompose import CACHE

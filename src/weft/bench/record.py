@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from weft.bench.agree import Agreement
 from weft.bench.cases import DTYPES, Case, Dtype, Shape
+from weft.bench.goals import Target
+from weft.bench.spread import Spread
 from weft.errors import ConfigError, suggest
 
 Clock = Literal["cpu", "wall"]
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
-NEAR_PEFT = 0.03  # plain and tied against stock peft LoRA of the same rank and adapter dtype, in units of the floor
-HYDRA_OVER_PLAIN = 1.15  # HydraLoRA N=3 r=8 over plain weft LoRA r=16
-DASH_OVER_PLAIN = 1.03  # launched LoRA-Dash r=8 with 8 directions over plain weft LoRA r=16, which has as many slots
-OVER_PLAIN = {"hydra": HYDRA_OVER_PLAIN, "dash": DASH_OVER_PLAIN}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of one ratio over the rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def over(cls, values: Sequence[float]) -> Spread:
-        """Of one value per round; quartiles interpolate between rounds."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -43,7 +22,9 @@ class CaseResult:
     """One case on a base of one dtype. Ratios are to the floor of the same round; seconds are per round.
 
     `saved_bytes` are kept from forward to backward. `exact` says that the gradients agree with the reference kernel's
-    within tolerance and that none of them is zero; both it and `agreement` are None for a model without weft sites.
+    within tolerance and that none of them is zero; both it and `agreement` are None for a model without weft sites, and for
+    dropout in compiled blocks, which draw their masks in another order (tests hold their gradients against differences). `nodes`: how
+    many adapted linears each kind of node computes (`weft.glue.fusion.nodes`).
     """
 
     dtype: Dtype
@@ -55,19 +36,9 @@ class CaseResult:
     saved_ratio: float
     agreement: Agreement | None
     exact: bool | None
+    nodes: dict[str, int]
     seconds: list[float]
     seconds_adamw: list[float]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A figure the project promises: met if at most `limit` (median over rounds)."""
-
-    name: str
-    dtype: Dtype
-    value: Spread
-    limit: float
-    met: bool
 
 
 @dataclass(frozen=True)
@@ -82,6 +53,7 @@ class Setting:
     dtypes: tuple[Dtype, ...]
     dropouts: tuple[float, ...]
     kinds: tuple[str, ...]
+    table: bool
     outside: tuple[str, ...]
     rounds: int
     threads: int
@@ -104,7 +76,8 @@ class Setting:
     @property
     def command(self) -> str:
         """The command line that measures the same."""
-        many = {"dtype": self.dtypes, "dropout": self.dropouts, "only": self.kinds, "case": self.outside}
+        chosen = {} if self.table else {"dropout": self.dropouts, "only": self.kinds}
+        many = {"dtype": self.dtypes, **chosen, "case": self.outside}
         one = {
             **vars(self.shape),
             "rounds": self.rounds,
@@ -113,7 +86,14 @@ class Setting:
             "seed": self.seed,
         }
         words = [f"--{name} {value}" for name, values in many.items() for value in values]
-        return " ".join(["weft bench step", *words, *(f"--{name} {value}" for name, value in one.items())])
+        return " ".join(
+            [
+                "weft bench step",
+                *(["--all"] if self.table else []),
+                *words,
+                *(f"--{name} {value}" for name, value in one.items()),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -147,20 +127,3 @@ class StepBench:
         for row, result in zip(out["cases"], self.cases, strict=True):
             row["label"] = str(result.case)
         return {"command": self.setting.command, "exact": self.exact, **out}
-
-
-def targets(results: Sequence[CaseResult]) -> list[Target]:
-    """The project's targets, for the pairs of cases that were measured."""
-    floor = {r.dtype: r.seconds for r in results if r.case.kind == "floor"}
-    seconds = {(r.dtype, r.case): r.seconds for r in results}
-    found = []
-    for (dtype, case), own in seconds.items():
-        peft = seconds.get((dtype, dataclasses.replace(case, kind="peft")))
-        if case.kind in ("plain", "tied") and peft is not None:
-            behind = Spread.over([(a - b) / f for a, b, f in zip(own, peft, floor[dtype], strict=True)])
-            found.append(Target(f"{case}: behind peft", dtype, behind, NEAR_PEFT, behind.median <= NEAR_PEFT))
-        plain = seconds.get((dtype, dataclasses.replace(case, kind="plain", r=16)))
-        if (limit := OVER_PLAIN.get(case.kind)) is not None and plain is not None:
-            over = Spread.over([a / b for a, b in zip(own, plain, strict=True)])
-            found.append(Target(f"{case}: over plain r=16", dtype, over, limit, over.median <= limit))
-    return found

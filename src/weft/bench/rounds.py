@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 import random
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,9 +32,14 @@ from weft.bench.cases import (
     cases,
     frozen_base,
     outside_builders,
+    outside_cases,
+    table_cases,
 )
-from weft.bench.record import CLOCKS, CaseResult, Clock, Setting, Spread, StepBench, targets
+from weft.bench.goals import targets
+from weft.bench.record import CLOCKS, CaseResult, Clock, Setting, StepBench
 from weft.bench.saved import saved_bytes
+from weft.bench.spread import Spread
+from weft.glue.fusion import nodes
 from weft.train.progress import Progress, Tick, ignore
 
 if TYPE_CHECKING:
@@ -48,6 +54,7 @@ def step(
     dtypes: Sequence[Dtype] = ("fp32", "bf16"),
     dropouts: Sequence[float] = (0.0, 0.05),
     kinds: Sequence[str] = tuple(CONFIGS),
+    table: bool = False,
     outside: Sequence[str] = (),
     rounds: int = 9,
     threads: int = 1,
@@ -62,7 +69,8 @@ def step(
         shape: the model and batch; default 4 layers of width 768, 4 × 256 tokens.
         dtypes: dtypes of the base, "fp32" and "bf16", measured one after the other.
         dropouts: values of `lora_dropout`.
-        kinds: adapters to measure, of "peft", "plain", "hydra", "tied", "dash"; the floor always is.
+        kinds: adapters to measure, of "peft", "plain", "hydra", "tied", "dash", "alora", "flexora"; the floor always is.
+        table: measure instead what the project's figures are about, compiled blocks and one mask per input too, on 8 layers.
         outside: "name[@RANK]=module:function" of further ones; function(base, r, dropout) returns the model to step.
         rounds: interleaved rounds; at least 7 for figures to publish.
         threads: torch's intra-op threads while measuring.
@@ -76,14 +84,28 @@ def step(
     if quick:
         shape, rounds = QUICK, 3
     setting = Setting(
-        shape or Shape(), tuple(dtypes), tuple(dropouts), tuple(kinds), tuple(outside), rounds, threads, clock, seed
+        shape or Shape(layers=8 if table else 4),
+        tuple(dtypes),
+        tuple(dropouts),
+        tuple(kinds),
+        table,
+        tuple(outside),
+        rounds,
+        threads,
+        clock,
+        seed,
     )
     builders = outside_builders(outside)
     results: list[CaseResult] = []
     order: dict[str, list[list[str]]] = {}
-    with torch_threads(threads), torch.random.fork_rng(devices=[]):
+    many = torch._dynamo.config.patch(recompile_limit=256)  # all cases share the code of one block's forward
+    with torch_threads(threads), torch.random.fork_rng(devices=[]), many:
         for dtype in setting.dtypes:
-            jobs = _prepare(cases(dtype, kinds, list(builders), dropouts), setting, dtype, builders, progress)
+            todo = [
+                *(table_cases(dtype) if table else cases(dtype, kinds, dropouts)),
+                *outside_cases(builders, dropouts, dtype),
+            ]
+            jobs = _prepare(todo, setting, dtype, builders, progress)
             order[dtype] = _run(jobs, setting, dtype, progress)
             results += [_result(job, jobs[0], dtype) for job in jobs]
     return StepBench(setting, versions(), results, [] if quick else targets(results), order)
@@ -130,7 +152,8 @@ def _prepare(
         model = build(case, base, outside)
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = [*base.parameters(), *base.buffers(), *model.parameters(), *model.buffers()]
-        agreed = agreement(model, batch, setting.seed)
+        reordered = case.compiled and case.p > 0  # a compiled graph draws the same masks in another order
+        agreed = None if reordered else agreement(model, batch, setting.seed)
         saved = saved_bytes(lambda model=model: batch.loss(model), weights)  # type: ignore[misc]
         optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
         job = _Job(case, model, batch, optimizer, agreed, saved)
@@ -166,6 +189,7 @@ def _result(job: _Job, floor: _Job, dtype: Dtype) -> CaseResult:
         saved_bytes=job.saved,
         saved_ratio=job.saved / floor.saved,
         agreement=agreed,
+        nodes=dict(Counter(nodes(job.model).values())),
         exact=None if agreed is None else agreed.error <= TOLERANCE[dtype] and agreed.smallest_gradient > 0,
         seconds=job.seconds,
         seconds_adamw=job.seconds_adamw,

@@ -20,6 +20,8 @@ from weft.errors import RunError
 if TYPE_CHECKING:
     from weft.bench import CaseResult, LaunchBench, Spread, StepBench
 
+VERDICTS = {"aim": "aim reached", "must": "reached", "missed": "missed", "": ""}
+
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
 
@@ -31,7 +33,7 @@ def bench() -> None:
 @app.command()
 def step(
     hidden: Annotated[int, typer.Option(help="Width of the Llama-type model, a multiple of 64.")] = 768,
-    layers: Annotated[int, typer.Option(help="Its blocks.")] = 4,
+    layers: Annotated[int | None, typer.Option(help="Its blocks; 4, with --all 8.")] = None,
     vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
@@ -39,8 +41,12 @@ def step(
     dtype: Annotated[list[str] | None, typer.Option(help="Base in fp32 or bf16; may be repeated. Both.")] = None,
     dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="peft, plain, hydra, tied, dash; may be repeated. All.")
+        list[str] | None,
+        typer.Option(help="peft, plain, hydra, tied, dash, alora, flexora; may be repeated. All."),
     ] = None,
+    table: Annotated[
+        bool, typer.Option("--all", help="The project's table of figures, compiled blocks too (a quarter of an hour).")
+    ] = False,
     case: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,7 +77,8 @@ def step(
         from weft.train.files import write_json
 
         result = call(
-            Shape(hidden, layers, vocab, batch, seq),
+            Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
+            table=table,
             rounds=rounds,
             threads=threads,
             clock=clock,  # type: ignore[arg-type]  # the library refuses what is no clock
@@ -178,6 +185,7 @@ def step_table(result: StepBench) -> Table:
         table.add_column(column)
     for column in ("forward + backward", "with AdamW", "saved MiB", "/ floor", "gradient error"):
         table.add_column(column, justify="right")
+    table.add_column("linears by node")
     for row in result.cases:
         table.add_row(row.dtype, str(row.case), *_figures(row))
     return table
@@ -185,10 +193,10 @@ def step_table(result: StepBench) -> Table:
 
 def targets_table(result: StepBench) -> Table:
     """A row per target."""
-    table = Table("base", "target", "measured", "at most", "", title="Targets")
+    table = Table("base", "target", "measured", "must", "aim", "", title="Targets")
     for goal in result.targets:
-        verdict = "met" if goal.met else "missed"
-        table.add_row(goal.dtype, goal.name, _spread(goal.value), f"{goal.limit:g}", verdict)
+        limits = ("" if limit is None else f"{limit:.2f}" for limit in (goal.must, goal.aim))
+        table.add_row(goal.dtype, goal.name, _spread(goal.value), *limits, VERDICTS[goal.verdict])
     return table
 
 
@@ -197,7 +205,8 @@ def _figures(row: CaseResult) -> list[str]:
     if row.agreement is not None:
         error = f"{row.agreement.error:.1e}" + ("" if row.exact else " NOT EXACT")
     saved = [f"{row.saved_bytes / 2**20:.1f}", f"{row.saved_ratio:.2f}"]
-    return [_spread(row.ratio), f"{row.ratio_adamw.median:.3f}", *saved, error]
+    of = ", ".join(f"{count} {node}" for node, count in row.nodes.items())
+    return [_spread(row.ratio), f"{row.ratio_adamw.median:.3f}", *saved, error, of]
 
 
 def _spread(value: Spread) -> str:

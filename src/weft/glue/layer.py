@@ -147,7 +147,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def _mask(self, adapter_name: str, x: Tensor, read: Tensor) -> Tensor | None:
         """The dropout mask that this linear shares with those that read x too; None where it draws its own."""
         site = self.site(adapter_name)
-        if not (site.one_mask and site.training and site.dropout) or self.group is None or torch.compiler.is_compiling():
+        if (
+            not (site.one_mask and site.training and site.dropout)
+            or self.group is None
+            or torch.compiler.is_compiling()
+        ):
             return None
         return self.group.mask(x, read, site.dropout)
 

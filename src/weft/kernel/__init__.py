@@ -20,8 +20,8 @@ site use `reference`.
 from weft.kernel.add import Linear, add_low_rank, gated_mlp, linears
 from weft.kernel.branch import Work
 from weft.kernel.dropout import draw
-from weft.kernel.factors import Factors, RouterInput, Slots, delta_weight
 from weft.kernel.equation import reference
+from weft.kernel.factors import Factors, RouterInput, Slots, delta_weight
 from weft.kernel.switches import Switches, current, switched, use_reference
 
 __all__ = [

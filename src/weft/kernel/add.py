@@ -9,11 +9,11 @@ from torch import Tensor
 
 from weft.kernel.branch import Work, branch
 from weft.kernel.dropout import draw, dropped
-from weft.kernel.factors import by_part, joined, like, without_autocast
-from weft.kernel.mlp import run_gated
-from weft.kernel.latent import softmax
-from weft.kernel.node import Member, Parts, Plan, run
 from weft.kernel.equation import reference
+from weft.kernel.factors import by_part, joined, like, without_autocast
+from weft.kernel.latent import softmax
+from weft.kernel.mlp import run_gated
+from weft.kernel.node import Member, Parts, Plan, run
 from weft.kernel.switches import current
 
 
@@ -78,7 +78,17 @@ def _planned(
             masks.append(draw(x, p, width) if work.mask is None else work.mask)
         told = work.on_mix is not None and b.heads > 0
         found.append(Member(b.scale / (1 - p), b.heads, b.r, len(masks) - 1, told))
-        tensors.append(Parts(weight, None if weight is None else other, other if weight is None else None, b.down, b.up, b.route, b.mix))
+        tensors.append(
+            Parts(
+                weight,
+                None if weight is None else other,
+                other if weight is None else None,
+                b.down,
+                b.up,
+                b.route,
+                b.mix,
+            )
+        )
     return Plan(tuple(found), len(masks), p), masks, tensors
 
 
@@ -96,7 +106,9 @@ def _scored(y: Tensor, x: Tensor, work: Work) -> Tensor:
     dropped_ti = dropped(x_ti, work.dropout, work.mask) if work.dropout else x_ti
     u = torch.nn.functional.linear(dropped_ti, like(joined([f.A, *(s.down for s in f.extra)], 0), x))
     keeps = [f.keep, *(s.keep for s in f.extra)]
-    seen = [by_part(t, keep) for t, keep in zip(u.split([len(f.A), *(len(s.down) for s in f.extra)], 1), keeps, strict=True)]
+    seen = [
+        by_part(t, keep) for t, keep in zip(u.split([len(f.A), *(len(s.down) for s in f.extra)], 1), keeps, strict=True)
+    ]
     b = branch(f, x.device, work.dropout > 0)
     h = seen[0]
     if f.router is not None:

@@ -70,7 +70,9 @@ def branch(f: Factors, device: torch.device, dropout: bool) -> Branch:
     if own_scale:
         up = up * f.scale
     if gate is not None:
-        up = (up.unflatten(1, (f.heads, r)) * like(gate, up)).flatten(1) if f.router is not None else up * like(gate, up)
+        up = (
+            (up.unflatten(1, (f.heads, r)) * like(gate, up)).flatten(1) if f.router is not None else up * like(gate, up)
+        )
     if f.v is not None:
         up = like(f.v, up)[:, None] * up
     if f.extra:

@@ -49,7 +49,9 @@ def masked(x: Tensor, bits: Tensor, p: float) -> Tensor:
 def dropped(x: Tensor, p: float, bits: Tensor | None = None) -> Tensor:
     """Dropout as the equation has it: x ⊙ mask / (1 − p), with autograd's derivative; draws the mask unless given."""
     with torch.no_grad():
-        keep = masked(torch.ones_like(x, memory_format=torch.contiguous_format), draw(x, p) if bits is None else bits, p)
+        keep = masked(
+            torch.ones_like(x, memory_format=torch.contiguous_format), draw(x, p) if bits is None else bits, p
+        )
     return x * keep / (1 - p)
 
 
@@ -67,7 +69,9 @@ def packed_bits(count: int, p: float, seed: int) -> np.ndarray[tuple[int], np.dt
     scaled = p * 2**DIGITS
     digits = int(scaled)
     rest = scaled - digits
-    lowest = (digits & -digits).bit_length() - 1 if digits and not rest else 0  # digits that are 0 at the end say nothing
+    lowest = (
+        (digits & -digits).bit_length() - 1 if digits and not rest else 0
+    )  # digits that are 0 at the end say nothing
     drawn = generator.integers(0, 2**64, size=(DIGITS - lowest + bool(rest), words), dtype=np.uint64)
     if rest:
         bits = np.where(drawn[-1] < np.uint64(int(rest * 2**64)), np.uint64(2**64 - 1), np.uint64(0))

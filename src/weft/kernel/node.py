@@ -136,7 +136,9 @@ def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) 
         own = [i for i, s in enumerate(sources) if s == source]
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         u = F.linear(x_s, stacked([rows[i] for i in own], x))
-        for i, part in zip(own, u.split([*(len(rows[i]) for i in own), u.shape[1] - sum(len(rows[i]) for i in own)], 1), strict=False):
+        for i, part in zip(
+            own, u.split([*(len(rows[i]) for i in own), u.shape[1] - sum(len(rows[i]) for i in own)], 1), strict=False
+        ):
             found[i] = part
     return _latents(plan, each, found)
 
@@ -259,7 +261,9 @@ def read_backward(
         gu = side_by_side([cast(Tensor, through[i]) for i in own], len(matrix))
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         grows = gu.T @ x_s
-        for i, part in zip(own, grows.split([*(len(rows[i]) for i in own), len(matrix) - sum(len(rows[i]) for i in own)]), strict=False):
+        for i, part in zip(
+            own, grows.split([*(len(rows[i]) for i in own), len(matrix) - sum(len(rows[i]) for i in own)]), strict=False
+        ):
             found[i] = part
         if not needs_x:
             continue

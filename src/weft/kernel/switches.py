@@ -1,8 +1,8 @@
 """What the fast path may do, for the whole process: from the environment at the start, and within a `with` block.
 
-    WEFT_REFERENCE=1    every site computes the equation in einsums, after its base layer
-    WEFT_GROUPS=0       no node spans several linears that read one input
-    WEFT_MLP=0          no node spans a gated MLP
+WEFT_REFERENCE=1    every site computes the equation in einsums, after its base layer
+WEFT_GROUPS=0       no node spans several linears that read one input
+WEFT_MLP=0          no node spans a gated MLP
 """
 
 from __future__ import annotations
