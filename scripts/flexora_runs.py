@@ -147,9 +147,10 @@ def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
 
 
 def layers_of(found: dict[str, Any], variant: str) -> Layers:
-    """What a variant names; all groups stand for a control of a search that selected everything."""
+    """What a variant names; all groups stand for `longer`, and for the controls of a search that selected everything."""
     layers: dict[str, Layers] = found["layers"]
-    return layers.get(variant, layers["all"])
+    everything = variant == "longer" or layers["flexora"] == layers["all"]
+    return layers["all"] if everything else layers[variant]  # four groups or more always have three other selections
 
 
 def length(spec: dict[str, Any], found: dict[str, Any], variant: str) -> int | None:

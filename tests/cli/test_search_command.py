@@ -18,6 +18,7 @@ def test_a_selection_is_shown_with_its_controls_and_written(weft: Weft, recipe_f
     for shown in (
         *("model.layers.0", "layers: [", "2 seeds agree", "by chance", "compare with adapter.layers: all [0, 1]"),
         *("2 sizes of the search set agree", "on 24 rows: [", "cost: worth", "training steps", "of the recipe's"),
+        "other selections of this size: 1",
     ):
         assert shown in said.out.replace("\n", " ") or shown in said.out, shown
     layers = json.loads(out.read_text())["layers"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,9 @@ from searching import adapted, make, mse, planted, rows_of, stack
 
 import weft
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise
-from weft.errors import AdapterError, ConfigError
+from weft.errors import ConfigError
 from weft.glue.layer import WeftLinear
-from weft.search import Selection, compare
+from weft.search import Candidate, Selection, compare
 from weft.search.driver import LayerSearch
 from weft.search.inner import Inner
 from weft.terms.layers.search import weights
@@ -47,8 +49,72 @@ def test_a_selection_survives_its_file_and_is_small(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1}', '{"format": 99}', '{"r": 8}'])
 def test_a_file_that_is_no_selection_is_refused_in_a_sentence(content: str, tmp_path: Path):
     (tmp_path / "selection.json").write_text(content)
-    with pytest.raises(AdapterError, match=r"selection\.json"):
+    with pytest.raises(ConfigError, match=r"selection\.json"):
         Selection.load(tmp_path / "selection.json")
+
+
+DAMAGE = {
+    "layers a number": ("layers", 3),
+    "layers that nobody selected": ("layers", [0]),
+    "no candidates": ("candidates", []),
+    "candidates no list": ("candidates", {"0": {}}),
+    "a candidate no object": ("candidates.0", [1, 2]),
+    "a name that is none": ("candidates.1.name", 7),
+    "alpha a string": ("candidates.0.alpha", "0.3"),
+    "alpha no number": ("candidates.0.alpha", float("nan")),
+    "alpha_hat missing": ("candidates.0.alpha_hat", ...),
+    "selected a number": ("candidates.0.selected", 1),
+    "a block below zero": ("candidates.0.block", -1),
+    "a block that is half": ("candidates.0.block", 0.5),
+    "modules a string": ("candidates.0.modules", "blocks.0.up"),
+    "modules empty": ("candidates.0.modules", []),
+    "distance null": ("candidates.2.distance", None),
+    "a candidate with more": ("candidates.0.alhpa", 0.3),
+    "granularity unknown": ("granularity", "layer"),
+    "adapter a list": ("adapter", ["r", 8]),
+    "r a string": ("adapter.r", "8"),
+    "rank_pattern a list": ("adapter.rank_pattern", [1]),
+    "a search with a wrong setting": ("search.inner_steps", "many"),
+    "a search with another setting": ("search.inner_stpes", 2),
+    "inner with a wrong setting": ("inner.lr", None),
+    "record missing": ("record", ...),
+    "seconds a string": ("seconds", "12 s"),
+    "something that is not there": ("layer", [1]),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE))
+def test_a_malformed_value_is_named_with_its_file_and_key_when_the_file_is_read(damage: str, tmp_path: Path):
+    _, selection = searched()
+    path, (key, value) = tmp_path / "selection.json", DAMAGE[damage]
+    selection.save(path)
+    content = json.loads(path.read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    inside = content
+    for part in parents:
+        inside = inside[part]
+    if value is ...:
+        del inside[last]
+    else:
+        inside[last] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=str(last)) as raised:
+        Selection.load(path)
+    assert str(path) in str(raised.value)
+    assert "search again, or name the blocks by hand" in str(raised.value)
+    assert type(raised.value) is ConfigError
+    assert len(str(raised.value)) < 400  # the value that is wrong, not the whole file
+
+
+def test_a_selection_in_which_nothing_is_selected_is_refused(tmp_path: Path):
+    """Or the empty list would reach peft, which takes it for all layers."""
+    _, selection = searched()
+    none = [dataclasses.replace(c, selected=False) for c in selection.candidates]
+    path = tmp_path / "selection.json"
+    content = {"format": 1, "layers": [], **dataclasses.asdict(selection), "candidates": [vars(c) for c in none]}
+    path.write_text(json.dumps(content, default=str))
+    with pytest.raises(ConfigError, match="none is selected"):
+        Selection.load(path)
 
 
 @pytest.mark.parametrize("structure", list(STRUCTURES))
@@ -171,6 +237,37 @@ def test_controls_have_the_size_of_the_selection_and_are_seeded():
     assert (found["first"].blocks, found["last"].blocks) == ((0, 1), (2, 3))
     assert found == selection.controls(draws=3, seed=1)
     assert all(c.gradient_norm > 0 for c in selection.candidates)
+
+
+def of_size(n: int, chosen: set[int]) -> Selection:
+    """A selection of these groups out of n, made by hand."""
+    groups = [Candidate(f"b.{i}", i, (f"b.{i}.up",), 0.0, 1.0, 0.0, i in chosen, False, False, i) for i in range(n)]
+    return Selection(tuple(groups), "block", {}, {}, {})
+
+
+@pytest.mark.parametrize(("n", "chosen"), [(4, {0}), (4, {1, 2}), (3, {0, 2}), (6, {5, 1, 3}), (8, set(range(7)))])
+def test_random_controls_differ_from_the_selection_and_from_each_other_as_far_as_there_are_enough(n: int, chosen: set):
+    selection = of_size(n, chosen)
+    others = {c for c in combinations(range(n), len(chosen)) if set(c) != chosen}
+    assert selection.others == len(others)
+    for seed in range(20):
+        for draws in (1, 3, 5):
+            found = selection.controls(draws, seed)
+            drawn = [only.blocks for name, only in found.items() if name.startswith("random")]
+            assert len(drawn) == len(set(drawn)) == min(draws, len(others))
+            assert set(drawn) <= others
+            assert found == selection.controls(draws, seed)
+
+
+def test_fewer_draws_are_the_first_of_more_and_every_other_selection_is_as_likely():
+    selection = of_size(5, {0, 1})
+    names = ["random 1", "random 2"]
+    for seed in range(5):
+        few, many = selection.controls(2, seed), selection.controls(6, seed)
+        assert [few[name] for name in names] == [many[name] for name in names]
+    seen = Counter(selection.controls(1, seed)["random 1"].blocks for seed in range(900))
+    assert len(seen) == 9
+    assert max(seen.values()) < 2 * min(seen.values())
 
 
 def test_with_everything_selected_all_is_the_only_control_and_the_second_stage_is_plain_lora():
