@@ -16,7 +16,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 
 import weft
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise
-from weft.errors import ConfigError
+from weft.errors import ConfigError, RunError
 from weft.glue.layer import WeftLinear
 from weft.search import Candidate, Selection, compare
 from weft.search.driver import LayerSearch
@@ -218,6 +218,12 @@ def test_an_empty_rule_never_reaches_peft_as_an_empty_list():
     assert selection.blocks == (0,)
     assert [c.filled for c in selection.candidates] == [True, False, False]
     assert len(selection.peft_config().target_modules) == 2
+
+
+def test_an_empty_rule_is_an_error_where_that_was_asked_for():
+    model = adapted(stack(3), weft.Search(**SMALL, when_fewer="error"))
+    with pytest.raises(RunError, match="selects 0 of 3 groups"):
+        make(model, planted(stack(3), {1}, 40)).selection()
 
 
 def test_single_modules_are_selected_by_name():

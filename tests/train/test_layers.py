@@ -13,7 +13,7 @@ from pairing import both_of
 from peft import PeftModel
 
 import weft
-from weft.errors import ConfigError, DataError, TargetError
+from weft.errors import ConfigError, DataError, RunError, TargetError
 from weft.search import Selection
 from weft.search.driver import LayerSearch
 from weft.train.layers import search_recipe
@@ -81,6 +81,19 @@ def test_a_run_interrupted_after_its_search_goes_on_with_the_same_selection(reci
     resumed = weft.train(given, resume=True)
     assert resumed.time["resumed_from"] == 4
     assert weights(resumed) == weights(whole)
+
+
+def test_a_recipe_may_ask_for_an_error_where_too_few_blocks_qualify(recipe: Make, tmp_path: Path) -> None:
+    """Two of two blocks cannot both be above their mean."""
+    filled = weft.train(recipe(adapter={**FLEXORA, "min_layers": 2}, out=str(tmp_path / "filled")))
+    assert filled.adapter["layers"]["blocks"] == [0, 1]
+    given = recipe(adapter={**FLEXORA, "min_layers": 2, "when_fewer": "error"})
+    with pytest.raises(RunError, match=r"selects 1 of 2 groups, fewer than min_layers=2"):
+        weft.train(given)
+    assert Run.load(given["out"]).status == "failed"
+    with pytest.raises(RunError, match="fewer than min_layers=2"):
+        search_recipe(given, out=tmp_path / "selection.json")
+    assert not (tmp_path / "selection.json").exists()
 
 
 def test_a_classifiers_head_is_fresh_in_the_second_stage(recipe: Make) -> None:

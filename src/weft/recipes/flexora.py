@@ -35,6 +35,7 @@ def FlexoraConfig(
     select: str | None = None,
     top_k: int | None = None,
     min_layers: int = 1,
+    when_fewer: str = "fill",
     finetune: str = "restart",
     preset: str = "ours",
     **fields: Any,
@@ -57,6 +58,7 @@ def FlexoraConfig(
         select=select,  # type: ignore[arg-type]
         top_k=top_k,
         min_layers=min_layers,
+        when_fewer=when_fewer,  # type: ignore[arg-type]
         finetune=finetune,  # type: ignore[arg-type]
         preset=preset,  # type: ignore[arg-type]
     )

@@ -98,10 +98,10 @@ def by_double_backward(passes: Passes, alpha_n: Tensor) -> Product:
             use_reference(),
             math_attention(),
         ):
-            shares = passes.shares(step.batches)
+            shares, _ = passes.shares(step.batches)
 
             def accumulate() -> None:
-                for batch, share in zip(step.batches, shares, strict=True):
+                for batch, share in shares:
                     with passes.gates.graphed(
                         list(weights(alpha))
                     ):  # a graph per micro-batch: its own backward frees it

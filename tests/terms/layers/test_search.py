@@ -65,6 +65,8 @@ def test_the_chain_rule_is_autograds_and_sums_to_zero(power: int):
         {"preset": "released", "hypergrad": "unrolled_fd"},
         {"preset": "released", "finetune": "continue"},
         {"granularity": "layer"},
+        {"when_fewer": "raise"},
+        {"when_fewer": "error", "select": "top_k", "top_k": 1, "min_layers": 2},
     ],
     ids=str,
 )

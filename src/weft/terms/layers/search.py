@@ -27,12 +27,14 @@ from weft.errors import ConfigError, suggest
 from weft.numbers import is_number, is_whole
 
 Rule = Literal["above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"]
+Fewer = Literal["fill", "error"]
 
 _CHOICES: dict[str, Sequence[str]] = {
     "granularity": ("block", "module"),
     "hypergrad": ("direct", "unrolled_fd", "unrolled_exact"),
     "alpha_optimizer": ("adam", "sgd"),
     "select": ("above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"),
+    "when_fewer": ("fill", "error"),
     "finetune": ("restart", "continue"),
     "preset": ("ours", "released"),
 }
@@ -60,7 +62,9 @@ class Search:
         max_search_samples: rows used at most, validation included; val_size: rows held out where none are given.
         select: "above_mean": α_i > mean(α), the same for α + c; "raw_zero": α_i > 0 (released code); "top_k": the
             `top_k` largest; "alpha_hat_gt_1": α̂_i > 1, which implies α_i > mean(α) but not the reverse.
-        min_layers: where the rule selects fewer, the largest α are added.
+        min_layers: what is selected at least. Where the rule selects fewer, `when_fewer` says whether the largest α are added
+            ("fill") or the search ends in a RunError ("error"): with no block or too few above the threshold, those added
+            are blocks that the search did not find worth an adapter.
         finetune: what a recipe does with the selection: "restart" a fresh adapter on the selected blocks, or "continue" the
             searched one with α̂ folded in.
         preset: "released" repeats the released code, for replication studies only: α̂³, sign-SGD inside, raw_zero,
@@ -83,6 +87,7 @@ class Search:
     select: Rule | None = None
     top_k: int | None = None
     min_layers: int = 1
+    when_fewer: Fewer = "fill"
     finetune: Literal["restart", "continue"] = "restart"
     preset: Literal["ours", "released"] = "ours"
 
@@ -112,6 +117,11 @@ class Search:
         if (self.select == "top_k") != (self.top_k is not None):
             raise ConfigError(
                 f"Search(select={self.select!r}, top_k={self.top_k!r}): give select='top_k' and top_k=k together."
+            )
+        if self.when_fewer == "error" and self.top_k is not None and self.top_k < self.min_layers:
+            raise ConfigError(
+                f"Search(when_fewer='error', top_k={self.top_k}, min_layers={self.min_layers}) can only fail: use a top_k of "
+                "min_layers or more."
             )
         if self.unroll_steps is not None and (self.hypergrad == "direct" or self.unroll_steps > self.inner_steps):
             raise ConfigError(
