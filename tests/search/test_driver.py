@@ -150,6 +150,27 @@ def test_gates_are_the_weights_of_alpha_after_every_step():
         assert {float(site.layer_gate) for site in group.sites.values()} == {float(value)}
 
 
+def test_no_gate_passes_alpha_hat_max_and_the_largest_alpha_hat_is_still_told():
+    free, held = (search(alpha_lr=0.3, steps=8, alpha_hat_max=most) for most in (None, 1.25))
+    largest: dict[str, list[float]] = {"free": [], "held": []}
+    for _ in range(8):
+        told = [found.step()["max_alpha_hat"] for found in (free, held)]
+        for name, found in (("free", free), ("held", held)):
+            largest[name].append(max(float(site.layer_gate) for site in found.gates.sites))
+        assert largest["free"][-1] == told[0]
+        assert largest["held"][-1] == min(told[1], 1.25)
+    assert max(largest["free"]) > 1.25
+    assert max(largest["held"]) == 1.25 < max(row["max_alpha_hat"] for row in held.history)
+
+
+def test_a_resumed_search_has_its_gates_cut_off_too():
+    held, again = (search(alpha_lr=0.3, alpha_hat_max=1.25) for _ in range(2))
+    with torch.no_grad():
+        held.alpha.copy_(torch.tensor([1.0, -1.0, 0.0]))
+    again.load_state_dict(held.state_dict())
+    assert max(float(site.layer_gate) for site in again.gates.sites) == 1.25
+
+
 @pytest.mark.parametrize("kind", ["direct", "unrolled_fd"])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_search_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(kind: str, stop: int, tmp_path: Path):

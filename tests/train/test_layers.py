@@ -83,10 +83,13 @@ def test_a_run_interrupted_after_its_search_goes_on_with_the_same_selection(reci
     assert weights(resumed) == weights(whole)
 
 
-def test_a_recipe_may_ask_for_an_error_where_too_few_blocks_qualify(recipe: Make, tmp_path: Path) -> None:
+def test_a_recipe_may_ask_for_an_error_where_too_few_blocks_qualify(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two of two blocks cannot both be above their mean."""
     filled = weft.train(recipe(adapter={**FLEXORA, "min_layers": 2}, out=str(tmp_path / "filled")))
     assert filled.adapter["layers"]["blocks"] == [0, 1]
+    assert "added for min_layers: model.layers." in caplog.text
     given = recipe(adapter={**FLEXORA, "min_layers": 2, "when_fewer": "error"})
     with pytest.raises(RunError, match=r"selects 1 of 2 groups, fewer than min_layers=2"):
         weft.train(given)

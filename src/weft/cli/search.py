@@ -49,6 +49,8 @@ def _shown(found: Searched) -> RenderableType:
     text = [f"layers: {list(selection.blocks)}  margin {selection.margin:.3g}"]
     if selection.near_ties:
         text.append(f"one more step could have turned: {', '.join(selection.near_ties)}")
+    if selection.filled:
+        text.append(f"not over the threshold, and added for min_layers: {', '.join(selection.filled)}")
     text += [
         _agreement(f"{len(found.seeds)} seeds", found.stability, "--seeds 5"),
         _agreement(f"{1 + len(found.by_rows)} sizes of the search set", found.stability_by_rows, "--rows N --rows M"),

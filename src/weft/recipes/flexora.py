@@ -27,6 +27,7 @@ def FlexoraConfig(
     unroll_steps: int | None = None,
     alpha_lr: float = 0.01,
     alpha_optimizer: str = "adam",
+    alpha_hat_max: float | None = None,
     outer_batches: int = 8,
     search_epochs: float = 1.0,
     steps: int | None = None,
@@ -50,6 +51,7 @@ def FlexoraConfig(
         unroll_steps=unroll_steps,
         alpha_lr=alpha_lr,
         alpha_optimizer=alpha_optimizer,  # type: ignore[arg-type]
+        alpha_hat_max=alpha_hat_max,
         outer_batches=outer_batches,
         search_epochs=search_epochs,
         steps=steps,

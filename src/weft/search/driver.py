@@ -32,7 +32,7 @@ from weft.search.rows import Collate, Cycle, Rows, split, stack
 from weft.search.rules import check_counts
 from weft.search.selection import Selection
 from weft.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
-from weft.terms.layers.search import Search, alpha_gradient, weights
+from weft.terms.layers.search import Search, weights
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class LayerSearch:
         self.alpha_optimizer.step()
         self.alpha.grad = None
         self.last_move = float((self.alpha.detach() - before).abs().max())
-        self.gates.write(weights(self.alpha.detach()) ** self.search.power)
+        self.gates.write(self.search.gates(self.alpha.detach()))
         return loss, True
 
     def hypergradient(self, taken: Sequence[Taken] = ()) -> tuple[float, Tensor | None]:
@@ -184,14 +184,13 @@ class LayerSearch:
                 )
         if not passed.finite:
             return passed.loss, None
-        alpha_hat = weights(self.alpha.detach())
-        gradient = alpha_gradient(passed.h, alpha_hat, self.search.power)
+        gradient = self.search.gradient(passed.h, self.alpha)
         if taken:
             exact = self.search.hypergrad == "unrolled_exact"
             product = (
-                by_double_backward(self.passes, self.alpha)
+                by_double_backward(self.passes, self.search, self.alpha)
                 if exact
-                else by_differences(self.passes, alpha_hat, self.search.fd_step)
+                else by_differences(self.passes, self.search, self.alpha)
             )
             gradient = adjoint(taken, passed.theta, gradient, product)
         return passed.loss, gradient if bool(gradient.isfinite().all()) else None

@@ -78,6 +78,11 @@ class Selection:
         """The groups that one more step could have turned."""
         return [c.name for c in self.candidates if c.near]
 
+    @property
+    def filled(self) -> list[str]:
+        """The groups that the rule did not select, and `min_layers` did."""
+        return [c.name for c in self.candidates if c.filled]
+
     def peft_config(self, **fields: Any) -> LoraConfig:
         """A stock LoRA of the searched rank and scale on the selected modules, by their full names.
 

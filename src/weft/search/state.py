@@ -13,7 +13,6 @@ import torch
 from weft.errors import RunError
 from weft.schedule import together
 from weft.search.passes import Random
-from weft.terms.layers.search import weights
 
 if TYPE_CHECKING:
     from weft.search.driver import LayerSearch
@@ -63,7 +62,7 @@ def restore(search: LayerSearch, state: dict[str, Any]) -> None:
     for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
         setattr(search, name, state[name])
     search.history = [dict(row) for row in state["history"]]
-    search.gates.write(weights(search.alpha.detach()) ** search.search.power)
+    search.gates.write(search.search.gates(search.alpha.detach()))
     if len(state["random"]) == together.world():
         mine = state["random"][together.rank()]
         Random(mine["cpu"], mine["cuda"]).set()

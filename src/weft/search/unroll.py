@@ -30,7 +30,7 @@ from weft.glue.modes import in_mode
 from weft.kernel import use_reference
 from weft.schedule import together
 from weft.search.passes import Batch, Passes, Random, math_attention
-from weft.terms.layers.search import alpha_gradient, weights
+from weft.terms.layers.search import Search
 
 Product = Callable[["Taken", list[Tensor]], tuple[list[Tensor], Tensor]]
 
@@ -61,14 +61,14 @@ def adjoint(steps: Sequence[Taken], lam: list[Tensor], g_n: Tensor, product: Pro
     return g_n
 
 
-def by_differences(passes: Passes, alpha_hat_n: Tensor, relative: float) -> Product:
-    """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `relative`."""
+def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
+    """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `search.fd_step`."""
 
     def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         norm = float(torch.stack([t.double().square().sum() for t in towards]).sum().sqrt())
         if not norm:
-            return [torch.zeros_like(t) for t in towards], torch.zeros_like(alpha_hat_n)
-        eps = relative / norm
+            return [torch.zeros_like(t) for t in towards], torch.zeros_like(alpha_n.detach())
+        eps = search.fd_step / norm
         sides = []
         for sign in (eps, -eps):
             with (
@@ -78,13 +78,13 @@ def by_differences(passes: Passes, alpha_hat_n: Tensor, relative: float) -> Prod
                 sides.append(passes.backward(step.batches, training=True))
         plus, minus = sides
         theta = [(a - b) / (2 * eps) for a, b in zip(plus.theta, minus.theta, strict=True)]
-        alpha = [alpha_gradient(side.h, alpha_hat_n) for side in sides]
+        alpha = [search.gradient(side.h, alpha_n) for side in sides]
         return theta, (alpha[0] - alpha[1]) / (2 * eps)
 
     return product
 
 
-def by_double_backward(passes: Passes, alpha_n: Tensor) -> Product:
+def by_double_backward(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
     """The same products exactly, through the reference path and plain attention."""
 
     def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -103,7 +103,7 @@ def by_double_backward(passes: Passes, alpha_n: Tensor) -> Product:
             def accumulate() -> None:
                 for batch, share in shares:
                     with passes.gates.graphed(
-                        list(weights(alpha))
+                        list(search.gates(alpha))
                     ):  # a graph per micro-batch: its own backward frees it
                         second = _second(passes, batch, share, towards, into)
                     for total, value in zip(found, second, strict=True):

@@ -57,6 +57,7 @@ class Search:
             does: at a rate at which θ fits in a few steps, the sign of h is that of θ's overshoot, not of a block's use.
         unroll_steps: how many of the K are differentiated by the unrolled kinds; None is all.
         alpha_lr, alpha_optimizer: of α; no decay, no schedule (released code: Adam, 0.01).
+        alpha_hat_max: the gate of a block is α̂ cut off there, which may be all of N otherwise; None (released code) is not.
         outer_batches: validation micro-batches per step on α (released code: 8, of one sample each).
         search_epochs: passes over the search's training rows; `steps`, if given, is the number of steps on α instead.
         max_search_samples: rows used at most, validation included; val_size: rows held out where none are given.
@@ -79,6 +80,7 @@ class Search:
     unroll_steps: int | None = None
     alpha_lr: float = 0.01
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
+    alpha_hat_max: float | None = None
     outer_batches: int = 8
     search_epochs: float = 1.0
     steps: int | None = None
@@ -101,6 +103,10 @@ class Search:
             self._check(name, _is_positive(getattr(self, name)), "a positive number")
         self._check(
             "inner_lr", self.inner_lr is None or _is_positive(self.inner_lr), "a positive number, or leave it out"
+        )
+        most = self.alpha_hat_max
+        self._check(
+            "alpha_hat_max", most is None or (is_number(most) and 1 < most < math.inf), "a number above 1, or none"
         )
         if self.select is None:
             object.__setattr__(self, "select", "raw_zero" if self.preset == "released" else "above_mean")
@@ -142,6 +148,20 @@ class Search:
     def power(self) -> int:
         """The gate of a site is α̂ to this power: 1; 3 in the released code."""
         return 3 if self.preset == "released" else 1
+
+    def gates(self, alpha_n: Tensor) -> Tensor:
+        """What the updates of the N groups are multiplied with, [N] → [N] fp64: α̂, or min(α̂, alpha_hat_max), to the power."""
+        alpha_hat_n = weights(alpha_n)
+        if self.alpha_hat_max is not None:
+            alpha_hat_n = alpha_hat_n.clamp(max=self.alpha_hat_max)
+        return alpha_hat_n**self.power
+
+    def gradient(self, h_n: Tensor, alpha_n: Tensor) -> Tensor:
+        """∂R/∂α [N] fp64 from h_i = gate_i · ∂R/∂gate_i; a gate that is cut off is a constant, so its h is left out."""
+        alpha_hat_n = weights(alpha_n.detach())
+        if self.alpha_hat_max is not None:
+            h_n = h_n.where(alpha_hat_n <= self.alpha_hat_max, 0.0)
+        return alpha_gradient(h_n, alpha_hat_n, self.power)
 
 
 def weights(alpha_n: Tensor) -> Tensor:
