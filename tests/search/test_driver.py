@@ -12,6 +12,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 import weft
 from weft.errors import ConfigError, DataError, RunError
 from weft.search.driver import LayerSearch
+from weft.search.inner import Inner
 from weft.terms.layers.search import weights
 
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}
@@ -87,6 +88,24 @@ def test_a_validation_loss_that_is_no_number_skips_the_step_and_is_counted(kind:
     assert not found.alpha_optimizer.state
     with pytest.raises(RunError, match="none of the"):
         found.run()
+
+
+def test_steps_that_are_no_numbers_are_left_out_of_a_search_that_goes_on():
+    """One bad row of six: α is that of the steps without it, to the bit."""
+    rows = planted(stack(3), {1}, 40)
+    held = rows_of(torch.randn(6, 6).double(), torch.randn(6, 6).double())
+    held[2]["y"][0] = float("inf")
+    model = adapted(stack(3), weft.Search(**{**SMALL, "outer_batches": 1}))
+    inner = Inner(lr=1e-2, batch_size=1, accumulation=1)
+    found = LayerSearch(model, model.peft_config["default"].layers, inner, rows, held, loss=mse)
+    for _ in range(6):
+        before, optimiser = found.alpha.detach().clone(), str(found.alpha_optimizer.state_dict())
+        row = found.step()
+        kept = torch.equal(before, found.alpha.detach()) and optimiser == str(found.alpha_optimizer.state_dict())
+        assert kept == row["skipped"]
+    assert found.skipped == 1
+    assert found.alpha.detach().isfinite().all()
+    assert found.selection().record["skipped_steps"] == 1
 
 
 def test_sgd_keeps_the_sum_of_alpha_at_zero_and_adam_need_not():

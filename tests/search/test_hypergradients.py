@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from searching import adapted, make, mse, planted, quantised, rounded, stack
-from torch import Tensor
+from torch import Tensor, nn
 
 import weft
 from weft.errors import ConfigError
 from weft.search.driver import LayerSearch
+from weft.search.passes import Loss
 from weft.terms.layers.search import weights
 
 STRUCTURES = {
@@ -109,10 +110,23 @@ def test_direct_is_the_finite_difference_of_the_validation_loss_at_fixed_theta()
         torch.testing.assert_close(found[i], (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-9)
 
 
+LOSSES: dict[str, Loss] = {
+    "squares": mse,
+    "absolute": lambda model, batch: (model(batch["x"]) - batch["y"]).abs().mean(),
+    "cross entropy": lambda model, batch: nn.functional.cross_entropy(model(batch["x"]), batch["y"].argmax(-1)),
+    "no bound below": lambda model, batch: -model(batch["x"]).pow(3).sum(),
+    "of one output": lambda model, batch: model(batch["x"])[0, 0].sin(),
+}
+
+
 @pytest.mark.parametrize("structure", list(STRUCTURES))
-def test_the_gradients_of_alpha_sum_to_zero(structure: str):
-    _, found = moved_search(structure).hypergradient()
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_the_gradients_of_alpha_sum_to_zero_for_any_loss(structure: str, loss: str):
+    search = moved_search(structure)
+    search.passes._loss = LOSSES[loss]
+    _, found = search.hypergradient()
     assert abs(float(found.sum())) < 1e-12 * float(found.abs().sum())
+    assert found.abs().max() > 1e-8
 
 
 def test_cubed_gates_of_the_released_code_have_three_times_the_gradient():

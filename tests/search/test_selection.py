@@ -209,6 +209,36 @@ def test_stock_peft_gets_the_same_modules_by_their_full_names():
     assert adapted_names == {m for c in selection.chosen for m in c.modules}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 3, "lora_alpha": 12},
+        {"r": 4, "use_rslora": True},
+        {"rank_pattern": {"up": 4}, "alpha_pattern": {"up": 2}},
+        {"lora_dropout": 0.25},
+    ],
+    ids=str,
+)
+def test_stock_peft_gets_the_searched_ranks_scales_and_dropout(fields: dict, tmp_path: Path):
+    """s as it was: with the same A and B its function is that of the searched adapter with gates of 1 and nothing elsewhere."""
+    model, selection = searched(fields)
+    selection.save(tmp_path / "selection.json")
+    torch.manual_seed(0)
+    stock = get_peft_model(stack(4), Selection.load(tmp_path / "selection.json").peft_config()).double().eval()
+    held = {n.removeprefix("base_model.model."): m for n, m in stock.named_modules() if hasattr(m, "lora_A")}
+    assert set(held) == {m for c in selection.chosen for m in c.modules}
+    with torch.no_grad():
+        for name, site in sites(model).items():
+            site.layer_gate.fill_(float(name in held))
+            if name in held:
+                held[name].lora_A["default"].weight.copy_(site.structure.A)
+                held[name].lora_B["default"].weight.copy_(site.structure.B)
+    x = torch.randn(5, 6).double()
+    torch.testing.assert_close(stock(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+    dropped = [m.p for m in stock.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+    assert dropped == [0.25] * len(held) if "lora_dropout" in fields else not dropped
+
+
 def test_an_empty_rule_never_reaches_peft_as_an_empty_list():
     """α all equal: above the mean there is nothing, and layers_to_transform=[] would adapt everything."""
     base = stack(3)

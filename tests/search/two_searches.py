@@ -36,6 +36,18 @@ def searched(name: str, seed: int) -> tuple[list[list[float]], list[torch.Tensor
     return [row["alpha"] for row in search.history], [p.detach() for p in search.passes.params], blocks
 
 
+def identity(seed: int) -> LayerSearch:
+    """A search whose θ and α are away from their starts, which validates on three micro-batches of two rows per step."""
+    settings = weft.Search(outer_batches=3, val_size=12, steps=5)
+    search = make(adapted(stack(3), settings, seed, moved=0.3), planted(stack(3), {1}, 40), batch_size=2)
+    with torch.no_grad():
+        search.alpha.copy_(torch.tensor([0.3, -0.5, 0.1]))
+    search.gates.write(settings.gates(search.alpha.detach()))
+    for site in search.gates.sites:
+        site.awaits_search = False
+    return search
+
+
 def resumed(rank: int) -> dict[str, Any]:
     """α of a search with dropout, and of one that is saved after two steps and continued by processes in another state."""
 
@@ -82,7 +94,8 @@ def failing(rank: int) -> dict[str, Any]:
 
 def worker(rank: int) -> dict[str, Any]:
     cases = {name: searched(name, seed=1 + rank) for name in CASES}
-    return {**cases, "dropout": resumed(rank), "failing": failing(rank)}
+    gradient = identity(seed=1 + rank).hypergradient()[1]
+    return {**cases, "identity": gradient, "dropout": resumed(rank), "failing": failing(rank)}
 
 
 if __name__ == "__main__":

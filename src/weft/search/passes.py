@@ -92,7 +92,7 @@ class Passes:
         """Loss and gradients; `.grad` of every parameter, the mode of the model and its state are as they were."""
         shares, labelled = self.shares(batches, summed)
         total = torch.zeros(1, dtype=torch.float64)
-        with in_mode(self.model, training), self._without_gradients(), self.gates.watched():
+        with in_mode(self.model, training), self.without_gradients(), self.gates.watched():
             together.attempt(lambda: self._accumulate(shares, total), "a pass of the search", self.device)
             theta = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
             h = self.gates.read()
@@ -110,7 +110,8 @@ class Passes:
             total += float(loss.detach()) * share
 
     @contextmanager
-    def _without_gradients(self) -> Iterator[None]:
+    def without_gradients(self) -> Iterator[None]:
+        """`.grad` of every parameter is empty at the start of the block, and what it was after it."""
         held = [p.grad for p in self.params]
         try:
             for p in self.params:

@@ -89,45 +89,42 @@ def by_double_backward(passes: Passes, search: Search, alpha_n: Tensor) -> Produ
 
     def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         alpha = alpha_n.detach().clone().requires_grad_()
-        into = [*passes.params, alpha]
-        found = [torch.zeros_like(value) for value in into]
         with (
             at(passes.params, step.theta),
             step.random.replayed(),
             in_mode(passes.model, training=True),
             use_reference(),
             math_attention(),
+            passes.without_gradients(),
         ):
             shares, _ = passes.shares(step.batches)
 
             def accumulate() -> None:
                 for batch, share in shares:
-                    with passes.gates.graphed(
-                        list(search.gates(alpha))
-                    ):  # a graph per micro-batch: its own backward frees it
-                        second = _second(passes, batch, share, towards, into)
-                    for total, value in zip(found, second, strict=True):
-                        if value is not None:
-                            total.add_(value)
+                    gates = list(search.gates(alpha))  # a graph per micro-batch: its own backward frees it
+                    with passes.gates.graphed(gates):
+                        _second(passes, batch, share, towards)
 
             together.attempt(accumulate, "a double backward of the search", passes.device)
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in (*passes.params, alpha)]
         together.sum_up(found, passes.device)
         return found[:-1], found[-1]
 
     return product
 
 
-def _second(
-    passes: Passes, batch: Batch, share: float, towards: list[Tensor], into: list[Tensor]
-) -> tuple[Tensor | None, ...]:
+def _second(passes: Passes, batch: Batch, share: float, towards: list[Tensor]) -> None:
+    """Add the derivative of ⟨∇_θ R_b, towards⟩ to `.grad`.
+
+    By `backward`, not by `torch.autograd.grad` for these parameters alone: that leaves a function marked once_differentiable out
+    without a word, because no path through it is left, and the product would lack a term.
+    """
     try:
         loss = passes.loss(batch) * share
         first = torch.autograd.grad(loss, passes.params, create_graph=True, allow_unused=True)
         pairs = [(g * t).sum() for g, t in zip(first, towards, strict=True) if g is not None]
-        graphed = [p for p in pairs if p.requires_grad]
-        return (
-            torch.autograd.grad(torch.stack(graphed).sum(), into, allow_unused=True) if graphed else (None,) * len(into)
-        )
+        if graphed := [p for p in pairs if p.requires_grad]:
+            torch.stack(graphed).sum().backward()
     except RuntimeError as error:
         if "derivative" not in str(error) and "once_differentiable" not in str(error):
             raise
