@@ -115,6 +115,15 @@ def test_a_search_with_some_such_batches_goes_on_and_its_record_and_its_state_sa
     assert second.run() == selection
 
 
+def test_the_loss_of_the_record_is_that_of_the_last_step_that_had_one():
+    found = search(validation=range(5), steps=20)
+    rows = [found.step()]
+    while not rows[-1]["skipped"] or all(row["skipped"] for row in rows):
+        rows.append(found.step())
+    last = [row["validation_loss"] for row in rows if not row["skipped"]][-1]
+    assert found.selection().record["validation_loss"] == last
+
+
 def test_a_transformers_models_rows_cut_down_to_their_prompt_do_not_spoil_a_step():
     config = adapter_config("plain", "llama", layers=weft.Search(outer_batches=2, val_size=2, steps=1))
     model = get_peft_model(FAMILIES["llama"].build(), config)

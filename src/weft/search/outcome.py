@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import RunError
@@ -75,7 +76,6 @@ def _check_learned(search: LayerSearch) -> None:
 
 
 def _record(search: LayerSearch) -> dict[str, Any]:
-    last = search.history[-1] if search.history else {}
     return {
         "steps": search.done,
         "cost_in_steps": round(search.done * _cost(search), 3),
@@ -86,8 +86,13 @@ def _record(search: LayerSearch) -> dict[str, Any]:
         "seed": search.seed,
         "rows": {name: len(getattr(search.splits, name)) for name in ("train", "validation")},
         "repeated_rows": search.splits.repeated,
-        **{name: last.get(name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
+        **{name: _last(search, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
     }
+
+
+def _last(search: LayerSearch, name: str) -> float | None:
+    """The last value that is a number: a step that was skipped has no loss."""
+    return next((row[name] for row in reversed(search.history) if math.isfinite(row[name])), None)
 
 
 def _cost(search: LayerSearch) -> float:
