@@ -90,6 +90,23 @@ def test_a_validation_loss_that_is_no_number_skips_the_step_and_is_counted(kind:
         found.run()
 
 
+@pytest.mark.parametrize("kind", ["unrolled_fd", "unrolled_exact"])
+def test_an_unrolled_part_that_is_no_number_skips_the_step_though_the_validation_loss_is_one(kind: str):
+    found, validated = search(hypergrad=kind), []
+    loss = found.passes._loss
+
+    def failing_once_validated(model, batch):
+        validated.extend([] if model.training else [1])
+        return loss(model, batch) * (float("nan") if model.training and validated else 1)
+
+    found.passes._loss = failing_once_validated
+    row = found.step()
+    assert row["skipped"]
+    assert row["validation_loss"] == row["validation_loss"]
+    assert found.alpha.detach().tolist() == [0.0, 0.0, 0.0]
+    assert not found.alpha_optimizer.state
+
+
 def test_steps_that_are_no_numbers_are_left_out_of_a_search_that_goes_on():
     """One bad row of six: α is that of the steps without it, to the bit."""
     rows = planted(stack(3), {1}, 40)
