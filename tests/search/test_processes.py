@@ -53,6 +53,10 @@ def test_the_identity_on_two_processes_is_an_explicit_leaf_on_one(both: list):
         assert abs(float(found["identity"].sum())) < 1e-9 * float(found["identity"].abs().sum())
 
 
+def test_the_main_process_decides_even_where_another_has_other_numbers(both: list):
+    assert both[0]["decided"] == both[1]["decided"] == [0, 2]
+
+
 def test_a_search_with_dropout_resumes_exactly_each_process_with_its_own_random_state(both: list):
     for found in both:
         assert found["dropout"]["resumed"] == found["dropout"]["whole"]

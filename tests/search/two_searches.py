@@ -95,7 +95,11 @@ def failing(rank: int) -> dict[str, Any]:
 def worker(rank: int) -> dict[str, Any]:
     cases = {name: searched(name, seed=1 + rank) for name in CASES}
     gradient = identity(seed=1 + rank).hypergradient()[1]
-    return {**cases, "identity": gradient, "dropout": resumed(rank), "failing": failing(rank)}
+    apart = identity(seed=1)
+    with torch.no_grad():
+        apart.alpha.mul_(-1 if rank else 1)
+    decided = list(apart.selection().blocks)
+    return {**cases, "identity": gradient, "decided": decided, "dropout": resumed(rank), "failing": failing(rank)}
 
 
 if __name__ == "__main__":
