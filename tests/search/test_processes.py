@@ -53,6 +53,11 @@ def test_the_identity_on_two_processes_is_an_explicit_leaf_on_one(both: list):
         assert abs(float(found["identity"].sum())) < 1e-9 * float(found["identity"].abs().sum())
 
 
+def test_each_process_passes_its_share_of_the_micro_batches_only(both: list):
+    """All of them on each would have the same mean, and cost twice as much."""
+    assert [found["passed"] for found in both] == [2, 1]
+
+
 def test_the_main_process_decides_even_where_another_has_other_numbers(both: list):
     assert both[0]["decided"] == both[1]["decided"] == [0, 2]
 

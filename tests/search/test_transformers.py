@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from dashing import sites
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import weft
-from families import FAMILIES, adapter_config, llama, randomise
+from families import FAMILIES, adapter_config, llama, logits, randomise
 from weft.errors import ConfigError
 from weft.glue.layer import WeftLinear
 from weft.search.driver import LayerSearch
@@ -39,13 +41,17 @@ def searched(
     family: str = "llama",
     attention: str = "sdpa",
     inner: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
     **fields: Any,
 ) -> LayerSearch:
     """A search of a two-block model whose θ and α are away from their starts; rows have labels of unequal number."""
     torch.manual_seed(0)
     base = llama(attn_implementation=attention) if family == "llama" else FAMILIES[family].build()
     search = weft.Search(**{"outer_batches": 3, "val_size": 3, "steps": 2, **fields})
-    model = get_peft_model(base.eval(), adapter_config(structure, family, heads_too=False, layers=search))
+    given = adapter_config(structure, family, heads_too=False, layers=search)
+    for name, value in (config or {}).items():
+        setattr(given, name, value)
+    model = get_peft_model(base.eval(), given)
     randomise(model)
     ids = torch.randint(3, 64, (15, 7), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row.clone()} for row in ids]
@@ -114,6 +120,35 @@ def test_the_identity_holds_in_every_family(family: str):
     search = searched(family=family)
     assert len(search.alpha) == (4 if family == "t5" else 2)
     torch.testing.assert_close(search.hypergradient()[1], by_leaf(search), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("granularity", ["block", "module"])
+@pytest.mark.parametrize("train", ["Bu", "tl6"])
+def test_q_k_and_v_that_share_their_u_are_searched_and_go_on_as_what_they_are(
+    train: str, granularity: str, tmp_path: Path
+):
+    """Of single modules u belongs to three, whose gates differ: folded into it, one gate would act on all of them."""
+    rule = {"granularity": granularity, "select": "top_k", "top_k": 1 if granularity == "block" else 8}
+    config = {"structure": weft.Tied(train=train, group="fused_qkv")}
+    search = searched("tied_tl6", config=config, **rule)
+    gated = train == "Bu" and granularity == "module"
+    assert (search.gates.factors is None) == gated
+    expected = by_leaf(search)
+    torch.testing.assert_close(search.hypergradient()[1], expected, rtol=1e-5, atol=1e-7)
+
+    selection, batch = search.selection(), FAMILIES["llama"].batch()
+    kept = {name for c in selection.chosen for name in c.modules}
+    for name, site in sites(search.model).items():
+        if name not in kept:
+            site.layer_gate.zero_()
+    before = logits(search.model, batch)
+    model = weft.second_stage(search.model, selection, "continue")
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-5, atol=1e-6)
+    assert {site.layer_gate is not None for site in sites(model).values()} == {gated}
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(llama().eval(), tmp_path)
+    torch.testing.assert_close(logits(loaded, batch), before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -94,12 +94,21 @@ def failing(rank: int) -> dict[str, Any]:
 
 def worker(rank: int) -> dict[str, Any]:
     cases = {name: searched(name, seed=1 + rank) for name in CASES}
-    gradient = identity(seed=1 + rank).hypergradient()[1]
+    first, passed = identity(seed=1 + rank), []
+    first.passes._loss = lambda model, batch: (passed.append(1), mse(model, batch))[1]
+    gradient = first.hypergradient()[1]
     apart = identity(seed=1)
     with torch.no_grad():
         apart.alpha.mul_(-1 if rank else 1)
     decided = list(apart.selection().blocks)
-    return {**cases, "identity": gradient, "decided": decided, "dropout": resumed(rank), "failing": failing(rank)}
+    return {
+        **cases,
+        "identity": gradient,
+        "passed": len(passed),
+        "decided": decided,
+        "dropout": resumed(rank),
+        "failing": failing(rank),
+    }
 
 
 if __name__ == "__main__":
