@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import weft
 from families import randomise
+from weft.search import Selection
 from weft.search.driver import LayerSearch
 from weft.search.inner import Inner
 from weft.search.passes import Loss
@@ -173,3 +174,20 @@ def make(
         **{"lr": 1e-2, "batch_size": 4, "accumulation": 1, "schedule": "constant", "max_grad_norm": 0.0, **inner}
     )
     return LayerSearch(model, model.peft_config["default"].layers, settings, rows, seed=seed, loss=loss)
+
+
+SMALL = {"outer_batches": 2, "val_size": 12, "steps": 3}
+
+
+def searched(structure: dict[str, Any] | None = None, **fields: Any) -> tuple[PeftModel, Selection]:
+    """A model of four blocks with its search done, and what was selected: two blocks."""
+    search = weft.Search(**{**SMALL, "select": "top_k", "top_k": 2, **fields})
+    model = adapted(stack(4), search, moved=0.3, **(structure or {}))
+    return model, make(model, planted(stack(4), {1, 2}, 40)).run()
+
+
+def two_adapters() -> PeftModel:
+    """A model with a searched adapter, which is active, and another one."""
+    model = adapted(stack(3), weft.Search(**SMALL))
+    model.add_adapter("other", weft.PlainLoraConfig(r=2, target_modules=["up", "down"]))
+    return model.double()

@@ -90,6 +90,14 @@ def test_a_validation_loss_that_is_no_number_skips_the_step_and_is_counted(kind:
         found.run()
 
 
+def test_an_infinite_loss_skips_its_step_though_its_gradient_is_finite():
+    found = search()
+    loss = found.passes._loss
+    found.passes._loss = lambda model, batch: loss(model, batch) + (0.0 if model.training else float("inf"))
+    assert found.step()["skipped"]
+    assert found.alpha.detach().tolist() == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("kind", ["unrolled_fd", "unrolled_exact"])
 def test_an_unrolled_part_that_is_no_number_skips_the_step_though_the_validation_loss_is_one(kind: str):
     found, validated = search(hypergrad=kind), []

@@ -17,6 +17,7 @@ from weft.errors import ConfigError, DataError, RunError, TargetError
 from weft.search import Selection
 from weft.search.driver import LayerSearch
 from weft.train.layers import search_recipe
+from weft.train.progress import Tick
 from weft.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
@@ -66,7 +67,10 @@ def test_a_run_interrupted_inside_its_search_ends_as_the_uninterrupted_one(
         with pytest.raises(KeyboardInterrupt):
             weft.train(given)
     assert Run.load(given["out"]).status == "interrupted"
-    resumed = weft.train(given, resume=True)
+    ticks: list[Tick] = []
+    resumed = weft.train(given, resume=True, progress=ticks.append)
+    begun = 1 + stop // 2 * 2  # a search that began anew would end the same
+    assert [t.step for t in ticks if t.phase == "search"] == list(range(begun, 5))
     assert weights(resumed) == weights(whole)
     cut, uncut = (Selection.load(run.folder / "selection.json") for run in (resumed, whole))
     assert cut == uncut
