@@ -70,7 +70,7 @@ def test_a_run_interrupted_inside_its_search_ends_as_the_uninterrupted_one(
     ticks: list[Tick] = []
     resumed = weft.train(given, resume=True, progress=ticks.append)
     begun = 1 + stop // 2 * 2  # a search that began anew would end the same
-    assert [t.step for t in ticks if t.phase == "search"] == list(range(begun, 5))
+    assert [t.done for t in ticks if t.phase == "search"] == list(range(begun, 5))
     assert weights(resumed) == weights(whole)
     cut, uncut = (Selection.load(run.folder / "selection.json") for run in (resumed, whole))
     assert cut == uncut
