@@ -147,9 +147,10 @@ def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
 
 
 def layers_of(found: dict[str, Any], variant: str) -> Layers:
-    """What a variant names; all groups stand for a control of a search that selected everything."""
+    """What a variant names; all groups stand for `longer`, and for the controls of a search that selected everything."""
     layers: dict[str, Layers] = found["layers"]
-    return layers.get(variant, layers["all"])
+    everything = variant == "longer" or layers["flexora"] == layers["all"]
+    return layers["all"] if everything else layers[variant]  # four groups or more always have three other selections
 
 
 def length(spec: dict[str, Any], found: dict[str, Any], variant: str) -> int | None:
@@ -260,6 +261,11 @@ def _story(task: dict[str, Any], kind: str) -> list[str]:
         f"{agree.jaccard:.2f} (chance {agree.chance:.2f}), with the sets of largest gradient norm {norms[0]:.2f}",
         f"(chance {norms[1]:.2f}). `flexora` was better than a random draw in {better} and worse in {worse} of {len(gaps)}.",
     ]
+    same = sum(s["layers"][v] == s["layers"]["flexora"] for s in searches for v in RANDOM if v in s["layers"])
+    if same:
+        lines.append(
+            f"{same} of those draws are the selection itself, by chance, so the comparison with them is too mild."
+        )
     if SEARCHES[kind][0] == "block":
         lines.append("Selected: " + ", ".join(str(s["layers"]["flexora"]) for s in searches) + ".")
     return lines

@@ -3,16 +3,20 @@
     python scripts/layer_cost.py [--layers 8] [--hidden 256] [--rounds 9]
 
 A Llama-type model with random weights; tokens go in, so that nothing below the lowest adapted block needs a backward.
-Time is CPU time of one thread, medians over rounds in which all cases take turns.
+Time is CPU time of one thread, medians over rounds in which all cases take turns. With the sizes as they are, the figures are
+written to evidence/layer-cost.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -20,6 +24,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weft
+
+RESULTS = Path(__file__).resolve().parent.parent / "evidence" / "layer-cost.json"
 
 
 def model_with(layers: Sequence[int], count: int, hidden: int) -> nn.Module:
@@ -52,36 +58,53 @@ def step(model: nn.Module, tokens: Tensor) -> tuple[float, int]:
     return took, sum(saved.values())
 
 
+def measure(layers: int, hidden: int, rounds: int) -> dict[str, Any]:
+    """Seconds per round, bytes and trained numbers of every case."""
+    cases = {
+        "all": range(layers),
+        "every second": range(0, layers, 2),
+        "first half": range(layers // 2),
+        "last half": range(layers // 2, layers),
+    }
+    models = {name: model_with(list(at), layers, hidden) for name, at in cases.items()}
+    tokens = torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in cases}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            took, found[name]["bytes"] = step(model, tokens)
+            found[name]["seconds"] += [took] if turn else []  # the first round warms up
+    for name, model in models.items():
+        found[name]["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return found
+
+
+def table(cases: dict[str, Any]) -> list[str]:
+    """The table of the card: medians and quartiles of ratios within a round."""
+    lines = ["| blocks | step time / all | saved activations / all | trained numbers / all |", "|---|---|---|---|"]
+    whole = cases["all"]
+    for name, case in cases.items():
+        if name == "all":
+            continue
+        ratios = [a / b for a, b in zip(case["seconds"], whole["seconds"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        memory, numbers = case["bytes"] / whole["bytes"], case["trained"] / whole["trained"]
+        lines.append(f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {memory:.2f} | {numbers:.2f} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("layers", 8), ("hidden", 256), ("rounds", 9)):
+    sizes = {"layers": 8, "hidden": 256, "rounds": 9}
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    given = parser.parse_args()
+    given = {name: getattr(parser.parse_args(), name) for name in sizes}
     torch.set_num_threads(1)
-    n = given.layers
-    cases = {
-        "all": range(n),
-        "every second": range(0, n, 2),
-        "first half": range(n // 2),
-        "last half": range(n // 2, n),
-    }
-    models = {name: model_with(list(at), n, given.hidden) for name, at in cases.items()}
-    tokens = torch.randint(512, (4, 128))
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    held: dict[str, int] = {}
-    for turn in range(given.rounds + 1):
-        for name, model in models.items():
-            took, held[name] = step(model, tokens)
-            times[name] += [took] if turn else []  # the first round warms up
-    sys.stdout.write(
-        "| blocks | step time / all | saved activations / all | trained numbers / all |\n|---|---|---|---|\n"
-    )
-    trained = {name: sum(p.numel() for p in m.parameters() if p.requires_grad) for name, m in models.items()}
-    for name in cases:
-        ratios = [a / b for a, b in zip(times[name], times["all"], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        memory, numbers = held[name] / held["all"], trained[name] / trained["all"]
-        sys.stdout.write(f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {memory:.2f} | {numbers:.2f} |\n")
+    cases = measure(**given)
+    if given == sizes:
+        versions = f"weft {weft.__version__}, torch {torch.__version__}"
+        content = {"command": "python scripts/layer_cost.py", "versions": versions, **given, "cases": cases}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write("\n".join(table(cases)) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,4 +34,6 @@ class Strict(BaseModel):
             if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
                 raise cause from None
             field = ".".join(str(part) for part in first["loc"]) or cls.where
+            if first["type"] == "missing":
+                raise ConfigError(f"{cls.where} lacks {field}: add it.") from None
             raise ConfigError(f"{cls.where}: {field}={first.get('input')!r} is not valid: {first['msg']}.") from None

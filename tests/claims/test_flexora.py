@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from statistics import fmean
 
+import layer_cost
 import pytest
 import torch
 from dashing import sites
@@ -76,6 +77,66 @@ def test_the_released_preset_is_its_three_hooks_on_the_inputs_of_dropout_a_and_b
     assert hooked == 3 * len(sites(model))
     batch = FAMILIES["llama"].batch()
     torch.testing.assert_close(logits(model, batch), logits(other, batch), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alpha_zero_gives_the_logits_of_plain_lora_bit_for_bit_for_n_from_1_to_128(dtype: torch.dtype):
+    """A gate of every N in the same two blocks: any that is not exactly 1 would show."""
+    model, gates = gated("ours")
+    batch = FAMILIES["llama"].batch()
+    torch.manual_seed(3)
+    plain = get_peft_model(FAMILIES["llama"].build(), adapter_config("plain", "llama"))
+    randomise(plain)
+    models = [m.to(dtype) for m in (plain, model)]
+    for site in gates.sites:
+        site.layer_gate = site.layer_gate.double()
+    expected = logits(models[0], batch)
+    for n in range(1, 129):
+        alpha_hat = weights(torch.zeros(n))
+        gates.write(torch.stack([alpha_hat[0], alpha_hat[-1]]))
+        assert torch.equal(logits(models[1], batch), expected), n
+    gates.write(torch.tensor([1.0, 1.02]))
+    assert not torch.equal(logits(models[1], batch), expected)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 49, 128])
+def test_a_search_of_n_blocks_starts_as_plain_lora_bit_for_bit(blocks: int):
+    """With as many gates as N says, and after a step on α that moved nothing."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    plain, model = (adapted(stack(blocks), layers, moved=0.1).float() for layers in (weft.All(), weft.Search()))
+    expected = plain.eval()(x)
+    assert torch.equal(model.eval()(x), expected)
+    gates = Gates(groups_of(model, "default", "block"))
+    assert len(gates.groups) == blocks
+    gates.write(weft.Search().gates(torch.zeros(blocks)))
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("preset", ["ours", "released"])
+def test_doubling_one_alpha_hat_doubles_its_blocks_branch_once_and_no_other(preset: str):
+    """α̂³ of the released code is eight times."""
+    model, gates = gated(preset)
+    inputs = {name: torch.randn(3, site.factors().A.shape[1]) for name, site in sites(model).items()}
+
+    def branches() -> dict[str, Tensor]:
+        model.eval()
+        zero = {name: torch.zeros(3, site.factors().B.shape[0]) for name, site in sites(model).items()}
+        return {name: site(inputs[name], zero[name]).detach() for name, site in sites(model).items()}
+
+    before = branches()
+    gates.write(torch.tensor([1.0, 2.0]) ** weft.Search(preset=preset).power)
+    for name, branch in branches().items():
+        factor = 1 if block_of(name) == 0 else 2 if preset == "ours" else 8
+        assert torch.equal(branch, factor * before[name]), name  # powers of two: not even rounding may differ
+
+
+def test_the_second_stage_on_the_last_half_keeps_about_half_of_the_activations_and_of_the_trained_numbers():
+    cases = layer_cost.measure(layers=4, hidden=64, rounds=1)
+    ratio = {name: case["bytes"] / cases["all"]["bytes"] for name, case in cases.items()}
+    assert ratio["last half"] < 0.65
+    assert ratio["last half"] < ratio["first half"] < 1
+    assert ratio["every second"] < 1
+    assert {case["trained"] / cases["all"]["trained"] for name, case in cases.items() if name != "all"} == {0.5}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 32, 49, 127, 128])

@@ -18,12 +18,27 @@ def test_a_selection_is_shown_with_its_controls_and_written(weft: Weft, recipe_f
     for shown in (
         *("model.layers.0", "layers: [", "2 seeds agree", "by chance", "compare with adapter.layers: all [0, 1]"),
         *("2 sizes of the search set agree", "on 24 rows: [", "cost: worth", "training steps", "of the recipe's"),
+        "other selections of this size: 1",
     ):
         assert shown in said.out.replace("\n", " ") or shown in said.out, shown
     layers = json.loads(out.read_text())["layers"]
     trained = weft("train", recipe_file, f"adapter.layers={out}", "--json")
     assert trained.code == 0, trained.err
     assert json.loads(trained.out)["adapter"]["layers"]["blocks"] == layers
+
+
+def test_what_was_added_for_min_layers_and_an_error_asked_for_instead_are_shown(
+    weft: Weft, recipe_file: Path, tmp_path: Path
+) -> None:
+    """Of two blocks at most one is above their mean."""
+    out = tmp_path / "selection.json"
+    asked = "steps: 2, val_size: 8, outer_batches: 2, min_layers: 2"
+    said = weft("search", recipe_file, f"adapter.layers={{search: {{{asked}}}}}", "--out", out)
+    assert said.code == 0, said.err
+    assert "added for min_layers: model.layers." in said.out
+    refused = weft("search", recipe_file, f"adapter.layers={{search: {{{asked}, when_fewer: error}}}}", "--out", out)
+    assert refused.code == 1
+    assert "fewer than min_layers=2" in refused.err
 
 
 def test_the_record_has_every_selection(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import alora_runs
 import dash_runs
 import flexora_runs
+import layer_cost
 import pytest
 import real_runs
 import search_accuracy
@@ -122,6 +123,13 @@ def test_longer_pays_the_search_in_steps_and_the_same_layers_are_one_run() -> No
     longer = flexora_runs.job("demo", [0, 1], 0.01, 0, "r", 160)
     assert longer.recipe["train"]["steps"] == 160
     assert longer.out != flexora_runs.job("demo", [0, 1], 0.01, 0, "r").out
+
+
+def test_what_half_of_the_blocks_cost_is_on_flexoras_card_as_it_was_measured() -> None:
+    saved = json.loads(layer_cost.RESULTS.read_text())
+    card = (ROOT / "docs" / "methods" / "flexora.md").read_text()
+    assert "\n".join(layer_cost.table(saved["cases"])) in card
+    assert {len(case["seconds"]) for case in saved["cases"].values()} == {saved["rounds"]} == {9}
 
 
 def test_the_tables_of_flexoras_card_are_the_committed_figures() -> None:

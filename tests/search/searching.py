@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import weft
 from families import randomise
+from weft.search import Selection
 from weft.search.driver import LayerSearch
 from weft.search.inner import Inner
+from weft.search.passes import Loss
 
 WIDTH = 6
 
@@ -107,6 +109,17 @@ def mse(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (model(batch["x"]) - batch["y"]).square().mean()
 
 
+def labelled_mse(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The mean over rows whose label is not −100, as transformers' losses are over tokens: 0/0 where there is none."""
+    counted = batch["labels"] != -100
+    return (model(batch["x"]) - batch["y"])[counted].square().mean()
+
+
+def unlabelled(rows: list[dict[str, Tensor]], which: Collection[int]) -> list[dict[str, Tensor]]:
+    """The same rows with labels, which are to be ignored in some of them."""
+    return [{**row, "labels": torch.tensor(-100 if i in which else 1)} for i, row in enumerate(rows)]
+
+
 def rows_of(x: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
     return [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
 
@@ -154,8 +167,27 @@ def taught(
         return rows_of(x, y + noise * torch.randn(y.shape, generator=draw).double())
 
 
-def make(model: PeftModel, rows: list[dict[str, Tensor]], *, seed: int = 0, **inner: Any) -> LayerSearch:
+def make(
+    model: PeftModel, rows: list[dict[str, Tensor]], *, seed: int = 0, loss: Loss = mse, **inner: Any
+) -> LayerSearch:
     settings = Inner(
         **{"lr": 1e-2, "batch_size": 4, "accumulation": 1, "schedule": "constant", "max_grad_norm": 0.0, **inner}
     )
-    return LayerSearch(model, model.peft_config["default"].layers, settings, rows, seed=seed, loss=mse)
+    return LayerSearch(model, model.peft_config["default"].layers, settings, rows, seed=seed, loss=loss)
+
+
+SMALL = {"outer_batches": 2, "val_size": 12, "steps": 3}
+
+
+def searched(structure: dict[str, Any] | None = None, **fields: Any) -> tuple[PeftModel, Selection]:
+    """A model of four blocks with its search done, and what was selected: two blocks."""
+    search = weft.Search(**{**SMALL, "select": "top_k", "top_k": 2, **fields})
+    model = adapted(stack(4), search, moved=0.3, **(structure or {}))
+    return model, make(model, planted(stack(4), {1, 2}, 40)).run()
+
+
+def two_adapters() -> PeftModel:
+    """A model with a searched adapter, which is active, and another one."""
+    model = adapted(stack(3), weft.Search(**SMALL))
+    model.add_adapter("other", weft.PlainLoraConfig(r=2, target_modules=["up", "down"]))
+    return model.double()

@@ -12,6 +12,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 import weft
 from weft.errors import ConfigError, DataError, RunError
 from weft.search.driver import LayerSearch
+from weft.search.inner import Inner
 from weft.terms.layers.search import weights
 
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}
@@ -89,6 +90,49 @@ def test_a_validation_loss_that_is_no_number_skips_the_step_and_is_counted(kind:
         found.run()
 
 
+def test_an_infinite_loss_skips_its_step_though_its_gradient_is_finite():
+    found = search()
+    loss = found.passes._loss
+    found.passes._loss = lambda model, batch: loss(model, batch) + (0.0 if model.training else float("inf"))
+    assert found.step()["skipped"]
+    assert found.alpha.detach().tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("kind", ["unrolled_fd", "unrolled_exact"])
+def test_an_unrolled_part_that_is_no_number_skips_the_step_though_the_validation_loss_is_one(kind: str):
+    found, validated = search(hypergrad=kind), []
+    loss = found.passes._loss
+
+    def failing_once_validated(model, batch):
+        validated.extend([] if model.training else [1])
+        return loss(model, batch) * (float("nan") if model.training and validated else 1)
+
+    found.passes._loss = failing_once_validated
+    row = found.step()
+    assert row["skipped"]
+    assert row["validation_loss"] == row["validation_loss"]
+    assert found.alpha.detach().tolist() == [0.0, 0.0, 0.0]
+    assert not found.alpha_optimizer.state
+
+
+def test_steps_that_are_no_numbers_are_left_out_of_a_search_that_goes_on():
+    """One bad row of six: α is that of the steps without it, to the bit."""
+    rows = planted(stack(3), {1}, 40)
+    held = rows_of(torch.randn(6, 6).double(), torch.randn(6, 6).double())
+    held[2]["y"][0] = float("inf")
+    model = adapted(stack(3), weft.Search(**{**SMALL, "outer_batches": 1}))
+    inner = Inner(lr=1e-2, batch_size=1, accumulation=1)
+    found = LayerSearch(model, model.peft_config["default"].layers, inner, rows, held, loss=mse)
+    for _ in range(6):
+        before, optimiser = found.alpha.detach().clone(), str(found.alpha_optimizer.state_dict())
+        row = found.step()
+        kept = torch.equal(before, found.alpha.detach()) and optimiser == str(found.alpha_optimizer.state_dict())
+        assert kept == row["skipped"]
+    assert found.skipped == 1
+    assert found.alpha.detach().isfinite().all()
+    assert found.selection().record["skipped_steps"] == 1
+
+
 def test_sgd_keeps_the_sum_of_alpha_at_zero_and_adam_need_not():
     sgd = search(alpha_optimizer="sgd", alpha_lr=5.0, steps=20)
     sgd.run()
@@ -148,6 +192,27 @@ def test_gates_are_the_weights_of_alpha_after_every_step():
     expected = weights(found.alpha.detach())
     for group, value in zip(found.gates.groups, expected, strict=True):
         assert {float(site.layer_gate) for site in group.sites.values()} == {float(value)}
+
+
+def test_no_gate_passes_alpha_hat_max_and_the_largest_alpha_hat_is_still_told():
+    free, held = (search(alpha_lr=0.3, steps=8, alpha_hat_max=most) for most in (None, 1.25))
+    largest: dict[str, list[float]] = {"free": [], "held": []}
+    for _ in range(8):
+        told = [found.step()["max_alpha_hat"] for found in (free, held)]
+        for name, found in (("free", free), ("held", held)):
+            largest[name].append(max(float(site.layer_gate) for site in found.gates.sites))
+        assert largest["free"][-1] == told[0]
+        assert largest["held"][-1] == min(told[1], 1.25)
+    assert max(largest["free"]) > 1.25
+    assert max(largest["held"]) == 1.25 < max(row["max_alpha_hat"] for row in held.history)
+
+
+def test_a_resumed_search_has_its_gates_cut_off_too():
+    held, again = (search(alpha_lr=0.3, alpha_hat_max=1.25) for _ in range(2))
+    with torch.no_grad():
+        held.alpha.copy_(torch.tensor([1.0, -1.0, 0.0]))
+    again.load_state_dict(held.state_dict())
+    assert max(float(site.layer_gate) for site in again.gates.sites) == 1.25
 
 
 @pytest.mark.parametrize("kind", ["direct", "unrolled_fd"])

@@ -7,11 +7,12 @@ import copy
 import pytest
 import torch
 from searching import adapted, make, mse, planted, quantised, rounded, stack
-from torch import Tensor
+from torch import Tensor, nn
 
 import weft
 from weft.errors import ConfigError
 from weft.search.driver import LayerSearch
+from weft.search.passes import Loss
 from weft.terms.layers.search import weights
 
 STRUCTURES = {
@@ -42,14 +43,17 @@ def moved_search(structure: str = "plain", checkpointing: str = "none", bits: st
 def set_alpha(search: LayerSearch, alpha: Tensor) -> None:
     with torch.no_grad():
         search.alpha.copy_(alpha)
-    search.gates.write(weights(alpha) ** search.search.power)
+    search.gates.write(search.search.gates(alpha))
 
 
 def by_leaf(search: LayerSearch, batches: list) -> Tensor:
     """∂R_val/∂α by autograd through an explicit α."""
     alpha = search.alpha.detach().clone().requires_grad_()
     search.model.eval()
-    with search.gates.graphed(list(weights(alpha) ** search.search.power)):
+    alpha_hat, most = weights(alpha), search.search.alpha_hat_max
+    if most is not None:
+        alpha_hat = torch.stack([torch.minimum(value, value.new_tensor(most)) for value in alpha_hat])
+    with search.gates.graphed(list(alpha_hat**search.search.power)):
         loss = torch.stack([mse(search.model, b) for b in batches]).mean()
         [found] = torch.autograd.grad(loss, alpha)
     return found
@@ -106,10 +110,23 @@ def test_direct_is_the_finite_difference_of_the_validation_loss_at_fixed_theta()
         torch.testing.assert_close(found[i], (sides[0] - sides[1]) / 2e-5, rtol=1e-5, atol=1e-9)
 
 
+LOSSES: dict[str, Loss] = {
+    "squares": mse,
+    "absolute": lambda model, batch: (model(batch["x"]) - batch["y"]).abs().mean(),
+    "cross entropy": lambda model, batch: nn.functional.cross_entropy(model(batch["x"]), batch["y"].argmax(-1)),
+    "no bound below": lambda model, batch: -model(batch["x"]).pow(3).sum(),
+    "of one output": lambda model, batch: model(batch["x"])[0, 0].sin(),
+}
+
+
 @pytest.mark.parametrize("structure", list(STRUCTURES))
-def test_the_gradients_of_alpha_sum_to_zero(structure: str):
-    _, found = moved_search(structure).hypergradient()
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_the_gradients_of_alpha_sum_to_zero_for_any_loss(structure: str, loss: str):
+    search = moved_search(structure)
+    search.passes._loss = LOSSES[loss]
+    _, found = search.hypergradient()
     assert abs(float(found.sum())) < 1e-12 * float(found.abs().sum())
+    assert found.abs().max() > 1e-8
 
 
 def test_cubed_gates_of_the_released_code_have_three_times_the_gradient():
@@ -117,6 +134,26 @@ def test_cubed_gates_of_the_released_code_have_three_times_the_gradient():
     batches = outer_batches(search)
     expected = by_leaf(search, batches) * len(batches)  # it sums the losses of micro-batches
     torch.testing.assert_close(search.hypergradient()[1], expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("structure", ["plain", "tied_AB"])
+def test_a_gate_that_is_cut_off_is_a_constant_of_the_hypergradient(structure: str):
+    """α̂ is 1.32, 0.59, 1.08 here: a bound of 1.2 holds the first."""
+    search = moved_search(structure, alpha_hat_max=1.2)
+    assert [float(g) for g in search.gates.gate_n] == pytest.approx([1.2, 0.594, 1.083], abs=1e-3)
+    expected = by_leaf(search, outer_batches(search))
+    _, found = search.hypergradient()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    assert abs(float(found.sum())) < 1e-12 * float(found.abs().sum())
+    assert not torch.allclose(found, moved_search(structure).hypergradient()[1], rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["unrolled_fd", "unrolled_exact"])
+def test_and_of_the_whole_unrolled_program(kind: str):
+    fields = {"fd_step": 1e-4} if kind == "unrolled_fd" else {}
+    search = moved_search(hypergrad=kind, inner_steps=2, alpha_hat_max=1.2, inner=INNER["sgd"], **fields)
+    expected = brute_force(copy.deepcopy(search))
+    torch.testing.assert_close(unrolled(search)[0], expected, rtol=1e-4, atol=1e-8)
 
 
 def program(search: LayerSearch, alpha: Tensor, frozen: list[list[Tensor | float]] | None) -> Tensor:

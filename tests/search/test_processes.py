@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from pairing import both_of
-from searching import adapted, make, planted, stack
-from two_searches import CASES, searched
+from searching import adapted, make, mse, planted, stack
+from two_searches import CASES, identity, searched
 
 import weft
+from weft.terms.layers.search import weights
 
 HERE = Path(__file__).parent
 
@@ -38,6 +39,27 @@ def test_two_processes_select_as_one_with_the_same_global_batches(name: str, bot
     for a, b in zip(two[1], alone[1], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert two[2] == alone[2]
+
+
+def test_the_identity_on_two_processes_is_an_explicit_leaf_on_one(both: list):
+    search = identity(seed=1)
+    batches = search._batches("validation", 3)
+    alpha = search.alpha.detach().clone().requires_grad_()
+    search.model.eval()
+    with search.gates.graphed(list(weights(alpha))):
+        [expected] = torch.autograd.grad(torch.stack([mse(search.model, b) for b in batches]).mean(), alpha)
+    for found in both:
+        torch.testing.assert_close(found["identity"], expected, rtol=1e-5, atol=1e-9)
+        assert abs(float(found["identity"].sum())) < 1e-9 * float(found["identity"].abs().sum())
+
+
+def test_each_process_passes_its_share_of_the_micro_batches_only(both: list):
+    """All of them on each would have the same mean, and cost twice as much."""
+    assert [found["passed"] for found in both] == [2, 1]
+
+
+def test_the_main_process_decides_even_where_another_has_other_numbers(both: list):
+    assert both[0]["decided"] == both[1]["decided"] == [0, 2]
 
 
 def test_a_search_with_dropout_resumes_exactly_each_process_with_its_own_random_state(both: list):

@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from weft.errors import ConfigError
+from weft.errors import ConfigError, RunError
 from weft.search.rules import chance, choose, jaccard, stability
 from weft.terms.layers.search import weights
 
@@ -48,6 +48,17 @@ def test_equal_alphas_select_nothing_and_min_layers_takes_the_lowest_indices(val
     for rule in ("above_mean", "alpha_hat_gt_1"):
         found = choose([value] * 6, rule, min_layers=2)
         assert found.selected == found.filled == (0, 1)
+
+
+def test_what_happens_where_fewer_qualify_than_min_layers_is_the_users_choice():
+    assert choose(ALPHA, "above_mean", min_layers=3).filled == (1,)
+    assert choose(ALPHA, "above_mean", min_layers=2, when_fewer="error").selected == (0, 2)
+    with pytest.raises(
+        RunError, match=r"'above_mean' selects 2 of 4 groups, fewer than min_layers=3.*when_fewer='fill'"
+    ):
+        choose(ALPHA, "above_mean", min_layers=3, when_fewer="error")
+    with pytest.raises(RunError, match="selects 0 of 6"):
+        choose([0.1] * 6, "above_mean", when_fewer="error")
 
 
 def test_ties_go_to_the_lower_index():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pairing import run_pair
-from searching import adapted, make, mse, planted, stack
+from searching import adapted, labelled_mse, make, mse, planted, stack, unlabelled
 
 import weft
 from weft.search.driver import LayerSearch
@@ -19,6 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "unrolled_exact": {"hypergrad": "unrolled_exact", "inner_steps": 2},
     "tied_tl6": {},
     "tied_AB": {},
+    "unlabelled": {},
 }
 STRUCTURES = {"tied_tl6": {"structure": weft.Tied()}, "tied_AB": {"structure": weft.Tied(train="tl5")}}
 
@@ -27,9 +28,24 @@ def searched(name: str, seed: int) -> tuple[list[list[float]], list[torch.Tensor
     """α after every step, θ at the end, and what was selected; `seed` is of the adapter's start."""
     settings = weft.Search(outer_batches=3, val_size=12, steps=5, alpha_lr=0.05, **CASES[name])
     model = adapted(stack(3), settings, seed, **STRUCTURES.get(name, {}))
-    search = make(model, planted(stack(3), {1}, 40), accumulation=3, batch_size=2)
+    rows, loss = planted(stack(3), {1}, 40), mse
+    if name == "unlabelled":  # some micro-batches of two rows, and some of a process's shares, have no label at all
+        rows, loss = unlabelled(rows, [i for i in range(40) if i % 5 < 3]), labelled_mse
+    search = make(model, rows, loss=loss, accumulation=3, batch_size=2)
     blocks = list(search.run().blocks)
     return [row["alpha"] for row in search.history], [p.detach() for p in search.passes.params], blocks
+
+
+def identity(seed: int) -> LayerSearch:
+    """A search whose θ and α are away from their starts, which validates on three micro-batches of two rows per step."""
+    settings = weft.Search(outer_batches=3, val_size=12, steps=5)
+    search = make(adapted(stack(3), settings, seed, moved=0.3), planted(stack(3), {1}, 40), batch_size=2)
+    with torch.no_grad():
+        search.alpha.copy_(torch.tensor([0.3, -0.5, 0.1]))
+    search.gates.write(settings.gates(search.alpha.detach()))
+    for site in search.gates.sites:
+        site.awaits_search = False
+    return search
 
 
 def resumed(rank: int) -> dict[str, Any]:
@@ -78,7 +94,21 @@ def failing(rank: int) -> dict[str, Any]:
 
 def worker(rank: int) -> dict[str, Any]:
     cases = {name: searched(name, seed=1 + rank) for name in CASES}
-    return {**cases, "dropout": resumed(rank), "failing": failing(rank)}
+    first, passed = identity(seed=1 + rank), []
+    first.passes._loss = lambda model, batch: (passed.append(1), mse(model, batch))[1]
+    gradient = first.hypergradient()[1]
+    apart = identity(seed=1)
+    with torch.no_grad():
+        apart.alpha.mul_(-1 if rank else 1)
+    decided = list(apart.selection().blocks)
+    return {
+        **cases,
+        "identity": gradient,
+        "passed": len(passed),
+        "decided": decided,
+        "dropout": resumed(rank),
+        "failing": failing(rank),
+    }
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from pairing import both_of
 from peft import PeftModel
 
 import weft
-from weft.errors import ConfigError, DataError, TargetError
+from weft.errors import ConfigError, DataError, RunError, TargetError
 from weft.search import Selection
 from weft.search.driver import LayerSearch
 from weft.train.layers import search_recipe
+from weft.train.progress import Tick
 from weft.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
@@ -66,7 +67,10 @@ def test_a_run_interrupted_inside_its_search_ends_as_the_uninterrupted_one(
         with pytest.raises(KeyboardInterrupt):
             weft.train(given)
     assert Run.load(given["out"]).status == "interrupted"
-    resumed = weft.train(given, resume=True)
+    ticks: list[Tick] = []
+    resumed = weft.train(given, resume=True, progress=ticks.append)
+    begun = 1 + stop // 2 * 2  # a search that began anew would end the same
+    assert [t.done for t in ticks if t.phase == "search"] == list(range(begun, 5))
     assert weights(resumed) == weights(whole)
     cut, uncut = (Selection.load(run.folder / "selection.json") for run in (resumed, whole))
     assert cut == uncut
@@ -81,6 +85,22 @@ def test_a_run_interrupted_after_its_search_goes_on_with_the_same_selection(reci
     resumed = weft.train(given, resume=True)
     assert resumed.time["resumed_from"] == 4
     assert weights(resumed) == weights(whole)
+
+
+def test_a_recipe_may_ask_for_an_error_where_too_few_blocks_qualify(
+    recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two of two blocks cannot both be above their mean."""
+    filled = weft.train(recipe(adapter={**FLEXORA, "min_layers": 2}, out=str(tmp_path / "filled")))
+    assert filled.adapter["layers"]["blocks"] == [0, 1]
+    assert "added for min_layers: model.layers." in caplog.text
+    given = recipe(adapter={**FLEXORA, "min_layers": 2, "when_fewer": "error"})
+    with pytest.raises(RunError, match=r"selects 1 of 2 groups, fewer than min_layers=2"):
+        weft.train(given)
+    assert Run.load(given["out"]).status == "failed"
+    with pytest.raises(RunError, match="fewer than min_layers=2"):
+        search_recipe(given, out=tmp_path / "selection.json")
+    assert not (tmp_path / "selection.json").exists()
 
 
 def test_a_classifiers_head_is_fresh_in_the_second_stage(recipe: Make) -> None:

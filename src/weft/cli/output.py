@@ -115,7 +115,8 @@ def _searched(run: Run) -> list[str]:
 def controls(selection: Selection) -> str:
     """The selections without a search that a result must be held against."""
     named = ", ".join(f"{name} {list(only.blocks)}" for name, only in selection.controls().items())
-    return f"compare with adapter.layers: {named}"
+    few = f" (other selections of this size: {selection.others})" if 0 < selection.others < 3 else ""
+    return f"compare with adapter.layers: {named}{few}"
 
 
 _SCORES = (

@@ -49,6 +49,8 @@ def _shown(found: Searched) -> RenderableType:
     text = [f"layers: {list(selection.blocks)}  margin {selection.margin:.3g}"]
     if selection.near_ties:
         text.append(f"one more step could have turned: {', '.join(selection.near_ties)}")
+    if selection.filled:
+        text.append(f"not over the threshold, and added for min_layers: {', '.join(selection.filled)}")
     text += [
         _agreement(f"{len(found.seeds)} seeds", found.stability, "--seeds 5"),
         _agreement(f"{1 + len(found.by_rows)} sizes of the search set", found.stability_by_rows, "--rows N --rows M"),
@@ -74,9 +76,12 @@ def table(found: Searched) -> Table:
     """A row per group of the first selection: α, α̂ and whether it is selected."""
     selection = found.selections[0]
     record = selection.record
+    unlabelled = record["unlabelled_steps"] + record["unlabelled_inner_steps"]
+    skipped = f"{record['skipped_steps'] + record['skipped_inner_steps']} skipped"
+    skipped += f", {unlabelled} of them without a label" if unlabelled else ""
     shown = Table(
         title=f"{len(selection.chosen)} of {len(selection.candidates)} {selection.granularity}s",
-        caption=f"{record['steps']} steps, {record['skipped_steps']} skipped · validation loss {record['validation_loss']:.4g} · "
+        caption=f"{record['steps']} steps, {skipped} · validation loss {record['validation_loss']:.4g} · "
         f"sum of α {record['sum_alpha']:.2g} · largest α̂ {record['max_alpha_hat']:.3g}",
     )
     for column in ("", selection.granularity, "α", "α̂", "over threshold", "‖∇‖"):

@@ -27,6 +27,7 @@ def FlexoraConfig(
     unroll_steps: int | None = None,
     alpha_lr: float = 0.01,
     alpha_optimizer: str = "adam",
+    alpha_hat_max: float | None = None,
     outer_batches: int = 8,
     search_epochs: float = 1.0,
     steps: int | None = None,
@@ -35,6 +36,7 @@ def FlexoraConfig(
     select: str | None = None,
     top_k: int | None = None,
     min_layers: int = 1,
+    when_fewer: str = "fill",
     finetune: str = "restart",
     preset: str = "ours",
     **fields: Any,
@@ -49,6 +51,7 @@ def FlexoraConfig(
         unroll_steps=unroll_steps,
         alpha_lr=alpha_lr,
         alpha_optimizer=alpha_optimizer,  # type: ignore[arg-type]
+        alpha_hat_max=alpha_hat_max,
         outer_batches=outer_batches,
         search_epochs=search_epochs,
         steps=steps,
@@ -57,6 +60,7 @@ def FlexoraConfig(
         select=select,  # type: ignore[arg-type]
         top_k=top_k,
         min_layers=min_layers,
+        when_fewer=when_fewer,  # type: ignore[arg-type]
         finetune=finetune,  # type: ignore[arg-type]
         preset=preset,  # type: ignore[arg-type]
     )

@@ -77,7 +77,7 @@ def search_layers(
         ConfigError: the model has no search, another adapter of it is active, or a setting cannot work.
         DataError: too few rows, or validation rows that are training rows.
         TargetError: the model has fewer than two blocks with targeted modules.
-        RunError: no validation loss was ever a number.
+        RunError: no validation loss was ever a number, or too few blocks are selected and `when_fewer` is "error".
     """
     inner = Inner(lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm)
     before = [(p, p.requires_grad) for p in model.parameters()]

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from weft.errors import ConfigError, DataError, RunError
 from weft.schedule import together
-from weft.search import state
+from weft.search import outcome, state
 from weft.search.groups import Gates, groups_of
 from weft.search.inner import Inner, InnerLoop
 from weft.search.passes import Batch, Loss, Passes
 from weft.search.rows import Collate, Cycle, Rows, split, stack
-from weft.search.rules import check_counts, choose
-from weft.search.selection import Candidate, Selection
+from weft.search.rules import check_counts
+from weft.search.selection import Selection
 from weft.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
-from weft.terms.layers.search import Search, alpha_gradient, weights
+from weft.terms.layers.search import Search, weights
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class LayerSearch:
         self.splits = split(train, validation, search, seed)
         self._rows = {"train": train, "validation": train if validation is None else validation}
         self._collate = collate or stack
-        self._sizes = {"train": inner.batch_size, "validation": self._outer_size()}
+        self.sizes = {"train": inner.batch_size, "validation": self._outer_size()}
         if search.hypergrad == "unrolled_exact":
             check_exact(model)
         self.gates = Gates(groups_of(model, adapter, search.granularity))
@@ -93,7 +93,7 @@ class LayerSearch:
         self.alpha_optimizer: torch.optim.Optimizer = kind(
             [self.alpha], lr=search.alpha_lr
         )  # no decay: it would pull to uniform
-        self.done, self.skipped, self.last_move, self.seconds = 0, 0, 0.0, 0.0
+        self.done, self.skipped, self.unlabelled, self.last_move, self.seconds = 0, 0, 0, 0.0, 0.0
         self.history: list[dict[str, Any]] = []
         self.norms = torch.zeros_like(self.alpha.detach())
 
@@ -166,30 +166,38 @@ class LayerSearch:
         self.alpha_optimizer.step()
         self.alpha.grad = None
         self.last_move = float((self.alpha.detach() - before).abs().max())
-        self.gates.write(weights(self.alpha.detach()) ** self.search.power)
+        self.gates.write(self.search.gates(self.alpha.detach()))
         return loss, True
 
     def hypergradient(self, taken: Sequence[Taken] = ()) -> tuple[float, Tensor | None]:
-        """The validation loss of the next outer batch and its gradient [N] fp64 for α; None where one is no number."""
+        """The validation loss of the next outer batch and its gradient [N] fp64 for α; None where one is no number.
+
+        That is so where all labels of the batch are ignored, too: there is no loss then, which `unlabelled` counts.
+        """
         batches = self._batches("validation", self.search.outer_batches)
         passed = self.passes.backward(batches, training=False, summed=self.search.preset == "released")
+        if not passed.labelled:
+            self.unlabelled += 1
+            if self.unlabelled == 1:
+                log.warning(
+                    "all labels of a validation batch are ignored: its step on α is skipped (later ones are counted)"
+                )
         if not passed.finite:
             return passed.loss, None
-        alpha_hat = weights(self.alpha.detach())
-        gradient = alpha_gradient(passed.h, alpha_hat, self.search.power)
+        gradient = self.search.gradient(passed.h, self.alpha)
         if taken:
             exact = self.search.hypergrad == "unrolled_exact"
             product = (
-                by_double_backward(self.passes, self.alpha)
+                by_double_backward(self.passes, self.search, self.alpha)
                 if exact
-                else by_differences(self.passes, alpha_hat, self.search.fd_step)
+                else by_differences(self.passes, self.search, self.alpha)
             )
             gradient = adjoint(taken, passed.theta, gradient, product)
         return passed.loss, gradient if bool(gradient.isfinite().all()) else None
 
     def _batches(self, part: str, count: int) -> list[Batch]:
         """This process's share of the next `count` micro-batches of a split, on the model's device."""
-        size = self._sizes[part]
+        size = self.sizes[part]
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
         mine = [at[i * size : (i + 1) * size] for i in range(count)][together.rank() :: together.world()]
@@ -212,58 +220,8 @@ class LayerSearch:
         return self.selection()
 
     def selection(self) -> Selection:
-        """What the rule selects from α as it is now. Raises RunError if no step on α was ever possible."""
-        if self.done and self.skipped == self.done:
-            raise RunError(
-                f"none of the {self.done} validation losses of the search was a number, so nothing was learned of the layers: "
-                "lower lr, or look at the validation rows."
-            )
-        alpha = self.alpha.detach().clone()
-        together.take_over([alpha], self.passes.device)
-        search = self.search
-        assert search.select is not None
-        chosen = choose(
-            alpha.tolist(), search.select, top_k=search.top_k, min_layers=search.min_layers, step=self.last_move
-        )
-        alpha_hat, norms = weights(alpha).tolist(), (self.norms / max(1, self.loop.taken)).tolist()
-        candidates = [
-            Candidate(
-                name=group.name,
-                block=group.block,
-                modules=tuple(group.sites),
-                alpha=float(alpha[i]),
-                alpha_hat=alpha_hat[i],
-                distance=chosen.distance[i],
-                selected=i in chosen.selected,
-                near=i in chosen.near,
-                filled=i in chosen.filled,
-                gradient_norm=norms[i],
-            )
-            for i, group in enumerate(self.gates.groups)
-        ]
-        settings = dataclasses.asdict(search), dataclasses.asdict(self.inner)
-        return Selection(
-            tuple(candidates), search.granularity, self.adapter_config, *settings, self._record(), self.seconds
-        )
-
-    def _record(self) -> dict[str, Any]:
-        last = self.history[-1] if self.history else {}
-        return {
-            "steps": self.done,
-            "cost_in_steps": round(self.done * self._cost(), 3),
-            "skipped_steps": self.skipped,
-            "skipped_inner_steps": self.loop.skipped,
-            "seed": self.seed,
-            "rows": {name: len(getattr(self.splits, name)) for name in ("train", "validation")},
-            "repeated_rows": self.splits.repeated,
-            **{name: last.get(name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
-        }
-
-    def _cost(self) -> float:
-        """Of one step on α, in training steps: rows through forward and backward; a double backward counts as two passes."""
-        rows = self.inner.batch_size * self.inner.accumulation
-        unrolled = 0 if self.search.hypergrad == "direct" else 2 * (self.search.unroll_steps or self.search.inner_steps)
-        return self.search.inner_steps + unrolled + self._sizes["validation"] * self.search.outer_batches / rows
+        """What the rule selects from α as it is now. Raises RunError as `weft.search.outcome.selection` does."""
+        return outcome.selection(self)
 
     # ------------------------------------------------------------------ resuming
 

@@ -10,7 +10,8 @@ accumulation and quantised bases, because all they read is `.grad`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -23,7 +24,7 @@ from weft.glue.blocks import Blocks
 from weft.glue.layer import WeftLinear
 from weft.glue.updates import base_of
 from weft.site import Site
-from weft.terms.structure.tied import TiedTerm
+from weft.terms.structure.tied import PARTS, TiedTerm
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class Gates:
 
     def __init__(self, groups: Sequence[Group]):
         self.groups = list(groups)
-        factors = [_linear_factors(group) for group in self.groups]
-        owned = [id(p) for found in factors for p in found or ()]
-        separable = all(found is not None for found in factors) and len(owned) == len(set(owned))
+        shared = shared_between([group.sites.values() for group in self.groups])
+        factors = [_linear_factors(group, shared) for group in self.groups]
+        separable = all(found is not None for found in factors)
         self.factors = cast("list[list[nn.Parameter]]", factors) if separable else None
         self._own = _own(self.groups)
         self._leaves: list[Tensor] = []
@@ -125,7 +126,7 @@ class Gates:
 
 def _own(groups: Sequence[Group]) -> list[list[int]]:
     """By id, the parameters that each group has to itself; in order, so that sums over them repeat."""
-    shared = {id(p) for group in groups for site in group.sites.values() for p in _shared(site)}
+    shared = shared_between([group.sites.values() for group in groups])
     held = [dict.fromkeys(id(p) for site in group.sites.values() for p in site.parameters()) for group in groups]
     return [[i for i in own if i not in shared] for own in held]
 
@@ -136,28 +137,38 @@ def _inner(p: Tensor) -> Tensor:
     return (p.grad.double() * p.detach().double()).sum().cpu()
 
 
-def own_factors(site: Site) -> list[Tensor]:
-    """The factors that the site's update is linear in and that no other group has, trained or not: B; of Tied v and u."""
+def shared_between(groups: Sequence[Collection[Site]]) -> set[int]:
+    """By id, the parts of tied sites that more than one of these groups of sites uses: A and B, and where q, k and v count as
+    one module their u, too."""
+    used = [{id(value) for site in sites for value in _tied(site).values()} for sites in groups]
+    counts = Counter(i for each in used for i in each)
+    return {i for i, count in counts.items() if count > 1}
+
+
+def _tied(site: Site) -> dict[str, Tensor]:
     term = site.structure
     if not isinstance(term, TiedTerm):
-        return [term.B]
-    return [value for value in (term.part("v"), term.part("u")) if value is not None]
+        return {}
+    return {name: value for name in PARTS if (value := term.part(name)) is not None}
 
 
-def _linear_factors(group: Group) -> list[nn.Parameter] | None:
+def own_factors(site: Site, shared: Collection[int]) -> list[Tensor]:
+    """The factors that the site's update is linear in and that no other group has, trained or not: B; of Tied v and u.
+
+    `shared` are those that another group has, as `shared_between` gives them.
+    """
+    if not isinstance(site.structure, TiedTerm):
+        return [site.structure.B]
+    parts = _tied(site)
+    return [parts[name] for name in ("v", "u") if name in parts and id(parts[name]) not in shared]
+
+
+def _linear_factors(group: Group, shared: Collection[int]) -> list[nn.Parameter] | None:
     """One trained parameter per site that its update is linear in, shared ones once; None if a site has none."""
     found: dict[int, nn.Parameter] = {}
     for site in group.sites.values():
-        trained = [p for p in own_factors(site) if isinstance(p, nn.Parameter) and p.requires_grad]
+        trained = [p for p in own_factors(site, shared) if isinstance(p, nn.Parameter) and p.requires_grad]
         if not trained or site.boost is not None or site.start is not None:
             return None
         found[id(trained[0])] = trained[0]
     return list(found.values())
-
-
-def _shared(site: Site) -> list[Tensor]:
-    """What other sites of a tied group use too."""
-    term = site.structure
-    if not isinstance(term, TiedTerm) or term.is_alone:
-        return []
-    return [value for name in ("A", "B") if (value := term.part(name)) is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from weft.glue.attach import param_groups
 from weft.numbers import is_number, is_whole
 from weft.search.passes import Batch, Passed, Passes, Random
 from weft.search.unroll import Taken
+
+log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "sgd", "sign_sgd")
 SCHEDULES = ("cosine", "constant")
@@ -71,12 +74,23 @@ class InnerLoop:
         self.rates = [group["lr"] for group in groups]
         self.taken = 0
         self.skipped = 0
+        self.unlabelled = 0
 
     def step(self, batches: Sequence[Batch], *, keep: bool) -> tuple[Passed, Taken | None]:
-        """One optimiser step; the second value, if `keep`, is for the adjoint. A gradient that is no number is skipped."""
+        """One optimiser step; the second value, if `keep`, is for the adjoint.
+
+        Where a gradient is no number, or all labels of the batches are ignored, the step is skipped and counted: a step of
+        Adam without a gradient would still move θ.
+        """
         before = Random.now()
         passed = self.passes.backward(batches, training=True)
         self.taken += 1
+        if not passed.labelled:
+            self.unlabelled += 1
+            if self.unlabelled == 1:
+                log.warning(
+                    "all labels of a training batch are ignored: its step on θ is skipped (later ones are counted)"
+                )
         if not passed.finite:
             self.skipped += 1
             return passed, None
@@ -126,9 +140,14 @@ class InnerLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, beside θ."""
-        return {"optimizer": self.optimizer.state_dict(), "taken": self.taken, "skipped": self.skipped}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "taken": self.taken,
+            "skipped": self.skipped,
+            "unlabelled": self.unlabelled,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.taken, self.skipped = state["taken"], state["skipped"]
+        self.taken, self.skipped, self.unlabelled = state["taken"], state["skipped"], state["unlabelled"]

@@ -2,6 +2,8 @@
 
 R = Σ_b (c_b / Σ c) R_b          c_b: what R_b is a mean over (answer tokens; rows of a classifier)
 
+A micro-batch with c_b = 0, all of whose labels are ignored, is left out: its R_b is 0/0, no number. With Σ c = 0 there is no R.
+
 In several processes every one takes its share of the micro-batches, and losses and gradients are summed over all, so the
 result is that of one process with the same micro-batches, to rounding.
 """
@@ -30,11 +32,15 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Passed:
-    """What passes over some micro-batches gave: the loss, ∇_θ in the order of the parameters, and h [N] fp64."""
+    """What passes over some micro-batches gave: the loss, ∇_θ in the order of the parameters, and h [N] fp64.
+
+    `labelled`: whether any micro-batch of any process had a label; without one the loss is NaN.
+    """
 
     loss: float
     theta: list[Tensor]
     h: Tensor
+    labelled: bool = True
 
     @property
     def finite(self) -> bool:
@@ -69,14 +75,13 @@ class Passes:
             loss = self._loss(self.model, batch)
         return loss + record.balance_loss(batch.get("attention_mask"))
 
-    def shares(self, batches: Sequence[Batch], summed: bool = False) -> list[float]:
-        """The weight of every micro-batch in the mean over those of all processes; 1 each for a sum."""
-        counts = [float(counted(batch, self._causal)) for batch in batches]
-        if summed:
-            return [1.0] * len(batches)
-        total = torch.tensor([sum(counts)], dtype=torch.float64)
+    def shares(self, batches: Sequence[Batch], summed: bool = False) -> tuple[list[tuple[Batch, float]], bool]:
+        """The labelled ones of this process's micro-batches, each with its weight in the mean over those of all processes (1
+        each for a sum), and whether any process has one."""
+        counts = [(batch, float(count)) for batch in batches if (count := counted(batch, self._causal))]
+        total = torch.tensor([sum(count for _, count in counts)], dtype=torch.float64)
         together.sum_up([total], self.device)
-        return [count / max(float(total), 1.0) for count in counts]
+        return [(batch, 1.0 if summed else count / float(total)) for batch, count in counts], bool(total)
 
     @property
     def device(self) -> torch.device:
@@ -85,17 +90,17 @@ class Passes:
 
     def backward(self, batches: Sequence[Batch], *, training: bool, summed: bool = False) -> Passed:
         """Loss and gradients; `.grad` of every parameter, the mode of the model and its state are as they were."""
-        shares = self.shares(batches, summed)
+        shares, labelled = self.shares(batches, summed)
         total = torch.zeros(1, dtype=torch.float64)
-        with in_mode(self.model, training), self._without_gradients(), self.gates.watched():
-            together.attempt(lambda: self._accumulate(batches, shares, total), "a pass of the search", self.device)
+        with in_mode(self.model, training), self.without_gradients(), self.gates.watched():
+            together.attempt(lambda: self._accumulate(shares, total), "a pass of the search", self.device)
             theta = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
             h = self.gates.read()
         together.sum_up([total, h, *theta], self.device)
-        return Passed(float(total), theta, h)
+        return Passed(float(total) if labelled else math.nan, theta, h, labelled)
 
-    def _accumulate(self, batches: Sequence[Batch], shares: Sequence[float], total: Tensor) -> None:
-        for batch, share in zip(batches, shares, strict=True):
+    def _accumulate(self, shares: Sequence[tuple[Batch, float]], total: Tensor) -> None:
+        for batch, share in shares:
             loss = self.loss(batch)
             if loss.dim():
                 raise ConfigError(
@@ -105,7 +110,8 @@ class Passes:
             total += float(loss.detach()) * share
 
     @contextmanager
-    def _without_gradients(self) -> Iterator[None]:
+    def without_gradients(self) -> Iterator[None]:
+        """`.grad` of every parameter is empty at the start of the block, and what it was after it."""
         held = [p.grad for p in self.params]
         try:
             for p in self.params:
@@ -127,10 +133,10 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def counted(batch: Batch, causal: bool) -> int:
-    """How many things the mean loss of a batch is a mean over: labelled tokens, or rows."""
+    """How many things the mean loss of a batch is a mean over: labelled tokens, or rows, which −100 takes out too."""
     labels = batch.get("labels")
-    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        return int((labels[:, 1:] if causal else labels).ne(-100).sum())
+    if isinstance(labels, Tensor) and labels.dim() in (1, 2) and not labels.is_floating_point():
+        return int((labels[:, 1:] if causal and labels.dim() == 2 else labels).ne(-100).sum())
     first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
     return 1 if first is None or not first.dim() else len(first)
 

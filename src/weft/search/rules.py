@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
-from weft.errors import ConfigError
-from weft.terms.layers.search import Rule
+from weft.errors import ConfigError, RunError
+from weft.terms.layers.search import Fewer, Rule
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,13 @@ class Chosen:
 
 
 def choose(
-    alpha: Sequence[float], rule: Rule, *, top_k: int | None = None, min_layers: int = 1, step: float = 0.0
+    alpha: Sequence[float],
+    rule: Rule,
+    *,
+    top_k: int | None = None,
+    min_layers: int = 1,
+    when_fewer: Fewer = "fill",
+    step: float = 0.0,
 ) -> Chosen:
     """Apply a rule to α.
 
@@ -49,6 +55,7 @@ def choose(
 
     Raises:
         ConfigError: an α is no number, or more blocks are asked for than there are.
+        RunError: the rule selects fewer than `min_layers`, and `when_fewer` is "error".
     """
     n = len(alpha)
     check_counts(n, top_k, min_layers)
@@ -61,6 +68,11 @@ def choose(
     else:
         rounding = 8 * 2.0**-52 * max(abs(a) for a in alpha)
         chosen = {i for i in range(n) if alpha[i] - threshold > rounding}
+    if len(chosen) < min_layers and when_fewer == "error":
+        raise RunError(
+            f"select={rule!r} selects {len(chosen)} of {n} groups, fewer than min_layers={min_layers}: the search found no more "
+            "worth an adapter; search longer, lower min_layers, or take those of the largest α too (when_fewer='fill')."
+        )
     filled = tuple(sorted(i for i in ranked[:min_layers] if i not in chosen)) if len(chosen) < min_layers else ()
     distance = tuple(a - threshold for a in alpha)
     near = tuple(i for i in range(n) if abs(distance[i]) < step)

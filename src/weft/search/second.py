@@ -3,8 +3,8 @@
     restart    y = x Wᵀ + b + h B̃ᵀ                 on the selected blocks, from the adapter's own start; no α̂ anywhere
     continue   w ← α̂_l w                           w: B of Plain and Hydra, v (else u) of Tied: the same function without gates
 
-Where Tied has neither v nor u, α̂ stays as a fixed gate of the site (`Only(gated=True)`). Unselected blocks have no adapter in
-either: what the searched adapter learned there is dropped.
+Where Tied has neither v nor a u that no other group uses, α̂ stays as a fixed gate of every site (`Only(gated=True)`).
+Unselected blocks have no adapter in either: what the searched adapter learned there is dropped.
 
 Source: the released code restarts; continuing is ours.
 """
@@ -18,12 +18,12 @@ from typing import Literal, cast
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from weft.errors import ConfigError
 from weft.glue.layer import WeftLinear
 from weft.glue.updates import base_of
-from weft.search.groups import own_factors
+from weft.search.groups import own_factors, shared_between
 from weft.search.selection import Selection
 from weft.site import Site
 from weft.spec import WeftConfig
@@ -94,13 +94,12 @@ def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
             layer._active_adapter = active
             if not layer.weft_site:
                 _put(base, name, layer.get_base_layer())
-    folded: set[int] = set()
-    sites = [layers[name].site(adapter) for name in kept]
-    took = [_fold(site, folded) for site in sites]
-    for site in sites:
+    groups = [[layers[name].site(adapter) for name in c.modules] for c in selection.chosen]
+    folds = _fold(groups)
+    for site in (site for group in groups for site in group):
         site.awaits_search = False
     config = cast(WeftConfig, model.peft_config[adapter])
-    config.layers = replace(selection.layers, gated=not all(took))
+    config.layers = replace(selection.layers, gated=not folds)
     tuner = model.base_model
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in kept]
 
@@ -110,17 +109,21 @@ def _put(base: nn.Module, name: str, module: nn.Module) -> None:
     setattr(base.get_submodule(parent), last, module)
 
 
-def _fold(site: Site, folded: set[int]) -> bool:
-    """Multiply the site's gate into a factor of its own, a shared one once; False where it has none and keeps the gate."""
-    gate = site.layer_gate
-    if gate is None:
-        return True
-    factor = next(iter(own_factors(site)), None)
-    if factor is None:
-        return False
-    if id(factor) not in folded:
-        folded.add(id(factor))
-        with torch.no_grad():
-            factor.copy_(factor.double() * gate.double())
-    site.register_buffer("layer_gate", None)
+def _fold(groups: list[list[Site]]) -> bool:
+    """Multiply every gate into a factor that its group has to itself; False where a site has none: all keep their gates then."""
+    shared = shared_between(groups)
+    gates: dict[int, Tensor] = {}
+    factors: dict[int, Tensor] = {}
+    sites = [site for group in groups for site in group]
+    for site in sites:
+        factor = next(iter(own_factors(site, shared)), None)
+        if factor is None:
+            return False
+        if site.layer_gate is not None:
+            factors[id(factor)], gates[id(factor)] = factor, site.layer_gate  # once, where sites of a group share it
+    with torch.no_grad():
+        for key, factor in factors.items():
+            factor.copy_(factor.double() * gates[key].double())
+    for site in sites:
+        site.register_buffer("layer_gate", None)
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,10 @@ from typing import Any, cast
 from peft import LoraConfig
 from torch import nn
 
-from weft.errors import AdapterError, ConfigError, TargetError
+from weft.errors import ConfigError, TargetError
+from weft.search import saved
 from weft.search.rules import Stability, stability
 from weft.terms.layers.only import Only
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Selection:
         """The groups that one more step could have turned."""
         return [c.name for c in self.candidates if c.near]
 
+    @property
+    def filled(self) -> list[str]:
+        """The groups that the rule did not select, and `min_layers` did."""
+        return [c.name for c in self.candidates if c.filled]
+
     def peft_config(self, **fields: Any) -> LoraConfig:
         """A stock LoRA of the searched rank and scale on the selected modules, by their full names.
 
@@ -85,35 +90,38 @@ class Selection:
             fields: of peft's LoraConfig, over what the search had.
         """
         names = [name for c in self.chosen for name in c.modules]
-        kept = (
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "use_rslora",
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "task_type",
-        )
-        return LoraConfig(
-            **{**{k: self.adapter[k] for k in kept if k in self.adapter}, "target_modules": names, **fields}
-        )
+        kept = {key: self.adapter[key] for key in saved.Lora.model_fields if key in self.adapter}
+        return LoraConfig(**{**kept, "target_modules": names, **fields})
+
+    @property
+    def others(self) -> int:
+        """How many other selections of as many groups there are: more random ones than that cannot be drawn."""
+        return math.comb(len(self.candidates), len(self.chosen)) - 1
 
     def controls(self, draws: int = 3, seed: int = 0) -> dict[str, Only]:
         """What a result must be held against: all groups, and selections of the same size made without a search.
 
-        "random 1" … "random `draws`" (of `seed`), "first", "last", and "gradient norm": the largest mean ‖∇θ‖ during the
-        search. With all groups selected there is only "all".
+        "random 1" … "random `draws`" (of `seed`), all different, none the selection itself, and fewer where there are only
+        `others`; "first", "last", and "gradient norm": the largest mean ‖∇θ‖ during the search, which may be the
+        selection. With all groups selected there is only "all".
         """
         n, k = len(self.candidates), len(self.chosen)
-        found = {"all": range(n)}
+        found: dict[str, Sequence[int]] = {"all": range(n)}
         if k < n:
-            draw = random.Random(seed)
-            for i in range(draws):
-                found[f"random {i + 1}"] = sorted(draw.sample(range(n), k))  # type: ignore[assignment]
+            found |= {f"random {i + 1}": drawn for i, drawn in enumerate(self._drawn(min(draws, self.others), seed))}
             by_norm = sorted(range(n), key=lambda i: (-self.candidates[i].gradient_norm, i))
-            found |= {"first": range(k), "last": range(n - k, n), "gradient norm": sorted(by_norm[:k])}  # type: ignore[dict-item]
+            found |= {"first": range(k), "last": range(n - k, n), "gradient norm": sorted(by_norm[:k])}
         return {name: Only(_keys([self.candidates[i] for i in at], self.granularity)) for name, at in found.items()}
+
+    def _drawn(self, count: int, seed: int) -> list[list[int]]:
+        draw, n = random.Random(seed), len(self.candidates)
+        chosen = [i for i in range(n) if self.candidates[i].selected]
+        found: list[list[int]] = []
+        while len(found) < count:
+            drawn = sorted(draw.sample(range(n), len(chosen)))
+            if drawn != chosen and drawn not in found:
+                found.append(drawn)
+        return found
 
     def check(self, base: nn.Module) -> None:
         """Raise TargetError if `base` lacks a selected module: block numbers would stand for something else there."""
@@ -127,30 +135,16 @@ class Selection:
 
     def save(self, path: str | Path) -> None:
         """Write the selection as JSON."""
-        content = {"format": FORMAT, "layers": list(self.blocks), **dataclasses.asdict(self)}
+        content = {"format": saved.FORMAT, "layers": list(self.blocks), **dataclasses.asdict(self)}
         Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=_json) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:
-        """Read what `save` wrote. Raises AdapterError if it is no selection, or one of a newer weft."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise AdapterError(
-                f"{path} is no saved selection ({error}): give the file that Selection.save wrote."
-            ) from None
-        if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-            raise AdapterError(f"{path} is no saved selection: give the file that Selection.save wrote.")
-        if content["format"] > FORMAT:
-            raise AdapterError(
-                f"{path} has selection format {content['format']}, this weft reads up to {FORMAT}: upgrade weft."
-            )
-        try:
-            given = {f.name: content[f.name] for f in dataclasses.fields(cls)}
-            candidates = [Candidate(**{**c, "modules": tuple(c["modules"])}) for c in given.pop("candidates")]
-            return cls(tuple(candidates), **given)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise AdapterError(f"{path} is a damaged selection ({error}): search again.") from None
+        """Read what `save` wrote. Raises ConfigError, naming file and key, if a value of it cannot be, or it is of a newer weft."""
+        content = saved.read(path)
+        given = {f.name: content[f.name] for f in dataclasses.fields(cls)}
+        candidates = [Candidate(**{**c, "modules": tuple(c["modules"])}) for c in given.pop("candidates")]
+        return cls(tuple(candidates), **given)
 
 
 def compare(selections: Sequence[Selection]) -> Stability:

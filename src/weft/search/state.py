@@ -13,7 +13,6 @@ import torch
 from weft.errors import RunError
 from weft.schedule import together
 from weft.search.passes import Random
-from weft.terms.layers.search import weights
 
 if TYPE_CHECKING:
     from weft.search.driver import LayerSearch
@@ -32,6 +31,7 @@ def taken(search: LayerSearch) -> dict[str, Any]:
         "norms": search.norms.clone(),
         "done": search.done,
         "skipped": search.skipped,
+        "unlabelled": search.unlabelled,
         "last_move": search.last_move,
         "seconds": search.seconds,
         "history": [dict(row) for row in search.history],
@@ -59,10 +59,10 @@ def restore(search: LayerSearch, state: dict[str, Any]) -> None:
     for name, cycle in search.cycles.items():
         cycle.position = state["positions"][name]
     search.norms = state["norms"].clone()
-    search.done, search.skipped, search.last_move = state["done"], state["skipped"], state["last_move"]
-    search.seconds = state["seconds"]
+    for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
+        setattr(search, name, state[name])
     search.history = [dict(row) for row in state["history"]]
-    search.gates.write(weights(search.alpha.detach()) ** search.search.power)
+    search.gates.write(search.search.gates(search.alpha.detach()))
     if len(state["random"]) == together.world():
         mine = state["random"][together.rank()]
         Random(mine["cpu"], mine["cuda"]).set()

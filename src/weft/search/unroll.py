@@ -30,7 +30,7 @@ from weft.glue.modes import in_mode
 from weft.kernel import use_reference
 from weft.schedule import together
 from weft.search.passes import Batch, Passes, Random, math_attention
-from weft.terms.layers.search import alpha_gradient, weights
+from weft.terms.layers.search import Search
 
 Product = Callable[["Taken", list[Tensor]], tuple[list[Tensor], Tensor]]
 
@@ -61,14 +61,14 @@ def adjoint(steps: Sequence[Taken], lam: list[Tensor], g_n: Tensor, product: Pro
     return g_n
 
 
-def by_differences(passes: Passes, alpha_hat_n: Tensor, relative: float) -> Product:
-    """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `relative`."""
+def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
+    """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `search.fd_step`."""
 
     def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         norm = float(torch.stack([t.double().square().sum() for t in towards]).sum().sqrt())
         if not norm:
-            return [torch.zeros_like(t) for t in towards], torch.zeros_like(alpha_hat_n)
-        eps = relative / norm
+            return [torch.zeros_like(t) for t in towards], torch.zeros_like(alpha_n.detach())
+        eps = search.fd_step / norm
         sides = []
         for sign in (eps, -eps):
             with (
@@ -78,56 +78,53 @@ def by_differences(passes: Passes, alpha_hat_n: Tensor, relative: float) -> Prod
                 sides.append(passes.backward(step.batches, training=True))
         plus, minus = sides
         theta = [(a - b) / (2 * eps) for a, b in zip(plus.theta, minus.theta, strict=True)]
-        alpha = [alpha_gradient(side.h, alpha_hat_n) for side in sides]
+        alpha = [search.gradient(side.h, alpha_n) for side in sides]
         return theta, (alpha[0] - alpha[1]) / (2 * eps)
 
     return product
 
 
-def by_double_backward(passes: Passes, alpha_n: Tensor) -> Product:
+def by_double_backward(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
     """The same products exactly, through the reference path and plain attention."""
 
     def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         alpha = alpha_n.detach().clone().requires_grad_()
-        into = [*passes.params, alpha]
-        found = [torch.zeros_like(value) for value in into]
         with (
             at(passes.params, step.theta),
             step.random.replayed(),
             in_mode(passes.model, training=True),
             use_reference(),
             math_attention(),
+            passes.without_gradients(),
         ):
-            shares = passes.shares(step.batches)
+            shares, _ = passes.shares(step.batches)
 
             def accumulate() -> None:
-                for batch, share in zip(step.batches, shares, strict=True):
-                    with passes.gates.graphed(
-                        list(weights(alpha))
-                    ):  # a graph per micro-batch: its own backward frees it
-                        second = _second(passes, batch, share, towards, into)
-                    for total, value in zip(found, second, strict=True):
-                        if value is not None:
-                            total.add_(value)
+                for batch, share in shares:
+                    gates = list(search.gates(alpha))  # a graph per micro-batch: its own backward frees it
+                    with passes.gates.graphed(gates):
+                        _second(passes, batch, share, towards)
 
             together.attempt(accumulate, "a double backward of the search", passes.device)
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in (*passes.params, alpha)]
         together.sum_up(found, passes.device)
         return found[:-1], found[-1]
 
     return product
 
 
-def _second(
-    passes: Passes, batch: Batch, share: float, towards: list[Tensor], into: list[Tensor]
-) -> tuple[Tensor | None, ...]:
+def _second(passes: Passes, batch: Batch, share: float, towards: list[Tensor]) -> None:
+    """Add the derivative of ⟨∇_θ R_b, towards⟩ to `.grad`.
+
+    By `backward`, not by `torch.autograd.grad` for these parameters alone: that leaves a function marked once_differentiable out
+    without a word, because no path through it is left, and the product would lack a term.
+    """
     try:
         loss = passes.loss(batch) * share
         first = torch.autograd.grad(loss, passes.params, create_graph=True, allow_unused=True)
         pairs = [(g * t).sum() for g, t in zip(first, towards, strict=True) if g is not None]
-        graphed = [p for p in pairs if p.requires_grad]
-        return (
-            torch.autograd.grad(torch.stack(graphed).sum(), into, allow_unused=True) if graphed else (None,) * len(into)
-        )
+        if graphed := [p for p in pairs if p.requires_grad]:
+            torch.stack(graphed).sum().backward()
     except RuntimeError as error:
         if "derivative" not in str(error) and "once_differentiable" not in str(error):
             raise

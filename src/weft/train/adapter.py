@@ -56,7 +56,7 @@ def adapter_config(
 
 
 def saved_selection(section: dict[str, Any], base_dir: Path | None = None) -> Selection | None:
-    """The saved selection that the section's `layers` names. Raises AdapterError if that file is none."""
+    """The saved selection that the section's `layers` names. Raises ConfigError if that file is none."""
     layers = section.get("layers")
     if not isinstance(layers, str) or not layers.endswith(".json"):
         return None

@@ -151,6 +151,8 @@ class Stage:
     def _write(self, selection: Selection) -> None:
         chosen = [c.name for c in selection.chosen]
         log.info("selected %d of %d groups: %s", len(chosen), len(selection.candidates), ", ".join(chosen))
+        if selection.filled:
+            log.warning("not over the threshold, and added for min_layers: %s", ", ".join(selection.filled))
         if self.main:
             with writing(self.run.folder / "selection.json"):
                 selection.save(self.run.folder / "selection.json")

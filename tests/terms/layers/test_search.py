@@ -55,6 +55,8 @@ def test_the_chain_rule_is_autograds_and_sums_to_zero(power: int):
         {"outer_batches": True},
         {"alpha_lr": 0},
         {"inner_lr": -1e-3},
+        {"alpha_hat_max": 1.0},
+        {"alpha_hat_max": float("inf")},
         {"alpha_lr": float("nan")},
         {"select": "above_maen"},
         {"top_k": 3},
@@ -65,6 +67,8 @@ def test_the_chain_rule_is_autograds_and_sums_to_zero(power: int):
         {"preset": "released", "hypergrad": "unrolled_fd"},
         {"preset": "released", "finetune": "continue"},
         {"granularity": "layer"},
+        {"when_fewer": "raise"},
+        {"when_fewer": "error", "select": "top_k", "top_k": 1, "min_layers": 2},
     ],
     ids=str,
 )

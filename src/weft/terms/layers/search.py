@@ -27,12 +27,14 @@ from weft.errors import ConfigError, suggest
 from weft.numbers import is_number, is_whole
 
 Rule = Literal["above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"]
+Fewer = Literal["fill", "error"]
 
 _CHOICES: dict[str, Sequence[str]] = {
     "granularity": ("block", "module"),
     "hypergrad": ("direct", "unrolled_fd", "unrolled_exact"),
     "alpha_optimizer": ("adam", "sgd"),
     "select": ("above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"),
+    "when_fewer": ("fill", "error"),
     "finetune": ("restart", "continue"),
     "preset": ("ours", "released"),
 }
@@ -55,12 +57,15 @@ class Search:
             does: at a rate at which θ fits in a few steps, the sign of h is that of θ's overshoot, not of a block's use.
         unroll_steps: how many of the K are differentiated by the unrolled kinds; None is all.
         alpha_lr, alpha_optimizer: of α; no decay, no schedule (released code: Adam, 0.01).
+        alpha_hat_max: the gate of a block is α̂ cut off there, which may be all of N otherwise; None (released code) is not.
         outer_batches: validation micro-batches per step on α (released code: 8, of one sample each).
         search_epochs: passes over the search's training rows; `steps`, if given, is the number of steps on α instead.
         max_search_samples: rows used at most, validation included; val_size: rows held out where none are given.
         select: "above_mean": α_i > mean(α), the same for α + c; "raw_zero": α_i > 0 (released code); "top_k": the
             `top_k` largest; "alpha_hat_gt_1": α̂_i > 1, which implies α_i > mean(α) but not the reverse.
-        min_layers: where the rule selects fewer, the largest α are added.
+        min_layers: what is selected at least. Where the rule selects fewer, `when_fewer` says whether the largest α are added
+            ("fill") or the search ends in a RunError ("error"): with no block or too few above the threshold, those added
+            are blocks that the search did not find worth an adapter.
         finetune: what a recipe does with the selection: "restart" a fresh adapter on the selected blocks, or "continue" the
             searched one with α̂ folded in.
         preset: "released" repeats the released code, for replication studies only: α̂³, sign-SGD inside, raw_zero,
@@ -75,6 +80,7 @@ class Search:
     unroll_steps: int | None = None
     alpha_lr: float = 0.01
     alpha_optimizer: Literal["adam", "sgd"] = "adam"
+    alpha_hat_max: float | None = None
     outer_batches: int = 8
     search_epochs: float = 1.0
     steps: int | None = None
@@ -83,6 +89,7 @@ class Search:
     select: Rule | None = None
     top_k: int | None = None
     min_layers: int = 1
+    when_fewer: Fewer = "fill"
     finetune: Literal["restart", "continue"] = "restart"
     preset: Literal["ours", "released"] = "ours"
 
@@ -96,6 +103,10 @@ class Search:
             self._check(name, _is_positive(getattr(self, name)), "a positive number")
         self._check(
             "inner_lr", self.inner_lr is None or _is_positive(self.inner_lr), "a positive number, or leave it out"
+        )
+        most = self.alpha_hat_max
+        self._check(
+            "alpha_hat_max", most is None or (is_number(most) and 1 < most < math.inf), "a number above 1, or none"
         )
         if self.select is None:
             object.__setattr__(self, "select", "raw_zero" if self.preset == "released" else "above_mean")
@@ -112,6 +123,11 @@ class Search:
         if (self.select == "top_k") != (self.top_k is not None):
             raise ConfigError(
                 f"Search(select={self.select!r}, top_k={self.top_k!r}): give select='top_k' and top_k=k together."
+            )
+        if self.when_fewer == "error" and self.top_k is not None and self.top_k < self.min_layers:
+            raise ConfigError(
+                f"Search(when_fewer='error', top_k={self.top_k}, min_layers={self.min_layers}) can only fail: use a top_k of "
+                "min_layers or more."
             )
         if self.unroll_steps is not None and (self.hypergrad == "direct" or self.unroll_steps > self.inner_steps):
             raise ConfigError(
@@ -132,6 +148,20 @@ class Search:
     def power(self) -> int:
         """The gate of a site is α̂ to this power: 1; 3 in the released code."""
         return 3 if self.preset == "released" else 1
+
+    def gates(self, alpha_n: Tensor) -> Tensor:
+        """What the updates of the N groups are multiplied with, [N] → [N] fp64: α̂, or min(α̂, alpha_hat_max), to the power."""
+        alpha_hat_n = weights(alpha_n)
+        if self.alpha_hat_max is not None:
+            alpha_hat_n = alpha_hat_n.clamp(max=self.alpha_hat_max)
+        return alpha_hat_n**self.power
+
+    def gradient(self, h_n: Tensor, alpha_n: Tensor) -> Tensor:
+        """∂R/∂α [N] fp64 from h_i = gate_i · ∂R/∂gate_i; a gate that is cut off is a constant, so its h is left out."""
+        alpha_hat_n = weights(alpha_n.detach())
+        if self.alpha_hat_max is not None:
+            h_n = h_n.where(alpha_hat_n <= self.alpha_hat_max, 0.0)
+        return alpha_gradient(h_n, alpha_hat_n, self.power)
 
 
 def weights(alpha_n: Tensor) -> Tensor:
