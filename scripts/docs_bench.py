@@ -17,27 +17,43 @@ def record(name: str) -> dict[str, Any]:
     return found
 
 
-def cases(name: str) -> tuple[Row, list[Row]]:
-    """Head and rows: a row per case of the record."""
+def cases(name: str, dtype: str) -> tuple[Row, list[Row]]:
+    """Head and rows: a row per case of the record on a base of `dtype`."""
     head = ("case", "r", "p", "adapter", "forward + backward", "with AdamW", "saved MiB", "saved", "gradient error")
     rows = []
     for row in record(name)["cases"]:
+        if row["dtype"] != dtype:
+            continue
         case, agreed = row["case"], row["agreement"]
-        what = ("floor", "", "", "") if case["kind"] == "floor" else _named(case)
         error = "" if agreed is None else f"{agreed['error']:.1e}{'' if row['exact'] else ' (not exact)'}"
-        speed = (spread(row["ratio"], 2), f"{row['ratio_adamw']['median']:.2f}")
-        rows.append((*what, *speed, f"{row['saved_bytes'] / 2**20:.0f}", f"{row['saved_ratio']:.2f}", error))
+        speed = (spread(row["ratio"], 3), f"{row['ratio_adamw']['median']:.3f}")
+        rows.append((*_named(case), *speed, f"{row['saved_bytes'] / 2**20:.0f}", f"{row['saved_ratio']:.2f}", error))
     return head, rows
 
 
-def targets(*names: str) -> tuple[Row, list[Row]]:
-    """Head and rows: a row per target of the records."""
-    head = ("base", "target", "measured", "at most", "")
-    goals = [goal for name in names for goal in record(name)["targets"]]
+def targets(name: str) -> tuple[Row, list[Row]]:
+    """Head and rows: a row per target of the record."""
+    head = ("base", "target", "measured", "must", "aim", "")
+    words = {"aim": "aim reached", "must": "reached", "missed": "**missed**", "": ""}
+
+    def limit(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
     return head, [
-        (g["dtype"], g["name"], spread(g["value"], 3), f"{g['limit']:g}", "met" if g["met"] else "**missed**")
-        for g in goals
+        (g["dtype"], g["name"], spread(g["value"], 3), limit(g["must"]), limit(g["aim"]), words[g["verdict"]])
+        for g in record(name)["targets"]
     ]
+
+
+def dash(name: str) -> tuple[Row, list[Row]]:
+    """Head and rows: a launched LoRA-Dash beside plain LoRA of as many slots."""
+    rows = []
+    for row in record(name)["cases"]:
+        case = row["case"]
+        if case["kind"] in ("plain", "dash") and not case["p"] and not case["compiled"]:
+            label = "LoRA-Dash, r = 8 and 8 directions" if case["kind"] == "dash" else "LoRA, r = 16"
+            rows.append((row["dtype"], label, spread(row["ratio"], 3), f"{row['saved_ratio']:.2f}"))
+    return ("base", "case", "step / the frozen base's", "saved / the frozen base's"), rows
 
 
 def setting(*names: str) -> tuple[Row, list[Row]]:
@@ -58,4 +74,7 @@ def spread(value: dict[str, float], digits: int) -> str:
 
 
 def _named(case: dict[str, Any]) -> Row:
-    return case["kind"], str(case["r"]), f"{case['p']:g}", case["adapter"]
+    words = [case["kind"], *(["one mask per input"] if case["mask"] == "input" else [])]
+    words += ["compiled"] if case["compiled"] else []
+    numbers = ("", "", "") if case["kind"] == "floor" else (str(case["r"]), f"{case['p']:g}", case["adapter"])
+    return (", ".join(words), *numbers)

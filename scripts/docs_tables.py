@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -170,26 +169,6 @@ def launch() -> str:
     return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {how}."
 
 
-def step_dash() -> str:
-    """A step of a launched Dash beside plain LoRA, from the record of `weft bench step`."""
-    record = json.loads((BENCH / "step-dash.json").read_text(encoding="utf-8"))
-    cases = {f"{row['case']['kind']} r={row['case']['r']}": row for row in record["cases"]}
-    dash = cases["dash r=8"]
-    rows = []
-    for name, row in cases.items():
-        over = [a / b for a, b in zip(dash["seconds"], row["seconds"], strict=True)]
-        low, middle, high = statistics.quantiles(over, n=4, method="inclusive")
-        floor = row["ratio"]
-        label = {"floor r=0": "frozen base", "dash r=8": "LoRA-Dash, r = 8 and 8 directions"}.get(
-            name, f"LoRA, {name[6:]}"
-        )
-        own = "" if row is dash else f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-        rows.append((label, f"{floor['median']:.3f} [{floor['low']:.3f}, {floor['high']:.3f}]", own))
-    head = ("case", "step / the frozen base's", "LoRA-Dash / this")
-    how = f"n = {record['setting']['rounds']} rounds, one thread, CPU time: `{record['command']}`"
-    return f"{_table(head, rows)}\nMedians [quartiles], {how}."
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "choices": choices,
@@ -198,11 +177,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipe-keys": recipe_keys,
     "command-help": command_help,
     "launch": launch,
-    "step-bf16": lambda: _table(*docs_bench.cases("step-bf16")),
-    "step-fp32": lambda: _table(*docs_bench.cases("step-fp32")),
-    "step-targets": lambda: _table(*docs_bench.targets("step-bf16", "step-fp32")),
-    "step-setting": lambda: _table(*docs_bench.setting("step-bf16", "step-fp32")),
-    "step-dash": step_dash,
+    "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
+    "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
+    "step-targets": lambda: _table(*docs_bench.targets("step")),
+    "step-setting": lambda: _table(*docs_bench.setting("step")),
+    "step-dash": lambda: _table(*docs_bench.dash("step")),
 }
 
 

@@ -6,11 +6,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from weft import ConfigError
-from weft.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, split_rank
+from weft.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, outside_cases, split_rank
 from weft.bench.rounds import QUICK
 from weft.glue.layer import WeftLinear
 
-ADAPTERS = [Case("peft", 8), Case("plain", 8), Case("hydra", 8), Case("tied", 16), Case("dash", 8)]
+ADAPTERS = [Case(kind, 8) for kind in ("peft", "plain", "hydra", "tied", "dash", "alora", "flexora")]
 
 
 @pytest.mark.parametrize("case", ADAPTERS, ids=str)
@@ -54,16 +54,35 @@ def test_dash_is_stepped_after_its_launch():
     assert len(terms) == 7 * QUICK.layers
 
 
+def test_alora_is_stepped_with_moved_ranks_of_the_same_sum():
+    model = build(Case("alora", 8), frozen_base(QUICK, "fp32"), {})
+    live = [len(m.site("default").live()) for m in model.modules() if isinstance(m, WeftLinear)]
+    assert set(live[:-1]) == {4, 12}  # an odd number of sites: the last keeps its rank
+    assert sum(live) == 8 * len(live)
+
+
+def test_flexora_is_stepped_with_gates_that_are_not_one():
+    model = build(Case("flexora", 8), frozen_base(QUICK, "fp32"), {})
+    gates = [m.site("default").layer_gate.item() for m in model.modules() if isinstance(m, WeftLinear)]
+    assert len(gates) == 7 * QUICK.layers
+    assert 1.0 not in gates
+
+
+def test_one_mask_per_input_reaches_the_sites():
+    model = build(Case("plain", 8, 0.05, mask="input"), frozen_base(QUICK, "fp32"), {})
+    assert all(m.site("default").one_mask for m in model.modules() if isinstance(m, WeftLinear))
+
+
 def test_on_an_fp32_base_the_adapter_dtypes_are_one():
-    assert [c.adapter for c in cases("fp32", ["plain"], [], [0.0])[1:]] == ["fp32", "fp32"]  # r = 8, r = 16
-    assert {c.adapter for c in cases("bf16", ["plain"], [], [0.0])[1:]} == {"fp32", "bf16"}
+    assert [c.adapter for c in cases("fp32", ["plain"], [0.0])[1:]] == ["fp32", "fp32"]  # r = 8, r = 16
+    assert {c.adapter for c in cases("bf16", ["plain"], [0.0])[1:]} == {"fp32", "bf16"}
 
 
 def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "own_layers.py").write_text("def wrap(base, r, p):\n    base.given = (r, p)\n    return base\n")
     monkeypatch.syspath_prepend(tmp_path)
     found = outside_builders(["mine@4=own_layers:wrap"])
-    [_, case] = cases("fp32", [], list(found), [0.05])
+    [case] = outside_cases(found, [0.05], "fp32")
     model = build(case, frozen_base(QUICK, "fp32"), found)
     assert isinstance(model, nn.Module)
     assert model.given == (4, 0.05)

@@ -13,6 +13,7 @@ LABELS = [
     "floor",
     *("peft r=8 p=0 fp32", "peft r=16 p=0 fp32", "plain r=8 p=0 fp32", "plain r=16 p=0 fp32"),
     *("hydra r=8 p=0 fp32", "tied r=16 p=0 fp32", "dash r=8 p=0 fp32"),
+    *("alora r=16 p=0 fp32", "flexora r=16 p=0 fp32"),
 ]
 
 
@@ -23,6 +24,21 @@ def test_every_structure_and_the_controls_are_there(quick: StepBench):
         assert all(0 < a <= b for a, b in zip(result.seconds, result.seconds_adamw, strict=True))
         assert result.ratio.low <= result.ratio.median <= result.ratio.high
     assert quick.exact
+    spanned = {"group": 3, "mlp": 3, "linear": 1}
+    assert [r.nodes for r in quick.cases] == [{}] * 3 + [spanned] * 7
+
+
+def test_the_table_of_figures_is_measured_with_compiled_blocks():
+    found = step(quick=True, table=True, dtypes=["fp32"])
+    assert {str(r.case) for r in found.cases} >= {
+        "floor compiled",
+        "plain r=16 p=0.05 fp32 compiled",
+        "plain r=16 p=0.05 fp32 one-mask",
+    }
+    assert found.exact
+    compiled = [r for r in found.cases if r.case.compiled and r.case.is_weft]
+    assert [r.exact for r in compiled] == [True, None]
+    assert found.to_dict()["command"].startswith("weft bench step --all --dtype fp32")
 
 
 def test_the_floor_is_the_unit(quick: StepBench):

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from weft import __version__
+from weft.kernel import switched, use_reference
 from weft.train.builtin import BUILTIN
 from weft.train.recipe import Recipe
 
@@ -90,14 +91,39 @@ def test_a_printed_recipe_is_the_built_in_one(weft: Weft, name: str) -> None:
     assert Recipe.read(printed).model_dump() == Recipe.read(name).model_dump()
 
 
-def test_doctor_tells_versions_and_what_is_missing(weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_tells_versions_and_what_is_missing(weft: Weft) -> None:
     found = json.loads(weft("doctor", "--json").out)
     assert found["weft"] == __version__
     assert found["packages"]["peft"] == "0.21.2"
     assert found["kernel"] == "fused"
     assert "cpu" in found["devices"]
-    monkeypatch.setenv("WEFT_REFERENCE", "1")
-    assert json.loads(weft("doctor", "--json").out)["kernel"] == "reference"
+    with use_reference():
+        assert json.loads(weft("doctor", "--json").out)["kernel"] == "reference"
+    with switched(mlp=False):
+        assert json.loads(weft("doctor", "--json").out)["kernel"] == "fused, without mlp"
+
+
+def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weft: Weft, tmp_path: Path) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from weft import PlainLoraConfig
+    from weft.data.demo import demo_model_path
+
+    base = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    get_peft_model(base, PlainLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    found = json.loads(weft("doctor", str(tmp_path / "adapter"), "--json").out)["nodes"]
+    kinds = {name.rpartition(".")[2]: kind for name, kind in found.items()}
+    assert kinds == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "group"),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+        "o_proj": "linear",
+    }
+    assert "one node per gated MLP" in weft("doctor", str(tmp_path / "adapter")).out
+    with use_reference():
+        assert set(json.loads(weft("doctor", str(tmp_path / "adapter"), "--json").out)["nodes"].values()) == {
+            "module: WEFT_REFERENCE is set"
+        }
 
 
 def test_doctor_names_a_package_outside_the_window(weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ class CaseResult:
 
     `saved_bytes` are kept from forward to backward. `exact` says that the gradients agree with the reference kernel's
     within tolerance and that none of them is zero; both it and `agreement` are None for a model without weft sites, and for
-    dropout in compiled blocks, which draw their masks in another order (tests hold their gradients against differences). `nodes`: how
-    many adapted linears each kind of node computes (`weft.glue.fusion.nodes`).
+    dropout in compiled blocks, which draw their masks in another order (tests hold their gradients against differences).
+    `nodes`: how many adapted linears each kind of node computes (`weft.glue.fusion.nodes`).
     """
 
     dtype: Dtype

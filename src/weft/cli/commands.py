@@ -115,12 +115,17 @@ def recipes(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run or adapter: also say which of its linears the fast path computes.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what weft finds on this machine, and what is missing."""
     with output.calling(as_json, quiet=True):
         from weft.cli.diagnosis import diagnose
 
-        found = diagnose(Path.cwd())
+        found = diagnose(Path.cwd(), run)
     output.show(found.record(), as_json, lambda: output.diagnosis_text(found))
     if found.problems:
         raise typer.Exit(1)

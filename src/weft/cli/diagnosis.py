@@ -13,6 +13,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear": "a node each"}
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -28,7 +30,7 @@ class Diagnosis:
     cores: int
     threads: int
     kernel: str
-    """fused, or reference where WEFT_REFERENCE is set."""
+    """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off."""
     demo: bool
     """Whether the embedded model is there."""
     data: str | None
@@ -36,6 +38,8 @@ class Diagnosis:
     free_gib: float
     """Free disk space in the working folder."""
     problems: list[str] = field(default_factory=list)
+    nodes: dict[str, str] | None = None
+    """For a run or adapter, what computes each adapted linear (`weft.glue.fusion.nodes`)."""
 
     def record(self) -> dict[str, object]:
         """The diagnosis as plain data."""
@@ -53,14 +57,22 @@ class Diagnosis:
         yield "demo model", "present" if self.demo else "absent"
         yield "WEFT_DATA", self.data or "not set"
         yield "free disk", f"{self.free_gib:.1f} GiB"
+        for node, names in self._by_node().items():
+            examples = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+            yield f"{len(names)} linears", f"{WHAT.get(node, node)}: {examples}"
+
+    def _by_node(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, node in (self.nodes or {}).items():
+            found.setdefault(node, []).append(name)
+        return found
 
 
-def diagnose(folder: Path) -> Diagnosis:
-    """Look at this machine; `folder` is where runs would be written."""
+def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
+    """Look at this machine; `folder` is where runs would be written, `adapted` a run or an adapter to look at too."""
     packages, windows, problems = _packages()
     devices, threads = _devices()
     demo = _demo_problem()
-    reference = os.environ.get("WEFT_REFERENCE", "") not in ("", "0")
     return Diagnosis(
         weft=_version("weft") or "missing",
         python=platform.python_version(),
@@ -69,12 +81,30 @@ def diagnose(folder: Path) -> Diagnosis:
         devices=devices,
         cores=os.cpu_count() or 1,
         threads=threads,
-        kernel="reference" if reference else "fused",
+        kernel=_kernel(),
         demo=demo is None,
         data=os.environ.get("WEFT_DATA"),
         free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
         problems=[*problems, *([demo] if demo else [])],
+        nodes=None if adapted is None else _nodes(adapted),
     )
+
+
+def _kernel() -> str:
+    from weft.kernel import current
+
+    switches = current()
+    if switches.reference:
+        return "reference"
+    off = [name for name, on in (("groups", switches.groups), ("mlp", switches.mlp)) if not on]
+    return f"fused, without {' and '.join(off)}" if off else "fused"
+
+
+def _nodes(adapted: Path) -> dict[str, str]:
+    from weft.glue.fusion import nodes
+    from weft.train.generation import open_source
+
+    return nodes(open_source(adapted, None).model)
 
 
 def _version(package: str) -> str | None:
