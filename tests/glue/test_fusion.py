@@ -16,6 +16,7 @@ from weft.glue.fusion import MISSES, activation_of, is_gated_mlp, nodes
 from weft.glue.layer import WeftLinear
 from weft.kernel import switched, use_reference
 
+MLP = ["gate_proj", "up_proj", "down_proj"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
@@ -133,7 +134,7 @@ def test_an_mlp_is_spanned_only_if_its_forward_is_that_and_nothing_else(kind: ty
     mlp = nn.Sequential(kind())
     x = torch.randn(3, 8)
     assert is_gated_mlp(mlp[0]) is known
-    model = get_peft_model(mlp, weft.PlainLoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    model = get_peft_model(mlp, weft.PlainLoraConfig(r=2, target_modules=MLP))
     randomise(model)
     with use_reference():
         want = model(x)
@@ -144,9 +145,7 @@ def test_an_activation_that_is_not_known_is_left_to_the_module() -> None:
     assert activation_of(nn.Tanh()) is None
     base = Gated()
     base.act_fn = nn.Tanh()
-    model = get_peft_model(
-        nn.Sequential(base), weft.PlainLoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"])
-    )
+    model = get_peft_model(nn.Sequential(base), weft.PlainLoraConfig(r=2, target_modules=MLP))
     assert set(nodes(model).values()) == {"group", "linear"}
 
 
@@ -241,6 +240,80 @@ def test_checkpointed_steps_are_the_same(structure: str, use_reentrant: bool) ->
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     assert_close(step(model), want)
+
+
+class Writing(nn.Module):
+    """A model that writes into what its linears give."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8, bias=bias) for _ in range(3))
+        self.mlp = Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q *= 2
+        k.add_(q)
+        v[..., 0] = 0
+        h = self.mlp(k * v)
+        h += x
+        return h
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_a_model_may_write_into_what_the_nodes_give(bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(Writing(bias)), weft.PlainLoraConfig(r=2, target_modules=[*MLP, "q_proj", "k_proj", "v_proj"])
+    )
+    randomise(model)
+    x = torch.randn(shape)
+    for switches in ({}, {"groups": False, "mlp": False}):
+        with switched(**switches):
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+        got = [y.detach(), *(p.grad.clone() for p in trainable(model).values())]
+        with use_reference():
+            model.zero_grad()
+            want = model(x)
+            want.square().sum().backward()
+        for mine, theirs in zip(got, [want, *(p.grad for p in trainable(model).values())], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_copies_that_data_parallel_makes_compute_by_themselves() -> None:
+    """replicate copies a module's __dict__: neither group nor MLP may lead back to the original's weights."""
+    model = adapted().eval()
+    mlp = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+    copied = mlp._replicate_for_data_parallel()
+    x, seen = torch.randn(1, 3, 32), []
+    for name in MLP:
+        twin = getattr(mlp, name)._replicate_for_data_parallel()
+        twin.register_forward_hook(lambda *_, name=name: seen.append(name))
+        copied._modules[name] = twin
+    got = copied(x)
+    assert seen == MLP  # its own members computed it
+    torch.testing.assert_close(got, mlp(x))
+    q = layer_of(model, "q_proj")
+    twin = q._replicate_for_data_parallel()
+    torch.testing.assert_close(twin(x), q(x))
+
+
+def test_a_model_with_spanned_mlps_is_copied_pickled_and_given_its_classes_back() -> None:
+    import pickle
+
+    base = FAMILIES["llama"].build()
+    kind = type(base.model.layers[0].mlp)
+    model = adapted(base=base).eval()
+    assert isinstance(base.model.layers[0].mlp, kind)
+    assert type(base.model.layers[0].mlp).__name__ == kind.__name__
+    want = logits(model, FAMILIES["llama"].batch())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin, FAMILIES["llama"].batch()), want)
+        assert "mlp" in nodes(twin).values()
+    assert type(model.unload().model.layers[0].mlp) is kind
 
 
 # ---------------------------------------------------------------------- out of the way when asked

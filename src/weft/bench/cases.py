@@ -24,7 +24,6 @@ from weft.errors import ConfigError, suggest
 from weft.recipes import AllocLoraConfig, HydraLoraConfig, LoraDashConfig, PlainLoraConfig, TiedLoraConfig, peft_lora
 from weft.site import Site
 from weft.terms.boost.dash import DashTerm
-from weft.terms.layers.only import Only
 
 Dtype = Literal["fp32", "bf16"]
 Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
@@ -187,7 +186,7 @@ def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
 def _adapted(case: Case, model: nn.Module) -> nn.Module:
     fields: dict[str, Any] = {} if case.mask == "linear" else {"dropout_mask": case.mask}
     if case.kind == "flexora":
-        fields["layers"] = Only(tuple(range(len(model.model.layers))), gated=True)  # type: ignore[union-attr, arg-type]
+        fields["layers"] = {"kind": "only", "blocks": range(len(model.model.layers)), "gated": True}  # type: ignore[union-attr, arg-type]
     config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear", **fields)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
     leave_the_start(adapted)

@@ -16,11 +16,12 @@ import logging
 import re
 import weakref
 from collections.abc import Sequence
-from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import activations
 
 from weft.glue.modes import all_watched, watched
 from weft.glue.sharing import QKV_FAMILIES, same_input
@@ -53,6 +54,8 @@ class InputGroup:
         """The output of `layer` on x if the group computes it, else None. `read` is x as the bases take it."""
         if layer in self._waiting and _is(x, self._input):
             return self._waiting.pop(layer)
+        if layer not in self.members:  # a copy that nn.DataParallel made; its group is still that of the original
+            return None
         self._note_miss()
         if self.misses >= MISSES or all_watched():
             return None
@@ -82,16 +85,18 @@ class InputGroup:
         self._waiting, self._input = {}, None
 
 
-Seen = tuple["weakref.ref[Tensor]", int] | None
+Seen = tuple["weakref.ref[Tensor]", int, bool] | None
 
 
 def _seen(x: Tensor) -> Seen:
-    return weakref.ref(x), 0 if x.is_inference() else x._version
+    return weakref.ref(x), 0 if x.is_inference() else x._version, torch.is_grad_enabled()
 
 
 def _is(x: Tensor, seen: Seen) -> bool:
-    """Whether x is the very tensor that was seen, unchanged since."""
-    return seen is not None and seen[0]() is x and (x.is_inference() or x._version == seen[1])
+    """Whether x is the very tensor that was seen, unchanged since, and gradients are wanted now as then."""
+    if seen is None or seen[0]() is not x or seen[2] != torch.is_grad_enabled():
+        return False
+    return x.is_inference() or x._version == seen[1]
 
 
 def fuse(model: nn.Module) -> None:
@@ -106,8 +111,15 @@ def fuse(model: nn.Module) -> None:
             group = InputGroup([children[last] for last in names])
             for member in group.members:
                 member.group = group
-        if is_gated_mlp(parent) and "forward" not in vars(parent):
-            parent.forward = MethodType(_gated_forward, parent)
+        if "forward" not in vars(parent) and is_gated_mlp(parent) and not isinstance(parent, Gated):
+            setattr(parent, "__class__", gated_class(type(parent)))  # noqa: B010 (a type checker takes an assignment for a new type)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give gated MLPs their own class back."""
+    for module in model.modules():
+        if isinstance(module, Gated):
+            setattr(module, "__class__", module.own_class)  # noqa: B010
 
 
 def _groups(parent: str, lasts: list[str]) -> list[list[str]]:
@@ -133,7 +145,7 @@ def is_gated_mlp(module: nn.Module) -> bool:
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in (*NAMES, "act_fn")):
         return False
     try:
-        source = inspect.getsource(type(module).forward)
+        source = inspect.getsource((module.own_class if isinstance(module, Gated) else type(module)).forward)
     except (OSError, TypeError):
         return False
     head, _, body = source.partition(":\n")
@@ -149,26 +161,54 @@ def is_gated_mlp(module: nn.Module) -> bool:
 
 def activation_of(act: nn.Module) -> str | None:
     """The kernel's name of an activation module; None if it has none."""
-    kind = type(act).__name__
-    if isinstance(act, nn.SiLU) or kind == "SiLUActivation":
+    if type(act) in (nn.SiLU, getattr(activations, "SiLUActivation", nn.SiLU)):
         return "silu"
-    if kind == "GELUTanh" or (type(act) is nn.GELU and act.approximate == "tanh"):
+    if type(act) is nn.GELU:
+        return "gelu" if act.approximate == "none" else "gelu_tanh"
+    inner = getattr(act, "act", None)  # transformers' two hold the function they call, in C or, on request, in Python
+    if type(act) is activations.GELUTanh and getattr(inner, "func", None) is F.gelu:
         return "gelu_tanh"
-    if (type(act) is nn.GELU and act.approximate == "none") or kind == "GELUActivation":
-        return "gelu"
-    return None
+    return "gelu" if type(act) is activations.GELUActivation and inner is F.gelu else None
 
 
-def _gated_forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of a gated MLP: one node where it can be, else the class's own."""
-    if not (args or kwargs or torch.compiler.is_compiling()):
-        y = _gated_output(self, x)
-        if y is not None:
-            return y
-    return cast(Tensor, type(self).forward(self, x, *args, **kwargs))
+class Gated:
+    """Put before the class of a gated MLP: its forward is one node where that can be, else the class's own.
+
+    The class of the instance is changed, and not its attribute `forward`: a bound method would take the copies that
+    nn.DataParallel makes back to the module they were made from.
+    """
+
+    own_class: type[nn.Module]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not (args or kwargs or torch.compiler.is_compiling()):
+            y = _gated_output(self, x)
+            if y is not None:
+                return y
+        return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (_, *rest), *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return (_made_again, (self.own_class, *rest), *state)
 
 
-def _gated_output(mlp: nn.Module, x: Tensor) -> Tensor | None:
+_gated: dict[type, type[nn.Module]] = {}
+
+
+def gated_class(own: type[nn.Module]) -> type[nn.Module]:
+    """`own` with `Gated` before it, under its own name; one class for each."""
+    if own not in _gated:
+        names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _gated[own] = type(own.__name__, (Gated, own), {**names, "own_class": own})
+    return _gated[own]
+
+
+def _made_again(own: type[nn.Module], *args: Any) -> nn.Module:
+    made = gated_class(own)
+    return made.__new__(made, *args)
+
+
+def _gated_output(mlp: Any, x: Tensor) -> Tensor | None:
     found = _mlp_layers(mlp)
     if found is None:
         return None
@@ -180,13 +220,12 @@ def _gated_output(mlp: nn.Module, x: Tensor) -> Tensor | None:
     return gated_mlp(read, activation, *jobs)
 
 
-def _mlp_layers(mlp: nn.Module) -> tuple[str, list[WeftLinear]] | None:
+def _mlp_layers(mlp: Any) -> tuple[str, list[WeftLinear]] | None:
     """The activation's name and gate, up and down, if one node may stand for this MLP as things are."""
     from weft.glue.layer import WeftLinear
 
-    act = cast(nn.Module, mlp.act_fn)
-    activation = activation_of(act)
-    if activation is None or not current().mlp or all_watched() or watched(act):
+    activation = activation_of(mlp.act_fn)
+    if activation is None or not current().mlp or all_watched() or watched(mlp.act_fn):
         return None
     layers = [layer for name in NAMES if isinstance(layer := getattr(mlp, name), WeftLinear) and not watched(layer)]
     return (activation, layers) if len(layers) == len(NAMES) and _all_single(layers) else None
@@ -210,7 +249,7 @@ def nodes(model: nn.Module) -> dict[str, str]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WeftLinear)}
     whole: set[WeftLinear] = set()
     for parent in model.modules():
-        if "forward" in vars(parent) and is_gated_mlp(parent) and (spanned := _mlp_layers(parent)) is not None:
+        if isinstance(parent, Gated) and (spanned := _mlp_layers(parent)) is not None:
             whole.update(spanned[1])
     return {name: "mlp" if layer in whole else _node_of(layer) for name, layer in layers.items()}
 

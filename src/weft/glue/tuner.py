@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
 from weft.glue.attach import make_schedule, warn_of_missing
 from weft.glue.blocks import Blocks
-from weft.glue.fusion import fuse
+from weft.glue.fusion import fuse, unfuse
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -222,11 +222,13 @@ class WeftTuner(BaseTuner):
         if not merge:
             for layer in self._layers():
                 layer.unmerge()
+            unfuse(self.model)
             return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
         self._check_mergeable(adapter_names, safe_merge)
         layers = self._layers()
         for layer in layers:
             layer.keep_base = False  # the model is handed out merged for good: keep no second copy of W
+        unfuse(self.model)
         try:
             return cast(
                 nn.Module,

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from weft.kernel.factors import without_autocast
-from weft.kernel.node import Latents, Parts, Plan, backward, flat, gates, read, split, spread, up
+from weft.kernel.node import Latents, Parts, Plan, backward, flat, gates, read, shaped, split, spread, up
 
 FIELDS = len(Parts._fields)
 
@@ -87,7 +87,7 @@ class GatedMlp(Function):
         ctx.plans = activation, inner, outer
         ctx.save_for_backward(x, e, a, *tensors, *flat([*seen, seen_down]))
         ctx.set_materialize_grads(False)
-        return (y.view(*x.shape[:-1], -1), *(cast(Tensor, omega) for m, omega in omegas if m.told))
+        return (shaped(y, x), *(cast(Tensor, omega) for m, omega in omegas if m.told))
 
     @staticmethod
     @once_differentiable

@@ -83,7 +83,7 @@ class LowRankLinears(Function):
         outputs, told = [], []
         for m, own, seen in zip(plan.members, each, latents, strict=True):
             h, omega = gates(m, own, seen)
-            outputs.append(up(m, own, x, h))
+            outputs.append(shaped(up(m, own, x_ti, h), x))
             if m.told:
                 told.append(cast(Tensor, omega))
         ctx.plan = plan
@@ -175,14 +175,19 @@ def gates(m: Member, own: Parts, seen: Latents) -> tuple[Tensor, Tensor | None]:
 
 
 def up(m: Member, own: Parts, x: Tensor, h: Tensor) -> Tensor:
-    """x Wᵀ + b + s h B̃ᵀ [..., out]; the sum is formed in place unless another module's output is added to."""
+    """x Wᵀ + b + s h B̃ᵀ [t, out] of x [t, in]; the sum is formed in place unless another module's output is added to."""
     columns = padded_columns(own.up, h.shape[1], x).T
     if own.base is not None:
         y = own.base.reshape(-1, own.base.shape[-1])
-        return torch.addmm(y, h.to(y.dtype), columns.to(y.dtype), alpha=m.scale).view(own.base.shape)
+        return torch.addmm(y, h.to(y.dtype), columns.to(y.dtype), alpha=m.scale)
     weight = cast(Tensor, own.weight).to(x.dtype)
     y = F.linear(x, weight, None if own.bias is None else own.bias.to(x.dtype))
-    return y.reshape(-1, y.shape[-1]).addmm_(h, columns, alpha=m.scale).view(y.shape)
+    return y.addmm_(h, columns, alpha=m.scale)
+
+
+def shaped(y: Tensor, like: Tensor) -> Tensor:
+    """y [t, out] with the leading axes of `like`; no view in autograd's eyes, so that a model may write into it."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(y, [*like.shape[:-1], y.shape[-1]]))
 
 
 # ---------------------------------------------------------------------- backward
