@@ -117,16 +117,16 @@ def lora_text(found: LoraExport) -> str:
     else:
         proof = found.proof
         lines.append(
-            f"largest logit difference from the live adapter: {proof.error:.2g} of the largest logit (allowed {proof.tolerance:g}), "
-            f"by stock peft without weft, on {proof.inputs}"
+            f"largest logit difference from the live adapter: {proof.error:.2g} of the largest logit (allowed "
+            f"{proof.tolerance:g}), by stock peft without weft, on {proof.inputs}"
         )
     if (rounding := found.rounding) is not None:
         after = "" if rounding.error is None else f"; largest logit difference {rounding.error:.2g}"
         lines.append(f"rounding to {rounding.dtype} loses {rounding.lost:.3%} of the update{after}")
     if (fixed := found.approximation) is not None:
         lines.append(
-            f"mean gates over {fixed.gates}: largest logit difference from the live adapter {fixed.error:.2g} of the largest logit; "
-            f"{fixed.lost:.1%} of the adapter's change of the logits is lost"
+            f"mean gates over {fixed.gates}: largest logit difference from the live adapter {fixed.error:.2g} of the largest "
+            f"logit; {fixed.lost:.1%} of the adapter's change of the logits is lost"
         )
         losses = {"live": fixed.loss_live, "mean gate": fixed.loss_fixed, "no adapter": fixed.loss_base}
         if known := [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]:
@@ -147,7 +147,8 @@ def merge_text(found: Merge) -> RenderableType:
     last = "not verified"
     if found.proof is not None and found.lost_logits is not None:
         last = (
-            f"largest logit difference from the live adapter: {found.proof.error:.2g} of the largest logit, {found.lost_logits:.2%} of "
-            f"the adapter's change of the logits, by stock transformers without weft, on {found.proof.inputs}"
+            f"largest logit difference from the live adapter: {found.proof.error:.2g} of the largest logit, "
+            f"{found.lost_logits:.2%} of the adapter's change of the logits, by stock transformers without weft, on "
+            f"{found.proof.inputs}"
         )
     return Group(table, last + ("\na loss above the limit was accepted" if found.accepted else ""))

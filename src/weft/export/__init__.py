@@ -81,7 +81,8 @@ def export_lora(
         )
     if (approximate is None) != (data is None):
         raise ConfigError(
-            "approximate='mean-gate' and data belong together: the data is what the mean gates are measured on; give both or neither."
+            "approximate='mean-gate' and data belong together: the data is what the mean gates are measured on; give both or "
+            "neither."
         )
     chosen = _lora.dtype_of(dtype) or torch.float32
     source, place = read(model_or_folder, adapter, base), Path(out)
@@ -89,8 +90,11 @@ def export_lora(
     _lora.check_routed(source, approximate is not None)
     gates = None
     if data is not None:
-        as_file = isinstance(data, (str, Path))
-        gates = data_of(source, str(data), rows) if as_file else Inputs(checked(data), "the data that was given")
+        gates = (
+            data_of(source, str(data), rows)
+            if isinstance(data, (str, Path))
+            else Inputs(checked(data), "the data given")
+        )
     choices = _lora.Choices(uniform, server_ranks, verify, chosen, base_name)
     return _lora.export(source, place, choices, _lora.given_inputs(source, inputs), gates)
 

@@ -154,8 +154,9 @@ def _proof(proof: Proof | None) -> str:
         return "Not verified: it was exported with `verify=False`, so nothing compared it with the live adapter."
     bound = "" if proof.tolerance is None else f" (allowed: {proof.tolerance:g})"
     return (
-        f"Run by stock libraries in a process without weft, in float32, on {proof.inputs}: the largest difference of a logit from the "
-        f"live adapter is {proof.error:.2g} of the largest logit{bound}. The adapter itself moves logits by {proof.moved:.2g} of it."
+        f"Run by stock libraries in a process without weft, in float32, on {proof.inputs}: the largest difference of a logit from "
+        f"the live adapter is {proof.error:.2g} of the largest logit{bound}. The adapter itself moves logits by {proof.moved:.2g} "
+        "of it."
     )
 
 
@@ -168,16 +169,16 @@ def _costs(export: LoraExport) -> list[str]:
             else f"; the largest difference of a logit becomes {found.error:.2g} of the largest logit"
         )
         parts.append(
-            f"The measurement above is of the float32 values; the file holds them in {found.dtype}, which loses {found.lost:.3%} of the "
-            f"update{error}."
+            f"The measurement above is of the float32 values; the file holds them in {found.dtype}, which loses {found.lost:.3%} "
+            f"of the update{error}."
         )
     if (fixed := export.approximation) is not None:
         losses = {"live": fixed.loss_live, "this export": fixed.loss_fixed, "no adapter": fixed.loss_base}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         parts.append(
-            "**An approximation.** The adapter is HydraLoRA, whose heads are mixed anew for every token; here they are fixed at their mean "
-            f"weights over {fixed.gates}. Against the live adapter the largest difference of a logit is {fixed.error:.2g} of the largest "
-            f"logit, and {fixed.lost:.1%} of the adapter's change of the logits is lost"
+            "**An approximation.** The adapter is HydraLoRA, whose heads are mixed anew for every token; here they are fixed at "
+            f"their mean weights over {fixed.gates}. Against the live adapter the largest difference of a logit is "
+            f"{fixed.error:.2g} of the largest logit, and {fixed.lost:.1%} of the adapter's change of the logits is lost"
             + (f" (loss: {shown})." if shown else ".")
             + " The measurement above compares the folder with the adapter at these fixed weights."
         )

@@ -71,7 +71,7 @@ def choose(model: nn.Module, adapters: Sequence[str]) -> None:
     """Make these the active adapters, without asking the host's wrapper, which takes one name only."""
     for module in model.modules():
         if isinstance(module, WeftLinear):
-            module.enable_adapters(True)
+            cast(Any, module).enable_adapters(True)
             module.set_adapter(list(adapters))
         elif isinstance(module, ModulesToSaveWrapper):
             mine = [name for name in adapters if name in module.modules_to_save]
@@ -83,7 +83,7 @@ def choose(model: nn.Module, adapters: Sequence[str]) -> None:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The base's own function, within the block."""
-    switches = [
+    switches: list[Any] = [
         m for m in model.modules() if isinstance(m, (WeftLinear, ModulesToSaveWrapper)) and not m.disable_adapters
     ]
     try:
@@ -112,7 +112,8 @@ def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
     outputs = Outputs([real(t, batch) for t, batch in zip(logits, batches, strict=True)], losses)
     if not all(torch.isfinite(t).all() for t in outputs.logits):
         raise AdapterError(
-            "the adapter's logits are not finite on these inputs, so nothing was exported: it has diverged, use an earlier checkpoint."
+            "the adapter's logits are not finite on these inputs, so nothing was exported: it has diverged, use an earlier "
+            "checkpoint."
         )
     return outputs
 

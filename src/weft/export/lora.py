@@ -107,9 +107,9 @@ def check_routed(source: Source, approximate: bool) -> None:
     ]
     if routed and not approximate:
         raise MergeError(
-            f"adapter {routed[0]!r} is HydraLoRA, and {REFUSED['Hydra', 'merge']}, so there is no exact export: serve it with weft, "
-            f"or take an approximation whose error is measured (approximate={MEAN_GATE!r} with data; --approximate {MEAN_GATE} "
-            "--data FILE)."
+            f"adapter {routed[0]!r} is HydraLoRA, and {REFUSED['Hydra', 'merge']}, so there is no exact export: serve it with "
+            f"weft, or take an approximation whose error is measured (approximate={MEAN_GATE!r} with data; --approximate "
+            f"{MEAN_GATE} --data FILE)."
         )
     if approximate and not routed:
         raise ConfigError(
@@ -174,7 +174,8 @@ def save(
     tensors |= {f"{HOST}{name}.lora_B.weight": pair.b.to(dtype) for name, pair in sites.items()}
     if wrong := next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None):
         raise AdapterError(
-            f"{wrong} has values that {name_of(dtype)} cannot hold, so nothing was exported: use float32, or an adapter that has not diverged."
+            f"{wrong} has values that {name_of(dtype)} cannot hold, so nothing was exported: use float32, or an adapter that has "
+            "not diverged."
         )
     tensors |= {f"{HOST}{name}": value.detach().to("cpu", dtype) for name, value in heads.items()}
     config.save_pretrained(str(place))
@@ -184,7 +185,7 @@ def save(
         content["target_modules"] = sorted(names)
     written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(
-        {name: t.contiguous() for name, t in tensors.items()}, place / "adapter_model.safetensors", {"format": "pt"}
+        {name: t.contiguous().clone() for name, t in tensors.items()}, place / "adapter_model.safetensors", {"format": "pt"}
     )
 
 
@@ -218,9 +219,9 @@ class Truth:
         proof = Proof(self.inputs.what, self.exact.furthest(stock), self.exact.furthest(self.base), TOLERANCE)
         if not proof.error <= TOLERANCE:
             raise AdapterError(
-                f"the exported adapter differs from the live one by {proof.error:.2g} of the largest logit (allowed: {TOLERANCE:g}), so "
-                f"it was not kept: if {_named(source.base)} is not what this model was made from, say base='memory' or the right "
-                "folder; otherwise please report it."
+                f"the exported adapter differs from the live one by {proof.error:.2g} of the largest logit (allowed: "
+                f"{TOLERANCE:g}), so it was not kept: if {_named(source.base)} is not what this model was made from, say "
+                "base='memory' or the right folder; otherwise please report it."
             )
         return proof
 
@@ -242,11 +243,12 @@ def run_stock(own: nn.Module, source: Source, place: Path, sites: Mapping[str, P
     """What stock peft computes from the folder, on the base that the source names (saved anew, if it is only in memory)."""
     stock = Stock(own, inputs.batches, place / folder.SCRATCH)
     base: str | Path | None = source.base
+    dtype = getattr(base_of(source.model), "dtype", torch.float32)
     if base is None:
         base = place / folder.SCRATCH / "base"
         if not base.exists():
             save_base(own, source, base)
-    return stock.run([Job(base, place, {name: pair.rank for name, pair in sites.items()})])[0]
+    return stock.run([Job(base, dtype, place, {name: pair.rank for name, pair in sites.items()})])[0]
 
 
 def save_base(own: nn.Module, source: Source, place: Path) -> None:

@@ -117,8 +117,8 @@ def check_base(layer: WeftLinear, original: Checkpoint | None) -> None:
         return
     raise MergeError(
         f"{layer.module_name} is a {type(base).__name__}, a base kept in fewer bits: merging would dequantise it and lose most of "
-        "the update when it is quantised again. Name the folder of the unquantised checkpoint (original=..., --original), or export "
-        "the adapter as LoRA, which is exact."
+        "the update when it is quantised again. Name the folder of the unquantised checkpoint (original=..., --original), or "
+        "export the adapter as LoRA, which is exact."
     )
 
 
@@ -129,7 +129,8 @@ def weight_dtype(source: Source) -> torch.dtype:
 
 
 def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dtype: torch.dtype) -> list[SiteLoss]:
-    """Give every adapted module of the shell its merged weight in `dtype`; the model whose tensors the shell borrows keeps its own."""
+    """Give every adapted module of the shell its merged weight in `dtype`; the model whose tensors the shell borrows keeps its "
+    "own."""
     updates, sites = pairs(source, {}), []
     for layer in (m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates):
         base = layer.get_base_layer()
@@ -207,15 +208,16 @@ def measured(
         proof = Proof(inputs.what, error, first.furthest(base), TOLERANCE if exact else None)
         if exact and not error <= TOLERANCE:
             raise MergeError(
-                f"the merged model differs from the live adapter by {error:.2g} of the largest logit (allowed: {TOLERANCE:g}), so it "
-                "was not kept: please report it, or look at one site after another with verify=False."
+                f"the merged model differs from the live adapter by {error:.2g} of the largest logit (allowed: {TOLERANCE:g}), so "
+                "it was not kept: please report it, or look at one site after another with verify=False."
             )
     share, of = (lost, "‖ΔW‖") if lost_logits is None else (lost_logits, "the adapter's change of the logits")
     if not exact and share > LIMIT and not choices.accept_loss:
         worst = max(sites, key=lambda site: site.lost)
         raise MergeError(
-            f"merging into {name_of(dtype)} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at {worst.site}), so "
-            "nothing was written: merge into float32, export the adapter as LoRA, or go on with accept_loss=True (--accept-loss)."
+            f"merging into {name_of(dtype)} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at "
+            f"{worst.site}), so nothing was written: merge into float32, export the adapter as LoRA, or go on with "
+            "accept_loss=True (--accept-loss)."
         )
     weights = (
         "the weights of the unquantised checkpoint" if choices.original is not None else "the weights it was trained on"

@@ -34,6 +34,7 @@ class Job:
     """One folder to run: a model, or an adapter (`adapter`, with the rank of each of its sites) on `base`."""
 
     base: Path | str
+    dtype: torch.dtype = torch.float32
     adapter: Path | None = None
     sites: Mapping[str, int] | None = None
 
@@ -62,7 +63,7 @@ class Stock:
         """
         self.scratch.mkdir(exist_ok=True)
         inputs = self.scratch / "inputs.safetensors"
-        flat = {f"{i}.{key}": t.contiguous() for i, batch in enumerate(self.batches) for key, t in batch.items()}
+        flat = {f"{i}.{key}": t.detach().cpu().contiguous().clone() for i, batch in enumerate(self.batches) for key, t in batch.items()}
         save_file(flat, inputs)
         given = [self._described(job, inputs, n) for n, job in enumerate(jobs)]
         found = []
@@ -84,9 +85,10 @@ class Stock:
             "base": str(job.base),
             "model_class": type(self.model).__name__,
             "load": load,
+            "dtype": str(job.dtype).removeprefix("torch."),
             "pad_token_id": config.get_text_config().pad_token_id,
             "adapter": None if job.adapter is None else str(job.adapter),
-            "sites": dict(job.sites or {}),
+            "sites": None if job.sites is None else dict(job.sites),
             "inputs": str(inputs),
             "outputs": str(self.scratch / f"outputs-{number}.safetensors"),
             "device": str(next(self.model.parameters()).device),

@@ -2,8 +2,8 @@
 
     python -I stock.py JOBS.json          (run by `weft.export.proof`; imports nothing of weft)
 
-Every job names a base (`base`, `model_class`, `load`), perhaps an adapter folder with what its sites should be
-(`sites`: {name: rank}), a safetensors file of batches (`inputs`, keys "0.input_ids", "1.input_ids", ...) and where to write what
+Every job names a base (`base`, `model_class`, `load`; `dtype`: what it is loaded in, to be computed with in fp32), perhaps an adapter folder with what its sites should be
+(`sites`: {name: rank}, null to ask nothing), a safetensors file of batches (`inputs`, keys "0.input_ids", "1.input_ids", ...) and where to write what
 comes out (`outputs`: "0.logits" and, where the batch has labels, "0.loss"; fp32). The last line on stdout is a JSON list with a
 sentence per job, or null where all went well.
 """
@@ -45,7 +45,8 @@ def _run(job: dict[str, Any]) -> str | None:
     transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, job["model_class"])
     torch.manual_seed(0)
-    model = cls.from_pretrained(job["base"], dtype=torch.float32, use_safetensors=True, **job["load"])
+    stored = getattr(torch, job["dtype"])  # first as in training, so that a checkpoint is rounded as it was there
+    model = cls.from_pretrained(job["base"], dtype=stored, use_safetensors=True, **job["load"]).float()
     if job["pad_token_id"] is not None:
         model.config.get_text_config().pad_token_id = job["pad_token_id"]
     model.to(job["device"])
@@ -57,7 +58,7 @@ def _run(job: dict[str, Any]) -> str | None:
             model = PeftModel.from_pretrained(model, job["adapter"])
         if missing := [str(w.message) for w in heard if "missing adapter keys" in str(w.message)]:
             return missing[0][:400]
-        if problem := _sites(model, job["sites"]):
+        if job["sites"] is not None and (problem := _sites(model, job["sites"])):
             return problem
     given = load_file(job["inputs"])
     outputs: dict[str, torch.Tensor] = {}

@@ -109,7 +109,8 @@ def trained_modules(model: nn.Module, adapters: Sequence[str]) -> dict[str, Tens
         mine = [adapter for adapter in adapters if adapter in module.modules_to_save]
         if len(mine) > 1:
             raise AdapterError(
-                f"adapters {' and '.join(mine)} each trained {name} in full, and an export has room for one: export them one by one."
+                f"adapters {' and '.join(mine)} each trained {name} in full, and an export has room for one: export them one by "
+                "one."
             )
         for adapter in mine:
             values = module.modules_to_save[adapter].state_dict()
