@@ -137,7 +137,11 @@ def lora_text(found: LoraExport) -> str:
 def merge_text(found: Merge) -> RenderableType:
     """The sites that lose most to rounding, and what is lost in all."""
     chosen = sorted(found.sites, key=lambda site: -site.lost)[:SHOWN]
-    table = Table(title=escape(f"{found.folder}: merged, {found.dtype}"))
+    table = Table(
+        title=escape(f"{found.folder}: merged, {found.dtype}"),
+        caption="lost: ‖ΔW that rounding leaves − ΔW‖ / ‖ΔW‖; above 100 % the noise of rounding is larger than the update · "
+        "4-bit: if these weights are quantised to NF4",
+    )
     for column in ("site", "‖ΔW‖", "lost", "lost if 4-bit"):
         table.add_column(column, justify="left" if column == "site" else "right")
     for site in chosen:

@@ -125,7 +125,7 @@ def _training(source: Source) -> str:
                 f"{Path(name).name} (sha256 {digest[:12]})" for name, digest in run.data.get("hashes", {}).items()
             )
             or None,
-            **{name.replace("_", " "): f"{value:.4g}" for name, value in sorted(run.metrics.items())},
+            **{name.replace("_", " "): _number(value) for name, value in sorted(run.metrics.items())},
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items())),
         }
         parts.append(_table(facts))
@@ -133,6 +133,10 @@ def _training(source: Source) -> str:
         if (config := _config(source, adapter)) is not None:
             parts.append(_axes(adapter, config))
     return "\n\n".join(parts) or "Nothing is known of its training."
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _axes(adapter: str, config: Any) -> str:

@@ -3,7 +3,9 @@
     Ã = [A; V̄ᵀ; A₀]        B̃ diag(g) = [s · v ⊙ B ⊙ g | Ū ⊙ gains | −s · B₀]        with s = α/r
 
 Every scale and gate goes into B, so that the pair has scale 1. Slots that contribute exactly nothing (switched off, not
-launched) are left out; those of an adapter that is not trained yet (B = 0) stay.
+launched) are left out; those of an adapter that is not trained yet (B = 0) stay. An extra slot whose row of Ã is a multiple of
+another slot's needs no slot of its own, its column is added to that one: the Dash slots of LoRA-TSD lie along the same
+directions as the frozen −B₀A₀, so its rank is 2r.
 """
 
 from __future__ import annotations
@@ -65,8 +67,26 @@ def closed_form(site: Site, mean_gate: Tensor | None = None) -> Pair:
     for slots in f.extra:
         down, up, gate = (_plain(t) for t in (slots.down, slots.up, slots.gate))
         at_work = (gate != 0) & down.any(1) & up.any(0)
-        a, b = torch.cat([a, down[at_work]]), torch.cat([b, (up * gate)[:, at_work]], 1)
+        a, b = _beside(a, b, down[at_work], (up * gate)[:, at_work])
     return Pair(a, b)
+
+
+PARALLEL = 1e-12
+"""1 − |cosine| below which two rows are multiples of each other: an angle of 1.4e-6, what fp32 leaves of equal directions."""
+
+
+def _beside(a: Tensor, b: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B with the extra slots `down` [E, in] and `up` [out, E], each in a slot of its own unless its row is there already."""
+    if not len(a) or not len(down):
+        return torch.cat([a, down]), torch.cat([b, up], 1)
+    near = (F.normalize(down) @ F.normalize(a).T).abs()
+    closeness, where = near.max(1)
+    own = closeness < 1 - PARALLEL
+    b = b.clone()
+    for slot in (~own).nonzero().flatten().tolist():
+        row = a[where[slot]]
+        b[:, where[slot]] += up[:, slot] * (down[slot] @ row) / (row @ row)
+    return torch.cat([a, down[own]]), torch.cat([b, up[:, own]], 1)
 
 
 def combined(pairs: Iterable[Pair]) -> Pair:

@@ -185,7 +185,9 @@ def save(
         content["target_modules"] = sorted(names)
     written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(
-        {name: t.contiguous().clone() for name, t in tensors.items()}, place / "adapter_model.safetensors", {"format": "pt"}
+        {name: t.contiguous().clone() for name, t in tensors.items()},
+        place / "adapter_model.safetensors",
+        {"format": "pt"},
     )
 
 

@@ -63,7 +63,11 @@ class Stock:
         """
         self.scratch.mkdir(exist_ok=True)
         inputs = self.scratch / "inputs.safetensors"
-        flat = {f"{i}.{key}": t.detach().cpu().contiguous().clone() for i, batch in enumerate(self.batches) for key, t in batch.items()}
+        flat = {
+            f"{i}.{key}": t.detach().cpu().contiguous().clone()
+            for i, batch in enumerate(self.batches)
+            for key, t in batch.items()
+        }
         save_file(flat, inputs)
         given = [self._described(job, inputs, n) for n, job in enumerate(jobs)]
         found = []

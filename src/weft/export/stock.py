@@ -2,10 +2,10 @@
 
     python -I stock.py JOBS.json          (run by `weft.export.proof`; imports nothing of weft)
 
-Every job names a base (`base`, `model_class`, `load`; `dtype`: what it is loaded in, to be computed with in fp32), perhaps an adapter folder with what its sites should be
-(`sites`: {name: rank}, null to ask nothing), a safetensors file of batches (`inputs`, keys "0.input_ids", "1.input_ids", ...) and where to write what
-comes out (`outputs`: "0.logits" and, where the batch has labels, "0.loss"; fp32). The last line on stdout is a JSON list with a
-sentence per job, or null where all went well.
+Every job names a base (`base`, `model_class`, `load`; `dtype` is what it is loaded in before it computes in fp32), perhaps an
+adapter folder with what its sites should be (`sites`: {name: rank}, null to ask nothing), a safetensors file of batches (`inputs`,
+keys "0.input_ids", "1.input_ids", ...) and where to write what comes out (`outputs`: "0.logits" and, where the batch has labels,
+"0.loss"; fp32). The last line on stdout is a JSON list with a sentence per job, or null where all went well.
 """
 
 from __future__ import annotations
