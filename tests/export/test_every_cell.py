@@ -106,7 +106,9 @@ def test_the_ranks_are_the_closed_forms(exported: Any) -> None:
     assert ranks("plain-kaiming-none-uniform-all") == {3}
     assert ranks("plain-kaiming-dash-uniform-all") == {3 + 2}
     assert ranks("plain-directions-none-uniform-all") == {2 * 3}
-    assert ranks("plain-directions-dash-uniform-all") == {2 * 3}  # the launched directions are those of the frozen twins
+    assert ranks("plain-directions-dash-uniform-all") == {
+        2 * 3
+    }  # the launched directions are those of the frozen twins
     assert ranks("before the launch") == ranks("before the switch") == ranks("untrained") == {3}
     assert ranks("without twins") == {3}
     assert ranks("own ranks and scales") == {1, 3, 5}
