@@ -75,7 +75,8 @@ def test_an_adapter_folder_goes_beside_itself(weft: Weft, runs: dict[str, Path])
 def test_a_routed_run_needs_an_approximation(weft: Weft, runs: dict[str, Path], tmp_path: Path) -> None:
     said = weft("export", runs["hydralora"])
     assert said.code == 1
-    assert "depends on the token" in said.err and "--approximate mean-gate" in said.err
+    assert "depends on the token" in said.err
+    assert "--approximate mean-gate" in said.err
     rows = runs["lora"].parent / "rows.jsonl"
     options = ["--approximate", "mean-gate", "--data", rows, "--rows", 10, "--no-verify", "--out", tmp_path / "lora"]
     said = weft("export", runs["hydralora"], *options)
@@ -101,4 +102,5 @@ def test_what_cannot_work_is_one_sentence(
     said = weft("export", runs["lora"], *(word.replace("RUN", str(runs["lora"])) for word in arguments))
     assert said.code == 1
     assert sentence in said.err
-    assert said.err.startswith("weft: ") and said.err.count("\n") == 1
+    assert said.err.startswith("weft: ")
+    assert said.err.count("\n") == 1

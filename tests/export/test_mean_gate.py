@@ -70,10 +70,12 @@ def test_the_export_is_the_adapter_at_its_mean_gates_and_says_what_that_costs(
                 p.mul_(8)
     found = weft.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[other()], inputs=[batch()])
     assert set(found.ranks.values()) == {2}  # A is shared: the rank of one head
-    assert found.proof and found.proof.error < 1e-5
+    assert found.proof
+    assert found.proof.error < 1e-5
     assert found.proof.inputs == "the inputs that were given"
     cost = found.approximation
-    assert cost is not None and cost.gates == "the data given"
+    assert cost is not None
+    assert cost.gates == "the data given"
 
     from peft import PeftModel as Stock
 
@@ -89,7 +91,8 @@ def test_the_export_is_the_adapter_at_its_mean_gates_and_says_what_that_costs(
     for measured, loss in ((cost.loss_live, first), (cost.loss_fixed, second), (cost.loss_base, plain)):
         assert measured == pytest.approx(float(loss.loss), rel=1e-5)
     card = (tmp_path / "lora" / "README.md").read_text()
-    assert "An approximation" in card and f"{cost.lost:.1%}" in card
+    assert "An approximation" in card
+    assert f"{cost.lost:.1%}" in card
     json.dumps(found.record())
 
 
@@ -102,7 +105,8 @@ def test_where_the_router_does_not_choose_the_mean_gate_loses_nothing(
             if name.endswith("router"):
                 p.zero_()
     found = weft.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[batch()])
-    assert found.approximation and found.approximation.error < 1e-5
+    assert found.approximation
+    assert found.approximation.error < 1e-5
     assert all(g == pytest.approx([1 / 3] * 3) for g in found.approximation.mean_gate.values())
 
 

@@ -58,7 +58,9 @@ def test_nf4_takes_the_nearest_of_sixteen_values_per_block() -> None:
         nearest = table[(scaled[:, None] - table).abs().argmin(1)]
         assert torch.allclose(rounded[block], nearest)
     assert not rounded[128:].any()
-    assert len(NF4) == 16 and NF4[7] == 0.0 and list(NF4) == sorted(NF4)
+    assert len(NF4) == 16
+    assert NF4[7] == 0.0
+    assert list(NF4) == sorted(NF4)
 
 
 def test_the_folder_holds_the_fp32_sum_rounded_once(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
@@ -74,8 +76,11 @@ def test_the_folder_holds_the_fp32_sum_rounded_once(adapted: Adapted, in_process
         assert found.dtype == str(dtype).removeprefix("torch.")
         assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype
     exact, half = (weft.merge(model, tmp_path / d, d) for d in ("float32", "bfloat16"))
-    assert exact.proof and exact.proof.error < 1e-5 and exact.lost < 1e-6
-    assert half.proof and half.proof.tolerance is None
+    assert exact.proof
+    assert exact.proof.error < 1e-5
+    assert exact.lost < 1e-6
+    assert half.proof
+    assert half.proof.tolerance is None
     assert 1e-3 < half.lost < 0.1
     whole = math.sqrt(sum(s.norm**2 for s in half.sites))
     assert half.lost == pytest.approx(math.sqrt(sum((s.lost * s.norm) ** 2 for s in half.sites)) / whole)
@@ -101,7 +106,8 @@ def test_too_large_a_loss_is_refused_unless_it_is_accepted(adapted: Adapted, in_
         assert list(tmp_path.iterdir()) == []
     found = weft.merge(model, tmp_path / "merged", accept_loss=True)
     assert found.accepted
-    assert found.lost_logits and found.lost_logits > merged.LIMIT
+    assert found.lost_logits
+    assert found.lost_logits > merged.LIMIT
     assert "accepted" in (tmp_path / "merged" / "README.md").read_text()
     assert not weft.merge(model, tmp_path / "exact", "float32", accept_loss=True).accepted
 
@@ -155,7 +161,8 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
     original = load_file(llama_folder / "model.safetensors")[f"{NAME}.weight"]
     stored = load_file(tmp_path / "merged" / "model.safetensors")[f"{NAME}.weight"]
     assert torch.equal(stored, original + update(model))
-    assert found.lost_logits and found.lost_logits > 1e-3  # the live adapter stands on the rounded base
+    assert found.lost_logits
+    assert found.lost_logits > 1e-3
     assert "unquantised checkpoint" in (tmp_path / "merged" / "README.md").read_text()
 
 

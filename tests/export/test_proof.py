@@ -69,8 +69,10 @@ def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted,
     with_inputs = weft.export_lora(model, tmp_path / "a", inputs=[batch(), {"input_ids": batch()["input_ids"][:1, :3]}])
     seeded = weft.export_lora(model, tmp_path / "b")
     unproved = weft.export_lora(model, tmp_path / "c", verify=False)
-    assert with_inputs.proof and with_inputs.proof.inputs == "the inputs that were given"
-    assert seeded.proof and seeded.proof.inputs == "token numbers drawn from seed 0"
+    assert with_inputs.proof
+    assert with_inputs.proof.inputs == "the inputs that were given"
+    assert seeded.proof
+    assert seeded.proof.inputs == "token numbers drawn from seed 0"
     for found in (with_inputs, seeded):
         assert found.proof.error < 1e-5 < 0.1 < found.proof.moved
         assert f"{found.proof.error:.2g} of the largest logit" in (found.folder / "README.md").read_text()
@@ -130,7 +132,8 @@ def test_another_base_in_memory_than_the_folder_named_is_noticed(
     with pytest.raises(AdapterError, match="say base='memory' or the right folder"):
         weft.export_lora(model, tmp_path / "lora")
     found = weft.export_lora(model, tmp_path / "lora", base="memory")
-    assert found.proof and found.proof.error < 1e-5
+    assert found.proof
+    assert found.proof.error < 1e-5
     assert in_process[0]["base"] == str(llama_folder)
     assert in_process[1]["base"].startswith(str(tmp_path / "lora.part"))
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
@@ -142,7 +145,8 @@ def test_a_base_that_is_only_in_memory_is_saved_for_the_proof(in_process: Jobs, 
     model.eval()
     before = state(model)
     found = weft.export_lora(model, tmp_path / "lora")
-    assert found.proof and found.proof.error < 1e-5
+    assert found.proof
+    assert found.proof.error < 1e-5
     assert found.trained_modules == ["classifier"]
     assert same(state(model), before)
 
@@ -157,7 +161,8 @@ def test_the_model_is_left_as_it_was(adapted: Adapted, in_process: Jobs, tmp_pat
     weft.merge(model, tmp_path / "merged", "bfloat16", accept_loss=True)
     assert same(state(model), before)
     assert [p.requires_grad for p in model.parameters()] == required
-    assert model.training and all(m.training for m in model.modules())
+    assert model.training
+    assert all(m.training for m in model.modules())
     assert model.active_adapter == active
     assert {tuple(m.active_adapters) for m in model.modules() if isinstance(m, WeftLinear)} == {("default",)}
     assert found.adapters == ("second",)
@@ -173,7 +178,8 @@ def test_several_adapters_are_one_export_or_one_each(adapted: Adapted, in_proces
     assert {name.rpartition(".")[2]: r for name, r in both.ranks.items()} == {"q_proj": 5, "v_proj": 2, "o_proj": 3}
     assert alone.adapters == ("second",)
     assert set(alone.ranks.values()) == {3}
-    assert both.proof.error < 1e-5 and alone.proof.error < 1e-5
+    assert both.proof.error < 1e-5
+    assert alone.proof.error < 1e-5
     assert both.proof.moved != alone.proof.moved
 
 
@@ -192,9 +198,12 @@ def test_sixteen_bits_cost_what_they_say(adapted: Adapted, in_process: Jobs, tmp
     found = weft.export_lora(model, tmp_path / "lora", dtype="bfloat16")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
-    assert found.proof and found.proof.error < 1e-5  # of the fp32 values
-    assert found.rounding and 1e-3 < found.rounding.lost < 1e-2
-    assert found.rounding.error and 1e-5 < found.rounding.error < 1e-2
+    assert found.proof
+    assert found.proof.error < 1e-5
+    assert found.rounding
+    assert 1e-3 < found.rounding.lost < 1e-2
+    assert found.rounding.error
+    assert 1e-5 < found.rounding.error < 1e-2
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if name.endswith("structure.B")).mul_(1e6)
     with pytest.raises(AdapterError, match="float16 cannot hold"):
@@ -234,8 +243,8 @@ def test_models_that_have_nothing_to_export(adapted: Adapted, tmp_path: Path) ->
 
     with pytest.raises(AdapterError, match="no adapter to export"):
         weft.export_lora(FAMILIES["llama"].build(), tmp_path / "lora")
+    stock = get_peft_model(FAMILIES["llama"].build(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="stock LoRA needs none"):
-        stock = get_peft_model(FAMILIES["llama"].build(), LoraConfig(target_modules=["q_proj"]))
         weft.export_lora(stock, tmp_path / "lora")
     merged = adapted(weft.PlainLoraConfig(r=2))
     merged.merge_adapter()

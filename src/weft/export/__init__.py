@@ -12,9 +12,10 @@ from torch import nn
 from weft.errors import ConfigError, suggest
 from weft.export import lora as _lora
 from weft.export import merged as _merged
+from weft.export.files import dtype_of
 from weft.export.folder import check_out
 from weft.export.record import LoraExport, Merge
-from weft.export.source import Inputs, checked, data_of, read
+from weft.export.source import Inputs, checked, data_of, inputs_of, read
 from weft.glue.original import Checkpoint
 
 __all__ = ["LoraExport", "Merge", "export_lora", "merge"]
@@ -84,7 +85,7 @@ def export_lora(
             "approximate='mean-gate' and data belong together: the data is what the mean gates are measured on; give both or "
             "neither."
         )
-    chosen = _lora.dtype_of(dtype) or torch.float32
+    chosen = dtype_of(dtype) or torch.float32
     source, place = read(model_or_folder, adapter, base), Path(out)
     check_out(place, source.folder, overwrite)
     _lora.check_routed(source, approximate is not None)
@@ -96,7 +97,7 @@ def export_lora(
             else Inputs(checked(data), "the data given")
         )
     choices = _lora.Choices(uniform, server_ranks, verify, chosen, base_name)
-    return _lora.export(source, place, choices, _lora.given_inputs(source, inputs), gates)
+    return _lora.export(source, place, choices, None if inputs is None else inputs_of(source, inputs), gates)
 
 
 def merge(
@@ -138,9 +139,9 @@ def merge(
         AdapterError, ConfigError, RunError: as in `export_lora`.
         ModelError: `original` is not the checkpoint of this base.
     """
-    chosen = _lora.dtype_of(dtype)
+    chosen = dtype_of(dtype)
     source, place = read(model_or_folder, adapter, base), Path(out)
     check_out(place, source.folder, overwrite)
     checkpoint = None if original is None else Checkpoint(original)
     choices = _merged.Choices(chosen, verify, accept_loss, checkpoint)
-    return _merged.merge(source, place, choices, _lora.given_inputs(source, inputs))
+    return _merged.merge(source, place, choices, None if inputs is None else inputs_of(source, inputs))

@@ -8,7 +8,7 @@ What the rounding loses is measured per site and on the logits, and a merge that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,13 @@ from transformers.pytorch_utils import Conv1D
 from weft.compat import REFUSED
 from weft.errors import MergeError
 from weft.export import card, folder, live
-from weft.export.live import Outputs
-from weft.export.lora import name_of, pairs
-from weft.export.proof import TOLERANCE, Job, Stock
-from weft.export.record import Merge, Proof, SiteLoss
+from weft.export.files import name_of
+from weft.export.lora import pairs
+from weft.export.proof import TOLERANCE
+from weft.export.record import Merge, SiteLoss
 from weft.export.rounding import kept_by, kept_by_nf4
 from weft.export.source import Inputs, Source, inputs_of
+from weft.export.truth import Truth
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
 from weft.glue.stock import without_adapters
@@ -51,22 +52,16 @@ def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) ->
     dtype = choices.dtype or weight_dtype(source)
     done: list[Merge] = []
 
-    def fill(place: Path) -> None:
-        with live.shell(source.model, source.adapters) as own:
-            truth = None
-            if choices.verify:
-                given = inputs or inputs_of(source, None)
-                stock = Stock(own, given.batches, place / folder.SCRATCH)
-                first = live.run(own, given.batches)
-                with live.switched_off(own):
-                    truth = given, stock, first, live.run(own, given.batches)
-            sites = add_updates(own, source, choices.original, dtype)
-            save(own, source, place, dtype)
-            found = measured(out, source, sites, dtype, choices, truth, place)
-        (place / "README.md").write_text(card.merged(found, source), encoding="utf-8")
-        done.append(found)
+    with live.shell(source.model, source.adapters) as own:
+        truth = Truth.of(own, source, inputs or inputs_of(source, None), {}) if choices.verify else None
+        sites = add_updates(own, source, choices.original, dtype)
 
-    folder.write(out, fill)
+        def fill(place: Path) -> None:
+            save(own, source, place, dtype)
+            done.append(measured(place, bare_record(out, source, sites, dtype, choices), choices, truth))
+            (place / "README.md").write_text(card.merged(done[0], source), encoding="utf-8")
+
+        folder.write(out, fill)
     return done[0]
 
 
@@ -179,48 +174,41 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, new[id(p)])
 
 
-def measured(
-    out: Path,
-    source: Source,
-    sites: list[SiteLoss],
-    dtype: torch.dtype,
-    choices: Choices,
-    truth: tuple[Inputs, Stock, Outputs, Outputs] | None,
-    place: Path,
-) -> Merge:
+def bare_record(out: Path, source: Source, sites: list[SiteLoss], dtype: torch.dtype, choices: Choices) -> Merge:
+    """What is known before the folder has been run."""
+    whole = math.sqrt(sum(site.norm**2 for site in sites)) or 1.0
+    lost = math.sqrt(sum((site.norm * site.lost) ** 2 for site in sites)) / whole
+    lost_nf4 = math.sqrt(sum((site.norm * site.lost_nf4) ** 2 for site in sites)) / whole
+    unquantised = choices.original is not None
+    weights = "the weights of the unquantised checkpoint" if unquantised else "the weights it was trained on"
+    return Merge(out, source.adapters, name_of(dtype), weights, sites, lost, lost_nf4)
+
+
+def measured(place: Path, bare: Merge, choices: Choices, truth: Truth | None) -> Merge:
     """What the written folder computes against the live adapter, and what was lost.
 
     Raises:
-        MergeError: more was lost than `LIMIT`, or than fp32 allows, and no `accept_loss`.
+        MergeError: more was lost than `LIMIT` without `accept_loss`, or than fp32 allows.
     """
-    whole = math.sqrt(sum(site.norm**2 for site in sites)) or 1.0
-    lost, lost_nf4 = (
-        math.sqrt(sum((site.norm * share) ** 2 for site, share in zip(sites, shares, strict=True))) / whole
-        for shares in ([s.lost for s in sites], [s.lost_nf4 for s in sites])
-    )
-    exact = dtype == torch.float32 and choices.original is None
-    proof = lost_logits = None
+    exact = bare.dtype == "float32" and choices.original is None
+    found = bare
     if truth is not None:
-        inputs, stock, first, base = truth
-        folder_says = stock.run([Job(place)])[0]
-        error = first.furthest(folder_says)
-        lost_logits = first.distance(folder_says) / max(first.distance(base), 1e-30)
-        proof = Proof(inputs.what, error, first.furthest(base), TOLERANCE if exact else None)
-        if exact and not error <= TOLERANCE:
+        outputs = truth.of_model(place)
+        proof = truth.compared(outputs, TOLERANCE if exact else None)
+        if exact and not proof.error <= TOLERANCE:
             raise MergeError(
-                f"the merged model differs from the live adapter by {error:.2g} of the largest logit (allowed: {TOLERANCE:g}), so "
-                "it was not kept: please report it, or look at one site after another with verify=False."
+                f"the merged model differs from the live adapter by {proof.error:.2g} of the largest logit (allowed: "
+                f"{TOLERANCE:g}), so it was not kept: please report it."
             )
-    share, of = (lost, "‖ΔW‖") if lost_logits is None else (lost_logits, "the adapter's change of the logits")
-    if not exact and share > LIMIT and not choices.accept_loss:
-        worst = max(sites, key=lambda site: site.lost)
+        found = replace(bare, proof=proof, lost_logits=truth.lost(outputs))
+    share, of = (found.lost, "‖ΔW‖") if found.lost_logits is None else (found.lost_logits, "the change of the logits")
+    if exact or share <= LIMIT:
+        return found
+    if not choices.accept_loss:
+        worst = max(bare.sites, key=lambda site: site.lost)
         raise MergeError(
-            f"merging into {name_of(dtype)} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at "
-            f"{worst.site}), so nothing was written: merge into float32, export the adapter as LoRA, or go on with "
-            "accept_loss=True (--accept-loss)."
+            f"merging into {bare.dtype} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at {worst.site}), "
+            "so nothing was written: merge into float32, export the adapter as LoRA, or go on with accept_loss=True "
+            "(--accept-loss)."
         )
-    weights = (
-        "the weights of the unquantised checkpoint" if choices.original is not None else "the weights it was trained on"
-    )
-    accepted = choices.accept_loss and not exact and share > LIMIT
-    return Merge(out, source.adapters, name_of(dtype), weights, sites, lost, lost_nf4, lost_logits, proof, accepted)
+    return replace(found, accepted=True)

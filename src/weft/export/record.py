@@ -65,10 +65,10 @@ class LoraExport:
     parameters: int
     trained_modules: list[str]
     """What was trained in full and came along, by name."""
-    proof: Proof | None
+    proof: Proof | None = None
     """None: verify=False."""
-    approximation: Approximation | None
-    rounding: Rounding | None
+    approximation: Approximation | None = None
+    rounding: Rounding | None = None
     """None in fp32."""
 
     def record(self) -> dict[str, Any]:
@@ -102,10 +102,10 @@ class Merge:
     lost: float
     """Over all sites: the norm of what was lost / the norm of all updates."""
     lost_nf4: float
-    lost_logits: float | None
+    lost_logits: float | None = None
     """‖merged − live‖ / ‖live − base‖ over logits; None: verify=False."""
-    proof: Proof | None
-    accepted: bool
+    proof: Proof | None = None
+    accepted: bool = False
     """Whether a loss above the limit was accepted."""
 
     def record(self) -> dict[str, Any]:
