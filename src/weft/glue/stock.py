@@ -33,8 +33,9 @@ HOST = "base_model.model."
 def stock_config(modules: Collection[str], ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
     """The LoraConfig under which exactly the sites in `ranks` have a LoRA, each of its rank and of scale 1.
 
-    r and lora_alpha are the largest rank, so that readers which know no patterns and take ranks from the tensors find scale 1
-    too, and those that reserve room for r have enough.
+    r and lora_alpha are the largest rank: a reader that knows no patterns and divides one by the other finds scale 1, and one that
+    reserves room for r has enough. One that divides lora_alpha by the rank of each tensor (llama.cpp) is right only if all ranks
+    are equal.
 
     Args:
         modules: the names of all modules of the base model.
