@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_bases as tiny
 from peft import PeftModel, get_peft_model
 
 import weft
@@ -18,6 +19,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama") / "tiny"
     base: Any = FAMILIES["llama"].build()
     base.save_pretrained(folder)
+    tiny.save_tokenizer(folder)
     return folder
 
 

@@ -112,6 +112,12 @@ def test_too_large_a_loss_is_refused_unless_it_is_accepted(adapted: Adapted, in_
     assert not weft.merge(model, tmp_path / "exact", "float32", accept_loss=True).accepted
 
 
+def test_an_untrained_adapter_has_nothing_to_lose(llama_folder: Path, in_process: Jobs, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(llama_folder)
+    found = weft.merge(get_peft_model(base, weft.PlainLoraConfig(r=2)), tmp_path / "merged", "bfloat16")
+    assert (found.lost, found.lost_logits) == (0.0, 0.0)
+
+
 def test_a_trained_head_and_a_tokenizer_come_along(in_process: Jobs, tmp_path: Path) -> None:
     model = get_peft_model(FAMILIES["bert"].build(), weft.PlainLoraConfig(r=2, modules_to_save=["classifier"]))
     randomise(model)

@@ -183,6 +183,29 @@ def test_several_adapters_are_one_export_or_one_each(adapted: Adapted, in_proces
     assert both.proof.moved != alone.proof.moved
 
 
+def test_an_adapter_that_transformers_loaded_leaves_too(
+    adapted: Adapted, llama_folder: Path, in_process: Jobs, tmp_path: Path
+) -> None:
+    adapted(weft.TiedLoraConfig(r=2)).save_pretrained(tmp_path / "saved")
+    base: Any = type(FAMILIES["llama"].build()).from_pretrained(llama_folder)
+    base.load_adapter(str(tmp_path / "saved"), adapter_name="own")
+    found = weft.export_lora(base, tmp_path / "lora")
+    assert found.adapters == ("own",)
+    assert found.proof.error < 1e-5 < found.proof.moved
+    by_folder = weft.export_lora(tmp_path / "saved", tmp_path / "again", verify=False, base=llama_folder)
+    assert by_folder.ranks == found.ranks
+
+
+def test_a_quantised_base_is_not_run_in_fp32(
+    adapted: Adapted, in_process: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(weft.PlainLoraConfig(r=2))
+    model.get_base_model().is_quantized = True
+    with pytest.raises(AdapterError, match=r"quantised.*export its folder"):
+        weft.export_lora(model, tmp_path / "lora")
+    assert weft.export_lora(model, tmp_path / "lora", verify=False).proof is None
+
+
 def test_what_cannot_be_proved_says_so_and_can_be_exported_unproved(tmp_path: Path) -> None:
     net = get_peft_model(FAMILIES["plain"].build(), weft.PlainLoraConfig(r=2, exclude_modules=["head"]))
     with pytest.raises(AdapterError, match=r"PlainNet is no model of transformers.*use verify=False"):

@@ -8,7 +8,7 @@ An approximation, ours: HydraLoRA itself (arXiv 2404.19245) has no merged form. 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -29,7 +29,6 @@ class _Meter:
     masks: list[Tensor | None]  # of the batch that is running, shared by all meters
     total: Tensor | None = None
     tokens: int = 0
-    own: list[Tensor] = field(default_factory=list)
 
     def __call__(self, omega: Tensor) -> None:
         mask = self.masks[0]

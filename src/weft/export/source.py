@@ -114,7 +114,9 @@ def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
             "the model has no adapter to export: give one made with get_peft_model or load_adapter, or a folder."
         )
     named = str(getattr(base_of(model), "name_or_path", "") or "")
-    place = (named or None) if base is None else None if base == MEMORY else str(base)
+    there = Path(named).is_dir() or not Path(named).is_absolute()  # a folder that is gone leaves what is in memory
+    place = str(base) if base is not None else named if named and there else None
+    place = None if place == MEMORY else place
     return Source(model, (), type(base_of(model)).__name__, place)
 
 

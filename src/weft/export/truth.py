@@ -53,8 +53,14 @@ class Truth:
         """What stock peft computes from a LoRA folder, on the base that the source names (saved anew, if it is only in memory).
 
         Raises:
-            AdapterError: stock libraries cannot load it, or read it as another adapter.
+            AdapterError: stock libraries cannot load it, or read it as another adapter; the base in memory is quantised.
         """
+        if getattr(base_of(self.source.model), "is_quantized", False):
+            raise AdapterError(
+                "the base in memory is quantised, and the proof is in float32: save the adapter and export its folder, for which "
+                "the base is loaded as it is stored, or use verify=False (the matrices of an export are exact whatever the base "
+                "is)."
+            )
         base: str | Path | None = self.source.base
         if base is None:
             base = place / SCRATCH / "base"
@@ -96,8 +102,9 @@ class Truth:
         return Proof(self.inputs.what, self.exact.furthest(folder), self.exact.furthest(self.base), tolerance)
 
     def lost(self, folder: Outputs) -> float:
-        """‖folder − live‖ / ‖live − base‖ over logits."""
-        return self.live.distance(folder) / max(self.live.distance(self.base), 1e-30)
+        """‖folder − live‖ / ‖live − base‖ over logits; 0 where the adapter changes nothing, so that nothing can be lost."""
+        change = self.live.distance(self.base)
+        return self.live.distance(folder) / change if change else 0.0
 
     def approximation(self, gates: Inputs, measured: Gates) -> Approximation:
         """What fixing the gates cost."""
