@@ -20,6 +20,9 @@ from torch import Tensor
 import weft
 from weft.export import proof
 
+# one worker runs them all: the folders of all cells are made once and run by one process
+pytestmark = [pytest.mark.grid, pytest.mark.xdist_group("export")]
+
 LAYOUTS: dict[str, dict[str, Any]] = {"pattern": {}, "uniform": {"uniform": True}, "server": {"server_ranks": True}}
 FORMS = [*LAYOUTS, "merged"]
 MUTANT = "own ranks and scales"
