@@ -192,6 +192,8 @@ def test_an_adapter_that_transformers_loaded_leaves_too(
     found = weft.export_lora(base, tmp_path / "lora")
     assert found.adapters == ("own",)
     assert found.proof.error < 1e-5 < found.proof.moved
+    merged = weft.merge(base, tmp_path / "merged")
+    assert merged.proof.error < 1e-5
     by_folder = weft.export_lora(tmp_path / "saved", tmp_path / "again", verify=False, base=llama_folder)
     assert by_folder.ranks == found.ranks
 

@@ -124,8 +124,7 @@ def weight_dtype(source: Source) -> torch.dtype:
 
 
 def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dtype: torch.dtype) -> list[SiteLoss]:
-    """Give every adapted module of the shell its merged weight in `dtype`; the model whose tensors the shell borrows keeps its "
-    "own."""
+    """Give every adapted module of the shell its merged weight in `dtype`; the model that the shell borrows from keeps its own."""
     updates, sites = pairs(source, {}), []
     for layer in (m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates):
         base = layer.get_base_layer()

@@ -67,7 +67,8 @@ def read(source: nn.Module | str | Path, adapter: str | Sequence[str] | None, ba
         ModelError: the base is missing or incomplete.
     """
     if isinstance(source, nn.Module):
-        found = _in_memory(source, base)
+        compiled = getattr(source, "_orig_mod", None)
+        found = _in_memory(compiled if isinstance(compiled, nn.Module) else source, base)
     else:
         if adapter is not None:
             raise ConfigError(

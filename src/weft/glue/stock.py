@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -137,6 +137,10 @@ def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
             _put(model, name, module.original_module if kept is None else kept)
         elif isinstance(module, WeftLinear):
             _put(model, name, module.get_base_layer())
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # transformers' own load_adapter: it would now save the adapters instead of the model, under the adapter's prefix
+        host = cast(Any, model)
+        host._hf_peft_config_loaded, host._weight_conversions = False, None
     return model
 
 
