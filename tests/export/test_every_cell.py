@@ -147,4 +147,4 @@ def test_the_files_are_stock(exported: Any) -> None:
             "adapter_model.safetensors",
         ]
         assert str(record.folder.parent) not in (record.folder / "README.md").read_text()
-        assert ("classifier" in record.trained_modules) == name.startswith("bert")
+        assert ("classifier" in record.whole_modules) == name.startswith("bert")

@@ -30,7 +30,7 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
         "scale": "1 (lora_alpha = r; every scale and gate is folded into B)",
         "numbers": f"{export.parameters:,} in A and B, {export.dtype}",
         "sites left out": f"{len(export.left_out)} without a live rank slot" if export.left_out else None,
-        "trained in full": ", ".join(export.trained_modules) or None,
+        "in full": ", ".join(export.whole_modules) or None,
     }
     sections = [
         _head(export.adapters, source, ["lora", "peft", "weft"], config.base_model_name_or_path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +21,17 @@ from weft.glue.updates import base_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def config_of(source: Source, ranks: Mapping[str, int], base_name: str | None) -> LoraConfig:
+def config_of(source: Source, ranks: Mapping[str, int], drawn: Sequence[str], base_name: str | None) -> LoraConfig:
     """The stock config, resolved again by peft's own rules.
+
+    Args:
+        drawn: names of modules that leave in full beside those that were trained so.
 
     Raises:
         AdapterError: stock peft would read it as another adapter.
     """
     configs = [config for name in source.adapters if (config := _peft_config(source.model, name)) is not None]
-    saved = sorted({module for config in configs for module in config.modules_to_save or []})
+    saved = sorted({*drawn, *(module for config in configs for module in config.modules_to_save or [])})
     kinds = {layer.module_name: type(layer.get_base_layer()).__name__ for layer in source.layers}
     inside = tuple(f"{name}." for name in kinds)
     modules = [name for name, _ in base_of(source.model).named_modules() if name and not name.startswith(inside)]

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 from weft.compat import REFUSED
 from weft.errors import AdapterError, ConfigError, MergeError
 from weft.export import card, folder, live
+from weft.export.drawn import drawn_parts, in_full
 from weft.export.factors import Pair, closed_form, combined, common_rank
 from weft.export.files import config_of, name_of, save
 from weft.export.gates import Gates, mean_gates
@@ -56,8 +58,10 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
     with live.shell(source.model, source.adapters) as own:
         measured = {} if gates is None else mean_gates(own, source.adapters, gates.batches)
         found = pairs(source, measured)
+        drawn = drawn_parts(source)
+        heads = trained_modules(base_of(source.model), source.adapters) | in_full(drawn, found)
         sites = laid_out(found, choices)
-        heads = trained_modules(base_of(source.model), source.adapters)
+        config = config_of(source, {name: pair.rank for name, pair in sites.items()}, list(drawn), choices.base_name)
         bare = LoraExport(
             folder=out,
             adapters=source.adapters,
@@ -66,16 +70,15 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             ranks={name: pair.rank for name, pair in sites.items()},
             left_out=sorted(found.keys() - sites.keys()),
             parameters=sum(pair.a.numel() + pair.b.numel() for pair in sites.values()),
-            trained_modules=sorted({name.rpartition(".")[0] for name in heads}),
+            whole_modules=sorted({name.rpartition(".")[0] for name in heads}),
         )
         truth = Truth.of(own, source, inputs or inputs_of(source, None), measured) if choices.verify else None
 
         def fill(place: Path) -> None:
-            done.append(write(place, bare, sites, heads, choices, truth, source))
+            done.append(write(place, bare, config, sites, heads, choices.dtype, truth))
             if truth is not None and gates is not None:
                 done.append(replace(done[-1], approximation=truth.approximation(gates, measured)))
-            text = card.lora(done[-1], source, config_of(source, bare.ranks, choices.base_name))
-            (place / "README.md").write_text(text, encoding="utf-8")
+            (place / "README.md").write_text(card.lora(done[-1], source, config), encoding="utf-8")
 
         folder.write(out, fill)
     return done[-1]
@@ -132,26 +135,24 @@ def laid_out(found: Mapping[str, Pair], choices: Choices) -> dict[str, Pair]:
 def write(
     place: Path,
     bare: LoraExport,
+    config: LoraConfig,
     sites: Mapping[str, Pair],
     heads: Mapping[str, Tensor],
-    choices: Choices,
+    dtype: torch.dtype,
     truth: Truth | None,
-    source: Source,
 ) -> LoraExport:
     """The two files, and what was measured of them: in fp32 first, whatever they are to be in the end.
 
     Raises:
         AdapterError: stock peft does not compute what the live adapter does; a value does not fit into the dtype.
     """
-    config = config_of(source, bare.ranks, choices.base_name)
     save(place, config, sites, heads, torch.float32)
     proof = None if truth is None else truth.prove(place, bare.ranks)
-    if choices.dtype == torch.float32:
+    if dtype == torch.float32:
         return replace(bare, proof=proof)
-    save(place, config, sites, heads, choices.dtype)
+    save(place, config, sites, heads, dtype)
     error = None if truth is None else truth.compared(truth.of_adapter(place, bare.ranks), None).error
-    rounding = Rounding(name_of(choices.dtype), lost_to(choices.dtype, sites), error)
-    return replace(bare, proof=proof, rounding=rounding)
+    return replace(bare, proof=proof, rounding=Rounding(name_of(dtype), lost_to(dtype, sites), error))
 
 
 def lost_to(dtype: torch.dtype, sites: Mapping[str, Pair]) -> float:

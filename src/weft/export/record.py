@@ -63,8 +63,8 @@ class LoraExport:
     left_out: list[str]
     """Sites without a live slot: they are no targets."""
     parameters: int
-    trained_modules: list[str]
-    """What was trained in full and came along, by name."""
+    whole_modules: list[str]
+    """What is in the folder in full, by name: trained heads, and parts that the base's checkpoint does not have."""
     proof: Proof | None = None
     """None: verify=False."""
     approximation: Approximation | None = None
