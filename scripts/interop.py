@@ -90,7 +90,7 @@ def greedy(model: PeftModel, base: Path) -> list[dict[str, Any]]:
 def converters(archive: Path | None, work: Path) -> tuple[Path, Path]:
     """llama.cpp's source folder and the archive it came from."""
     if archive is None:
-        fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+        fetch = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
         subprocess.run([*fetch, "-d", str(work), f"llama-cpp-python=={VERSION}"], check=True)
         archive = next(work.glob("llama_cpp_python-*.tar.gz"))
     with tarfile.open(archive) as file:

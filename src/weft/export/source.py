@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +36,6 @@ class Source:
 
     model: nn.Module
     adapters: tuple[str, ...]
-    label: str
     base: str | None
     """Folder or hub id of the base; None where it is only in memory."""
     run: Run | None = None
@@ -83,7 +82,7 @@ def read(source: nn.Module | str | Path, adapter: str | Sequence[str] | None, ba
         raise AdapterError(
             "the model has no active adapter to export: name one with adapter=..., or call set_adapter first."
         )
-    found = Source(found.model, tuple(wanted), found.label, found.base, found.run, found.folder, found.tokenizer)
+    found = replace(found, adapters=tuple(wanted))
     _check(found)
     for name in wanted:
         warn_of_missing(found.model, name, over=True)
@@ -118,7 +117,7 @@ def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
     there = Path(named).is_dir() or not Path(named).is_absolute()  # a folder that is gone leaves what is in memory
     place = str(base) if base is not None else named if named and there else None
     place = None if place == MEMORY else place
-    return Source(model, (), type(base_of(model)).__name__, place)
+    return Source(model, (), place)
 
 
 def _in_folder(folder: Path, base: str | Path | None) -> Source:
@@ -136,7 +135,7 @@ def _in_folder(folder: Path, base: str | Path | None) -> Source:
 
 
 def _loaded(trained: Trained, folder: Path, run: Run | None) -> Source:
-    return Source(trained.model, (), str(folder), trained.base.source, run, folder, trained.base.tokenizer)
+    return Source(trained.model, (), trained.base.source, run, folder, trained.base.tokenizer)
 
 
 # ---------------------------------------------------------------------- what it is run on
