@@ -19,7 +19,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench soak clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,10 +54,10 @@ types: $(STAMP) ## mypy, strict
 test: unit grid ## all tests
 
 unit: $(STAMP) ## all tests but the grid
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not grid" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid" --durations=5
 
 grid: $(STAMP) ## every structure on every family of base models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m grid --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m grid --durations=5
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)
@@ -81,6 +81,9 @@ evidence: $(STAMP) ## the table of docs/real-runs.md, on the real models and dat
 
 bench: $(STAMP) ## a training step against the frozen base and against stock peft LoRA
 	$(BIN)/weft bench step
+
+interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
 soak: $(STAMP) ## kill `weft train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py

@@ -54,12 +54,14 @@ from weft.times import epochs
 register()
 
 if TYPE_CHECKING:
+    from weft.export import export_lora, merge
     from weft.search import Selection, search_layers, second_stage
     from weft.train import Run, evaluate, generate, train
     from weft.train.callback import Callback
     from weft.train.directions import directions
 
 _LAZY = {
+    **dict.fromkeys(("export_lora", "merge"), "weft.export"),
     **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weft.search"),
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
     "Callback": "weft.train.callback",
@@ -104,10 +106,12 @@ __all__ = [
     "directions",
     "epochs",
     "evaluate",
+    "export_lora",
     "generate",
     "import_hydralora",
     "import_lora_dash",
     "load_state_dict",
+    "merge",
     "param_groups",
     "routing",
     "search_layers",

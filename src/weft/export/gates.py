@@ -1,0 +1,68 @@
+"""The mean router output of every routed site over data: at these fixed weights a routed update becomes one ΔW.
+
+    ω̄ = mean over tokens of softmax(x Wgᵀ)        ΔW ≈ s (Σ_n ω̄_n B_n) A
+
+An approximation, ours: HydraLoRA itself (arXiv 2404.19245) has no merged form. Padding is left out of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from weft.export.live import Batch
+from weft.glue.layer import WeftLinear
+from weft.glue.updates import base_of
+
+Gates = dict[str, dict[str, Tensor]]
+"""{adapter: {site: ω̄ [N] fp64}}."""
+
+
+@dataclass
+class _Meter:
+    """Sums the weights of one router over the tokens that are not padding."""
+
+    masks: list[Tensor | None]  # of the batch that is running, shared by all meters
+    total: Tensor | None = None
+    tokens: int = 0
+
+    def __call__(self, omega: Tensor) -> None:
+        mask = self.masks[0]
+        seen = omega.detach()
+        seen = seen[mask.bool()] if mask is not None and mask.shape == seen.shape[:-1] else seen.flatten(0, -2)
+        summed = seen.double().sum(0)
+        self.total = summed if self.total is None else self.total + summed
+        self.tokens += len(seen)
+
+
+def mean_gates(own: nn.Module, adapters: Sequence[str], batches: Sequence[Batch]) -> Gates:
+    """The mean gates of the routed sites of a shell over `batches`; a site that no token reached keeps equal weights."""
+    masks: list[Tensor | None] = [None]
+    meters: dict[tuple[str, str], _Meter] = {}
+    heads: dict[tuple[str, str], int] = {}
+    for layer in (m for m in own.modules() if isinstance(m, WeftLinear)):
+        for adapter in adapters:
+            if adapter in layer.weft_site and not (site := layer.site(adapter)).mergeable:
+                key = adapter, layer.module_name
+                meters[key], heads[key] = _Meter(masks), site.factors().heads
+                site.gate_meter = meters[key]
+    device = next(own.parameters()).device
+    with torch.no_grad():
+        for batch in batches:
+            here = {name: value.to(device) for name, value in batch.items()}
+            masks[0] = here.get("attention_mask")
+            base_of(own)(**here)
+    gates: Gates = {}
+    for (adapter, name), meter in meters.items():
+        equal = torch.full((heads[adapter, name],), 1 / heads[adapter, name], dtype=torch.float64)
+        found = equal if not meter.tokens else cast(Tensor, meter.total).cpu() / meter.tokens
+        gates.setdefault(adapter, {})[name] = found
+    for layer in (m for m in own.modules() if isinstance(m, WeftLinear)):
+        for adapter in adapters:
+            if adapter in layer.weft_site:
+                layer.site(adapter).gate_meter = None
+    return gates
