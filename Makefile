@@ -79,8 +79,8 @@ evidence: $(STAMP) ## the table of docs/real-runs.md, on the real models and dat
 	$(BIN)/python scripts/flexora_runs.py --jobs $(JOBS)
 	$(BIN)/python scripts/real_runs.py --jobs $(JOBS)
 
-bench: $(STAMP) ## a training step against the frozen base and against stock peft LoRA
-	$(BIN)/weft bench step
+bench: $(STAMP) ## the table of figures: a training step against the frozen base and stock peft LoRA (a quarter of an hour)
+	$(BIN)/weft bench step --all --rounds 9 --out bench/step.json
 
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
