@@ -22,7 +22,7 @@ NAMES = {
     "hydra": "HydraLoRA N=3 r=8",
     "tied": "Tied-LoRA r=16",
     "dash": "LoRA-Dash r=8 + 8",
-    "alora": "ALoRA r=16",
+    "alora": "ALoRA r=12 of 16",
     "flexora": "Flexora, gated r=16",
 }
 DTYPE = "bf16"

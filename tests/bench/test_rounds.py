@@ -13,7 +13,7 @@ LABELS = [
     "floor",
     *("peft r=8 p=0 fp32", "peft r=16 p=0 fp32", "plain r=8 p=0 fp32", "plain r=16 p=0 fp32"),
     *("hydra r=8 p=0 fp32", "tied r=16 p=0 fp32", "dash r=8 p=0 fp32"),
-    *("alora r=16 p=0 fp32", "flexora r=16 p=0 fp32"),
+    *("alora r=12 p=0 fp32", "flexora r=16 p=0 fp32"),
 ]
 
 

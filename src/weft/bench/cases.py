@@ -35,7 +35,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {
     "hydra": HydraLoraConfig,
     "tied": TiedLoraConfig,
     "dash": LoraDashConfig,
-    "alora": partial(AllocLoraConfig, max_rounds=0),  # its ranks are moved by hand
+    "alora": partial(AllocLoraConfig, max_rounds=0, max_rank=16),  # its ranks are moved by hand
     "flexora": PlainLoraConfig,  # with a gate on every block
 }
 RANKS: dict[str, tuple[int, ...]] = {
@@ -44,7 +44,7 @@ RANKS: dict[str, tuple[int, ...]] = {
     "hydra": (8,),
     "tied": (16,),
     "dash": (8,),
-    "alora": (16,),
+    "alora": (12,),
     "flexora": (16,),
 }
 HEAD_SIZE = 64
@@ -121,7 +121,7 @@ def table_cases(dtype: Dtype) -> list[Case]:
         if dtype == "bf16":
             found.append(Case("peft", 16, dropout, "bf16"))
         found += [Case("plain", 16, dropout), Case("plain", 16, dropout, compiled=True), Case("hydra", 8, dropout)]
-        found += [Case(kind, r, dropout) for kind, r in (("dash", 8), ("tied", 16), ("alora", 16), ("flexora", 16))]
+        found += [Case(kind, r, dropout) for kind, r in (("dash", 8), ("tied", 16), ("alora", 12), ("flexora", 16))]
     return [*found, Case("plain", 16, p, mask="input"), Case("hydra", 8, p, mask="input")]
 
 
@@ -219,19 +219,20 @@ def launch_anywhere(model: nn.Module) -> None:
             term.launch(linalg.Directions(torch.arange(s), torch.ones(s), torch.ones(s), up, down.T))
 
 
-def move_ranks(model: nn.Module, by: int = 4) -> None:
-    """Where ranks are reallocated: every other site has lost `by` slots to the next one, as after some rounds."""
+def move_ranks(model: nn.Module) -> None:
+    """Where ranks are reallocated: every other site has lost its first slots to the next one, which is full, as after some rounds."""
     sites = [m for m in model.modules() if isinstance(m, Site) and m.mask is not None]
     with torch.no_grad():
         for place, site in enumerate(sites[: len(sites) // 2 * 2]):
-            live = site.initial_rank + (by if place % 2 else -by)
-            fresh = torch.arange(len(cast(Tensor, site.mask))) < live
-            cast(Tensor, site.mask).copy_(fresh)
-            factors = site.structure.factors(1.0)
-            factors.A[~fresh] = 0.0
-            factors.B[:, ~fresh] = 0.0
+            mask, f = cast(Tensor, site.mask), site.structure.factors(1.0)
+            moved = len(mask) - site.initial_rank
             if place % 2:
-                factors.A[site.initial_rank : live].normal_(std=0.02)
+                f.A[site.initial_rank :].normal_(std=0.02)
+                mask.fill_(1)
+            else:
+                mask[:moved] = 0
+            f.A[mask == 0] = 0.0
+            f.B[:, mask == 0] = 0.0
 
 
 def set_gates(model: nn.Module) -> None:

@@ -11,7 +11,6 @@ All static gates are folded into B̃ beforehand, so an unrouted site has h = u.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,18 +19,17 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def mixture(u: Tensor, q: Tensor, mix: Tensor | None, r: int) -> tuple[Tensor, Tensor]:
-    """h [t, N·r + E] in u's dtype, rounded once, and ω [t, N]. With mix [N, r] the router reads q through it."""
-    omega = softmax(q if mix is None else F.linear(q, mix))
+def mixture(u: Tensor, omega: Tensor, r: int) -> Tensor:
+    """h [t, N·r + E] in u's dtype, rounded once, of u [t, r + E] and ω [t, N]."""
     h = (omega[:, :, None] * u[:, None, :r]).flatten(1).to(u.dtype)
-    return (h if u.shape[1] == r else torch.cat([h, u[:, r:]], 1)), omega
+    return h if u.shape[1] == r else torch.cat([h, u[:, r:]], 1)
 
 
 def mixture_backward(
-    gh: Tensor | None, gomega: Tensor | None, u: Tensor, q: Tensor, mix: Tensor | None, omega: Tensor, r: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of u, q and mix; gh [t, N·r + E] is h's, gomega [t, N] what came to ω from elsewhere."""
-    gu = torch.zeros_like(u) if gh is None else None
+    gh: Tensor | None, gomega: Tensor | None, u: Tensor, omega: Tensor, r: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of u and of the logits; gh [t, ≥ N·r + E] is h's, gomega [t, N] what came to ω from elsewhere."""
+    gu = torch.zeros_like(u) if gh is None else u
     if gh is not None:
         heads = omega.shape[1]
         by_head = gh[:, : heads * r].unflatten(1, (heads, r)).to(omega.dtype)
@@ -40,8 +38,6 @@ def mixture_backward(
         gu = (omega[:, :, None] * by_head).sum(1).to(u.dtype)
         if u.shape[1] > r:
             gu = torch.cat([gu, gh[:, heads * r : heads * r + u.shape[1] - r]], 1)
-    assert gu is not None
-    assert gomega is not None
+    assert gomega is not None  # a member without any gradient is left out before
     glogits = omega * (gomega - (gomega * omega).sum(1, keepdim=True))
-    glogits = glogits.to(q.dtype)
-    return gu, (glogits if mix is None else glogits @ mix), (None if mix is None else glogits.T @ q)
+    return gu, glogits.to(u.dtype)

@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from weft.kernel.factors import without_autocast
-from weft.kernel.node import Latents, Parts, Plan, backward, flat, gates, read, shaped, split, spread, up
+from weft.kernel.node import Parts, Plan, backward, flat, gated, latents_of, read, shaped, split, spread, up
 
 FIELDS = len(Parts._fields)
 
@@ -77,17 +77,15 @@ class GatedMlp(Function):
         first, second, each = _sorted(inner, outer, tensors)
         x_ti = x.reshape(-1, x.shape[-1])
         seen = read(x_ti, inner, each[:2], first)
-        (h_gate, omega_gate), (h_up, omega_up) = (gates(*of) for of in zip(inner.members, each[:2], seen, strict=True))
-        e, a = up(inner.members[0], each[0], x_ti, h_gate), up(inner.members[1], each[1], x_ti, h_up)
+        members = (*inner.members, *outer.members)
+        e, a = (up(*of[:2], x_ti, gated(*of)) for of in zip(inner.members, each[:2], seen, strict=True))
         hidden = ACTIVATIONS[activation].value(e).mul_(a)
-        [seen_down] = read(hidden, outer, each[2:], second)
-        h_down, omega_down = gates(outer.members[0], each[2], seen_down)
-        y = up(outer.members[0], each[2], hidden, h_down)
-        omegas = zip((*inner.members, *outer.members), (omega_gate, omega_up, omega_down), strict=True)
+        seen += read(hidden, outer, each[2:], second)
+        y = up(members[2], each[2], hidden, gated(members[2], each[2], seen[2]))
         ctx.plans = activation, inner, outer
-        ctx.save_for_backward(x, e, a, *tensors, *flat([*seen, seen_down]))
+        ctx.save_for_backward(x, e, a, *tensors, *flat(seen))
         ctx.set_materialize_grads(False)
-        return (shaped(y, x), *(cast(Tensor, omega) for m, omega in omegas if m.told))
+        return (shaped(y, x), *(cast(Tensor, of.omega) for m, of in zip(members, seen, strict=True) if m.told))
 
     @staticmethod
     @once_differentiable
@@ -96,7 +94,7 @@ class GatedMlp(Function):
         x, e, a, *rest = ctx.saved_tensors
         count = inner.masks + outer.masks + 3 * FIELDS
         first, second, each = _sorted(inner, outer, rest[:count])
-        latents = [Latents(*rest[count + 2 * i : count + 2 * i + 2]) for i in range(3)]
+        latents = latents_of(rest[count:])
         gomegas = spread((*inner.members, *outer.members), told)
         act = ACTIVATIONS[activation]
         with without_autocast(x):

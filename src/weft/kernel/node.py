@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from weft.kernel.dropout import masked
 from weft.kernel.factors import without_autocast
-from weft.kernel.latent import mixture, mixture_backward
+from weft.kernel.latent import mixture, mixture_backward, softmax
 
 
 class Member(NamedTuple):
@@ -58,10 +58,11 @@ class Plan(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What one member reads: u [t, R'] (padded) and, routed, q."""
+    """What one member reads: u [t, R'] (padded) and, routed, ω [t, N] and, where the router reads through mix, q."""
 
     u: Tensor
     q: Tensor | None
+    omega: Tensor | None
 
 
 def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
@@ -80,12 +81,8 @@ class LowRankLinears(Function):
         masks, each = cast("tuple[Tensor, ...]", tensors[: plan.masks]), split(tensors[plan.masks :])
         x_ti = x.reshape(-1, x.shape[-1])
         latents = read(x_ti, plan, each, masks)
-        outputs, told = [], []
-        for m, own, seen in zip(plan.members, each, latents, strict=True):
-            h, omega = gates(m, own, seen)
-            outputs.append(shaped(up(m, own, x_ti, h), x))
-            if m.told:
-                told.append(cast(Tensor, omega))
+        outputs = [shaped(up(*of[:2], x_ti, gated(*of)), x) for of in zip(plan.members, each, latents, strict=True)]
+        told = [cast(Tensor, seen.omega) for m, seen in zip(plan.members, latents, strict=True) if m.told]
         ctx.plan = plan
         kept = [own._replace(base=None) for own in each]
         ctx.save_for_backward(x, *masks, *flat(kept), *flat(latents))
@@ -100,7 +97,7 @@ class LowRankLinears(Function):
         n = len(plan.members)
         masks, rest = rest[: plan.masks], rest[plan.masks :]
         each, seen = split(rest[: n * len(Parts._fields)]), rest[n * len(Parts._fields) :]
-        latents = [Latents(*seen[2 * i : 2 * i + 2]) for i in range(n)]
+        latents = latents_of(seen)
         with without_autocast(x):
             gx, found = backward(
                 x, plan, each, masks, latents, grads[:n], spread(plan.members, grads[n:]), ctx.needs_input_grad[1]
@@ -117,6 +114,12 @@ def split(tensors: Sequence[Tensor | None]) -> list[Parts]:
 def flat(each: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """All tensors, one member after the other."""
     return [t for own in each for t in own]
+
+
+def latents_of(tensors: Sequence[Tensor]) -> list[Latents]:
+    """The flat latents of a node, member by member."""
+    n = len(Latents._fields)
+    return [Latents(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
 
 
 def spread(members: Sequence[Member], told: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -161,17 +164,22 @@ def _latents(plan: Plan, each: Sequence[Parts], found: Sequence[Tensor]) -> list
     latents = []
     for m, own in zip(plan.members, each, strict=True):
         u = next(given)
-        q = next(given) if own.route is not None else (u[:, : m.r] if m.heads else None)
-        latents.append(Latents(u, q))
+        q = next(given) if own.route is not None else u[:, : m.r]
+        if not m.heads:
+            latents.append(Latents(u, None, None))
+        elif own.mix is None:
+            latents.append(Latents(u, None, softmax(q)))
+        else:
+            latents.append(Latents(u, q, softmax(F.linear(q, own.mix.to(q.dtype)))))
     return latents
 
 
-def gates(m: Member, own: Parts, seen: Latents) -> tuple[Tensor, Tensor | None]:
-    """h of one member, padded, and ω if it is routed."""
-    if not m.heads:
-        return seen.u, None
-    h, omega = mixture(seen.u, cast(Tensor, seen.q), None if own.mix is None else own.mix.to(seen.u), m.r)
-    return F.pad(h, (0, fast_width(h.shape[1], h) - h.shape[1])), omega
+def gated(m: Member, own: Parts, seen: Latents) -> Tensor:
+    """h of one member, as many columns as GEMMs are fast in."""
+    if seen.omega is None:
+        return seen.u
+    h = mixture(seen.u, seen.omega, m.r)
+    return F.pad(h, (0, fast_width(h.shape[1], h) - h.shape[1]))
 
 
 def up(m: Member, own: Parts, x: Tensor, h: Tensor) -> Tensor:
@@ -230,20 +238,21 @@ def member_backward(
     """Gradients of u, q, mix and up of one member, given that of its output, g [t, out], and of ω."""
     if g is None and gomega is None:
         return None, None, None, None
-    h, omega = gates(m, own, seen)
     gh = gup = None
     if g is not None:
-        columns = padded_columns(own.up, h.shape[1], x)
+        h = gated(m, own, seen)
         g = g.to(x.dtype)
-        gh = (g @ columns).mul_(m.scale)
-        gup = (h.T @ g)[: own.up.shape[1]].mul_(m.scale).T.to(own.up.dtype)  # hᵀ g: the other form, gᵀ h, takes longer
-    if not m.heads:
+        gh = scaled(g, padded_columns(own.up, h.shape[1], x), m.scale)
+        gup = scaled(h.T, g, m.scale)[: own.up.shape[1]].T.to(own.up.dtype)  # hᵀ g: the other form, gᵀ h, takes longer
+    if seen.omega is None:
         return gh, None, None, gup
-    mix = None if own.mix is None else own.mix.to(x.dtype)
-    gu, gq, gmix = mixture_backward(gh, gomega, seen.u, cast(Tensor, seen.q), mix, cast(Tensor, omega), m.r)
+    gu, glogits = mixture_backward(gh, gomega, seen.u, seen.omega, m.r)
+    if own.mix is None or seen.q is None:
+        return gu, glogits, None, gup
+    gq = glogits @ own.mix.to(glogits.dtype)
     if own.route is None:
         gu[:, : m.r] += gq
-    return gu, gq, (None if gmix is None or own.mix is None else gmix.to(own.mix.dtype)), gup
+    return gu, gq, (glogits.T @ seen.q).to(own.mix.dtype), gup
 
 
 def read_backward(
@@ -281,6 +290,11 @@ def read_backward(
 
 
 # ---------------------------------------------------------------------- shapes that GEMMs are fast in
+
+
+def scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a b, without a pass of its own for the scale."""
+    return a @ b if scale == 1.0 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
 
 
 def fast_width(n: int, t: Tensor) -> int:
