@@ -73,7 +73,7 @@ def goals() -> Iterator[Goal]:
     for dtype in ("fp32", "bf16"):
         equal_slots = {"Tied-LoRA r=16": Case("tied", 16), "ALoRA r=12, room for 16": Case("alora", 12)}
         for name, case in {**equal_slots, "Flexora-gated r=16": Case("flexora", 16)}.items():
-            yield Goal(f"{name} / LoRA r=16", dtype, case, plain, must=1.02, aim=1.00)  # type: ignore[arg-type]
+            yield Goal(f"{name} / LoRA r=16", dtype, case, plain, must=1.02, aim=1.00)
     for dtype in ("fp32", "bf16"):
         compiled = replace(plain, compiled=True)
         yield Goal("compiled / compiled floor", dtype, compiled, replace(FLOOR, compiled=True), must=1.12, aim=1.06)  # type: ignore[arg-type]
