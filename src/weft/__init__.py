@@ -54,6 +54,8 @@ from weft.times import epochs
 register()
 
 if TYPE_CHECKING:
+    from weft.report.heads import suggest_heads
+    from weft.report.inspecting import inspect
     from weft.search import Selection, search_layers, second_stage
     from weft.train import Run, evaluate, generate, train
     from weft.train.callback import Callback
@@ -64,6 +66,8 @@ _LAZY = {
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
     "Callback": "weft.train.callback",
     "directions": "weft.train.directions",
+    "inspect": "weft.report.inspecting",
+    "suggest_heads": "weft.report.heads",
 }
 
 __all__ = [
@@ -107,12 +111,14 @@ __all__ = [
     "generate",
     "import_hydralora",
     "import_lora_dash",
+    "inspect",
     "load_state_dict",
     "param_groups",
     "routing",
     "search_layers",
     "second_stage",
     "state_dict",
+    "suggest_heads",
     "train",
 ]
 
