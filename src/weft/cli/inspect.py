@@ -186,8 +186,12 @@ def _routers(found: Inspection) -> list[RenderableType]:
     labels = labels_of(blocks)
     for block, names in blocks.items():
         usage = [used[name] for name in names if name in used]
-        numbers = [[u.entropy for u in usage], [u.balance for u in usage], [max(u.top1) for u in usage]] if used else []
-        own = [_number(_mean(values)) for values in (*numbers, [cosine[name] for name in names])]
+        numbers: list[list[float | None]] = [
+            [u.entropy for u in usage],
+            [u.balance for u in usage],
+            [max(u.top1) for u in usage],
+        ]
+        own = [_number(_mean(values)) for values in [*(numbers if used else []), [cosine[name] for name in names]]]
         table.add_row(escape(labels[block]), *own)
     if found.routers is None:
         return _section("heads", table, "mean cosine between the B's of a site, over the block's sites")
@@ -220,7 +224,12 @@ def _against(found: Inspection) -> list[RenderableType]:
     for part in ("A", "B"):
         rows = [row for site in found.against.sites if (row := site.A if part == "A" else site.B) is not None]
         angles = [max(row.angles) for row in rows if row.angles]
-        means = [[r.overlap for r in rows], [r.chance for r in rows], [r.cosine for r in rows], [r.moved for r in rows]]
+        means: list[list[float | None]] = [
+            [r.overlap for r in rows],
+            [r.chance for r in rows],
+            [r.cosine for r in rows],
+            [r.moved for r in rows],
+        ]
         if rows:
             largest = f"{max(angles):.0f}°" if angles else ""
             table.add_row(part, *(_number(_mean(values), 3) for values in means), largest)

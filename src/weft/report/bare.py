@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -171,10 +171,10 @@ def _site(
     r, structure = size[0], config.structure
     keys = shared_keys(structure, name, size) if isinstance(structure, Tied) else {}
     theirs: Owners = {part: owners[part, key] for part, key in keys.items() if (part, key) in owners}
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), cast(float, config.lora_alpha))
     with torch.device("meta"):
         site = build_site(
-            structure, size, scale=config.scale(r, float(alpha)), dropout=0.0, owners=theirs,
+            structure, size, scale=config.scale(r, alpha), dropout=0.0, owners=theirs,
             boost=config.boost, start=config.start, ranks=config.ranks, layers=config.layers,
         )  # fmt: skip
     site.load_state_dict({k: t for k, t in tensors.items() if k not in NOT_OF_A_SITE}, assign=True)
