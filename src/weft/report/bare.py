@@ -20,15 +20,13 @@ from torch import Tensor
 from weft.errors import AdapterError, WeftError
 from weft.glue.sharing import shared_keys
 from weft.glue.updates import Update
+from weft.report.measure import COUNTERS
 from weft.report.subject import Subject, plain_site
 from weft.site import Owners, Site, build_site
 from weft.spec import WeftConfig, read_config
 from weft.terms.structure.tied import PARTS, Tied, TiedTerm
 
 MARK = ".weft_site."
-NOT_OF_A_SITE = {"steps", "rounds", "ended"}
-"""Counters of the adapter as a whole, which the first site carries."""
-
 Tensors = dict[str, Tensor]
 
 
@@ -177,7 +175,7 @@ def _site(
             structure, size, scale=config.scale(r, alpha), dropout=0.0, owners=theirs,
             boost=config.boost, start=config.start, ranks=config.ranks, layers=config.layers,
         )  # fmt: skip
-    site.load_state_dict({k: t for k, t in tensors.items() if k not in NOT_OF_A_SITE}, assign=True)
+    site.load_state_dict({k: t for k, t in tensors.items() if k not in COUNTERS}, assign=True)
     for part, key in keys.items():
         owners.setdefault((part, key), site.structure)  # type: ignore[arg-type]
     return site.eval().requires_grad_(False)

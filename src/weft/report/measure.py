@@ -23,6 +23,7 @@ from weft.site import Site
 from weft.terms.structure.hydra import HydraTerm
 from weft.terms.structure.tied import TiedTerm
 
+COUNTERS = {"steps", "rounds", "ended"}
 NEVER_MERGES = f"{REFUSED['Hydra', 'merge']}"
 
 
@@ -108,8 +109,9 @@ def _reads_slots(site: Site) -> bool:
 
 
 def stored_numbers(site: Site) -> dict[int, int]:
-    """All numbers of a site's own tensors, by tensor."""
-    return {id(t): t.numel() for t in (*site.parameters(), *site.buffers())}
+    """All numbers of a site's own tensors, by tensor; not the counters of the adapter as a whole, which the first site carries."""
+    named = (*site.named_parameters(), *site.named_buffers())
+    return {id(tensor): tensor.numel() for name, tensor in named if name not in COUNTERS}
 
 
 def heads(name: str, site: Site) -> HeadSimilarity | None:
@@ -169,4 +171,4 @@ def size_of_a_fresh_draw(a_ki: Tensor) -> float:
 
     A moved by at least |this − 1| of its start's size.
     """
-    return float(a_ki.double().norm()) / math.sqrt(len(a_ki) / 3)
+    return float(a_ki.detach().double().norm()) / math.sqrt(len(a_ki) / 3)
