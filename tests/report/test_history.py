@@ -27,7 +27,8 @@ def subject(**fields: Any) -> Any:
 def moved(
     round_: int, step: int, taken: list[Any], made: list[Any], ranks: dict[str, int], **more: Any
 ) -> dict[str, Any]:
-    return {"event": "reallocation", "adapter": "default", "round": round_, "step": step, "pruned": taken, "added": made, "ranks": ranks, **more}  # fmt: skip
+    when = {"event": "reallocation", "adapter": "default", "round": round_, "step": step}
+    return {**when, "pruned": taken, "added": made, "ranks": ranks, **more}
 
 
 def test_rounds_stand_there_as_they_were_told():
@@ -52,7 +53,7 @@ def test_a_round_that_was_repeated_after_a_kill_counts_once():
         moved(1, 3, [[Q0, 1, 0.0]], [[Q1, 2]], {Q0: 1, Q1: 3}),
         {"event": "resume", "steps": 9},
         moved(1, 3, [[Q1, 1, 0.0]], [[Q0, 2]], {Q0: 3, Q1: 1}),
-        moved(1, 3, [], [], {}, **{"adapter": "another"}),
+        moved(1, 3, [], [], {}, adapter="another"),
     ]
     found = history.rank_history(planted)
     assert [each.ranks for each in found.rounds] == [{Q0: 3, Q1: 1}]

@@ -170,7 +170,13 @@ def lines(rows: Rows, pick: Pick, says: list[Spec], x: str, y: str) -> Spec:
     encoding = {
         "x": {"field": "step", "type": "quantitative", "title": x, "axis": {"grid": False, "tickMinStep": 1}},
         "y": {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": True}},
-        "color": {"field": "name", "type": "nominal", "title": None, "scale": {"range": HEADS}},
+        "color": {
+            "field": "name",
+            "type": "nominal",
+            "title": None,
+            "scale": {"range": HEADS},
+            "legend": {"columns": 3, "labelLimit": 85},  # as wide as a phone
+        },
         "opacity": {"condition": {"param": "picked", "value": 1}, "value": 0.12},
         "tooltip": says,
     }

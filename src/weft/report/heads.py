@@ -22,7 +22,7 @@ from weft.numbers import is_whole
 
 CLEAR = 0.05
 """A bend below it is a curve as good as straight: texts without clusters have no elbow."""
-RESTARTS = 4
+RESTARTS = 10
 WORDS = 20_000
 """At most so many words (features), the most frequent."""
 

@@ -82,10 +82,12 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
     """An adapter in memory.
 
     Raises:
-        AdapterError: no such adapter, several active ones and no name, or one of another method.
+        AdapterError: no such adapter, several active ones and no name, one of another method, or one that is merged.
     """
     name = _name(model, adapter)
     layers = {n: m for n, m in base_of(model).named_modules() if isinstance(m, WeftLinear) and name in m.weft_site}
+    if merged := next((n for n, layer in layers.items() if layer.merged_adapters), None):
+        raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
     config = getattr(model, "peft_config", {}).get(name)
     settings = config.to_dict() if config is not None else {}
     subject = Subject(
