@@ -195,3 +195,16 @@ def test_what_needs_the_base_is_named_when_it_is_not_there(saved: Callable[[str]
     assert with_base.sites[0].relative is not None
     assert "Router usage: it needs rows" in said(with_base)
     assert all(site.norm_at == "uniform gate" for site in with_base.sites)
+
+
+def test_patterns_of_rank_and_alpha_hold_without_the_base(tmp_path: Path):
+    config = weft.PlainLoraConfig(
+        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={r"layers\.1\..*q_proj": 5}, alpha_pattern={"v_proj": 1.0}
+    )
+    model = train_a_little(config, steps=1)
+    model.save_pretrained(str(tmp_path))
+    live, bare = weft.inspect(model, spectra=0), weft.inspect(tmp_path, base=False)
+    shown = {site.site: (site.rank, site.scale) for site in bare.sites}
+    assert shown == {site.site: (site.rank, site.scale) for site in live.sites}
+    assert shown["model.layers.1.self_attn.q_proj"] == (5, 4 / 5)
+    assert shown["model.layers.0.self_attn.v_proj"] == (2, 0.5)

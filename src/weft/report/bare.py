@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from weft.errors import AdapterError, WeftError
 from weft.glue.sharing import shared_keys
+from weft.glue.targets import by_pattern
 from weft.glue.updates import Update
 from weft.report.measure import COUNTERS
 from weft.report.subject import Subject, plain_site
@@ -85,8 +85,8 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
         name, marked, _ = key.partition(".lora_A.")
         if not marked:
             continue
-        r = ranks.get(get_pattern_key(ranks, name), settings["r"])
-        alpha = alphas.get(get_pattern_key(alphas, name), settings["lora_alpha"])
+        r = by_pattern(ranks, name, settings["r"])
+        alpha = by_pattern(alphas, name, settings["lora_alpha"])
         scale = alpha / (r**0.5 if settings.get("use_rslora") else r)
         b = named[f"{name}.lora_B.weight"]
         subject.sites[name] = plain_site(Update(a.double(), scale * b.double()))
@@ -132,8 +132,7 @@ Size = tuple[int, int | None, int | None]
 def _size(config: WeftConfig, name: str, tensors: Tensors) -> Size:
     """(r at the start, in, out) as far as the site's own tensors say."""
     a, b, v = (tensors.get(f"structure.{part}") for part in "ABv")
-    pattern = config.rank_pattern
-    r = pattern.get(get_pattern_key(pattern, name), config.r)
+    r = by_pattern(config.rank_pattern, name, config.r)
     return r, None if a is None else a.shape[1], b.shape[0] if b is not None else None if v is None else v.shape[0]
 
 
@@ -169,7 +168,7 @@ def _site(
     r, structure = size[0], config.structure
     keys = shared_keys(structure, name, size) if isinstance(structure, Tied) else {}
     theirs: Owners = {part: owners[part, key] for part, key in keys.items() if (part, key) in owners}
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), cast(float, config.lora_alpha))
+    alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
     with torch.device("meta"):
         site = build_site(
             structure, size, scale=config.scale(r, alpha), dropout=0.0, owners=theirs,

@@ -17,7 +17,6 @@ from weft.report.subject import Rows, Start, Subject, live_subject
 from weft.search import Selection
 from weft.spec import WeftConfig
 from weft.terms.layers.search import Search
-from weft.terms.structure.hydra import HydraTerm
 from weft.train.adapter import adapt, adapter_config, saved_selection
 from weft.train.files import read_lines
 from weft.train.load import Trained, borrowed, load_adapter, load_run
@@ -86,7 +85,7 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
     subject.settings, subject.steps = bare.settings, bare.steps
     subject.base = trained.base.source if base is None or run is None else base
     subject.start = drawn[0] if drawn else None
-    if any(isinstance(site.structure, HydraTerm) for site in subject.sites.values()):
+    if not all(site.mergeable for site in subject.sites.values()):
         try:
             subject.rows = _rows(run, trained, data, limit)
         except (DataError, ModelError) as error:
