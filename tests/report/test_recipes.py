@@ -199,7 +199,10 @@ def test_what_needs_the_base_is_named_when_it_is_not_there(saved: Callable[[str]
 
 def test_patterns_of_rank_and_alpha_hold_without_the_base(tmp_path: Path):
     config = weft.PlainLoraConfig(
-        r=2, target_modules=["q_proj", "v_proj"], rank_pattern={r"layers\.1\..*q_proj": 5}, alpha_pattern={"v_proj": 1.0}
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={r"layers\.1\..*q_proj": 5},
+        alpha_pattern={"v_proj": 1.0},
     )
     model = train_a_little(config, steps=1)
     model.save_pretrained(str(tmp_path))

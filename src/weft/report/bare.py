@@ -107,9 +107,10 @@ def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
     if isinstance(config.structure, Tied):
         sizes = _tied_sizes(config.structure, by_site, sizes)
     owners: dict[Any, TiedTerm] = {}
-    known = [name for name, size in sizes.items() if None not in size]
-    for name in sorted(known, key=lambda n: [f"structure.{p}" not in by_site[n] for p in "AuB"]):  # owners first
-        subject.sites[name] = _site(config, name, sizes[name], by_site[name], owners)  # type: ignore[arg-type]
+    waiting = {name: (r, n, m) for name, (r, n, m) in sizes.items() if n is not None and m is not None}
+    while ready := [name for name, size in waiting.items() if _has_all(config, name, size, by_site[name], owners)]:
+        for name in ready:  # whose shared tensors are their own, or read already
+            subject.sites[name] = _site(config, name, waiting.pop(name), by_site[name], owners)
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     if missing := len(by_site) - len(subject.sites):
         subject.left_out.append(
@@ -160,6 +161,17 @@ def _tied_sizes(structure: Tied, by_site: Mapping[str, Tensors], sizes: Mapping[
         able = [one for one in possible(size) if fits(name, one)]
         found[name] = able[0] if len(able) == 1 else (size[0], None, None)
     return found
+
+
+def _has_all(
+    config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: Mapping[Any, TiedTerm]
+) -> bool:
+    structure = config.structure
+    if not isinstance(structure, Tied):
+        return True
+    needed = {"A", "B"} | ({"u"} & structure.trained)
+    keys = shared_keys(structure, name, size).items()
+    return all(f"structure.{part}" in tensors or (part, key) in owners for part, key in keys if part in needed)
 
 
 def _site(
