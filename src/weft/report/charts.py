@@ -19,6 +19,8 @@ ACCENT = "#1b9c8c"
 WARM = "#d9733f"
 GREY = "#87909a"
 HEADS = ["#1b9c8c", "#d9733f", "#5a7fd0", "#c15a98", "#b0932a", "#6a8f4d", "#8c6cc8", "#469fc2", "#c2564e", "#87909a"]
+KINDS = {"chosen": WARM, "other direction": ACCENT, "router": ACCENT, "selected": ACCENT, "not selected": GREY}
+"""Colours of the kinds of things that are told apart."""
 ROW = 22
 """Pixels of height per row of a chart with rows."""
 
@@ -147,21 +149,21 @@ def stacked(rows: Rows, pick: Pick, heads: int, says: list[Spec]) -> Spec:
     )
 
 
-def dots(rows: Rows, x: Spec, y: Spec, says: list[Spec], height: int = 240, **parts: Any) -> Spec:
-    """A point per row; `kind` gives it its colour."""
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    colour = {
+def dots(rows: Rows, x: Spec, y: Spec, says: list[Spec], *, pick: Pick = ([], [])) -> Spec:
+    """A point per row; `kind` gives it its colour, and which lie on top: the chosen ones."""
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    colour: Spec = {
         "field": "kind",
         "type": "nominal",
         "title": None,
-        "scale": {"domain": kinds, "range": [ACCENT, WARM, GREY][: len(kinds)]},
+        "scale": {"domain": kinds, "range": [KINDS[kind] for kind in kinds]},
     }
     if len(kinds) < 2:
         colour["legend"] = None
     encoding = {"x": x, "y": y, "color": colour, "tooltip": says}
-    return spec(
-        rows, height, mark={"type": "point", "filled": True, "size": 55, "opacity": 0.75}, encoding=encoding, **parts
-    )
+    mark = {"type": "point", "filled": True, "size": 55, "opacity": 0.75}
+    on_top = sorted(rows, key=lambda row: row["kind"] == "chosen")
+    return spec(on_top, 240, params=pick[0], transform=pick[1], mark=mark, encoding=encoding)
 
 
 def lines(rows: Rows, pick: Pick, says: list[Spec], x: str, y: str) -> Spec:
@@ -188,7 +190,6 @@ def bars(rows: Rows, says: list[Spec], title: str) -> Spec:
     """`value` on either side of 0, by `name`; `kind` gives the colour."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    colours = {"selected": ACCENT, "not selected": GREY}
     return spec(
         rows,
         ROW * len(names) + 8,
@@ -200,7 +201,7 @@ def bars(rows: Rows, says: list[Spec], title: str) -> Spec:
                 "field": "kind",
                 "type": "nominal",
                 "title": None,
-                "scale": {"domain": kinds, "range": [colours[kind] for kind in kinds]},
+                "scale": {"domain": kinds, "range": [KINDS[kind] for kind in kinds]},
             },
             "tooltip": says,
         },
@@ -209,5 +210,7 @@ def bars(rows: Rows, says: list[Spec], title: str) -> Spec:
 
 def quantity(field: str, title: str, form: str | None = None, **scale: Any) -> Spec:
     """A numeric axis; without `domain`, as far as the values go."""
-    axis = {"tickCount": 6, **({"format": form} if form else {})}
+    axis: Spec = {"tickCount": 6, **({"format": form} if form else {})}
+    if scale.get("type") == "log":
+        axis["grid"] = False  # it would have a line for every digit
     return {"field": field, "type": "quantitative", "title": title, "axis": axis, "scale": scale or {"zero": False}}

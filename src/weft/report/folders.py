@@ -83,7 +83,7 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
         return bare
     subject = live_subject(trained.model, "default", bare.source)
     subject.settings, subject.steps = bare.settings, bare.steps
-    subject.base = trained.base.source if base is None or run is None else base
+    subject.base = trained.base.config.path
     subject.start = drawn[0] if drawn else None
     if not all(site.mergeable for site in subject.sites.values()):
         try:

@@ -8,6 +8,8 @@ from weft.report.result import Inspection
 
 EVEN = 0.98
 """Normalised entropy above which a router mixes all heads as good as evenly."""
+USED = 0.9
+"""Entropy of the mean gate above which no head is neglected."""
 SAME = 0.9
 """Cosine above which heads do the same."""
 SLIGHT = 0.5
@@ -53,8 +55,8 @@ def _routers(found: Inspection) -> list[str]:
         how = (
             "mix all heads almost evenly for every token, so they hardly route"
             if entropy > EVEN
-            else "use all heads about equally over the rows"
-            if balance > EVEN
+            else "choose among the heads and use all of them"
+            if balance > USED
             else "prefer some heads"
         )
         said.append(f"The routers {how}: entropy {entropy:.2f}, balance {balance:.2f} (1 is even).")

@@ -9,7 +9,7 @@ from typing import Any
 from weft.report import charts
 from weft.report.charts import tooltip
 from weft.report.parts.section import OF_A_SITE, Section, Table, cells, text
-from weft.report.result import Against, Alike, Inspection
+from weft.report.result import Against, Alike, Inspection, SiteDirections
 
 POINTS = 400
 """Points of a spectrum that are drawn, beside the chosen ones and those of largest δ."""
@@ -81,43 +81,10 @@ def _fresh(found: Inspection, against: Against) -> Section:
 
 def directions(found: Inspection) -> Iterator[Section]:
     """Change rates over the spectrum of W, and the chosen directions."""
-    rows: list[dict[str, Any]] = []
-    for site in found.directions:
-        if site.sigma is None or site.rate is None:
-            continue
-        chosen = {c.index: c for c in site.chosen}
-        for k in _drawn(site.rate, chosen):
-            if site.rate[k] > 0 and site.sigma[k] > 0:
-                rows.append(
-                    {
-                        "pick": site.site,
-                        "k": k,
-                        "sigma": site.sigma[k],
-                        "value": site.rate[k],
-                        "kind": "chosen" if k in chosen else "other direction",
-                        "gain": chosen[k].gain if k in chosen else None,
-                    }
-                )
+    rows = [row for site in found.directions for row in _spectrum(site)]
     shown = []
     if rows:
-        log = {"type": "log", "nice": False}
-        says = tooltip(
-            ("k", "direction", "d"),
-            ("sigma", "σ", ".4g"),
-            ("value", "change rate δ", ".4g"),
-            ("kind", "", None),
-            ("gain", "gain of Dash", ".4g"),
-        )
-        chart = charts.dots(
-            rows,
-            charts.quantity("sigma", "σ of W", "~g", **log),
-            charts.quantity("value", "change rate δ", "~g", **log),
-            says,
-        )
-        chart["params"], chart["transform"] = charts.choice(
-            "pick", "Site", list(dict.fromkeys(r["pick"] for r in rows)), "pick"
-        )
-        shown.append(("Change rate of every direction of W against its singular value", chart))
+        shown.append(("Change rate of every direction of W against its singular value", _rates(rows)))
     table = Table(
         ("site", "direction", "σ", "δ when chosen", "gain"),
         [
@@ -134,8 +101,38 @@ def directions(found: Inspection) -> Iterator[Section]:
         yield Section("directions", "Directions of W", lead, shown, table if table.rows else None)
 
 
+def _spectrum(site: SiteDirections) -> Iterator[dict[str, Any]]:
+    """The points of one site; what is 0 has no place on a logarithmic axis."""
+    chosen = {c.index: c for c in site.chosen}
+    sigma, rate = site.sigma or [], site.rate or []
+    for k in _drawn(rate, chosen):
+        if rate[k] > 0 and sigma[k] > 0:
+            yield {
+                "pick": site.site,
+                "k": k,
+                "sigma": sigma[k],
+                "value": rate[k],
+                "kind": "chosen" if k in chosen else "other direction",
+                "gain": chosen[k].gain if k in chosen else None,
+            }
+
+
+def _rates(rows: list[dict[str, Any]]) -> charts.Spec:
+    says = tooltip(
+        ("k", "direction", "d"),
+        ("sigma", "σ", ".4g"),
+        ("value", "change rate δ", ".4g"),
+        ("kind", "", None),
+        ("gain", "gain of Dash", ".4g"),
+    )
+    log = {"type": "log", "nice": False}
+    x, y = charts.quantity("sigma", "σ of W", "~g", **log), charts.quantity("value", "change rate δ", "~g", **log)
+    picks = charts.choice("pick", "Site", list(dict.fromkeys(row["pick"] for row in rows)), "pick")
+    return charts.dots(rows, x, y, says, pick=picks)
+
+
 def _drawn(rate: Sequence[float], chosen: Iterable[int]) -> list[int]:
     """The directions that are drawn: all of a small W; of a large one the chosen, the largest rates and an even choice."""
-    every = -(-len(rate) // POINTS)
+    every = max(1, -(-len(rate) // POINTS))
     largest = sorted(range(len(rate)), key=lambda k: -rate[k])[:64]
-    return sorted({*range(0, len(rate), every), *largest, *chosen})
+    return sorted({*range(0, len(rate), every), *largest, *(k for k in chosen if k < len(rate))})
