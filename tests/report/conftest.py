@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from looking import CONFIGS, train_a_little
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import weft
+from families import FAMILIES, adapter_config, randomise
 from weft.report.result import Inspection
 
 
@@ -85,13 +86,16 @@ def inspections(
     adapted: Callable[[str], PeftModel],
     saved: Callable[[str], Path],
 ) -> dict[str, Inspection]:
-    """What pages are made of: between them they have every section there is."""
+    """What pages are made of: between them they have every section there is, and one has two stacks of twelve kinds of modules."""
+    wide = get_peft_model(FAMILIES["t5"].build(), adapter_config("hydra", "t5"))
+    randomise(wide)
     return {
         "hydralora": weft.inspect(hydra_run, rows=4, spectra=2),
         "alora": weft.inspect(alora_run, spectra=0),
         "flexora": weft.inspect(flexora_run, spectra=1),
         "lora_tsd": weft.inspect(adapted("lora_tsd"), spectra=2),
         "tied_lora": weft.inspect(saved("tied_lora"), base=False),
+        "t5": weft.inspect(wide, inputs={"a rather long name of a domain": [FAMILIES["t5"].batch()]}, spectra=1),
     }
 
 

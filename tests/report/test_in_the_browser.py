@@ -13,7 +13,7 @@ from test_page import NASTY, renamed
 from weft.report.page import write_page
 from weft.report.result import Inspection
 
-NAMES = ["hydralora", "alora", "flexora", "lora_tsd", "tied_lora"]
+NAMES = ["hydralora", "alora", "flexora", "lora_tsd", "tied_lora", "t5"]
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1100, "height": 900}
 MARKS = ".role-mark path, .role-mark text, .role-mark line"
 Open = Callable[..., Any]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import weft
-from weft.cli import main
+from weft.cli import inspect, main
+from weft.report.result import Inspection
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -23,7 +26,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_json_is_the_record_of_the_python_call(hydra_run: Path, capsys: pytest.CaptureFixture[str]):
     code, out, _ = run(capsys, "inspect", hydra_run, "--rows", 2, "--spectra", 1, "--json")
     assert code == 0
-    assert json.loads(out) == json.loads(json.dumps(weft.inspect(hydra_run, rows=2, spectra=1).record()))
+    own = weft.inspect(weft.Run.load(hydra_run), rows=2, spectra=1)
+    assert json.loads(out) == json.loads(json.dumps(own.record()))
 
 
 @pytest.mark.parametrize("name", ["hydra_run", "alora_run", "flexora_run"])
@@ -50,6 +54,14 @@ def test_dash_directions_and_tied_groups_are_shown(
     _, out, _ = run(capsys, "inspect", saved("tied_lora"), "--no-base")
     assert "tied groups" in out
     assert "left out" in out
+
+
+def test_many_kinds_of_modules_fit_too(inspections: dict[str, Inspection]):
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(inspect.shown(inspections["t5"]))
+    lines = [line.rstrip() for line in shown.getvalue().splitlines()]
+    assert any(line.split() == ["block", *(f"SelfAttention.{part}" for part in "qkvo")] for line in lines)
+    assert sum(line.startswith("decoder 1 ") for line in lines) > 2
 
 
 def test_the_page_is_written_and_named(

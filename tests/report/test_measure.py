@@ -11,7 +11,7 @@ import weft
 from weft.linalg import principal_angles
 from weft.report import measure
 from weft.report.measure import alike, cosines, effective_rank, singular_values, split_name
-from weft.report.views import block_label, labels_of, short_names
+from weft.report.views import Grid, block_label, labels_of, short_names
 from weft.site import Site, build_site
 
 
@@ -115,6 +115,15 @@ def test_a_fresh_draw_has_its_own_size():
     drawn = build_site(weft.Plain(), (16, 400, 8), scale=1.0, dropout=0.0).structure.A
     assert measure.size_of_a_fresh_draw(drawn) == pytest.approx(1.0, abs=0.02)
     assert measure.size_of_a_fresh_draw(2 * drawn) == pytest.approx(2.0, abs=0.04)
+
+
+def test_a_wide_grid_is_split_and_loses_nothing():
+    whole = Grid(["encoder 0", "decoder 0"], ["self.q", "cross.q", "mlp"], [[0.1, None, 0.2], [0.3, 0.4, 0.5]])
+    assert whole.split(80) == [whole]
+    parts = whole.split(25)
+    assert [part.modules for part in parts] == [["self.q"], ["cross.q"], ["mlp"]]
+    assert parts[1].blocks == ["decoder 0"]
+    assert sorted(value for part in parts for value in part.flat) == whole.flat == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
 def test_names_are_cut_at_the_block():

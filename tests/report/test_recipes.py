@@ -117,6 +117,19 @@ def test_looking_changes_nothing(name: str, adapted: Callable[[str], PeftModel])
     model.eval()
 
 
+def test_looking_at_folders_draws_no_random_number(hydra_run: Path, saved: Callable[[str], Path], tmp_path: Path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(demo_model_path()), LoraConfig(target_modules=["q_proj"])
+    )
+    model.save_pretrained(str(tmp_path))
+    before = torch.get_rng_state()
+    weft.inspect(hydra_run, rows=1, spectra=0)
+    weft.inspect(saved("tied_lora"), base=False)
+    weft.inspect(tmp_path, base=False)
+    weft.inspect(model, spectra=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_dash_shows_its_directions_and_gains(adapted: Callable[[str], PeftModel]):
     model = adapted("lora_dash")
     found = weft.inspect(model, spectra=0)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from weft.report.result import Inspection, Routers
     from weft.report.views import Grid
 
+WIDTH = 78
+"""Characters that tables keep to."""
 MOST = 12
 """Sites in the table of directions."""
 
@@ -114,14 +116,17 @@ def _section(title: str, table: RenderableType, note: str = "") -> list[Renderab
     return [Text(), Text(title, style="bold"), table, *([Text(note, style="dim")] if note else [])]
 
 
-def _grid(grid: Grid, text: Callable[[float], str]) -> Table:
-    """Numbers by block and module; the largest third of them stands out."""
-    table = _table("block", *grid.modules)
+def _grid(grid: Grid, text: Callable[[float], str]) -> RenderableType:
+    """Numbers by block and module, in as many tables as their names need; the largest third of the numbers stands out."""
     bold = sorted(grid.flat)[-max(1, len(grid.flat) // 3)] if grid.flat else 0.0
-    for block, row in zip(grid.blocks, grid.values, strict=True):
-        cells = [Text("") if v is None else Text(text(v), style="bold" if v >= bold and v > 0 else "") for v in row]
-        table.add_row(escape(block), *cells)
-    return table
+    tables: list[RenderableType] = []
+    for part in grid.split(WIDTH):
+        table = _table("block", *part.modules)
+        for block, row in zip(part.blocks, part.values, strict=True):
+            cells = [Text("") if v is None else Text(text(v), style="bold" if v >= bold and v > 0 else "") for v in row]
+            table.add_row(escape(block), *cells)
+        tables += [Text(), table] if tables else [table]
+    return Group(*tables)
 
 
 def _share(value: float) -> str:

@@ -108,7 +108,7 @@ def heatmap(
         "mark": {"type": "text", "fontSize": 10, "tooltip": None},
         "encoding": {"text": {"field": "value", "type": "quantitative", "format": text_format}},
     }
-    gap, angle = {"paddingInner": 0.06}, 0 if len(columns) < 5 else -35
+    gap, angle = {"paddingInner": 0.06}, 0 if len(columns) < 5 else -35 if len(columns) <= 8 else -90
     top = {"orient": "top", "labelAngle": angle, "labelOverlap": False}
     encoding = {
         "x": {"field": axes[0], "type": "nominal", "sort": columns, "title": None, "axis": top, "scale": gap},

@@ -21,15 +21,16 @@ from weft.schedule.ranking import MeanGate
 from weft.terms.structure.hydra import HydraTerm
 from weft.terms.structure.tied import PARTS, TiedTerm
 from weft.train.progress import Progress, ignore
+from weft.train.run import Run
 
 Batches = Sequence[Mapping[str, Any]]
 
 
 def inspect(
-    model: nn.Module | str | Path,
+    model: nn.Module | Run | str | Path,
     adapter: str | None = None,
     *,
-    base: str | bool | None = None,
+    base: str | Path | bool | None = None,
     data: str | Path | None = None,
     inputs: Batches | Mapping[str, Batches] | None = None,
     against: str | Path | None = None,
@@ -41,7 +42,7 @@ def inspect(
     """Look inside an adapter.
 
     Args:
-        model: a run folder, an adapter folder, or a model with an adapter in it.
+        model: a run or its folder, an adapter folder, or a model with an adapter in it.
         adapter: which one, for a model in memory that has several active ones.
         base: for a folder, where its base lies, if not where the folder says. Without it, a base that cannot be loaded is
             left out, and what needs it; False does not try.
@@ -68,9 +69,9 @@ def inspect(
         subject = live_subject(model, adapter, type(model).__name__)
         subject.rows = _given(inputs)
     else:
-        subject = folder_subject(
-            model, str(base) if isinstance(base, Path) else base, None if data is None else str(data), rows
-        )
+        folder = model.folder if isinstance(model, Run) else model
+        where = str(base) if isinstance(base, Path) else base
+        subject = folder_subject(folder, where, None if data is None else str(data), rows)
     if against is not None:
         subject.start = other_adapter(against, subject)
     routers, gates = _routers(subject, progress)

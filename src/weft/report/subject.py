@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from weft.errors import AdapterError, MergeError, suggest
@@ -14,8 +13,8 @@ from weft.glue.attach import schedules
 from weft.glue.layer import WeftLinear
 from weft.glue.updates import Update, adapter_names, base_matrix, base_of, read_updates
 from weft.search import Selection
-from weft.site import Site, build_site
-from weft.terms.structure.plain import Plain
+from weft.site import Site
+from weft.terms.structure.plain import PlainTerm
 
 Events = list[dict[str, Any]]
 
@@ -114,12 +113,11 @@ def _name(model: nn.Module, adapter: str | None) -> str:
 
 def plain_site(update: Update) -> Site:
     """A stock LoRA as a site: its A, and its B with all scales in it."""
-    r, (out, fan_in) = update.a.shape[0], update.shape
-    site = build_site(Plain(), (r, fan_in, out), scale=1.0, dropout=0.0)
-    with torch.no_grad():
-        site.structure.get_parameter("A").data = update.a
-        site.structure.get_parameter("B").data = update.b
-    return site.requires_grad_(False)
+    term = PlainTerm(update.a, update.shape[0])
+    term.B = nn.Parameter(update.b)
+    site = Site(term, scale=1.0)
+    site.initial_rank = update.a.shape[0]
+    return site.eval().requires_grad_(False)
 
 
 def _kind(model: nn.Module) -> str:

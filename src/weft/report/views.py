@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from weft.report.measure import split_name
 from weft.report.result import Inspection, SiteFacts
@@ -50,7 +51,23 @@ class Grid:
 
     @property
     def flat(self) -> list[float]:
+        """All numbers there are."""
         return [value for row in self.values for value in row if value is not None]
+
+    def split(self, width: int) -> list[Grid]:
+        """Side by side parts whose headers fit into `width` characters, each without the blocks that have nothing in it."""
+        first, cuts, used = max(map(len, self.blocks), default=0), [0], 0
+        for n, module in enumerate(self.modules):
+            wide = max(len(module), 6) + 2
+            if n > cuts[-1] and first + used + wide > width:
+                cuts, used = [*cuts, n], 0
+            used += wide
+        return [self._columns(a, b) for a, b in pairwise([*cuts, len(self.modules)])]
+
+    def _columns(self, a: int, b: int) -> Grid:
+        rows = [(block, row[a:b]) for block, row in zip(self.blocks, self.values, strict=True)]
+        kept = [(block, row) for block, row in rows if any(value is not None for value in row)]
+        return Grid([block for block, _ in kept], self.modules[a:b], [row for _, row in kept])
 
 
 def grid(found: Inspection, number: Callable[[SiteFacts], float | None]) -> Grid:
