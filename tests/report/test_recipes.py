@@ -148,8 +148,9 @@ def test_dash_that_has_not_launched_says_so():
     assert any("before the launch" in sentence for sentence in weft.inspect(model, spectra=0).verdict)
 
 
-def test_spectra_are_those_of_weft_directions(adapted: Callable[[str], PeftModel]):
-    model = adapted("lora")
+@pytest.mark.parametrize("name", ["lora", "lora_dash"])
+def test_spectra_are_those_of_weft_directions(name: str, adapted: Callable[[str], PeftModel]):
+    model = adapted(name)
     found = weft.inspect(model, spectra=2)
     held = [site for site in found.directions if site.sigma is not None]
     assert len(held) == 2

@@ -53,9 +53,7 @@ def _beside(subject: Subject, start: Start) -> Against:
             now, then = measure.factor(site, part), known.get(name)
             if now is None or then is None:
                 continue
-            if (
-                start.kind == "start drawn again"
-            ):  # of all slots there is room for; those made later have no start there
+            if start.kind == "start drawn again":  # has all slots there is room for; later ones did not start there
                 slots = _first_slots(site)
                 now, then = site.structure.factors(1.0).A.detach()[slots], then[slots]
             if len(now):

@@ -53,7 +53,11 @@ def ranks(found: Inspection) -> Iterator[Section]:
     lead = (
         "Live rank slots of every site. The effective rank of its update, in the tooltip, says how many of them matter."
     )
-    yield Section("ranks", "Ranks", lead, [("Rank of every site, by block and module", chart)])
+    table = Table(
+        ("site", "rank", "room", "at the start", "effective rank"),
+        [(s.site, str(s.rank), str(s.room), str(s.first_rank), f"{s.effective_rank:.2f}") for s in found.sites],
+    )
+    yield Section("ranks", "Ranks", lead, [("Rank of every site, by block and module", chart)], table)
 
 
 def history(found: Inspection) -> Iterator[Section]:
