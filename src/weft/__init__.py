@@ -55,6 +55,8 @@ register()
 
 if TYPE_CHECKING:
     from weft.export import export_lora, merge
+    from weft.report.heads import suggest_heads
+    from weft.report.inspecting import inspect
     from weft.search import Selection, search_layers, second_stage
     from weft.train import Run, evaluate, generate, train
     from weft.train.callback import Callback
@@ -66,6 +68,8 @@ _LAZY = {
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
     "Callback": "weft.train.callback",
     "directions": "weft.train.directions",
+    "inspect": "weft.report.inspecting",
+    "suggest_heads": "weft.report.heads",
 }
 
 __all__ = [
@@ -110,6 +114,7 @@ __all__ = [
     "generate",
     "import_hydralora",
     "import_lora_dash",
+    "inspect",
     "load_state_dict",
     "merge",
     "param_groups",
@@ -117,6 +122,7 @@ __all__ = [
     "search_layers",
     "second_stage",
     "state_dict",
+    "suggest_heads",
     "train",
 ]
 

@@ -133,3 +133,18 @@ def take(spec: Spectrum, w_oi: Tensor, rate_k: Tensor, chosen: list[int]) -> Dir
         far = far / length
         up, down = (far, near.T) if spec.tall else (near, far.T)
         return Directions(index, length, rate_k[index], up, down.contiguous())
+
+
+def principal_angles(one_ki: Tensor, other_ki: Tensor) -> Tensor:
+    """Angles in radians between the row spaces of two matrices [k, in] and [l, in], ascending, fp64: as many as the smaller
+    space has dimensions; none where a matrix is 0. Rows below 1e-10 of the largest singular value do not count."""
+    with torch.no_grad():
+        one, other = (_row_basis(m.detach().double()) for m in (one_ki, other_ki))
+        return (
+            torch.linalg.svdvals(one @ other.T).clamp(0.0, 1.0).acos() if len(one) and len(other) else one.new_zeros(0)
+        )
+
+
+def _row_basis(m: Tensor) -> Tensor:
+    _, sigma, vt = torch.linalg.svd(m, full_matrices=False)
+    return vt[sigma > 1e-10 * sigma.max()] if m.numel() and sigma.max() > 0 else vt[:0]

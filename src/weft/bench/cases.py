@@ -220,7 +220,7 @@ def launch_anywhere(model: nn.Module) -> None:
 
 
 def move_ranks(model: nn.Module) -> None:
-    """Where ranks are reallocated: every other site has lost its first slots to the next one, which is full, as after some rounds."""
+    """Where ranks are reallocated: every other site has lost its first slots to the next one, which is full."""
     sites = [m for m in model.modules() if isinstance(m, Site) and m.mask is not None]
     with torch.no_grad():
         for place, site in enumerate(sites[: len(sites) // 2 * 2]):

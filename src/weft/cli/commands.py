@@ -13,6 +13,8 @@ from weft.cli import bench, output
 from weft.cli.directions import directions
 from weft.cli.display import watching
 from weft.cli.export import export
+from weft.cli.heads import heads
+from weft.cli.inspect import inspect
 from weft.cli.search import search
 
 app = typer.Typer(
@@ -26,6 +28,8 @@ app.add_typer(bench.app, name="bench")
 app.command()(directions)
 app.command()(search)
 app.command()(export)
+app.command()(inspect)
+app.command()(heads)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

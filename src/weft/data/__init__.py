@@ -3,7 +3,7 @@
 from weft.data.collate import Collator
 from weft.data.config import DataConfig, Fields
 from weft.data.encode import IGNORE, encode_prompt
-from weft.data.loading import Loaded, Task, load
+from weft.data.loading import Loaded, Task, load, texts
 from weft.data.paths import resolve_path
 from weft.data.prompts import GenerationPrompt, generation_prompts
 from weft.data.tally import Counts
@@ -21,4 +21,5 @@ __all__ = [
     "generation_prompts",
     "load",
     "resolve_path",
+    "texts",
 ]

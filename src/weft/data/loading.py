@@ -108,6 +108,24 @@ def load(
     )
 
 
+def texts(config: DataConfig, *, base_dir: str | os.PathLike[str] | None = None) -> list[str]:
+    """The training rows as text, without a tokenizer: prompt and answer, all messages, or the text without its label.
+
+    Blocks of running text are cut at `max_length` words here, not tokens.
+
+    Raises DataError and ConfigError as `load` does.
+    """
+    words = Blocks(lambda lines: [len(line.split()) for line in lines], config.max_length)
+    source = _sources(config.model_copy(update={"validation": None, "test": None}), base_dir, words)["train"]
+    columns = find_columns(source, config)
+    held = examples(source, columns)
+    if columns.format == "classification":
+        return [row.prompt for row in held]
+    if columns.format == "chat":
+        return ["\n".join(message["content"] for message in row.messages) for row in held]
+    return ["\n".join(filter(None, (row.prompt, row.answer))) for row in held]
+
+
 def _max_length(config: DataConfig, frame: Frame) -> int:
     """The length rows are held to: the config's, but no more than the tokenizer says its model takes."""
     takes = frame.tokenizer.model_max_length or config.max_length

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from weft.errors import TargetError, suggest
 from weft.spec import WeftConfig
+
+T = TypeVar("T")
 
 
 def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[int, int]:
@@ -155,3 +160,8 @@ def no_match(config: WeftConfig, model: nn.Module) -> str:
             f"{config.modules_to_save} or layers_to_transform={config.layers_to_transform} leave out: relax one of them."
         )
     return f"target_modules={_few(wanted)} match no module of {type(model).__name__}: {suggest(wanted[0], linear)}"
+
+
+def by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """What rank_pattern or alpha_pattern says of the module `name`, as the host reads it: the first regex that matches."""
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
@@ -25,6 +24,7 @@ from weft.glue.fusion import fuse, unfuse
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
+    by_pattern,
     check_adaptable,
     check_saved_modules,
     expert_parameters,
@@ -140,11 +140,8 @@ class WeftTuner(BaseTuner):
         **_: Any,
     ) -> None:
         fan_in, out = check_adaptable(current_key, target, parent)
-        rank_pattern, alpha_pattern = peft_config.rank_pattern, peft_config.alpha_pattern
-        r = rank_pattern.get(get_pattern_key(rank_pattern.keys(), current_key), peft_config.r)
-        alpha = alpha_pattern.get(
-            get_pattern_key(alpha_pattern.keys(), current_key), cast(float, peft_config.lora_alpha)
-        )
+        r = by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = by_pattern(peft_config.alpha_pattern, current_key, cast(float, peft_config.lora_alpha))
         size, structure = (r, fan_in, out), peft_config.structure
         keys: dict[Part, Hashable] = shared_keys(structure, current_key, size) if isinstance(structure, Tied) else {}
         owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}

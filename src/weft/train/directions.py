@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +19,7 @@ from weft.glue.original import Checkpoint
 from weft.glue.report import DirectionsReport
 from weft.glue.updates import adapter_names, base_matrix, base_of, is_transposed, read_updates
 from weft.train.fingerprint import Fingerprint, check_same, fingerprint
-from weft.train.load import load_base, load_run, put_in
+from weft.train.load import borrowed, load_base, load_run, put_in
 from weft.train.progress import Progress, Tick, ignore
 from weft.train.run import Run
 
@@ -171,24 +169,13 @@ def _in_folders(
         if one.run is not None and isinstance(base, PreTrainedModel):
             trained = Fingerprint(one.run.base["kind"], one.run.base["shapes"], one.run.base["values"])
             check_same(trained, fingerprint(base), one.label, source)
-        with _borrowed(base) as shell:
+        with borrowed(base) as shell:
             return read_updates(put_in(cast(PreTrainedModel, shell), one.folder), "default", batches)
 
     updates = {one.label: read(one) for one in saved}
     if against is None:
         return base, updates, None
     return base, updates, _full(base, Path(against)) if later is None else _later(read(later), later.label)
-
-
-@contextmanager
-def _borrowed(base: nn.Module) -> Iterator[nn.Module]:
-    """A model of its own modules around the very tensors of `base`, to put an adapter in; `base` stays as it was."""
-    trained = [(p, p.requires_grad) for p in base.parameters()]
-    try:
-        yield copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
-    finally:
-        for p, required in trained:
-            p.requires_grad_(required)
 
 
 # ---------------------------------------------------------------------- what the prediction is held against

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import cast
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from weft.errors import AdapterError, WeftError
@@ -32,8 +34,17 @@ class Trained:
     task: Task
 
 
-def load_run(run: Run, base: str | None = None, adapted: bool = True) -> Trained:
-    """The model of a run; `base` stands in for the path the run was trained on, and must be the same model.
+def load_run(
+    run: Run,
+    base: str | None = None,
+    adapted: bool = True,
+    at_the_start: Callable[[PreTrainedModel], None] = lambda plain: None,
+) -> Trained:
+    """The model of a run.
+
+    Args:
+        base: stands in for the path the run was trained on, and must be the same model.
+        at_the_start: called with the base without an adapter, torch's random state being that in which the run drew its own.
 
     Raises:
         AdapterError: no adapter, a newer format, or another base than it was trained on.
@@ -45,8 +56,9 @@ def load_run(run: Run, base: str | None = None, adapted: bool = True) -> Trained
     task = cast(Task, run.task)
     with _drawing(run.seed):  # a classification head that no adapter brings is drawn as it was in training
         plain = model.load(found, task, run.data["labels"])
-    trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
-    check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
+        trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
+        check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
+        at_the_start(plain)
     if not adapted:
         return Trained(found, plain.eval(), task)
     if not run.adapter_folder.is_dir():
@@ -81,6 +93,17 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
     with _drawing(0):
         plain = model.load(found, task)
     return Trained(found, plain.eval(), task)
+
+
+@contextmanager
+def borrowed(base: nn.Module) -> Iterator[nn.Module]:
+    """A model of its own modules around the very tensors of `base`, to put an adapter in; `base` stays as it was."""
+    trained = [(p, p.requires_grad) for p in base.parameters()]
+    try:
+        yield copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
+    finally:
+        for p, required in trained:
+            p.requires_grad_(required)
 
 
 @contextmanager

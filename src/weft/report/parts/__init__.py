@@ -1,0 +1,1 @@
+"""The parts of the page, each a pure function from the record to sections."""
