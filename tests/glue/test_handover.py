@@ -67,9 +67,9 @@ def test_a_result_from_before_a_change_is_not_taken(change, x: Tensor) -> None:
     model = adapted(Inputs(), lora_dropout=0.5)
     model.add_adapter("second", weft.PlainLoraConfig(r=2, target_modules=QKV))
     randomise(model)
+    model.train(change is training_ends)
     inside(model).q_proj(x)  # k and v wait
     change(model)
-    model.eval()
     got = inside(model).k_proj(x)
     with use_reference():
         torch.testing.assert_close(got, inside(model).k_proj(x))
@@ -213,13 +213,18 @@ class Decorated(Gated):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Patched(Gated):
+    forward = twice(Gated.forward)
+
+
 def test_the_input_may_be_given_by_name(x: Tensor) -> None:
     model = adapted(Gated(), target_modules=MLP)
     torch.testing.assert_close(inside(model)(hidden=x), inside(model)(x))
 
 
-def test_a_decorated_forward_is_called(x: Tensor) -> None:
-    model = adapted(Decorated(), target_modules=MLP)
+@pytest.mark.parametrize("kind", [Decorated, Patched])
+def test_a_decorated_forward_is_called(kind: type[Gated], x: Tensor) -> None:
+    model = adapted(kind(), target_modules=MLP)
     assert "mlp" not in nodes(model).values()
     with use_reference():
         want = model(x)
