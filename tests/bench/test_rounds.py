@@ -38,6 +38,7 @@ def test_the_table_of_figures_is_measured_with_compiled_blocks():
     assert found.exact
     compiled = [r for r in found.cases if r.case.compiled and r.case.is_weft]
     assert [r.exact for r in compiled] == [True, None]
+    assert all(set(r.nodes) == {"linear"} for r in compiled)  # nothing spans two linears in a compiled graph
     assert found.to_dict()["command"].startswith("weft bench step --all --dtype fp32")
 
 

@@ -88,7 +88,7 @@ def test_another_length_makes_one_dynamic_graph_and_no_more(structure: str) -> N
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("structure", ["hydra", "tied_tl6"])
+@pytest.mark.parametrize("structure", ["hydra", "hydra_Ax", "tied_tl6"])
 def test_dropout_and_autocast_compile_without_a_break(structure: str) -> None:
     model = trained(structure, lora_dropout=0.2)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -162,7 +162,7 @@ def test_nothing_waits_after_a_forward_and_the_input_is_not_kept() -> None:
     model = adapted()
     step(model)
     assert groups_of(model)
-    assert all(not group._waiting and group.misses == 0 for group in groups_of(model))
+    assert all(not group.waits and group.misses == 0 for group in groups_of(model))
 
 
 class Crossed(nn.Module):
@@ -227,7 +227,7 @@ def test_a_model_can_be_copied_in_the_middle_of_a_forward() -> None:
     x = torch.randn(1, 3, 32)
     layer_of(model, "q_proj")(x)  # k and v wait
     twin = copy.deepcopy(model)
-    assert all(not group._waiting for group in groups_of(twin))
+    assert all(not group.waits for group in groups_of(twin))
     assert {id(m) for group in groups_of(twin) for m in group.members}.isdisjoint({id(m) for m in model.modules()})
     assert torch.equal(logits(twin, FAMILIES["llama"].batch()), logits(model, FAMILIES["llama"].batch()))
 

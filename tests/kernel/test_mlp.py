@@ -76,6 +76,13 @@ def test_gradcheck(router: str | None, extra: int, p: float):
     assert torch.autograd.gradcheck(run, tuple(wanted), atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
+def test_a_second_backward_raises_instead_of_being_wrong():
+    x, members, _ = make(None, 0, 0.0)
+    [g] = torch.autograd.grad(gated_mlp(x, "silu", *members).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+
+
 def test_gate_and_up_may_share_a_mask():
     x, members, _ = make(None, 0, 0.5)
     from weft.kernel import draw

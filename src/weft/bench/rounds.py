@@ -12,7 +12,7 @@ import platform
 import random
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -40,6 +40,7 @@ from weft.bench.record import CLOCKS, CaseResult, Clock, Setting, StepBench
 from weft.bench.saved import saved_bytes
 from weft.bench.spread import Spread
 from weft.glue.fusion import nodes
+from weft.kernel import switched
 from weft.train.progress import Progress, Tick, ignore
 
 if TYPE_CHECKING:
@@ -189,11 +190,17 @@ def _result(job: _Job, floor: _Job, dtype: Dtype) -> CaseResult:
         saved_bytes=job.saved,
         saved_ratio=job.saved / floor.saved,
         agreement=agreed,
-        nodes=dict(Counter(nodes(job.model).values())),
+        nodes=_nodes(job),
         exact=None if agreed is None else agreed.error <= TOLERANCE[dtype] and agreed.smallest_gradient > 0,
         seconds=job.seconds,
         seconds_adamw=job.seconds_adamw,
     )
+
+
+def _nodes(job: _Job) -> dict[str, int]:
+    """How many linears which node computes; in a compiled graph none spans two."""
+    with switched(groups=False, mlp=False) if job.case.compiled else nullcontext():
+        return dict(Counter(nodes(job.model).values()))
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import inspect
 import logging
 import re
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,18 +42,40 @@ class InputGroup:
     def __init__(self, members: Sequence[WeftLinear]):
         self.members = list(members)
         self.misses = 0
-        self._input: Seen = None
-        self._waiting: dict[WeftLinear, Tensor] = {}
-        self._masked: Seen = None
-        self._mask: Tensor | None = None
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_input": None, "_waiting": {}, "_masked": None, "_mask": None}
+        return {"members": self.members, "misses": self.misses}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was computed for members that have not been called, and with it the graph that it holds."""
+        self._waiting = Waiting(None, {})
+        self._masks: dict[tuple[str, float], tuple[Seen, Tensor]] = {}
+        self._called: set[WeftLinear] = set()
+
+    @property
+    def waits(self) -> bool:
+        """Whether results are kept for members that have not been called yet."""
+        return bool(self._waiting.results)
+
+    def called(self, layer: WeftLinear) -> None:
+        """Note a forward of `layer`; its second one begins another pass, with masks of its own, also where x is the same."""
+        if layer in self._called:
+            self._masks, self._called = {}, set()
+        self._called.add(layer)
+
+    def fetch(self, layer: WeftLinear, x: Tensor) -> Tensor | None:
+        """The output of `layer` on x if another member has computed it, and nothing that it depends on has changed since."""
+        waiting = self._waiting  # read once: another thread may put its own there at any time
+        found = waiting.results.pop(layer, None) if _is(x, waiting.seen) else None
+        return found.output if found is not None and found.stamp == _stamp(layer, found.factors) else None
 
     def output(self, layer: WeftLinear, x: Tensor, read: Tensor) -> Tensor | None:
-        """The output of `layer` on x if the group computes it, else None. `read` is x as the bases take it."""
-        if layer in self._waiting and _is(x, self._input):
-            return self._waiting.pop(layer)
+        """The output of `layer` on x if the group can compute it, else None. `read` is x as the bases take it."""
         if layer not in self.members:  # a copy that nn.DataParallel made; its group is still that of the original
             return None
         self._note_miss()
@@ -65,27 +87,58 @@ class InputGroup:
             if job is None or (jobs and job[2].dropout != jobs[0][2].dropout):
                 return None
             jobs.append(job)
-        self._waiting = dict(zip(self.members, linears(read, jobs), strict=True))
-        self._input = _seen(x)
-        return self._waiting.pop(layer)
+        results = {
+            member: Result(
+                y, (job[2].factors.A, job[2].factors.B), _stamp(member, (job[2].factors.A, job[2].factors.B))
+            )
+            for member, job, y in zip(self.members, jobs, linears(read, jobs), strict=True)
+        }
+        own = results.pop(layer).output
+        self._waiting = Waiting(_seen(x), results)
+        return own
 
-    def mask(self, x: Tensor, read: Tensor, p: float) -> Tensor:
-        """The one mask that all members read x through."""
-        if self._mask is None or not _is(x, self._masked):
-            self._mask, self._masked = draw(read, p), _seen(x)
-        return self._mask
+    def mask(self, x: Tensor, read: Tensor, adapter_name: str, p: float) -> Tensor:
+        """The one mask that this adapter's sites on all members read x through."""
+        seen, bits = self._masks.get((adapter_name, p), (None, None))
+        if bits is None or not _is(x, seen):
+            bits = draw(read, p)
+            self._masks[adapter_name, p] = _seen(x), bits
+        return bits
 
     def _note_miss(self) -> None:
         """Drop what was not fetched; a model that does so again and again does not read one input here."""
-        if self._waiting and torch._C._current_graph_task_id() == -1:
+        if self.waits and torch._C._current_graph_task_id() == -1:
             self.misses += 1
             if self.misses == MISSES:
                 names = ", ".join(member.module_name for member in self.members)
                 logger.info("%s do not read one input, so each is computed by itself.", names)
-        self._waiting, self._input = {}, None
+        self._waiting = Waiting(None, {})
 
 
 Seen = tuple["weakref.ref[Tensor]", int, bool] | None
+
+
+class Result(NamedTuple):
+    """What one member would give, computed from these factors, and what it depends on beside the input; see `_stamp`."""
+
+    output: Tensor
+    factors: tuple[Tensor, ...]
+    stamp: tuple[object, ...]
+
+
+class Waiting(NamedTuple):
+    """Results for the members that have not been called yet, of the one input that was seen."""
+
+    seen: Seen
+    results: dict[WeftLinear, Result]
+
+
+def _stamp(layer: WeftLinear, factors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What a member's output on a given input depends on: values of its factors, its adapter, its mode, autocast."""
+    versions = (0 if t.is_inference() else t._version for t in factors)
+    device = factors[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (layer.has_one_adapter, *layer.active_adapters, layer.training, autocast, *versions)
 
 
 def _seen(x: Tensor) -> Seen:
@@ -108,9 +161,10 @@ def fuse(model: nn.Module) -> None:
         for child in children.values():
             child.group = None
         for names in _groups(name, list(children)):
-            group = InputGroup([children[last] for last in names])
-            for member in group.members:
-                member.group = group
+            for members in _of_one_width([children[last] for last in names]):
+                group = InputGroup(members)
+                for member in members:
+                    member.group = group
         if "forward" not in vars(parent) and is_gated_mlp(parent) and not isinstance(parent, Gated):
             setattr(parent, "__class__", gated_class(type(parent)))  # noqa: B010 (a type checker takes an assignment for a new type)
 
@@ -120,6 +174,21 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Gated):
             setattr(module, "__class__", module.own_class)  # noqa: B010
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what groups of `model` keep for members that will not be called, after a forward that broke off."""
+    for module in model.modules():
+        group = getattr(module, "group", None)
+        if isinstance(group, InputGroup):
+            group.forget()
+
+
+def _of_one_width(layers: Sequence[WeftLinear]) -> list[list[WeftLinear]]:
+    """The layers by their numbers of input features, two or more each: what differs in it reads another tensor."""
+    widths = [getattr(layer.get_base_layer(), "in_features", None) for layer in layers]
+    found = [[layer for layer, w in zip(layers, widths, strict=True) if w == width] for width in dict.fromkeys(widths)]
+    return [members for members in found if len(members) > 1]
 
 
 def _groups(parent: str, lasts: list[str]) -> list[list[str]]:
@@ -144,9 +213,14 @@ def is_gated_mlp(module: nn.Module) -> bool:
     """Whether the forward of this module's class is down_proj(act_fn(gate_proj(x)) * up_proj(x)), and nothing else."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in (*NAMES, "act_fn")):
         return False
+    forward = (module.own_class if isinstance(module, Gated) else type(module)).forward
     try:
-        source = inspect.getsource((module.own_class if isinstance(module, Gated) else type(module)).forward)
+        source = inspect.getsource(forward).lstrip()
     except (OSError, TypeError):
+        return False
+    if hasattr(forward, "__wrapped__") or not source.startswith(
+        "def "
+    ):  # decorated: this is the source of what is inside
         return False
     head, _, body = source.partition(":\n")
     lines = [re.sub(r"\s|#.*", "", line) for line in body.splitlines()]
@@ -179,13 +253,14 @@ class Gated:
     """
 
     own_class: type[nn.Module]
+    own_forward: Callable[..., Tensor]  # as it was when its source was read
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not (args or kwargs or torch.compiler.is_compiling()):
-            y = _gated_output(self, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not (kwargs or torch.compiler.is_compiling()):
+            y = _gated_output(self, args[0])
             if y is not None:
                 return y
-        return cast(Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
+        return cast(Tensor, super().forward(*args, **kwargs))  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, (_, *rest), *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
@@ -199,7 +274,7 @@ def gated_class(own: type[nn.Module]) -> type[nn.Module]:
     """`own` with `Gated` before it, under its own name; one class for each."""
     if own not in _gated:
         names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _gated[own] = type(own.__name__, (Gated, own), {**names, "own_class": own})
+        _gated[own] = type(own.__name__, (Gated, own), {**names, "own_class": own, "own_forward": own.forward})
     return _gated[own]
 
 
@@ -213,6 +288,9 @@ def _gated_output(mlp: Any, x: Tensor) -> Tensor | None:
     if found is None:
         return None
     activation, layers = found
+    for layer in layers:
+        if layer.group is not None:
+            layer.group.called(layer)
     read = layers[0].cast_input(x)
     jobs = [job for layer in layers if (job := layer.only_job(x, read)) is not None]
     if len(jobs) < len(NAMES) or jobs[0][2].dropout != jobs[1][2].dropout:
@@ -226,6 +304,8 @@ def _mlp_layers(mlp: Any) -> tuple[str, list[WeftLinear]] | None:
 
     activation = activation_of(mlp.act_fn)
     if activation is None or not current().mlp or all_watched() or watched(mlp.act_fn):
+        return None
+    if type(mlp).own_forward is not mlp.own_class.forward:  # someone has put another one there since
         return None
     layers = [layer for name in NAMES if isinstance(layer := getattr(mlp, name), WeftLinear) and not watched(layer)]
     return (activation, layers) if len(layers) == len(NAMES) and _all_single(layers) else None

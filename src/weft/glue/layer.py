@@ -10,6 +10,7 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -76,8 +77,15 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        names, read = self._names(), self.cast_input(x)
-        y = None if args or kwargs or not names else self._by_node(names, x, read)
+        names = self._names()
+        spanned = bool(names) and not (args or kwargs)
+        if self.group is not None and not torch.compiler.is_compiling():
+            self.group.called(self)
+            y = self.group.fetch(self, x) if spanned and current().groups else None
+            if y is not None:
+                return y
+        read = self.cast_input(x)
+        y = self._by_node(names, x, read) if spanned else None
         if y is None:
             y, rest = self.base_layer(read, *args, **kwargs), names
         else:
@@ -121,13 +129,15 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """
         if self.why_not() is not None:
             return None
-        base = cast(nn.Linear, self.base_layer)
-        autocast = torch.is_autocast_enabled(read.device.type) and read.dtype in (torch.bfloat16, torch.float16)
-        if base.weight.device != read.device or not (base.weight.dtype == read.dtype or autocast):
+        base, device = cast(nn.Linear, self.base_layer), read.device.type
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
+        if base.weight.device != read.device or read.dtype != computed:
             return None
         self._check_distributed(name)
-        work = self.site(name).work(self._mask(name, x, read))
-        return None if work.plain or work.scored else (base.weight, base.bias, work)
+        work = self.site(name).work()
+        if work.plain or work.scored:
+            return None
+        return base.weight, base.bias, replace(work, mask=self._mask(name, x, read))
 
     def why_not(self) -> str | None:
         """Why no node can own this linear: its base must be called and the update added to what it gives; None if one can."""
@@ -153,7 +163,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             or torch.compiler.is_compiling()
         ):
             return None
-        return self.group.mask(x, read, site.dropout)
+        return self.group.mask(x, read, adapter_name, site.dropout)
 
     def _check_distributed(self, adapter_name: str) -> None:
         if not (self.training and dist.is_available() and dist.is_initialized()) or torch.compiler.is_compiling():

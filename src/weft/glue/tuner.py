@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from weft.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
 from weft.glue.attach import make_schedule, warn_of_missing
 from weft.glue.blocks import Blocks
-from weft.glue.fusion import fuse, unfuse
+from weft.glue.fusion import forget, fuse, unfuse
 from weft.glue.layer import WeftLinear
 from weft.glue.sharing import attention_inputs, shared_keys
 from weft.glue.targets import (
@@ -189,7 +189,13 @@ class WeftTuner(BaseTuner):
                 "adapter_names=[...] (another adapter for every row of a batch) works with stock LoRA only: call the model once "
                 "per adapter after set_adapter, or export the adapters to stock LoRA."
             )
-        yield
+        try:
+            yield
+        except BaseException:
+            forget(
+                self.model
+            )  # what waits there holds the graph of all layers before, which a retry may need the room of
+            raise
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""

@@ -115,7 +115,7 @@ def _scored(y: Tensor, x: Tensor, work: Work) -> Tensor:
         plain = seen[0] if not work.dropout else by_part(torch.nn.functional.linear(x_ti, like(f.A, x)), f.keep)
         omega = softmax(torch.nn.functional.linear(x_ti if f.router_input == "x" else plain, like(f.router, x)))
         if work.on_mix is not None:
-            work.on_mix(omega.unflatten(0, x.shape[:-1]))
+            work.on_mix(omega.view(*x.shape[:-1], omega.shape[1]))
         h = (omega[:, :, None] * h[:, None, :]).flatten(1).to(u.dtype)
     h = torch.cat([h, *seen[1:]], 1) if f.extra else h
     with without_autocast(y):

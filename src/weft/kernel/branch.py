@@ -82,5 +82,6 @@ def branch(f: Factors, device: torch.device, dropout: bool) -> Branch:
     route = mix = None
     if f.router is not None:
         router = f.router.to(device)
-        route, mix = (router, None) if f.router_input == "x" else (f.A.to(device) if dropout else None, router)
+        rows = f.A.to(device).view(f.A.shape) if dropout else None  # a view: Dynamo takes no tensor twice in one node
+        route, mix = (router, None) if f.router_input == "x" else (rows, router)
     return Branch(down, up, 1.0 if f.extra else f.scale, 0 if f.router is None else f.heads, r, route, mix)

@@ -56,7 +56,7 @@ def dropped(x: Tensor, p: float, bits: Tensor | None = None) -> Tensor:
 
 
 def _draw(x: Tensor, count: int, p: float) -> Tensor:
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
     if x.device.type != "cpu":
         return seed
     return torch.from_numpy(packed_bits(count, p, int(seed)))
@@ -85,7 +85,8 @@ def packed_bits(count: int, p: float, seed: int) -> np.ndarray[tuple[int], np.dt
 def _masked(x: Tensor, bits: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(int(bits))
-        return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+        keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # not as x: its strides would decide who is dropped
+        return x * keep.bernoulli_(1 - p, generator=generator)
     if not x.is_contiguous():
         x = x.contiguous()
     if x.numel() % 8:

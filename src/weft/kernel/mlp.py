@@ -64,7 +64,7 @@ def run_gated(
     """
     with without_autocast(x):
         y, *told = GatedMlp.apply(activation, inner, outer, x, *masks[0], *masks[1], *flat(tensors))
-    return y, [omega.unflatten(0, x.shape[:-1]) for omega in told]
+    return y, [omega.view(*x.shape[:-1], omega.shape[1]) for omega in told]
 
 
 class GatedMlp(Function):

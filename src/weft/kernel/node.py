@@ -70,7 +70,7 @@ def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]
     with without_autocast(x):
         found = LowRankLinears.apply(plan, x, *masks, *(t for each in tensors for t in each))
     n = len(plan.members)
-    return list(found[:n]), [omega.unflatten(0, x.shape[:-1]) for omega in found[n:]]
+    return list(found[:n]), [omega.view(*x.shape[:-1], omega.shape[1]) for omega in found[n:]]
 
 
 class LowRankLinears(Function):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
+import torch
+
 
 @dataclass(frozen=True)
 class Switches:
@@ -30,8 +32,8 @@ _current = Switches(
 
 
 def current() -> Switches:
-    """The switches as they are now."""
-    return _current
+    """The switches as they are now. Under `torch.jit.trace` the reference, as its files hold no Python functions."""
+    return replace(_current, reference=True) if torch._C._get_tracing_state() is not None else _current
 
 
 @contextmanager
