@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from weft.errors import ConfigError
+from weft.errors import AdapterError, ConfigError
 from weft.numbers import is_whole
 from weft.report import history, measure
 from weft.report.against import held_against
@@ -60,7 +60,7 @@ def inspect(
         Plain numbers; `left_out` says what is not among them and why.
 
     Raises:
-        AdapterError: no adapter there, or one that is neither weft's nor plain LoRA.
+        AdapterError: no adapter there, one that is neither weft's nor plain LoRA, or one with values that are not finite.
         ConfigError: a setting that does not go with what is inspected.
         ModelError, DataError: a base or data that was named and cannot be used.
     """
@@ -72,6 +72,7 @@ def inspect(
         folder = model.folder if isinstance(model, Run) else model
         where = str(base) if isinstance(base, Path) else base
         subject = folder_subject(folder, where, None if data is None else str(data), rows)
+    _check_finite(subject)
     if against is not None:
         subject.start = other_adapter(against, subject)
     routers, gates = _routers(subject, progress)
@@ -111,12 +112,29 @@ _NOT_LIVE = {"base": "it has one", "data": "give inputs=[batch, ...]"}
 _NOT_A_FOLDER = {"inputs": "give data=, a file of rows", "adapter": "a folder holds one"}
 
 
+def _check_finite(subject: Subject) -> None:
+    tensors = ((name, t) for name, site in subject.sites.items() for t in (*site.parameters(), *site.buffers()))
+    if site := next((name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()), None):
+        raise AdapterError(
+            f"{site} holds values of the adapter that are not finite, as after a training that diverged: nothing can be measured; "
+            "inspect an earlier checkpoint, or train with a smaller rate."
+        )
+
+
 def _given(inputs: Batches | Mapping[str, Batches] | None) -> Rows | None:
     if inputs is None:
         return None
-    parts = {"": list(inputs)} if not isinstance(inputs, Mapping) else {name: list(b) for name, b in inputs.items()}
-    count = sum(len(next(iter(batch.values()))) for batches in parts.values() for batch in batches)
-    return Rows(f"the {count} rows given", count, {name: [dict(b) for b in batches] for name, batches in parts.items()})
+    given = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    for batches in given.values():
+        if isinstance(batches, (str, Mapping, Tensor)) or not all(isinstance(batch, Mapping) for batch in batches):
+            raise ConfigError(
+                "inputs takes a list of batches, each the keyword arguments of a forward, or such lists by domain: "
+                "give inputs=[batch], or inputs={domain: [batch]}."
+            )
+    parts = {str(name): [dict(batch) for batch in batches] for name, batches in given.items()}
+    tensors = [[v for v in batch.values() if isinstance(v, Tensor) and v.dim()] for p in parts.values() for batch in p]
+    count = sum(len(held[0]) for held in tensors if held)
+    return Rows(f"the {count} rows given", count, parts)
 
 
 def _method(subject: Subject) -> str:
@@ -157,6 +175,8 @@ def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[SiteFacts]:
 def _routers(subject: Subject, progress: Progress) -> tuple[Routers | None, dict[str, MeanGate]]:
     routed = {name: site for name, site in subject.sites.items() if isinstance(site.structure, HydraTerm)}
     if not routed:
+        if subject.rows is not None:
+            subject.left_out.append("The rows that were given: this adapter has no routers to run over them.")
         return None, {}
     if subject.model is None or subject.rows is None:
         if not any(s.startswith(("Router usage", "Everything relative", "The base was not")) for s in subject.left_out):

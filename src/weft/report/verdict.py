@@ -8,6 +8,8 @@ from weft.report.result import Inspection
 
 EVEN = 0.98
 """Normalised entropy above which a router mixes all heads as good as evenly."""
+CHOICE = 0.6
+"""Normalised entropy below which a token goes to one head mostly: with three heads, a largest gate of about 0.8."""
 USED = 0.9
 """Entropy of the mean gate above which no head is neglected."""
 SAME = 0.9
@@ -52,14 +54,9 @@ def _routers(found: Inspection) -> list[str]:
     if found.routers is not None:
         entropy = statistics.mean(site.whole.entropy for site in found.routers.sites)
         balance = statistics.mean(site.whole.balance for site in found.routers.sites)
-        how = (
-            "mix all heads almost evenly for every token, so they hardly route"
-            if entropy > EVEN
-            else "choose among the heads and use all of them"
-            if balance > USED
-            else "prefer some heads"
+        said.append(
+            f"The routers {_routing(entropy, balance)}: entropy {entropy:.2f}, balance {balance:.2f} (1 is even)."
         )
-        said.append(f"The routers {how}: entropy {entropy:.2f}, balance {balance:.2f} (1 is even).")
     known = [site.mean for site in found.heads if site.mean is not None]
     if known:
         mean = statistics.mean(known)
@@ -68,6 +65,16 @@ def _routers(found: Inspection) -> list[str]:
     elif found.heads:
         said.append("All heads are 0: nothing has been trained.")
     return said
+
+
+def _routing(entropy: float, balance: float) -> str:
+    """What they do; balance less entropy is how much the head depends on the token (mutual information, of ln N)."""
+    if entropy > EVEN:
+        return "mix all heads almost evenly for every token, so they hardly route"
+    if balance - entropy < 1 - EVEN:
+        return "give every token nearly the same mix of heads, so they hardly route"
+    how = "choose among the heads" if entropy < CHOICE else "mix the heads in shares that depend on the token"
+    return f"{how}, and {'use all of them' if balance > USED else 'prefer some of them'}"
 
 
 def _ranks(found: Inspection) -> list[str]:
