@@ -15,6 +15,7 @@ from weft.errors import AdapterError, DataError, ModelError, WeftError
 from weft.report.bare import bare_subject
 from weft.report.subject import Rows, Start, Subject, live_subject
 from weft.search import Selection
+from weft.site import Site
 from weft.spec import WeftConfig
 from weft.terms.layers.search import Search
 from weft.train.adapter import adapt, adapter_config, saved_selection
@@ -188,6 +189,12 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
     return [Start("start drawn again", f"the start of A, drawn again from the run's seed {run.seed}", A)]
 
 
+def _shape(site: Site) -> tuple[int, int]:
+    """(out, in)."""
+    factors = site.structure.factors(site.scale)
+    return factors.B.shape[0], factors.A.shape[1]
+
+
 def other_adapter(folder: str | Path, subject: Subject) -> Start:
     """A and B of another adapter (or an earlier state of this one), from its files.
 
@@ -199,10 +206,15 @@ def other_adapter(folder: str | Path, subject: Subject) -> Start:
     path = Path(folder)
     run = _run_of(path)
     other = bare_subject(run.adapter_folder if run is not None and (path / "run.json").is_file() else path, str(folder))
-    both = {name: site for name, site in other.sites.items() if name in subject.sites}
+    own = {name: _shape(site) for name, site in subject.sites.items()}
+    both = {name: site for name, site in other.sites.items() if own.get(name) == _shape(site)}
     if not both:
         raise AdapterError(
-            f"{folder} has no site in common with {subject.source}: give an adapter of the same base and targets."
+            f"{folder} has no site in common with {subject.source}, by name and shape: give an adapter of the same base and targets."
+        )
+    if apart := len(other.sites) - len(both):
+        subject.left_out.append(
+            f"{apart} sites of {folder}: this adapter has none of their name and shape beside them."
         )
     found: dict[str, dict[str, Any]] = {
         part: {name: value for name, site in both.items() if (value := factor(site, part)) is not None} for part in "AB"

@@ -84,7 +84,9 @@ def _ranks(found: Inspection) -> list[str]:
     now = sum(site.rank for site in found.sites)
     empty = sum(site.rank == 0 for site in found.sites)
     none = f"; {_count(empty, 'site')} ended without any" if empty else ""
-    return [f"{_count(taken, 'rank slot')} of {now} moved in {_count(len(found.history.rounds), 'round')}{none}."]
+    return [
+        f"{_count(taken, 'move')} of rank slots in {_count(len(found.history.rounds), 'round')}, among {now}{none}."
+    ]
 
 
 def _layers(found: Inspection) -> list[str]:
@@ -102,7 +104,7 @@ def _layers(found: Inspection) -> list[str]:
 def _directions(found: Inspection) -> list[str]:
     waiting = sorted({site.phase for site in found.directions if site.phase.startswith("before")})
     if waiting:
-        return [f"This adapter is still {waiting[0]}: it has been plain LoRA so far."]
+        return [f"This adapter is still {waiting[0]}: it has chosen no directions of W so far."]
     gains = [abs(c.gain) for site in found.directions for c in site.chosen if c.gain is not None]
     return (
         [f"Dash has learned gains of {statistics.mean(gains):.2g} on average, {max(gains):.2g} at most."]
