@@ -210,7 +210,8 @@ def other_adapter(folder: str | Path, subject: Subject) -> Start:
     both = {name: site for name, site in other.sites.items() if own.get(name) == _shape(site)}
     if not both:
         raise AdapterError(
-            f"{folder} has no site in common with {subject.source}, by name and shape: give an adapter of the same base and targets."
+            f"{folder} has no site in common with {subject.source}, by name and shape: give an adapter of the same base and "
+            "targets."
         )
     if apart := len(other.sites) - len(both):
         subject.left_out.append(

@@ -75,7 +75,7 @@ def _gates(routers: Routers) -> charts.Spec:
         charts.choice(f"chosen_{field}", field.capitalize(), list(dict.fromkeys(row[field] for row in rows)), field)
         for field in ("module", "rows")
     ]
-    share = charts.reading("share", "Share", {"mean gate": "mean", "first choices": "top"})
+    share = charts.reading("share", "Show", {"mean gate": "mean", "first choices": "top"})
     title = "mean gate, or share of the tokens whose first choice a head is"
     return charts.stacked(rows, charts.together(*picks, share), max(row["head"] for row in rows), says, title)
 
