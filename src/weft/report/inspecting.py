@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,16 @@ def _given(inputs: Batches | Mapping[str, Batches] | None) -> Rows | None:
     if inputs is None:
         return None
     given = inputs if isinstance(inputs, Mapping) else {"": inputs}
-    for batches in given.values():
-        if isinstance(batches, (str, Mapping, Tensor)) or not all(isinstance(batch, Mapping) for batch in batches):
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name, batches in given.items():
+        listed = isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor))
+        held = list(batches) if listed else [batches]
+        if not listed or not all(isinstance(batch, Mapping) for batch in held):
             raise ConfigError(
                 "inputs takes a list of batches, each the keyword arguments of a forward, or such lists by domain: "
                 "give inputs=[batch], or inputs={domain: [batch]}."
             )
-    parts = {str(name): [dict(batch) for batch in batches] for name, batches in given.items()}
+        parts[str(name)] = [dict(batch) for batch in held]
     tensors = [[v for v in batch.values() if isinstance(v, Tensor) and v.dim()] for p in parts.values() for batch in p]
     count = sum(len(held[0]) for held in tensors if held)
     return Rows(f"the {count} rows given", count, parts)

@@ -127,21 +127,15 @@ def _masks(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
     Labels of the input's own shape get a column of padding, in place, so that the two sides can be told apart.
     """
-    masks = [
-        mask for name in ("attention_mask", "decoder_attention_mask") if isinstance(mask := inputs.get(name), Tensor)
-    ]
+    held = (inputs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    masks = [mask for mask in held if isinstance(mask, Tensor)]
     labels, given = inputs.get("labels"), inputs.get("input_ids")
     sides = getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False)
-    if (
-        sides
-        and isinstance(labels, Tensor)
-        and labels.dim() == 2
-        and not any(name.startswith("decoder_") for name in inputs)
-    ):
-        if isinstance(given, Tensor) and labels.shape == given.shape:
-            labels = inputs["labels"] = nn.functional.pad(labels, (0, 1), value=IGNORE)
-        masks.append(labels != IGNORE)
-    return masks
+    if not sides or not isinstance(labels, Tensor) or any(name.startswith("decoder_") for name in inputs):
+        return masks
+    if isinstance(given, Tensor) and labels.shape == given.shape:
+        labels = inputs["labels"] = nn.functional.pad(labels, (0, 1), value=IGNORE)
+    return [*masks, labels != IGNORE]
 
 
 def _counted(omega: Tensor, masks: list[Tensor]) -> Tensor:
