@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,13 @@ def _parameters(subject: Subject) -> Parameters:
         mine = {id(t) for site in subject.sites.values() for t in site.parameters()}
         extra = (".modules_to_save.", ".lora_A.", ".lora_B.", ".weft_site.")
         named = subject.model.named_parameters()
-        base = sum(p.numel() for n, p in named if id(p) not in mine and not any(mark in n for mark in extra))
+        base = sum(_numbers(p) for n, p in named if id(p) not in mine and not any(mark in n for mark in extra))
     return Parameters(sum(trained.values()), sum(stored.values()), subject.saved_modules, base)
+
+
+def _numbers(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: bitsandbytes keeps two 4-bit ones in a byte, and their shape in the state."""
+    return math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
 def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[SiteFacts]:
