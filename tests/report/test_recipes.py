@@ -88,7 +88,7 @@ def test_trained_numbers_are_those_that_an_optimiser_would_hold(name: str, adapt
 def test_a_base_packed_into_4_bits_is_counted_in_numbers():
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(demo_model_path()), weft.PlainLoraConfig(r=2))
     whole = weft.inspect(model, spectra=0).parameters.base
-    norm = model.base_model.model.model.norm.weight  # packed as bitsandbytes does it, which has no CPU to run on
+    norm = model.base_model.model.model.norm.weight  # as bitsandbytes packs a weight
     norm.quant_state = SimpleNamespace(shape=torch.Size((2 * len(norm), 1)))
     assert weft.inspect(model, spectra=0).parameters.base == whole + len(norm)
 

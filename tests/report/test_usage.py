@@ -96,13 +96,13 @@ def test_padding_of_either_side_of_an_encoder_decoder_is_not_counted(more: int):
     assert labels.shape[1] == 6 + more  # the batch given is as it was
 
 
-@pytest.mark.parametrize("given", [{"": []}, [batch([5, 6])]])
 def test_batches_may_come_from_an_iterator_and_hold_more_than_tensors():
     adapted = model()
     found = weft.inspect(adapted, inputs=({"use_cache": False, **batch([5, 6])} for _ in range(3)), spectra=0)
     assert (found.routers.rows, found.routers.sites[0].whole.tokens) == (3, 6)
 
 
+@pytest.mark.parametrize("given", [{"": []}, [batch([5, 6])]])
 def test_rows_for_an_adapter_without_routers_are_said_to_be_unused(given: Any):
     plain = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
     assert any("no routers to run" in sentence for sentence in weft.inspect(plain, inputs=given).left_out)
