@@ -129,7 +129,7 @@ def _given(inputs: Batches | Mapping[str, Batches] | None) -> Rows | None:
     parts: dict[str, list[dict[str, Any]]] = {}
     for name, batches in given.items():
         listed = isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor))
-        held = list(batches) if listed else [batches]
+        held: list[Any] = list(batches) if listed else []
         if not listed or not all(isinstance(batch, Mapping) for batch in held):
             raise ConfigError(
                 "inputs takes a list of batches, each the keyword arguments of a forward, or such lists by domain: "

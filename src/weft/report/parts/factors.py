@@ -104,7 +104,7 @@ def directions(found: Inspection) -> Iterator[Section]:
 
 def _spectrum(site: SiteDirections) -> Iterator[dict[str, Any]]:
     """The points of one site; what is 0 has no place on a logarithmic axis."""
-    chosen = {c.index: c for c in site.chosen}
+    chosen = {c.index: c for c in site.chosen if c.index is not None}
     sigma, rate = site.sigma or [], site.rate or []
     for k in _drawn(rate, chosen):
         if rate[k] > 0 and sigma[k] > 0:
