@@ -80,6 +80,10 @@ def test_charts_are_drawn_and_nothing_overflows_on_a_phone(name: str, scheme: st
         box = chart.query_selector("svg").bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= PHONE["width"]
+        for title in chart.query_selector_all(".role-axis-title text"):
+            words = title.bounding_box()
+            assert box["x"] <= words["x"], title.inner_text()
+            assert words["x"] + words["width"] <= box["x"] + box["width"], title.inner_text()
         legend = chart.query_selector(".role-legend")
         if legend is not None and (inner := legend.bounding_box()) is not None:
             assert inner["x"] + inner["width"] <= PHONE["width"]

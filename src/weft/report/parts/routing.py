@@ -76,8 +76,7 @@ def _gates(routers: Routers) -> charts.Spec:
         for field in ("module", "rows")
     ]
     share = charts.reading("share", "Show", {"mean gate": "mean", "first choices": "top"})
-    title = "mean gate, or share of the tokens whose first choice a head is"
-    return charts.stacked(rows, charts.together(*picks, share), max(row["head"] for row in rows), says, title)
+    return charts.stacked(rows, charts.together(*picks, share), max(row["head"] for row in rows), says, "share")
 
 
 def _entropies(routers: Routers) -> charts.Spec:
