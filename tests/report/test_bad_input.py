@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import weft
 from families import FAMILIES
 from weft.errors import AdapterError, ConfigError, DataError, ModelError, RunError, WeftError
+from weft.glue.layer import WeftLinear
 from weft.report import page
 
 
@@ -67,6 +68,24 @@ def test_an_adapter_must_be_named_where_several_are_active():
     assert {site.rank for site in weft.inspect(model, "other", spectra=0).sites} == {3}
 
 
+def test_an_adapter_that_diverged_is_named(tmp_path: Path):
+    model = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
+    site = next(m for m in model.modules() if isinstance(m, WeftLinear)).site("default")
+    for value in (float("nan"), float("inf")):
+        site.structure.B.data[0, 0] = value
+        assert "q_proj holds values" in refused(AdapterError, model)
+    model.save_pretrained(str(tmp_path))
+    assert "not finite" in refused(AdapterError, tmp_path, base=False)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda b: b, lambda b: {"low": b}, lambda b: [b["input_ids"]], lambda b: "rows.jsonl"]
+)
+def test_inputs_that_are_no_list_of_batches(wrap: Callable[[Any], Any]):
+    model = get_peft_model(FAMILIES["llama"].build(), weft.HydraLoraConfig(r=2, heads=2))
+    assert "give inputs=[batch]" in refused(ConfigError, model, inputs=wrap(FAMILIES["llama"].batch()))
+
+
 def test_settings_out_of_range(saved: Callable[[str], Path]):
     assert "spectra=-1" in refused(ConfigError, saved("lora"), spectra=-1)
     assert "rows=0" in refused(ConfigError, saved("lora"), rows=0)
@@ -84,6 +103,19 @@ def test_a_run_without_its_adapter(hydra_run: Path, tmp_path: Path):
     folder = shutil.copytree(hydra_run, tmp_path / "run")
     shutil.rmtree(folder / "adapter")
     assert "--resume" in refused(AdapterError, folder)
+
+
+def test_a_run_that_was_killed_points_to_its_last_checkpoint(run: Callable[..., Path], tmp_path: Path):
+    folder = shutil.copytree(run("lora", "train.steps=1"), tmp_path / "run")
+    for step, complete in ((2, True), (10, True), (12, False)):
+        checkpoint = shutil.copytree(folder / "adapter", folder / "checkpoints" / f"checkpoint-{step}")
+        if complete:
+            (checkpoint / "complete.json").write_text(json.dumps({"step": step}))
+    shutil.rmtree(folder / "adapter")
+    sentence = refused(AdapterError, folder)
+    last = folder / "checkpoints" / "checkpoint-10"
+    assert f"look at its last checkpoint, {last}." in sentence
+    assert weft.inspect(last, base=False).sites
 
 
 def test_a_base_of_other_weights_is_left_out_unless_it_was_named(hydra_run: Path, tmp_path: Path):

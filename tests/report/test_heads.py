@@ -10,7 +10,7 @@ import pytest
 import weft
 from weft.data import DataConfig, texts
 from weft.errors import ConfigError, DataError
-from weft.report.heads import bends
+from weft.report.heads import bends, words
 
 
 def topics(count: int, each: int = 30, words: int = 8) -> list[str]:
@@ -37,6 +37,36 @@ def test_texts_without_anything_in_common_have_no_elbow():
     assert "no clear elbow" in str(found)
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        (["天气", "晴天", "下雨", "温度"], ["股票", "市场", "价格", "投资"], ["足球", "比赛", "球员", "进球"]),
+        (["ฝนตก", "อากาศ", "ลมแรง", "หนาว"], ["ตลาด", "ราคา", "หุ้น", "เงิน"], ["กีฬา", "ฟุตบอล", "ทีม", "ชนะ"]),
+    ],
+)
+def test_topics_are_counted_in_scripts_without_spaces(script: tuple[list[str], ...]):
+    draw = random.Random(0)
+    given = ["".join(draw.choices(topic, k=6)) for _ in range(30) for topic in script]
+    found = weft.suggest_heads(given, largest=8)
+    assert (found.heads, found.clear, found.sizes) == (3, True, [30, 30, 30])
+
+
+def test_words_keep_their_vowel_signs():
+    assert words("मौसम की बारिश") == ["मौसम", "की", "बारिश"]
+    assert words("A b cd! 天気がいい x好") == ["cd", "天気", "気が", "がい", "いい", "好"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_that_repeat_are_counted_without_a_warning():
+    found = weft.suggest_heads(["warp thread", "Weft, yarn!", "loom beam", "weft yarn"] * 10)
+    assert (found.heads, found.clear, found.sizes) == (3, True, [20, 10, 10])
+    assert found.sse[2:] == pytest.approx([0.0] * 8, abs=1e-9)
+
+
+def test_an_iterator_of_texts_is_read_once():
+    assert weft.suggest_heads(iter(topics(3)), largest=6) == weft.suggest_heads(topics(3), largest=6)
+
+
 def test_the_same_texts_give_the_same_answer():
     given = topics(4)
     assert weft.suggest_heads(given, seed=3) == weft.suggest_heads(list(given), seed=3)
@@ -59,10 +89,13 @@ def test_the_bend_is_the_distance_below_the_chord():
     ("given", "sentence"),
     [
         (["same text"] * 9, "1 different texts have no clusters"),
+        (["same text", "Same: text!", "SAME TEXT"], "1 different texts have no clusters"),
         ([], "0 different texts"),
         (["?", "!", "…"], "no words of two letters"),
         ("one string", "takes a list of strings"),
         ([1, 2, 3], "takes a list of strings"),
+        (None, "takes a list of strings"),
+        ({"text": ["one"]}, "takes a list of strings"),
     ],
 )
 def test_texts_that_cannot_be_clustered_are_refused(given: object, sentence: str):

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 import weft
 from families import FAMILIES
@@ -59,6 +61,35 @@ def test_a_round_that_was_repeated_after_a_kill_counts_once():
     assert [each.ranks for each in found.rounds] == [{Q0: 3, Q1: 1}]
 
 
+@pytest.mark.parametrize("damage", [{"ranks": {Q0: 1}}, {"pruned": None}, {"round": "first"}, {"added": [[Q0]]}])
+def test_a_damaged_round_is_said_and_no_history_is_made_up(damage: dict[str, Any]):
+    planted = subject()
+    planted.events_from = "events.jsonl"
+    planted.events = [moved(1, 3, [[Q0, 1, 0.0]], [[Q1, 2]], {Q0: 1, Q1: 3}) | damage]
+    assert history.rank_history(planted) is None
+    assert planted.left_out == ["Ranks over time: events.jsonl is damaged."]
+
+
+def test_a_line_that_a_kill_cut_short_hides_no_round(alora_run: Path, tmp_path: Path):
+    folder = shutil.copytree(alora_run, tmp_path / "run")
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if "reallocation" in line)
+    (folder / "events.jsonl").write_text("\n".join([*lines[:first], lines[first][:40], *lines[first:]]) + "\n")
+    assert [each.step for each in weft.inspect(folder, base=False).history.rounds] == [2, 4]
+
+
+def test_a_checkpoint_knows_the_rounds_up_to_it(alora_run: Path, tmp_path: Path):
+    folder = shutil.copytree(alora_run, tmp_path / "run")
+    checkpoint = shutil.copytree(folder / "adapter", folder / "checkpoints" / "checkpoint-6")
+    tensors = load_file(checkpoint / "adapter_model.safetensors")
+    steps = next(key for key in tensors if key.endswith("weft_site.steps"))
+    for at, rounds in ((6, [2, 4]), (3, [2]), (1, [])):
+        save_file({**tensors, steps: torch.full_like(tensors[steps], at)}, checkpoint / "adapter_model.safetensors")
+        found = weft.inspect(checkpoint, base=False)
+        assert found.steps == at
+        assert ([each.step for each in found.history.rounds] if found.history else []) == rounds
+
+
 def test_a_run_tells_its_moves_and_ends_at_the_ranks_it_has(alora_run: Path):
     found = weft.inspect(alora_run, spectra=0)
     assert [each.step for each in found.history.rounds] == [2, 4]
@@ -104,6 +135,15 @@ def test_a_selection_file_that_another_recipe_used_is_found(flexora_run: Path, h
     gone = weft.inspect(folder, base=False)
     assert gone.layers.margin is None
     assert any("margins" in sentence for sentence in gone.left_out)
+    assert weft.inspect(folder, rows=1, spectra=0).against.kind == "fresh draw"
+
+
+def test_a_damaged_selection_is_left_out_with_the_reason(flexora_run: Path, tmp_path: Path):
+    folder = shutil.copytree(flexora_run, tmp_path / "run")
+    (folder / "selection.json").write_text("{")
+    found = weft.inspect(folder, base=False)
+    assert found.layers.margin is None
+    assert any(s.startswith("α and margins") and "selection.json" in s for s in found.left_out)
 
 
 @pytest.mark.parametrize(("layers", "source", "blocks"), [(weft.All(), "all", 2), (weft.Only([1]), "named", 1)])

@@ -80,6 +80,10 @@ def test_charts_are_drawn_and_nothing_overflows_on_a_phone(name: str, scheme: st
         box = chart.query_selector("svg").bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= PHONE["width"]
+        for title in chart.query_selector_all(".role-axis-title text"):
+            words = title.bounding_box()
+            assert box["x"] <= words["x"], title.inner_text()
+            assert words["x"] + words["width"] <= box["x"] + box["width"], title.inner_text()
         legend = chart.query_selector(".role-legend")
         if legend is not None and (inner := legend.bounding_box()) is not None:
             assert inner["x"] + inner["width"] <= PHONE["width"]
@@ -130,7 +134,7 @@ def test_a_drop_down_list_changes_what_is_drawn(name: str, chart: str, opened: O
     def drawn() -> list[str]:
         return page.eval_on_selector_all(f"#{chart} .role-mark path", "all => all.map(e => e.outerHTML)")
 
-    before, select = drawn(), page.locator(f"#{chart} select")
+    before, select = drawn(), page.locator(f"#{chart} select").first
     options = select.locator("option").all_inner_texts()
     assert len(options) >= 2
     select.select_option(options[1])
@@ -139,6 +143,23 @@ def test_a_drop_down_list_changes_what_is_drawn(name: str, chart: str, opened: O
         arg=[chart, ",".join(before)],
     )
     assert drawn()
+
+
+def test_shares_of_first_choices_are_a_list_away(opened: Open, inspections: dict[str, Inspection]):
+    page = opened("hydralora")
+    first = next(site for site in inspections["hydralora"].routers.sites if max(site.whole.top1) > 0)
+    drawn = "e => e.getBBox().width"
+    page.locator("#routers-0 select").last.select_option("first choices")
+    page.wait_for_timeout(100)
+    bars = page.locator("#routers-0 .role-mark path").all()
+    widths = [bar.evaluate(drawn) for bar in bars[: len(first.whole.top1)]]
+    assert [w / sum(widths) for w in widths] == pytest.approx(first.whole.top1, abs=0.01)
+
+
+def test_labels_of_columns_lean_only_where_they_must(opened: Open):
+    for viewport, level in ((DESK, True), (PHONE, False)):
+        labels = opened("hydralora", viewport=viewport).locator("#update-0 .role-axis-label text").all()
+        assert any("rotate" in str(label.get_attribute("transform")) for label in labels) != level
 
 
 def test_a_click_in_the_legend_picks_a_line_out(opened: Open):

@@ -124,8 +124,9 @@ def test_numbers_of_the_charts_are_those_of_the_record(inspections: dict[str, In
     assert moved == {site.site: site.relative for site in inspections["hydralora"].sites}
     ranks = specs(page(inspections["alora"]))["ranks-0"]["data"]["values"]
     assert {row["site"]: row["value"] for row in ranks} == {s.site: s.rank for s in inspections["alora"].sites}
-    gates = [row for row in drawn["routers-0"]["data"]["values"] if row["pick"].endswith("all rows")]
-    assert sum(row["value"] for row in gates) == pytest.approx(len(inspections["hydralora"].routers.sites))
+    gates = [row for row in drawn["routers-0"]["data"]["values"] if row["rows"] == "all rows"]
+    assert sum(row["mean"] for row in gates) == pytest.approx(len(inspections["hydralora"].routers.sites))
+    assert sum(row["top"] for row in gates) == pytest.approx(len(inspections["hydralora"].routers.sites))
 
 
 def test_an_adapter_that_did_nothing_yet_has_a_page_too(inspections: dict[str, Inspection]):

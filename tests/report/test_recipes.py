@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import weft
 from weft.data.demo import demo_model_path
 from weft.glue.layer import WeftLinear
+from weft.report.page import page
 from weft.report.result import Inspection
 
 
@@ -81,6 +83,14 @@ def test_trained_numbers_are_those_that_an_optimiser_would_hold(name: str, adapt
     assert found.parameters.trained == held
     base = AutoModelForCausalLM.from_pretrained(demo_model_path())
     assert found.parameters.base == sum(p.numel() for p in base.parameters())
+
+
+def test_a_base_packed_into_4_bits_is_counted_in_numbers():
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(demo_model_path()), weft.PlainLoraConfig(r=2))
+    whole = weft.inspect(model, spectra=0).parameters.base
+    norm = model.base_model.model.model.norm.weight  # as bitsandbytes packs a weight
+    norm.quant_state = SimpleNamespace(shape=torch.Size((2 * len(norm), 1)))
+    assert weft.inspect(model, spectra=0).parameters.base == whole + len(norm)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -194,6 +204,48 @@ def test_stock_lora_is_inspected_too(tmp_path: Path):
     assert live.method == bare.method == "stock LoRA"
     assert live.sites[0].scale is None
     assert live.sites[0].rank == 3
+
+
+def test_a_stock_record_is_plain_json_and_its_model_stays_trainable():
+    base = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    trained = [p.requires_grad for p in model.parameters()]
+    record = weft.inspect(model, spectra=0).record()
+    assert json.loads(json.dumps(record))["settings"]["target_modules"] == ["k_proj", "q_proj"]
+    assert [p.requires_grad for p in model.parameters()] == trained
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings", "count", "first"),
+    [(["q_proj", "embed_tokens"], {}, 2, "model.embed_tokens"), (["q_proj"], {"lora_bias": True}, 4, "model.layers.0")],
+)
+def test_tensors_of_a_stock_adapter_that_are_not_shown_are_said(
+    targets: list[str], settings: dict[str, bool], count: int, first: str, tmp_path: Path
+):
+    base = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, **settings))
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    for found in (weft.inspect(model, spectra=0), weft.inspect(tmp_path, base=False)):
+        assert {site.module for site in found.sites} == {"self_attn.q_proj"}
+        assert any(s.startswith(f"{count} tensors") and f"such as {first}" in s for s in found.left_out)
+        assert found.parameters.saved_modules == 0
+
+
+def test_gains_of_an_imported_lora_dash_are_shown_though_its_file_names_no_directions(tmp_path: Path):
+    model = train_a_little(CONFIGS["lora_dash"]())
+    for layer in layers(model).values():
+        dash = layer.site("default").boost
+        dash.index.fill_(-1)
+        dash.sigma.zero_()
+        dash.rate.zero_()
+    model.save_pretrained(str(tmp_path))
+    for found in (weft.inspect(model, spectra=1), weft.inspect(tmp_path, base=False)):
+        assert len(found.directions) == len(found.sites)
+        for site in found.directions:
+            gains = layers(model)[site.site].site("default").boost.gain.tolist()
+            assert [(c.index, c.sigma, c.rate, c.gain) for c in site.chosen] == [(None, None, None, g) for g in gains]
+        assert any("gains" in sentence for sentence in found.verdict)
+        assert page(found)
 
 
 def test_what_needs_the_base_is_named_when_it_is_not_there(saved: Callable[[str], Path], tmp_path: Path):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from looking import train_a_little
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 
 import weft
+from families import FAMILIES
 from weft.errors import AdapterError
 from weft.glue.layer import WeftLinear
 
@@ -106,3 +107,13 @@ def test_another_adapter_with_no_site_in_common_is_refused(saved: Callable[[str]
     train_a_little(weft.PlainLoraConfig(r=2, target_modules=["o_proj"]), steps=1).save_pretrained(str(tmp_path))
     with pytest.raises(AdapterError, match="no site in common"):
         weft.inspect(saved("tied_lora"), base=False, against=tmp_path)
+
+
+def test_sites_of_another_name_or_shape_are_not_compared_and_said(saved: Callable[[str], Path], tmp_path: Path):
+    other = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
+    other.save_pretrained(str(tmp_path / "smaller"))
+    with pytest.raises(AdapterError, match="by name and shape"):
+        weft.inspect(saved("lora"), base=False, against=tmp_path / "smaller")
+    found = weft.inspect(saved("flexora"), base=False, against=saved("lora"))  # two blocks beside all four
+    assert len(found.against.sites) == len(found.sites) == 14
+    assert any(sentence.startswith("14 sites of") for sentence in found.left_out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from families import FAMILIES
 from weft.errors import AdapterError, ConfigError
 from weft.glue.layer import WeftLinear
 from weft.report.result import SiteUsage, Usage
-from weft.report.usage import Seen
+from weft.report.usage import Seen, _counted
 
 
 def model(**fields: Any) -> torch.nn.Module:
@@ -71,6 +74,49 @@ def test_padding_is_not_counted():
         assert one.whole.mean == pytest.approx(other.whole.mean, abs=1e-5)
 
 
+def test_padding_is_not_counted_where_a_site_sees_flattened_tokens():
+    omega = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]])
+    mask = torch.tensor([[1, 0], [0, 1]])
+    assert _counted(omega, [mask]).tolist() == [[1.0, 0.0], [0.25, 0.75]]
+    assert _counted(omega.view(2, 2, 2), [mask]).tolist() == [[1.0, 0.0], [0.25, 0.75]]
+    assert len(_counted(omega[:3], [mask])) == 3  # no place of these tokens in the mask is known
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_padding_of_either_side_of_an_encoder_decoder_is_not_counted(more: int):
+    adapted = get_peft_model(FAMILIES["t5"].build(), weft.HydraLoraConfig(r=2, heads=2, target_modules=["q", "k"]))
+    ids = torch.tensor([[5, 6, 7, 0, 0, 0]])
+    labels = torch.tensor([[8, 9, -100, -100, -100, -100] + more * [-100]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
+    found = weft.inspect(adapted, inputs=[inputs], spectra=0).routers
+    assert {
+        (site.site.split(".")[0], "EncDec" in site.site and site.site[-1] == "k", site.whole.tokens)
+        for site in found.sites
+    } == {("encoder", False, 3), ("decoder", False, 2), ("decoder", True, 3)}
+    assert labels.shape[1] == 6 + more  # the batch given is as it was
+
+
+def test_batches_may_come_from_an_iterator_and_hold_more_than_tensors():
+    adapted = model()
+    found = weft.inspect(adapted, inputs=({"use_cache": False, **batch([5, 6])} for _ in range(3)), spectra=0)
+    assert (found.routers.rows, found.routers.sites[0].whole.tokens) == (3, 6)
+
+
+@pytest.mark.parametrize("given", [{"": []}, [batch([5, 6])]])
+def test_rows_for_an_adapter_without_routers_are_said_to_be_unused(given: Any):
+    plain = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
+    assert any("no routers to run" in sentence for sentence in weft.inspect(plain, inputs=given).left_out)
+
+
+def test_every_module_is_left_in_the_mode_it_was_in():
+    adapted = model().train()
+    adapted.base_model.model.model.layers[0].eval()
+    before = [module.training for module in adapted.modules()]
+    assert len(set(before)) == 2
+    weft.inspect(adapted, inputs=[batch([5, 6])], spectra=0)
+    assert [module.training for module in adapted.modules()] == before
+
+
 def test_domains_with_heads_of_their_own_are_apart():
     adapted = model()
     embedding = adapted.get_input_embeddings().weight
@@ -117,6 +163,26 @@ def test_an_idle_adapter_has_no_routers_to_run():
     adapted.set_adapter("other")
     with pytest.raises(AdapterError, match="make it the active adapter"):
         weft.inspect(adapted, "default", inputs=[batch([5, 6])])
+
+
+def test_rows_that_are_named_need_none_of_the_runs_own_files(hydra_run: Path, tmp_path: Path):
+    folder = shutil.copytree(hydra_run, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record["recipe"]["data"] |= {"train": "gone.jsonl", "validation": "gone too.jsonl", "limit": 1}
+    (folder / "run.json").write_text(json.dumps(record))
+    rows = [{"prompt": f"ask {n}", "completion": " tell"} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert weft.inspect(folder, data=tmp_path / "rows.jsonl", spectra=0).routers.rows == 3
+    without = weft.inspect(folder, spectra=0)
+    assert without.routers is None
+    assert any("gone.jsonl does not exist" in sentence for sentence in without.left_out)
+
+
+@pytest.mark.filterwarnings("error:data.max_length")
+def test_a_run_is_read_at_the_length_it_was_trained_at(hydra_run: Path):
+    assert json.loads((hydra_run / "run.json").read_text())["data"]["max_length"] == 256  # of 512, by default
+    assert weft.inspect(hydra_run, rows=1, spectra=0).routers is not None
+    weft.evaluate(hydra_run, split="validation", limit=1)
 
 
 def test_data_and_inputs_go_with_what_they_are_for():

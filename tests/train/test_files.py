@@ -55,6 +55,18 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert files.read_lines(tmp_path / "none.jsonl") == []
 
 
+def test_what_comes_after_a_line_cut_short_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    files.append_json(path, {"event": "start"})
+    with path.open("a") as file:
+        file.write('{"event": "reallo')
+    files.append_json(path, {"event": "resume"})
+    files.append_json(path, {"event": "end"})
+    with path.open("ab") as damaged:
+        damaged.write(b"\xff\xfe\n3\n")
+    assert [row["event"] for row in files.read_lines(path)] == ["start", "resume", "end"]
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": '])
 def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.json"

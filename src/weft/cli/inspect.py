@@ -252,7 +252,7 @@ def _directions(found: Inspection) -> list[RenderableType]:
         gains = [abs(c.gain) for c in site.chosen if c.gain is not None]
         rate = "" if not site.rate else f"{max(site.rate):.2g} at {site.rate.index(max(site.rate))}"
         name = ".".join(site.site.split(".")[-3:])
-        chosen = " ".join(str(c.index) for c in site.chosen)
+        chosen = " ".join(str(c.index) for c in site.chosen if c.index is not None) or "not told" * bool(site.chosen)
         table.add_row(escape(name), chosen, rate, f"{max(gains):.2g}" if gains else "")
     more = f"; {len(rows) - MOST} more sites in --json and --html" if len(rows) > MOST else ""
     return _section("directions of W", table, f"0 is the direction of the largest σ{more}")

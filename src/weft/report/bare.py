@@ -21,7 +21,7 @@ from weft.glue.sharing import shared_keys
 from weft.glue.targets import by_pattern
 from weft.glue.updates import Update
 from weft.report.measure import COUNTERS
-from weft.report.subject import Subject, plain_site
+from weft.report.subject import Subject, beyond, plain_site
 from weft.site import Owners, Site, build_site
 from weft.spec import WeftConfig, read_config
 from weft.terms.structure.tied import PARTS, Tied, TiedTerm
@@ -74,7 +74,7 @@ def _settings(folder: Path) -> tuple[str, dict[str, Any]]:
         ) from None
     if kind not in ("WEFT", "LORA") or settings.get("use_dora"):
         name = "DoRA" if settings.get("use_dora") else kind
-        raise AdapterError(f"{folder} is a {name} adapter: weft inspects its own adapters and plain LoRA.")
+        raise AdapterError(f"{folder} is an adapter of the kind {name}: weft inspects its own adapters and plain LoRA.")
     return kind, settings
 
 
@@ -92,6 +92,8 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
         subject.sites[name] = plain_site(Update(a.double(), scale * b.double()))
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     subject.saved_modules = sum(t.numel() for key, t in named.items() if ".lora_" not in key)
+    others = (key for key in named if ".lora_" in key and not key.endswith((".lora_A.weight", ".lora_B.weight")))
+    subject.left_out += beyond(others)
 
 
 def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:

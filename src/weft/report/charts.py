@@ -78,6 +78,32 @@ def choice(name: str, label: str, options: Sequence[str], field: str) -> Pick:
     return [{"name": name, "value": options[0], "bind": bind}], [{"filter": f"datum.{field} === {name}"}]
 
 
+def reading(name: str, label: str, fields: dict[str, str]) -> Pick:
+    """A drop-down list of which of two fields is the `value`; their names by what the list calls them."""
+    (first, one), (_, other) = fields.items()
+    bind = {"input": "select", "options": list(fields), "name": f"{label} "}
+    chosen = {"calculate": f"{name} === '{first}' ? datum.{one} : datum.{other}", "as": "value"}
+    return [{"name": name, "value": first, "bind": bind}], [chosen]
+
+
+def together(*picks: Pick) -> Pick:
+    """Several drop-down lists above one chart."""
+    return [p for params, _ in picks for p in params], [t for _, transform in picks for t in transform]
+
+
+def _column_labels(columns: Sequence[str]) -> Spec:
+    """An axis on top whose labels stand level where there is room for them, and else lean, or stand upright where they are many."""
+    level = f"width / {len(columns)} > {7 * max(map(len, columns)) + 8}"
+    lean, baseline = (-35, "bottom") if len(columns) <= 8 else (-90, "middle")
+    return {
+        "orient": "top",
+        "labelOverlap": False,
+        "labelAngle": {"expr": f"{level} ? 0 : {lean}"},
+        "labelAlign": {"expr": f"{level} ? 'center' : 'left'"},
+        "labelBaseline": {"expr": f"{level} ? 'bottom' : '{baseline}'"},
+    }
+
+
 def heatmap(
     rows: Rows,
     text_format: str,
@@ -108,8 +134,7 @@ def heatmap(
         "mark": {"type": "text", "fontSize": 10, "tooltip": None},
         "encoding": {"text": {"field": "value", "type": "quantitative", "format": text_format}},
     }
-    gap, angle = {"paddingInner": 0.06}, 0 if len(columns) < 5 else -35 if len(columns) <= 8 else -90
-    top = {"orient": "top", "labelAngle": angle, "labelOverlap": False}
+    gap, top = {"paddingInner": 0.06}, _column_labels(columns)
     encoding = {
         "x": {"field": axes[0], "type": "nominal", "sort": columns, "title": None, "axis": top, "scale": gap},
         "y": {"field": axes[1], "type": "nominal", "sort": lines, "title": axes[1], "scale": gap},
@@ -118,8 +143,8 @@ def heatmap(
     return spec(rows, ROW * len(lines) + 8, params=pick[0], transform=pick[1], layer=layers, encoding=encoding)
 
 
-def stacked(rows: Rows, pick: Pick, heads: int, says: list[Spec]) -> Spec:
-    """Shares of `head` side by side in every `block`."""
+def stacked(rows: Rows, pick: Pick, heads: int, says: list[Spec], title: str) -> Spec:
+    """Shares of `head` side by side in every `block`; `title` names them."""
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     return spec(
         rows,
@@ -133,7 +158,7 @@ def stacked(rows: Rows, pick: Pick, heads: int, says: list[Spec]) -> Spec:
                 "type": "quantitative",
                 "stack": "zero",
                 "scale": {"domain": [0, 1]},
-                "title": "mean gate",
+                "title": title,
                 "axis": {"format": ".0%"},
             },
             "y": {"field": "block", "type": "nominal", "sort": blocks, "title": "block"},
@@ -171,11 +196,12 @@ def lines(rows: Rows, pick: Pick, says: list[Spec], x: str, y: str) -> Spec:
     legend = {"name": "picked", "select": {"type": "point", "fields": ["name"]}, "bind": "legend"}
     encoding = {
         "x": {"field": "step", "type": "quantitative", "title": x, "axis": {"grid": False, "tickMinStep": 1}},
-        "y": {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": True}},
+        "y": {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": False}},
         "color": {
             "field": "name",
             "type": "nominal",
             "title": None,
+            "sort": list(dict.fromkeys(row["name"] for row in rows)),
             "scale": {"range": HEADS},
             "legend": {"columns": 3, "labelLimit": 85},  # as wide as a phone
         },

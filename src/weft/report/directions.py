@@ -41,9 +41,10 @@ def site_directions(
             )
             progress(Tick("decomposing", done, min(spectra, len(moving))))
         if len(moving) > spectra:
+            done_for = f"the {spectra} that moved most" if spectra else "none"
             subject.left_out.append(
-                f"Change rates of {len(moving) - spectra} sites: W was decomposed for the {spectra} that moved most "
-                f"(spectra={len(moving)}, --spectra {len(moving)}, does all)."
+                f"Change rates of {len(moving) - spectra} sites: W was decomposed for {done_for} (spectra={len(moving)}, "
+                f"--spectra {len(moving)}, does all)."
             )
     return [row for row in found.values() if row.chosen or row.sigma is not None or row.phase.startswith("before")]
 
@@ -54,14 +55,15 @@ def _chosen(name: str, site: Site) -> SiteDirections:
     phase, rows = "plain", []
     if start is not None:
         phase = "switched" if bool(start.launched) else "before the switch"
-        at = [k for k, index in enumerate(start.index.tolist()) if index >= 0]
-        rows = [_row(start, k, None) for k in at]
+        rows = [_row(start, k, None) for k, index in enumerate(start.index.tolist()) if index >= 0]
     if isinstance(boost, DashTerm):
         phase = "launched" if bool(boost.launched) else "before the launch"
-        gains = boost.gain.detach().tolist()
-        rows = [_row(boost, k, gains[k]) for k, index in enumerate(boost.index.tolist()) if index >= 0] or rows
+        gains, used = boost.gain.detach().tolist(), (boost.index >= 0) | boost.up.any(0)
+        rows = [_row(boost, k, gains[k]) for k in used.nonzero().flatten().tolist()] or rows
     return SiteDirections(name, phase, rows)
 
 
 def _row(term: Any, k: int, gain: float | None) -> Chosen:
+    if int(term.index[k]) < 0:  # imported from the released code, whose files do not say
+        return Chosen(None, None, None, gain)
     return Chosen(int(term.index[k]), float(term.sigma[k]), float(term.rate[k]), gain)

@@ -15,13 +15,15 @@ from weft.errors import AdapterError, DataError, ModelError, WeftError
 from weft.report.bare import bare_subject
 from weft.report.subject import Rows, Start, Subject, live_subject
 from weft.search import Selection
+from weft.site import Site
 from weft.spec import WeftConfig
 from weft.terms.layers.search import Search
 from weft.train.adapter import adapt, adapter_config, saved_selection
+from weft.train.checkpoint import marked
 from weft.train.files import read_lines
-from weft.train.load import Trained, borrowed, load_adapter, load_run
+from weft.train.load import Trained, borrowed, load_adapter, load_run, recipe_of
 from weft.train.measure import batches
-from weft.train.recipe import Recipe, Task
+from weft.train.recipe import Task
 from weft.train.run import Run
 
 BATCH = 8
@@ -44,7 +46,8 @@ def folder_subject(folder: str | Path, base: str | bool | None, data: str | None
     run = _run_of(path)
     inside = run.adapter_folder if run is not None and (path / "run.json").is_file() else path
     if run is not None and not (inside / "adapter_config.json").is_file():
-        raise AdapterError(f"{path} has no adapter: the run is {run.status}; finish it with --resume.")
+        instead = "".join(f", or look at its last checkpoint, {last}" for last in marked(run.checkpoints)[-1:])
+        raise AdapterError(f"{path} has no adapter: the run is {run.status}; finish it with --resume{instead}.")
     subject = bare_subject(inside, str(folder))
     if base is not False:
         subject = _with_base(subject, run, inside, base if isinstance(base, str) else None, data, limit)
@@ -92,23 +95,27 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
             if data is not None:
                 raise
             subject.left_out.append(f"Router usage: the run's rows cannot be read ({str(error).rstrip('.')}).")
+    elif data is not None:
+        subject.left_out.append(f"The rows of {data}: this adapter has no routers to run over them.")
     return subject
 
 
 def _with_run(subject: Subject, run: Run, inside: Path) -> Subject:
     """What a run folder knows beyond its adapter."""
     subject.trained_by = run.recipe["adapter"].get("recipe") or "its axes"
-    if inside != run.adapter_folder:
-        return subject  # a checkpoint: the run's events go on after it
+    told = run.folder / "events.jsonl"
+    subject.events, subject.events_from = read_lines(told), str(told)
+    if inside != run.adapter_folder:  # a checkpoint: the run's events go on after it
+        subject.events = [event for event in subject.events if event.get("step", 0) <= (subject.steps or 0)]
+        return subject
     subject.steps = run.steps if run.status == "complete" else subject.steps
-    subject.events, subject.events_from = read_lines(run.folder / "events.jsonl"), str(run.folder / "events.jsonl")
-    if (run.folder / "selection.json").is_file():
-        subject.selection = Selection.load(run.folder / "selection.json")
-    elif isinstance(named := run.recipe["adapter"].get("layers"), str) and named.endswith(".json"):
-        try:
+    try:
+        if (run.folder / "selection.json").is_file():
+            subject.selection = Selection.load(run.folder / "selection.json")
+        elif isinstance(named := run.recipe["adapter"].get("layers"), str) and named.endswith(".json"):
             subject.selection = saved_selection(run.recipe["adapter"], Path(run.base_dir))
-        except WeftError as error:
-            subject.left_out.append(f"α and margins of the selected layers: {error}")
+    except WeftError as error:
+        subject.left_out.append(f"α and margins of the selected layers: {error}")
     return subject
 
 
@@ -144,10 +151,12 @@ def _which(run: Run | None, data: str | None) -> tuple[DataConfig, Path | None, 
     given = None if data is None else data if data == "demo" else str(Path(data).resolve())
     if run is None:
         return DataConfig(train=cast(str, given), validation_fraction=0.0), None, None, "train", f"rows of {data}"
-    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
+    recipe = recipe_of(run)
     labels = run.data["labels"]
-    if given is not None:
-        return recipe.data.model_copy(update={"test": given}), recipe.base_dir, labels, "test", f"rows of {data}"
+    if given is not None:  # alone: the run's own files need not be there any more
+        alone = {"train": given, "validation": None, "test": None, "validation_fraction": 0.0, "limit": None}
+        split = "test" if given == "demo" else "train"
+        return recipe.data.model_copy(update=alone), recipe.base_dir, labels, split, f"rows of {data}"
     own = recipe.data
     split = "validation" if own.validation or own.train == "demo" or own.validation_fraction > 0 else "test"
     return own, recipe.base_dir, labels, split, f"{split} rows of the run"
@@ -162,8 +171,11 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
     Called in the random state that the run's seed gives. Another torch may draw other numbers; after a search that restarts,
     the adapter was drawn from the seed anew.
     """
-    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
-    config = adapter_config(recipe.adapter, run.steps, saved_selection(recipe.adapter, recipe.base_dir))
+    recipe = recipe_of(run)
+    try:
+        config = adapter_config(recipe.adapter, run.steps, saved_selection(recipe.adapter, recipe.base_dir))
+    except WeftError:  # the selection that it was trained with is no longer where it was
+        return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
     if isinstance(config.layers, Search):
@@ -177,6 +189,12 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
     return [Start("start drawn again", f"the start of A, drawn again from the run's seed {run.seed}", A)]
 
 
+def _shape(site: Site) -> tuple[int, int]:
+    """(out, in)."""
+    factors = site.structure.factors(site.scale)
+    return factors.B.shape[0], factors.A.shape[1]
+
+
 def other_adapter(folder: str | Path, subject: Subject) -> Start:
     """A and B of another adapter (or an earlier state of this one), from its files.
 
@@ -188,10 +206,16 @@ def other_adapter(folder: str | Path, subject: Subject) -> Start:
     path = Path(folder)
     run = _run_of(path)
     other = bare_subject(run.adapter_folder if run is not None and (path / "run.json").is_file() else path, str(folder))
-    both = {name: site for name, site in other.sites.items() if name in subject.sites}
+    own = {name: _shape(site) for name, site in subject.sites.items()}
+    both = {name: site for name, site in other.sites.items() if own.get(name) == _shape(site)}
     if not both:
         raise AdapterError(
-            f"{folder} has no site in common with {subject.source}: give an adapter of the same base and targets."
+            f"{folder} has no site in common with {subject.source}, by name and shape: give an adapter of the same base and "
+            "targets."
+        )
+    if apart := len(other.sites) - len(both):
+        subject.left_out.append(
+            f"{apart} sites of {folder}: this adapter has none of their name and shape beside them."
         )
     found: dict[str, dict[str, Any]] = {
         part: {name: value for name, site in both.items() if (value := factor(site, part)) is not None} for part in "AB"

@@ -26,8 +26,13 @@ def rank_history(subject: Subject) -> RankHistory | None:
     A round that was repeated after a kill stands there once, as it went the last time.
     """
     told = [event for event in subject.events if event.get("event") == "reallocation"]
-    mine = {int(event["round"]): event for event in told if event.get("adapter") in (None, "default", subject.adapter)}
-    rounds = [_round(mine[number]) for number in sorted(mine)]
+    try:
+        mine = [_round(event, subject) for event in told if event.get("adapter") in (None, "default", subject.adapter)]
+    except (KeyError, TypeError, ValueError):
+        subject.left_out.append(f"Ranks over time: {subject.events_from} is damaged.")
+        return None
+    as_it_went = {each.round: each for each in mine}
+    rounds = [as_it_went[number] for number in sorted(as_it_went)]
     born = {name: birth for name, site in subject.sites.items() if (birth := getattr(site, "birth", None)) is not None}
     if rounds:
         return RankHistory(subject.events_from, {n: site.initial_rank for n, site in subject.sites.items()}, rounds)
@@ -43,11 +48,11 @@ def rank_history(subject: Subject) -> RankHistory | None:
     return None
 
 
-def _round(event: dict[str, Any]) -> RankRound:
+def _round(event: dict[str, Any], subject: Subject) -> RankRound:
     return RankRound(
         step=int(event["step"]),
         round=int(event["round"]),
         taken=[(str(name), int(slot), score) for name, slot, score in event["pruned"]],
         made=[(str(name), int(slot)) for name, slot in event["added"]],
-        ranks={str(name): int(rank) for name, rank in event["ranks"].items()},
+        ranks={name: int(event["ranks"][name]) for name in subject.sites},
     )

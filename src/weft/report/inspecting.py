@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from weft.errors import ConfigError
+from weft.errors import AdapterError, ConfigError
 from weft.numbers import is_whole
 from weft.report import history, measure
 from weft.report.against import held_against
@@ -60,7 +61,7 @@ def inspect(
         Plain numbers; `left_out` says what is not among them and why.
 
     Raises:
-        AdapterError: no adapter there, or one that is neither weft's nor plain LoRA.
+        AdapterError: no adapter there, one that is neither weft's nor plain LoRA, or one with values that are not finite.
         ConfigError: a setting that does not go with what is inspected.
         ModelError, DataError: a base or data that was named and cannot be used.
     """
@@ -72,6 +73,7 @@ def inspect(
         folder = model.folder if isinstance(model, Run) else model
         where = str(base) if isinstance(base, Path) else base
         subject = folder_subject(folder, where, None if data is None else str(data), rows)
+    _check_finite(subject)
     if against is not None:
         subject.start = other_adapter(against, subject)
     routers, gates = _routers(subject, progress)
@@ -111,12 +113,32 @@ _NOT_LIVE = {"base": "it has one", "data": "give inputs=[batch, ...]"}
 _NOT_A_FOLDER = {"inputs": "give data=, a file of rows", "adapter": "a folder holds one"}
 
 
+def _check_finite(subject: Subject) -> None:
+    tensors = ((name, t) for name, site in subject.sites.items() for t in (*site.parameters(), *site.buffers()))
+    if site := next((name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()), None):
+        raise AdapterError(
+            f"{site} holds values of the adapter that are not finite, as after a training that diverged: nothing can be measured; "
+            "inspect an earlier checkpoint, or train with a smaller rate."
+        )
+
+
 def _given(inputs: Batches | Mapping[str, Batches] | None) -> Rows | None:
     if inputs is None:
         return None
-    parts = {"": list(inputs)} if not isinstance(inputs, Mapping) else {name: list(b) for name, b in inputs.items()}
-    count = sum(len(next(iter(batch.values()))) for batches in parts.values() for batch in batches)
-    return Rows(f"the {count} rows given", count, {name: [dict(b) for b in batches] for name, batches in parts.items()})
+    given = inputs if isinstance(inputs, Mapping) else {"": inputs}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name, batches in given.items():
+        listed = isinstance(batches, Iterable) and not isinstance(batches, (str, Mapping, Tensor))
+        held: list[Any] = list(batches) if listed else []
+        if not listed or not all(isinstance(batch, Mapping) for batch in held):
+            raise ConfigError(
+                "inputs takes a list of batches, each the keyword arguments of a forward, or such lists by domain: "
+                "give inputs=[batch], or inputs={domain: [batch]}."
+            )
+        parts[str(name)] = [dict(batch) for batch in held]
+    tensors = [[v for v in batch.values() if isinstance(v, Tensor) and v.dim()] for p in parts.values() for batch in p]
+    count = sum(len(held[0]) for held in tensors if held)
+    return Rows(f"the {count} rows given", count, parts)
 
 
 def _method(subject: Subject) -> str:
@@ -142,8 +164,13 @@ def _parameters(subject: Subject) -> Parameters:
         mine = {id(t) for site in subject.sites.values() for t in site.parameters()}
         extra = (".modules_to_save.", ".lora_A.", ".lora_B.", ".weft_site.")
         named = subject.model.named_parameters()
-        base = sum(p.numel() for n, p in named if id(p) not in mine and not any(mark in n for mark in extra))
+        base = sum(_numbers(p) for n, p in named if id(p) not in mine and not any(mark in n for mark in extra))
     return Parameters(sum(trained.values()), sum(stored.values()), subject.saved_modules, base)
+
+
+def _numbers(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: bitsandbytes keeps two 4-bit ones in a byte, and their shape in the state."""
+    return math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
 def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[SiteFacts]:
@@ -157,6 +184,8 @@ def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[SiteFacts]:
 def _routers(subject: Subject, progress: Progress) -> tuple[Routers | None, dict[str, MeanGate]]:
     routed = {name: site for name, site in subject.sites.items() if isinstance(site.structure, HydraTerm)}
     if not routed:
+        if subject.rows is not None:
+            subject.left_out.append("The rows that were given: this adapter has no routers to run over them.")
         return None, {}
     if subject.model is None or subject.rows is None:
         if not any(s.startswith(("Router usage", "Everything relative", "The base was not")) for s in subject.left_out):

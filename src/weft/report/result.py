@@ -186,9 +186,10 @@ class Against:
 class Chosen:
     """A core direction that Dash launched or LoRA-Init started from; `gain` is what Dash has learned for it."""
 
-    index: int
-    sigma: float
-    rate: float
+    index: int | None
+    """Of the direction in W's spectrum; None, as are σ and δ, where a file from elsewhere does not say."""
+    sigma: float | None
+    rate: float | None
     """Change rate δ at the moment of choice."""
     gain: float | None
 

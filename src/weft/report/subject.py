@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,16 +89,27 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
     if merged := next((n for n, layer in layers.items() if layer.merged_adapters), None):
         raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
     config = getattr(model, "peft_config", {}).get(name)
-    settings = config.to_dict() if config is not None else {}
+    settings = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
     subject = Subject(
         source, name, settings, {n: m.site(name) for n, m in layers.items()}, model=model, base=_kind(model)
     )
     if not layers:
         subject.sites, subject.stock = {n: plain_site(u) for n, u in read_updates(model, name).items()}, True
+        own = [n for n, _ in base_of(model).named_parameters() if ".lora_" in n and name in n.split(".")]
+        subject.left_out += beyond(
+            n for n in own if not n.endswith((f".lora_A.{name}.weight", f".lora_B.{name}.weight"))
+        )
     elif schedule := schedules(model).get(name):
         subject.steps, subject.events, subject.events_from = schedule.steps, schedule.events, "the adapter's schedule"
     subject.saved_modules = _saved_modules(model, name)
     return subject
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: stock configs hold sets and enums."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _name(model: nn.Module, adapter: str | None) -> str:
@@ -118,6 +130,13 @@ def plain_site(update: Update) -> Site:
     site = Site(term, scale=1.0)
     site.initial_rank = update.a.shape[0]
     return site.eval().requires_grad_(False)
+
+
+def beyond(names: Iterable[str]) -> list[str]:
+    """A sentence on the tensors of a stock adapter, named here, that are no A or B of a linear module; none where all are."""
+    if not (held := sorted(names)):
+        return []
+    return [f"{len(held)} tensors that are no A or B of a linear module, such as {held[0]}: weft inspects no others."]
 
 
 def _kind(model: nn.Module) -> str:

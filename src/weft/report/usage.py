@@ -6,7 +6,8 @@
     top1_n     share of tokens whose largest ω is head n's
 
 Entropy 1 with balance 1 is a router that does nothing; entropy 0 with balance 1 one that divides the tokens among its heads.
-Padding is left out where a site sees tokens in the shape of the attention mask.
+Padding is left out where a site sees tokens in the shape of a mask: the attention mask, also flattened, and in the decoder of
+an encoder-decoder its own mask, or else the labels'.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.data import IGNORE
 from weft.errors import AdapterError
 from weft.glue.routing import routing
 from weft.glue.updates import base_of
@@ -74,13 +76,14 @@ def measure_usage(
         for domain, batches in rows.batches.items():
             for batch in batches:
                 inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                masks = _masks(model, inputs)
                 with routing(model) as record:
                     model(**inputs)
                 for name, calls in record.omega.items():
                     if (site := _of(name.removeprefix(prefix), adapter)) in seen:
                         for omega in calls:
                             into = seen[site].setdefault(domain, Seen(omega.shape[-1]))
-                            into.add(_counted(omega, inputs.get("attention_mask")))
+                            into.add(_counted(omega, masks))
                 done += 1
                 progress(Tick("routers", done, total))
     ran = {name: parts for name, parts in seen.items() if any(part.tokens for part in parts.values())}
@@ -119,7 +122,26 @@ def _of(name: str, adapter: str) -> str:
     return name.removesuffix(f"[{adapter}]")
 
 
-def _counted(omega: Tensor, mask: Any) -> Tensor:
-    if isinstance(mask, Tensor) and mask.shape == omega.shape[:-1]:
-        return omega[mask.bool()]
-    return omega.flatten(0, -2)
+def _masks(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """Which tokens are no padding, [batch, tokens] each: of the input and, in an encoder-decoder, of the decoder.
+
+    Labels of the input's own shape get a column of padding, in place, so that the two sides can be told apart.
+    """
+    held = (inputs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+    masks = [mask for mask in held if isinstance(mask, Tensor)]
+    labels, given = inputs.get("labels"), inputs.get("input_ids")
+    sides = getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False)
+    if not sides or not isinstance(labels, Tensor) or any(name.startswith("decoder_") for name in inputs):
+        return masks
+    if isinstance(given, Tensor) and labels.shape == given.shape:
+        labels = inputs["labels"] = nn.functional.pad(labels, (0, 1), value=IGNORE)
+    return [*masks, labels != IGNORE]
+
+
+def _counted(omega: Tensor, masks: list[Tensor]) -> Tensor:
+    """The weights [T, N] of the tokens that are no padding."""
+    flat = omega.flatten(0, -2)
+    for mask in masks:
+        if mask.shape == omega.shape[:-1] or (omega.dim() == 2 and mask.dim() == 2 and mask.numel() == len(flat)):
+            return flat[mask.flatten().bool()]
+    return flat

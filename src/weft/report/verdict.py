@@ -8,6 +8,8 @@ from weft.report.result import Inspection
 
 EVEN = 0.98
 """Normalised entropy above which a router mixes all heads as good as evenly."""
+CHOICE = 0.6
+"""Normalised entropy below which a token goes to one head mostly: with three heads, a largest gate of about 0.8."""
 USED = 0.9
 """Entropy of the mean gate above which no head is neglected."""
 SAME = 0.9
@@ -52,14 +54,9 @@ def _routers(found: Inspection) -> list[str]:
     if found.routers is not None:
         entropy = statistics.mean(site.whole.entropy for site in found.routers.sites)
         balance = statistics.mean(site.whole.balance for site in found.routers.sites)
-        how = (
-            "mix all heads almost evenly for every token, so they hardly route"
-            if entropy > EVEN
-            else "choose among the heads and use all of them"
-            if balance > USED
-            else "prefer some heads"
+        said.append(
+            f"The routers {_routing(entropy, balance)}: entropy {entropy:.2f}, balance {balance:.2f} (1 is even)."
         )
-        said.append(f"The routers {how}: entropy {entropy:.2f}, balance {balance:.2f} (1 is even).")
     known = [site.mean for site in found.heads if site.mean is not None]
     if known:
         mean = statistics.mean(known)
@@ -70,6 +67,16 @@ def _routers(found: Inspection) -> list[str]:
     return said
 
 
+def _routing(entropy: float, balance: float) -> str:
+    """What they do; balance less entropy is how much the head depends on the token (mutual information, of ln N)."""
+    if entropy > EVEN:
+        return "mix all heads almost evenly for every token, so they hardly route"
+    if balance - entropy < 1 - EVEN:
+        return "give every token nearly the same mix of heads, so they hardly route"
+    how = "choose among the heads" if entropy < CHOICE else "mix the heads in shares that depend on the token"
+    return f"{how}, and {'use all of them' if balance > USED else 'prefer some of them'}"
+
+
 def _ranks(found: Inspection) -> list[str]:
     if found.history is None:
         return []
@@ -77,7 +84,9 @@ def _ranks(found: Inspection) -> list[str]:
     now = sum(site.rank for site in found.sites)
     empty = sum(site.rank == 0 for site in found.sites)
     none = f"; {_count(empty, 'site')} ended without any" if empty else ""
-    return [f"{_count(taken, 'rank slot')} of {now} moved in {_count(len(found.history.rounds), 'round')}{none}."]
+    return [
+        f"{_count(taken, 'move')} of rank slots in {_count(len(found.history.rounds), 'round')}, among {now}{none}."
+    ]
 
 
 def _layers(found: Inspection) -> list[str]:
@@ -95,7 +104,7 @@ def _layers(found: Inspection) -> list[str]:
 def _directions(found: Inspection) -> list[str]:
     waiting = sorted({site.phase for site in found.directions if site.phase.startswith("before")})
     if waiting:
-        return [f"This adapter is still {waiting[0]}: it has been plain LoRA so far."]
+        return [f"This adapter is still {waiting[0]}: it has chosen no directions of W so far."]
     gains = [abs(c.gain) for site in found.directions for c in site.chosen if c.gain is not None]
     return (
         [f"Dash has learned gains of {statistics.mean(gains):.2g} on average, {max(gains):.2g} at most."]

@@ -16,7 +16,7 @@ from weft.errors import ConfigError, DataError
 from weft.train import prepare as preparing
 from weft.train.files import write_json
 from weft.train.generation import complete
-from weft.train.load import Trained, load_run
+from weft.train.load import Trained, load_run, recipe_of
 from weft.train.measure import accuracy, macro_f1, mean_loss
 from weft.train.progress import Progress, Tick
 from weft.train.recipe import Recipe
@@ -120,7 +120,7 @@ def _subject(
             raise ConfigError(
                 f"{foreign[0]!r} would not be this run any more: only data.… can be changed when evaluating a run."
             )
-        recipe = Recipe.read(source.recipe, *overrides, base_dir=Path(source.base_dir))
+        recipe = recipe_of(source, *overrides)
         trained = load_run(source, base, adapted=adapter == "trained")
         data = load_data(
             recipe.data,

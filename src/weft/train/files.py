@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -43,9 +44,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json(path: Path, row: dict[str, Any]) -> None:
-    """Append one line. Raises RunError."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, default=str) + "\n")
+    """Append one line, below one that a kill cut short. Raises RunError."""
+    with writing(path), path.open("ab+") as file:
+        cut = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(("\n" * bool(cut) + json.dumps(row, default=str) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,16 +62,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; none if it does not exist. A last line cut short by a kill is left out."""
+    """The rows of a JSON lines file; none if it does not exist. Lines that a kill cut short are left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

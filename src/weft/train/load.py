@@ -95,6 +95,15 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
     return Trained(found, plain.eval(), task)
 
 
+def recipe_of(run: Run, *overrides: str) -> Recipe:
+    """The recipe of a run, its rows held to the length that training held them to, which its base may have shortened."""
+    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir))
+    if "max_length" not in run.data or any(text.startswith("data.max_length") for text in overrides):
+        return recipe
+    data = recipe.data.model_copy(update={"max_length": run.data["max_length"]})
+    return recipe.model_copy(update={"data": data})
+
+
 @contextmanager
 def borrowed(base: nn.Module) -> Iterator[nn.Module]:
     """A model of its own modules around the very tensors of `base`, to put an adapter in; `base` stays as it was."""

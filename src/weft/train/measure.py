@@ -40,14 +40,15 @@ class Measured:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is put back."""
-    was_training = model.training
+    """Evaluation mode without gradients; every module's mode before is put back."""
+    was_training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in was_training:
+            module.training = training
 
 
 def batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:

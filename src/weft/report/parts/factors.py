@@ -88,22 +88,23 @@ def directions(found: Inspection) -> Iterator[Section]:
     table = Table(
         ("site", "direction", "σ", "δ when chosen", "gain"),
         [
-            (site.site, str(c.index), f"{c.sigma:.4g}", f"{c.rate:.4g}", text(c.gain, ".4g"))
+            (site.site, text(c.index, "d"), text(c.sigma, ".4g"), text(c.rate, ".4g"), text(c.gain, ".4g"))
             for site in found.directions
             for c in site.chosen
         ],
     )
     if shown or table.rows:
         lead = (
-            "How far the update moves each core direction of W, relative to its singular value: δ = |uᵀΔWv| / σ. Direction 0 "
-            "has the largest σ." + ("" if table.rows else " This adapter chose none.")
+            "How far the update moves each core direction of W, relative to its singular value: "
+            "δ\u00a0=\u00a0|uᵀΔWv|\u00a0/\u00a0σ. Direction 0 has the largest σ."
+            + ("" if table.rows else " This adapter chose none.")
         )
         yield Section("directions", "Directions of W", lead, shown, table if table.rows else None)
 
 
 def _spectrum(site: SiteDirections) -> Iterator[dict[str, Any]]:
     """The points of one site; what is 0 has no place on a logarithmic axis."""
-    chosen = {c.index: c for c in site.chosen}
+    chosen = {c.index: c for c in site.chosen if c.index is not None}
     sigma, rate = site.sigma or [], site.rate or []
     for k in _drawn(rate, chosen):
         if rate[k] > 0 and sigma[k] > 0:

@@ -20,7 +20,7 @@ def routers(found: Inspection) -> Iterator[Section]:
     if found.routers is None:
         return
     shown = [
-        ("Mean gate of every head, by block", _gates(found.routers)),
+        ("How much of every head is used, by block", _gates(found.routers)),
         ("Entropy and balance of every router", _entropies(found.routers)),
     ]
     if len(found.routers.domains) > 1:
@@ -50,10 +50,11 @@ def _gates(routers: Routers) -> charts.Spec:
     where = places(site.site for site in routers.sites)
     rows: list[dict[str, Any]] = [
         {
-            "pick": f"{where[name][1]} · {over}",
+            "module": where[name][1],
+            "rows": over,
             "block": where[name][0],
             "head": n,
-            "value": mean,
+            "mean": mean,
             "top": top,
             "entropy": usage.entropy,
             "site": name,
@@ -65,13 +66,17 @@ def _gates(routers: Routers) -> charts.Spec:
     says = tooltip(
         ("site", "site", None),
         ("head", "head", "d"),
-        ("value", "mean gate", ".1%"),
+        ("mean", "mean gate", ".1%"),
         ("top", "first choice of tokens", ".1%"),
         ("entropy", "entropy", ".3f"),
         ("tokens", "tokens", ",d"),
     )
-    picks = charts.choice("pick", "Module and rows", list(dict.fromkeys(row["pick"] for row in rows)), "pick")
-    return charts.stacked(rows, picks, max(row["head"] for row in rows), says)
+    picks = [
+        charts.choice(f"chosen_{field}", field.capitalize(), list(dict.fromkeys(row[field] for row in rows)), field)
+        for field in ("module", "rows")
+    ]
+    share = charts.reading("share", "Show", {"mean gate": "mean", "first choices": "top"})
+    return charts.stacked(rows, charts.together(*picks, share), max(row["head"] for row in rows), says, "share")
 
 
 def _entropies(routers: Routers) -> charts.Spec:
