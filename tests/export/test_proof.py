@@ -226,6 +226,13 @@ def test_sixteen_bits_cost_what_they_say(adapted: Adapted, in_process: Jobs, tmp
     assert found.proof
     assert found.proof.error < 1e-5
     assert found.rounding
+    lost = whole = 0.0
+    for name in found.ranks:
+        site = model.get_base_model().get_submodule(name).site("default")
+        exact = site.scale * site.structure.B.detach().double() @ site.structure.A.detach().double()
+        b, a = (tensors[f"base_model.model.{name}.lora_{which}.weight"].double() for which in "BA")
+        lost, whole = lost + float((b @ a - exact).square().sum()), whole + float(exact.square().sum())
+    assert found.rounding.lost == pytest.approx((lost / whole) ** 0.5)
     assert 1e-3 < found.rounding.lost < 1e-2
     assert found.rounding.error
     assert 1e-5 < found.rounding.error < 1e-2
@@ -254,6 +261,7 @@ def test_an_adapter_that_diverged_is_refused(adapted: Adapted, in_process: Jobs,
         ({"data": []}, "belong together"),
         ({"approximate": "mean-gate", "data": [{"input_ids": torch.ones(1, 2, dtype=torch.long)}]}, "exports exactly"),
         ({"inputs": []}, "proves nothing"),
+        ({"approximate": "mean-gate", "data": "rows.jsonl", "rows": 0}, "rows=0 leaves nothing"),
         ({"inputs": [[1, 2]]}, "inputs must be batches"),
     ],
 )
