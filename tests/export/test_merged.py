@@ -234,9 +234,10 @@ def test_the_logits_lost_to_four_bits_are_those_of_weights_in_four_bits(
     off = (logits(merged, given) - logits(base, given)) - (live - plain)
     assert found.lost_logits_nf4 == pytest.approx(float(off.norm() / (live - plain).norm()), rel=1e-3)
     assert found.lost_logits_nf4 > 0.01
-    assert f"{found.lost_logits_nf4:.1%} of the change of the logits would be lost" in (
-        tmp_path / "merged" / "README.md"
-    ).read_text()
+    assert (
+        f"{found.lost_logits_nf4:.1%} of the change of the logits would be lost"
+        in (tmp_path / "merged" / "README.md").read_text()
+    )
     assert weft.merge(model, tmp_path / "unproved", "float32", verify=False).lost_logits_nf4 is None
 
 
@@ -244,7 +245,7 @@ def test_a_head_that_another_adapter_trained_stays_out(
     adapted: Adapted, llama_folder: Path, in_process: Jobs, tmp_path: Path
 ) -> None:
     model = adapted(weft.PlainLoraConfig(r=2, modules_to_save=["lm_head"]))
-    model.add_adapter("second", weft.PlainLoraConfig(r=2))
+    model.add_adapter("second", weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("second")
     randomise(model, seed=3)
     model.set_adapter("default")

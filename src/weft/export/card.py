@@ -125,7 +125,11 @@ def _training(source: Source) -> str:
                 f"{Path(name).name} (sha256 {digest[:12]})" for name, digest in run.data.get("hashes", {}).items()
             )
             or None,
-            **{name.replace("_", " "): _number(value) for name, value in sorted(run.metrics.items()) if source.is_outcome},
+            **{
+                name.replace("_", " "): _number(value)
+                for name, value in sorted(run.metrics.items())
+                if source.is_outcome
+            },
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items())),
         }
         parts.append(_table(facts))

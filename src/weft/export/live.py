@@ -75,7 +75,9 @@ def choose(model: nn.Module, adapters: Sequence[str]) -> None:
             module.set_adapter(list(adapters))
         elif isinstance(module, ModulesToSaveWrapper):
             module.enable_adapters(True)
-            module.set_adapter([name for name in adapters if name in module.modules_to_save][:1])  # none: the base's own
+            module.set_adapter(
+                [name for name in adapters if name in module.modules_to_save][:1]
+            )  # none: the base's own
 
 
 @contextmanager
@@ -124,7 +126,7 @@ def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Matrix products of fp32 numbers in fp32, within the block: the stock process has no TF32 either."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: list[Any] = [torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn).matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         overall = torch.get_float32_matmul_precision()

@@ -147,9 +147,7 @@ def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dty
     return sites
 
 
-def updated(
-    own: nn.Module, source: Source, original: Checkpoint | None
-) -> Iterator[tuple[WeftLinear, Tensor, Tensor]]:
+def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iterator[tuple[WeftLinear, Tensor, Tensor]]:
     """Every adapted module of the shell with its W and its ΔW [out, in], fp32, one at a time."""
     updates = pairs(source, {})
     for layer in [m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates]:
