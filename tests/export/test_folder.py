@@ -115,3 +115,23 @@ def test_two_exports_to_one_folder_do_not_mix(adapted: Adapted, tmp_path: Path) 
         os.close(descriptor)
     weft.export_lora(model, tmp_path / "lora", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
+
+
+def test_an_export_that_a_kill_left_moved_aside_comes_back_if_the_next_one_fails(
+    adapted: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora"
+    weft.export_lora(model, out, verify=False)
+    before = contents(out)
+    out.rename(tmp_path / "lora.replaced")  # killed between the two renames of a replacement
+    monkeypatch.setattr(proof, "run_jobs", lambda jobs, scratch: ["no" for _ in jobs])
+    with pytest.raises(AdapterError):
+        weft.export_lora(model, out)
+    assert contents(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["lora"]
+
+
+def test_what_the_proof_needed_does_not_stay(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
+    model = adapted(weft.PlainLoraConfig(r=2))
+    weft.export_lora(model, tmp_path / "lora", base="memory", dtype="bfloat16")
+    assert contents(tmp_path / "lora").keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
