@@ -158,6 +158,7 @@ def test_the_model_is_left_as_it_was(adapted: Adapted, in_process: Jobs, tmp_pat
     before, required = state(model), [p.requires_grad for p in model.parameters()]
     active = model.active_adapter
     found = weft.export_lora(model, tmp_path / "second", adapter="second")
+    assert [p.requires_grad for p in model.parameters()] == required
     weft.merge(model, tmp_path / "merged", "bfloat16", accept_loss=True)
     assert same(state(model), before)
     assert [p.requires_grad for p in model.parameters()] == required
