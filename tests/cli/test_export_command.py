@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from weft.cli.export import lora_text
+from weft.export.record import Approximation, LoraExport, Proof
 from weft.train import train
 
 Weft = Callable[..., Any]
@@ -72,6 +75,18 @@ def test_an_adapter_folder_goes_beside_itself(weft: Weft, runs: dict[str, Path])
     assert set(record["ranks"].values()) == {8}
 
 
+def test_from_inside_an_adapter_folder_it_goes_beside_it_too(
+    weft: Weft, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (runs["lora"] / "another").mkdir()
+    for file in (runs["lora"] / "adapter").iterdir():
+        shutil.copy(file, runs["lora"] / "another")
+    monkeypatch.chdir(runs["lora"] / "another")
+    said = weft("export", ".", "--no-verify", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["folder"] == str(runs["lora"] / "another-lora")
+
+
 def test_a_routed_run_needs_an_approximation(weft: Weft, runs: dict[str, Path], tmp_path: Path) -> None:
     said = weft("export", runs["hydralora"])
     assert said.code == 1
@@ -104,3 +119,16 @@ def test_what_cannot_work_is_one_sentence(
     assert sentence in said.err
     assert said.err.startswith("weft: ")
     assert said.err.count("\n") == 1
+
+
+def test_the_proof_and_what_an_approximation_costs_are_on_the_screen() -> None:
+    proof = Proof("8 rows of the run's validation data", 3e-7, 0.5, 1e-5)
+    cost = Approximation("64 rows of demo", 0.21, 0.155, 0.9274, 0.9744, 3.1836, {})
+    found = LoraExport(Path("x"), ("default",), "uniform", "float32", {"q": 2}, ["v"], 10, [], proof, cost)
+    said = lora_text(found)
+    assert "largest logit difference from the live adapter: 3e-07 of the largest logit (allowed 1e-05)" in said
+    assert "by stock peft without weft, on 8 rows of the run's validation data" in said
+    assert "mean gates over 64 rows of demo" in said
+    assert "0.21 of the largest logit; 15.5% of the adapter's change of the logits is lost" in said
+    assert "loss: live 0.9274, mean gate 0.9744, no adapter 3.1836" in said
+    assert "1 sites without a live slot left out" in said

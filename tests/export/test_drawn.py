@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
 
 import weft
 from families import FAMILIES, logits, randomise
@@ -57,3 +57,16 @@ def test_a_checkpoint_that_has_its_pooler_keeps_it(in_process: list[Mapping[str,
     found = weft.export_lora(adapted.eval(), tmp_path / "lora")
     assert found.whole_modules == ["classifier"]
     assert "bert.pooler.dense" in found.ranks
+
+
+def test_a_classifier_of_tokens_has_as_many_labels_where_the_proof_runs(
+    checkpoint: Path, in_process: list[Mapping[str, Any]], tmp_path: Path
+) -> None:
+    base = BertForTokenClassification.from_pretrained(checkpoint, num_labels=5)
+    adapted = get_peft_model(base, weft.PlainLoraConfig(r=2, task_type="TOKEN_CLS", target_modules=["query"]))
+    randomise(adapted)
+    found = weft.export_lora(adapted.eval(), tmp_path / "lora")
+    assert found.proof is not None
+    assert found.proof.error < 1e-5
+    assert found.whole_modules == ["classifier"]
+    assert "num_labels=5" in (tmp_path / "lora" / "README.md").read_text()

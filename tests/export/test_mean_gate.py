@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 import weft
-from families import FAMILIES
+from families import FAMILIES, randomise
 from weft.errors import MergeError
 from weft.export import live
 from weft.export.gates import mean_gates
@@ -115,3 +115,27 @@ def test_unproved_it_is_written_and_says_so(adapted: Adapted, tmp_path: Path) ->
     found = weft.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[batch()], verify=False)
     assert found.proof is None
     assert "Not verified" in (tmp_path / "lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_in_an_encoder_decoder_each_router_counts_the_tokens_of_its_own_side(length: int) -> None:
+    model = get_peft_model(FAMILIES["t5"].build(), weft.HydraLoraConfig(r=2, heads=3, target_modules=["q", "k"]))
+    randomise(model)
+    ids, labels = FAMILIES["t5"].batch()["input_ids"][:, :6], FAMILIES["t5"].batch()["input_ids"][:, :length].clone()
+    mask = torch.ones_like(ids)
+    mask[1, 4:], labels[0, 2:] = 0, -100
+    given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    seen: dict[str, Tensor] = {}
+    with live.shell(model, ["default"]) as own:
+        for layer in (m for m in own.modules() if isinstance(m, WeftLinear)):
+            layer.site("default").gate_meter = lambda omega, name=layer.module_name: seen.update({name: omega})
+        with torch.no_grad():
+            own(**given)
+        gates = mean_gates(own, ["default"], [given])["default"]
+    assert len(seen) == len(gates) > 8
+    for name, omega in seen.items():
+        reads_encoder = not name.startswith("decoder") or "EncDecAttention.k" in name
+        if reads_encoder and name.startswith("decoder") and length == 6:
+            continue  # equal lengths do not tell the keys of cross-attention from the rest
+        kept = mask.bool() if reads_encoder else labels != -100
+        assert torch.allclose(gates[name], omega[kept].double().mean(0), atol=1e-6), name

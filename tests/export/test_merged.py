@@ -152,6 +152,7 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
     for block in base.model.layers:
         block.self_attn.q_proj = FewBits(block.self_attn.q_proj)
+        block.mlp.up_proj = FewBits(block.mlp.up_proj)  # no adapter on it
     model = get_peft_model(base, weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     randomise(model)
     with pytest.raises(
@@ -164,9 +165,12 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
         "weft.glue.layer.dequantize_module_weight", lambda module: module.kept
     )  # what the quantiser's own function gives
     found = weft.merge(model, tmp_path / "merged", "float32", original=llama_folder, accept_loss=True)
-    original = load_file(llama_folder / "model.safetensors")[f"{NAME}.weight"]
-    stored = load_file(tmp_path / "merged" / "model.safetensors")[f"{NAME}.weight"]
-    assert torch.equal(stored, original + update(model))
+    original = load_file(llama_folder / "model.safetensors")
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(stored[f"{NAME}.weight"], original[f"{NAME}.weight"] + update(model))
+    assert stored.keys() == original.keys()
+    other = NAME.replace("self_attn.q_proj", "mlp.up_proj")
+    assert torch.equal(stored[f"{other}.weight"], original[f"{other}.weight"])
     assert found.lost_logits
     assert found.lost_logits > 1e-3
     assert "unquantised checkpoint" in (tmp_path / "merged" / "README.md").read_text()
@@ -183,3 +187,74 @@ def test_what_has_no_merged_form(adapted: Adapted, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="lm_head shares its weight"):
         weft.merge(tied_model, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).double().norm())
+
+
+def test_what_a_merge_loses_is_what_its_folder_computes(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
+    model, given = adapted(weft.PlainLoraConfig(r=2)), FAMILIES["llama"].batch()
+    found = weft.merge(model, tmp_path / "merged", "bfloat16", inputs=[given])
+    live = logits(model, given)
+    with model.disable_adapter():
+        base = logits(model, given)
+    folder = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval(), given)
+    assert found.lost_logits == pytest.approx(far(folder, live) / far(live, base), rel=1e-3)
+    assert found.proof
+    assert found.proof.error == pytest.approx(float((folder - live).abs().max() / live.abs().max()), rel=1e-3)
+    layer: Any = model.get_base_model().get_submodule(NAME)
+    w, delta = layer.base_layer.weight.detach(), update(model)
+    left = load_file(tmp_path / "merged" / "model.safetensors")[f"{NAME}.weight"].double() - w.bfloat16().double()
+    site = next(s for s in found.sites if s.site == NAME)
+    assert site.lost == pytest.approx(far(left, delta) / float(delta.norm()), rel=1e-5)
+    assert site.norm == pytest.approx(float(delta.norm()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_logits_lost_to_four_bits_are_those_of_weights_in_four_bits(
+    family: str, in_process: Jobs, tmp_path: Path
+) -> None:
+    head = ["lm_head"] if family == "llama" else None  # trained in full, so not in four bits
+    config = weft.PlainLoraConfig(r=2, target_modules="all-linear", modules_to_save=head)
+    model = get_peft_model(FAMILIES[family].build(), config)
+    randomise(model)
+    given = FAMILIES[family].batch()
+    found = weft.merge(model.eval(), tmp_path / "merged", "float32", inputs=[given])
+    live, merged = logits(model, given), type(model.get_base_model()).from_pretrained(tmp_path / "merged").eval()
+    base = FAMILIES[family].build().eval()
+    wanted, plain = logits(merged, given), logits(base, given)
+    assert torch.allclose(wanted, live, atol=1e-4)
+    for net in (merged, base):
+        for site in found.sites:
+            weight = net.get_submodule(site.site).weight
+            whole = weight.T if family == "gpt2" else weight  # blocks run along the rows of [out, in]
+            rounded = round_nf4(whole.detach())
+            weight.data.copy_(rounded.T if family == "gpt2" else rounded)
+    off = (logits(merged, given) - logits(base, given)) - (live - plain)
+    assert found.lost_logits_nf4 == pytest.approx(float(off.norm() / (live - plain).norm()), rel=1e-3)
+    assert found.lost_logits_nf4 > 0.01
+    assert (
+        f"{found.lost_logits_nf4:.1%} of the change of the logits would be lost"
+        in (tmp_path / "merged" / "README.md").read_text()
+    )
+    assert weft.merge(model, tmp_path / "unproved", "float32", verify=False).lost_logits_nf4 is None
+
+
+def test_a_head_that_another_adapter_trained_stays_out(
+    adapted: Adapted, llama_folder: Path, in_process: Jobs, tmp_path: Path
+) -> None:
+    model = adapted(weft.PlainLoraConfig(r=2, modules_to_save=["lm_head"]))
+    model.add_adapter("second", weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    randomise(model, seed=3)
+    model.set_adapter("default")
+    weft.merge(model, tmp_path / "second", adapter="second", verify=False)
+    weft.merge(model, tmp_path / "default", verify=False)
+    heads = [load_file(tmp_path / n / "model.safetensors")["lm_head.weight"] for n in ("second", "default")]
+    own = load_file(llama_folder / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(heads[0], own)
+    assert not torch.equal(heads[1], own)
+    assert weft.export_lora(model, tmp_path / "lora", adapter="second").whole_modules == []
+    assert weft.merge(model, tmp_path / "proved", adapter="second").proof.error < 1e-5
+    assert model.get_base_model().lm_head.active_adapter == "default"

@@ -158,6 +158,7 @@ def test_the_model_is_left_as_it_was(adapted: Adapted, in_process: Jobs, tmp_pat
     before, required = state(model), [p.requires_grad for p in model.parameters()]
     active = model.active_adapter
     found = weft.export_lora(model, tmp_path / "second", adapter="second")
+    assert [p.requires_grad for p in model.parameters()] == required
     weft.merge(model, tmp_path / "merged", "bfloat16", accept_loss=True)
     assert same(state(model), before)
     assert [p.requires_grad for p in model.parameters()] == required
@@ -226,6 +227,13 @@ def test_sixteen_bits_cost_what_they_say(adapted: Adapted, in_process: Jobs, tmp
     assert found.proof
     assert found.proof.error < 1e-5
     assert found.rounding
+    lost = whole = 0.0
+    for name in found.ranks:
+        site = model.get_base_model().get_submodule(name).site("default")
+        exact = site.scale * site.structure.B.detach().double() @ site.structure.A.detach().double()
+        b, a = (tensors[f"base_model.model.{name}.lora_{which}.weight"].double() for which in "BA")
+        lost, whole = lost + float((b @ a - exact).square().sum()), whole + float(exact.square().sum())
+    assert found.rounding.lost == pytest.approx((lost / whole) ** 0.5)
     assert 1e-3 < found.rounding.lost < 1e-2
     assert found.rounding.error
     assert 1e-5 < found.rounding.error < 1e-2
@@ -254,6 +262,7 @@ def test_an_adapter_that_diverged_is_refused(adapted: Adapted, in_process: Jobs,
         ({"data": []}, "belong together"),
         ({"approximate": "mean-gate", "data": [{"input_ids": torch.ones(1, 2, dtype=torch.long)}]}, "exports exactly"),
         ({"inputs": []}, "proves nothing"),
+        ({"approximate": "mean-gate", "data": "rows.jsonl", "rows": 0}, "rows=0 leaves nothing"),
         ({"inputs": [[1, 2]]}, "inputs must be batches"),
     ],
 )

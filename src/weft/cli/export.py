@@ -94,7 +94,10 @@ def export(
 
 def _place(source: Path, to: str) -> Path:
     """RUN/lora for a run, ADAPTER-lora beside a bare adapter folder."""
-    return source / to if (source / "run.json").is_file() else source.with_name(f"{source.name}-{to}")
+    if (source / "run.json").is_file():
+        return source / to
+    named = source if source.name not in ("", "..") else source.resolve()
+    return named.with_name(f"{named.name}-{to}")
 
 
 def shown(found: LoraExport | Merge) -> RenderableType:
@@ -155,4 +158,6 @@ def merge_text(found: Merge) -> RenderableType:
             f"{found.lost_logits:.2%} of the adapter's change of the logits, by stock transformers without weft, on "
             f"{found.proof.inputs}"
         )
+    if found.lost_logits_nf4 is not None:
+        last += f"\nif 4-bit: {found.lost_logits_nf4:.1%} of the adapter's change of the logits would be lost"
     return Group(table, last + ("\na loss above the limit was accepted" if found.accepted else ""))

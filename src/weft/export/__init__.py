@@ -64,7 +64,7 @@ def export_lora(
         base: where the base lies, if not where the model or run says; "memory" proves on the weights in memory, saved for the
             length of the proof.
         base_name: what adapter_config.json calls the base, such as a hub id. Folders of this machine are never written.
-        overwrite: replace an earlier export in `out`.
+        overwrite: replace an earlier export in `out`; anything else that lies there is never replaced.
 
     Returns:
         What was written and measured; `.record()` is plain data.
@@ -85,9 +85,11 @@ def export_lora(
             "approximate='mean-gate' and data belong together: the data is what the mean gates are measured on; give both or "
             "neither."
         )
+    if rows < 1:
+        raise ConfigError(f"rows={rows} leaves nothing to measure the mean gates on: give at least 1.")
     chosen = dtype_of(dtype) or torch.float32
     source, place = read(model_or_folder, adapter, base), Path(out)
-    check_out(place, source.folder, overwrite)
+    check_out(place, source.folder, overwrite, source.base)
     _lora.check_routed(source, approximate is not None)
     gates = None
     if data is not None:
@@ -129,7 +131,7 @@ def merge(
         adapter: which adapters of a model in memory: by default the active ones; several are added up.
         original: folder of the unquantised checkpoint, for a base that is quantised in memory.
         base: where the base lies, if not where the run says.
-        overwrite: replace an earlier export in `out`.
+        overwrite: replace an earlier export in `out`; anything else that lies there is never replaced.
 
     Returns:
         What was written and measured; `.record()` is plain data.
@@ -141,7 +143,7 @@ def merge(
     """
     chosen = dtype_of(dtype)
     source, place = read(model_or_folder, adapter, base), Path(out)
-    check_out(place, source.folder, overwrite)
+    check_out(place, source.folder, overwrite, source.base)
     checkpoint = None if original is None else Checkpoint(original)
     choices = _merged.Choices(chosen, verify, accept_loss, checkpoint)
     return _merged.merge(source, place, choices, None if inputs is None else inputs_of(source, inputs))

@@ -14,6 +14,8 @@ import transformers
 from peft import LoraConfig
 
 from weft import __version__
+from weft.export.files import hub_id
+from weft.export.folder import MARK
 from weft.export.record import LoraExport, Merge, Proof
 from weft.export.source import Source
 from weft.glue.updates import base_of
@@ -46,12 +48,13 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
 def merged(export: Merge, source: Source) -> str:
     """README.md of a folder of merged weights."""
     lost = f"‖ΔW‖ lost to rounding into {export.dtype}: {export.lost:.3%} over all sites"
+    nf4 = "" if export.lost_logits_nf4 is None else f" and {export.lost_logits_nf4:.1%} of the change of the logits"
     logits = "" if export.lost_logits is None else f"; of the change of the logits: {export.lost_logits:.3%}"
     facts = {
         "weights": f"{export.dtype}; added in float32 to {export.weights}, rounded once",
         "sites merged": str(len(export.sites)),
         "lost": lost + logits + (" (accepted when it was exported)" if export.accepted else ""),
-        "if quantised to NF4 from here": f"{export.lost_nf4:.1%} of ‖ΔW‖ would be lost (blocks of 64)",
+        "if quantised to NF4 from here": f"{export.lost_nf4:.1%} of ‖ΔW‖{nf4} would be lost (blocks of 64)",
     }
     kind = type(base_of(source.model)).__name__
     snippet = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained('path/to/this/folder')"
@@ -72,11 +75,7 @@ def base_name(source: Source) -> str:
     kind = type(base_of(source.model)).__name__
     if source.base is None:
         return f"a {kind} that was only in memory"
-    return (
-        source.base
-        if not Path(source.base).is_absolute() and not Path(source.base).exists()
-        else f"{Path(source.base).name} ({kind})"
-    )
+    return hub_id(source.base) or f"{Path(source.base).name} ({kind})"
 
 
 def _head(adapters: tuple[str, ...], source: Source, tags: list[str], base: str | None) -> str:
@@ -101,7 +100,7 @@ def _config(source: Source, adapter: str) -> Any:
 def _loading(source: Source, config: LoraConfig) -> str:
     kind = type(base_of(source.model)).__name__
     base = config.base_model_name_or_path or "path/to/the/base/model"
-    labels = f", num_labels={base_of(source.model).config.num_labels}" if "SequenceClassification" in kind else ""  # type: ignore[union-attr]
+    labels = f", num_labels={base_of(source.model).config.num_labels}" if kind.endswith("Classification") else ""  # type: ignore[union-attr]
     lines = [
         "from peft import PeftModel",
         f"from transformers import {kind}",
@@ -118,14 +117,19 @@ def _training(source: Source) -> str:
         facts = {
             "recipe": str(run.recipe["adapter"].get("recipe", "axes, as below")),
             "base": run.base["kind"],
-            "optimiser steps": str(run.steps),
+            "taken from": None if source.is_outcome or source.folder is None else f"{source.folder.name} of the run",
+            "optimiser steps": str(run.steps) if source.is_outcome else None,
             "seed": str(run.seed),
             "trained numbers": f"{run.parameters.get('trainable', 0):,}",
             "data": ", ".join(
                 f"{Path(name).name} (sha256 {digest[:12]})" for name, digest in run.data.get("hashes", {}).items()
             )
             or None,
-            **{name.replace("_", " "): _number(value) for name, value in sorted(run.metrics.items())},
+            **{
+                name.replace("_", " "): _number(value)
+                for name, value in sorted(run.metrics.items())
+                if source.is_outcome
+            },
             "versions": ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items())),
         }
         parts.append(_table(facts))
@@ -191,13 +195,12 @@ def _costs(export: LoraExport) -> list[str]:
 
 def _versions() -> str:
     versions = {
-        "weft": __version__,
         "peft": peft.__version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"Exported with {shown}, Python {platform.python_version()}."
+    return f"{MARK} {__version__}, {shown}, Python {platform.python_version()}."
 
 
 def _table(facts: Mapping[str, str | None]) -> str:

@@ -26,7 +26,7 @@ PARTS = frozenset({*HEADS, "pooler"})
 def drawn_parts(source: Source) -> dict[str, nn.Module]:
     """{name: base module} of the modules with weights that the checkpoint lacks, or is not known to have; classifiers only."""
     base = base_of(source.model)
-    if not type(base).__name__.endswith("ForSequenceClassification"):
+    if not type(base).__name__.endswith("Classification"):
         return {}
     stored = _stored(source)
     found: dict[str, nn.Module] = {}

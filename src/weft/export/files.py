@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -41,7 +42,7 @@ def config_of(source: Source, ranks: Mapping[str, int], drawn: Sequence[str], ba
         fan_in_fan_out=any(kinds[name] == "Conv1D" for name in ranks),
         task_type=configs[0].task_type if configs else None,
         modules_to_save=saved or None,
-        base_model_name_or_path=base_name or _hub_id(source.base),
+        base_model_name_or_path=base_name or hub_id(source.base),
     )
 
 
@@ -49,9 +50,12 @@ def _peft_config(model: nn.Module, adapter: str) -> Any:
     return getattr(model, "peft_config", {}).get(adapter)
 
 
-def _hub_id(base: str | None) -> str | None:
+def hub_id(base: str | None) -> str | None:
     """The base's name where it means the same on every machine; a folder's path is nobody else's business."""
-    return base if base is not None and not Path(base).exists() and not Path(base).is_absolute() else None
+    return base if base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def save(

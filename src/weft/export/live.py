@@ -42,8 +42,8 @@ class Outputs:
 
     def furthest(self, other: Outputs) -> float:
         """The largest difference of a logit, relative to the largest logit of `self`."""
-        far = [float((a - b).abs().max()) for a, b in zip(self.logits, other.logits, strict=True)]
-        return max(far) / max(self.largest, 1e-30)
+        far = [(a - b).abs().max() for a, b in zip(self.logits, other.logits, strict=True)]
+        return float(torch.stack(far).max()) / max(self.largest, 1e-30)  # Python's max would pass over a NaN
 
     def distance(self, other: Outputs) -> float:
         """‖logits − logits of other‖₂ over all batches."""
@@ -74,10 +74,10 @@ def choose(model: nn.Module, adapters: Sequence[str]) -> None:
             cast(Any, module).enable_adapters(True)
             module.set_adapter(list(adapters))
         elif isinstance(module, ModulesToSaveWrapper):
-            mine = [name for name in adapters if name in module.modules_to_save]
-            module.enable_adapters(bool(mine))
-            if mine:
-                module.set_adapter(mine[0])
+            module.enable_adapters(True)
+            module.set_adapter(
+                [name for name in adapters if name in module.modules_to_save][:1]
+            )  # none: the base's own
 
 
 @contextmanager
@@ -96,16 +96,21 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
-    """One forward per batch, without a graph.
+    """One forward per batch, without a graph, in full fp32 whatever TF32 or autocast the caller trains with.
 
     Raises:
-        AdapterError: a logit is not finite.
+        AdapterError: a logit is not finite, or the model has none.
     """
     device = next(model.parameters()).device
     logits, losses = [], []
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
         for batch in batches:
             out = base_of(model)(**{key: value.to(device) for key, value in batch.items()})
+            if not isinstance(getattr(out, "logits", None), Tensor):
+                raise AdapterError(
+                    f"a {type(base_of(model)).__name__} gives no logits, so there is nothing to compare the export by: use "
+                    "verify=False."
+                )
             logits.append(out.logits.float().cpu())
             if getattr(out, "loss", None) is not None:
                 losses.append(float(out.loss))
@@ -116,6 +121,24 @@ def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
             "checkpoint."
         )
     return outputs
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products of fp32 numbers in fp32, within the block: the stock process has no TF32 either."""
+    backends: list[Any] = [torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn).matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was chosen per backend, of which this function must not be asked
+        overall = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(overall)
+        for backend, was in zip(backends, before, strict=True):
+            backend.fp32_precision = was
 
 
 def real(logits: Tensor, batch: Batch) -> Tensor:

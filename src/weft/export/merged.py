@@ -8,6 +8,8 @@ What the rounding loses is measured per site and on the logits, and a merge that
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,15 +23,16 @@ from weft.compat import REFUSED
 from weft.errors import MergeError
 from weft.export import card, folder, live
 from weft.export.files import name_of
+from weft.export.live import Outputs
 from weft.export.lora import pairs
 from weft.export.proof import TOLERANCE
 from weft.export.record import Merge, SiteLoss
-from weft.export.rounding import kept_by, kept_by_nf4
+from weft.export.rounding import kept_by, kept_by_nf4, round_nf4
 from weft.export.source import Inputs, Source, inputs_of
 from weft.export.truth import Truth
 from weft.glue.layer import WeftLinear
 from weft.glue.original import Checkpoint, OriginalWeight
-from weft.glue.stock import without_adapters
+from weft.glue.stock import put, without_adapters
 from weft.glue.updates import base_of
 
 LIMIT = 0.1
@@ -54,11 +57,13 @@ def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) ->
 
     with live.shell(source.model, source.adapters) as own:
         truth = Truth.of(own, source, inputs or inputs_of(source, None), {}) if choices.verify else None
+        nf4 = None if truth is None else logits_lost_to_nf4(own, source, choices.original, truth)
         sites = add_updates(own, source, choices.original, dtype)
 
         def fill(place: Path) -> None:
-            save(own, source, place, dtype)
-            done.append(measured(place, bare_record(out, source, sites, dtype, choices), choices, truth))
+            save(own, source, place, dtype, choices.original)
+            bare = replace(bare_record(out, source, sites, dtype, choices), lost_logits_nf4=nf4)
+            done.append(measured(place, bare, choices, truth))
             (place / "README.md").write_text(card.merged(done[0], source), encoding="utf-8")
 
         folder.write(out, fill)
@@ -125,20 +130,70 @@ def weight_dtype(source: Source) -> torch.dtype:
 
 def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dtype: torch.dtype) -> list[SiteLoss]:
     """Give every adapted module of the shell its merged weight in `dtype`; the model that the shell borrows from keeps its own."""
-    updates, sites = pairs(source, {}), []
-    for layer in (m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates):
+    sites = []
+    for layer, w, delta in updated(own, source, original):
         base = layer.get_base_layer()
-        w = (layer.base_matrix() if original is None else OriginalWeight(layer, original)()).float()
-        delta = updates[layer.module_name].delta().to(w.device, torch.float32)
         sites.append(site_loss(layer.module_name, w, delta, dtype))
         summed = (w + delta).to(dtype)
-        base.weight = nn.Parameter(summed.T.contiguous() if isinstance(base, Conv1D) else summed, requires_grad=False)
+        if isinstance(base, Conv1D):
+            base.weight = nn.Parameter(summed.T.contiguous(), requires_grad=False)
+        else:
+            layer.base_layer = linear(base, summed)
         if not torch.isfinite(summed).all():
             raise MergeError(
                 f"merging into {layer.module_name} gives values that {name_of(dtype)} cannot hold, so nothing was merged: choose "
                 "another dtype, or an adapter that has not diverged."
             )
     return sites
+
+
+def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iterator[tuple[WeftLinear, Tensor, Tensor]]:
+    """Every adapted module of the shell with its W and its ΔW [out, in], fp32, one at a time."""
+    updates = pairs(source, {})
+    for layer in [m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates]:
+        w = (layer.base_matrix() if original is None else OriginalWeight(layer, original)()).float()
+        yield layer, w, updates[layer.module_name].delta().to(w.device, torch.float32)
+
+
+def logits_lost_to_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: Truth) -> float:
+    """‖(merged − base, both with the adapted weights in NF4) − (live − base)‖ / ‖live − base‖ over logits: 0 keeps the change."""
+    after = in_nf4(own, source, original, truth, merged=True)
+    return truth.lost_change(after, in_nf4(own, source, original, truth, merged=False))
+
+
+def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: Truth, *, merged: bool) -> Outputs:
+    """What the shell computes with its adapted weights in NF4: with the update in them, or as its base without any adapter."""
+    replaced: list[tuple[Any, nn.Module]] = []
+    try:
+        for layer, w, delta in updated(own, source, original):
+            base = layer.get_base_layer()
+            replaced.append((layer, base))
+            layer.base_layer = linear(base, round_nf4(w + delta if merged else w))
+            replaced[-1][0].enable_adapters(False)
+        with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
+            return live.run(own, truth.inputs.batches)
+    finally:
+        for layer, base in replaced:
+            layer.base_layer = base
+            layer.enable_adapters(True)
+
+
+def linear(base: nn.Module, w: Tensor) -> nn.Linear:
+    """A plain linear module of weight `w` [out, in], with the bias of `base`, which may have kept its weight in fewer bits."""
+    bias = getattr(base, "bias", None)
+    plain = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(w, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def unquantised(plain: nn.Module, original: Checkpoint) -> None:
+    """Give what no adapter is on its weight in the checkpoint too: a folder of weights is not quantised in part."""
+    for name, module in list(plain.named_modules()):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            put(plain, name, linear(module, OriginalWeight(WeftLinear(module, name), original)()))
 
 
 def site_loss(name: str, w: Tensor, delta: Tensor, dtype: torch.dtype) -> SiteLoss:
@@ -148,9 +203,12 @@ def site_loss(name: str, w: Tensor, delta: Tensor, dtype: torch.dtype) -> SiteLo
     return SiteLoss(name, norm, *((x / norm if norm else 0.0) for x in lost))
 
 
-def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype) -> None:
+def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype, original: Checkpoint | None) -> None:
     """The shell's model without adapters, everything in `dtype`, and its tokenizer where one is known."""
     plain = cast(Any, without_adapters(base_of(own), trained=True))
+    if original is not None:
+        unquantised(plain, original)
+        plain.hf_quantizer = None
     cast_parameters(plain, dtype)
     plain.config.dtype = dtype
     if getattr(plain.config, "quantization_config", None) is not None:

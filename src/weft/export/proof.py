@@ -83,7 +83,7 @@ class Stock:
     def _described(self, job: Job, inputs: Path, number: int) -> dict[str, Any]:
         config: Any = self.model.config
         load: dict[str, Any] = {"attn_implementation": config._attn_implementation}
-        if type(self.model).__name__.endswith("ForSequenceClassification"):
+        if type(self.model).__name__.endswith("Classification"):
             load |= {"num_labels": config.num_labels, "ignore_mismatched_sizes": True}
         return {
             "base": str(job.base),

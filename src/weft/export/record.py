@@ -104,6 +104,8 @@ class Merge:
     lost_nf4: float
     lost_logits: float | None = None
     """‖merged − live‖ / ‖live − base‖ over logits; None: verify=False."""
+    lost_logits_nf4: float | None = None
+    """How far the change of the logits is off, by the same measure, where the adapted weights are in NF4 before and after."""
     proof: Proof | None = None
     accepted: bool = False
     """Whether a loss above the limit was accepted."""

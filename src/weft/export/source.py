@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +20,8 @@ from weft.glue.attach import warn_of_missing
 from weft.glue.layer import WeftLinear
 from weft.glue.stock import foreign_layers
 from weft.glue.updates import adapter_names, base_of
-from weft.train.load import Trained, load_adapter, load_run
+from weft.train.load import Trained, load_adapter, load_run, recipe_of
 from weft.train.measure import batches as in_batches
-from weft.train.recipe import Recipe
 from weft.train.run import Run
 
 ROWS, BATCH = 8, 4
@@ -42,6 +43,11 @@ class Source:
     folder: Path | None = None
     """The adapter folder, where it came from one."""
     tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def is_outcome(self) -> bool:
+        """Whether it is what a run ended with, and not one of the run's checkpoints: the run's figures are of its outcome."""
+        return self.run is not None and self.folder is not None and self.folder.name == "adapter"
 
     @property
     def layers(self) -> list[WeftLinear]:
@@ -121,7 +127,11 @@ def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
 
 
 def _in_folder(folder: Path, base: str | Path | None) -> Source:
-    inside = folder / "adapter" if (folder / "run.json").is_file() else folder
+    if base == MEMORY:
+        raise ConfigError(
+            f"base={MEMORY!r} means the weights of a model in memory, and {folder} is a folder: name the folder of its base."
+        )
+    inside = Path(os.path.abspath(folder / "adapter" if (folder / "run.json").is_file() else folder))
     holder = next((p for p in (inside.parent, inside.parent.parent) if (p / "run.json").is_file()), None)
     place = None if base is None else str(base)
     if holder is not None and inside == holder / "adapter":
@@ -154,8 +164,13 @@ def inputs_of(source: Source, given: Iterable[Mapping[str, Any]] | None) -> Inpu
         try:
             return _rows(source.run, source.tokenizer)
         except (WeftError, OSError) as error:
-            why = f"the run's data cannot be read: {' '.join(str(error).split()).rstrip('.')}"
-            return Inputs([*seeded_ids(source.model)], f"token numbers drawn from seed 0 ({why})")
+            # the reason names folders of this machine, and what inputs are called goes into the card
+            why = " ".join(str(error).split()).rstrip(".")
+            warnings.warn(
+                f"the run's data cannot be read, so the export is measured on drawn numbers: {why}.", stacklevel=2
+            )
+            drawn = "token numbers drawn from seed 0 (the run's own data could not be read)"
+            return Inputs([*seeded_ids(source.model)], drawn)
     return Inputs([*seeded_ids(source.model)], "token numbers drawn from seed 0")
 
 
@@ -174,7 +189,7 @@ def checked(given: Iterable[Mapping[str, Any]]) -> list[Batch]:
 
 
 def _rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
+    recipe = recipe_of(run)
     data = load_data(
         recipe.data, tokenizer, base_dir=recipe.base_dir, task=cast(Any, run.task), labels=run.data["labels"]
     )
@@ -205,7 +220,7 @@ def data_of(source: Source, path: str, limit: int) -> Inputs:
     config, task, labels = DataConfig.parse(path), None, None
     if source.run is not None:
         run = source.run
-        config = Recipe.read(run.recipe, base_dir=Path(run.base_dir)).data
+        config = recipe_of(run).data
         task, labels = cast(Any, run.task), run.data["labels"]
     alone = {"train": path, "validation": None, "test": None, "validation_fraction": 0.0}
     loaded = load_data(config.model_copy(update=alone), source.tokenizer, base_dir=Path.cwd(), task=task, labels=labels)

@@ -106,6 +106,12 @@ class Truth:
         change = self.live.distance(self.base)
         return self.live.distance(folder) / change if change else 0.0
 
+    def lost_change(self, after: Outputs, before: Outputs) -> float:
+        """‖(after − before) − (live − base)‖ / ‖live − base‖ over logits; 0 where the adapter changes nothing."""
+        whole = self.live.distance(self.base)
+        wanted = [a - b + c for a, b, c in zip(after.logits, self.live.logits, self.base.logits, strict=True)]
+        return Outputs(wanted, []).distance(before) / whole if whole else 0.0
+
     def approximation(self, gates: Inputs, measured: Gates) -> Approximation:
         """What fixing the gates cost."""
         return Approximation(

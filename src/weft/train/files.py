@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from weft.errors import RunError
 
 
@@ -23,8 +25,8 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        reason = (error.strerror or str(error) or type(error).__name__).lower()
+    except (OSError, SafetensorError) as error:
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
         raise RunError(f"cannot write {path}: {reason}; free space or choose another folder with out=....") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
     found = model.find(ModelConfig(path=path), Path.cwd())
     task = cast(Task, _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
     with _drawing(0):
-        plain = model.load(found, task)
+        plain = model.load(found, task, _labels(folder, found) if task == "classification" else None)
     return Trained(found, plain.eval(), task)
 
 
@@ -102,6 +103,21 @@ def recipe_of(run: Run, *overrides: str) -> Recipe:
         return recipe
     data = recipe.data.model_copy(update={"max_length": run.data["max_length"]})
     return recipe.model_copy(update={"data": data})
+
+
+_HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
+
+
+def _labels(folder: Path, base: model.Base) -> list[str]:
+    """The names of the classes: the base's own, or their numbers where the head that the adapter brings has another number."""
+    own = [base.settings.id2label[number] for number in sorted(base.settings.id2label)]
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return own
+    with safe_open(file, "pt") as saved:
+        heads = [key for key in saved.keys() if _HEAD.fullmatch(key.removeprefix("base_model.model."))]  # noqa: SIM118
+        count = saved.get_slice(max(heads, key=len)).get_shape()[0] if heads else len(own)
+    return own if count == len(own) else [f"LABEL_{number}" for number in range(count)]
 
 
 @contextmanager
