@@ -12,7 +12,9 @@ from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralFo
 
 import weft
 from families import FAMILIES, SIZE, SPECIAL, STRUCTURES, adapter_config, logits, randomise, trainable
-from weft.glue.fusion import MISSES, activation_of, is_gated_mlp, nodes
+from weft.glue.fusion import nodes
+from weft.glue.gated import activation_of, is_gated_mlp
+from weft.glue.groups import MISSES
 from weft.glue.layer import WeftLinear
 from weft.kernel import switched, use_reference
 

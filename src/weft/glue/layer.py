@@ -29,7 +29,7 @@ from weft.site import Site
 from weft.terms.structure.tied import TiedTerm
 
 if TYPE_CHECKING:
-    from weft.glue.fusion import InputGroup
+    from weft.glue.groups import InputGroup
 
 
 class WeftLinear(nn.Module, BaseTunerLayer):
@@ -53,7 +53,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
-        self.group: InputGroup | None = None  # of linears that read one input; see `weft.glue.fusion`
+        self.group: InputGroup | None = None  # of linears that read one input; see `weft.glue.groups`
         self._kept: Tensor | None = None
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
