@@ -8,7 +8,8 @@ llama-cpp-python, and run by llama-cpp-python in float32 with a float32 key-valu
 ranks is converted too: llama.cpp must get that one wrong, or the advice in docs/serving.md is out of date.
 
 Without --archive the source archive comes from the package index; without --python llama-cpp-python is built from it into a virtual
-environment in the work folder (minutes, needs a C++ compiler). Converters run in this Python, which has torch and transformers.
+environment in the work folder (minutes, needs a C++ compiler). Converters run in this Python, which has torch and transformers. What
+came out is written to evidence/interop.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weft
 from weft.data.demo import demo_model_path
+from weft.train.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evidence" / "interop.json"
 VERSION = "0.3.36"
 TOKENS = 48
 STORY = "Once upon a time there was a little dog who liked to play in the park with his friends."
@@ -132,6 +136,17 @@ def agreement(found: list[list[int]], rows: list[dict[str, Any]], name: str) -> 
     return sum(got == row[name] for got, row in zip(found, rows, strict=True))
 
 
+def record(base: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is committed: the counts, and what they were made with."""
+    versions = {name: version(name) for name in ("weft", "torch", "peft", "transformers")}
+    return {
+        "command": "make interop",
+        "base": base.name,
+        "versions": {**versions, "llama-cpp-python": VERSION},
+        "results": results,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--archive", type=Path, help="source archive of llama-cpp-python")
@@ -145,6 +160,7 @@ def main() -> int:
     python = given.python or client(archive, given.work)
     gguf = convert(source / "convert_hf_to_gguf.py", base, given.work / "base.gguf")
     failed = False
+    results = []
     for layout, ranks in (("uniform", {"q_proj": 2}), ("pattern", {"q_proj": 1, "v_proj": 1})):
         model, truth, folder = trained(base, ranks), given.work / f"{layout}.json", given.work / layout
         rows = greedy(model, base)
@@ -156,10 +172,18 @@ def main() -> int:
         same, differing = agreement(with_lora, rows, "live"), sum(row["live"] != row["base"] for row in rows)
         as_meant = same == len(rows) if layout == "uniform" else same < len(rows)
         failed |= not as_meant or agreement(bare, rows, "base") != len(rows) or not differing
+        without = agreement(bare, rows, "base")
+        ranks_written = sorted(set(exported.ranks.values()))
         print(
-            f"{layout}: ranks {sorted(set(exported.ranks.values()))}; the adapter changes {differing} of {len(rows)} answers of "
-            f"{TOKENS} tokens; llama.cpp gives {same} with it and {agreement(bare, rows, 'base')} without it as transformers does"
+            f"{layout}: ranks {ranks_written}; the adapter changes {differing} of {len(rows)} answers of {TOKENS} tokens; "
+            f"llama.cpp gives {same} with it and {without} without it as transformers does"
         )
+        results.append(
+            {"layout": layout, "ranks": ranks_written, "prompts": len(rows), "tokens": TOKENS, "changed_by_adapter": differing,
+             "same_with": same, "same_without": without}
+        )  # fmt: skip
+    if not failed:
+        write_json(RESULTS, record(base, results))
     print("failed" if failed else "as it should be: uniform exports are right in llama.cpp, per-site ranks are not")
     return int(failed)
 
