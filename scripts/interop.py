@@ -8,8 +8,8 @@ llama-cpp-python, and run by llama-cpp-python in float32 with a float32 key-valu
 ranks is converted too: llama.cpp must get that one wrong, or the advice in docs/serving.md is out of date.
 
 Without --archive the source archive comes from the package index; without --python llama-cpp-python is built from it into a virtual
-environment in the work folder (minutes, needs a C++ compiler). Converters run in this Python, which has torch and transformers. What
-came out is written to evidence/interop.json.
+environment in the work folder (minutes, needs a C++ compiler). Converters run in this Python, which has torch and transformers.
+What came out is written to evidence/interop.json.
 """
 
 from __future__ import annotations
