@@ -137,7 +137,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         work = self.site(name).work()
         if work.plain or work.scored:
             return None
-        return base.weight, base.bias, replace(work, mask=self._mask(name, x, read))
+        mask = self._mask(name, x, read)
+        return base.weight, base.bias, work if mask is None else replace(work, mask=mask)
 
     def why_not(self) -> str | None:
         """Why no node can own this linear: its base must be called and the update added to what it gives; None if one can."""

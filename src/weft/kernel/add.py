@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernel.branch import Work, branch
 from weft.kernel.dropout import draw, dropped
 from weft.kernel.equation import reference
 from weft.kernel.factors import by_part, joined, like, without_autocast
-from weft.kernel.latent import softmax
+from weft.kernel.latent import mixture, softmax
 from weft.kernel.mlp import run_gated
 from weft.kernel.node import Member, Parts, Plan, run
 from weft.kernel.switches import current
@@ -104,20 +105,19 @@ def _scored(y: Tensor, x: Tensor, work: Work) -> Tensor:
     f = work.factors
     x_ti = x.reshape(-1, x.shape[-1])
     dropped_ti = dropped(x_ti, work.dropout, work.mask) if work.dropout else x_ti
-    u = torch.nn.functional.linear(dropped_ti, like(joined([f.A, *(s.down for s in f.extra)], 0), x))
+    u = F.linear(dropped_ti, like(joined([f.A, *(s.down for s in f.extra)], 0), x))
     keeps = [f.keep, *(s.keep for s in f.extra)]
     seen = [
         by_part(t, keep) for t, keep in zip(u.split([len(f.A), *(len(s.down) for s in f.extra)], 1), keeps, strict=True)
     ]
     b = branch(f, x.device, work.dropout > 0)
-    h = seen[0]
+    h = torch.cat(seen, 1) if f.extra else seen[0]
     if f.router is not None:
-        plain = seen[0] if not work.dropout else by_part(torch.nn.functional.linear(x_ti, like(f.A, x)), f.keep)
-        omega = softmax(torch.nn.functional.linear(x_ti if f.router_input == "x" else plain, like(f.router, x)))
+        plain = seen[0] if not work.dropout else by_part(F.linear(x_ti, like(f.A, x)), f.keep)
+        omega = softmax(F.linear(x_ti if f.router_input == "x" else plain, like(f.router, x)))
         if work.on_mix is not None:
             work.on_mix(omega.view(*x.shape[:-1], omega.shape[1]))
-        h = (omega[:, :, None] * h[:, None, :]).flatten(1).to(u.dtype)
-    h = torch.cat([h, *seen[1:]], 1) if f.extra else h
+        h = mixture(h, omega, b.r)
     with without_autocast(y):
         out = torch.addmm(y.reshape(-1, y.shape[-1]), h.to(y.dtype), like(b.up, y).T, alpha=b.scale)
     return out.view(y.shape)

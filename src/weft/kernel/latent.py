@@ -29,8 +29,9 @@ def mixture_backward(
     gh: Tensor | None, gomega: Tensor | None, u: Tensor, omega: Tensor, r: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of u and of the logits; gh [t, ≥ N·r + E] is h's, gomega [t, N] what came to ω from elsewhere."""
-    gu = torch.zeros_like(u) if gh is None else u
-    if gh is not None:
+    if gh is None:
+        gu = torch.zeros_like(u)
+    else:
         heads = omega.shape[1]
         by_head = gh[:, : heads * r].unflatten(1, (heads, r)).to(omega.dtype)
         through_u = (by_head * u[:, None, :r]).sum(2)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from weft.kernel.dropout import masked
 from weft.kernel.factors import without_autocast
 from weft.kernel.latent import mixture, mixture_backward, softmax
-from weft.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, side_by_side, stacked
+from weft.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, side_by_side, stacked, taken_apart
 
 
 class Member(NamedTuple):
@@ -140,9 +140,7 @@ def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) 
         own = [i for i, s in enumerate(sources) if s == source]
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         u = F.linear(x_s, stacked([rows[i] for i in own], x))
-        for i, part in zip(
-            own, u.split([*(len(rows[i]) for i in own), u.shape[1] - sum(len(rows[i]) for i in own)], 1), strict=False
-        ):
+        for i, part in zip(own, taken_apart(u, [len(rows[i]) for i in own], 1), strict=True):
             found[i] = part
     return _latents(plan, each, found)
 
@@ -276,9 +274,7 @@ def read_backward(
         gu = side_by_side([cast(Tensor, through[i]) for i in own], len(matrix))
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         grows = gu.T @ x_s
-        for i, part in zip(
-            own, grows.split([*(len(rows[i]) for i in own), len(matrix) - sum(len(rows[i]) for i in own)]), strict=False
-        ):
+        for i, part in zip(own, taken_apart(grows, [len(rows[i]) for i in own], 0), strict=True):
             found[i] = part
         if not needs_x:
             continue

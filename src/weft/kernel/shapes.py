@@ -45,3 +45,8 @@ def side_by_side(columns: Sequence[Tensor], width: int) -> Tensor:
     """The gradients [t, k] beside one another, with zero columns up to `width`."""
     whole = columns[0] if len(columns) == 1 else torch.cat(list(columns), 1)
     return F.pad(whole, (0, width - whole.shape[1])) if whole.shape[1] < width else whole
+
+
+def taken_apart(whole: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+    """The blocks of these sizes along `dim`, without the padding behind them."""
+    return whole.split([*sizes, whole.shape[dim] - sum(sizes)], dim)[:-1]
