@@ -15,7 +15,7 @@ LEVELS = (
     {"schedule", "recipes"},
     {"glue"},
     {"data", "export", "search", "train"},
-    {"bench"},
+    {"bench", "compare"},
     {"report", "cli"},
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

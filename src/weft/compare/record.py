@@ -1,0 +1,145 @@
+"""What a comparison found, as plain data: its settings, its methods, one outcome per run, and what the runs say together.
+
+Everything here is read from run folders and from `compare.json`, the plan beside them; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT = 1
+"""Version of the record; a newer one is refused by name."""
+
+Status = Literal["complete", "diverged", "failed", "missing"]
+Kind = Literal["baseline", "better", "worse", "undecided", "single"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` seeds and the interval that holds the true one at `level`; low and high are None at n = 1."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said of a method against the baseline, and the sentence that says it.
+
+    better, worse: the interval of the paired difference leaves out 0. undecided: it does not. single: one seed, no verdict.
+    """
+
+    kind: Kind
+    sentence: str
+    seeds_needed: int | None = None
+    """About how many seeds would settle an undecided difference of the size that was seen; None where no number would."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate that was tried with a seed that is not reported; the loss is None if the run diverged."""
+
+    lr: float
+    seed: int
+    validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One contender: its adapter section, and what the budget and the choice of the rate made of it."""
+
+    name: str
+    adapter: dict[str, Any]
+    """The adapter section that is trained, with the rank that the budget gave it; {"recipe": "none"} is the frozen base."""
+    rank: int | None = None
+    alpha: float | None = None
+    parameters: int | None = None
+    """Trained numbers of the adapter, without a classification head."""
+    budget_gap: float | None = None
+    """parameters / budget − 1; None where the budget is not one of parameters."""
+    steps: int = 0
+    """Optimiser steps of the training itself, without a search."""
+    lr: float | None = None
+    rates: list[Rate] = field(default_factory=list)
+    rate_at_edge: bool = False
+    """The chosen rate is the lowest or highest that was tried: a better one may lie outside."""
+    note: str = ""
+    """What could not be made equal, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One reported run."""
+
+    method: str
+    seed: int
+    folder: str
+    """Relative to the comparison's folder, with / between its parts."""
+    status: Status
+    scores: dict[str, float] = field(default_factory=dict)
+    """On the test rows: loss (nats per token or row), exact_match, accuracy, macro_f1 (shares), bleu, rouge_l (0-100)."""
+    domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same by domain."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """trained, stored (numbers); stored_bytes, export_bytes, peak_bytes; train_seconds, cpu_per_step, tokens_per_s; search_steps,
+    search_seconds. What a run has none of, or a machine cannot tell, is absent."""
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """Rows with step and loss or validation_loss, in order."""
+    problem: str = ""
+    """Why it is not complete, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What all seeds of a method say together."""
+
+    name: str
+    score: Interval | None
+    """Of the metric; None if no seed is complete."""
+    gap: Interval | None
+    """Metric of the method minus that of the baseline, paired by seed; None for the baseline itself and the frozen base."""
+    wins: int
+    """Seeds in which it is better than the baseline."""
+    verdict: Verdict
+    step_ratio: Interval | None = None
+    """CPU seconds per step over the baseline's, paired by seed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison: the same model, rows, steps and seeds for every method, and what came out."""
+
+    folder: str
+    model: str
+    data: str
+    task: str
+    metric: str
+    higher_is_better: bool
+    baseline: str
+    seeds: list[int]
+    budget: str
+    """What is equal between the methods, in a sentence."""
+    methods: list[Method]
+    outcomes: list[Outcome]
+    rows: list[Row]
+    versions: dict[str, str]
+    machine: str
+    """Device, threads and how many runs there were at once, in a line."""
+    complete: bool
+
+    def method(self, name: str) -> Method:
+        """The method of a name. Raises KeyError."""
+        return {method.name: method for method in self.methods}[name]
+
+    def of(self, name: str) -> list[Outcome]:
+        """The outcomes of a method, by seed."""
+        return sorted((o for o in self.outcomes if o.method == name), key=lambda o: o.seed)
+
+    def record(self) -> dict[str, Any]:
+        """The comparison as plain data, as `comparison.json` and `--json` show it."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
