@@ -46,6 +46,14 @@ def test_the_mode_before_is_put_back() -> None:
         assert model.training is training
 
 
+def test_a_part_in_a_mode_of_its_own_keeps_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+    model[1].eval()
+    with evaluating(model):
+        pass
+    assert [module.training for module in model] == [True, False]
+
+
 def test_batches_cover_every_row_once_in_order() -> None:
     rows = [row["input_ids"] for batch in batches(ROWS, 1) for row in batch]
     assert rows == ROWS["input_ids"][:]

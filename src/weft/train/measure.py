@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from weft.glue.modes import in_mode
 from weft.train.progress import Progress, Tick, ignore
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -41,14 +42,8 @@ class Measured:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's mode before is put back."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in was_training:
-            module.training = training
+    with in_mode(model, training=False), torch.no_grad():
+        yield
 
 
 def batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
