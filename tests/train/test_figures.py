@@ -22,6 +22,7 @@ from weft.train.run import Run
 Make = Callable[..., dict[str, Any]]
 FILE = "adapter_model.safetensors"
 MANY = {"steps": 3, "save_every": 1}
+MOVED = {"recipe": "alora", "r": 2, "first": 1, "every": 1, "max_rounds": 2, "rows": 4, "move": 3}
 
 
 def file_of(folder: Path) -> Path:
@@ -29,7 +30,9 @@ def file_of(folder: Path) -> Path:
 
 
 def test_counts_are_exact_and_sizes_are_those_of_the_files(recipe: Make) -> None:
-    found = figures(weft.train(recipe(adapter={"recipe": "lora", "r": 4, "target_modules": ["q_proj"]}, train=MANY)))
+    run = weft.train(recipe(adapter={"recipe": "lora", "r": 4, "target_modules": ["q_proj"]}, train=MANY))
+    found = figures(Run.load(run.folder))
+    assert found == run.figures == run.record()["figures"]
     assert found["trained"] == found["stored"] == 2 * (32 * 4 + 4 * 32)  # two blocks of width 32
     assert set(found) == {
         *("trained", "stored", "stored_bytes", "export_bytes", "peak_bytes"),
@@ -37,12 +40,7 @@ def test_counts_are_exact_and_sizes_are_those_of_the_files(recipe: Make) -> None
     }
     assert all(math.isfinite(value) and value > 0 for value in found.values())
     assert found["timed_steps"] == 2
-
-
-def test_the_figures_are_in_the_record(recipe: Make) -> None:
-    run = weft.train(recipe(train=MANY))
-    assert Run.load(run.folder).figures == run.figures == run.record()["figures"] == figures(run)
-    assert run.figures["train_seconds"] == run.time["train_seconds"]
+    assert found["train_seconds"] == run.time["train_seconds"]
 
 
 @pytest.mark.parametrize(
@@ -51,21 +49,25 @@ def test_the_figures_are_in_the_record(recipe: Make) -> None:
         "lora",
         "tied_lora",
         {"recipe": "lora_tsd", "r": 2, "directions": 2, "after": 1},
-        {"recipe": "alora", "r": 4, "every": 1, "moves": 2, "target_modules": ["q_proj", "down_proj"]},
+        MOVED,
     ],
 )
 def test_the_export_is_as_large_as_was_said(recipe: Make, tmp_path: Path, adapter: Any) -> None:
     run = weft.train(recipe(adapter=adapter, train=MANY))
-    weft.export_lora(run.folder, tmp_path / "stock", verify=False)
+    export = weft.export_lora(run.folder, tmp_path / "stock", verify=False)
+    assert (len(set(export.ranks.values())) > 1) == (adapter is MOVED), "only this one's ranks differ between sites"
     assert run.figures["stored_bytes"] == file_of(run.adapter_folder).stat().st_size
     assert run.figures["stored"] == sum(t.numel() for t in load_file(file_of(run.adapter_folder)).values())
     assert run.figures["export_bytes"] == file_of(tmp_path / "stock").stat().st_size
 
 
 def test_tied_sites_are_stored_once_and_exported_apart(recipe: Make) -> None:
-    tied, plain = (weft.train(recipe(adapter=name, out=f"{recipe()['out']}-{name}")) for name in ("tied_lora", "lora"))
-    assert tied.figures["stored"] < plain.figures["stored"] / 2
-    assert tied.figures["export_bytes"] == plain.figures["export_bytes"]
+    sections = [{"recipe": name, "r": 4, "target_modules": ["q_proj"]} for name in ("tied_lora", "lora")]
+    tied, plain = (weft.train(recipe(adapter=section), overwrite=True).figures for section in sections)
+    a_and_b, u_and_v = 4 * 32 + 32 * 4, 4 + 32
+    assert plain["stored"] == 2 * a_and_b
+    assert tied["stored"] == tied["trained"] == a_and_b + 2 * u_and_v
+    assert tied["export_bytes"] == plain["export_bytes"]
 
 
 def test_a_routed_adapter_would_be_as_large_as_at_its_mean_gate(recipe: Make, tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_a_stock_adapter_is_its_own_export(recipe: Make) -> None:
 
 
 def test_a_search_is_told_apart_from_the_training(recipe: Make) -> None:
-    section = {"recipe": "flexora", "r": 2, "search_steps": 2, "inner_steps": 1, "top_k": 1}
+    section = {"recipe": "flexora", "r": 2, "val_size": 8, "outer_batches": 2, "steps": 2}
     found = weft.train(recipe(adapter=section, train=MANY)).figures
     assert found["search_steps"] > 0
     assert found["search_seconds"] > 0
@@ -136,8 +138,9 @@ def test_cpu_seconds_are_those_of_the_steps_without_the_first_one() -> None:
     sums = stopwatch.timed(state)
     assert sums.steps == 2
     assert sums.tokens == 20
-    assert 0.05 <= sums.cpu_seconds < 0.1
-    assert 0.15 <= sums.seconds < 0.3 <= sums.train_seconds
+    assert 0.05 <= sums.cpu_seconds < 0.15
+    assert sums.seconds >= 0.15
+    assert sums.train_seconds >= 0.45
 
 
 def test_what_lies_between_steps_is_not_timed() -> None:
@@ -204,18 +207,18 @@ class _Slow(TrainerCallback):
 
 
 def test_a_resumed_run_counts_each_of_its_steps_once(recipe: Make, tmp_path: Path) -> None:
-    """Seven steps, a checkpoint after four; then six more of ten: the first of each process is not timed."""
-    length = {"steps": 10, "save_every": 4}
+    """Five steps, a checkpoint after three; then three more of six: the first of each process is not timed."""
+    length = {"steps": 6, "save_every": 3}
     given = recipe(train=length)
     with pytest.raises(KeyboardInterrupt):
-        weft.train(given, callbacks=[_Slow(), Interrupt(7)])
+        weft.train(given, callbacks=[_Slow(), Interrupt(5)])
     whole = weft.train(recipe(train=length, out=str(tmp_path / "whole")), callbacks=[_Slow()]).figures
     found = weft.train(given, resume=True, callbacks=[_Slow()]).figures
-    assert whole["timed_steps"] == 9
-    assert found["timed_steps"] == 3 + 5
+    assert whole["timed_steps"] == 5
+    assert found["timed_steps"] == 2 + 2
     assert found["cpu_per_step"] == pytest.approx(whole["cpu_per_step"], rel=0.5)
     assert found["cpu_per_step"] > 0.03
-    assert found["train_seconds"] > 10 * 0.03
+    assert found["train_seconds"] > 6 * 0.03
     for same in ("trained", "stored", "stored_bytes", "export_bytes"):
         assert found[same] == whole[same]
 
