@@ -21,10 +21,17 @@ Student's, and scaled to the t-interval's width and half a percent more, which i
 symmetric values this is the t-interval; for skewed ones it leans as they do. What it does, in % of experiments (100,000; at n =
 10, 20,000):
 
-SIMULATED
+    differences                   n = 3                n = 5                n = 10
+                            covers  finds 2 sd   covers  finds 2 sd   covers  finds 2 sd
+    normal                    95.2      46.8       95.1      90.7       95.1     100.0
+    gamma, skewness 0.6       94.5      48.4       94.4      91.3       94.6      99.8
+    gamma, skewness 1         93.7      50.4       93.4      91.3       93.9      99.7
+    Student's t, 5 degrees    95.8      54.3       95.8      90.3       95.6      99.3
+    Student's t, 3 degrees    96.2      65.3       96.1      92.0       95.8      98.6
+    uniform                   92.3      38.0       93.8      96.6       95.2     100.0
 
-"finds 2 sd": leaves out 0 where the true difference is two standard deviations. Where it is 0, what is not covered is a false
-verdict. Two methods that are equal have differences that are symmetric around 0, whatever their scores are like. Skewed
+"finds 2 sd": leaves out 0 where the true difference is two standard deviations, mean of both signs. Where it is 0, what is not
+covered is a false verdict. Two methods that are equal have differences that are symmetric around 0, whatever their scores are like. Skewed
 differences of mean 0, where every interval of this width errs in more than 5 %, take two methods that differ and have equal
 means.
 
