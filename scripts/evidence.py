@@ -78,8 +78,8 @@ def keep_record(name: str, record: dict[str, object]) -> None:
     """Save what a comparison found, without the folders of this machine."""
     if not record["complete"]:
         sys.exit(f"the comparison {name} is not complete; give the same command again.")
-    folder = Path(str(record["folder"]))
-    record["folder"] = str(folder.relative_to(ROOT) if folder.is_absolute() else folder)
+    folder = ROOT / str(record["folder"])
+    record["folder"] = str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
