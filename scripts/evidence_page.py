@@ -218,14 +218,22 @@ def demo_table(data: Mapping[str, Any]) -> list[str]:
         + " (95 %) | wins | step | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    return out + [demo_row(method, row, data["metric"]) for method, row in zip(methods, made, strict=True)]
+    out += [demo_row(method, row, data["metric"]) for method, row in zip(methods, made, strict=True)]
+    notes = [f"- {method.name}: {method.note}" for method in methods if method.note]
+    return [
+        *out,
+        "",
+        "edge: the lowest or highest rate that was tried; a better one may lie outside.",
+        *([""] if notes else []),
+        *notes,
+    ]
 
 
 def demo_row(method: Method, row: Row, metric: str) -> str:
     """A method of the comparison; a rate at the edge of those tried is marked."""
     parameters = "" if method.parameters is None else f"{method.parameters:,}"
     lr = "" if method.lr is None else f"{method.lr:g}" + (" (edge)" if method.rate_at_edge else "")
-    step = "" if row.step_ratio is None else f"{row.step_ratio.mean:.2f}"
+    step = "" if row.step_ratio is None else plain(row.step_ratio, 2)
     cells = [row.name, str(method.rank or ""), parameters, lr, "" if row.score is None else plain(row.score)]
     cells += [
         "" if row.gap is None else difference(row.gap, metric),
@@ -235,10 +243,10 @@ def demo_row(method: Method, row: Row, metric: str) -> str:
     return "| " + " | ".join([*cells, row.verdict.sentence]) + " |"
 
 
-def plain(score: Interval) -> str:
+def plain(score: Interval, digits: int = 4) -> str:
     """A score with its interval."""
-    ends = "" if score.low is None else f" [{score.low:.4f}, {score.high:.4f}]"
-    return f"{score.mean:.4f}{ends}"
+    ends = "" if score.low is None else f" [{score.low:.{digits}f}, {score.high:.{digits}f}]"
+    return f"{score.mean:.{digits}f}{ends}"
 
 
 def sources(data: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ LOWER, HIGHER, OPEN = (-0.3, -0.25, -0.35, -0.28, -0.31), (0.3, 0.25, 0.35, 0.28
 
 def comparison(recipes: list[str], seeds: int = 5) -> dict[str, Any]:
     """The record of a comparison in which the k-th recipe is worse than the first by k tenths."""
-    methods = [Method(name, {"recipe": name}, rank=8, parameters=1000, steps=150, lr=0.01) for name in recipes]
+    methods = [Method(name, {"recipe": name}, rank=8, parameters=1000, lr=0.01, note="A note.") for name in recipes]
     outcomes = [
         Outcome(name, seed, f"runs/{name}/s{seed}", "complete", {"loss": BASE[seed] + k / 10 + seed * k / 100})
         for k, name in enumerate(recipes)
@@ -160,6 +160,7 @@ def test_the_comparison_of_all_recipes_is_shown_once_it_is_there(tmp_path: Path,
         f"| {r}" for r in recipes
     ]
     assert re.search(r"\| hydralora \| 8 \| 1,000 \| 0.01 \| 1\.\d+ \[.*\| worse by 0\.120* nats \[", table)
+    assert "- hydralora: A note." in text
     assert "| [HydraLoRA](#hydralora) | does not hold here | not measured | not measured |" in text
 
 
