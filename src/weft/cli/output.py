@@ -124,6 +124,8 @@ _SCORES = (
     ("loss", "loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("exact_match", "exact match", "{:.1%}"),
+    ("bleu", "BLEU", "{:.1f}"),
+    ("rouge_l", "ROUGE-L", "{:.1f}"),
     ("accuracy", "accuracy", "{:.1%}"),
     ("macro_f1", "macro F1", "{:.3f}"),
 )
