@@ -108,9 +108,8 @@ def solve(recipe: CompareRecipe, found: list[Contender], scales: Scales) -> tupl
     Raises:
         ConfigError, TargetError: a method that cannot have this budget, or not be trained at all.
     """
-    equal = recipe.budget.equal
     plain = next((each.section for each in found if each.section.get("recipe") == "lora"), {"recipe": "lora"})
-    target = scales.trained(_without_rank(plain) | {"r": recipe.budget.r}) if equal == "parameters" else None
+    target = scales.trained(_without_rank(plain) | {"r": recipe.budget.r}) if recipe.budget.equal == "parameters" else None
     told = next((each.search.top_k for each in found if each.search is not None and each.search.top_k), None)
     return [_solved(recipe, each, scales, target, told) for each in found], target
 
@@ -128,7 +127,8 @@ def _solved(
     ranked = Contender(contender.name, _without_rank(contender.section) if target is None else contender.section)
 
     def section(r: int) -> dict[str, Any]:
-        return ranked.sized(r, None if recipe.scale == "own" else recipe.scale * r)
+        alpha = None if recipe.scale == "own" else recipe.scale * r
+        return ranked.sized(r, int(alpha) if alpha is not None and alpha == int(alpha) else alpha)
 
     def counted(r: int, last: bool = False) -> int:
         if blocks is None or contender.count is None:
@@ -139,13 +139,12 @@ def _solved(
     r = contender.section.get("r", recipe.budget.r) if target is None else nearest_rank(counted, target)
     made, parameters = section(r), counted(r)
     gap = None if target is None else parameters / target - 1
-    notes = _warnings(scales, made)
+    alpha, notes = _put_on(scales, made)
     if gap is not None and abs(gap) > CLOSE:
         notes.append(f"{parameters:,} trained numbers at rank {r} are as near to {target:,} as it comes.")
     if blocks is not None and counted(r, last=True) != parameters:
         notes.append("Its blocks differ in size, so its numbers depend on which it has.")
     steps, said = _steps(recipe, contender, scales)
-    alpha = cast(Any, adapter_config(made, scales.steps)).lora_alpha
     adapter = made | ({"layers": {"random": contender.count}} if contender.draws else {})
     method = Method(contender.name, adapter, r, alpha, parameters, gap, steps, note=" ".join([*notes, *said]))
     return Solved(contender, method, blocks if contender.draws else None)
@@ -224,10 +223,10 @@ def _steps(recipe: CompareRecipe, contender: Contender, scales: Scales) -> tuple
     return scales.steps - cost, [f"Its search costs {cost} steps, so its training has {scales.steps - cost}."]
 
 
-def _warnings(scales: Scales, section: dict[str, Any]) -> list[str]:
-    """What is said when the adapter is put on the model, as sentences."""
+def _put_on(scales: Scales, section: dict[str, Any]) -> tuple[float, list[str]]:
+    """The adapter's alpha, and what is said when it is put on the model, as sentences."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        scales.adapted(section)
-    said = [" ".join(str(w.message).split()) for w in caught if "/weft/" in w.filename.replace("\\", "/")]
-    return [f"{sentence[0].upper()}{sentence[1:].rstrip('.')}." for sentence in dict.fromkeys(said)]
+        config: Any = scales.adapted(section).peft_config["default"]
+    said = [" ".join(str(w.message).split()) for w in caught if w.category is UserWarning]
+    return config.lora_alpha, [f"{sentence.rstrip('.')}." for sentence in dict.fromkeys(said)]

@@ -41,7 +41,7 @@ def read(folder: Path) -> Comparison:
         higher_is_better=plan.higher_is_better,
         baseline=plan.baseline,
         seeds=plan.seeds,
-        budget=_budget(plan),
+        budget=plan.budget_sentence,
         methods=methods,
         outcomes=outcomes,
         rows=rows(methods, outcomes, plan.metric, plan.higher_is_better, plan.baseline),
@@ -162,15 +162,6 @@ def _check_same_rows(folders: Sequence[Path]) -> None:
         ):
             if not same:
                 raise RunError(f"{run.folder} was trained on another {what} than {first.folder}: they cannot be compared.")
-
-
-def _budget(plan: Plan) -> str:
-    scale = plan.recipe["scale"]
-    alpha = "alpha as each recipe has it" if scale == "own" else f"alpha = {scale:g} r"
-    if plan.budget is None:
-        return f"Equal steps: {plan.steps} each, those of a search included; {alpha}."
-    r = plan.recipe["budget"]["r"]
-    return f"Equal trained numbers: {plan.budget:,}, those of plain LoRA at r = {r}; {plan.steps} steps each; {alpha}."
 
 
 def _machine(plan: Plan) -> str:

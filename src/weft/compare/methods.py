@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +55,7 @@ class Contender:
         """The search of its layers, if it has one."""
         if self.frozen:
             return None
-        layers = getattr(adapter_config(self.section, 10**6), "layers", None)
+        layers = getattr(_config(self.section), "layers", None)
         return layers if isinstance(layers, Search) else None
 
     def sized(self, r: int, alpha: float | None) -> dict[str, Any]:
@@ -114,8 +115,8 @@ def _on_axes(fields: dict[str, Any]) -> dict[str, Any]:
         return fields
     rest = {key: value for key, value in fields.items() if key not in {"recipe", *axes}}
     own = inspect.signature(RECIPES[name]).parameters
-    config: Any = adapter_config({"recipe": name, **{key: value for key, value in rest.items() if key in own}})
-    plain: Any = adapter_config({"recipe": "lora"})
+    config = _config({"recipe": name, **{key: value for key, value in rest.items() if key in own}})
+    plain = _config({"recipe": "lora"})
     chosen = {}
     for axis in AXES:
         if axis in axes:
@@ -127,9 +128,16 @@ def _on_axes(fields: dict[str, Any]) -> dict[str, Any]:
     return chosen | {key: value for key, value in rest.items() if key not in own or key in ("r", "layers")}
 
 
+def _config(section: dict[str, Any]) -> Any:
+    """Its config, whose warnings wait until it has its rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return adapter_config(section, 10**6)
+
+
 def _check(section: dict[str, Any], name: Any) -> None:
     """Refuse what no run of it could train. Raises ConfigError."""
-    adapter_config(section, 10**6)
+    _config(section)
     layers = section.get("layers")
     if isinstance(layers, str) and layers.endswith(".json"):
         raise ConfigError(f"the method {name or section.get('recipe')} takes its layers from {layers}: list the blocks.")

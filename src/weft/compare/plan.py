@@ -123,15 +123,28 @@ class Plan:
         return Job(method.name, seed, lr, tuning, folder, recipe, self.base_dir, self.metric)
 
     def _adapter(self, method: Method, seed: int) -> dict[str, Any]:
-        adapter = seeded(method.adapter, seed)
-        if method.name in self.draws:
-            count = method.adapter["layers"]["random"]
-            adapter["layers"] = drawn_blocks(self.draws[method.name], count, seed)
-        return adapter
+        if method.name not in self.draws:
+            return seeded(method.adapter, seed)
+        count = method.adapter["layers"]["random"]
+        return seeded(method.adapter | {"layers": drawn_blocks(self.draws[method.name], count, seed)}, seed)
+
+    @property
+    def budget_sentence(self) -> str:
+        """What is equal between the methods."""
+        scale = self.recipe["scale"]
+        alpha = "alpha as each recipe has it" if scale == "own" else f"alpha = {scale:g} r"
+        if self.budget is None:
+            return f"Equal steps: {self.steps} each, those of a search included; {alpha}."
+        r = self.recipe["budget"]["r"]
+        return f"Equal trained numbers: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
+
+    def record(self) -> dict[str, Any]:
+        """The plan as plain data, as `compare.json` and `--dry-run --json` show it."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
 
     def save(self, folder: Path) -> None:
         """Write compare.json. Raises RunError."""
-        write_json(folder / "compare.json", {"format": FORMAT, **dataclasses.asdict(self)})
+        write_json(folder / "compare.json", self.record())
 
     @classmethod
     def load(cls, folder: Path) -> Plan:

@@ -112,7 +112,7 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         task=prepared.task,
         seed=recipe.train.seed,
         steps=prepared.steps,
-        versions={name: version(name) for name in PACKAGES} | {"python": platform.pythonversion()},
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
         threads=torch.get_num_threads(),
         base={"source": prepared.base.source, **dataclasses.asdict(prepared.fingerprint)},
