@@ -53,6 +53,8 @@ class Run:
     time: dict[str, Any] = field(default_factory=dict)
     """Seconds of each phase, and when they began (UTC)."""
     metrics: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    """What it cost and how large its adapter is, see `weft.train.figures`; empty until it is complete."""
 
     @property
     def adapter_folder(self) -> Path:
