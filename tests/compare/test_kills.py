@@ -7,10 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import killed_comparison
 import pytest
 from comparing import quality
-
-import killed_comparison
 
 KILLS = 5
 

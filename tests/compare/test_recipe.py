@@ -73,7 +73,10 @@ def test_a_read_recipe_reads_the_same_again():
     ("methods", "sentence"),
     [
         (["lora", "lora"], "'lora' and 'lora' would share a folder"),
-        ([{"recipe": "lora", "name": "A b"}, {"recipe": "lora", "name": "a-b"}], "'A b' and 'a-b' would share a folder"),
+        (
+            [{"recipe": "lora", "name": "A b"}, {"recipe": "lora", "name": "a-b"}],
+            "'A b' and 'a-b' would share a folder",
+        ),
         (["hydralroa"], "did you mean 'hydralora'"),
         ([{"recipe": "lora", "heads": 3}], "adapter lora has no key 'heads'"),
         ([{"control": "random_layer"}], "did you mean 'random_layers'"),
@@ -92,7 +95,11 @@ def test_a_method_that_cannot_be_is_refused_in_a_sentence(methods: list[Any], se
 
 def test_methods_are_called_by_recipe_and_axes_unless_they_have_a_name():
     found = contenders(
-        ["peft:lora", {"recipe": "lora", "structure": "hydra", "boost": {"dash": {"after": 3}}}, {"recipe": "lora", "name": "x"}]
+        [
+            "peft:lora",
+            {"recipe": "lora", "structure": "hydra", "boost": {"dash": {"after": 3}}},
+            {"recipe": "lora", "name": "x"},
+        ]
     )
     assert [each.name for each in found] == ["peft:lora", "lora + hydra + dash", "x"]
     assert [each.slug for each in found] == ["peft-lora", "lora-hydra-dash", "x"]
