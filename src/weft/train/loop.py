@@ -25,7 +25,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from weft.errors import ConfigError, RunError, WeftError
+from weft.errors import ConfigError, DivergedError, RunError, WeftError
 from weft.glue.attach import warn_of_missing
 from weft.train import arguments, checkpoint, figures, layers
 from weft.train.adapter import parameters, write_adapter
@@ -113,8 +113,8 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         task=prepared.task,
         seed=recipe.train.seed,
         steps=prepared.steps,
-        versions={name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        device=arguments.device(),
         threads=torch.get_num_threads(),
         base={"source": prepared.base.source, **dataclasses.asdict(prepared.fingerprint)},
         adapter=_plain(adapter.to_dict()),
@@ -146,7 +146,8 @@ def _announce(run: Run) -> None:
     )
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package, or `missing`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -289,7 +290,9 @@ def _reason(error: Exception) -> str:
 def _check_finite(metrics: dict[str, float]) -> None:
     for name in ("train_loss", "validation_loss"):
         if not math.isfinite(metrics.get(name, 0.0)):
-            raise RunError(f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup.")
+            raise DivergedError(
+                f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup."
+            )
 
 
 def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:
