@@ -55,7 +55,6 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
     }
     y = {"field": "name", "type": "nominal", "sort": names, "title": None}
     x = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 6}, "scale": {"nice": True}}
-    mean, seed = ({"filter": f"datum.of === '{of}'"} for of in ("mean", "seed"))
     says = tooltip(
         ("name", "method", None),
         ("said", "difference", None),
@@ -64,26 +63,20 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
         ("kind", "verdict", None),
     )
     one = tooltip(("name", "method", None), ("seed", "seed", "d"), ("said", "difference", None))
+    bar: Spec = {"type": "rule", "size": 3, "opacity": 0.55}
+    drawn: Spec = {"y": y, "color": colour}
     layers: list[Spec] = [
+        {"mark": {"type": "rule", "color": GREY, "tooltip": None}, "encoding": {"x": {"datum": 0}}},
+        *_where(rows, "low", bar, {**drawn, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "tooltip": says}),
         {
-            "data": {"values": [{"zero": 0}]},
-            "mark": {"type": "rule", "color": GREY, "tooltip": None},
-            "encoding": {"x": {"datum": 0}},
-        },
-        {
-            "transform": [mean, {"filter": "isValid(datum.low)"}],
-            "mark": {"type": "rule", "size": 3, "opacity": 0.55},
-            "encoding": {"y": y, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "color": colour, "tooltip": says},
-        },
-        {
-            "transform": [seed],
+            "transform": [{"filter": "datum.of === 'seed'"}],
             "mark": {"type": "point", "filled": True, "size": 22, "opacity": 0.5},
-            "encoding": {"y": y, "x": x, "color": colour, "tooltip": one},
+            "encoding": {**drawn, "x": x, "tooltip": one},
         },
         {
-            "transform": [mean],
+            "transform": [{"filter": "datum.of === 'mean'"}],
             "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1},
-            "encoding": {"y": y, "x": x, "color": colour, "tooltip": says},
+            "encoding": {**drawn, "x": x, "tooltip": says},
         },
     ]
     return charts.spec(rows, (ROW + 6) * len(names) + 10, params=pick[0], transform=pick[1], layer=layers)
@@ -108,6 +101,12 @@ def _named(names: Sequence[str], baseline: str, channel: str) -> Spec:
         },
         "legend": legend,
     }
+
+
+def _where(rows: Rows, field: str, mark: Spec, encoding: Spec) -> list[Spec]:
+    """A layer of the rows that have a field; none where none has it, for a scale without values complains."""
+    layer = {"transform": [{"filter": f"isValid(datum.{field})"}], "mark": mark, "encoding": encoding}
+    return [layer] if any(row.get(field) is not None for row in rows) else []
 
 
 PICKED: Spec = {"name": "picked", "select": {"type": "point", "fields": ["name"], "toggle": "true"}, "bind": "legend"}
@@ -136,16 +135,8 @@ def costs(rows: Rows, names: Sequence[str], baseline: str, x: Spec, y: Spec, say
             },
             "encoding": {"x": x, "y": y, "order": {"field": "x", "type": "quantitative"}},
         },
-        {
-            "transform": [{"filter": "isValid(datum.y_low)"}],
-            "mark": bar,
-            "encoding": {"x": x, "y": {**y, "field": "y_low"}, "y2": {"field": "y_high"}, **shared},
-        },
-        {
-            "transform": [{"filter": "isValid(datum.x_low)"}],
-            "mark": bar,
-            "encoding": {"y": y, "x": {**x, "field": "x_low"}, "x2": {"field": "x_high"}, **shared},
-        },
+        *_where(rows, "y_low", bar, {"x": x, "y": {**y, "field": "y_low"}, "y2": {"field": "y_high"}, **shared}),
+        *_where(rows, "x_low", bar, {"y": y, "x": {**x, "field": "x_low"}, "x2": {"field": "x_high"}, **shared}),
         {
             "params": [PICKED],
             "mark": {"type": "point", "filled": True, "size": 90},
@@ -175,23 +166,14 @@ def curves(
         "scale": scale,
         "axis": {"tickCount": 6, "format": "~g"},
     }
-    band = {
-        "transform": [{"filter": "isValid(datum.low)"}],
-        "mark": {"type": "area", "tooltip": None},
-        "encoding": {
-            "x": x,
-            "y": {**y, "field": "low"},
-            "y2": {"field": "high"},
-            "color": colour,
-            "opacity": _faded(0.16),
-        },
-    }
+    within = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": _faded(0.16)}
+    band = _where(rows, "low", {"type": "area", "tooltip": None}, within)
     line = {
         "params": [PICKED],
         "mark": {"type": "line", "size": 1.8, "point": {"size": 18}},
         "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash, "opacity": _faded(1), "tooltip": says},
     }
-    return charts.spec(rows, 280, params=pick[0], transform=pick[1], layer=[band, line])
+    return charts.spec(rows, 280, params=pick[0], transform=pick[1], layer=[*band, line])
 
 
 def beside_the_baseline(names: Sequence[str]) -> Pick:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from weft.compare.record import Comparison, Row
 from weft.report.comparison import drawing
 from weft.report.comparison.parts import Part, of_method
-from weft.report.comparison.spread import interval, paired
+from weft.report.comparison.spread import paired
 from weft.report.comparison.wording import KINDS, Metric, between, counted, is_frozen, listed, metric
 
 

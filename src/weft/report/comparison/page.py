@@ -35,7 +35,9 @@ def page(evidence: Evidence, title: str | None = None) -> str:
     """
     found, shown = evidence.found, list(parts(evidence))
     specs = {
-        f"{part.key}-{n}": {**spec, "description": alt} for part in shown for n, (alt, spec) in enumerate(part.charts)
+        f"{part.key}-{n}": {**chart.spec, "description": chart.alt}
+        for part in shown
+        for n, chart in enumerate(part.charts)
     }
     said = sentences(found)
     return render(

@@ -55,14 +55,22 @@ class Sheet:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A chart, its caption, and what it shows for those who cannot see it."""
+
+    caption: str
+    alt: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
 class Part:
     """One part of the page."""
 
     key: str
     title: str
     lead: str
-    charts: Sequence[tuple[str, Spec]] = field(default_factory=list)
-    """(what it shows, for those who cannot see it; the chart)."""
+    charts: Sequence[Chart] = field(default_factory=list)
     sheet: Sheet | None = None
     folded: bool = False
     """Whether the table waits behind a line to open it with, below the charts that show the same."""

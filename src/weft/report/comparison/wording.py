@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from weft.compare.record import Comparison, Interval, Kind, Outcome
+from weft.compare.record import Comparison, Interval, Kind, Outcome, Row
 from weft.report.comparison.parts import Cell
 
 KINDS: dict[Kind, str] = {
@@ -83,6 +83,8 @@ def between(interval: Interval, text: Callable[[float], str]) -> str:
     """The interval in words; what one seed has instead of one."""
     if interval.low is None or interval.high is None:
         return "one seed, no interval"
+    if interval.low == interval.high:
+        return "the same for every seed"
     return f"{text(interval.low)} to {text(interval.high)}"
 
 
@@ -154,6 +156,11 @@ def counted(number: int, what: str) -> str:
     ('1 seed', '5 seeds')
     """
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def kind_of(found: Comparison, row: Row) -> str:
+    """What the page says of a row in a word or two."""
+    return "frozen base" if is_frozen(found, row.name) else KINDS[row.verdict.kind]
 
 
 def is_frozen(found: Comparison, name: str) -> bool:
