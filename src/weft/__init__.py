@@ -14,6 +14,7 @@ from weft.errors import (
     CombinationError,
     ConfigError,
     DataError,
+    DivergedError,
     MergeError,
     ModelError,
     RunError,
@@ -54,6 +55,7 @@ from weft.times import epochs
 register()
 
 if TYPE_CHECKING:
+    from weft.compare import compare
     from weft.export import export_lora, merge
     from weft.report.heads import suggest_heads
     from weft.report.inspecting import inspect
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from weft.train.directions import directions
 
 _LAZY = {
+    "compare": "weft.compare",
     **dict.fromkeys(("export_lora", "merge"), "weft.export"),
     **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weft.search"),
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
@@ -82,6 +85,7 @@ __all__ = [
     "Dash",
     "DataError",
     "Directions",
+    "DivergedError",
     "FlexoraConfig",
     "Hydra",
     "HydraLoraConfig",
@@ -107,6 +111,7 @@ __all__ = [
     "WeftConfig",
     "WeftError",
     "attach",
+    "compare",
     "directions",
     "epochs",
     "evaluate",
@@ -129,7 +134,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:  # the training stack loads transformers models and trl: only when asked for
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module = importlib.import_module(_LAZY[name])
+        return module if module.__name__ == f"weft.{name}" else getattr(module, name)  # a package that can be called
     raise AttributeError(f"module 'weft' has no attribute {name!r}")
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli import bench, output
+from weft.cli.compare import compare
 from weft.cli.directions import directions
 from weft.cli.display import watching
 from weft.cli.export import export
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.command()(directions)
 app.command()(search)
+app.command()(compare)
 app.command()(export)
 app.command()(inspect)
 app.command()(heads)
