@@ -12,8 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from weft.compare.record import Comparison, Method, Outcome, Rate, Row, Verdict
-from weft.report.comparison.spread import interval
+from weft.compare.record import Comparison, Method, Outcome, Rate
+from weft.compare.rows import rows
 from weft.train.run import Run
 
 PLANTED = {"lora": 0.0, "hydralora": -0.004, "tied_lora": 0.03, "alora": 0.001, "flexora": 0.0005, "lora_dash": -0.0004}
@@ -31,16 +31,13 @@ NONE = "none"
 
 
 def comparison(
-    seeds: int = 5, names: tuple[str, ...] = tuple(PLANTED), domains: bool = True, folder: str = "compared"
+    seeds: int = 5, names: tuple[str, ...] = tuple(PLANTED), domains: bool = True, folder: str = "top"
 ) -> Comparison:
-    """Losses around 0.05 that differ by what is planted, with noise of 0.001 that a seed's methods share, and 0.0005 of their own."""
+    """Losses around 0.05 that differ by what is planted, with noise of 0.001 per seed and of 0.0005 per run."""
     methods = [_method(name) for name in names]
     outcomes = [_outcome(method, seed, domains) for method in methods for seed in range(seeds)]
     methods.append(Method(NONE, {"recipe": NONE}))
-    outcomes += [
-        Outcome(NONE, seed, f"runs/{NONE}/seed-{seed}", "complete", {"loss": 4.6543, "exact_match": 0.03125})
-        for seed in range(seeds)
-    ]
+    outcomes += [Outcome(NONE, 0, "runs/none/base", "complete", {"loss": 4.6543, "exact_match": 0.03125})]
     bare = Comparison(
         folder=folder, model="demo", data="demo", task="causal", metric="loss", higher_is_better=False, baseline="lora",
         seeds=list(range(seeds)), budget="Every method trains about 146,432 numbers for 150 steps of 8 rows.", methods=methods,
@@ -51,8 +48,9 @@ def comparison(
 
 
 def judged(found: Comparison) -> Comparison:
-    """The comparison with rows that its outcomes give: better and worse by the interval of the planted size."""
-    return dataclasses.replace(found, rows=[_row(found, method.name) for method in found.methods])
+    """The comparison with the rows that its outcomes give."""
+    made = rows(found.methods, found.outcomes, found.metric, found.higher_is_better, found.baseline)
+    return dataclasses.replace(found, rows=made)
 
 
 def changed(found: Comparison, name: str, seed: int, **fields: Any) -> Comparison:
@@ -132,29 +130,3 @@ def _outcome(method: Method, seed: int, domains: bool) -> Outcome:
         },
         curve,
     )  # fmt: skip
-
-
-def _row(found: Comparison, name: str) -> Row:
-    own, base = ({o.seed: o for o in found.of(n) if o.status == "complete"} for n in (name, found.baseline))
-    score = interval([o.scores[found.metric] for o in own.values()])
-    both = sorted(own.keys() & base.keys())
-    gaps = [own[seed].scores[found.metric] - base[seed].scores[found.metric] for seed in both]
-    if name in (found.baseline, NONE):
-        said = (
-            f"{name} is what the others are held against."
-            if name == found.baseline
-            else "The frozen base has a loss of 4.6543."
-        )
-        return Row(name, score, None, 0, Verdict("baseline" if name == found.baseline else "worse", said))
-    gap, verdict = interval(gaps), Verdict("single", f"{name}: one seed, no verdict.")
-    if gap is not None and gap.low is not None and gap.high is not None:
-        kind = "better" if gap.high < 0 else "worse" if gap.low > 0 else "undecided"
-        size = f"{abs(gap.mean):.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
-        said = {
-            "better": f"{name} is better than {found.baseline} by {size} at n = {gap.n}.",
-            "worse": f"{name} is worse than {found.baseline} by {size} at n = {gap.n}.",
-            "undecided": f"{name} is not distinguishable from {found.baseline} at n = {gap.n}; about 20 seeds would settle it.",
-        }[kind]
-        verdict = Verdict(kind, said, 20 if kind == "undecided" else None)  # type: ignore[arg-type]
-    ratio = [own[s].figures.get("cpu_per_step", 1.0) / base[s].figures.get("cpu_per_step", 1.0) for s in both]
-    return Row(name, score, gap, sum(value < 0 for value in gaps), verdict, interval(ratio))

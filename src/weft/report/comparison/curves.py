@@ -10,11 +10,13 @@ from weft.compare.record import Comparison
 from weft.report import charts
 from weft.report.charts import tooltip
 from weft.report.comparison import drawing
-from weft.report.comparison.parts import Part
+from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet
 from weft.report.comparison.spread import interval
 from weft.report.comparison.wording import between, metric
 
 WHAT = {"training loss": "loss", "validation loss": "validation_loss"}
+SHOWN = 6
+"""Steps of a curve in the table."""
 POINTS = 80
 """Points of a curve that are drawn; of a longer one an even choice, with its last."""
 
@@ -43,8 +45,9 @@ def curves(found: Comparison) -> Iterator[Part]:
         "Means over seeds in bands of their intervals. The list picks a method to stand beside "
         f"{found.baseline}; clicks in the legend pick several, a double click shows all again."
     )
-    table = f"{' and '.join(whats)} of {', '.join(names)} over optimiser steps"
-    yield Part("curves", "Learning curves", lead, [(table.capitalize(), chart)])
+    what = " and ".join(whats).capitalize()
+    alt = f"{what} of {', '.join(names)} over optimiser steps"
+    yield Part("curves", "Learning curves", lead, [Chart(what, alt, chart)], _sheet(found, rows, names), folded=True)
 
 
 def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[str, Any]]:
@@ -71,6 +74,23 @@ def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[s
                     "high": whole.high,
                 }  # a loss below 0 has no place on the axis
             yield row
+
+
+def _sheet(found: Comparison, rows: list[dict[str, Any]], names: list[str]) -> Sheet:
+    """The curves at a few steps."""
+    lines, text = [], metric("loss").text
+    for what in WHAT:
+        steps = sorted({row["step"] for row in rows if row["what"] == what})
+        at = {(row["name"], row["step"]): row for row in rows if row["what"] == what}
+        for step in sorted({steps[(len(steps) - 1) * n // (SHOWN - 1)] for n in range(SHOWN)}) if steps else []:
+            cells = [Cell(what, order=what), Cell(f"{step:,}", order=step)]
+            held = [at.get((name, step)) for name in names]
+            cells += [
+                Cell("–") if row is None else Cell(text(row["value"]), row["interval"], row["value"]) for row in held
+            ]
+            lines.append(Line("", "", cells))
+    columns = [Column("what", number=False), Column("step"), *map(Column, names)]
+    return Sheet("Learning curves", columns, lines)
 
 
 def _thinned(steps: list[int]) -> list[int]:

@@ -8,10 +8,13 @@ from weft.compare.record import Comparison
 from weft.report import charts
 from weft.report.comparison import drawing
 from weft.report.comparison.opening import axis
-from weft.report.comparison.parts import Cell, Column, Line, Part, Sheet, of_method
+from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet, of_method
 from weft.report.comparison.results import ranking
 from weft.report.comparison.spread import interval, paired, scores
-from weft.report.comparison.wording import KINDS, is_frozen, mean_cell, metric
+from weft.report.comparison.wording import KINDS, is_frozen, kind_of, mean_cell, metric
+
+DOMAIN = KINDS["undecided"]
+"""Differences within domains have no verdicts; all stand in one colour."""
 
 
 def domains(found: Comparison) -> Iterator[Part]:
@@ -26,26 +29,17 @@ def domains(found: Comparison) -> Iterator[Part]:
             each = paired(found, row.name, found.metric, domain)
             whole = interval(list(each.values()))
             if whole is not None and row.name != found.baseline and not is_frozen(found, row.name):
-                rows += drawing.forest_rows(row.name, _side(whole, found), whole, each, how, domain=domain)
-    charts_ = []
+                rows += drawing.forest_rows(row.name, DOMAIN, whole, each, how, domain=domain)
+    drawn = []
     if rows:
         pick = charts.choice("domain", "Domain", list(dict.fromkeys(row["domain"] for row in rows)), "domain")
-        charts_ = [
-            (
-                f"Difference in {how.title} to {found.baseline} within a domain, by method",
-                drawing.forest(rows, axis(found, how), pick),
-            )
-        ]
+        what = f"Difference in {how.title} to {found.baseline} within a domain"
+        drawn = [Chart(what, f"{what}, by method", drawing.forest(rows, axis(found, how), pick))]
     lead = (
         f"{how.title.capitalize()} in each domain, paired by seed as above. With {len(names)} domains and several methods some "
         "interval will leave out 0 by luck: these are leads, not verdicts."
     )
-    yield Part("domains", "By domain", lead, charts_, _sheet(found, names), folded=bool(charts_))
-
-
-def _side(whole: object, found: Comparison) -> str:
-    """Domains have no verdicts; all stand in one colour."""
-    return KINDS["undecided"] if getattr(whole, "n", 1) > 1 else KINDS["single"]
+    yield Part("domains", "By domain", lead, drawn, _sheet(found, names), folded=bool(drawn))
 
 
 def _sheet(found: Comparison, names: list[str]) -> Sheet:
@@ -58,6 +52,6 @@ def _sheet(found: Comparison, names: list[str]) -> Sheet:
             mean_cell(interval(list(scores(found, row.name, found.metric, domain).values())), how.text, link)
             for domain in names
         ]
-        lines.append(Line(row.name, KINDS[row.verdict.kind], cells))
+        lines.append(Line(row.name, kind_of(found, row), cells))
     columns = [Column("method", number=False), *(Column(domain, how.title) for domain in names)]
     return Sheet(f"{how.title.capitalize()} by domain", columns, lines)

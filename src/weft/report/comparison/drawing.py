@@ -51,7 +51,7 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
         "type": "nominal",
         "title": None,
         "scale": {"domain": kinds, "range": [VERDICTS[kind] for kind in kinds]},
-        "legend": {} if len(kinds) > 1 else None,
+        "legend": {"symbolOpacity": 1} if len(kinds) > 1 else None,
     }
     y = {"field": "name", "type": "nominal", "sort": names, "title": None}
     x = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 6}, "scale": {"nice": True}}
@@ -159,12 +159,13 @@ def curves(
         "scale": {"nice": False},
     }
     scale: Spec = {"type": "log", "nice": False} if log else {"zero": False}
+    ticks: Spec = {"tickCount": 6, "format": "~g", "grid": not log}
     y = {
         "field": "value",
         "type": "quantitative",
         "title": title,
         "scale": scale,
-        "axis": {"tickCount": 6, "format": "~g"},
+        "axis": ticks,
     }
     within = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": _faded(0.16)}
     band = _where(rows, "low", {"type": "area", "tooltip": None}, within)

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from weft.report.comparison.curves import curves
 from weft.report.comparison.domains import domains
 from weft.report.comparison.evidence import Evidence
-from weft.report.comparison.opening import differences, facts, overall, sentences, warnings
+from weft.report.comparison.opening import differences, facts, overall, verdicts, warnings
 from weft.report.comparison.parts import Part
 from weft.report.comparison.places import inside
 from weft.report.comparison.quality import quality
 from weft.report.comparison.results import results
 from weft.report.comparison.runs import columns, groups, recipes
-from weft.report.comparison.wording import KINDS
 from weft.report.web import render
 
 
@@ -39,7 +38,7 @@ def page(evidence: Evidence, title: str | None = None) -> str:
         for part in shown
         for n, chart in enumerate(part.charts)
     }
-    said = sentences(found)
+    said = verdicts(found)
     return render(
         "comparison.html.jinja",
         specs,
@@ -48,15 +47,11 @@ def page(evidence: Evidence, title: str | None = None) -> str:
         found=found,
         title=title or f"{found.model} on {found.data}",
         overall=overall(found),
-        sentences=said,
+        verdicts=said,
         warnings=warnings(found),
         facts=[(what, value) for what, value in facts(found) if value],
         parts=shown,
-        kinds=[
-            kind
-            for kind in KINDS.values()
-            if any(row.verdict.kind in KINDS and KINDS[row.verdict.kind] == kind for row in found.rows)
-        ],
+        kinds=list(dict.fromkeys(each.kind for each in said)),
         run_columns=columns(found),
         groups=groups(found),
         recipes=recipes(evidence),

@@ -1,4 +1,4 @@
-"""Where ranks, layers, heads and directions went: what `weft inspect` finds in the adapters, as means over the seeds of a method."""
+"""Where ranks, layers, heads and directions went: what `weft inspect` finds in adapters, as means over seeds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from weft.report import charts
-from weft.report.charts import Spec, tooltip
+from weft.report.charts import tooltip
 from weft.report.comparison.evidence import Evidence
-from weft.report.comparison.parts import Part
+from weft.report.comparison.parts import Chart, Part
 from weft.report.comparison.wording import listed
 from weft.report.measure import split_name
 from weft.report.parts.section import places
@@ -33,8 +33,8 @@ def inside(evidence: Evidence) -> Iterator[Part]:
     ]
     if shown:
         lead = (
-            "Means over the seeds of a method; the tooltip has the spread. Sizes are compared within a chart, so the same shade means "
-            "the same number for every method. "
+            "Means over the seeds of a method; the tooltip has the spread. In a chart, the same shade is the same number for every "
+            "method. "
             f"For routers, change rates of W and one run at a time: weft inspect RUN --html page.html.{_left_out(evidence)}"
         )
         yield Part("inside", "Where ranks, layers, heads and directions went", lead, shown)
@@ -63,7 +63,7 @@ def _gains(found: Inspection) -> dict[str, float]:
     return {site: statistics.fmean(held) for site, held in gains.items() if held}
 
 
-def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Numbers) -> Iterator[tuple[str, Spec]]:
+def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Numbers) -> Iterator[Chart]:
     """A heatmap over the sites of a chosen method."""
     rows: list[dict[str, Any]] = []
     for name, looks in evidence.looks.items():
@@ -95,10 +95,11 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
         methods = list(dict.fromkeys(row["pick"] for row in rows))
         pick = charts.choice("pick", "Method", methods, "pick") if len(methods) > 1 else ([], [])
         of = f" ({methods[0]})" if len(methods) == 1 else ""
-        yield f"{what}, by block and module{of}", charts.heatmap(rows, written, says, pick=pick)
+        alt = f"{what}, by block and module, for {listed(methods)}"
+        yield Chart(f"{what}{of}", alt, charts.heatmap(rows, written, says, pick=pick))
 
 
-def _selected(evidence: Evidence) -> Iterator[tuple[str, Spec]]:
+def _selected(evidence: Evidence) -> Iterator[Chart]:
     """How often each block is adapted, by the methods that do not adapt them all."""
     seeds = {name: len(looks) for name, looks in evidence.looks.items()}
     held = {name: [_blocks(found) for found in looks] for name, looks in evidence.looks.items()}
@@ -115,7 +116,9 @@ def _selected(evidence: Evidence) -> Iterator[tuple[str, Spec]]:
     ]
     says = tooltip(("method", "method", None), ("block", "block", None), ("times", "seeds that adapt it", None))
     chart = charts.heatmap(rows, ".0%", says, axes=("block", "method"))
-    yield f"How often each block is adapted, over the seeds of {listed(some)}", chart
+    yield Chart(
+        "How often each block is adapted", f"How often each block is adapted, over the seeds of {listed(some)}", chart
+    )
 
 
 def _blocks(found: Inspection) -> list[str]:

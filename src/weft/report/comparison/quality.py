@@ -9,7 +9,7 @@ from weft.compare.record import Comparison, Interval, Outcome
 from weft.report import charts
 from weft.report.charts import Spec, tooltip
 from weft.report.comparison import drawing
-from weft.report.comparison.parts import Part
+from weft.report.comparison.parts import Chart, Part
 from weft.report.comparison.results import ranking
 from weft.report.comparison.spread import interval
 from weft.report.comparison.wording import between, count, figures, is_frozen, listed, metric
@@ -21,10 +21,10 @@ def quality(found: Comparison) -> Iterator[Part]:
     """A chart per cost, where at least two methods are known by it."""
     how = metric(found.metric)
     costs: list[tuple[str, str, Mapping[str, Interval], Text]] = [
-        ("trained numbers", "Trained numbers", trained(found), count),
+        ("trained numbers", f"{how.title.capitalize()} and trained numbers", trained(found), count),
         (
             "CPU seconds of training",
-            "Time",
+            f"{how.title.capitalize()} and time",
             seconds(found),
             lambda value: f"{value:,.0f} s" if value >= 10 else f"{value:.2g} s",
         ),
@@ -36,8 +36,8 @@ def quality(found: Comparison) -> Iterator[Part]:
             best = front(points, found.higher_is_better)
             for point in points:
                 point["front"] = point["name"] in best
-            said = f"{how.title} against {what}; no method beats {listed(best)} in both"
-            shown.append((f"{title}: {said}", _chart(found, points, what)))
+            alt = f"{how.title} against {what}; no method is both cheaper and better than {listed(best)}"
+            shown.append(Chart(title, alt, _chart(found, points, what)))
             fronts.append(f"in {what}, {listed(best)}")
     if shown:
         lead = (
@@ -111,11 +111,15 @@ def _chart(found: Comparison, points: list[dict[str, Any]], what: str) -> Spec:
         ("n", "seeds", "d"),
         ("cost", what, None),
     )
-    xs = [point["x"] for point in points]
-    wide: dict[str, Any] = {"type": "log"} if min(xs) > 0 and max(xs) > 8 * min(xs) else {"zero": False}
-    x = charts.quantity("x", what, "~s", **wide, padding=14)
-    y = charts.quantity("y", f"{how.title}{how.unit} ({how.direction})", "~g", zero=False, padding=8)
+    x = charts.quantity("x", what, "~s", **_wide([point["x"] for point in points]), padding=14)
+    title = f"{how.title}{how.unit} ({how.direction})"
+    y = charts.quantity("y", title, "~g", **_wide([point["y"] for point in points]), padding=8)
     return drawing.costs(points, shown, found.baseline, x, y, says)
+
+
+def _wide(values: list[float]) -> dict[str, Any]:
+    """A scale on which small values can be told apart beside large ones."""
+    return {"type": "log", "nice": False} if min(values) > 0 and max(values) > 8 * min(values) else {"zero": False}
 
 
 def _frozen(found: Comparison) -> str:

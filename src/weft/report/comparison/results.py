@@ -8,11 +8,10 @@ from weft.compare.record import Comparison, Outcome, Row
 from weft.report.comparison.parts import Cell, Column, Line, Part, Sheet, of_method
 from weft.report.comparison.spread import interval, score
 from weft.report.comparison.wording import (
-    KINDS,
     METRICS,
     count,
     figures,
-    is_frozen,
+    kind_of,
     mean_cell,
     metric,
     rate,
@@ -36,10 +35,11 @@ def results(found: Comparison) -> Part:
         Column("export", "on disk"),
         Column("learning rate", "chosen for it"),
         Column("step ratio", f"CPU, to {found.baseline}"),
+        Column("training", "seconds"),
         Column("tokens/s"),
         Column("memory", "peak"),
     ]
-    lines = [Line(row.name, KINDS[row.verdict.kind], list(_cells(found, row, others))) for row in ranking(found)]
+    lines = [Line(row.name, kind_of(found, row), list(_cells(found, row, others))) for row in ranking(found)]
     level = next((row.score.level for row in found.rows if row.score), 0.95)
     lead = (
         f"Means over seeds with {level:.0%} intervals. Every number leads to the runs it comes from, every name to its recipe; "
@@ -63,10 +63,7 @@ def other_metrics(found: Comparison) -> list[str]:
 def _cells(found: Comparison, row: Row, others: Iterable[str]) -> Iterable[Cell]:
     how, method, link = metric(found.metric), found.method(row.name), of_method(found, row.name, "runs")
     complete = [outcome for outcome in found.of(row.name) if outcome.status == "complete"]
-    frozen = is_frozen(found, row.name)
-    yield Cell(
-        row.name, "frozen base" if frozen else KINDS[row.verdict.kind], row.name, of_method(found, row.name, "recipe")
-    )
+    yield Cell(row.name, kind_of(found, row), row.name, of_method(found, row.name, "recipe"))
     yield mean_cell(row.score, how.text, link)
     yield mean_cell(row.gap, how.gap, link, row.verdict.kind)
     yield Cell(f"{row.wins} of {row.gap.n}", order=row.wins, link=link) if row.gap else Cell("–")
@@ -83,6 +80,7 @@ def _cells(found: Comparison, row: Row, others: Iterable[str]) -> Iterable[Cell]
         else Cell(rate(method.lr), "at the edge" if method.rate_at_edge else "", method.lr, link)
     )
     yield mean_cell(row.step_ratio, lambda value: f"{value:.2f}", link)
+    yield _measured(complete, "train_seconds", lambda value: f"{value:,.3g}", link)
     yield _measured(complete, "tokens_per_s", lambda value: f"{value:,.0f}", link)
     yield _measured(complete, "peak_bytes", size, link)
 

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 
-from scipy.stats import t
-
+from weft.compare import stats
 from weft.compare.record import Comparison, Interval, Outcome
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
+def interval(values: Sequence[float]) -> Interval | None:
     """The mean and its interval; None without a number that is finite."""
     known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return None
-    mean, n = statistics.fmean(known), len(known)
-    if n == 1:
-        return Interval(mean, None, None, 1, level)
-    half = float(t.ppf((1 + level) / 2, n - 1)) * statistics.stdev(known) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n, level)
+    return stats.interval(known) if known else None
 
 
 def score(outcome: Outcome, metric: str, domain: str | None = None) -> float | None:
