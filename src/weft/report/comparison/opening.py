@@ -75,13 +75,15 @@ def _sentence(found: Comparison, row: Row) -> str:
     """With n where the verdict does not say it, and with the numbers where there is no verdict."""
     said, how = row.verdict.sentence, metric(found.metric)
     if is_frozen(found, row.name) and row.score:
-        return f"has a {how.title} of {how.text(row.score.mean)} without training"
+        return f"{how.title} {how.text(row.score.mean)} without training"
     if row.gap and row.verdict.kind == "single":
         return (
             f"{said}; its {how.title} lies {how.gap(row.gap.mean)} {how.gap_unit}".rstrip()
             + f" from {found.baseline}'s"
         )
-    return f"{said} (n = {row.gap.n})" if row.gap and row.verdict.kind in ("better", "worse") else said
+    if row.gap and row.verdict.kind in ("better", "worse") and "seeds" not in said:
+        return f"{said} over {counted(row.gap.n, 'seed')}"
+    return said
 
 
 def facts(found: Comparison) -> Iterator[tuple[str, str]]:
