@@ -71,7 +71,7 @@ def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterato
 
 
 class _Lines:
-    """A line when a run has ended, but no more than one every few seconds."""
+    """A line every few seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.shown = clock, -LINE_EVERY

@@ -19,6 +19,7 @@ from weft.compare.recipe import CompareRecipe
 from weft.compare.record import Comparison, Method
 from weft.compare.work import SCORES, status
 from weft.errors import ConfigError, RunError
+from weft.numbers import is_whole
 from weft.train.files import read_json, write_json, writing
 from weft.train.progress import Tick
 from weft.train.run import differences
@@ -62,8 +63,8 @@ def compare(
     watch: Watch,
 ) -> Comparison:
     """See `weft.compare.compare`."""
-    if jobs < 1:
-        raise ConfigError(f"jobs={jobs} runs nothing: use a whole number from 1 up.")
+    if not is_whole(jobs, 0):
+        raise ConfigError(f"jobs={jobs!r} is no number of runs: use a whole number from 1 up, or 0 for none but this process.")
     recipe = CompareRecipe.read(source, *overrides)
     folder = Path(recipe.out).expanduser()
     _check_place(folder, recipe, overwrite)
@@ -72,17 +73,15 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     with in_charge(folder) as lock:
         plan = _settled(folder, recipe, plan, overwrite)
-        if jobs not in plan.jobs:
-            plan = dataclasses.replace(plan, jobs=sorted({*plan.jobs, jobs}))
-            plan.save(folder)
         queue = Queue(plan, folder, watch)
-        if queue.left == 0:
-            pass
-        elif jobs == 1:
-            pool.here(folder, queue.following, queue.told)
-        else:
-            with pool.Pool(min(jobs, queue.left), folder, lock) as workers:
-                workers.run(queue.following, queue.told)
+        if queue.left:
+            at_once = max(jobs, 1)
+            dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
+            if jobs == 0:
+                pool.here(folder, queue.following, queue.told)
+            else:
+                with pool.Pool(at_once, folder, lock) as processes:
+                    processes.run(queue.following, queue.told)
         comparison = found.read(folder)
         write_json(folder / RESULT, comparison.record())
     return comparison
