@@ -13,8 +13,12 @@ from weft.cli import output
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUNS...", help="A comparison's folder, or run folders.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page; it needs no network.")] = Path("report.html"),
-    baseline: Annotated[str | None, typer.Option(help="What the others are held against; plain LoRA if not given.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What the verdicts are about, such as loss or exact_match.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="What the others are held against; plain LoRA if not given.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What the verdicts are about, such as loss or exact_match.")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="The heading; the model and its data if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
