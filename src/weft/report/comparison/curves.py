@@ -40,6 +40,8 @@ def curves(found: Comparison) -> Iterator[Part]:
     picks = charts.together(charts.choice("what", "Show", whats, "what"), drawing.beside_the_baseline(names))
     values = [row["value"] for row in rows]
     log = min(values) > 0 and max(values) > 20 * min(values)
+    for row in rows if log else []:  # what is not above 0 has no place on this axis
+        row |= {"low": max(row["low"], min(values) / 2)} if "low" in row else {}
     chart = drawing.curves(rows, names, found.baseline, picks, says, "loss", log)
     lead = (
         "Means over seeds in bands of their intervals. The list picks a method to stand beside "
@@ -69,10 +71,7 @@ def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[s
             }
             row["interval"] = between(whole, text)
             if whole.low is not None and whole.high is not None:
-                row |= {
-                    "low": max(whole.low, 0.2 * whole.mean),
-                    "high": whole.high,
-                }  # a loss below 0 has no place on the axis
+                row |= {"low": whole.low, "high": whole.high}
             yield row
 
 

@@ -85,7 +85,8 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
 def _named(names: Sequence[str], baseline: str, channel: str) -> Spec:
     """A scale over methods: a colour each, the baseline grey; `channel` may be shape or strokeDash for further rounds."""
     others = [name for name in names if name != baseline]
-    rounds: Sequence[Any] = {"color": PALETTE, "shape": SHAPES, "strokeDash": DASHES}[channel]
+    scales: dict[str, Sequence[Any]] = {"color": PALETTE, "shape": SHAPES, "strokeDash": DASHES}
+    rounds = scales[channel]
     at = {name: n if channel == "color" else n // len(PALETTE) for n, name in enumerate(others)}
     grey = GREY if channel == "color" else rounds[0]
     legend: Spec = {"columns": COLUMNS, "labelLimit": 140, "symbolOpacity": 1}
