@@ -17,7 +17,7 @@ from pages import NASTY, Elements, Node, specs, tree
 
 from weft.compare.record import Comparison
 from weft.report.comparison.evidence import Evidence, gather
-from weft.report.comparison.opening import overall, verdicts, warnings
+from weft.report.comparison.opening import facts, overall, verdicts, warnings
 from weft.report.comparison.page import page
 from weft.report.comparison.runs import recipes
 from weft.report.comparison.writing import judged as judged_by
@@ -186,7 +186,7 @@ def test_runs_that_were_lost_are_shown_with_their_reason(written: str, found: Co
     said = " ".join(warnings(found))
     assert "2 runs failed or diverged (tied_lora and alora)" in said
     assert "learning rate of tied_lora is the lowest or highest" in said
-    assert "tied_lora: it cannot reach the budget." in said
+    assert ("note", "tied_lora: it cannot reach the budget.") in list(facts(found))
 
 
 def test_a_comparison_in_which_nothing_is_complete_has_a_page():

@@ -38,13 +38,9 @@ def curves(found: Comparison) -> Iterator[Part]:
     )
     whats = [what for what in WHAT if any(row["what"] == what for row in rows)]
     picks = charts.together(charts.choice("what", "Show", whats, "what"), drawing.beside_the_baseline(names))
-    values = [row["value"] for row in rows]
-    log = min(values) > 0 and max(values) > 20 * min(values)
-    for row in rows if log else []:  # what is not above 0 has no place on this axis
-        row |= {"low": max(row["low"], min(values) / 2)} if "low" in row else {}
-    chart = drawing.curves(rows, names, found.baseline, picks, says, "loss", log)
+    chart = drawing.curves(rows, names, found.baseline, picks, says, "loss")
     lead = (
-        "Means over seeds in bands of their intervals. The list picks a method to stand beside "
+        "Means over seeds in bands of their intervals, cut off where they are wide. The list picks a method to stand beside "
         f"{found.baseline}; clicks in the legend pick several, a double click shows all again."
     )
     what = " and ".join(whats).capitalize()

@@ -44,7 +44,7 @@ class Metric:
 
     def text(self, value: float) -> str:
         """A score."""
-        return f"{value:.1%}".replace("%", " %") if self.share else f"{value:.{self.digits}f}"
+        return minus(f"{value:.1%}".replace("%", " %") if self.share else f"{value:.{self.digits}f}")
 
     def gap(self, value: float) -> str:
         """A difference of two scores, with its sign; of shares in percentage points."""
