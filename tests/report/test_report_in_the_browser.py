@@ -29,7 +29,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 @pytest.fixture(scope="module")
 def files(found: Comparison, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     top = tmp_path_factory.mktemp("reports")
-    long = comparison(2, tuple(f"a method of a rather long name, the {n}th of many" for n in range(12)) + ("lora",))
+    long = comparison(2, (*tuple(f"a method of a rather long name, the {n}th of many" for n in range(12)), "lora"))
     made = {
         "five": gather(found),
         "one": Evidence(comparison(1)),
@@ -51,7 +51,8 @@ def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
         context = browser.new_context(viewport=viewport, color_scheme=scheme)
         contexts.append(context)
         context.route(
-            "**/*", lambda route: route.continue_() if route.request.url.startswith("file:") else route.abort()
+            "**/*",
+            lambda route: route.continue_() if route.request.url.startswith(("file:", "data:")) else route.abort(),
         )
         page = context.new_page()
         page.on("console", lambda message: said.append(f"console: {message.type} {message.text}"))
@@ -189,11 +190,11 @@ def test_a_number_leads_to_its_runs_and_a_name_to_its_recipe(opened: Open):
     page = opened("five")
     before = style(page, "#runs-1 td", "backgroundColor")
     page.locator("#results-table tr[data-name=hydralora] td a").first.click()
-    page.wait_for_function("location.hash === '#runs-1'")
+    page.wait_for_function("() => location.hash === '#runs-1'")
     assert "runs/hydralora/seed-4" in page.inner_text("#runs-1")
     assert style(page, "#runs-1 td", "backgroundColor") != before
-    box = page.locator("#runs-1").bounding_box()
-    assert 0 <= box["y"] <= DESK["height"]
+    in_view = "() => (y => 0 <= y && y < innerHeight)(document.getElementById('runs-1').getBoundingClientRect().y)"
+    page.wait_for_function(in_view)
     page.locator("#runs-1 a").click()
     page.wait_for_selector("#recipe-1[open]")
     assert "recipe: hydralora" in page.inner_text("#recipe-1")
@@ -203,7 +204,7 @@ def test_a_recipe_is_copied_or_at_least_selected(opened: Open):
     page = opened("five")
     page.locator("#recipe-0 summary").click()
     page.locator("#recipe-0 .copy").last.click()
-    page.wait_for_function("document.querySelector('#recipe-0 .code:last-child .copy').textContent !== 'Copy'")
+    page.wait_for_function("() => document.querySelector('#recipe-0 .code:last-child .copy').textContent !== 'Copy'")
     if page.locator("#recipe-0 .copy").last.inner_text() != "Copied":
         assert "recipe: lora" in page.evaluate("getSelection().toString()")
 
@@ -214,15 +215,15 @@ def test_a_method_is_picked_by_the_list_and_by_the_legend(opened: Open):
     assert page.locator(lines).count() == 6
     page.locator("#curves-0 select").last.focus()
     page.keyboard.type("hyd")
-    page.wait_for_function(f"document.querySelectorAll('{lines}').length === 2")  # and the baseline
+    page.wait_for_function(f"() => document.querySelectorAll('{lines}').length === 2")  # and the baseline
     page.locator("#curves-0 select").last.select_option("all")
-    page.wait_for_function(f"document.querySelectorAll('{lines}').length === 6")
-    for name in ("hydralora", "alora"):
+    page.wait_for_function(f"() => document.querySelectorAll('{lines}').length === 6")
+    for name in ("hydralora", "flexora"):
         page.locator("#curves-0 .role-legend-label text", has_text=name).first.click()
     faded = (
         f"[...document.querySelectorAll('{lines}')].filter(e => Number(e.getAttribute('opacity') ?? 1) < 0.5).length"
     )
-    page.wait_for_function(f"{faded} === 4")
+    page.wait_for_function(f"() => {faded} === 4")
 
 
 def test_paper_has_everything_and_cuts_nothing(opened: Open):

@@ -127,12 +127,8 @@ def reach(rows: Rows, mean: str, low: str, high: str, log: bool = False) -> Spec
     least = max(min([*known, first]), first - span)
     most = min(max([*known, last]), last + span)
     pad = 0.06 * (most - least) or 0.06 * span
-    return {
-        "type": "log" if log else "linear",
-        "domain": [back(least - pad), back(most + pad)],
-        "nice": False,
-        "zero": False,
-    }
+    scale: Spec = {"type": "log"} if log else {"zero": False}
+    return {**scale, "domain": [back(least - pad), back(most + pad)], "nice": False}
 
 
 def is_wide(values: Iterable[float], times: float) -> bool:
