@@ -41,9 +41,11 @@ def gather(found: Comparison) -> Evidence:
 
 
 def _look(evidence: Evidence, name: str, run: Run) -> None:
+    """Look into the adapter of a run; one that cannot be looked into is named once per method."""
     try:
-        evidence.looks.setdefault(name, []).append(inspect(run.folder, base=False, spectra=0))
+        found = inspect(run.folder, base=False, spectra=0)
     except AdapterError as error:
-        said = f"Inside {name}: {error}"
         if not any(sentence.startswith(f"Inside {name}: ") for sentence in evidence.left_out):
-            evidence.left_out.append(said)
+            evidence.left_out.append(f"Inside {name}: {error}")
+    else:
+        evidence.looks.setdefault(name, []).append(found)
