@@ -81,6 +81,16 @@ def test_gains_of_dash_are_means_over_directions(saved: Callable[[str], Path], e
     assert next(row["value"] for row in gains if row["site"] == site.site) == pytest.approx(expected)
 
 
+def test_routers_are_run_over_rows_only_when_asked(evidence: Evidence, drawn: Any, hydra_run: Path):
+    assert evidence.routers == {}
+    (part,) = inside(gather(evidence.found, routers=True))
+    shown = {chart.caption: chart.spec["data"]["values"] for chart in part.charts}
+    apart = shown["How differently each domain uses the heads (hydralora)"]
+    assert len({row["domain"] for row in apart}) > 1
+    gates = [row for row in shown["How much of every head is used, by block (hydralora)"] if row["rows"] == "all rows"]
+    assert sum(row["mean"] for row in gates) == pytest.approx(len(look(hydra_run).heads))
+
+
 def test_an_adapter_that_cannot_be_looked_into_is_named_once(tmp_path: Path):
     found = write_runs(renamed(comparison(2, ("lora", "alora")), "alora", "peft:adalora"), tmp_path)
     for outcome in found.of("peft:adalora"):

@@ -77,10 +77,10 @@ def _sentence(found: Comparison, row: Row) -> str:
     if is_frozen(found, row.name) and row.score:
         return f"{how.title} {how.text(row.score.mean)} without training"
     if row.gap and row.verdict.kind == "single":
-        return (
-            f"{said}; its {how.title} lies {how.gap(row.gap.mean)} {how.gap_unit}".rstrip()
-            + f" from {found.baseline}'s"
+        apart = (
+            f"{how.size(row.gap.mean)} {'higher' if row.gap.mean > 0 else 'lower'} than" if row.gap.mean else "that of"
         )
+        return f"{said}; its {how.title} is {apart} {found.baseline}{chr(39) + 's' if row.gap.mean else ''}"
     if row.gap and row.verdict.kind in ("better", "worse") and "seeds" not in said:
         return f"{said} over {counted(row.gap.n, 'seed')}"
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from weft.report.comparison.curves import curves
 from weft.report.comparison.domains import domains
@@ -45,7 +46,7 @@ def page(evidence: Evidence, title: str | None = None) -> str:
         styles=["comparison.css"],
         scripts=["comparison.js"],
         found=found,
-        title=title or f"{found.model} on {found.data}",
+        title=title or f"{Path(found.model).name} on {Path(found.data).name}",
         overall=overall(found),
         verdicts=said,
         warnings=warnings(found),

@@ -12,6 +12,7 @@ from weft.report.comparison.evidence import Evidence
 from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet
 from weft.report.comparison.wording import listed
 from weft.report.measure import split_name
+from weft.report.parts.routing import routers
 from weft.report.parts.section import places
 from weft.report.result import Inspection
 from weft.report.views import labels_of
@@ -31,11 +32,12 @@ def inside(evidence: Evidence) -> Iterator[Part]:
         ),
         *_by_site(evidence, "Mean size of the gains of Dash at every site", ".2g", ".3g", _gains),
     ]
+    shown += _routed(evidence)
     if shown:
         lead = (
             "Means over the seeds of a method; the tooltip has the spread. In a chart, the same shade is the same number for every "
             "method. "
-            f"For routers, change rates of W and one run at a time: weft inspect RUN --html page.html.{_left_out(evidence)}"
+            f"More of one run: weft inspect RUN --html page.html.{_left_out(evidence)}"
         )
         yield Part(
             "inside", "Where ranks, layers, heads and directions went", lead, shown, _sheet(evidence), folded=True
@@ -127,6 +129,13 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
         of = f" ({methods[0]})" if len(methods) == 1 else ""
         alt = f"{what}, by block and module, for {listed(methods)}"
         yield Chart(f"{what}{of}", alt, charts.heatmap(rows, written, says, pick=pick))
+
+
+def _routed(evidence: Evidence) -> Iterator[Chart]:
+    """What the routers of one run per method do, and what they do differently in each domain."""
+    for name, found in evidence.routers.items():
+        for section in routers(found):
+            yield from (Chart(f"{what} ({name})", f"{what}, of {name}", spec) for what, spec in section.charts)
 
 
 def _selected(evidence: Evidence) -> Iterator[Chart]:

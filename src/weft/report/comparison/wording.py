@@ -51,6 +51,10 @@ class Metric:
         number = f"{100 * value:+.1f}" if self.share else f"{value:+.{self.digits}f}"
         return minus(number)
 
+    def size(self, value: float) -> str:
+        """A difference without its sign, with its unit."""
+        return f"{self.gap(abs(value)).removeprefix('+')} {self.gap_unit}".rstrip()
+
     @property
     def gap_unit(self) -> str:
         return "percentage points" if self.share else ""
