@@ -14,6 +14,7 @@ from weft.errors import (
     CombinationError,
     ConfigError,
     DataError,
+    DivergedError,
     MergeError,
     ModelError,
     RunError,
@@ -54,7 +55,9 @@ from weft.times import epochs
 register()
 
 if TYPE_CHECKING:
+    from weft.compare import compare
     from weft.export import export_lora, merge
+    from weft.report import report
     from weft.report.heads import suggest_heads
     from weft.report.inspecting import inspect
     from weft.search import Selection, search_layers, second_stage
@@ -63,12 +66,14 @@ if TYPE_CHECKING:
     from weft.train.directions import directions
 
 _LAZY = {
+    "compare": "weft.compare",
     **dict.fromkeys(("export_lora", "merge"), "weft.export"),
     **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weft.search"),
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weft.train"),
     "Callback": "weft.train.callback",
     "directions": "weft.train.directions",
     "inspect": "weft.report.inspecting",
+    "report": "weft.report",
     "suggest_heads": "weft.report.heads",
 }
 
@@ -82,6 +87,7 @@ __all__ = [
     "Dash",
     "DataError",
     "Directions",
+    "DivergedError",
     "FlexoraConfig",
     "Hydra",
     "HydraLoraConfig",
@@ -107,6 +113,7 @@ __all__ = [
     "WeftConfig",
     "WeftError",
     "attach",
+    "compare",
     "directions",
     "epochs",
     "evaluate",
@@ -118,6 +125,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "param_groups",
+    "report",
     "routing",
     "search_layers",
     "second_stage",
@@ -129,7 +137,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:  # the training stack loads transformers models and trl: only when asked for
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module = importlib.import_module(_LAZY[name])
+        return module if module.__name__ == f"weft.{name}" else getattr(module, name)  # a package that can be called
     raise AttributeError(f"module 'weft' has no attribute {name!r}")
 
 

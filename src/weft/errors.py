@@ -42,6 +42,10 @@ class RunError(WeftError, RuntimeError):
     """A run folder that cannot be written, resumed or read."""
 
 
+class DivergedError(RunError):
+    """A training whose losses or scores are no numbers any more."""
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The tail of an error about an unknown name: the nearest valid one, or all of them.
 

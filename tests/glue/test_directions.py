@@ -387,6 +387,15 @@ def test_a_routed_adapter_is_measured_at_its_mean_gate():
         torch.testing.assert_close(torch.tensor(site.spectrum.rate).double(), d / sigma, rtol=1e-3, atol=1e-5)
 
 
+def test_a_module_in_a_mode_of_its_own_keeps_it_while_gates_are_measured():
+    family = FAMILIES["llama"]
+    model = get_peft_model(family.build(), adapter_config("hydra", "llama")).train()
+    resting = next(module for name, module in model.named_modules() if name.endswith("lm_head")).eval()
+    weft.directions(model, inputs=[family.batch()])
+    assert model.training
+    assert not resting.training
+
+
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_stock_peft_lora_is_read_too(family: str, rslora: bool):

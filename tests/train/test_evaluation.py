@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weft
 from weft.errors import AdapterError, ConfigError, DataError, RunError
-from weft.train import Tick
+from weft.train import Tick, evaluation
 from weft.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
@@ -41,8 +42,12 @@ def test_a_learned_task_is_matched_exactly_in_every_domain(trained: Run) -> None
     assert set(found.domains) == {"a", "b"}
     assert all(scores.exact_match == 1.0 and scores.rows == 4 for scores in found.domains.values())
     assert found.scores.loss < 0.2
+    assert found.scores.rouge_l == 100
+    assert found.scores.bleu is None  # answers of one word have no four in a row
     kept = json.loads((trained.folder / "eval-test.json").read_text())
     assert kept["scores"]["exact_match"] == 1.0
+    assert kept["scores"]["rouge_l"] == 100
+    assert list(kept["signatures"]) == ["rouge_l"]
     assert kept["adapter"] == "hydralora"
 
 
@@ -86,9 +91,43 @@ def test_a_classifier_has_accuracy_and_f1(recipe: Make) -> None:
     assert scores.accuracy is not None
     assert scores.macro_f1 is not None
     assert scores.accuracy > 0.6
+    assert scores.bleu is None
+    assert scores.rouge_l is None
     assert scores.exact_match is None
     again = weft.evaluate(run.folder).scores
     assert again == scores
+
+
+SONG = "one two three four five"
+ANSWERED = {"ab ->": SONG, "cd ->": "one two", "ef ->": SONG, "gh ->": f"{SONG} six"}
+
+
+def test_corpus_bleu_is_counted_anew_over_all_domains(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reference is the song. Domain a: one whole answer, one of two tokens; domain b: whole, and one token too many."""
+    rows = [{"prompt": key, "completion": SONG, "domain": "ab"[n // 2]} for n, key in enumerate(ANSWERED)]
+    given = recipe()
+    given["data"] = {"train": str(tiny.write_rows(tmp_path / "song.jsonl", rows))} | {
+        "test": str(tmp_path / "song.jsonl")
+    }
+
+    def answers(model: Any, tokenizer: Any, prompts: list[list[int]], *more: Any) -> list[list[int]]:
+        asked = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        return [tokenizer(ANSWERED[text], add_special_tokens=False)["input_ids"] for text in asked]
+
+    monkeypatch.setattr(evaluation, "complete", answers)
+    found = weft.evaluate(given, adapter="none")
+    a, b = found.domains["a"], found.domains["b"]
+    assert a.bleu == pytest.approx(100 * math.exp(1 - 10 / 7))
+    assert b.bleu == pytest.approx(100 * (10 / 11 * 8 / 9 * 6 / 7 * 4 / 5) ** 0.25)
+    everything = (17 / 18 * 13 / 14 * 9 / 10 * 6 / 7) ** 0.25 * math.exp(1 - 20 / 18)
+    assert found.scores.bleu == pytest.approx(100 * everything)
+    assert a.rouge_l == pytest.approx(100 * (1 + 4 / 7) / 2)
+    assert b.rouge_l == pytest.approx(100 * (1 + 10 / 11) / 2)
+    assert found.scores.rouge_l == pytest.approx((a.rouge_l + b.rouge_l) / 2)
+    assert (a.exact_match, b.exact_match, found.scores.exact_match) == (0.5, 0.5, 0.5)
+    assert set(found.signatures) == {"bleu", "rouge_l"}
 
 
 def test_an_encoder_decoder_is_compared_by_its_answers(recipe: Make) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from sklearn.metrics import f1_score
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -46,15 +45,36 @@ def test_the_mode_before_is_put_back() -> None:
         assert model.training is training
 
 
+def test_a_part_in_a_mode_of_its_own_keeps_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout())
+    model[1].eval()
+    with evaluating(model):
+        pass
+    assert [module.training for module in model] == [True, False]
+
+
 def test_batches_cover_every_row_once_in_order() -> None:
     rows = [row["input_ids"] for batch in batches(ROWS, 1) for row in batch]
     assert rows == ROWS["input_ids"][:]
 
 
-@pytest.mark.parametrize("predicted", [[0, 1, 1, 0], [0, 0, 0, 0], [2, 1, 0, 1]])
-def test_macro_f1_is_sklearns(predicted: list[int]) -> None:
-    actual = [0, 1, 1, 1]
-    assert macro_f1(predicted, actual) == pytest.approx(f1_score(actual, predicted, average="macro", zero_division=0))
+@pytest.mark.parametrize(
+    ("predicted", "f1"),
+    [
+        ([0, 1, 1, 0], (2 / 3 + 4 / 5) / 2),  # class 0: 2·1/(2+1), class 1: 2·2/(2+3)
+        ([0, 0, 0, 0], (2 / 5 + 0) / 2),  # class 1 occurs and is never predicted
+        ([2, 1, 0, 1], (0 + 4 / 5 + 0) / 3),  # class 2 is predicted and never occurs
+        ([1, 1, 1, 1], (0 + 6 / 7) / 2),
+    ],
+)
+def test_macro_f1_is_the_mean_over_classes_that_occur_or_are_predicted(predicted: list[int], f1: float) -> None:
+    assert macro_f1(predicted, [0, 1, 1, 1]) == pytest.approx(f1)
+
+
+def test_parts_pool_by_token() -> None:
+    pooled = Measured.pooled([Measured(6.0, 2, [1]), Measured(0.0, 0, []), Measured(3.0, 4, [0, 2])])
+    assert pooled == Measured(9.0, 6, [1, 0, 2])
+    assert pooled.loss == 1.5
 
 
 def test_scores_without_a_token_are_not_a_number() -> None:

@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli import bench, output
+from weft.cli.compare import compare
 from weft.cli.directions import directions
 from weft.cli.display import watching
 from weft.cli.export import export
 from weft.cli.heads import heads
 from weft.cli.inspect import inspect
+from weft.cli.report import report
 from weft.cli.search import search
 
 app = typer.Typer(
@@ -27,8 +29,10 @@ app = typer.Typer(
 app.add_typer(bench.app, name="bench")
 app.command()(directions)
 app.command()(search)
+app.command()(compare)
 app.command()(export)
 app.command()(inspect)
+app.command()(report)
 app.command()(heads)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]

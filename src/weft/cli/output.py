@@ -88,12 +88,20 @@ def run_summary(run: Run) -> str:
     return "\n".join(
         [
             *_searched(run),
-            f"{run.steps} steps in {seconds:.1f} s; {', '.join(shown) or 'nothing measured'}",
+            f"{run.steps} steps in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
             f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trained parameters)",
             f"next:    weft eval {run.folder}"
             + ("" if run.task == "classification" else f' · weft generate {run.folder} "..."'),
         ]
     )
+
+
+def _cost(run: Run) -> str:
+    """What the steps cost, as far as it was measured."""
+    kinds = (("tokens_per_s", "{:,.0f} tokens/s"), ("cpu_per_step", "{:.3g} CPU s a step"))
+    parts = [text.format(run.figures[name]) for name, text in kinds if name in run.figures]
+    parts += [f"peak {run.figures['peak_bytes'] / 2**20:,.0f} MiB"] if "peak_bytes" in run.figures else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _searched(run: Run) -> list[str]:
@@ -124,6 +132,8 @@ _SCORES = (
     ("loss", "loss", "{:.4f}"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("exact_match", "exact match", "{:.1%}"),
+    ("bleu", "BLEU", "{:.1f}"),
+    ("rouge_l", "ROUGE-L", "{:.1f}"),
     ("accuracy", "accuracy", "{:.1%}"),
     ("macro_f1", "macro F1", "{:.3f}"),
 )

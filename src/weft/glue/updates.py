@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.errors import AdapterError
 from weft.glue.layer import WeftLinear
+from weft.glue.modes import in_mode
 from weft.schedule.ranking import MeanGate, factor_pair
 from weft.schedule.start import start_of
 from weft.site import Site
@@ -181,16 +182,14 @@ def _mean_gates(
             f"adapter {adapter!r} is routed, so its ΔW depends on the token: give weft.directions(..., inputs=[batch, ...]) to "
             "measure it at the mean gate."
         )
-    was_training, meters = model.training, {name: sites[name].gate_meter for name in gates}
-    model.eval()
-    try:
-        for name, gate in gates.items():
-            sites[name].gate_meter = gate
-        with torch.no_grad():
+    meters = {name: sites[name].gate_meter for name in gates}
+    with in_mode(model, training=False), torch.no_grad():
+        try:
+            for name, gate in gates.items():
+                sites[name].gate_meter = gate
             for batch in inputs:
                 model(**batch)
-    finally:
-        for name, meter in meters.items():
-            sites[name].gate_meter = meter
-        model.train(was_training)
+        finally:
+            for name, meter in meters.items():
+                sites[name].gate_meter = meter
     return gates

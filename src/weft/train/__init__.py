@@ -70,7 +70,7 @@ def evaluate(
         adapter: `trained`, or `none` for the frozen base of a run (`eval-<split>-base.json`).
         base: where the base lies now, if not where it was trained on.
         batch_size: rows at a time; the recipe's by default.
-        max_new_tokens: bound of the answers compared for exact match; the longest reference and one more by default.
+        max_new_tokens: bound of the answers compared with their references; the longest reference and one more by default.
         progress: called with a `Tick` after every batch.
 
     Raises:

@@ -89,6 +89,11 @@ def arguments_class(config: TrainConfig) -> type[TrainingArguments]:
     return TrainingArguments
 
 
+def device() -> str:
+    """What runs train on: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def total_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
     """Optimiser steps of the whole run over `rows` training rows."""
     if config.steps is not None:

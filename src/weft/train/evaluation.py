@@ -1,11 +1,14 @@
-"""How good is a run on held-out rows: the loss on answers, exact match, accuracy; overall and per domain."""
+"""How good is a run on held-out rows: its loss, its classes or its answers; overall and per domain.
+
+What is scored over all rows is counted anew from everything that was predicted, since BLEU and F1 are no means over domains.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,11 @@ from weft.data import IGNORE, Collator, generation_prompts
 from weft.data import load as load_data
 from weft.errors import ConfigError, DataError
 from weft.train import prepare as preparing
+from weft.train.answers import bleu, exact_match, rouge_l
 from weft.train.files import write_json
 from weft.train.generation import complete
 from weft.train.load import Trained, load_run, recipe_of
-from weft.train.measure import accuracy, macro_f1, mean_loss
+from weft.train.measure import Measured, accuracy, macro_f1, mean_loss
 from weft.train.progress import Progress, Tick
 from weft.train.recipe import Recipe
 from weft.train.run import Run
@@ -29,8 +33,9 @@ SPLITS = ("test", "validation")
 class Scores:
     """What was measured on some rows; None where a task has no such score.
 
-    `loss` is in nats per answer token (per row for a classifier), `exact_match` the share of greedy answers equal to the
-    reference after stripping outer blanks.
+    `loss` is in nats per answer token (per row for a classifier); `exact_match`, `bleu` and `rouge_l` are of greedy answers, each
+    against the one reference of its row (`weft.train.answers`); `exact_match`, `accuracy` and `macro_f1` are in [0, 1], `bleu` and
+    `rouge_l` in [0, 100].
     """
 
     rows: int
@@ -38,6 +43,8 @@ class Scores:
     loss: float
     perplexity: float | None = None
     exact_match: float | None = None
+    bleu: float | None = None
+    rouge_l: float | None = None
     accuracy: float | None = None
     macro_f1: float | None = None
 
@@ -53,10 +60,31 @@ class Evaluation:
     scores: Scores
     domains: dict[str, Scores]
     seconds: float
+    signatures: dict[str, str]
+    """How BLEU and ROUGE-L were counted and by which version of their libraries; empty where there are no such scores."""
 
     def record(self) -> dict[str, Any]:
         """The evaluation as plain data, as `eval-<split>.json` and `--json` show it."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What a model made of some rows, and what it should have: classes, or answers."""
+
+    measured: Measured
+    actual: list[int]
+    answers: list[str]
+    references: list[str]
+
+    @classmethod
+    def pooled(cls, parts: Iterable[_Predictions]) -> _Predictions:
+        """Those of all rows, from disjoint parts."""
+        each = list(parts)
+        return cls(
+            Measured.pooled(part.measured for part in each),
+            *([one for part in each for one in getattr(part, name)] for name in ("actual", "answers", "references")),
+        )
 
 
 @dataclass(frozen=True)
@@ -91,18 +119,17 @@ def evaluate(
     rows = subject.rows if limit is None else subject.rows.select(range(min(limit, len(subject.rows))))
     size = batch_size or subject.size
     groups = _by_domain(rows)
-    scored = {name: _score(subject.trained, part, size, max_new_tokens, progress) for name, part in groups.items()}
-    overall = _pooled(list(scored.values()))
-    if subject.trained.task == "classification" and len(scored) > 1:  # F1 does not pool
-        overall = _score(subject.trained, rows, size, max_new_tokens, progress)
+    found = {name: _predict(subject.trained, part, size, max_new_tokens, progress) for name, part in groups.items()}
+    scores, signatures = _scores(_Predictions.pooled(found.values()), len(rows))
     evaluation = Evaluation(
         run=str(subject.run.folder) if subject.run else None,
         adapter=subject.name,
         task=subject.trained.task,
         split=split,
-        scores=overall,
-        domains={name: scores for name, scores in scored.items() if name},
+        scores=scores,
+        domains={name: _scores(part, len(groups[name]))[0] for name, part in found.items() if name},
         seconds=round(time.monotonic() - started, 3),
+        signatures=signatures,
     )
     if subject.run and limit is None and not overrides:
         suffix = "" if adapter == "trained" else "-base"
@@ -164,42 +191,43 @@ def _by_domain(rows: Any) -> dict[str, Any]:
     return {name: rows.select(indices) for name, indices in sorted(where.items())}
 
 
-def _score(trained: Trained, rows: Any, size: int, max_new_tokens: int | None, progress: Progress) -> Scores:
-    collator = Collator(trained.base.tokenizer.pad_token_id)
-    measured = mean_loss(trained.model, rows, collator, size, progress)
+def _predict(trained: Trained, rows: Any, size: int, max_new_tokens: int | None, progress: Progress) -> _Predictions:
+    measured = mean_loss(trained.model, rows, Collator(trained.base.tokenizer.pad_token_id), size, progress)
     if trained.task == "classification":
-        actual = list(rows["labels"])
-        right, f1 = accuracy(measured.predicted, actual), macro_f1(measured.predicted, actual)
-        return Scores(len(rows), 0, measured.loss, accuracy=right, macro_f1=f1)
-    match = _exact_match(trained, rows, size, max_new_tokens, progress)
-    perplexity = measured.perplexity if math.isfinite(measured.perplexity) else None
-    return Scores(len(rows), measured.count, measured.loss, perplexity, exact_match=match)
+        return _Predictions(measured, list(rows["labels"]), [], [])
+    return _Predictions(measured, [], *_answers(trained, rows, size, max_new_tokens, progress))
 
 
-def _pooled(parts: list[Scores]) -> Scores:
-    """The scores of all rows from those of disjoint parts: losses weigh by token, matches by row."""
-    if len(parts) == 1:
-        return parts[0]
-    rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
-    loss = sum(part.loss * part.tokens for part in parts) / tokens
-    matches = [part.exact_match * part.rows for part in parts if part.exact_match is not None]
-    perplexity = math.exp(loss) if loss < 700 else None
-    return Scores(rows, tokens, loss, perplexity, exact_match=sum(matches) / rows if matches else None)
-
-
-def _exact_match(
+def _answers(
     trained: Trained, rows: Any, size: int, max_new_tokens: int | None, progress: Progress
-) -> float | None:
-    """The share of rows whose greedy answer is the reference; batches are sorted by length so that little is padded."""
+) -> tuple[list[str], list[str]]:
+    """Greedy answers and their references; batches are sorted by length so that little is padded."""
     prompts = sorted(generation_prompts(rows), key=lambda prompt: len(prompt.input_ids))
     if not prompts:
-        return None
-    tokenizer, hits = trained.base.tokenizer, 0
+        return [], []
+    tokenizer, texts = trained.base.tokenizer, list[str]()
     bound = max_new_tokens or 1 + max(sum(label != IGNORE for label in labels) for labels in rows["labels"])
     for done in range(0, len(prompts), size):
         batch = prompts[done : done + size]
         answers = complete(trained.model, tokenizer, [prompt.input_ids for prompt in batch], bound)
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        hits += sum(text.strip() == prompt.reference.strip() for text, prompt in zip(texts, batch, strict=True))
+        texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
         progress(Tick("answers", min(done + size, len(prompts)), len(prompts)))
-    return hits / len(prompts)
+    return texts, [prompt.reference for prompt in prompts]
+
+
+def _scores(found: _Predictions, rows: int) -> tuple[Scores, dict[str, str]]:
+    """The scores of what was predicted for so many rows, and the signatures of BLEU and ROUGE-L."""
+    measured, actual = found.measured, found.actual
+    if actual:
+        right, f1 = accuracy(measured.predicted, actual), macro_f1(measured.predicted, actual)
+        return Scores(rows, 0, measured.loss, accuracy=right, macro_f1=f1), {}
+    perplexity = measured.perplexity if math.isfinite(measured.perplexity) else None
+    plain = Scores(rows, measured.count, measured.loss, perplexity)
+    if not found.references:
+        return plain, {}
+    scores: dict[str, Any] = {"exact_match": exact_match(found.answers, found.references)}
+    signatures = {}
+    for name, score in (("bleu", bleu), ("rouge_l", rouge_l)):
+        if (counted := score(found.answers, found.references)) is not None:
+            scores[name], signatures[name] = counted
+    return dataclasses.replace(plain, **scores), signatures

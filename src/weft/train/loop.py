@@ -25,9 +25,9 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from weft.errors import ConfigError, RunError, WeftError
+from weft.errors import ConfigError, DivergedError, RunError, WeftError
 from weft.glue.attach import warn_of_missing
-from weft.train import arguments, checkpoint, layers
+from weft.train import arguments, checkpoint, figures, layers
 from weft.train.adapter import parameters, write_adapter
 from weft.train.files import write_lines
 from weft.train.fingerprint import Fingerprint, check_same
@@ -36,6 +36,7 @@ from weft.train.prepare import Prepared, prepare
 from weft.train.progress import Progress
 from weft.train.recipe import Recipe
 from weft.train.run import Made, Run, check_continues, check_free, now
+from weft.train.stopwatch import timed
 from weft.train.trainer import make_trainer
 
 log = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         task=prepared.task,
         seed=recipe.train.seed,
         steps=prepared.steps,
-        versions={name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        device=arguments.device(),
         threads=torch.get_num_threads(),
         base={"source": prepared.base.source, **dataclasses.asdict(prepared.fingerprint)},
         adapter=_plain(adapter.to_dict()),
@@ -145,7 +146,8 @@ def _announce(run: Run) -> None:
     )
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of a package, or `missing`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -212,13 +214,12 @@ def _run_trainer(
 ) -> Run:
     """Search layers where the recipe does, train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
     last = _resume_point(run, main) if resume else None
-    started, trainer = time.monotonic(), None
+    trainer = None
     try:
         with _sentences(run):
             trainer, prepared, run = start()
-            started = time.monotonic()  # a search has told its own seconds
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-            took: dict[str, Any] = {"train_seconds": round(time.monotonic() - started, 3), "finished": now()}
+            took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
             if resume:
                 took["resumed_from"] = checkpoint.step_of(last) if last else 0
             warn_of_missing(prepared.model, over=True)
@@ -227,6 +228,7 @@ def _run_trainer(
             run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
             if main:
                 write_adapter(prepared.model, run)
+                run = dataclasses.replace(run, figures=figures.measured(prepared, run, trainer.state))
                 run.event("end", step=trainer.state.global_step)
                 run.save()
     except BaseException as error:
@@ -240,7 +242,7 @@ def _record_failure(run: Run, error: BaseException, step: int) -> None:
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
         checkpoint.drop_incomplete(run.checkpoints)
-        dataclasses.replace(run, status=status, metrics={}).save()
+        dataclasses.replace(run, status=status, metrics={}, figures={}).save()
         run.event(status, step=step)
 
 
@@ -288,7 +290,7 @@ def _reason(error: Exception) -> str:
 def _check_finite(metrics: dict[str, float]) -> None:
     for name in ("train_loss", "validation_loss"):
         if not math.isfinite(metrics.get(name, 0.0)):
-            raise RunError(f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup.")
+            raise DivergedError(f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup.")
 
 
 def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:

@@ -7,7 +7,7 @@ macro-F1    mean over classes of 2·tp / (2·tp + fp + fn); a class that neither
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from weft.glue.modes import in_mode
 from weft.train.progress import Progress, Tick, ignore
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -29,6 +30,16 @@ class Measured:
     count: int
     predicted: list[int]
 
+    @classmethod
+    def pooled(cls, parts: Iterable[Measured]) -> Measured:
+        """What was measured on all rows, from disjoint parts of them: losses weigh by token."""
+        each = list(parts)
+        return cls(
+            sum(part.total for part in each),
+            sum(part.count for part in each),
+            [label for part in each for label in part.predicted],
+        )
+
     @property
     def loss(self) -> float:
         return self.total / self.count if self.count else math.nan
@@ -41,14 +52,8 @@ class Measured:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's mode before is put back."""
-    was_training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in was_training:
-            module.training = training
+    with in_mode(model, training=False), torch.no_grad():
+        yield
 
 
 def batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
@@ -85,17 +90,15 @@ def mean_loss(model: Any, rows: Any, collate: Collate, size: int, progress: Prog
     return Measured(total, count, predicted)
 
 
-def accuracy(predicted: Sequence[object], actual: Sequence[object]) -> float:
-    """The share of equal pairs."""
-    return sum(p == a for p, a in zip(predicted, actual, strict=True)) / len(actual)
+def accuracy(predicted: Sequence[int], actual: Sequence[int]) -> float:
+    """The share of rows whose class was predicted."""
+    from sklearn.metrics import accuracy_score
+
+    return float(accuracy_score(list(actual), list(predicted)))
 
 
 def macro_f1(predicted: Sequence[int], actual: Sequence[int]) -> float:
     """Unweighted mean of the F1 of the classes that occur or are predicted."""
-    pairs = list(zip(predicted, actual, strict=True))
-    scores = []
-    for label in {*predicted, *actual}:
-        hits = sum(p == a == label for p, a in pairs)
-        touched = sum((p == label) + (a == label) for p, a in pairs)
-        scores.append(2 * hits / touched)
-    return sum(scores) / len(scores)
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(list(actual), list(predicted), average="macro", zero_division=0))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -124,10 +125,7 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
     if base.config.attn_implementation:
         options["attn_implementation"] = base.config.attn_implementation
     if task == "classification":
-        names = labels or []
-        options |= {"num_labels": len(names), "id2label": dict(enumerate(names))}
-        options |= {"label2id": {name: index for index, name in enumerate(names)}}
-        options["ignore_mismatched_sizes"] = True
+        options |= {**_named(labels or []), "ignore_mismatched_sizes": True}
     loading = logging.getLogger("transformers.modeling_utils")
     level = loading.level
     loading.setLevel(logging.ERROR)  # it reports the new head, which is meant
@@ -149,6 +147,27 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = base.tokenizer.pad_token_id
     return model
+
+
+def _named(labels: list[str]) -> dict[str, Any]:
+    """What a config says of the classes."""
+    numbers = {"label2id": {name: index for index, name in enumerate(labels)}}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), **numbers}
+
+
+def skeleton(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+    """The base on the meta device: modules and shapes, no values.
+
+    Raises:
+        ModelError: the architecture cannot do `task`.
+    """
+    _check_task(base, task)
+    settings = copy.deepcopy(base.settings)
+    if task == "classification":
+        for key, value in _named(labels or []).items():
+            setattr(settings, key, value)
+    with torch.device("meta"):
+        return cast(PreTrainedModel, _AUTO[task].from_config(settings))
 
 
 def _check_task(base: Base, task: Task) -> None:

@@ -126,7 +126,7 @@ class Recipe(Strict):
         else:
             found, content = _from_file_or_name(source)
         for override in overrides:
-            content = _apply(content, override)
+            content = apply(content, override)
         for key in ("data", "adapter", "out"):
             if key not in content and set(content) <= set(cls.model_fields):
                 raise ConfigError(f"the recipe has no {key!r}: {_MISSING[key]}")
@@ -195,8 +195,12 @@ def _from_file_or_name(source: str | Path) -> tuple[Path, dict[str, Any]]:
     raise ConfigError(f"there is no recipe file and no built-in recipe {name!r}: {suggest(name, BUILTIN)}")
 
 
-def _apply(content: dict[str, Any], override: str) -> dict[str, Any]:
-    """`content` with one `a.b=value` set; a section written in shorthand is spelled out first."""
+def apply(content: dict[str, Any], override: str) -> dict[str, Any]:
+    """`content` with one `a.b=value` set; a section written in shorthand is spelled out first.
+
+    Raises:
+        ConfigError: the override is not `key=value`, or names a key below one that is no section.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"{override!r} is not an override: write key=value, for instance train.lr=1e-3.")

@@ -53,6 +53,8 @@ class Run:
     time: dict[str, Any] = field(default_factory=dict)
     """Seconds of each phase, and when they began (UTC)."""
     metrics: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    """What it cost and how large its adapter is, see `weft.train.figures`; empty until it is complete."""
 
     @property
     def adapter_folder(self) -> Path:
@@ -141,15 +143,16 @@ def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     Raises:
         ConfigError: the first key that differs, with both values.
     """
-    for key, (before, after) in _differences(run.recipe, recipe, ""):
+    for key, (before, after) in differences(run.recipe, recipe, ""):
         if key not in FREE_ON_RESUME and key != "out":
             raise ConfigError(f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was.")
 
 
-def _differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]]]:
+def differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]]]:
+    """Every key, with dots, at which two mappings differ, and both values."""
     if isinstance(a, dict) and isinstance(b, dict):
         for name in sorted(a.keys() | b.keys()):
-            yield from _differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+            yield from differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:
         yield key, (a, b)
 

@@ -20,6 +20,7 @@ from weft.train.measure import mean_loss
 from weft.train.prepare import Prepared
 from weft.train.progress import Progress, Tick
 from weft.train.run import Run
+from weft.train.stopwatch import Stopwatch
 
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
 _NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "eval_loss": "validation_loss"}
@@ -135,7 +136,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         from trl import SFTTrainer
 
         kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
-    own: list[TrainerCallback] = [Finished(), Recorder(run, prepared.recipe.train.keep, progress)]
+    own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared.recipe.train.keep, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
     mixins: list[type] = [_Measured]

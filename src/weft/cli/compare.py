@@ -1,0 +1,199 @@
+"""`weft compare`: which of these adapters helps on my data, and at what cost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from weft.cli import output
+from weft.cli.display import LINE_EVERY
+
+if TYPE_CHECKING:
+    from weft.compare.plan import Plan
+    from weft.compare.record import Comparison, Interval, Method, Row
+    from weft.compare.running import Standing, Watch
+
+SHARES = ("exact_match", "accuracy", "macro_f1")
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A comparison's file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process with one torch thread.")] = 1,
+    out: Annotated[str | None, typer.Option(help="The comparison's folder; short for out=....")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train several adapters side by side on the same seeds, and say which are better.
+
+    One that was stopped goes on where it was; give the same command again.
+    """
+    given = [*(overrides or []), *([f"out={out}"] if out else [])]
+    if dry_run:
+        with output.calling(as_json, quiet=True):
+            from weft.compare.plan import make
+            from weft.compare.recipe import CompareRecipe
+
+            planned = make(CompareRecipe.read(recipe, *given))
+        output.show(planned.record(), as_json, lambda: plan_table(planned))
+        return
+    with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
+        from weft.compare import compare as call
+
+        found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
+    output.show(found.record(), as_json, lambda: result(found))
+
+
+# ---------------------------------------------------------------------- while it runs
+
+
+@contextmanager
+def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Watch]:
+    """Who to tell how far a comparison is: a live table on a terminal, now and then a line elsewhere."""
+    if not show:
+        yield lambda standing: None
+    elif sys.stderr.isatty():
+        with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+            yield lambda standing: live.update(standing_table(standing))
+    else:
+        yield _Lines(clock)
+
+
+class _Lines:
+    """A line every few seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.shown = clock, -LINE_EVERY
+
+    def __call__(self, standing: Standing) -> None:
+        if self.clock() - self.shown < LINE_EVERY:
+            return
+        self.shown = self.clock()
+        sys.stderr.write(f"{_progress(standing)}\n")
+
+
+def _progress(standing: Standing) -> str:
+    at_work = "; ".join(f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running)
+    return "  ".join(filter(None, [f"{standing.done} of {standing.total} runs", _left(standing.seconds_left), at_work]))
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"
+
+
+def standing_table(standing: Standing) -> RenderableType:
+    """How far a comparison is: each method's runs and mean so far, then what is at work and how long it will take."""
+    table = Table("method", "runs", f"{standing.metric} so far", highlight=False)
+    for name, (runs, mean) in standing.best.items():
+        table.add_row(escape(name), str(runs), "" if mean is None else _number(mean, standing.metric))
+    lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
+    over = f"{standing.done} of {standing.total} runs  {_left(standing.seconds_left)}"
+    return Group(table, *(escape(line) for line in [*lines, over]))
+
+
+# ---------------------------------------------------------------------- before and after
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """The methods of a plan: rank, alpha, trained numbers, how far from the budget; and how many runs it is."""
+    table = Table("method", highlight=False)
+    for column in ("rank", "alpha", "trained", "from the budget", "steps"):
+        table.add_column(column, justify="right")
+    for method in plan.methods:
+        gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
+        alpha = "" if method.alpha is None else f"{method.alpha:g}"
+        numbers = (_or_blank(method.rank), alpha, f"{method.parameters or 0:,}", gap, str(method.steps or ""))
+        table.add_row(escape(method.name), *numbers)
+    tried = len(plan.rates) * len(plan.tuning_seeds)
+    rates = f", {tried} of a method to choose its rate from {_listed(plan.rates)}" if tried else f", all at lr {plan.rates[0]:g}"
+    lines = [plan.budget_sentence, f"{plan.runs} runs: seeds {_listed(plan.seeds)}{rates}.", *_notes(plan.methods)]
+    return Group(table, *(escape(line) for line in lines))
+
+
+def result(found: Comparison) -> RenderableType:
+    """A row per method with its verdict, then what must be known to read it."""
+    table = Table("method", highlight=False)
+    ours = found.metric.replace("_", " ")
+    for column in ("rank", "trained", "lr", ours, f"to {found.baseline}", "wins", "CPU a step", "peak memory"):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        table.add_row(*_cells(found, row))
+    width = max(len(row.name) for row in found.rows)
+    verdicts = [f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows if row.verdict.kind != "baseline"]
+    return Group(table, *(escape(line) for line in [*verdicts, "", *_below(found)]))
+
+
+def _cells(found: Comparison, row: Row) -> list[str]:
+    method, runs = found.method(row.name), found.of(row.name)
+    peak = [run.figures["peak_bytes"] for run in runs if "peak_bytes" in run.figures]
+    ratio = "" if row.step_ratio is None else f"{row.step_ratio.mean:.2f} x"
+    pairs = row.gap.n if row.gap else 0
+    return [
+        escape(row.name),
+        _or_blank(method.rank),
+        f"{method.parameters or 0:,}",
+        "" if method.lr is None else f"{method.lr:g}",
+        _interval(row.score, found.metric),
+        _interval(row.gap, found.metric, sign=True),
+        f"{row.wins} of {pairs}" if pairs else "",
+        ratio,
+        f"{max(peak) / 2**20:,.0f} MiB" if peak else "",
+    ]
+
+
+def _below(found: Comparison) -> list[str]:
+    from weft.compare.stats import expected_false
+
+    lines = [found.budget, f"{found.machine}; n = {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}."]
+    judged = [row.gap for row in found.rows if row.gap is not None and row.gap.low is not None]
+    if judged:
+        lines.append(expected_false(len(judged), judged[0].level))
+    for method in found.methods:
+        if method.rate_at_edge:
+            lines.append(f"{method.name}: lr {method.lr:g} is the outermost that was tried, so a better one may lie beyond.")
+    lines += _notes(found.methods)
+    lines += [f"{run.folder}: {run.status}: {run.problem}" for run in found.outcomes if run.status != "complete"]
+    return [*lines, f"runs: {found.folder}"]
+
+
+def _notes(methods: list[Method]) -> list[str]:
+    return [f"{method.name}: {method.note}" for method in methods if method.note]
+
+
+def _interval(found: Interval | None, metric: str, sign: bool = False) -> str:
+    if found is None:
+        return ""
+    mean = _number(found.mean, metric, sign)
+    if found.low is None or found.high is None:
+        return f"{mean} (n = {found.n})"
+    return f"{mean} [{_number(found.low, metric, sign)}, {_number(found.high, metric, sign)}]"
+
+
+def _number(value: float, metric: str, sign: bool = False) -> str:
+    form = "+" if sign else ""
+    if metric in SHARES:
+        return f"{100 * value:{form}.1f} %"
+    return f"{value:{form}.4f}" if metric == "loss" else f"{value:{form}.1f}"
+
+
+def _or_blank(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _listed(values: list[int] | list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

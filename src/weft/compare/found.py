@@ -1,0 +1,266 @@
+"""What run folders say, as a `Comparison`: those of a comparison, or any that were trained on the same model and rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from weft.compare.plan import HIGHER_IS_BETTER, OF_CLASSES, Plan
+from weft.compare.record import Comparison, Method, Outcome, Rate, Status
+from weft.compare.rows import rows
+from weft.compare.work import PROBLEM, SCORES, status
+from weft.errors import ConfigError, RunError
+from weft.train.files import read_json
+from weft.train.run import Run
+
+SCORED = tuple(HIGHER_IS_BETTER)
+
+
+def read(folder: Path) -> Comparison:
+    """The comparison in a folder, as far as it has come.
+
+    Raises:
+        RunError: no compare.json, a damaged file, or runs of other rows than the rest.
+    """
+    plan = Plan.load(folder)
+    methods = [with_rate(plan, method, folder) for method in plan.methods]
+    outcomes = [_outcome(plan, method, seed, folder) for method in methods for seed in _seeds(plan, method)]
+    _check_same_rows([folder / outcome.folder for outcome in outcomes])
+    return Comparison(
+        folder=str(folder),
+        model=plan.recipe["model"]["path"],
+        data=plan.recipe["data"]["train"],
+        task=plan.task,
+        metric=plan.metric,
+        higher_is_better=plan.higher_is_better,
+        baseline=plan.baseline,
+        seeds=plan.seeds,
+        budget=plan.budget_sentence,
+        methods=methods,
+        outcomes=outcomes,
+        rows=rows(methods, outcomes, plan.metric, plan.higher_is_better, plan.baseline),
+        versions=plan.versions,
+        machine=_machine(plan),
+        complete=all(outcome.status != "missing" for outcome in outcomes),
+    )
+
+
+def with_rate(plan: Plan, method: Method, folder: Path) -> Method:
+    """The method with the rates that were tried for it, and the one of the lowest mean validation loss once all have ended.
+
+    A rate that diverged with any seed is out. Of equals the lower one is taken.
+    """
+    jobs = plan.tuning(method)
+    if not jobs:
+        return method if _is_frozen(method) else replace(method, lr=plan.rates[0])
+    ended = [job for job in jobs if status(folder / job.folder, tuning=True) != "missing"]
+    tried = [Rate(job.lr, job.seed, _validation_loss(folder / job.folder)) for job in ended]
+    method = replace(method, rates=tried)
+    if len(ended) < len(jobs):
+        return method
+    mean = {lr: _mean([rate.validation_loss for rate in tried if rate.lr == lr]) for lr in plan.rates}
+    finite = {lr: loss for lr, loss in mean.items() if loss is not None}
+    if not finite:
+        return method
+    lr = min(finite, key=lambda rate: (finite[rate], rate))
+    return replace(method, lr=lr, rate_at_edge=lr in (plan.rates[0], plan.rates[-1]))
+
+
+def _mean(losses: list[float | None]) -> float | None:
+    found = [loss for loss in losses if loss is not None]
+    return statistics.fmean(found) if len(found) == len(losses) else None
+
+
+def _validation_loss(folder: Path) -> float | None:
+    if status(folder, tuning=True) != "complete":
+        return None
+    return Run.load(folder).metrics["validation_loss"]
+
+
+def _is_frozen(method: Method) -> bool:
+    return method.adapter == {"recipe": "none"}
+
+
+def _seeds(plan: Plan, method: Method) -> list[int]:
+    return plan.seeds[:1] if _is_frozen(method) else plan.seeds
+
+
+def _outcome(plan: Plan, method: Method, seed: int, top: Path) -> Outcome:
+    place = plan.folder(method.name, seed)
+    folder, frozen = top / place, _is_frozen(method)
+    if not frozen and method.lr is None and len(method.rates) == len(plan.tuning(method)):
+        why = "none of the rates that were tried gave a finite validation loss"
+        return Outcome(method.name, seed, place, "diverged", problem=f"{why}: try lower ones.")
+    found = status(folder, tuning=False, frozen=frozen)
+    if found != "complete":
+        return Outcome(method.name, seed, place, found, problem=_problem(folder, found))
+    return _measured(method.name, seed, place, folder, frozen)
+
+
+def _problem(folder: Path, found: Status) -> str:
+    if found == "missing":
+        return "it has not ended."
+    return str(read_json(folder / PROBLEM)["problem"])
+
+
+def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = False) -> Outcome:
+    evaluation = read_json(folder / SCORES) if (folder / SCORES).is_file() else {"scores": {}, "domains": {}}
+    scores = _scores(evaluation["scores"])
+    outcome = Outcome(
+        method,
+        seed,
+        place,
+        "complete",
+        scores=scores,
+        domains={name: _scores(part) for name, part in evaluation["domains"].items()},
+    )
+    if not all(map(math.isfinite, scores.values())):
+        return replace(outcome, status="diverged", scores={}, problem="its scores on the test rows are no numbers.")
+    if frozen:
+        return outcome
+    run = Run.load(folder)
+    return replace(outcome, figures=_figures(run), curve=_curve(run))
+
+
+def _scores(found: dict[str, Any]) -> dict[str, float]:
+    return {name: found[name] for name in SCORED if found.get(name) is not None}
+
+
+def _figures(run: Run) -> dict[str, float]:
+    from weft.train.figures import figures
+
+    return figures(run)
+
+
+def _curve(run: Run) -> list[dict[str, float]]:
+    kept = ("step", "loss", "validation_loss")
+    points = [{key: row[key] for key in kept if key in row} for row in run.history()]
+    points = [point for point in points if len(point) > 1]
+    last = run.metrics.get("validation_loss")
+    if last is not None and not any("validation_loss" in point and point["step"] == run.steps for point in points):
+        points.append({"step": run.steps, "validation_loss": last})
+    return points
+
+
+def _check_same_rows(folders: Sequence[Path]) -> None:
+    """Refuse runs of other rows or another base than the first. Raises RunError."""
+    first: Run | None = None
+    for folder in folders:
+        if not (folder / "run.json").is_file():
+            continue
+        run = Run.load(folder)
+        first = first or run
+        for what, same in (
+            ("rows", sorted(run.data["hashes"].values()) == sorted(first.data["hashes"].values())),
+            ("base", (run.base["shapes"], run.base["values"]) == (first.base["shapes"], first.base["values"])),
+        ):
+            if not same:
+                raise RunError(f"{run.folder} was trained on another {what} than {first.folder}: they cannot be compared.")
+
+
+def _machine(plan: Plan) -> str:
+    threads, jobs = plan.recipe["train"]["num_threads"], plan.jobs or [1]
+    at_once = f"{min(jobs)}" if len(jobs) == 1 else f"{min(jobs)} to {max(jobs)}"
+    return f"{plan.device}, {threads} thread{'s' * (threads > 1)} a run, {at_once} run{'s' * (max(jobs) > 1)} at once"
+
+
+# ---------------------------------------------------------------------- run folders that no comparison made
+
+
+def gather(folders: Sequence[Path]) -> Comparison:
+    """Plain run folders as a comparison: runs that differ in seed and folder only are one method.
+
+    Raises:
+        RunError: a folder without a complete run, or runs of different rows, bases or tasks.
+        ConfigError: two runs of one method and seed.
+    """
+    runs = [Run.load(folder) for folder in folders]
+    _check_same_rows(folders)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_key(run), []).append(run)
+    names = _names([group[0] for group in groups.values()])
+    top = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    methods, outcomes = [], []
+    for name, group in zip(names, groups.values(), strict=True):
+        methods.append(_plain_method(name, group[0]))
+        taken: dict[int, Path] = {}
+        for run in group:
+            if run.seed in taken:
+                raise ConfigError(f"{taken[run.seed]} and {run.folder} are the same run: give one of them.")
+            taken[run.seed] = run.folder
+            outcomes.append(_plain_outcome(name, run, top))
+    metric = "accuracy" if runs[0].task == "classification" else "loss"
+    higher = HIGHER_IS_BETTER[metric]
+    baseline = next((m.name for m in methods if m.adapter.get("recipe") == "lora"), methods[0].name)
+    first = runs[0]
+    return Comparison(
+        folder=str(top),
+        model=first.recipe["model"]["path"],
+        data=first.recipe["data"]["train"],
+        task=first.task,
+        metric=metric,
+        higher_is_better=higher,
+        baseline=baseline,
+        seeds=sorted({run.seed for run in runs}),
+        budget="Nothing was made equal: these are runs as they were found.",
+        methods=methods,
+        outcomes=outcomes,
+        rows=rows(methods, outcomes, metric, higher, baseline),
+        versions=first.versions,
+        machine=f"{first.device}, {first.threads} thread{'s' * (first.threads > 1)} a run",
+        complete=all(outcome.status != "missing" for outcome in outcomes),
+    )
+
+
+def _key(run: Run) -> str:
+    """What runs of one method share: their recipe without seeds and folder."""
+    recipe = {key: value for key, value in run.recipe.items() if key != "out"}
+    recipe["train"] = {key: value for key, value in recipe["train"].items() if key != "seed"}
+    recipe["adapter"] = {key: value for key, value in recipe["adapter"].items() if key != "seed"}
+    return json.dumps(recipe, sort_keys=True)
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """A name for each method: its recipe, with its rank and rate where those tell it from others."""
+    adapters = [run.recipe["adapter"] for run in runs]
+    plain = [str(a.get("recipe") or " + ".join(k for k in a if isinstance(a[k], (dict, str)))) for a in adapters]
+    fuller = [
+        f"{name}, r = {adapter.get('r', 8)}, lr = {run.recipe['train']['lr']:g}"
+        for name, adapter, run in zip(plain, adapters, runs, strict=True)
+    ]
+    names: list[str] = []
+    for name, full in zip(plain, fuller, strict=True):
+        chosen = name if plain.count(name) == 1 else full
+        same = sum(other == chosen or other.startswith(f"{chosen} (") for other in names)
+        names.append(f"{chosen} ({same + 1})" if same else chosen)
+    return names
+
+
+def _plain_method(name: str, run: Run) -> Method:
+    adapter = run.adapter
+    return Method(
+        name,
+        run.recipe["adapter"],
+        rank=adapter.get("target_r") or adapter.get("r"),
+        alpha=adapter.get("lora_alpha"),
+        parameters=run.parameters.get("adapter", run.parameters["trainable"]),
+        steps=run.steps,
+        lr=run.recipe["train"]["lr"],
+    )
+
+
+def _plain_outcome(method: str, run: Run, top: Path) -> Outcome:
+    place = Path(os.path.relpath(run.folder.resolve(), top)).as_posix()
+    if run.status != "complete":
+        return Outcome(method, run.seed, place, "missing", problem=f"the run is {run.status}: finish it with --resume.")
+    outcome = _measured(method, run.seed, place, run.folder)
+    if outcome.scores:
+        return outcome
+    return replace(outcome, status="missing", problem=f"it was not measured: weft eval {run.folder}.")
