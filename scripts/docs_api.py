@@ -10,15 +10,16 @@ from typing import Any
 
 import weft
 
-# Heading of the page of `weft`, and the packages whose names stand below it. A name that fits nowhere is an error.
+# Heading of the page of `weft`, and where the names below it are defined; the longest that fits decides. A name that fits
+# nowhere is an error.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Recipes": ("weft.recipes",),
     "The general config and its axes": ("weft.spec", "weft.terms", "weft.times"),
     "Train, evaluate, generate": ("weft.train",),
     "In a loop of your own": ("weft.glue.attach", "weft.glue.routing"),
     "Select blocks": ("weft.search",),
-    "Compare and report": ("weft.compare",),
-    "Look inside": ("weft.report",),
+    "Compare and report": ("weft.compare", "weft.report"),
+    "Look inside": ("weft.report.heads", "weft.report.inspecting", "weft.train.directions"),
     "Export and import": ("weft.export", "weft.glue.official"),
     "Errors": ("weft.errors",),
 }
@@ -30,6 +31,7 @@ RETURNED: dict[str, tuple[str, ...]] = {
         "weft.train.evaluation.Scores",
         "weft.train.generation.Generation",
     ),
+    "Compare and report": ("weft.report.comparison.writing.Report",),
     "Look inside": (
         "weft.report.result.Inspection",
         "weft.report.heads.HeadSuggestion",
@@ -67,10 +69,10 @@ def sections() -> dict[str, list[str]]:
     for name in weft.__all__:
         value = getattr(weft, name)
         home = value.__name__ if inspect.ismodule(value) else value.__module__
-        fits = [title for title, homes in SECTIONS.items() if home.startswith(homes)]
+        fits = [(len(at), title) for title, homes in SECTIONS.items() for at in homes if home.startswith(at)]
         if not fits:
             raise SystemExit(f"weft.{name} is defined in {home}, which no section of docs_api.SECTIONS takes")
-        found[fits[0]].append(name)
+        found[max(fits)[1]].append(name)
     return {title: inside for title, inside in found.items() if inside}
 
 
