@@ -138,6 +138,8 @@ def _yaml(code: str) -> None:
 
 def with_tables(text: str, name: str) -> str:
     """The page with its generated parts as the code has them now."""
+    if not GENERATED.search(text):
+        return text
     from docs_tables import TABLES
 
     def make(match: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ PROGRAM is `module:function`, as in an entry point. Its process, and what it sta
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -25,6 +26,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 LIBRARIES = ("torch", "peft", "transformers.trainer", "datasets", "trl.trainer.sft_trainer")
 DIED = 70
@@ -127,15 +129,32 @@ def _kill_on_hanging_up(line: socket.socket, started: int) -> None:
         os.killpg(started, signal.SIGKILL)
 
 
-def main() -> int:
+def _end_with(program: Callable[[], object]) -> NoReturn:
+    """Run `program` and end as an interpreter does, but without taking apart, object by object, what the server loaded."""
+    try:
+        code = program()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def main() -> None:
     match sys.argv[1:]:
         case ["serve", address, *libraries]:
-            program = serve(address, libraries)
-            return int(program() or 0)  # type: ignore[call-overload]
+            _end_with(serve(address, libraries))
         case ["ask", address, program, *arguments]:
-            return ask(address, program, arguments)
+            sys.exit(ask(address, program, arguments))
     sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
