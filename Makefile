@@ -11,6 +11,8 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
+# Bytecode is kept even where the shell says not to: without, each of a hundred processes compiles weft, and pytest the tests.
+unexport PYTHONDONTWRITEBYTECODE
 # Real models and data for the tests and examples that use them, where this machine has them.
 ifndef WEFT_DATA
 ifneq ($(wildcard ../shared/data/README.md),)
