@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ KILLS = 5
 @pytest.mark.slow
 def test_a_comparison_killed_five_times_ends_as_the_uninterrupted_one(tmp_path: Path):
     command = [sys.executable, killed_comparison.__file__, str(tmp_path), str(KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    parts = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where pytest finds what tests share
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=parts)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "deaths.json").read_text(encoding="utf-8"))) == KILLS
     whole, killed = (json.loads((tmp_path / name / "comparison.json").read_text()) for name in ("whole", "killed"))
