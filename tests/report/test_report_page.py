@@ -249,7 +249,7 @@ def test_a_recipe_and_its_commands_give_back_every_run(found: Comparison, tmp_pa
         runs = [evidence.runs[outcome.folder] for outcome in found.of(recipe.name)]
         commands = [shlex.split(line) for line in recipe.commands.splitlines()]
         if recipe.name == "none":
-            assert commands == [["weft", "eval", "none.yaml", "--adapter", "none"]]
+            assert commands == [["weft", "eval", "lora.yaml", "--adapter", "none"]]
             continue
         assert len(commands) == len(runs) == 5
         for run, (weft, train, file, *overrides) in zip(runs, commands, strict=True):
@@ -259,6 +259,8 @@ def test_a_recipe_and_its_commands_give_back_every_run(found: Comparison, tmp_pa
                 content = apply(content, override)
             assert content == run.recipe
     assert "train.seed=3" in page(evidence)
+    (chosen,) = [recipe.about for recipe in recipes(evidence) if recipe.name == "tied_lora"]
+    assert "0.001 gave 0.5271, 0.003 gave 0.0500 and 0.01 gave 0.5729" in chosen
 
 
 def test_another_metric_and_another_baseline_can_be_asked_for(found: Comparison):

@@ -64,14 +64,14 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
         ("kind", "verdict", None),
     )
     one = tooltip(("name", "method", None), ("seed", "seed", "d"), ("said", "difference", None))
-    bar: Spec = {"type": "rule", "size": 3, "opacity": 0.55}
+    bar: Spec = {"type": "rule", "size": 3, "opacity": 0.7}
     drawn: Spec = {"y": y, "color": colour}
     layers: list[Spec] = [
         {"mark": {"type": "rule", "color": GREY, "tooltip": None}, "encoding": {"x": {"datum": 0}}},
         *_where(rows, "low", bar, {**drawn, "x": {**x, "field": "low"}, "x2": {"field": "high"}, "tooltip": says}),
         {
             "transform": [{"filter": "datum.of === 'seed'"}],
-            "mark": {"type": "point", "filled": True, "size": 22, "opacity": 0.5},
+            "mark": {"type": "point", "filled": True, "size": 20, "opacity": 0.75, "yOffset": 8},
             "encoding": {**drawn, "x": x, "tooltip": one},
         },
         {

@@ -134,7 +134,7 @@ def differences(found: Comparison) -> Iterator[Part]:
     side = "right" if found.higher_is_better else "left"
     lead = f"What lies {side} of the line is better than {found.baseline} with the same seed."
     if any("low" in row for row in rows):
-        lead += " Small dots are seeds, large ones their mean, bars its interval."
+        lead += " Large dots are means, bars their intervals, the small dots below them the seeds."
     yield Part("differences", f"Difference to {found.baseline}", lead, [chart])
 
 

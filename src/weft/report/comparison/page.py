@@ -14,6 +14,7 @@ from weft.report.comparison.places import inside
 from weft.report.comparison.quality import quality
 from weft.report.comparison.results import results
 from weft.report.comparison.runs import columns, groups, recipes
+from weft.report.comparison.wording import listed
 from weft.report.web import render
 
 
@@ -56,4 +57,5 @@ def page(evidence: Evidence, title: str | None = None) -> str:
         run_columns=columns(found),
         groups=groups(found),
         recipes=recipes(evidence),
+        versions=listed([f"{name} {version}" for name, version in found.versions.items()]),
     )
