@@ -30,8 +30,12 @@ def compare(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process with one torch thread.")] = 1,
     out: Annotated[str | None, typer.Option(help="The comparison's folder; short for out=....")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -84,7 +88,9 @@ class _Lines:
 
 
 def _progress(standing: Standing) -> str:
-    at_work = "; ".join(f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running)
+    at_work = "; ".join(
+        f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running
+    )
     return "  ".join(filter(None, [f"{standing.done} of {standing.total} runs", _left(standing.seconds_left), at_work]))
 
 
@@ -120,7 +126,11 @@ def plan_table(plan: Plan) -> RenderableType:
         numbers = (_or_blank(method.rank), alpha, f"{method.parameters or 0:,}", gap, str(method.steps or ""))
         table.add_row(escape(method.name), *numbers)
     tried = len(plan.rates) * len(plan.tuning_seeds)
-    rates = f", {tried} of a method to choose its rate from {_listed(plan.rates)}" if tried else f", all at lr {plan.rates[0]:g}"
+    rates = (
+        f", {tried} of a method to choose its rate from {_listed(plan.rates)}"
+        if tried
+        else f", all at lr {plan.rates[0]:g}"
+    )
     lines = [plan.budget_sentence, f"{plan.runs} runs: seeds {_listed(plan.seeds)}{rates}.", *_notes(plan.methods)]
     return Group(table, *(escape(line) for line in lines))
 
@@ -134,7 +144,9 @@ def result(found: Comparison) -> RenderableType:
     for row in found.rows:
         table.add_row(*_cells(found, row))
     width = max(len(row.name) for row in found.rows)
-    verdicts = [f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows if row.verdict.kind != "baseline"]
+    verdicts = [
+        f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows if row.verdict.kind != "baseline"
+    ]
     return Group(table, *(escape(line) for line in [*verdicts, "", *_below(found)]))
 
 
@@ -165,7 +177,9 @@ def _below(found: Comparison) -> list[str]:
         lines.append(expected_false(len(judged), judged[0].level))
     for method in found.methods:
         if method.rate_at_edge:
-            lines.append(f"{method.name}: lr {method.lr:g} is the outermost that was tried, so a better one may lie beyond.")
+            lines.append(
+                f"{method.name}: lr {method.lr:g} is the outermost that was tried, so a better one may lie beyond."
+            )
     lines += _notes(found.methods)
     lines += [f"{run.folder}: {run.status}: {run.problem}" for run in found.outcomes if run.status != "complete"]
     return [*lines, f"runs: {found.folder}"]

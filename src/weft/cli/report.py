@@ -20,11 +20,14 @@ def report(
         str | None, typer.Option(help="What the verdicts are about, such as loss or exact_match.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="The heading; the model and its data if not given.")] = None,
+    routers: Annotated[
+        bool, typer.Option("--routers", help="Also run routers over validation rows; loads the base.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
     """Write one offline page: which method is better, at what cost, and every run behind it."""
     with output.calling(as_json, quiet=True):
         from weft.report import report as call
 
-        written = call(*runs, out=out, baseline=baseline, metric=metric, title=title)
+        written = call(*runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers)
     output.show(written.record(), as_json, lambda: f"{written.verdict}\nwritten: {written.path}")

@@ -11,12 +11,12 @@ slots in use, AdaLoRA those it ends with, a search of layers those of the blocks
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig, PeftModel
 
 import weft
@@ -32,6 +32,9 @@ from weft.train.recipe import Task
 
 CLOSE = 0.05
 """A share of the budget; a method further from it gets a note."""
+
+_NOT_COUNTED = re.compile(r"\.(modules_to_save|ranknum)\.")
+"""A classifier's head; and the rank that AdaLoRA keeps in a parameter, which on the meta device peft forgets to freeze."""
 
 
 @dataclass
@@ -68,7 +71,7 @@ class Scales:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 named = self.adapted(section, final=True).named_parameters()
-            self._known[key] = sum(p.numel() for name, p in named if p.requires_grad and "modules_to_save" not in name)
+            self._known[key] = sum(p.numel() for name, p in named if p.requires_grad and not _NOT_COUNTED.search(name))
         return self._known[key]
 
     def blocks(self, section: dict[str, Any]) -> list[int]:
@@ -109,7 +112,9 @@ def solve(recipe: CompareRecipe, found: list[Contender], scales: Scales) -> tupl
         ConfigError, TargetError: a method that cannot have this budget, or not be trained at all.
     """
     plain = next((each.section for each in found if each.section.get("recipe") == "lora"), {"recipe": "lora"})
-    target = scales.trained(_without_rank(plain) | {"r": recipe.budget.r}) if recipe.budget.equal == "parameters" else None
+    target = (
+        scales.trained(_without_rank(plain) | {"r": recipe.budget.r}) if recipe.budget.equal == "parameters" else None
+    )
     told = next((each.search.top_k for each in found if each.search is not None and each.search.top_k), None)
     return [_solved(recipe, each, scales, target, told) for each in found], target
 
@@ -166,8 +171,8 @@ def _check_free(contender: Contender, recipe: CompareRecipe) -> None:
         )
     if recipe.scale != "own" and "lora_alpha" in given:
         raise ConfigError(
-            f"{contender.name} has lora_alpha={given['lora_alpha']}, and scale={recipe.scale:g} sets alpha for all: drop it, or set "
-            "scale=own."
+            f"{contender.name} has lora_alpha={given['lora_alpha']}, and scale={recipe.scale:g} sets alpha for all: drop it, or "
+            "set scale=own."
         )
 
 
@@ -177,7 +182,9 @@ def _of_fixed_size(contender: Contender, there: int, told: int | None) -> Conten
     if search is None:
         count = contender.count or told or half
         if not isinstance(count, int) or not 1 <= count < there:
-            raise ConfigError(f"{contender.name} cannot draw {count!r} of {there} blocks: give a count from 1 to {there - 1}.")
+            raise ConfigError(
+                f"{contender.name} cannot draw {count!r} of {there} blocks: give a count from 1 to {there - 1}."
+            )
         return Contender(contender.name, contender.section, True, count)
     if search.granularity == "module":
         raise ConfigError(
@@ -187,8 +194,8 @@ def _of_fixed_size(contender: Contender, there: int, told: int | None) -> Conten
     given = contender.section
     if search.top_k is None and ("select" in given or search.select != "above_mean"):
         raise ConfigError(
-            f"{contender.name} selects by {search.select}, so its numbers are known only after the search: leave select out (half of "
-            "the blocks), give top_k, or set budget.equal=steps."
+            f"{contender.name} selects by {search.select}, so its numbers are known only after the search: leave select out (half "
+            "of the blocks), give top_k, or set budget.equal=steps."
         )
     return with_top_k(contender, search.top_k or half)
 
@@ -198,15 +205,16 @@ def _on_blocks(section: dict[str, Any], blocks: list[int]) -> dict[str, Any]:
     if section.get("recipe") != "flexora":
         return section | {"layers": blocks}
     searched = {"recipe", "select", "top_k", *vars(weft.Search())}
-    return {"recipe": "lora"} | {key: value for key, value in section.items() if key not in searched} | {"layers": blocks}
+    return (
+        {"recipe": "lora"} | {key: value for key, value in section.items() if key not in searched} | {"layers": blocks}
+    )
 
 
 def _steps(recipe: CompareRecipe, contender: Contender, scales: Scales) -> tuple[int, list[str]]:
     """Steps of the training, less what a search costs where steps are equal; and the sentence that says so."""
     search = contender.search
     if search is None or recipe.budget.equal == "parameters":
-        cost = "" if search is None else "The steps of its search come on top of its training's."
-        return scales.steps, [cost] if cost else []
+        return scales.steps, [] if search is None else ["The steps of its search come on top of its training's."]
     if search.steps is None:
         raise ConfigError(
             f"{contender.name} searches for a pass over the rows, and the budget of equal steps pays for it: give it steps (of the "

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weft.compare.plan import HIGHER_IS_BETTER, OF_CLASSES, Plan
+from weft.compare.plan import HIGHER_IS_BETTER, Plan
 from weft.compare.record import Comparison, Method, Outcome, Rate, Status
 from weft.compare.rows import rows
 from weft.compare.work import PROBLEM, SCORES, status
@@ -161,7 +161,9 @@ def _check_same_rows(folders: Sequence[Path]) -> None:
             ("base", (run.base["shapes"], run.base["values"]) == (first.base["shapes"], first.base["values"])),
         ):
             if not same:
-                raise RunError(f"{run.folder} was trained on another {what} than {first.folder}: they cannot be compared.")
+                raise RunError(
+                    f"{run.folder} was trained on another {what} than {first.folder}: they cannot be compared."
+                )
 
 
 def _machine(plan: Plan) -> str:

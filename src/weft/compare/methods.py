@@ -1,10 +1,10 @@
 """The `methods` of a comparison: what each is called, and the adapter section it stands for.
 
-    lora                                               a recipe by its name
-    {recipe: lora, structure: hydra, boost: dash}      axes, on top of a recipe or without one
-    random_layers | {control: random_layers, count: k} plain LoRA on k blocks, drawn anew for every seed
-    random_moves                                       ALoRA whose slots move at random
-    none                                               the frozen base
+lora                                               a recipe by its name
+{recipe: lora, structure: hydra, boost: dash}      axes, on top of a recipe or without one
+random_layers | {control: random_layers, count: k} plain LoRA on k blocks, drawn anew for every seed
+random_moves                                       ALoRA whose slots move at random
+none                                               the frozen base
 """
 
 from __future__ import annotations
@@ -137,10 +137,12 @@ def _config(section: dict[str, Any]) -> Any:
 
 def _check(section: dict[str, Any], name: Any) -> None:
     """Refuse what no run of it could train. Raises ConfigError."""
-    _config(section)
     layers = section.get("layers")
     if isinstance(layers, str) and layers.endswith(".json"):
-        raise ConfigError(f"the method {name or section.get('recipe')} takes its layers from {layers}: list the blocks.")
+        raise ConfigError(
+            f"the method {name or section.get('recipe')} takes its layers from {layers}: list the blocks."
+        )
+    _config(section)
 
 
 def _name(fields: dict[str, Any]) -> str:
@@ -174,7 +176,7 @@ def seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
     if recipe is not None and "seed" in inspect.signature(recipe).parameters:
         changed.setdefault("seed", seed)
     for axis in AXES:
-        choice = decode_choice(axis, section[axis]) if axis in section else None
+        choice: Any = decode_choice(axis, section[axis]) if axis in section else None
         if getattr(choice, "seed", None) == 0:
             changed[axis] = encode_choice(replace(choice, seed=seed))
     return changed

@@ -28,7 +28,14 @@ from weft.train.loop import PACKAGES, version
 
 TUNING_SEED = 1000
 """The first seed that rates are tried with, unless it is reported."""
-HIGHER_IS_BETTER = {"loss": False, "exact_match": True, "accuracy": True, "macro_f1": True, "bleu": True, "rouge_l": True}
+HIGHER_IS_BETTER = {
+    "loss": False,
+    "exact_match": True,
+    "accuracy": True,
+    "macro_f1": True,
+    "bleu": True,
+    "rouge_l": True,
+}
 OF_CLASSES = ("accuracy", "macro_f1")
 
 
@@ -136,7 +143,9 @@ class Plan:
         if self.budget is None:
             return f"Equal steps: {self.steps} each, those of a search included; {alpha}."
         r = self.recipe["budget"]["r"]
-        return f"Equal trained numbers: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
+        return (
+            f"Equal trained numbers: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
+        )
 
     def record(self) -> dict[str, Any]:
         """The plan as plain data, as `compare.json` and `--dry-run --json` show it."""
@@ -209,7 +218,9 @@ def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
     if recipe.baseline is None:
         return "lora" if "lora" in trained else trained[0]
     if recipe.baseline not in trained:
-        raise ConfigError(f"the baseline {recipe.baseline!r} is no method that is trained: {suggest(recipe.baseline, trained)}")
+        raise ConfigError(
+            f"the baseline {recipe.baseline!r} is no method that is trained: {suggest(recipe.baseline, trained)}"
+        )
     return recipe.baseline
 
 

@@ -7,10 +7,12 @@ its folder.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -30,7 +32,11 @@ from weft.train.progress import Tick
 
 TICK_EVERY = 0.2
 """Seconds between two reports of a run."""
-IMPORTED = ["weft.compare.work", "weft.train.loop", "weft.train.evaluation"]
+IMPORTED = (
+    *("weft.compare.work", "weft.train.loop", "weft.train.evaluation", "weft.train.figures"),
+    *("sklearn.metrics", "sacrebleu.metrics.bleu", "rouge_score.rouge_scorer"),
+)
+"""What the server imports, so that no run has to: ours, and what scores are counted with (seconds)."""
 
 Next = Callable[[], Job | None]
 Told = Callable[[Job, Tick | None], None]
@@ -62,7 +68,8 @@ class Pool:
         self.at_work: dict[Connection, tuple[Job, Any]] = {}
 
     def __enter__(self) -> Pool:
-        self.context.set_forkserver_preload(IMPORTED)
+        models = [name for name in sys.modules if ".modeling_" in name]  # the one that was planned on is among them
+        self.context.set_forkserver_preload([*IMPORTED, *models])
         with _environment(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"):  # read once, when a library is loaded
             forkserver.ensure_running()
         return self
@@ -148,6 +155,7 @@ def _life(parent: Connection, lock: _Held, top: Path, job: Job) -> None:
     """A process's life: one run. `lock` is held for as long as it lives."""
     threading.Thread(target=_follow_the_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    gc.freeze()  # what the server imported is here to stay: looking through it takes most of a second each time
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 

@@ -1,14 +1,14 @@
 """A comparison's recipe file: one model and data set, several methods, and what is equal between them.
 
-    model, data   as in a recipe to train
-    train         steps or epochs, batch_size, ...; lr only where no `rates` are tried
-    methods       names | {recipe or axes, fields, name} | {control: random_layers, count} | none
-    budget        {equal: parameters, r: 8} | {equal: steps, r: 8}
-    scale         alpha / r of every method | own
-    seeds         a number | a list
-    rates         {values: [...], seeds: 1}
-    metric        loss, accuracy, ...
-    out           the comparison's folder
+model, data   as in a recipe to train
+train         steps or epochs, batch_size, ...; lr only where no `rates` are tried
+methods       names | {recipe or axes, fields, name} | {control: random_layers, count} | none
+budget        {equal: parameters, r: 8} | {equal: steps, r: 8}
+scale         alpha / r of every method | own
+seeds         a number | a list
+rates         {values: [...], seeds: 1}
+metric        loss, accuracy, ...
+out           the comparison's folder
 """
 
 from __future__ import annotations

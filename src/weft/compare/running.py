@@ -64,7 +64,9 @@ def compare(
 ) -> Comparison:
     """See `weft.compare.compare`."""
     if not is_whole(jobs, 0):
-        raise ConfigError(f"jobs={jobs!r} is no number of runs: use a whole number from 1 up, or 0 for none but this process.")
+        raise ConfigError(
+            f"jobs={jobs!r} is no number of runs: use a whole number from 1 up, or 0 for none but this process."
+        )
     recipe = CompareRecipe.read(source, *overrides)
     folder = Path(recipe.out).expanduser()
     _check_place(folder, recipe, overwrite)
@@ -99,11 +101,15 @@ def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
         if not overwrite:
             _check_same(Plan.load(folder), recipe, folder)
         return
-    if folder.is_dir() and (other := [path.name for path in folder.iterdir() if path.name not in (*NAMES, "compare.json.part")]):
+    if folder.is_dir() and (
+        other := [path.name for path in folder.iterdir() if path.name not in (*NAMES, "compare.json.part")]
+    ):
         raise RunError(f"{folder} holds other files, such as {other[0]}, and no comparison: choose another with --out.")
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"the comparison's folder {folder} cannot be made: {nearest} is read-only; choose another with --out.")
+        raise RunError(
+            f"the comparison's folder {folder} cannot be made: {nearest} is read-only; choose another with --out."
+        )
 
 
 def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:

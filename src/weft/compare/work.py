@@ -1,8 +1,8 @@
 """One run of a comparison, from wherever a kill has left it to its scores.
 
-    complete.  run.json says so, and a reported run has eval-test.json
-    begun      it goes on from its newest checkpoint; what cannot go on starts anew
-    problem    problem.json says why there will be no scores: diverged (final), or failed (tried again the next time)
+complete.  run.json says so, and a reported run has eval-test.json
+begun      it goes on from its newest checkpoint; what cannot go on starts anew
+problem    problem.json says why there will be no scores: diverged (final), or failed (tried again the next time)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import weft.train as training
 from weft.compare.plan import Job
 from weft.compare.record import Status
 from weft.errors import DivergedError, RunError, WeftError
@@ -62,23 +63,23 @@ def give_up(folder: Path, kind: str, problem: str, trace: str = "") -> None:
     """Write down why a run has no scores. Raises RunError."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / PROBLEM, {"status": kind, "problem": " ".join(problem.split())} | ({"trace": trace} if trace else {}))
+    write_json(
+        folder / PROBLEM, {"status": kind, "problem": " ".join(problem.split())} | ({"trace": trace} if trace else {})
+    )
 
 
 def _carry_out(job: Job, folder: Path, progress: Progress) -> None:
-    import weft.train
-
     recipe = Recipe.read({**job.recipe, "out": str(folder)}, base_dir=Path(job.base_dir))
     if job.frozen:
-        evaluation = weft.train.evaluate(recipe, adapter="none", progress=progress)
+        evaluation = training.evaluate(recipe, adapter="none", progress=progress)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SCORES, _finite(evaluation).record())
         return
     if not _is_trained(folder):
-        weft.train.train(recipe, resume=_can_go_on(folder), progress=progress)
+        training.train(recipe, resume=_can_go_on(folder), progress=progress)
     if not job.tuning and not (folder / SCORES).is_file():
-        _finite(weft.train.evaluate(Run.load(folder), progress=progress))
+        _finite(training.evaluate(Run.load(folder), progress=progress))
 
 
 def _can_go_on(folder: Path) -> bool:

@@ -23,6 +23,7 @@ def report(
     baseline: str | None = None,
     metric: str | None = None,
     title: str | None = None,
+    routers: bool = False,
 ) -> Report:
     """Write one offline page about runs: the verdict first, and every number linked to the run it comes from.
 
@@ -34,6 +35,7 @@ def report(
         baseline: the method that the others are held against, instead of the comparison's own (plain LoRA).
         metric: what the verdicts are about, instead of the comparison's own: loss, exact_match, accuracy, macro_f1, bleu, rouge_l.
         title: the heading, instead of model and data.
+        routers: also show what the routers of HydraLoRA do in each domain, in one run per method. This alone needs the base.
 
     Returns:
         The path, the sentence over all methods, and the comparison itself.
@@ -44,7 +46,7 @@ def report(
     """
     from weft.report.comparison.writing import write_report
 
-    return write_report(runs, out, baseline, metric, title)
+    return write_report(runs, out, baseline, metric, title, routers)
 
 
 class _Callable(ModuleType):

@@ -26,7 +26,7 @@ def check_extra() -> None:
     """Raise ConfigError if the packages that a page needs are not installed."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigError(
-            f"a page needs {' and '.join(missing)}, which this environment lacks: pip install 'weft[html]', or leave --html out."
+            f"a page needs {' and '.join(missing)}, which this environment lacks: pip install 'weft[html]'."
         )
 
 

@@ -290,7 +290,9 @@ def _reason(error: Exception) -> str:
 def _check_finite(metrics: dict[str, float]) -> None:
     for name in ("train_loss", "validation_loss"):
         if not math.isfinite(metrics.get(name, 0.0)):
-            raise DivergedError(f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup.")
+            raise DivergedError(
+                f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup."
+            )
 
 
 def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:

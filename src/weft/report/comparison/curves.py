@@ -38,11 +38,9 @@ def curves(found: Comparison) -> Iterator[Part]:
     )
     whats = [what for what in WHAT if any(row["what"] == what for row in rows)]
     picks = charts.together(charts.choice("what", "Show", whats, "what"), drawing.beside_the_baseline(names))
-    values = [row["value"] for row in rows]
-    log = min(values) > 0 and max(values) > 20 * min(values)
-    chart = drawing.curves(rows, names, found.baseline, picks, says, "loss", log)
+    chart = drawing.curves(rows, names, found.baseline, picks, says, "loss")
     lead = (
-        "Means over seeds in bands of their intervals. The list picks a method to stand beside "
+        "Means over seeds in bands of their intervals, cut off where they are wide. The list picks a method to stand beside "
         f"{found.baseline}; clicks in the legend pick several, a double click shows all again."
     )
     what = " and ".join(whats).capitalize()
@@ -69,10 +67,7 @@ def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[s
             }
             row["interval"] = between(whole, text)
             if whole.low is not None and whole.high is not None:
-                row |= {
-                    "low": max(whole.low, 0.2 * whole.mean),
-                    "high": whole.high,
-                }  # a loss below 0 has no place on the axis
+                row |= {"low": whole.low, "high": whole.high}
             yield row
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from weft.compare.record import Interval
@@ -15,8 +16,8 @@ PALETTE = ["#1b9c8c", "#d9733f", "#5a7fd0", "#c15a98", "#b0932a", "#6a8f4d", "#8
 SHAPES = ["circle", "square", "diamond"]
 DASHES = [[1, 0], [6, 3], [2, 2]]
 """A second and a third round of the palette are told apart by these."""
-COLUMNS = {"expr": "max(1, floor(width / 165))"}
-"""Of a legend, as many as there is room for."""
+PHONE = 280
+"""Pixels that a phone leaves for a legend."""
 
 
 def forest_rows(
@@ -85,10 +86,12 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
 def _named(names: Sequence[str], baseline: str, channel: str) -> Spec:
     """A scale over methods: a colour each, the baseline grey; `channel` may be shape or strokeDash for further rounds."""
     others = [name for name in names if name != baseline]
-    rounds: Sequence[Any] = {"color": PALETTE, "shape": SHAPES, "strokeDash": DASHES}[channel]
+    scales: dict[str, Sequence[Any]] = {"color": PALETTE, "shape": SHAPES, "strokeDash": DASHES}
+    rounds = scales[channel]
     at = {name: n if channel == "color" else n // len(PALETTE) for n, name in enumerate(others)}
     grey = GREY if channel == "color" else rounds[0]
-    legend: Spec = {"columns": COLUMNS, "labelLimit": 140, "symbolOpacity": 1}
+    columns = PHONE // (7 * max(map(len, names)) + 26)
+    legend: Spec = {"columns": min(max(columns, 1), 4), "labelLimit": PHONE - 40, "symbolOpacity": 1}
     if channel == "strokeDash":
         legend |= {"symbolType": "stroke", "symbolStrokeWidth": 2}
     return {
@@ -113,6 +116,27 @@ PICKED: Spec = {"name": "picked", "select": {"type": "point", "fields": ["name"]
 """Clicks in the legend pick methods out, several in turn."""
 
 
+def reach(rows: Rows, mean: str, low: str, high: str, log: bool = False) -> Spec:
+    """A scale as far as the means go, and their intervals where these are not much wider; what is longer is cut off."""
+    to, back = (math.log, math.exp) if log else (float, float)
+    means = [to(row[mean]) for row in rows]
+    first, last = min(means), max(means)
+    span = (last - first) or abs(last) or 1.0
+    ends = [row[end] for row in rows for end in (low, high) if end in row]
+    known = [to(end) for end in ends if not log or end > 0]
+    least = max(min([*known, first]), first - span)
+    most = min(max([*known, last]), last + span)
+    pad = 0.06 * (most - least) or 0.06 * span
+    scale: Spec = {"type": "log"} if log else {"zero": False}
+    return {**scale, "domain": [back(least - pad), back(most + pad)], "nice": False}
+
+
+def is_wide(values: Iterable[float], times: float) -> bool:
+    """Whether small values are told apart from large ones only on a logarithmic scale."""
+    least, most = min(held := list(values)), max(held)
+    return least > 0 and most > times * least
+
+
 def _faded(full: float) -> Spec:
     return {"condition": {"param": "picked", "value": full}, "value": full / 8}
 
@@ -120,7 +144,7 @@ def _faded(full: float) -> Spec:
 def costs(rows: Rows, names: Sequence[str], baseline: str, x: Spec, y: Spec, says: list[Spec]) -> Spec:
     """A score against a cost: `x` and `y` with intervals (`x_low` … `y_high`), and the front of those with `front`."""
     colour, shape = _named(names, baseline, "color"), _named(names, baseline, "shape")
-    bar = {"type": "rule", "size": 1.5}
+    bar: Spec = {"type": "rule", "size": 1.5, "clip": True}
     shared = {"color": colour, "opacity": _faded(0.7), "tooltip": says}
     layers: list[Spec] = [
         {
@@ -146,29 +170,15 @@ def costs(rows: Rows, names: Sequence[str], baseline: str, x: Spec, y: Spec, say
     return charts.spec(rows, 270, layer=layers)
 
 
-def curves(
-    rows: Rows, names: Sequence[str], baseline: str, pick: Pick, says: list[Spec], title: str, log: bool
-) -> Spec:
+def curves(rows: Rows, names: Sequence[str], baseline: str, pick: Pick, says: list[Spec], title: str) -> Spec:
     """`value` by `step` and `name`, in a band from `low` to `high`."""
     colour, dash = _named(names, baseline, "color"), _named(names, baseline, "strokeDash")
-    x = {
-        "field": "step",
-        "type": "quantitative",
-        "title": "optimiser step",
-        "axis": {"grid": False},
-        "scale": {"nice": False},
-    }
-    scale: Spec = {"type": "log", "nice": False} if log else {"zero": False}
-    ticks: Spec = {"tickCount": 6, "format": "~g", "grid": not log}
-    y = {
-        "field": "value",
-        "type": "quantitative",
-        "title": title,
-        "scale": scale,
-        "axis": ticks,
-    }
+    log = is_wide((row["value"] for row in rows), 20)
+    x = charts.quantity("step", "optimiser step", nice=False, zero=False)
+    y = charts.quantity("value", title, "~g" if log else None, **reach(rows, "value", "low", "high", log))
+    x["axis"]["grid"] = False
     within = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": _faded(0.16)}
-    band = _where(rows, "low", {"type": "area", "tooltip": None}, within)
+    band = _where(rows, "low", {"type": "area", "clip": True, "tooltip": None}, within)
     line = {
         "params": [PICKED],
         "mark": {"type": "line", "size": 1.8, "point": {"size": 18}},

@@ -77,10 +77,10 @@ def _sentence(found: Comparison, row: Row) -> str:
     if is_frozen(found, row.name) and row.score:
         return f"{how.title} {how.text(row.score.mean)} without training"
     if row.gap and row.verdict.kind == "single":
-        return (
-            f"{said}; its {how.title} lies {how.gap(row.gap.mean)} {how.gap_unit}".rstrip()
-            + f" from {found.baseline}'s"
+        apart = (
+            f"{how.size(row.gap.mean)} {'higher' if row.gap.mean > 0 else 'lower'} than" if row.gap.mean else "that of"
         )
+        return f"{said}; its {how.title} is {apart} {found.baseline}{chr(39) + 's' if row.gap.mean else ''}"
     if row.gap and row.verdict.kind in ("better", "worse") and "seeds" not in said:
         return f"{said} over {counted(row.gap.n, 'seed')}"
     return said
@@ -96,6 +96,9 @@ def facts(found: Comparison) -> Iterator[tuple[str, str]]:
     yield "budget", found.budget
     yield "machine", found.machine
     yield "versions", ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    for method in found.methods:
+        if method.note:
+            yield "note", f"{method.name}: {method.note}"
     judged = [row.gap for row in contenders(found) if row.gap and row.gap.low is not None]
     if judged:
         yield "by chance", expected_false(len(judged), judged[0].level)
@@ -113,7 +116,7 @@ def warnings(found: Comparison) -> list[str]:
         said.append(
             f"The best learning rate of {listed(edges)} is the lowest or highest that was tried: a better one may lie outside."
         )
-    return said + [f"{method.name}: {method.note}" for method in found.methods if method.note]
+    return said
 
 
 def differences(found: Comparison) -> Iterator[Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from weft.report.comparison.curves import curves
 from weft.report.comparison.domains import domains
@@ -13,6 +14,7 @@ from weft.report.comparison.places import inside
 from weft.report.comparison.quality import quality
 from weft.report.comparison.results import results
 from weft.report.comparison.runs import columns, groups, recipes
+from weft.report.comparison.wording import listed
 from weft.report.web import render
 
 
@@ -45,7 +47,7 @@ def page(evidence: Evidence, title: str | None = None) -> str:
         styles=["comparison.css"],
         scripts=["comparison.js"],
         found=found,
-        title=title or f"{found.model} on {found.data}",
+        title=title or f"{Path(found.model).name} on {Path(found.data).name}",
         overall=overall(found),
         verdicts=said,
         warnings=warnings(found),
@@ -55,4 +57,5 @@ def page(evidence: Evidence, title: str | None = None) -> str:
         run_columns=columns(found),
         groups=groups(found),
         recipes=recipes(evidence),
+        versions=listed([f"{name} {version}" for name, version in found.versions.items()]),
     )

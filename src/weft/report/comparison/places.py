@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.report import charts
 from weft.report.charts import tooltip
 from weft.report.comparison.evidence import Evidence
-from weft.report.comparison.parts import Chart, Part
+from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet
 from weft.report.comparison.wording import listed
 from weft.report.measure import split_name
+from weft.report.parts.routing import routers
 from weft.report.parts.section import places
 from weft.report.result import Inspection
 from weft.report.views import labels_of
@@ -31,13 +32,47 @@ def inside(evidence: Evidence) -> Iterator[Part]:
         ),
         *_by_site(evidence, "Mean size of the gains of Dash at every site", ".2g", ".3g", _gains),
     ]
+    shown += _routed(evidence)
     if shown:
         lead = (
             "Means over the seeds of a method; the tooltip has the spread. In a chart, the same shade is the same number for every "
             "method. "
-            f"For routers, change rates of W and one run at a time: weft inspect RUN --html page.html.{_left_out(evidence)}"
+            f"More of one run: weft inspect RUN --html page.html.{_left_out(evidence)}"
         )
-        yield Part("inside", "Where ranks, layers, heads and directions went", lead, shown)
+        yield Part(
+            "inside", "Where ranks, layers, heads and directions went", lead, shown, _sheet(evidence), folded=True
+        )
+
+
+def _sheet(evidence: Evidence) -> Sheet:
+    """The means of every site that the charts are of."""
+    numbers: list[tuple[str, str, Numbers]] = [
+        ("‖ΔW‖", ".3g", _norms),
+        ("rank", ".1f", _ranks),
+        ("cosine of heads", ".3f", _heads),
+        ("gain of Dash", ".3g", _gains),
+    ]
+    lines = []
+    for name, looks in evidence.looks.items():
+        held = [
+            {site: statistics.fmean(values) for site, values in _gathered(looks, each).items()} for *_, each in numbers
+        ]
+        for site in held[0]:
+            cells = [Cell(name, order=name), Cell(site, order=site)]
+            for (_, form, _), values in zip(numbers, held, strict=True):
+                cells.append(Cell(format(values[site], form), order=values[site]) if site in values else Cell("–"))
+            lines.append(Line(name, "", cells))
+    columns = [Column("method", number=False), Column("site", number=False), *(Column(what) for what, *_ in numbers)]
+    return Sheet("Means by site", columns, lines)
+
+
+def _gathered(looks: Sequence[Inspection], numbers: Numbers) -> dict[str, list[float]]:
+    """A number of every site, from every adapter that has the site."""
+    held: dict[str, list[float]] = {}
+    for found in looks:
+        for site, value in numbers(found).items():
+            held.setdefault(site, []).append(value)
+    return held
 
 
 def _left_out(evidence: Evidence) -> str:
@@ -67,10 +102,7 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
     """A heatmap over the sites of a chosen method."""
     rows: list[dict[str, Any]] = []
     for name, looks in evidence.looks.items():
-        held: dict[str, list[float]] = {}
-        for found in looks:
-            for site, value in numbers(found).items():
-                held.setdefault(site, []).append(value)
+        held = _gathered(looks, numbers)
         where = places(held)
         rows += [
             {
@@ -97,6 +129,13 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
         of = f" ({methods[0]})" if len(methods) == 1 else ""
         alt = f"{what}, by block and module, for {listed(methods)}"
         yield Chart(f"{what}{of}", alt, charts.heatmap(rows, written, says, pick=pick))
+
+
+def _routed(evidence: Evidence) -> Iterator[Chart]:
+    """What the routers of one run per method do, and what they do differently in each domain."""
+    for name, found in evidence.routers.items():
+        for section in routers(found):
+            yield from (Chart(f"{what} ({name})", f"{what}, of {name}", spec) for what, spec in section.charts)
 
 
 def _selected(evidence: Evidence) -> Iterator[Chart]:

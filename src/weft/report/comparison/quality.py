@@ -38,11 +38,11 @@ def quality(found: Comparison) -> Iterator[Part]:
                 point["front"] = point["name"] in best
             alt = f"{how.title} against {what}; no method is both cheaper and better than {listed(best)}"
             shown.append(Chart(title, alt, _chart(found, points, what)))
-            fronts.append(f"in {what}, {listed(best)}")
+            fronts.append(f"by {what}, {listed(best)}")
     if shown:
         lead = (
-            f"The dashed line joins the methods that none is both cheaper and better than: {'; '.join(fronts)}. Bars are intervals "
-            f"over seeds; of points whose bars overlap, neither need be better.{_frozen(found)}"
+            f"No other method is both cheaper and better than those on the dashed line: {'; '.join(fronts)}. Bars are intervals "
+            f"over seeds; where they overlap, neither need be better.{_frozen(found)}"
         )
         yield Part("quality", "Quality and cost", lead, shown)
 
@@ -111,15 +111,16 @@ def _chart(found: Comparison, points: list[dict[str, Any]], what: str) -> Spec:
         ("n", "seeds", "d"),
         ("cost", what, None),
     )
-    x = charts.quantity("x", what, "~s", **_wide([point["x"] for point in points]), padding=14)
-    title = f"{how.title}{how.unit} ({how.direction})"
-    y = charts.quantity("y", title, "~g", **_wide([point["y"] for point in points]), padding=8)
+    x, y = (
+        _axis(points, field, title) for field, title in (("x", what), ("y", f"{how.title}{how.unit} ({how.direction})"))
+    )
     return drawing.costs(points, shown, found.baseline, x, y, says)
 
 
-def _wide(values: list[float]) -> dict[str, Any]:
-    """A scale on which small values can be told apart beside large ones."""
-    return {"type": "log", "nice": False} if min(values) > 0 and max(values) > 8 * min(values) else {"zero": False}
+def _axis(points: list[dict[str, Any]], field: str, title: str) -> Spec:
+    log = drawing.is_wide((point[field] for point in points), 8)
+    form = "~s" if log or max(point[field] for point in points) >= 10_000 else None
+    return charts.quantity(field, title, form, **drawing.reach(points, field, f"{field}_low", f"{field}_high", log))
 
 
 def _frozen(found: Comparison) -> str:

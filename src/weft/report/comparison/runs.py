@@ -16,7 +16,7 @@ from weft.report.comparison.evidence import Evidence
 from weft.report.comparison.parts import Cell, Column, of_method
 from weft.report.comparison.results import other_metrics
 from weft.report.comparison.spread import score
-from weft.report.comparison.wording import figures, is_frozen, metric, rate
+from weft.report.comparison.wording import figures, is_frozen, listed, metric, rate
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,37 @@ def recipes(evidence: Evidence) -> list[Recipe]:
 
 def _recipe(evidence: Evidence, name: str) -> Recipe:
     found = evidence.found
-    runs = [evidence.runs[o.folder] for o in found.of(name) if o.folder in evidence.runs]
     ids = of_method(found, name, "recipe"), name, of_method(found, name, "runs")
+    if is_frozen(found, name):
+        command = shlex.join(["weft", "eval", _file(found.baseline), "--adapter", "none"])
+        return Recipe(*ids, f"The model as it is, measured on the rows of {found.baseline}'s recipe.", command, "", "")
+    runs = [evidence.runs[o.folder] for o in found.of(name) if o.folder in evidence.runs]
     if not runs:
         return Recipe(*ids, "No run of it has left a recipe.", "", "", "")
-    file = f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'method'}.yaml"
-    first = runs[0].recipe
-    if is_frozen(found, name):
-        commands = [f"weft eval {file} --adapter none"]
-    else:
-        commands = [_command(file, changes(first, run.recipe)) for run in runs]
-    about = f"Relative paths in it count from {runs[0].base_dir}."
-    return Recipe(*ids, about, "\n".join(commands), file, yaml.safe_dump(first, sort_keys=False, allow_unicode=True))
+    first, file = runs[0], _file(name)
+    commands = "\n".join(_command(file, changes(first.recipe, run.recipe)) for run in runs)
+    about = f"Relative paths in it count from {first.base_dir}.{_rates(found, name)}"
+    return Recipe(*ids, about, commands, file, yaml.safe_dump(first.recipe, sort_keys=False, allow_unicode=True))
+
+
+def _file(name: str) -> str:
+    """What the recipe of a method is saved as."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name).strip('-').lower() or 'method'}.yaml"
+
+
+def _rates(found: Comparison, name: str) -> str:
+    """How its learning rate was chosen."""
+    tried = [
+        f"{rate(each.lr)} diverged"
+        if each.validation_loss is None
+        else f"{rate(each.lr)} gave {each.validation_loss:.4f}"
+        for each in found.method(name).rates
+    ]
+    return (
+        f" Its learning rate was chosen by validation loss, with seeds that are not reported: {listed(tried)}."
+        if tried
+        else ""
+    )
 
 
 def _command(file: str, changed: Mapping[str, Any]) -> str:

@@ -44,12 +44,16 @@ class Metric:
 
     def text(self, value: float) -> str:
         """A score."""
-        return f"{value:.1%}".replace("%", " %") if self.share else f"{value:.{self.digits}f}"
+        return minus(f"{value:.1%}".replace("%", " %") if self.share else f"{value:.{self.digits}f}")
 
     def gap(self, value: float) -> str:
         """A difference of two scores, with its sign; of shares in percentage points."""
         number = f"{100 * value:+.1f}" if self.share else f"{value:+.{self.digits}f}"
         return minus(number)
+
+    def size(self, value: float) -> str:
+        """A difference without its sign, with its unit."""
+        return f"{self.gap(abs(value)).removeprefix('+')} {self.gap_unit}".rstrip()
 
     @property
     def gap_unit(self) -> str:

@@ -34,14 +34,19 @@ class Report:
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path, baseline: str | None, metric: str | None, title: str | None
+    runs: Sequence[str | Path],
+    out: str | Path,
+    baseline: str | None,
+    metric: str | None,
+    title: str | None,
+    routers: bool,
 ) -> Report:
     """See `weft.report`."""
     check_extra()
     if not Path(out).resolve().parent.is_dir():  # before the work, not after
         raise RunError(f"cannot write {out}: {Path(out).parent} is no folder; choose another file.")
     found = judged(load(_folders(runs)), baseline, metric)
-    write(page(gather(found), title), out)
+    write(page(gather(found, routers), title), out)
     return Report(str(out), overall(found), found)
 
 
