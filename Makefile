@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## base, LoRA, HydraLoRA and Tied-LoRA on the embedded model: train, evaluate, generate (under 3 minutes)
+demo: $(STAMP) ## every recipe on the embedded model, compared: a table and demo-report.html (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
 check: lint types test docs-run docs-build ## everything: format, lint, types, tests, the documents' code, the site

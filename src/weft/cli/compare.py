@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -19,7 +20,7 @@ from weft.cli.display import LINE_EVERY
 
 if TYPE_CHECKING:
     from weft.compare.plan import Plan
-    from weft.compare.record import Comparison, Interval, Method, Row
+    from weft.compare.record import Comparison, Interval, Method
     from weft.compare.running import Standing, Watch
 
 SHARES = ("exact_match", "accuracy", "macro_f1")
@@ -41,7 +42,8 @@ def compare(
 ) -> None:
     """Train several adapters side by side on the same seeds, and say which are better.
 
-    One that was stopped goes on where it was; give the same command again.
+    One that was stopped goes on where it was: give the same command again. Runs that failed are tried again, and the exit code is
+    1 as long as there are any; one that diverged is a result.
     """
     given = [*(overrides or []), *([f"out={out}"] if out else [])]
     if dry_run:
@@ -57,6 +59,8 @@ def compare(
 
         found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
     output.show(found.record(), as_json, lambda: result(found))
+    if any(run.status == "failed" for run in found.outcomes):
+        raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------------- while it runs
@@ -81,9 +85,10 @@ class _Lines:
         self.clock, self.shown = clock, -LINE_EVERY
 
     def __call__(self, standing: Standing) -> None:
-        if self.clock() - self.shown < LINE_EVERY:
+        now = self.clock()
+        if now - self.shown < LINE_EVERY:
             return
-        self.shown = self.clock()
+        self.shown = now
         sys.stderr.write(f"{_progress(standing)}\n")
 
 
@@ -104,7 +109,7 @@ def _left(seconds: float | None) -> str:
 
 def standing_table(standing: Standing) -> RenderableType:
     """How far a comparison is: each method's runs and mean so far, then what is at work and how long it will take."""
-    table = Table("method", "runs", f"{standing.metric} so far", highlight=False)
+    table = Table("method", "runs", f"{standing.metric} so far", box=SIMPLE_HEAD, highlight=False)
     for name, (runs, mean) in standing.best.items():
         table.add_row(escape(name), str(runs), "" if mean is None else _number(mean, standing.metric))
     lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
@@ -117,7 +122,7 @@ def standing_table(standing: Standing) -> RenderableType:
 
 def plan_table(plan: Plan) -> RenderableType:
     """The methods of a plan: rank, alpha, trained numbers, how far from the budget; and how many runs it is."""
-    table = Table("method", highlight=False)
+    table = Table("method", box=SIMPLE_HEAD, highlight=False)
     for column in ("rank", "alpha", "trained", "from the budget", "steps"):
         table.add_column(column, justify="right")
     for method in plan.methods:
@@ -136,36 +141,49 @@ def plan_table(plan: Plan) -> RenderableType:
 
 
 def result(found: Comparison) -> RenderableType:
-    """A row per method with its verdict, then what must be known to read it."""
-    table = Table("method", highlight=False)
-    ours = found.metric.replace("_", " ")
-    for column in ("rank", "trained", "lr", ours, f"to {found.baseline}", "wins", "CPU a step", "peak memory"):
+    """The verdicts, then a row per method for what it reaches and one for what it costs, then what must be known to read them."""
+    width = max(len(row.name) for row in found.rows)
+    verdicts = [f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows]
+    return Group(
+        *(escape(line) for line in [*verdicts, ""]),
+        quality_table(found),
+        cost_table(found),
+        *(escape(line) for line in _below(found)),
+    )
+
+
+def quality_table(found: Comparison) -> Table:
+    """A row per method: its score, its difference to the baseline, both with their intervals, and the seeds it wins."""
+    n = len(found.seeds)
+    table = Table(box=SIMPLE_HEAD, highlight=False)
+    table.add_column("method")
+    for column in (f"{found.metric.replace('_', ' ')}, n = {n}", f"minus {found.baseline}", "wins"):
         table.add_column(column, justify="right")
     for row in found.rows:
-        table.add_row(*_cells(found, row))
-    width = max(len(row.name) for row in found.rows)
-    verdicts = [
-        f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows if row.verdict.kind != "baseline"
-    ]
-    return Group(table, *(escape(line) for line in [*verdicts, "", *_below(found)]))
+        wins = f"{row.wins} of {row.gap.n}" if row.gap else ""
+        score, gap = _interval(row.score, found.metric, n), _interval(row.gap, found.metric, n, sign=True)
+        table.add_row(*map(escape, (row.name, score, gap, wins)))
+    return table
 
 
-def _cells(found: Comparison, row: Row) -> list[str]:
-    method, runs = found.method(row.name), found.of(row.name)
-    peak = [run.figures["peak_bytes"] for run in runs if "peak_bytes" in run.figures]
-    ratio = "" if row.step_ratio is None else f"{row.step_ratio.mean:.2f} x"
-    pairs = row.gap.n if row.gap else 0
-    return [
-        escape(row.name),
-        _or_blank(method.rank),
-        f"{method.parameters or 0:,}",
-        "" if method.lr is None else f"{method.lr:g}",
-        _interval(row.score, found.metric),
-        _interval(row.gap, found.metric, sign=True),
-        f"{row.wins} of {pairs}" if pairs else "",
-        ratio,
-        f"{max(peak) / 2**20:,.0f} MiB" if peak else "",
-    ]
+def cost_table(found: Comparison) -> Table:
+    """A row per method: its size, its rate, its CPU seconds a step over the baseline's, and the most memory it took."""
+    table = Table(box=SIMPLE_HEAD, highlight=False)
+    table.add_column("method")
+    for column in ("rank", "trained", "lr", "CPU a step", "peak memory"):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        method = found.method(row.name)
+        peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]
+        table.add_row(
+            escape(row.name),
+            _or_blank(method.rank),
+            f"{method.parameters or 0:,}",
+            "" if method.lr is None else f"{method.lr:g}",
+            "" if row.step_ratio is None else f"{row.step_ratio.mean:.2f} x",
+            f"{max(peak) / 2**20:,.0f} MiB" if peak else "",
+        )
+    return table
 
 
 def _below(found: Comparison) -> list[str]:
@@ -189,13 +207,14 @@ def _notes(methods: list[Method]) -> list[str]:
     return [f"{method.name}: {method.note}" for method in methods if method.note]
 
 
-def _interval(found: Interval | None, metric: str, sign: bool = False) -> str:
+def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = False) -> str:
+    """A mean with its interval, and of how many seeds, where that is not all."""
     if found is None:
         return ""
-    mean = _number(found.mean, metric, sign)
-    if found.low is None or found.high is None:
-        return f"{mean} (n = {found.n})"
-    return f"{mean} [{_number(found.low, metric, sign)}, {_number(found.high, metric, sign)}]"
+    shown = _number(found.mean, metric, sign)
+    if found.low is not None and found.high is not None:
+        shown += f" [{_number(found.low, metric, sign)}, {_number(found.high, metric, sign)}]"
+    return shown if found.n == seeds else f"{shown} (n = {found.n})"
 
 
 def _number(value: float, metric: str, sign: bool = False) -> str:

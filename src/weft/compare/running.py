@@ -25,6 +25,8 @@ from weft.train.progress import Tick
 from weft.train.run import differences
 
 RESULT = "comparison.json"
+TRAINING = 0.8
+"""The share of a run that its training is taken for, to guess what time is left."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,9 @@ class Queue:
         """How far it is."""
         took = time.monotonic() - self.began
         running = [Running(_title(job), tick) for job, tick in self.at_work.values()]
+        begun = sum(TRAINING * tick.done / tick.total for _, tick in self.at_work.values() if tick.phase == "train")
         best = {name: (len(s), sum(s) / len(s) if s else None) for name, s in self.scores.items()}
-        left = took / self.finished * self.left if self.finished else None
+        left = took / (self.finished + begun) * (self.left - begun) if self.finished + begun > 0 else None
         return Standing(self.done, self.plan.runs, running, best, self.plan.metric, left)
 
     def _is_left(self, job: Job) -> bool:
