@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import check_docs
 import docs_api
 import docs_tables
+import griffe
 import pytest
 import typer.main
 import typer.rich_utils
 
 import weft
 from weft.cli.commands import app
-
-griffe = pytest.importorskip("griffe", reason="mkdocstrings is not installed")
 
 ENTRY = re.compile(r"^::: (\S+)(?:\n    options:\n      heading: (\S+))?", re.MULTILINE)
 ARGUMENTS = re.compile(r"^(?:[A-Za-z_]\w*)(?:, [A-Za-z_]\w*)*$")
