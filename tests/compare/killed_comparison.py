@@ -46,7 +46,7 @@ def end(process: int) -> None:
 
 
 def files(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("*"))
+    return sum(len(names) for _, _, names in os.walk(folder))  # which passes over a folder that goes meanwhile
 
 
 def main(top: Path, kills: int) -> None:
