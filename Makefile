@@ -11,6 +11,8 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
+# Bytecode is kept even where the shell says not to: without, each of a hundred processes compiles weft, and pytest the tests.
+unexport PYTHONDONTWRITEBYTECODE
 # Real models and data for the tests and examples that use them, where this machine has them.
 ifndef WEFT_DATA
 ifneq ($(wildcard ../shared/data/README.md),)
@@ -71,13 +73,9 @@ docs-write: $(STAMP) ## write the generated tables of the documents anew
 docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-evidence: $(STAMP) ## the table of docs/real-runs.md, on the real models and data of WEFT_DATA (hours)
+evidence: $(STAMP) ## the results under evidence/ and the pages made of them, on the real models and data of WEFT_DATA (hours)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
-	$(BIN)/python scripts/dash_runs.py --jobs $(JOBS)
-	$(BIN)/python scripts/alora_runs.py --jobs $(JOBS)
-	$(BIN)/python scripts/search_accuracy.py
-	$(BIN)/python scripts/flexora_runs.py --jobs $(JOBS)
-	$(BIN)/python scripts/real_runs.py --jobs $(JOBS)
+	$(BIN)/python scripts/evidence.py --all --jobs $(JOBS)
 
 bench: $(STAMP) ## the table of figures: a training step against the frozen base and stock peft LoRA (a quarter of an hour)
 	$(BIN)/weft bench step --all --rounds 9 --out bench/step.json

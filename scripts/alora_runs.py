@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import dash_runs
-from paired import Job, best_rate, collect, interval, measure, parser, spread
+from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
 from weft.schedule.agreement import spearman
 from weft.schedule.scoring import kind_of
@@ -199,7 +199,7 @@ def section() -> list[str]:
         "start at the ranks that `shortlist` ended with; `adalora` is peft's, from 1.5 r to r. Moving no slots is",
         "`lora`, bit for bit. Rates were chosen from four each, on validation rows over two seeds that are not",
         "reported: with LoRA for all whose values start as its do, with LoRA-Init for those along directions, and",
-        f"for AdaLoRA its own. Differences are paired by seed, with 95 % t-intervals. Made by `{saved['command']}`",
+        f"for AdaLoRA its own. Differences are paired by seed, with 95 % intervals. Made by `{saved['command']}`",
         f"({saved['versions']}); every run is in `evidence/alora-runs.json`.",
     ]
     for task in saved["tasks"]:
@@ -234,7 +234,7 @@ def _table(task: dict[str, Any]) -> list[str]:
 
 
 def _gap(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
-    return interval([run["test"] - other["test"] for run, other in zip(runs, others, strict=True)])
+    return shown_interval([run["test"] - other["test"] for run, other in zip(runs, others, strict=True)])
 
 
 def _parameters(runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> int:

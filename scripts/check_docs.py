@@ -24,14 +24,18 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
+
+import preloaded
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_SECONDS = 600
@@ -134,6 +138,8 @@ def _yaml(code: str) -> None:
 
 def with_tables(text: str, name: str) -> str:
     """The page with its generated parts as the code has them now."""
+    if not GENERATED.search(text):
+        return text
     from docs_tables import TABLES
 
     def make(match: re.Match[str]) -> str:
@@ -151,34 +157,67 @@ def dead_links(text: str, page: Path) -> list[str]:
 
 
 def check_page(page: Path) -> str | None:
-    """None if the page is true, else what is wrong with it. The blocks run in a process and a folder of their own."""
+    """None if the page is true, else what is wrong with it. Its blocks run in the working folder.
+
+    Raises whatever a Python block raises.
+    """
     text = page.read_text(encoding="utf-8")
     if dead := dead_links(text, page):
         return f"{_name(page)}: links to files that are not there: {', '.join(dead)}"
     try:
         if with_tables(text, _name(page)) != text:
             return f"{_name(page)}: a generated table is not what the code says: run make docs-write"
-        if not any(block.language in CHECKED for block in blocks(text, _name(page))):
-            return None
+        run_page(page)
     except PageError as error:
         return str(error)
-    environment = dict(os.environ)
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory(prefix="weft-docs-") as folder:
+    return None
+
+
+def check_only_page() -> None:
+    """`check_page` as a program: the page is the argument, what is wrong with it goes to stderr."""
+    sys.exit(check_page(Path(sys.argv[1])))
+
+
+def check_apart(page: Path, address: str) -> str | None:
+    """`check_page` in a process and a folder of its own, where `weft` starts as fast; the server is at `address`."""
+    with tempfile.TemporaryDirectory(prefix="weft-docs-") as folder, tempfile.TemporaryFile("w+") as shown:
+        environment = dict(os.environ)
+        environment["PATH"] = os.pathsep.join(
+            [str(_command(Path(folder), address)), str(Path(sys.executable).parent), environment.get("PATH", "")]
+        )
+        work = Path(folder, "page")
+        work.mkdir()
         try:
-            done = subprocess.run(
-                [sys.executable, __file__, "--run", str(page.resolve())],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=PAGE_SECONDS,
-                check=False,
+            code = preloaded.ask(
+                address,
+                "check_docs:check_only_page",
+                [str(page)],
+                files=(0, shown.fileno(), shown.fileno()),
+                folder=work,
+                environment=environment,
+                seconds=PAGE_SECONDS,
             )
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             return f"{_name(page)}: not done after {PAGE_SECONDS} s"
-    return None if done.returncode == 0 else f"{_name(page)} fails\n{done.stdout[-1000:]}{done.stderr[-6000:]}"
+        shown.seek(0)
+        return f"{_name(page)} fails\n{shown.read()[-7000:]}" if code else None
+
+
+def _command(folder: Path, address: str) -> Path:
+    """A folder with a `weft` that runs what the installed `weft` runs, in a process forked from the server."""
+    (installed,) = entry_points(group="console_scripts", name="weft")
+    ask = [sys.executable, "-S", "-E", preloaded.__file__, "ask", address, installed.value]
+    script = folder / "bin" / "weft"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(ask)} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    return script.parent
+
+
+def work(page: Path) -> int:
+    """How long a page will take, roughly: its lines of code, and thirty for each `weft`."""
+    code = "".join(re.findall(r"^```(?:python|bash)$(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.M))
+    return code.count("\n") + 30 * code.count("\nweft ")
 
 
 def pages() -> list[Path]:
@@ -195,15 +234,7 @@ def main() -> int:
     parser.add_argument("pages", nargs="*", type=Path)
     parser.add_argument("--write", action="store_true", help="write the generated tables anew")
     parser.add_argument("--jobs", type=int, default=2, help="pages at a time")
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.run is not None:
-        try:
-            run_page(given.run)
-        except PageError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0
     chosen = [page.resolve() for page in given.pages] or pages()
     if given.write:
         for page in chosen:
@@ -213,13 +244,16 @@ def main() -> int:
                 print(f"wrote {_name(page)}")
         return 0
 
-    def timed(page: Path) -> tuple[Path, str | None, float]:
-        began = time.monotonic()
-        return page, check_page(page), time.monotonic() - began
-
+    os.environ["HF_HUB_OFFLINE"] = "1"
     failed = 0
-    with ThreadPoolExecutor(given.jobs) as pool:
-        for page, wrong, seconds in pool.map(timed, chosen):
+    with preloaded.server() as address, ThreadPoolExecutor(given.jobs) as pool:
+
+        def timed(page: Path) -> tuple[Path, str | None, float]:
+            began = time.monotonic()
+            return page, check_apart(page, address), time.monotonic() - began
+
+        for done in as_completed([pool.submit(timed, page) for page in sorted(chosen, key=work, reverse=True)]):
+            page, wrong, seconds = done.result()
             print(f"{'FAILED' if wrong else 'ok':6} {seconds:5.1f} s  {_name(page)}", flush=True)
             if wrong:
                 failed += 1

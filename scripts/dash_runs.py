@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import real_runs
-from paired import Job, best_rate, collect, interval, measure, parser, spread
+from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "dash-runs.json"
@@ -102,7 +102,7 @@ READING = """
   thousands of steps and a launch after a hundred. What this table refutes is a large effect that shows everywhere,
   not one of half a point at that scale.
 - On HydraLoRA, Dash slots as one extra head changed the loss by +0.004 nats [-0.004, +0.012] on the demo and by
-  +0.001 [-0.018, +0.021] on four domains: no use was found. Why the pair is not refused: decision 0009.
+  +0.001 [-0.018, +0.020] on four domains: no use was found. Why the pair is not refused: decision 0009.
 """
 
 
@@ -115,7 +115,7 @@ def section() -> list[str]:
         "Plain LoRA, Dash (8 directions, launched after a fifth of the steps) and three controls that launch other directions",
         "of W at the same moment. All of one rank share scale (α = 2r), learning rate, seed and data order; the rate was chosen",
         "with plain LoRA at r = 4 on validation rows over two seeds that are not reported. Differences are paired by seed, with",
-        f"95 % t-intervals. Made by `{saved['command']}` ({saved['versions']});",
+        f"95 % intervals. Made by `{saved['command']}` ({saved['versions']});",
         "every run is in `evidence/dash-runs.json`.",
     ]
     for task in saved["tasks"]:
@@ -152,7 +152,7 @@ def _table(task: dict[str, Any]) -> list[str]:
             for other in (plain, dash):
                 mate = {f["seed"]: f for f in runs if f["variant"] == other and f["r"] == rank}
                 wanted = variant != other and not (other == dash and variant == plain)
-                cells.append(interval([by[s]["test"] - mate[s]["test"] for s in seeds]) if wanted else "")
+                cells.append(shown_interval([by[s]["test"] - mate[s]["test"] for s in seeds]) if wanted else "")
             out.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return out
 

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import docs_api
 import docs_bench
 import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
-from typer.testing import CliRunner
 
+HELP_WIDTH = 100
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 # What a key of a recipe file is for. A key without a line here, or a line without its key, is an error.
@@ -142,14 +143,14 @@ def recipe_keys() -> str:
 
 
 def command_help() -> str:
-    """`--help` of every command."""
+    """`--help` of every command and group of the app, as plain text that depends on no terminal."""
     from weft.cli.commands import app
 
-    parts, shell = [], CliRunner(env={"TERM": "dumb", "COLUMNS": "100", "NO_COLOR": "1"})
-    for command in ("", *_commands(typer.main.get_command(app))):
-        shown = shell.invoke(app, [*command.split(), "--help"], prog_name="weft")
-        text = "\n".join(line.rstrip() for line in shown.stdout.strip("\n").splitlines())
-        parts.append(f"## {f'weft {command}'.strip()}\n\n```text\n{text}\n```\n")
+    parts = []
+    for context in _contexts(typer.main.get_command(app), "weft", None):
+        text = context.command.get_help(context)
+        lines = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
+        parts.append(f"## {context.command_path}\n\n```text\n{lines}\n```\n")
     return "\n".join(parts)
 
 
@@ -176,6 +177,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe-keys": recipe_keys,
     "command-help": command_help,
+    "api-weft": docs_api.of_weft,
+    "api-packages": docs_api.of_packages,
     "launch": launch,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
@@ -185,13 +188,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def _commands(group: Any, before: str = "") -> Iterator[str]:
-    """The names of all commands, those of groups with the group's name in front."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from _commands(command, f"{before}{name} ")
-        else:
-            yield f"{before}{name}"
+def _contexts(command: Any, name: str, parent: Any) -> Iterator[Any]:
+    """A context for the command and all below it: typer's plain help, not the boxes it draws to a terminal's width."""
+    command.rich_markup_mode = None
+    context = command.context_class(command, info_name=name, parent=parent, terminal_width=HELP_WIDTH, color=False)
+    yield context
+    for below, inner in getattr(command, "commands", {}).items():
+        yield from _contexts(inner, below, context)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import dash_runs
-from paired import Job, best_rate, collect, interval, measure, parser, spread
+from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
 from weft.search.rules import Stability, chance, jaccard, stability
 
@@ -193,7 +193,7 @@ def section() -> list[str]:
         "adapter starts anew); `random` are three draws per seed of as many blocks, `norm` those of largest gradient norm",
         "during the search, and `longer` is `all` trained for as many more steps as the search was worth. A search is at the",
         "training's rate, a slow one at a tenth of it. The training's rate was chosen with `all` on validation rows over two",
-        "seeds that are not reported. Differences are paired by seed, with 95 % t-intervals.",
+        "seeds that are not reported. Differences are paired by seed, with 95 % intervals.",
         f"Made by `{saved['command']}` ({saved['versions']}); every run is in",
         "`evidence/flexora-runs.json`.",
     ]
@@ -238,7 +238,7 @@ def _table(task: dict[str, Any], kind: str) -> list[str]:
 
 
 def _gap(one: Sequence[float], other: Sequence[float]) -> str:
-    return interval([a - b for a, b in zip(one, other, strict=True)])
+    return shown_interval([a - b for a, b in zip(one, other, strict=True)])
 
 
 def _story(task: dict[str, Any], kind: str) -> list[str]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft.compare.stats import interval
+
 
 @dataclass(frozen=True)
 class Job:
@@ -109,14 +111,12 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def interval(gaps: Sequence[float]) -> str:
-    """The mean with its 95 % t-interval."""
-    from scipy.stats import t
-
-    if len(gaps) < 2:
-        return f"{gaps[0]:+.4f} (n = 1)"
-    mean, half = statistics.mean(gaps), t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
-    return f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+def shown_interval(gaps: Sequence[float]) -> str:
+    """The mean with the 95 % interval of `weft.compare.stats`."""
+    found = interval(gaps)
+    if found.low is None or found.high is None:
+        return f"{found.mean:+.4f} (n = 1)"
+    return f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
 
 
 def parser(description: str | None, tasks: Sequence[str], runs: str) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from paired import Job, best_rate, collect, interval, measure, parser, spread
+from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "real-runs.json"
@@ -30,7 +30,7 @@ READING = """
 
 - weft's LoRA and stock peft LoRA are one function with different starting values per seed, so their difference is what five
   seeds leave undecided: about ±0.05 nats on E2E.
-- On E2E, HydraLoRA is not distinguishable from LoRA of as many parameters; Tied-LoRA is worse, by 0.01 to 0.10 nats. E2E is a
+- On E2E, HydraLoRA is not distinguishable from LoRA of as many parameters; Tied-LoRA is worse, by 0.02 to 0.10 nats. E2E is a
   single domain, which is not what HydraLoRA is for.
 - On SST-2 no method is distinguishable from another. One LoRA seed of five collapsed to 50.9 %: the rate was chosen on one
   seed, and 2e-3 is at the edge for this encoder. Without that seed all methods lie between 80 % and 83 %.
@@ -203,7 +203,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         "Adapters on models and data we did not make, at one parameter budget and one scale (α = 2r), learning rate chosen per",
         "method on validation rows. Paired by seed: the same seed gives every method the same data order. The interval of a",
-        "difference is a 95 % t-interval over seeds; where it contains 0, the method is not distinguishable from LoRA here.",
+        "difference is that of `weft.compare.stats`, at 95 %; where it contains 0, the method is not distinguishable from LoRA",
+        "here. What this says of the papers' claims is in [evidence](evidence.md).",
         "",
         f"Made by `{results['command']}` ({results['versions']}); the figures of every run are in `evidence/real-runs.json`.",
     ]
@@ -237,7 +238,7 @@ def _table(task: dict[str, Any]) -> list[str]:
         else:
             gaps = [found[s]["test"] - by["lora"][s]["test"] for s in seeds]
             wins = sum(gap > 0 if higher else gap < 0 for gap in gaps)
-            cells += [interval(gaps), f"{wins}/{len(gaps)}"]
+            cells += [shown_interval(gaps), f"{wins}/{len(gaps)}"]
         out.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     domains = by["lora"][seeds[0]]["test_domains"]
     if domains:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,16 @@ import torch
 from families import FAMILIES, Family
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_is_only_of_this_module() -> None:
+    """Takes what is loaded by now from the collector's sight.
+
+    A Trainer collects garbage at every start, and with all tests and libraries in sight that is half a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

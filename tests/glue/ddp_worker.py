@@ -1,13 +1,11 @@
-"""Two processes of data-parallel training, for test_training.py. Here, because spawned processes import it by name."""
+"""Data-parallel training on two processes over gloo: `ddp_worker.py FOLDER`, see `pairing`."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from pairing import run_pair
 from peft import PeftModel, get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,11 +34,9 @@ def two_steps(run: torch.nn.Module, model: PeftModel, ids: torch.Tensor) -> dict
     return {name: p.detach() for name, p in trainable(model).items()}
 
 
-def work(rank: int, folder: str) -> None:
-    """Train every structure in both modes on this rank's half of the batch; rank 0 writes the differences."""
+def worker(rank: int) -> dict[str, dict[str, float | str]]:
+    """Train every structure in all modes on this rank's half of the batch: largest difference to one process, or the error."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     seen: dict[str, dict[str, float | str]] = {"none": {}, "False": {}, "True": {}}
     for structure in STRUCTURES:
         alone = model_of(structure)
@@ -53,6 +49,8 @@ def work(rank: int, folder: str) -> None:
                 seen[mode][structure] = max((got[n] - t).abs().max().item() for n, t in expected.items())
             except Exception as error:
                 seen[mode][structure] = f"{type(error).__name__}: {error}"
-    if rank == 0:
-        Path(folder, "seen.json").write_text(json.dumps(seen), encoding="utf-8")
-    dist.destroy_process_group()
+    return seen
+
+
+if __name__ == "__main__":
+    run_pair(worker)

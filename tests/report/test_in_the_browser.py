@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import NASTY, renamed
+from pages import NASTY, contrast, luminance, renamed, style
 
 from weft.report.page import write_page
 from weft.report.result import Inspection
@@ -51,21 +50,6 @@ def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
         context.close()
     own = {f"request: {path.as_uri()}" for path in files.values()} | {"request: data:,"}
     assert [line for line in said if line not in own] == []
-
-
-def luminance(colour: str) -> float:
-    parts = [int(float(n)) / 255 for n in re.findall(r"[\d.]+", colour)[:3]]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def style(page: Any, selector: str, what: str) -> str:
-    return str(page.eval_on_selector(selector, f"e => getComputedStyle(e).{what}"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

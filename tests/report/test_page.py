@@ -5,62 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
-from typing import Any
 
 import pytest
+from pages import NASTY, Elements, renamed, specs
 
 from weft.report.page import page
 from weft.report.result import Inspection
 from weft.report.sections import sections
-
-NASTY = "<script>alert('x')</script>&\"'{{ 7 * 7 }}</script><!--"
-
-
-class Elements(HTMLParser):
-    """The start tags of a page, and the text outside of scripts and styles."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.inside: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self.inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.inside and self.inside.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if not {"script", "style"} & set(self.inside):
-            self.text.append(data)
-
-
-def specs(text: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="specs">(.*?)</script>', text, re.S)
-    assert found is not None
-    return json.loads(found[1])
-
-
-def renamed(found: Inspection, name: str) -> Inspection:
-    """The record with one site, its source, a domain and a sentence named `name`."""
-    old = found.sites[0].site
-
-    def change(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: change(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return type(value)(**fields)
-        if isinstance(value, dict):
-            return {name if key in (old, "dock") else key: change(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [change(inner) for inner in value]
-        return name if value in (old, "dock") else value
-
-    return dataclasses.replace(change(found), source=name, base=name, left_out=[name])
 
 
 def test_the_same_record_gives_the_same_page(inspections: dict[str, Inspection]):

@@ -1,14 +1,16 @@
 """Runs that die by SIGKILL where a recipe's table says, and their next life: `killing.py HOST FOLDER`.
 
-One process imports everything and forks a child for each life. HOST is "weft" (weft.train) or "trainer" (a Trainer of the
-user's own with weft.Callback). FOLDER has a tiny base in `base` and, for "weft", rows in `rows.jsonl`. Each run lies
-in FOLDER/RECIPE/NAME, and FOLDER/lives.json tells, for every kill, the newest complete checkpoint that it left behind.
+One process imports everything and forks a child for each life; what to import, the unkilled run of a recipe tells. HOST
+is "weft" (weft.train) or "trainer" (a Trainer of the user's own with weft.Callback). FOLDER has a tiny base in `base`
+and, for "weft", rows in `rows.jsonl`. Each run lies in FOLDER/RECIPE/NAME, and FOLDER/lives.json tells, for every kill,
+the newest complete checkpoint that it left behind.
 
 A new recipe is a row of RECIPES; what happens in it over time is an `Event` of that row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -281,32 +283,49 @@ def live(run: Callable[..., None], top: Path, name: str, out: Path, kill: Kill |
     os._exit(0)
 
 
+def telling(run: Callable[..., None]) -> Callable[..., None]:
+    """`run`, which then writes FOLDER/imported.json: the modules it ended with."""
+
+    def told(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
+        run(top, name, out, deadly)
+        (top / "imported.json").write_text(json.dumps(list(sys.modules)))
+
+    return told
+
+
+def import_for_all(top: Path) -> None:
+    """Import what the life before has imported as it went: that takes longer than the life, and would in every one."""
+    for name in json.loads((top / "imported.json").read_text()):
+        if name not in sys.modules:
+            with contextlib.suppress(ImportError):  # a name that only its own package can make
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+
+
 def shorten_lives() -> None:
-    """Leave out what takes most of a short life and no kill can tell: garbage of imports, the disk's word, model cards."""
+    """Leave out what takes most of a short life and no kill can tell: the disk's word, model cards."""
     from peft import PeftModel
 
     from weft.train import files
 
-    gc.freeze()
     files.sync = lambda descriptor: None
     PeftModel.create_or_update_model_card = lambda self, folder: None
 
 
 def main(host: str, top: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from weft.train import newest_checkpoint
     from weft.train.checkpoint import step_of
 
     torch.set_num_threads(1)
-    AutoModelForCausalLM.from_pretrained(top / "base")  # imported once, for all
-    AutoTokenizer.from_pretrained(top / "base")
     shorten_lives()
     left: dict[str, dict[str, int]] = {}
     for name in recipes(host):
         (top / name).mkdir()
-        live(HOSTS[host], top, name, top / name / "whole", None)
+        live(telling(HOSTS[host]), top, name, top / name / "whole", None)
+        import_for_all(top)
         left[name] = {}
         for where, kill in kills(name, host).items():
             out = top / name / where

@@ -16,6 +16,7 @@ from weft.cli.display import watching
 from weft.cli.export import export
 from weft.cli.heads import heads
 from weft.cli.inspect import inspect
+from weft.cli.report import report
 from weft.cli.search import search
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(search)
 app.command()(compare)
 app.command()(export)
 app.command()(inspect)
+app.command()(report)
 app.command()(heads)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]

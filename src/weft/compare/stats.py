@@ -31,9 +31,9 @@ symmetric values this is the t-interval; for skewed ones it leans as they do. Wh
     uniform                   92.3      38.0       93.8      96.6       95.2     100.0
 
 "finds 2 sd": leaves out 0 where the true difference is two standard deviations, mean of both signs. Where it is 0, what is not
-covered is a false verdict. Two methods that are equal have differences that are symmetric around 0, whatever their scores are like. Skewed
-differences of mean 0, where every interval of this width errs in more than 5 %, take two methods that differ and have equal
-means.
+covered is a false verdict. Two methods that are equal have differences that are symmetric around 0, whatever their scores are
+like. Skewed differences of mean 0, where every interval of this width errs in more than 5 %, take two methods that differ and
+have equal means.
 
 Sources: Hesterberg, What Teachers Should Know About the Bootstrap, arXiv:1411.5279 (narrowness bias, expanded percentile and
 bootstrap t intervals); Efron and Tibshirani, An Introduction to the Bootstrap, 1993 (smoothed bootstrap). The scaling is ours.
@@ -103,7 +103,8 @@ def is_constant(values: Sequence[float]) -> bool:
 def seeds_needed(gaps: Sequence[float], level: float = LEVEL, power: float = POWER) -> int | None:
     """About how many seeds would tell paired differences like `gaps` from 0, if their true mean and spread are those seen.
 
-    The fewest, above those there are, with which a t-test at `level` has `power`; None if `MOST_SEEDS` would not do.
+    The fewest, above those there are, with which a t-test at `level` has `power`, rounded up to two figures; None if `MOST_SEEDS`
+    would not do.
     """
     if is_constant(gaps):
         return None
@@ -113,7 +114,8 @@ def seeds_needed(gaps: Sequence[float], level: float = LEVEL, power: float = POW
         t = float(stdtrit(n - 1, (1 + level) / 2))
         return 1 - float(nctdtr(n - 1, effect * math.sqrt(n), t)) >= power
 
-    return next((n for n in range(len(gaps) + 1, MOST_SEEDS + 1) if settles(n)), None)
+    fewest = next((n for n in range(len(gaps) + 1, MOST_SEEDS + 1) if settles(n)), None)
+    return fewest if fewest is None or fewest < 100 else math.ceil(fewest / 10) * 10
 
 
 def expected_false(count: int, level: float = LEVEL) -> str:

@@ -24,7 +24,8 @@ from weft.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100  # torch's cross entropy skips it
+IGNORE = -100
+"""The label of a token that the loss leaves out; torch's cross entropy skips it."""
 
 
 @dataclass(frozen=True, slots=True)

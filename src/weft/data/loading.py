@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Task = Literal["causal", "seq2seq", "classification"]
+"""What a model is trained to do: continue a text, answer another one, or name its class."""
 TASKS: dict[Task, tuple[Format, ...]] = {
     "causal": ("prompt_completion", "chat", "text"),
     "seq2seq": ("prompt_completion",),

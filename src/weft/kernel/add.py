@@ -33,7 +33,8 @@ def add_low_rank(y: Tensor, x: Tensor, work: Work) -> Tensor:
     return result
 
 
-Linear = tuple[Tensor, Tensor | None, Work]  # W [out, in], b, and what its site asks for
+Linear = tuple[Tensor, Tensor | None, Work]
+"""A member of a node: W [out, in], its bias, and what its site asks for."""
 
 
 def linears(x: Tensor, members: Sequence[Linear]) -> list[Tensor]:

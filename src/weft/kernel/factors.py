@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.errors import MergeError
 
 RouterInput = Literal["x", "Ax"]
+"""What a router reads: the raw input of its linear, or its projection on A."""
 
 
 class Slots(NamedTuple):

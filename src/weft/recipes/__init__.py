@@ -28,6 +28,7 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
     "peft:lora": peft_lora,
     "peft:adalora": peft_adalora,
 }
+"""Recipe name → its constructor; what a recipe file names under `adapter`. The controls of stock peft are here too."""
 
 __all__ = [
     "RECIPES",

@@ -18,6 +18,7 @@ class Tick:
 
 
 Progress = Callable[[Tick], None]
+"""Whatever watches a long call: called with a `Tick` after every unit of work."""
 
 
 def ignore(tick: Tick) -> None:

@@ -58,10 +58,12 @@ class Run:
 
     @property
     def adapter_folder(self) -> Path:
+        """Where the trained adapter lies, as peft saved it."""
         return self.folder / "adapter"
 
     @property
     def checkpoints(self) -> Path:
+        """What a resumed training continues from."""
         return self.folder / "checkpoints"
 
     def record(self) -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""One central claim per paper, as we test it: which runs are compared, with which control, in which committed file.
+
+Figures of the papers are quoted from their cards in docs/methods, which say where each comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Where = Mapping[str, Any]
+"""Labels that a run must have; of a tuple one is enough, and a seed's score is then the mean over them."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Runs, and what they are called in a row."""
+
+    name: str
+    where: Where
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A claim holds where `ours` is better than `control`, paired by seed."""
+
+    file: str
+    """A name of `evidence.SOURCES`."""
+    task: str
+    setting: str
+    ours: Side
+    control: Side
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, how it is tested, and which controls it calls for that are not there."""
+
+    method: str
+    card: str
+    paper: str
+    says: str
+    tested: str
+    contrasts: Sequence[Contrast]
+    missing: str = ""
+
+
+def variant(name: str, shown: str = "", **labels: Any) -> Side:
+    """The runs of a variant (a method, in evidence/real-runs.json), with further labels."""
+    return Side(shown or name, {"variant": name, **labels})
+
+
+def method(name: str, shown: str = "") -> Side:
+    """The runs of a method."""
+    return Side(shown or name, {"method": name})
+
+
+def on_demo(ours: str, *controls: Side) -> list[Contrast]:
+    """A recipe in the comparison of all recipes on the demo."""
+    return [Contrast("demo", "demo", "equal trained numbers", method(ours), control) for control in controls]
+
+
+LORA = method("lora", "LoRA of as many trained numbers")
+RANDOM_DRAWS = ("random 1", "random 2", "random 3")
+SEARCHES = {"block": "search at the training's rate", "block-slow": "search at a tenth of the rate"}
+
+HYDRA = Claim(
+    "HydraLoRA",
+    "hydralora",
+    "2404.19245",
+    "One shared A with several routed B heads is better than LoRA of as many trained numbers (LLaMA2-7B, Dolly, MMLU: 47.2 against "
+    "45.5).",
+    "HydraLoRA with three heads against LoRA at one number of trained numbers, α = 2r, rates chosen for each.",
+    [
+        *on_demo("hydralora", LORA),
+        *[Contrast("real-runs", task, "equal trained numbers", method("hydralora"), LORA) for task in ("e2e", "sst2")],
+    ],
+    "LoRA-Split, several separate LoRAs, is not measured. E2E and SST-2 are single domains, which is not what HydraLoRA is for.",
+)
+
+FLEXORA = Claim(
+    "Flexora",
+    "flexora",
+    "2408.10774",
+    "LoRA on the blocks that a search on held-out rows selects is better than LoRA on all of them, and than on as many random "
+    "ones (Llama-3-8B, mean of five tasks: 86.5 against 82.4 and 84.3).",
+    "Plain LoRA, r = 4, on the selected blocks against all blocks and against the mean of three random draws of as many per seed.",
+    [
+        *on_demo("flexora", LORA, method("random_layers", "random blocks")),
+        *[
+            Contrast("flexora-runs", task, SEARCHES[kind], variant("flexora", kind=kind), control)
+            for task, kind in (
+                ("demo", "block"),
+                ("demo", "block-slow"),
+                ("e2e", "block"),
+                ("e2e", "block-slow"),
+                ("sst2", "block-slow"),
+            )
+            for control in (
+                variant("all", "all blocks", kind=kind),
+                Side("as many random blocks", {"variant": RANDOM_DRAWS, "kind": kind}),
+            )
+        ],
+    ],
+)
+
+DASH = Claim(
+    "LoRA-Dash",
+    "lora_dash",
+    "2409.01035",
+    "Gains along the directions of W that LoRA moved most make it better than LoRA of the same rank (DeBERTaV3-base, GLUE at "
+    "r = 2: 89.7 against 88.1), because of these directions.",
+    "Eight directions, launched after a fifth of the steps, against plain LoRA and against directions drawn at random.",
+    [
+        *on_demo("lora_dash", LORA),
+        *[
+            Contrast("dash-runs", task, f"r = {r}", variant("dash", r=r), control)
+            for task in ("demo", "e2e", "sst2")
+            for r in (2, 4, 8)
+            for control in (variant("lora", "LoRA of the same rank", r=r), variant("random", "random directions", r=r))
+        ],
+    ],
+)
+
+TSD = Claim(
+    "LoRA-Init and LoRA-TSD",
+    "lora_tsd",
+    "2409.01035",
+    "LoRA that starts along the directions it moved most, with Dash on top (TSD) or without (Init), is better than LoRA. "
+    "The paper's tables of these two could not be read; no figure of theirs is quoted.",
+    "r = 4, switched after a fifth of the steps, against plain LoRA, and Init against a start along random directions.",
+    [
+        *on_demo("lora_init", LORA),
+        *on_demo("lora_tsd", LORA),
+        *[
+            Contrast("alora-runs", task, "r = 4", variant(ours), control)
+            for task in ("demo", "e2e", "sst2")
+            for ours, control in (
+                ("init", variant("lora", "LoRA of the same rank")),
+                ("init", variant("init-random", "a start along random directions")),
+                ("tsd", variant("lora", "LoRA of the same rank")),
+            )
+        ],
+    ],
+)
+
+TIED = Claim(
+    "Tied-LoRA",
+    "tied_lora",
+    "2311.09578",
+    "One A and B for all layers, with vectors of each layer's own, is as good as LoRA with an eighth of the trained numbers "
+    "(LLaMA-2-7B, IWSLT: BLEU 41.3 and 41.3; other tasks within 1 to 2 %).",
+    "At as many trained numbers as LoRA's, which is milder than an eighth: where it is worse even so, the claim does not hold.",
+    [
+        *on_demo("tied_lora", LORA),
+        *[Contrast("real-runs", task, "equal trained numbers", method("tied_lora"), LORA) for task in ("e2e", "sst2")],
+    ],
+    "The paper adapts q, k and v fused in one matrix; here all linear modules are adapted, in groups of one shape.",
+)
+
+ALORA = Claim(
+    "ALoRA",
+    "alora",
+    "2403.16187",
+    "Rank slots moved to where AB-LoRA scores say they are worth most are better than LoRA of the same budget (LLaMA-2-7B, "
+    "by 0.4 to 1.3 points).",
+    "Eight rounds with shortlisted scores from a third of the run on, or from a tenth on (early), r = 4 on average, against plain "
+    "LoRA and against as many random moves in the same rounds.",
+    [
+        *on_demo("alora", LORA, method("random moves", "as many random moves")),
+        *[
+            Contrast("alora-runs", task, setting, variant(ours), control)
+            for ours, mate, setting, tasks in (
+                ("shortlist", "random", "from a third on", ("demo", "e2e", "sst2")),
+                ("early", "early-random", "from a tenth on", ("demo", "e2e")),
+            )
+            for task in tasks
+            for control in (variant("lora", "LoRA of the same budget"), variant(mate, "as many random moves"))
+        ],
+    ],
+)
+
+CLAIMS = (HYDRA, FLEXORA, DASH, TSD, TIED, ALORA)

@@ -1,0 +1,126 @@
+"""Rebuild committed results from what they were made of, and the pages that show them.
+
+    python scripts/evidence.py --list                   what there is, and how each is made
+    python scripts/evidence.py dash-runs --jobs 2       one of them: evidence/dash-runs.json, and the pages anew
+    python scripts/evidence.py demo -- --tasks demo     what follows -- goes to the command that makes it
+    python scripts/evidence.py --all --jobs 2           all that `make evidence` rebuilds (hours)
+    python scripts/evidence.py --page                   only the pages, from evidence/: docs/evidence.md and docs/real-runs.md
+
+Results of real models need WEFT_DATA (see README), the encoder also the extra `evidence`. Runs are kept in runs/; what lies there
+is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "evidence"
+PAGE = ROOT / "docs" / "evidence.md"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A committed file evidence/NAME.json: what it has, and the command that writes it."""
+
+    what: str
+    command: str
+    takes_jobs: bool = False
+    alone: str = ""
+    """Why `--all` leaves it out."""
+
+
+SOURCES = {
+    "demo": Source("all recipes and controls on the demo tasks", "weft compare evidence/demo.yaml --json", True),
+    "real-runs": Source(
+        "HydraLoRA, Tied-LoRA and stock LoRA on real data", "python scripts/real_runs.py --tasks e2e,sst2", True
+    ),
+    "dash-runs": Source("LoRA-Dash and other directions", "python scripts/dash_runs.py", True),
+    "alora-runs": Source(
+        "moving ranks, LoRA-Init and LoRA-TSD", "python scripts/alora_runs.py --tasks demo,e2e,sst2", True
+    ),
+    "flexora-runs": Source(
+        "selected blocks and other selections", "python scripts/flexora_runs.py --tasks demo,e2e,sst2", True
+    ),
+    "search-accuracy": Source("Flexora's search where the answer is known", "python scripts/search_accuracy.py"),
+    "layer-cost": Source(
+        "what a second stage on some blocks costs",
+        "python scripts/layer_cost.py",
+        alone="it measures time, which wants a quiet machine",
+    ),
+    "interop": Source("an export in llama.cpp", "make interop", alone="it builds llama-cpp-python"),
+    "soak": Source("training killed and resumed", "python scripts/soak.py --minutes 7", alone="it kills for minutes"),
+}
+
+
+def build(name: str, jobs: int, more: list[str]) -> None:
+    """Run the command of a result in the project's folder; what `weft` prints as JSON becomes the result."""
+    source = SOURCES[name]
+    program, *rest = shlex.split(source.command)
+    arguments = [*rest, *(["--jobs", str(jobs)] if source.takes_jobs else []), *more]
+    start = {"weft": [sys.executable, "-m", "weft.cli"], "python": [sys.executable]}.get(program, [program])
+    record = subprocess.PIPE if program == "weft" else None
+    done = subprocess.run([*start, *arguments], cwd=ROOT, env=environment(), stdout=record, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} was not made: {source.command} failed.")
+    if record is not None:
+        keep_record(name, json.loads(done.stdout))
+
+
+def keep_record(name: str, record: dict[str, object]) -> None:
+    """Save what a comparison found, without the folders of this machine."""
+    if not record["complete"]:
+        sys.exit(f"the comparison {name} is not complete; give the same command again.")
+    folder = ROOT / str(record["folder"])
+    record["folder"] = str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
+    (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def write_pages() -> None:
+    """docs/evidence.md and docs/real-runs.md, from evidence/."""
+    import evidence_page
+    import real_runs
+
+    PAGE.write_text(evidence_page.page(FOLDER), encoding="utf-8")
+    results = json.loads(real_runs.RESULTS.read_text(encoding="utf-8"))
+    real_runs.DOCUMENT.write_text(real_runs.report(results), encoding="utf-8")
+
+
+def listing() -> str:
+    """A line per result."""
+    lines = [f"{name:<16} {source.what}: {source.command}" for name, source in SOURCES.items()]
+    left_out = [f"--all leaves out {name}: {source.alone}" for name, source in SOURCES.items() if source.alone]
+    return "\n".join([*lines, *left_out])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("name", nargs="?", choices=SOURCES)
+    options.add_argument("more", nargs="*", help="after --, for the command itself")
+    options.add_argument("--all", action="store_true")
+    options.add_argument("--page", action="store_true")
+    options.add_argument("--list", action="store_true")
+    options.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
+    args = options.parse_args()
+    if args.list or not (args.name or args.all or args.page):
+        print(listing())
+        return
+    names = [n for n, source in SOURCES.items() if not source.alone] if args.all else [args.name] if args.name else []
+    for name in names:
+        build(name, args.jobs, args.more)
+    write_pages()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The page of a comparison: verdict first, every number linked to the runs it comes from."""

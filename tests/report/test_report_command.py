@@ -1,0 +1,126 @@
+"""`weft report` and `weft.report`: from folders to a page on disk, or one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import weft
+from weft.cli import main
+from weft.report import web
+from weft.report.comparison.writing import Report
+from weft.train.files import read_json, write_json
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def runs(alora_run: Path, hydra_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs with scores on the test rows, planted."""
+    top = tmp_path_factory.mktemp("plain")
+    for source, loss in ((alora_run, 1.25), (hydra_run, 1.5)):
+        shutil.copytree(source, top / source.name)
+        scores = {"loss": loss, "exact_match": 0.25}
+        write_json(top / source.name / "eval-test.json", {"scores": scores, "domains": {}})
+    return sorted(top.iterdir())
+
+
+def test_run_folders_become_a_page(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    code, out, _ = run(capsys, "report", *runs, "-o", tmp_path / "page.html", "--title", "Two & more")
+    assert code == 0
+    assert out.splitlines()[0].startswith("No verdict: with one seed")
+    assert out.splitlines()[1] == f"written: {tmp_path / 'page.html'}"
+    text = (tmp_path / "page.html").read_text()
+    assert "<h1>Two &amp; more</h1>" in text
+    assert "1.2500" in text
+    assert "1.5000" in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+
+
+def test_the_call_gives_what_the_command_prints(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    report = weft.report(*runs, out=tmp_path / "a.html")
+    assert isinstance(report, Report)
+    _, out, _ = run(capsys, "report", *runs, "-o", tmp_path / "b.html", "--json")
+    record = json.loads(out)
+    assert record == json.loads(json.dumps(report.record() | {"path": str(tmp_path / "b.html")}))
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_the_baseline_and_the_metric_can_be_chosen(runs: list[Path], tmp_path: Path):
+    report = weft.report(*runs, out=tmp_path / "page.html", baseline="hydralora", metric="exact_match")
+    assert (report.comparison.baseline, report.comparison.metric) == ("hydralora", "exact_match")
+    assert "may be luck" in report.verdict
+    assert "hydralora" in report.verdict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "there is no folder 'nowhere'"),
+        (["."], "is no run folder"),
+        (["ALORA", "-o", "no/such/folder.html"], "choose another file"),
+        (["ALORA", "--baseline", "hydra"], "there is no method 'hydra'"),
+        (["ALORA", "--metric", "exactmatch"], "did you mean 'exact_match'?"),
+        (["ALORA", "ALORA"], "are the same run"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    runs: list[Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    given = [str(runs[0]) if argument == "ALORA" else argument for argument in arguments]
+    code, out, err = run(capsys, "report", *given)
+    assert (code, out) == (1, "")
+    assert sentence in " ".join(err.split())
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_other_rows_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(runs[0], tmp_path / "other")
+    record = read_json(tmp_path / "other" / "run.json")
+    record["data"]["hashes"] = {"train": "of something else"}
+    write_json(tmp_path / "other" / "run.json", record)
+    code, _, err = run(capsys, "report", runs[1], tmp_path / "other", "-o", tmp_path / "page.html")
+    assert code == 1
+    assert "they cannot be compared" in err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_without_the_extra_it_says_what_to_install(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(web, "NEEDED", ("vl_convert", "no_such_package"))
+    code, _, err = run(capsys, "report", runs[0], "-o", tmp_path / "page.html")
+    assert code == 1
+    assert "a page needs no_such_package" in err
+    assert "weft[html]" in err
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(runs: list[Path], tmp_path: Path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(weft.RunError, match="cannot write"):
+        weft.report(runs[0], out=tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_the_name_stays_the_function_when_the_package_is_imported(saved: Callable[[str], Path]):
+    import weft.report.page
+
+    assert callable(weft.report)
+    assert weft.inspect(saved("lora"), base=False).sites

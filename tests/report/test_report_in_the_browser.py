@@ -1,0 +1,253 @@
+"""The page of a comparison as people use it, in headless Chromium: drawn, sorted, filtered, printed, quiet, and offline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparisons import broken, comparison, renamed, write_runs
+from pages import NASTY, contrast, luminance, style
+
+from weft.compare.record import Comparison
+from weft.report.comparison.evidence import Evidence, gather
+from weft.report.comparison.page import page
+from weft.report.web import write
+
+PHONE, DESK, PAPER = {"width": 390, "height": 844}, {"width": 1100, "height": 900}, {"width": 703, "height": 1000}
+"""Paper is A4 between its margins, in CSS pixels."""
+MARKS = ".role-mark path, .role-mark text, .role-mark line"
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    return write_runs(broken(comparison(5)), tmp_path_factory.mktemp("compared"))
+
+
+@pytest.fixture(scope="module")
+def files(found: Comparison, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    top = tmp_path_factory.mktemp("reports")
+    long = comparison(2, (*tuple(f"a method of a rather long name, the {n}th of many" for n in range(12)), "lora"))
+    made = {
+        "five": gather(found),
+        "one": Evidence(comparison(1)),
+        "many": Evidence(long),
+        "nasty": Evidence(renamed(comparison(2, domains=False), "hydralora", NASTY)),
+    }
+    for name, evidence in made.items():
+        write(page(evidence), top / f"{name}.html")
+    return {name: top / f"{name}.html" for name in made}
+
+
+@pytest.fixture
+def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
+    """Open a page where nothing but files can be fetched; afterwards it must have asked for nothing and complained of nothing."""
+    said: list[str] = []
+    contexts = []
+
+    def open_(name: str, scheme: str = "light", viewport: dict[str, int] = DESK) -> Any:
+        context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        contexts.append(context)
+        context.route(
+            "**/*",
+            lambda route: route.continue_() if route.request.url.startswith(("file:", "data:")) else route.abort(),
+        )
+        page = context.new_page()
+        page.on("console", lambda message: said.append(f"console: {message.type} {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: said.append(f"request: {request.url}"))
+        page.goto(files[name].as_uri())
+        page.wait_for_selector("html[data-charts=drawn]", timeout=30_000)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    own = {f"request: {path.as_uri()}" for path in files.values()} | {"request: data:,"}
+    assert [line for line in said if line not in own] == []
+
+
+def shown(page: Any) -> list[str]:
+    """The methods in the table of results, from top to bottom."""
+    rows = "rows => rows.filter(row => !row.hidden).map(row => row.dataset.name)"
+    return list(page.eval_on_selector_all("#results-table tbody tr", rows))
+
+
+def gaps(found: Comparison) -> dict[str, float]:
+    return {row.name: row.gap.mean for row in found.rows if row.gap is not None}
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("five", "light"), ("five", "dark"), ("one", "light"), ("many", "light")])
+def test_charts_are_drawn_and_nothing_overflows_on_a_phone(name: str, scheme: str, opened: Open):
+    page = opened(name, scheme, PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate("(e => e.scrollWidth > e.clientWidth)(document.querySelector('#results-table').parentElement)")
+    charts = page.query_selector_all(".chart")
+    assert len(charts) >= 4
+    for chart in charts:
+        where = chart.get_attribute("id")
+        assert chart.get_attribute("aria-label"), where
+        assert len(chart.query_selector_all(MARKS)) > 0, where
+        box = chart.query_selector("svg").bounding_box()
+        assert box["x"] + box["width"] <= PHONE["width"], where
+        for legend in chart.query_selector_all(".role-legend-label text, .role-axis-title text, .role-axis-label text"):
+            words = legend.bounding_box()
+            assert words["x"] >= 0, (where, legend.inner_text())
+            assert words["x"] + words["width"] <= PHONE["width"], (where, legend.inner_text())
+            assert words["y"] >= box["y"] - 1, (where, legend.inner_text())
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_in_both_colour_schemes(scheme: str, opened: Open):
+    page = opened("five", scheme)
+    ground, raised = style(page, "body", "backgroundColor"), style(page, "figure", "backgroundColor")
+    assert (luminance(ground) > 0.5) == (scheme == "light")
+    for selector, what, behind in (
+        (".overall", "color", ground),
+        (".badge.better", "color", ground),
+        (".badge.worse", "color", ground),
+        (".badge.not-settled", "color", ground),
+        (".warning", "color", raised),
+        (".numbers small", "color", raised),
+        ("td.better a", "color", raised),
+        ("td.worse a", "color", raised),
+        (".problem td", "color", raised),
+        ("#differences-0 .role-axis-label text", "fill", raised),
+    ):
+        assert contrast(style(page, selector, what), behind) >= 4.5, selector
+    pressed = ".chips button[aria-pressed=true]"
+    assert contrast(style(page, pressed, "color"), style(page, pressed, "backgroundColor")) >= 4.5
+
+
+def test_tooltips_tell_the_difference_and_its_interval(opened: Open, found: Comparison):
+    page = opened("five")
+    page.locator("#differences-0 .mark-symbol.role-mark").last.locator("path").first.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.inner_text("#vg-tooltip-element").replace("\N{MINUS SIGN}", "-")
+    best = min(gaps(found), key=gaps(found).__getitem__)
+    assert best in told
+    assert f"{gaps(found)[best]:+.4f}" in told
+    assert " to -0.00" in told
+    page.mouse.move(2, 2)
+    page.wait_for_selector("#vg-tooltip-element:not(.visible)", state="attached")
+
+
+@pytest.mark.parametrize("how", ["mouse", "Enter", "Space"])
+def test_a_heading_sorts_by_mouse_and_by_keyboard(how: str, opened: Open, found: Comparison):
+    page = opened("five")
+    button = page.get_by_role("button", name="difference to lora")
+
+    def press() -> None:
+        if how == "mouse":
+            button.click()
+        else:
+            button.focus()
+            page.keyboard.press(how)
+
+    expected = sorted(gaps(found), key=gaps(found).__getitem__)
+    press()
+    assert shown(page)[: len(expected)] == expected
+    assert set(shown(page)[len(expected) :]) == {"lora", "none"}  # without a difference: last, both ways
+    heading = page.locator("#results-table th[aria-sort]")
+    assert heading.get_attribute("aria-sort") == "ascending"
+    press()
+    assert shown(page)[: len(expected)] == expected[::-1]
+    assert set(shown(page)[len(expected) :]) == {"lora", "none"}
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert heading.count() == 1
+    page.get_by_role("button", name="method", exact=True).click()
+    assert shown(page) == sorted(shown(page))
+
+
+def test_the_filter_answers_to_the_keyboard(opened: Open):
+    page = opened("five")
+    page.locator("#filter").focus()
+    page.keyboard.type("LoRA_")
+    assert shown(page) == ["lora_dash"]
+    assert page.inner_text("#shown") == "1 of 7 shown"
+    for _ in range(5):
+        page.keyboard.press("Backspace")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.dataset.kind") == "better"
+    page.keyboard.press("Space")
+    assert shown(page) == ["hydralora"]
+
+
+def test_the_filter_answers_to_the_mouse(opened: Open, found: Comparison):
+    page = opened("five")
+    page.locator(".chips button", has_text="worse").click()
+    assert set(shown(page)) == {row.name for row in found.rows if row.verdict.kind == "worse"}
+    assert page.locator(".chips button[aria-pressed=true]").all_inner_texts() == ["worse"]
+    page.locator(".chips button", has_text="all").click()
+    assert len(shown(page)) == len(found.rows)
+
+
+def test_a_number_leads_to_its_runs_and_a_name_to_its_recipe(opened: Open):
+    page = opened("five")
+    before = style(page, "#runs-1 td", "backgroundColor")
+    page.locator("#results-table tr[data-name=hydralora] td a").first.click()
+    page.wait_for_function("() => location.hash === '#runs-1'")
+    assert "runs/hydralora/seed-4" in page.inner_text("#runs-1")
+    assert style(page, "#runs-1 td", "backgroundColor") != before
+    in_view = "() => (y => 0 <= y && y < innerHeight)(document.getElementById('runs-1').getBoundingClientRect().y)"
+    page.wait_for_function(in_view)
+    page.locator("#runs-1 a").click()
+    page.wait_for_selector("#recipe-1[open]")
+    assert "recipe: hydralora" in page.inner_text("#recipe-1")
+
+
+def test_a_recipe_is_copied_or_at_least_selected(opened: Open):
+    page = opened("five")
+    page.locator("#recipe-0 summary").click()
+    page.locator("#recipe-0 .copy").last.click()
+    page.wait_for_function("() => document.querySelector('#recipe-0 .code:last-child .copy').textContent !== 'Copy'")
+    if page.locator("#recipe-0 .copy").last.inner_text() != "Copied":
+        assert "recipe: lora" in page.evaluate("getSelection().toString()")
+
+
+def test_a_method_is_picked_by_the_list_and_by_the_legend(opened: Open):
+    page = opened("five")
+    lines = "#curves-0 .mark-line.role-mark path"
+    assert page.locator(lines).count() == 6
+    page.locator("#curves-0 select").last.focus()
+    page.keyboard.type("hyd")
+    page.wait_for_function(f"() => document.querySelectorAll('{lines}').length === 2")  # and the baseline
+    page.locator("#curves-0 select").last.select_option("all")
+    page.wait_for_function(f"() => document.querySelectorAll('{lines}').length === 6")
+    for name in ("hydralora", "flexora"):
+        page.locator("#curves-0 .role-legend-label text", has_text=name).first.click()
+    faded = (
+        f"[...document.querySelectorAll('{lines}')].filter(e => Number(e.getAttribute('opacity') ?? 1) < 0.5).length"
+    )
+    page.wait_for_function(f"() => {faded} === 4")
+
+
+def test_paper_has_everything_and_cuts_nothing(opened: Open):
+    page = opened("five", viewport=PAPER)
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    for selector in (".filter", ".vega-bindings", ".copy", "nav"):
+        assert style(page, selector, "display") == "none"
+    assert page.locator("details:not([open])").count() == 0
+    assert page.locator(".code pre").first.is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= PAPER["width"]
+    assert page.evaluate(
+        "[...document.querySelectorAll('.scroll, pre')].every(e => e.scrollHeight <= e.clientHeight + 1)"
+    )
+    assert luminance(style(page, "body", "backgroundColor")) == pytest.approx(1)
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 0
+
+
+def test_names_of_methods_run_nothing(opened: Open):
+    page = opened("nasty")
+    assert NASTY in page.inner_text(".overall") + page.inner_text(".verdicts")
+    page.locator("#results-table thead button").first.click()
+    page.locator("#curves-0 select").last.select_option(NASTY)
+    page.locator("#differences-0 .mark-symbol.role-mark").last.locator("path").first.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    assert NASTY in page.inner_text("#vg-tooltip-element")

@@ -1,0 +1,276 @@
+"""The page of a comparison as text: planted numbers in their places, each with a link to its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from comparisons import PLANTED, broken, changed, comparison, judged, renamed, write_runs
+from pages import NASTY, Elements, Node, specs, tree
+
+from weft.compare.record import Comparison
+from weft.report.comparison.evidence import Evidence, gather
+from weft.report.comparison.opening import facts, overall, verdicts, warnings
+from weft.report.comparison.page import page
+from weft.report.comparison.runs import recipes
+from weft.report.comparison.writing import judged as judged_by
+from weft.train.recipe import apply
+
+
+@pytest.fixture(scope="module")
+def found() -> Comparison:
+    return broken(comparison(5))
+
+
+@pytest.fixture(scope="module")
+def written(found: Comparison) -> str:
+    return page(Evidence(found))
+
+
+def results(text: str) -> dict[str, list[Node]]:
+    """The cells of every method in the table of results."""
+    (table,) = tree(text).find("table", id="results-table")
+    lines = {row.attributes["data-name"]: row.find("td") for row in table.find("tbody")[0].find("tr")}
+    return {str(name): cells for name, cells in lines.items()}
+
+
+def test_equal_folders_give_equal_bytes(found: Comparison, tmp_path: Path):
+    once = page(gather(write_runs(found, tmp_path / "a")))
+    again = page(gather(write_runs(found, tmp_path / "b")))
+    assert once.replace(str(tmp_path / "a"), "") == again.replace(str(tmp_path / "b"), "")
+
+
+def test_the_verdict_stands_before_everything_else(written: str, found: Comparison):
+    sections = [s.attributes["aria-labelledby"] for s in tree(written).find("section")]
+    assert sections == ["verdict", "differences", "results", "quality", "curves", "domains", "runs", "recipes"]
+    first = tree(written).find("section")[0]
+    assert first.find("p", class_="overall")[0].text == overall(found)
+    said = [item.text for item in first.find("li")]
+    assert said[0].startswith("better hydralora : better by 0.003")
+    assert "over 5 seeds" in said[0]
+    assert [line.split()[-1] for line in said[-1:]] == ["training"]
+    for fact in (
+        found.budget,
+        found.machine,
+        "0, 1, 2, 3, 4",
+        "lower is better",
+        "false verdicts are expected",
+        "torch 2.9.0",
+    ):
+        assert fact in first.text
+
+
+def test_one_sentence_says_what_is_better(found: Comparison):
+    assert re.fullmatch(
+        r"hydralora is better than lora by 0\.00\d+ nats \[0\.00\d+, 0\.00\d+\], over 5 seeds\.", overall(found)
+    )
+    two = comparison(5, ("lora", "hydralora", "alora"))
+    twice = dataclasses.replace(two, baseline="alora")
+    assert overall(judged(twice)).startswith("2 of 2 methods are better than alora, over 5 seeds: hydralora by 0.00")
+    alone = comparison(5, ("lora", "tied_lora", "lora_dash"))
+    assert overall(alone) == "Nothing tried here is distinguishably better than lora, over 5 seeds."
+
+
+def test_every_number_of_a_method_leads_to_its_runs(written: str, found: Comparison):
+    page_tree = tree(written)
+    ids = {node.attributes["id"] for node in page_tree.all() if node.attributes.get("id")}
+    links = [node.attributes["href"] for node in page_tree.find("a")]
+    assert {str(link)[1:] for link in links if link} <= ids
+    for name, cells in results(written).items():
+        (body,) = [
+            b for b in page_tree.find("tbody") if b.attributes.get("id") == cells[0].find("a")[0].attributes["href"][1:]
+        ]
+        assert {a.attributes["href"] for cell in cells for a in cell.find("a")} == {f"#{body.attributes['id']}"}
+        assert all(cell.text == "–" or cell.find("a") for cell in cells)
+        assert all(outcome.folder in body.text for outcome in found.of(name))
+
+
+def test_planted_numbers_stand_in_the_results(written: str, found: Comparison):
+    for row in found.rows:
+        loss, difference, wins, *_ = results(written)[row.name]
+        assert row.score is not None
+        assert loss.text.startswith(f"{row.score.mean:.4f}")
+        if row.gap is not None:
+            assert (
+                difference.text.replace("\N{MINUS SIGN}", "-")
+                == f"{row.gap.mean:+.4f} {row.gap.low:+.4f} to {row.gap.high:+.4f}"
+            )
+            assert row.gap.mean == pytest.approx(PLANTED[row.name], abs=0.001)
+            assert wins.text == f"{row.wins} of {row.gap.n}"
+    heads = [th.text for th in tree(written).find("table", id="results-table")[0].find("thead")[0].find("th")]
+    at = {head: n - 1 for n, head in enumerate(heads)}
+    hydra = results(written)["hydralora"]
+    assert hydra[at["trained numbers"]].text == "146,001 \N{MINUS SIGN}0.3% of budget"
+    assert hydra[at["step ratio CPU, to lora"]].text.startswith("1.28")
+    assert hydra[at["tokens/s"]].text.startswith("6,923")
+    assert hydra[at["export on disk"]].text == "598 KiB"
+    assert hydra[at["rank"]].text == "16"
+
+
+def test_no_mean_over_seeds_stands_without_its_interval(written: str):
+    heads = tree(written).find("table", id="results-table")[0].find("thead")[0].find("th")
+    for name, cells in results(written).items():
+        for head, cell in zip(heads[1:], cells, strict=True):
+            if (
+                head.text.split()[0] in ("loss", "difference", "exact", "step", "tokens/s", "memory", "training")
+                and cell.text != "–"
+            ):
+                assert " to " in cell.text or "seed" in cell.text, (name, head.text, cell.text)
+
+
+def test_charts_have_the_numbers_of_the_record(written: str, found: Comparison):
+    drawn = specs(written)
+    rows = {row.name: row for row in found.rows}
+    forest = drawn["differences-0"]["data"]["values"]
+    for mark in forest:
+        if mark["of"] == "mean":
+            assert (mark["value"], mark["low"], mark["high"]) == dataclasses.astuple(rows[mark["name"]].gap)[:3]
+    assert len([mark for mark in forest if mark["of"] == "seed"]) == 5 * 5 - 2  # two runs were lost
+    points = {point["name"]: point for point in drawn["quality-0"]["data"]["values"]}
+    assert points["tied_lora"]["x"] == 6240
+    assert {name for name, point in points.items() if point["front"]} == {"tied_lora", "hydralora"}
+    times = {point["name"]: point for point in drawn["quality-1"]["data"]["values"]}
+    assert times["lora"]["x"] == pytest.approx(150 * 0.12, rel=0.03)
+    assert times["flexora"]["x"] == pytest.approx((150 + 40) * 0.12, rel=0.03)  # its search is counted
+    last = [p for p in drawn["curves-0"]["data"]["values"] if p["name"] == "tied_lora" and p["step"] == 150]
+    assert [p["n"] for p in last] == [4, 4]
+    assert {p["what"] for p in last} == {"training loss", "validation loss"}
+    assert "none" not in points
+
+
+def test_every_chart_has_words_and_a_table_has_its_numbers(written: str):
+    assert all(spec["description"] and spec["data"]["values"] for spec in specs(written).values())
+    for section in tree(written).find("section"):
+        if section.find("figure") and section.attributes["aria-labelledby"] in ("curves", "domains"):
+            assert section.find("details")[0].find("table")
+    levels = [int(tag[1]) for tag, _ in Elements(written).tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert set(levels[1:]) == {2}
+    ids = [a["id"] for _, a in Elements(written).tags if a.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_domains_are_shown_where_there_are_some(written: str, found: Comparison):
+    rows = specs(written)["domains-0"]["data"]["values"]
+    mean = {(row["domain"], row["name"]): row["value"] for row in rows if row["of"] == "mean"}
+    assert mean["mill", "hydralora"] == pytest.approx(1.4 * mean["dock", "hydralora"])
+    assert "domains-0" not in specs(page(Evidence(comparison(2, domains=False))))
+
+
+def test_one_seed_has_no_verdict_and_no_interval():
+    one = comparison(1)
+    text = page(Evidence(one))
+    assert overall(one).startswith("No verdict: with one seed")
+    assert {each.kind for each in verdicts(one)} == {"no verdict", "frozen base"}
+    assert "one seed, no interval" in results(text)["hydralora"][0].text
+    assert "by chance" not in text
+    assert re.search(r"its loss is 0\.00\d\d lower than lora's", verdicts(one)[0].sentence)
+    for spec in specs(text).values():
+        assert not any({"low", "y_low", "x_low"} & set(row) for row in spec["data"]["values"])
+        assert not re.search(r'"field": "(y_|x_)?low"', json.dumps(spec))
+
+
+def test_runs_that_were_lost_are_shown_with_their_reason(written: str, found: Comparison):
+    runs = next(s for s in tree(written).find("section") if s.attributes["aria-labelledby"] == "runs")
+    assert "The disk was full at step 80." in runs.text
+    assert "The loss was not finite from step 31 on." in runs.text
+    assert {td.text for td in runs.find("td") if "words" in str(td.attributes.get("class")) and "/" not in td.text} == {
+        "complete", "failed", "diverged",
+    }  # fmt: skip
+    said = " ".join(warnings(found))
+    assert "2 runs failed or diverged (tied_lora and alora)" in said
+    assert "learning rate of tied_lora is the lowest or highest" in said
+    assert ("note", "tied_lora: it cannot reach the budget.") in list(facts(found))
+
+
+def test_a_comparison_in_which_nothing_is_complete_has_a_page():
+    empty = comparison(2, ("lora", "alora"))
+    lost = [
+        dataclasses.replace(o, status="missing", scores={}, domains={}, figures={}, curve=[]) for o in empty.outcomes
+    ]
+    none = judged(dataclasses.replace(empty, outcomes=lost, complete=False))
+    assert overall(none).startswith("There is nothing to say yet")
+    assert "not finished" in warnings(none)[0]
+    assert specs(page(Evidence(none))) == {}
+
+
+def test_figures_that_a_machine_cannot_tell_are_dashes(found: Comparison):
+    bare = judged(dataclasses.replace(found, outcomes=[dataclasses.replace(o, figures={}) for o in found.outcomes]))
+    text = page(Evidence(bare))
+    assert results(text)["alora"][-1].text == "–"
+    assert "quality-1" not in specs(text)
+
+
+def test_a_number_that_is_not_finite_is_left_out(found: Comparison):
+    figures = {"tokens_per_s": math.nan, "peak_bytes": math.inf, "cpu_per_step": 0.1}
+    strange = changed(found, "hydralora", 2, figures=figures, curve=[{"step": 10, "loss": math.nan}])
+    text = page(Evidence(strange))
+    assert "nan" not in results(text)["hydralora"][-2].text.lower()
+    assert "Infinity" not in json.dumps(specs(text))
+
+
+@pytest.mark.parametrize("what", ["hydralora", "lora", "dock", "demo", "exact_match"])
+def test_names_from_files_are_text_wherever_they_stand(what: str, tmp_path: Path):
+    nasty = renamed(comparison(2), what, NASTY)
+    text = page(Evidence(nasty), title=NASTY)
+    elements = Elements(text)
+    assert [tag for tag, _ in elements.tags if tag == "script"] == ["script"] * 4
+    assert NASTY in "".join(elements.text)
+    assert re.findall(r"<h1>(.*?)</h1>", text)[0].count("49") == 0
+    if what != "exact_match":
+        assert (
+            json.dumps(NASTY, ensure_ascii=False)[1:-1] in json.dumps(specs(text), ensure_ascii=False) or what == "demo"
+        )
+
+
+def test_nothing_on_the_page_points_elsewhere(written: str):
+    for tag, attributes in Elements(written).tags:
+        for name in ("src", "href", "action", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:")), (tag, name, value)
+        assert not [name for name in attributes if name.startswith("on") or name == "style"]
+    policy = next(a["content"] for tag, a in Elements(written).tags if tag == "meta" and a.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert policy.count("sha256-") == 3
+    assert not re.search(r"script-src[^;]*unsafe", policy)
+
+
+def test_a_recipe_and_its_commands_give_back_every_run(found: Comparison, tmp_path: Path):
+    evidence = gather(write_runs(found, tmp_path))
+    for recipe in recipes(evidence):
+        runs = [evidence.runs[outcome.folder] for outcome in found.of(recipe.name)]
+        commands = [shlex.split(line) for line in recipe.commands.splitlines()]
+        if recipe.name == "none":
+            assert commands == [["weft", "eval", "none.yaml", "--adapter", "none"]]
+            continue
+        assert len(commands) == len(runs) == 5
+        for run, (weft, train, file, *overrides) in zip(runs, commands, strict=True):
+            assert (weft, train, file) == ("weft", "train", recipe.file)
+            content: dict[str, Any] = yaml.safe_load(recipe.content)
+            for override in overrides:
+                content = apply(content, override)
+            assert content == run.recipe
+    assert "train.seed=3" in page(evidence)
+
+
+def test_another_metric_and_another_baseline_can_be_asked_for(found: Comparison):
+    turned = judged_by(found, "hydralora", "exact_match")
+    assert (turned.baseline, turned.metric, turned.higher_is_better) == ("hydralora", "exact_match", True)
+    rows = {row.name: row for row in turned.rows}
+    assert rows["tied_lora"].verdict.kind == "worse"
+    assert rows["tied_lora"].gap is not None
+    assert rows["tied_lora"].gap.mean == pytest.approx(-4 * 0.034, abs=0.01)
+    text = page(Evidence(turned))
+    assert "points of exact match" in text
+    assert results(text)["tied_lora"][1].text.startswith("\N{MINUS SIGN}13.")
+    assert (
+        next(row["value"] for row in specs(text)["differences-0"]["data"]["values"] if row["name"] == "tied_lora") < -13
+    )
