@@ -274,7 +274,7 @@ def test_splits_that_are_needed_are_asked_for(tmp_path: Path):
 
 
 def test_runs_in_processes_say_what_those_here_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    made = recipe(tmp_path, seeds=1, train={"steps": 2})
+    made = recipe(tmp_path, seeds=1, train={"steps": 2}, answers=False)
     script = ModuleType("__main__")
     script.__file__ = str(tmp_path / "gone.py")  # a process that imports the caller's script would fail
     monkeypatch.setitem(sys.modules, "__main__", script)
@@ -282,6 +282,7 @@ def test_runs_in_processes_say_what_those_here_say(tmp_path: Path, monkeypatch: 
     here = compare(made | {"out": str(tmp_path / "here")}, jobs=0)
     assert quality(apart.record()) == quality(here.record())
     assert apart.machine.endswith("2 runs at once")
+    assert {tuple(outcome.scores) for outcome in apart.outcomes} == {("loss",)}
 
 
 def test_a_run_whose_process_dies_has_failed_and_goes_on_the_next_time(tmp_path: Path):
