@@ -74,8 +74,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
         answers = asked(found)
     console.print(answers)
-    if (page := reported(found, given.report)) is not None:
-        console.print(f"The report: {page}")
+    page = weft.report(found.folder, out=given.report).path
+    console.print(f"The report: {Path(page).resolve()}")
     console.print(
         f"{time.monotonic() - began:.0f} s in all. One seed on a toy ranks nothing; five do: weft compare, with seeds: 5."
     )
@@ -83,16 +83,6 @@ def main() -> None:
 
 def _is_comparison(folder: str) -> bool:
     return (Path(folder) / "compare.json").is_file()
-
-
-def reported(found: Comparison, path: str) -> Path | None:
-    """The page about the comparison; None where this weft writes none."""
-    try:
-        from weft.report import report
-    except ImportError:
-        return None
-    report(found.folder, out=path)
-    return Path(path).resolve()
 
 
 def asked(found: Comparison) -> Table:

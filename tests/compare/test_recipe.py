@@ -34,6 +34,7 @@ def read(**more: Any) -> CompareRecipe:
         ({"seeds": 0}, "seeds=0: give how many"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"metric": "los"}, "metric"),
+        ({"metric": "bleu", "answers": False}, "answers=false generates none"),
         ({"methods": []}, "methods"),
     ],
 )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -108,6 +112,18 @@ def test_a_method_of_which_every_rate_diverged_has_diverged(copied):
     found = compare(made, jobs=0)
     assert [(o.status, "none of the rates" in o.problem) for o in found.of("lora")] == [("diverged", True)] * 2
     assert found.complete
+
+
+def test_while_a_run_that_tries_a_rate_has_failed_no_rate_is_chosen(copied):
+    made, folder = copied
+    failed = folder / "tuning" / "lora" / "lr0.01-s1001"
+    write_json(failed / "problem.json", {"status": "failed", "problem": "the disk is full."})
+    found = load(folder)
+    assert found.method("lora").lr is None
+    assert [(o.status, "lr0.01-s1001: the disk is full." in o.problem) for o in found.of("lora")] == [
+        ("failed", True)
+    ] * 2
+    assert {outcome.status for outcome in compare(made, jobs=0).outcomes} == {"complete"}
 
 
 def test_a_complete_comparison_is_not_run_again(copied, monkeypatch: pytest.MonkeyPatch):
@@ -257,9 +273,33 @@ def test_splits_that_are_needed_are_asked_for(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_runs_in_processes_say_what_those_here_say(tmp_path: Path):
-    made = recipe(tmp_path, seeds=1, train={"steps": 2})
+def test_runs_in_processes_say_what_those_here_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = recipe(tmp_path, seeds=1, train={"steps": 2}, answers=False)
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "gone.py")  # a process that imports the caller's script would fail
+    monkeypatch.setitem(sys.modules, "__main__", script)
     apart = compare(made | {"out": str(tmp_path / "apart")}, jobs=2)
     here = compare(made | {"out": str(tmp_path / "here")}, jobs=0)
     assert quality(apart.record()) == quality(here.record())
     assert apart.machine.endswith("2 runs at once")
+    assert {tuple(outcome.scores) for outcome in apart.outcomes} == {("loss",)}
+
+
+def test_a_run_whose_process_dies_has_failed_and_goes_on_the_next_time(tmp_path: Path):
+    made = recipe(tmp_path, seeds=1, methods=["lora"], train={"steps": 200, "save_every": 5})
+    killed: list[int] = []
+
+    def kill(standing: Standing) -> None:
+        if not killed and any(each.tick.phase == "train" for each in standing.running):
+            [process] = multiprocessing.active_children()
+            killed.append(process.pid or 0)
+            os.kill(killed[0], signal.SIGKILL)
+
+    [outcome] = compare(made, jobs=1, watch=kill).outcomes
+    assert (outcome.status, outcome.problem) == (
+        "failed",
+        "its process was ended by SIGKILL, perhaps for want of memory.",
+    )
+    again = compare(made, jobs=1)
+    assert [outcome.status for outcome in again.outcomes] == ["complete"]
+    assert "resumed_from" in Run.load(Path(again.folder) / "runs" / "lora" / "s0").time

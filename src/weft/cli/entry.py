@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(_say(f"{error.format_message()} See `weft --help`."))  # type: ignore[attr-defined]
     if code == INTERRUPTED:
-        _say("interrupted; `weft train ... --resume` continues a run.")
+        _say("interrupted; `weft train ... --resume` continues a run, and `weft compare`, given again, a comparison.")
     sys.exit(code if isinstance(code, int) else 0)
 
 

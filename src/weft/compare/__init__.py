@@ -39,9 +39,8 @@ def compare(
     Args:
         recipe: a comparison's file, a mapping or a `CompareRecipe`.
         overrides: `key=value` with dots, such as `budget.r=4`; values are YAML.
-        jobs: runs at once, each in a process of its own with one torch thread; a script that calls this must guard its main part
-            with `if __name__ == "__main__"`, as multiprocessing asks. 0: in this process, one after the other, where a run's peak
-            memory includes what those before it have left.
+        jobs: runs at once, each in a process of its own with one torch thread. 0: in this process, one after the other, where a
+            run's peak memory includes what those before it have left.
         overwrite: delete the comparison in `out` and start anew.
         watch: called with a `weft.compare.running.Standing` whenever a run has come on.
 

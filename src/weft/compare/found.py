@@ -54,7 +54,8 @@ def read(folder: Path) -> Comparison:
 def with_rate(plan: Plan, method: Method, folder: Path) -> Method:
     """The method with the rates that were tried for it, and the one of the lowest mean validation loss once all have ended.
 
-    A rate that diverged with any seed is out. Of equals the lower one is taken.
+    A rate that diverged with any seed is out. Of equals the lower one is taken. While a run has failed, nothing is chosen: it is
+    tried again, and another choice then would be another method.
     """
     jobs = plan.tuning(method)
     if not jobs:
@@ -62,7 +63,7 @@ def with_rate(plan: Plan, method: Method, folder: Path) -> Method:
     ended = [job for job in jobs if status(folder / job.folder, tuning=True) != "missing"]
     tried = [Rate(job.lr, job.seed, _validation_loss(folder / job.folder)) for job in ended]
     method = replace(method, rates=tried)
-    if len(ended) < len(jobs):
+    if len(ended) < len(jobs) or _failed(plan, method, folder):
         return method
     mean = {lr: _mean([rate.validation_loss for rate in tried if rate.lr == lr]) for lr in plan.rates}
     finite = {lr: loss for lr, loss in mean.items() if loss is not None}
@@ -70,6 +71,14 @@ def with_rate(plan: Plan, method: Method, folder: Path) -> Method:
         return method
     lr = min(finite, key=lambda rate: (finite[rate], rate))
     return replace(method, lr=lr, rate_at_edge=lr in (plan.rates[0], plan.rates[-1]))
+
+
+def _failed(plan: Plan, method: Method, folder: Path) -> str:
+    """The place and the problem of a run that was to try a rate and failed; empty if none has."""
+    for job in plan.tuning(method):
+        if status(folder / job.folder, tuning=True) == "failed":
+            return f"{job.folder}: {_problem(folder / job.folder, 'failed')}"
+    return ""
 
 
 def _mean(losses: list[float | None]) -> float | None:
@@ -95,8 +104,10 @@ def _outcome(plan: Plan, method: Method, seed: int, top: Path) -> Outcome:
     place = plan.folder(method.name, seed)
     folder, frozen = top / place, _is_frozen(method)
     if not frozen and method.lr is None and len(method.rates) == len(plan.tuning(method)):
-        why = "none of the rates that were tried gave a finite validation loss"
-        return Outcome(method.name, seed, place, "diverged", problem=f"{why}: try lower ones.")
+        if failed := _failed(plan, method, top):
+            return Outcome(method.name, seed, place, "failed", problem=f"its rate could not be chosen: {failed}")
+        why = "none of the rates that were tried gave a finite validation loss: try lower ones."
+        return Outcome(method.name, seed, place, "diverged", problem=why)
     found = status(folder, tuning=False, frozen=frozen)
     if found != "complete":
         return Outcome(method.name, seed, place, found, problem=_problem(folder, found))
@@ -184,24 +195,12 @@ def gather(folders: Sequence[Path]) -> Comparison:
     """
     runs = [Run.load(folder) for folder in folders]
     _check_same_rows(folders)
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(_key(run), []).append(run)
-    names = _names([group[0] for group in groups.values()])
     top = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-    methods, outcomes = [], []
-    for name, group in zip(names, groups.values(), strict=True):
-        methods.append(_plain_method(name, group[0]))
-        taken: dict[int, Path] = {}
-        for run in group:
-            if run.seed in taken:
-                raise ConfigError(f"{taken[run.seed]} and {run.folder} are the same run: give one of them.")
-            taken[run.seed] = run.folder
-            outcomes.append(_plain_outcome(name, run, top))
-    metric = "accuracy" if runs[0].task == "classification" else "loss"
+    methods, outcomes = _grouped(runs, top)
+    first = runs[0]
+    metric = "accuracy" if first.task == "classification" else "loss"
     higher = HIGHER_IS_BETTER[metric]
     baseline = next((m.name for m in methods if m.adapter.get("recipe") == "lora"), methods[0].name)
-    first = runs[0]
     return Comparison(
         folder=str(top),
         model=first.recipe["model"]["path"],
@@ -219,6 +218,20 @@ def gather(folders: Sequence[Path]) -> Comparison:
         machine=f"{first.device}, {first.threads} thread{'s' * (first.threads > 1)} a run",
         complete=all(outcome.status != "missing" for outcome in outcomes),
     )
+
+
+def _grouped(runs: Sequence[Run], top: Path) -> tuple[list[Method], list[Outcome]]:
+    """The methods that runs are of, and what came out of each. Raises ConfigError for two runs of one method and seed."""
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        group = groups.setdefault(_key(run), {})
+        if run.seed in group:
+            raise ConfigError(f"{group[run.seed].folder} and {run.folder} are the same run: give one of them.")
+        group[run.seed] = run
+    firsts = [next(iter(group.values())) for group in groups.values()]
+    named = list(zip(_names(firsts), groups.values(), strict=True))
+    methods = [_plain_method(name, first) for (name, _), first in zip(named, firsts, strict=True)]
+    return methods, [_plain_outcome(name, run, top) for name, group in named for run in group.values()]
 
 
 def _key(run: Run) -> str:

@@ -1,8 +1,10 @@
 """Two locks on a comparison's folder, so that no two processes ever write one run.
 
-lock           held by the `weft compare` that is in charge; a second one is refused at once
-workers.lock   handed on to its workers: it is free only when the last of them has gone, which a comparison that goes on
-               after a kill waits for
+    lock           held by the `weft compare` that is in charge; a second one is refused at once
+    workers.lock   handed on to its workers: it is free only when the last of them has gone, which a comparison that goes on
+                   after a kill waits for
+
+Both are files that stay where they are; what counts is who holds them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """The `methods` of a comparison: what each is called, and the adapter section it stands for.
 
-lora                                               a recipe by its name
-{recipe: lora, structure: hydra, boost: dash}      axes, on top of a recipe or without one
-random_layers | {control: random_layers, count: k} plain LoRA on k blocks, drawn anew for every seed
-random_moves                                       ALoRA whose slots move at random
-none                                               the frozen base
+    lora                                               a recipe by its name
+    {recipe: lora, structure: hydra, boost: dash}      axes, on top of a recipe or without one
+    random_layers | {control: random_layers, count: k} plain LoRA on k blocks, drawn anew for every seed
+    random_moves                                       ALoRA whose slots move at random
+    none                                               the frozen base
+
+A method of a mapping may have a `name`; without one it is called by its recipe and its axes.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ class Job:
     recipe: dict[str, Any]
     base_dir: str
     metric: str
+    answers: bool
 
     @property
     def frozen(self) -> bool:
@@ -127,7 +128,8 @@ class Plan:
             "train": train,
         }
         folder = self.folder(method.name, seed, lr if tuning else None)
-        return Job(method.name, seed, lr, tuning, folder, recipe, self.base_dir, self.metric)
+        answers = self.recipe.get("answers") is not False
+        return Job(method.name, seed, lr, tuning, folder, recipe, self.base_dir, self.metric, answers)
 
     def _adapter(self, method: Method, seed: int) -> dict[str, Any]:
         if method.name not in self.draws:

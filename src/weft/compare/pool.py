@@ -23,6 +23,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import DupFd
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from weft.compare.plan import Job
@@ -95,7 +96,8 @@ class Pool:
     def _start(self, job: Job) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_life, args=(theirs, self.lock, self.top, job), daemon=True)
-        process.start()
+        with _unnamed_main():
+            process.start()
         theirs.close()
         self.at_work[ours] = (job, process)
 
@@ -142,6 +144,17 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _unnamed_main() -> Iterator[None]:
+    """Nothing for a process to import as the caller's script: it would run that again, and needs none of it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _end(code: int) -> str:

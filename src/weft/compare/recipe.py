@@ -1,14 +1,17 @@
 """A comparison's recipe file: one model and data set, several methods, and what is equal between them.
 
-model, data   as in a recipe to train
-train         steps or epochs, batch_size, ...; lr only where no `rates` are tried
-methods       names | {recipe or axes, fields, name} | {control: random_layers, count} | none
-budget        {equal: parameters, r: 8} | {equal: steps, r: 8}
-scale         alpha / r of every method | own
-seeds         a number | a list
-rates         {values: [...], seeds: 1}
-metric        loss, accuracy, ...
-out           the comparison's folder
+    model, data   as in a recipe to train
+    train         steps or epochs, batch_size, ...; lr only where no `rates` are tried
+    methods       names | {recipe or axes, fields, name} | {control: random_layers, count} | none
+    budget        {equal: parameters, r: 8} | {equal: steps, r: 8}
+    scale         alpha / r of every method | own
+    seeds         a number | a list
+    rates         {values: [...], seeds: 1}
+    metric        loss, accuracy, ...
+    answers       false: only the loss is measured, no answers are generated
+    out           the comparison's folder
+
+An unknown key anywhere is a `ConfigError` that names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from weft.strict import Strict
 from weft.train.recipe import ModelConfig, TrainConfig, apply, read_yaml
 
 Metric = Literal["loss", "exact_match", "accuracy", "macro_f1", "bleu", "rouge_l"]
+OF_ANSWERS = ("exact_match", "bleu", "rouge_l")
 RATES = (5e-4, 2e-3, 8e-3)
 """Learning rates that are tried where a recipe names none: each four times the one before."""
 
@@ -70,6 +74,8 @@ class CompareRecipe(Strict):
     seeds: int | list[int] = 5
     rates: Rates | None = None
     metric: Metric | None = None
+    answers: bool | None = None
+    """Whether test answers are generated, for exact match, BLEU and ROUGE-L, which may take longer than all else; none is yes."""
     out: str = Field(min_length=1)
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
 
@@ -108,6 +114,10 @@ class CompareRecipe(Strict):
             raise ConfigError("train.seed is one seed, and a comparison has several: give seeds instead.")
         if "lr" in given and self.rates is not None:
             raise ConfigError(f"train.lr={self.train.lr:g} and rates are both given: keep one of them.")
+        if self.answers is False and self.metric in OF_ANSWERS:
+            raise ConfigError(
+                f"metric={self.metric} is of answers, and answers=false generates none: drop one of the two."
+            )
         return self
 
     @property

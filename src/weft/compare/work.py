@@ -1,8 +1,10 @@
 """One run of a comparison, from wherever a kill has left it to its scores.
 
-complete.  run.json says so, and a reported run has eval-test.json
-begun      it goes on from its newest checkpoint; what cannot go on starts anew
-problem    problem.json says why there will be no scores: diverged (final), or failed (tried again the next time)
+    complete.  run.json says so, and a reported run has eval-test.json
+    begun      it goes on from its newest checkpoint; what cannot go on starts anew
+    problem    problem.json says why there will be no scores: diverged (final), or failed (tried again the next time)
+
+Nothing here looks at other runs.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def give_up(folder: Path, kind: str, problem: str, trace: str = "") -> None:
 def _carry_out(job: Job, folder: Path, progress: Progress) -> None:
     recipe = Recipe.read({**job.recipe, "out": str(folder)}, base_dir=Path(job.base_dir))
     if job.frozen:
-        evaluation = training.evaluate(recipe, adapter="none", progress=progress)
+        evaluation = training.evaluate(recipe, adapter="none", answers=job.answers, progress=progress)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SCORES, _finite(evaluation).record())
@@ -79,7 +81,7 @@ def _carry_out(job: Job, folder: Path, progress: Progress) -> None:
     if not _is_trained(folder):
         training.train(recipe, resume=_can_go_on(folder), progress=progress)
     if not job.tuning and not (folder / SCORES).is_file():
-        _finite(training.evaluate(Run.load(folder), progress=progress))
+        _finite(training.evaluate(Run.load(folder), answers=job.answers, progress=progress))
 
 
 def _can_go_on(folder: Path) -> bool:

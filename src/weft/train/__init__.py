@@ -58,6 +58,7 @@ def evaluate(
     base: str | None = None,
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
+    answers: bool = True,
     progress: Progress = ignore,
 ) -> Evaluation:
     """Measure a run on held-out rows and write `eval-<split>.json` into its folder (not where `limit` cuts the rows).
@@ -71,6 +72,8 @@ def evaluate(
         base: where the base lies now, if not where it was trained on.
         batch_size: rows at a time; the recipe's by default.
         max_new_tokens: bound of the answers compared with their references; the longest reference and one more by default.
+        answers: whether to generate answers, which may take far longer than the loss; without them there is no exact match, BLEU
+            or ROUGE-L.
         progress: called with a `Tick` after every batch.
 
     Raises:
@@ -79,7 +82,7 @@ def evaluate(
     """
     from weft.train import evaluation as module
 
-    return module.evaluate(run, overrides, split, limit, adapter, base, batch_size, max_new_tokens, progress)
+    return module.evaluate(run, overrides, split, limit, adapter, base, batch_size, max_new_tokens, answers, progress)
 
 
 def generate(

@@ -107,6 +107,7 @@ def evaluate(
     base: str | None,
     batch_size: int | None,
     max_new_tokens: int | None,
+    answers: bool,
     progress: Progress,
 ) -> Evaluation:
     """See `weft.train.evaluate`."""
@@ -119,7 +120,8 @@ def evaluate(
     rows = subject.rows if limit is None else subject.rows.select(range(min(limit, len(subject.rows))))
     size = batch_size or subject.size
     groups = _by_domain(rows)
-    found = {name: _predict(subject.trained, part, size, max_new_tokens, progress) for name, part in groups.items()}
+    bound = max_new_tokens if answers else 0
+    found = {name: _predict(subject.trained, part, size, bound, progress) for name, part in groups.items()}
     scores, signatures = _scores(_Predictions.pooled(found.values()), len(rows))
     evaluation = Evaluation(
         run=str(subject.run.folder) if subject.run else None,
@@ -192,9 +194,12 @@ def _by_domain(rows: Any) -> dict[str, Any]:
 
 
 def _predict(trained: Trained, rows: Any, size: int, max_new_tokens: int | None, progress: Progress) -> _Predictions:
+    """The losses, and the classes or the answers of at most `max_new_tokens` tokens: None as many as it takes, 0 no answers."""
     measured = mean_loss(trained.model, rows, Collator(trained.base.tokenizer.pad_token_id), size, progress)
     if trained.task == "classification":
         return _Predictions(measured, list(rows["labels"]), [], [])
+    if max_new_tokens == 0:
+        return _Predictions(measured, [], [], [])
     return _Predictions(measured, [], *_answers(trained, rows, size, max_new_tokens, progress))
 
 
