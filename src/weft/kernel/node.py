@@ -66,6 +66,14 @@ class Latents(NamedTuple):
     omega: Tensor | None
 
 
+class Reading(NamedTuple):
+    """One input of the rows: its mask (-1: x itself), what was read of it, as a gradient [t, R], and the rows [R, in]."""
+
+    source: int
+    gu: Tensor
+    rows: Tensor
+
+
 def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs [..., out] of all members, and ω [..., N] of those that are told."""
     with without_autocast(x):
@@ -140,7 +148,7 @@ def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) 
         own = [i for i, s in enumerate(sources) if s == source]
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         u = F.linear(x_s, stacked([rows[i] for i in own], x))
-        for i, part in zip(own, taken_apart(u, [len(rows[i]) for i in own], 1), strict=True):
+        for i, part in zip(own, taken_apart(u, [rows[i].shape[0] for i in own], 1), strict=True):
             found[i] = part
     return _latents(plan, each, found)
 
@@ -210,25 +218,25 @@ def backward(
     gomegas: Sequence[Tensor | None],
     needs_x: bool,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """Gradients of x [..., in] and of every member's `Parts`, given those of the outputs and of ω."""
-    gx: Tensor | None = None
+    """Gradients of x [..., in] and of every member's `Parts`, given those of the outputs and of ω.
+
+    What is narrow comes first, while the outputs' gradients are in the cache: after the GEMMs with W they are not.
+    """
     found: list[list[Tensor | None]] = []
     through: list[Tensor | None] = []
     for m, own, seen, g, gomega in zip(plan.members, each, latents, grads, gomegas, strict=True):
         g_to = None if g is None else g.reshape(-1, g.shape[-1])
         gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
-        if needs_x and g_to is not None and own.weight is not None:
-            weight = own.weight.to(x.dtype)
-            gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
         found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
         through += [gu] if own.route is None else [gu, gq]
-    gx, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through, gx, needs_x)
+    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through)
     given = iter(grows)
     for own, gradients in zip(each, found, strict=True):
         gradients[3] = _cut(next(given), own.down)
         if own.route is not None:
             gradients[5] = _cut(next(given), own.route)
-    return (None if gx is None else gx.view(x.shape)), found
+    gx = input_backward(x, plan, each, masks, grads, reads) if needs_x else None
+    return gx, found
 
 
 def member_backward(
@@ -260,32 +268,48 @@ def read_backward(
     each: Sequence[Parts],
     masks: Sequence[Tensor],
     through: Sequence[Tensor | None],
-    gx: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """gx with the rows' share added, and the gradients of the rows, given those of what they read."""
+) -> tuple[list[Reading], list[Tensor | None]]:
+    """What was read of x [t, in], per distinct input, and the gradients of the rows, given those of what they read."""
     rows, sources = _rows(plan, each, x)
+    reads: list[Reading] = []
     found: list[Tensor | None] = [None] * len(rows)
     for source in sorted(set(sources)):
         own = [i for i, s in enumerate(sources) if s == source and through[i] is not None]
         if not own:
             continue
         matrix = stacked([rows[i] for i in own], x)
-        gu = side_by_side([cast(Tensor, through[i]) for i in own], len(matrix))
+        gu = side_by_side([cast(Tensor, through[i]) for i in own], matrix.shape[0])
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         grows = gu.T @ x_s
-        for i, part in zip(own, taken_apart(grows, [len(rows[i]) for i in own], 0), strict=True):
+        for i, part in zip(own, taken_apart(grows, [rows[i].shape[0] for i in own], 0), strict=True):
             found[i] = part
-        if not needs_x:
-            continue
+        reads.append(Reading(source, gu, matrix))
+    return reads, found
+
+
+def input_backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    reads: Sequence[Reading],
+) -> Tensor | None:
+    """The gradient of x [..., in]: through every W, and through the rows that read it."""
+    gx: Tensor | None = None
+    for own, g in zip(each, grads, strict=True):
+        if g is not None and own.weight is not None:
+            g_to, weight = g.reshape(-1, g.shape[-1]), own.weight.to(x.dtype)
+            gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
+    for source, gu, matrix in reads:
         if source >= 0:
             share = masked(gu @ matrix, masks[source], plan.p)
             gx = share if gx is None else gx.add_(share)
         else:
             gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
-    return gx, found
+    return None if gx is None else gx.view(x.shape)
 
 
 def _cut(gradient: Tensor | None, own: Tensor) -> Tensor | None:
     """A gradient of padded rows as that of the rows themselves."""
-    return None if gradient is None else gradient[: len(own)].to(own.dtype)
+    return None if gradient is None else gradient[: own.shape[0]].to(own.dtype)
