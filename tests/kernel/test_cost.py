@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.kernel import Factors, Slots, Work, add_low_rank, linears
+from weft.kernel import Factors, Slots, Work, add_low_rank, dropout, linears
+from weft.kernel.dropout import _masked
 
 TOKENS, IN, OUT, RANK, HEADS = 256, 24, 200, 4, 3
 
@@ -182,6 +183,39 @@ def test_members_of_one_input_share_the_gemm_down():
     with Cost(x) as cost:
         linears(x, members)
     assert cost.gemms == 1 + 3 * 2  # down; the base and up of each
+
+
+class Wide(TorchDispatchMode):
+    """Of every GEMM, whether it reads one of these weights."""
+
+    def __init__(self, *weights: Tensor):
+        super().__init__()
+        self.weights = {weight.data_ptr() for weight in weights}
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in {"mm", "addmm", "addmm_"}:
+            self.found.append(any(isinstance(t, Tensor) and t.data_ptr() in self.weights for t in args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_in_the_backward_what_is_narrow_is_read_before_the_gemms_with_w():
+    f, (_, x) = make(None, 1), inputs()
+    members = [(torch.randn(OUT, IN), None, Work(f)) for _ in range(2)]
+    outputs = torch.stack(linears(x, members))
+    with Wide(*(weight for weight, _, _ in members)) as order:
+        outputs.backward(torch.randn_like(outputs))
+    assert order.found == [*[False] * 5, True, True, False]  # gh and gB̃ of each, gÃ of both; g W; += gu Ã
+
+
+@pytest.mark.parametrize("kind", [None, "x"])
+def test_a_mask_is_made_once_in_the_forward_and_once_in_the_backward(kind: str | None, monkeypatch: pytest.MonkeyPatch):
+    f, (y, x), made = make(kind, 1), inputs(), []
+    monkeypatch.setattr(dropout, "_masked", lambda xs, bits, p: (made.append(len(xs)), _masked(xs, bits, p))[1])
+    result = add_low_rank(y, x, Work(f, 0.1))
+    assert made == [1]
+    result.sum().backward()
+    assert made == [1, 2]  # x̂ again, and gu Ã
 
 
 @pytest.mark.parametrize(("router", "autocast"), [(None, False), ("x", True), ("Ax", False)])

@@ -22,56 +22,19 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from weft.kernel.dropout import masked
+from weft.kernel.dropout import masked, masked_alike
 from weft.kernel.factors import without_autocast
 from weft.kernel.latent import mixture, mixture_backward, softmax
+from weft.kernel.plan import Latents, Member, Parts, Plan, flat, latents_of, split, spread
 from weft.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, side_by_side, stacked, taken_apart
 
 
-class Member(NamedTuple):
-    """What of one linear is no tensor. `mask`: which mask its slots read x through, -1 for x itself."""
-
-    scale: float  # 1/(1 − p) of its mask included
-    heads: int
-    r: int
-    mask: int
-    told: bool  # whether ω is handed out
-
-
-class Parts(NamedTuple):
-    """The tensors of one linear: either `weight` [out, in] and `bias`, or `base` [..., out], the output it is added to."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    base: Tensor | None
-    down: Tensor
-    up: Tensor
-    route: Tensor | None
-    mix: Tensor | None
-
-
-class Plan(NamedTuple):
-    """A node's members and masks; p is the masks' probability."""
-
-    members: tuple[Member, ...]
-    masks: int
-    p: float
-
-
-class Latents(NamedTuple):
-    """What one member reads: u [t, R'] (padded) and, routed, ω [t, N] and, where the router reads through mix, q."""
-
-    u: Tensor
-    q: Tensor | None
-    omega: Tensor | None
-
-
 class Reading(NamedTuple):
-    """One input of the rows: its mask (-1: x itself), what was read of it, as a gradient [t, R], and the rows [R, in]."""
+    """Of one input of the rows [R, in]: what was read of it, as a gradient [t, R], and gu Ã where a mask stands before it."""
 
-    source: int
     gu: Tensor
     rows: Tensor
+    masked: Tensor | None
 
 
 def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,29 +75,6 @@ class LowRankLinears(Function):
                 x, plan, each, masks, latents, grads[:n], spread(plan.members, grads[n:]), ctx.needs_input_grad[1]
             )
         return (None, gx, *[None] * plan.masks, *flat(found))
-
-
-def split(tensors: Sequence[Tensor | None]) -> list[Parts]:
-    """The flat tensors of a node, member by member."""
-    n = len(Parts._fields)
-    return [Parts(*tensors[i : i + n]) for i in range(0, len(tensors), n)]  # type: ignore[arg-type]
-
-
-def flat(each: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """All tensors, one member after the other."""
-    return [t for own in each for t in own]
-
-
-def latents_of(tensors: Sequence[Tensor]) -> list[Latents]:
-    """The flat latents of a node, member by member."""
-    n = len(Latents._fields)
-    return [Latents(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
-
-
-def spread(members: Sequence[Member], told: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """ω's gradients by member, None for those whose ω was not handed out."""
-    given = iter(told)
-    return [next(given) if m.told else None for m in members]
 
 
 # ---------------------------------------------------------------------- forward
@@ -229,13 +169,13 @@ def backward(
         gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
         found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
         through += [gu] if own.route is None else [gu, gq]
-    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through)
+    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through, needs_x)
     given = iter(grows)
     for own, gradients in zip(each, found, strict=True):
         gradients[3] = _cut(next(given), own.down)
         if own.route is not None:
             gradients[5] = _cut(next(given), own.route)
-    gx = input_backward(x, plan, each, masks, grads, reads) if needs_x else None
+    gx = input_backward(x, each, grads, reads) if needs_x else None
     return gx, found
 
 
@@ -268,6 +208,7 @@ def read_backward(
     each: Sequence[Parts],
     masks: Sequence[Tensor],
     through: Sequence[Tensor | None],
+    needs_x: bool,
 ) -> tuple[list[Reading], list[Tensor | None]]:
     """What was read of x [t, in], per distinct input, and the gradients of the rows, given those of what they read."""
     rows, sources = _rows(plan, each, x)
@@ -279,21 +220,22 @@ def read_backward(
             continue
         matrix = stacked([rows[i] for i in own], x)
         gu = side_by_side([cast(Tensor, through[i]) for i in own], matrix.shape[0])
-        x_s = x if source < 0 else masked(x, masks[source], plan.p)
+        share = None
+        if source < 0:
+            x_s = x
+        elif needs_x:
+            x_s, share = masked_alike([x, gu @ matrix], masks[source], plan.p)
+        else:
+            x_s = masked(x, masks[source], plan.p)
         grows = gu.T @ x_s
         for i, part in zip(own, taken_apart(grows, [rows[i].shape[0] for i in own], 0), strict=True):
             found[i] = part
-        reads.append(Reading(source, gu, matrix))
+        reads.append(Reading(gu, matrix, share))
     return reads, found
 
 
 def input_backward(
-    x: Tensor,
-    plan: Plan,
-    each: Sequence[Parts],
-    masks: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    reads: Sequence[Reading],
+    x: Tensor, each: Sequence[Parts], grads: Sequence[Tensor | None], reads: Sequence[Reading]
 ) -> Tensor | None:
     """The gradient of x [..., in]: through every W, and through the rows that read it."""
     gx: Tensor | None = None
@@ -301,12 +243,13 @@ def input_backward(
         if g is not None and own.weight is not None:
             g_to, weight = g.reshape(-1, g.shape[-1]), own.weight.to(x.dtype)
             gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
-    for source, gu, matrix in reads:
-        if source >= 0:
-            share = masked(gu @ matrix, masks[source], plan.p)
-            gx = share if gx is None else gx.add_(share)
+    for gu, rows, share in reads:
+        if gx is None:
+            gx = gu @ rows if share is None else share
+        elif share is None:
+            gx.addmm_(gu, rows)
         else:
-            gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
+            gx.add_(share)
     return None if gx is None else gx.view(x.shape)
 
 
