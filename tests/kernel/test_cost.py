@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.kernel import Factors, Slots, Work, add_low_rank, dropout, linears
-from weft.kernel.dropout import _masked
+from weft.kernel import Factors, Slots, Work, add_low_rank, linears
 
 TOKENS, IN, OUT, RANK, HEADS = 256, 24, 200, 4, 3
 
@@ -206,16 +205,6 @@ def test_in_the_backward_what_is_narrow_is_read_before_the_gemms_with_w():
     with Wide(*(weight for weight, _, _ in members)) as order:
         outputs.backward(torch.randn_like(outputs))
     assert order.found == [*[False] * 5, True, True, False]  # gh and gB̃ of each, gÃ of both; g W; += gu Ã
-
-
-@pytest.mark.parametrize("kind", [None, "x"])
-def test_a_mask_is_made_once_in_the_forward_and_once_in_the_backward(kind: str | None, monkeypatch: pytest.MonkeyPatch):
-    f, (y, x), made = make(kind, 1), inputs(), []
-    monkeypatch.setattr(dropout, "_masked", lambda xs, bits, p: (made.append(len(xs)), _masked(xs, bits, p))[1])
-    result = add_low_rank(y, x, Work(f, 0.1))
-    assert made == [1]
-    result.sum().backward()
-    assert made == [1, 2]  # x̂ again, and gu Ã
 
 
 @pytest.mark.parametrize(("router", "autocast"), [(None, False), ("x", True), ("Ax", False)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from weft.kernel.dropout import draw, dropped, masked, masked_alike, packed_bits
+from weft.kernel.dropout import draw, dropped, masked, packed_bits
 
 MANY = 1 << 22
 
@@ -72,14 +72,6 @@ def test_masked_of_a_transposed_input_has_its_rows():
     x = torch.randn(16, 8).T
     bits = draw(x, 0.5)
     assert torch.equal(masked(x, bits, 0.5), masked(x.contiguous(), bits, 0.5))
-
-
-@pytest.mark.parametrize("shape", [(4, 16), (3, 5), (0, 8)])
-def test_tensors_masked_alike_are_each_masked(shape: tuple[int, ...]):
-    x, y = torch.randn(shape), torch.randn(shape[::-1]).T
-    bits = draw(x, 0.4)
-    for got, given in zip(masked_alike([x, y], bits, 0.4), (x, y), strict=True):
-        assert torch.equal(got, masked(given, bits, 0.4))
 
 
 def test_dropped_is_unbiased_and_its_derivative_is_the_mask():

@@ -43,12 +43,7 @@ def draw(x: Tensor, p: float, width: int | None = None) -> Tensor:
 
 def masked(x: Tensor, bits: Tensor, p: float) -> Tensor:
     """x with its dropped elements 0, the others as they are; a new tensor of x's shape, no derivative."""
-    return masked_alike([x], bits, p)[0]
-
-
-def masked_alike(xs: list[Tensor], bits: Tensor, p: float) -> list[Tensor]:
-    """`masked` of tensors of one shape and dtype, with the mask made once."""
-    return torch.ops.weft.mask(xs, bits, p) if torch.compiler.is_compiling() else _masked(xs, bits, p)
+    return cast(Tensor, torch.ops.weft.mask(x, bits, p)) if torch.compiler.is_compiling() else _masked(x, bits, p)
 
 
 def dropped(x: Tensor, p: float, bits: Tensor | None = None) -> Tensor:
@@ -87,24 +82,23 @@ def packed_bits(count: int, p: float, seed: int) -> np.ndarray[tuple[int], np.dt
     return bits.view(np.uint8)[: (count + 7) // 8]
 
 
-def _masked(xs: list[Tensor], bits: Tensor, p: float) -> list[Tensor]:
-    x = xs[0]
+def _masked(x: Tensor, bits: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(int(bits))
         keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # not as x: its strides would decide who is dropped
-        keep.bernoulli_(1 - p, generator=generator)
-        return [x * keep for x in xs]
+        return x * keep.bernoulli_(1 - p, generator=generator)
+    if not x.is_contiguous():
+        x = x.contiguous()
     if x.numel() % 8:
-        return _masked_ragged(xs, bits)
+        return _masked_ragged(x, bits)
     lanes = _table(x.element_size()).take(bits.numpy(), axis=0)  # ones in every bit of what is kept
-    kept = torch.from_numpy(lanes).view(-1)
-    return [torch.bitwise_and(kept, x.contiguous().view(-1).view(torch.int64)).view(x.dtype).view(x.shape) for x in xs]
+    return torch.from_numpy(lanes).view(-1).bitwise_and_(x.view(-1).view(torch.int64)).view(x.dtype).view(x.shape)
 
 
-def _masked_ragged(xs: list[Tensor], bits: Tensor) -> list[Tensor]:
+def _masked_ragged(x: Tensor, bits: Tensor) -> Tensor:
     """As `_masked` where the last byte of bits is not used in full."""
-    flat = [torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % 8)) for x in xs]
-    return [t[: x.numel()].view(x.shape) for t, x in zip(_masked(flat, bits, 0.0), xs, strict=True)]
+    flat = torch.nn.functional.pad(x.reshape(-1), (0, -x.numel() % 8))
+    return _masked(flat, bits, 0.0)[: x.numel()].view(x.shape)
 
 
 @lru_cache
@@ -127,10 +121,10 @@ def _(x: Tensor, count: int, p: float) -> Tensor:
 
 
 @torch.library.custom_op("weft::mask", mutates_args=())
-def _mask_op(xs: list[Tensor], bits: Tensor, p: float) -> list[Tensor]:
-    return _masked(xs, bits, p)
+def _mask_op(x: Tensor, bits: Tensor, p: float) -> Tensor:
+    return _masked(x, bits, p)
 
 
 @_mask_op.register_fake
-def _(xs: list[Tensor], bits: Tensor, p: float) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+def _(x: Tensor, bits: Tensor, p: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

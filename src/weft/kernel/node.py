@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from weft.kernel.dropout import masked, masked_alike
+from weft.kernel.dropout import masked
 from weft.kernel.factors import without_autocast
 from weft.kernel.latent import mixture, mixture_backward, softmax
 from weft.kernel.plan import Latents, Member, Parts, Plan, flat, latents_of, split, spread
@@ -30,11 +30,11 @@ from weft.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, 
 
 
 class Reading(NamedTuple):
-    """Of one input of the rows [R, in]: what was read of it, as a gradient [t, R], and gu Ã where a mask stands before it."""
+    """One input of the rows: its mask (-1: x itself), what was read of it, as a gradient [t, R], and the rows [R, in]."""
 
+    source: int
     gu: Tensor
     rows: Tensor
-    masked: Tensor | None
 
 
 def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
@@ -169,13 +169,13 @@ def backward(
         gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
         found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
         through += [gu] if own.route is None else [gu, gq]
-    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through, needs_x)
+    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through)
     given = iter(grows)
     for own, gradients in zip(each, found, strict=True):
         gradients[3] = _cut(next(given), own.down)
         if own.route is not None:
             gradients[5] = _cut(next(given), own.route)
-    gx = input_backward(x, each, grads, reads) if needs_x else None
+    gx = input_backward(x, plan, each, masks, grads, reads) if needs_x else None
     return gx, found
 
 
@@ -208,7 +208,6 @@ def read_backward(
     each: Sequence[Parts],
     masks: Sequence[Tensor],
     through: Sequence[Tensor | None],
-    needs_x: bool,
 ) -> tuple[list[Reading], list[Tensor | None]]:
     """What was read of x [t, in], per distinct input, and the gradients of the rows, given those of what they read."""
     rows, sources = _rows(plan, each, x)
@@ -220,22 +219,21 @@ def read_backward(
             continue
         matrix = stacked([rows[i] for i in own], x)
         gu = side_by_side([cast(Tensor, through[i]) for i in own], matrix.shape[0])
-        share = None
-        if source < 0:
-            x_s = x
-        elif needs_x:
-            x_s, share = masked_alike([x, gu @ matrix], masks[source], plan.p)
-        else:
-            x_s = masked(x, masks[source], plan.p)
+        x_s = x if source < 0 else masked(x, masks[source], plan.p)
         grows = gu.T @ x_s
         for i, part in zip(own, taken_apart(grows, [rows[i].shape[0] for i in own], 0), strict=True):
             found[i] = part
-        reads.append(Reading(gu, matrix, share))
+        reads.append(Reading(source, gu, matrix))
     return reads, found
 
 
 def input_backward(
-    x: Tensor, each: Sequence[Parts], grads: Sequence[Tensor | None], reads: Sequence[Reading]
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    reads: Sequence[Reading],
 ) -> Tensor | None:
     """The gradient of x [..., in]: through every W, and through the rows that read it."""
     gx: Tensor | None = None
@@ -243,13 +241,12 @@ def input_backward(
         if g is not None and own.weight is not None:
             g_to, weight = g.reshape(-1, g.shape[-1]), own.weight.to(x.dtype)
             gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
-    for gu, rows, share in reads:
-        if gx is None:
-            gx = gu @ rows if share is None else share
-        elif share is None:
-            gx.addmm_(gu, rows)
+    for source, gu, matrix in reads:
+        if source >= 0:
+            share = masked(gu @ matrix, masks[source], plan.p)
+            gx = share if gx is None else gx.add_(share)
         else:
-            gx.add_(share)
+            gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
     return None if gx is None else gx.view(x.shape)
 
 
