@@ -99,7 +99,7 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
     hydra = plan.of("hydralora")
     assert hydra.rank == 1
     assert hydra.budget_gap > 0.5
-    assert f"{hydra.parameters:,} trained numbers at rank 1" in hydra.note
+    assert f"{hydra.parameters:,} trained numbers at rank 1 (+{hydra.budget_gap:.0%})" in hydra.note
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,11 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
             {"methods": [{"recipe": "flexora", "steps": 9, "val_size": 8}], "budget": {"equal": "steps"}},
             "lower its steps",
         ),
-        ({"methods": ["lora_dash"]}, "100"),
+        ({"methods": ["lora_dash"]}, "the method lora_dash: .* 100"),
+        ({"methods": ["lora", {"recipe": "lora", "boost": "dash"}]}, "the method lora [+] dash: .* 100"),
         ({"methods": ["none"]}, "trains nothing"),
         ({"baseline": "hydra"}, "did you mean 'hydralora'"),
-        ({"metric": "accuracy"}, "metric='accuracy' is none of the task causal"),
+        ({"metric": "accuracy"}, "none of the task causal: use one of loss, exact_match, bleu"),
     ],
 )
 def test_what_has_no_budget_is_refused_before_anything_runs(bases: Path, given: dict[str, Any], sentence: str):

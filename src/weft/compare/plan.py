@@ -229,7 +229,7 @@ def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
 def _metric(recipe: CompareRecipe, task: str) -> str:
     classes = task == "classification"
     metric = recipe.metric or ("accuracy" if classes else "loss")
-    valid = ["loss", *(OF_CLASSES if classes else [name for name in HIGHER_IS_BETTER if name not in OF_CLASSES])]
+    valid = ["loss", *OF_CLASSES] if classes else [name for name in HIGHER_IS_BETTER if name not in OF_CLASSES]
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is none of the task {task}: use one of {', '.join(valid)}.")
     return metric
