@@ -122,6 +122,7 @@ def test_a_result_says_verdict_interval_edge_failure_and_what_is_false_by_chance
         "of which the outermost won: lora (0.001).",
         "other [x]: Odd.",
         "runs/other/s4: failed: the disk is full.",
+        "tried again when the same command is given again",
         "With 1 comparison, 0.05 false verdicts are expected",
     ):
         assert words in shown

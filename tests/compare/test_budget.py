@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from comparing import recipe
 from peft import AdaLoraConfig
+from tiny_bases import write_rows
 
 from weft.compare.budget import nearest_rank
 from weft.compare.plan import Plan, make
@@ -128,6 +129,21 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
 def test_what_has_no_budget_is_refused_before_anything_runs(bases: Path, given: dict[str, Any], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         planned(bases, **given)
+
+
+def test_a_metric_that_no_answer_could_have_is_refused_before_anything_runs(bases: Path):
+    rows = [{"prompt": f"{n}", "completion": "one two"} for n in range(8)]
+    short = str(write_rows(bases / "short.jsonl", rows))
+    given = {"train": short}
+    with pytest.raises(
+        ConfigError, match="metric=bleu counts nothing in the answers of the test rows, such as 'one two'"
+    ):
+        planned(bases, data=given | {"test": short}, metric="bleu")
+    assert planned(bases, data=given | {"test": short}, metric="rouge_l").metric == "rouge_l"
+    texts = [{"text": f"only words in row {n}"} for n in range(8)]
+    plain = str(write_rows(bases / "plain.jsonl", texts))
+    with pytest.raises(ConfigError, match="metric=exact_match is of answers, and the test rows have none"):
+        planned(bases, data={"train": plain, "test": plain}, metric="exact_match")
 
 
 def test_equal_steps_leave_ranks_alone_and_charge_a_search(bases: Path):

@@ -199,7 +199,10 @@ def _below(found: Comparison) -> list[str]:
         lines.append(
             f"A better rate may lie beyond those that were tried, of which the outermost won: {', '.join(edge)}."
         )
-    return [*lines, *_notes(found.methods), *_problems(found.outcomes), f"runs: {found.folder}"]
+    lines += [*_notes(found.methods), *_problems(found.outcomes)]
+    if any(run.status == "failed" for run in found.outcomes):
+        lines.append("What has failed is tried again when the same command is given again.")
+    return [*lines, f"runs: {found.folder}"]
 
 
 def _problems(outcomes: list[Outcome]) -> list[str]:
