@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -79,6 +80,8 @@ def main() -> None:
     console.print(
         f"{time.monotonic() - began:.0f} s in all. One seed on a toy ranks nothing; five do: weft compare, with seeds: 5."
     )
+    if any(outcome.status == "failed" for outcome in found.outcomes):
+        sys.exit(1)
 
 
 def _is_comparison(folder: str) -> bool:
@@ -98,4 +101,7 @@ def asked(found: Comparison) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except weft.WeftError as error:
+        sys.exit(f"demo: {error}")

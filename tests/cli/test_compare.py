@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from comparing import recipe
 from rich.console import Console
 
 from weft.cli import main
-from weft.cli.compare import result, standing_table, watching
+from weft.cli.compare import quality_table, result, standing_table, watching
 from weft.compare import Comparison, Interval, Method, Outcome, Row, Verdict
 from weft.compare.running import Running, Standing
 from weft.train.progress import Tick
@@ -118,12 +119,37 @@ def test_a_result_says_verdict_interval_edge_failure_and_what_is_false_by_chance
         "-0.5000 [-0.6000, -0.4000]",
         "4 of 4",
         "other [x]",
-        "lora: lr 0.001 is the outermost that was tried",
+        "of which the outermost won: lora (0.001).",
         "other [x]: Odd.",
         "runs/other/s4: failed: the disk is full.",
-        "with 1 comparison, 0.05 false verdicts are expected",
+        "tried again when the same command is given again",
+        "With 1 comparison, 0.05 false verdicts are expected",
     ):
         assert words in shown
+
+
+def test_no_number_is_cut_off_where_a_terminal_is_narrow():
+    made = found()
+    methods = [replace(made.methods[0], parameters=123_456_789), made.methods[1]]
+    console = Console(file=io.StringIO(), width=40)
+    console.print(result(replace(made, methods=methods)))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+
+
+def test_a_share_has_its_unit_once():
+    made = found()
+    console = Console(file=io.StringIO(), width=100)
+    console.print(quality_table(replace(made, metric="accuracy")))
+    assert "-50.0 [-60.0, -40.0] %" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_went_wrong_alike_is_said_once():
+    made = found()
+    lost = [replace(run, status="diverged", problem="No.") for run in made.outcomes if run.method == "lora"]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(result(replace(made, outcomes=lost)))
+    assert "runs/lora/s0, s1, s2, s3, s4: diverged: No." in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def standing(**more: Any) -> Standing:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from comparing import recipe
 from peft import AdaLoraConfig
+from tiny_bases import write_rows
 
 from weft.compare.budget import nearest_rank
 from weft.compare.plan import Plan, make
@@ -99,7 +100,7 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
     hydra = plan.of("hydralora")
     assert hydra.rank == 1
     assert hydra.budget_gap > 0.5
-    assert f"{hydra.parameters:,} trained numbers at rank 1" in hydra.note
+    assert f"{hydra.parameters:,} trained numbers at rank 1 (+{hydra.budget_gap:.0%})" in hydra.note
 
 
 @pytest.mark.parametrize(
@@ -118,15 +119,31 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
             {"methods": [{"recipe": "flexora", "steps": 9, "val_size": 8}], "budget": {"equal": "steps"}},
             "lower its steps",
         ),
-        ({"methods": ["lora_dash"]}, "100"),
+        ({"methods": ["lora_dash"]}, "the method lora_dash: .* 100"),
+        ({"methods": ["lora", {"recipe": "lora", "boost": "dash"}]}, "the method lora [+] dash: .* 100"),
         ({"methods": ["none"]}, "trains nothing"),
         ({"baseline": "hydra"}, "did you mean 'hydralora'"),
-        ({"metric": "accuracy"}, "metric='accuracy' is none of the task causal"),
+        ({"metric": "accuracy"}, "none of the task causal: use one of loss, exact_match, bleu"),
     ],
 )
 def test_what_has_no_budget_is_refused_before_anything_runs(bases: Path, given: dict[str, Any], sentence: str):
     with pytest.raises(ConfigError, match=sentence):
         planned(bases, **given)
+
+
+def test_a_metric_that_no_answer_could_have_is_refused_before_anything_runs(bases: Path):
+    rows = [{"prompt": f"{n}", "completion": "one two"} for n in range(8)]
+    short = str(write_rows(bases / "short.jsonl", rows))
+    given = {"train": short}
+    with pytest.raises(
+        ConfigError, match="metric=bleu counts nothing in the answers of the test rows, such as 'one two'"
+    ):
+        planned(bases, data=given | {"test": short}, metric="bleu")
+    assert planned(bases, data=given | {"test": short}, metric="rouge_l").metric == "rouge_l"
+    texts = [{"text": f"only words in row {n}"} for n in range(8)]
+    plain = str(write_rows(bases / "plain.jsonl", texts))
+    with pytest.raises(ConfigError, match="metric=exact_match is of answers, and the test rows have none"):
+        planned(bases, data={"train": plain, "test": plain}, metric="exact_match")
 
 
 def test_equal_steps_leave_ranks_alone_and_charge_a_search(bases: Path):

@@ -70,6 +70,12 @@ def test_runs_of_other_rows_are_refused(folders: list[Path]):
         load(folders)
 
 
+def test_two_comparisons_are_refused(folders: list[Path], tmp_path: Path):
+    (tmp_path / "compare.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunError, match="is a whole comparison: give it alone"):
+        load([tmp_path, folders[0]])
+
+
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path):
     with pytest.raises(RunError, match="no run folder"):
         load(tmp_path)

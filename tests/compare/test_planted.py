@@ -15,6 +15,7 @@ from fabricated import method, runs
 
 from weft.compare.record import Row
 from weft.compare.rows import rows
+from weft.compare.verdict import verdict
 
 SEEDS, REPETITIONS = 5, 200
 SPREAD = 0.02
@@ -51,6 +52,13 @@ def test_equal_methods_are_rarely_said_to_differ():
 def test_intervals_hold_the_planted_difference(effect):
     held = [row.gap.low <= -effect * SPREAD <= row.gap.high for row in experiments(effect)]
     assert 0.90 <= share(held) <= 0.98
+
+
+def test_counted_scores_are_rarely_said_to_differ_at_two_seeds():
+    """Shares of 8 rows are often equal in both seeds, which is no evidence."""
+    draws = np.random.default_rng(0).binomial(8, 0.5, (500, 2, 2)) / 8
+    kinds = [verdict(list(ours - theirs), "accuracy", True, "lora").kind for ours, theirs in draws]
+    assert sum(kind in ("better", "worse") for kind in kinds) <= 25
 
 
 def test_a_difference_of_two_standard_deviations_is_found():

@@ -27,6 +27,8 @@ def read(**more: Any) -> CompareRecipe:
         ({"train": {"stesp": 3}}, "train has no key 'stesp': did you mean 'steps'"),
         ({"rates": {"values": [1e-3, 0.0]}}, "which is no learning rate"),
         ({"rates": {"values": [1e-3, 1e-3]}}, "names a rate twice"),
+        ({"rates": {"values": [1e-3, 1.0000001e-3]}}, "names a rate twice"),
+        ({"seeds": [2**32]}, "from 0 to"),
         ({"train": {"seed": 3}}, "give seeds instead"),
         ({"train": {"lr": 1e-3}, "rates": {"values": [1e-3]}}, "keep one of them"),
         ({"scale": "owm"}, "scale='owm' is no alpha / r"),
@@ -87,6 +89,15 @@ def test_a_read_recipe_reads_the_same_again():
         ([{"structure": "hydr"}], "did you mean 'hydra'"),
         ([{"recipe": "none", "r": 3}], "takes no fields"),
         ([{"recipe": "lora", "layers": "selection.json"}], "list the blocks"),
+        ([{"control": "random_layers", "count": 0}], "cannot draw count=0"),
+        ([{"control": "random_layers", "count": True}], "cannot draw count=True"),
+        ([{"control": "random_layers", "recipe": "none"}], "recipe=none cannot be told which"),
+        ([{"control": "random_layers", "recipe": "flexora"}], "recipe=flexora cannot be told which"),
+        ([{"control": "random_layers", "recipe": "peft:lora"}], "recipe=peft:lora cannot be told which"),
+        ([{"recipe": "lora", "name": "two\nlines"}], "is no name of a method"),
+        ([{"recipe": "lora", "name": ""}], "is no name of a method"),
+        ([{"recipe": "lora", "name": ["x"]}], "is no name of a method"),
+        ([{"recipe": "lora", "name": 61 * "x"}], "is no name of a method"),
     ],
 )
 def test_a_method_that_cannot_be_is_refused_in_a_sentence(methods: list[Any], sentence: str):
@@ -104,6 +115,11 @@ def test_methods_are_called_by_recipe_and_axes_unless_they_have_a_name():
     )
     assert [each.name for each in found] == ["peft:lora", "lora + hydra + dash", "x"]
     assert [each.slug for each in found] == ["peft-lora", "lora-hydra-dash", "x"]
+
+
+def test_names_in_any_script_have_folders_of_their_own():
+    found = contenders([{"recipe": "lora", "name": name} for name in ("été", "日本", "中国", "a/../b", "../..")])
+    assert [each.slug for each in found] == ["été", "日本", "中国", "a-..-b", "method"]
 
 
 def test_axes_go_on_top_of_a_recipe_that_leaves_them_open():

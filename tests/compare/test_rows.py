@@ -45,6 +45,11 @@ def test_a_method_without_a_complete_run_has_a_row_that_says_so():
     assert "no seed is complete" in found.verdict.sentence
 
 
+def test_a_baseline_without_a_complete_run_says_so():
+    made = rows([method("lora"), method("other")], [lost("lora", 0), *runs("other", [0.5])], "loss", False, "lora")
+    assert made[0].verdict.sentence == "what the others are compared with, and no seed of it is complete"
+
+
 def test_one_seed_gets_no_verdict():
     found = compared(runs("lora", BASE[:1]) + runs("other", BETTER[:1]), "other")["other"]
     assert found.verdict.kind == "single"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import transformers
+import yaml
 from comparing import quality, recipe
 
 from weft.compare import Comparison, compare, load
@@ -126,6 +127,23 @@ def test_while_a_run_that_tries_a_rate_has_failed_no_rate_is_chosen(copied):
     assert {outcome.status for outcome in compare(made, jobs=0).outcomes} == {"complete"}
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("eval-test.json", {}),
+        ("eval-test.json", {"scores": 3, "domains": {}}),
+        ("eval-test.json", {"scores": {"loss": "low"}, "domains": {}}),
+        ("problem.json", {}),
+        ("problem.json", {"status": "unheard of", "problem": ""}),
+    ],
+)
+def test_a_damaged_file_is_named_in_a_sentence(copied, name: str, content: dict[str, Any]):
+    _, folder = copied
+    write_json(folder / "runs" / "lora" / "s0" / name, content)
+    with pytest.raises(RunError, match=f"{name} is damaged: delete it"):
+        load(folder)
+
+
 def test_a_complete_comparison_is_not_run_again(copied, monkeypatch: pytest.MonkeyPatch):
     made, folder = copied
     monkeypatch.setattr("weft.compare.pool.carry_out", lambda *_: pytest.fail("a run was carried out"))
@@ -148,6 +166,34 @@ def test_what_is_missing_is_run_and_nothing_else(copied, tried: Tried):
     assert begun == ["lora, seed 0", "peft:adalora, seed 1"]
     assert (told[-1].done, told[-1].total, told[-1].running) == (17, 17, [])
     assert told[-1].best["lora"][0] == 2
+
+
+def test_a_comparison_does_not_go_on_with_other_rows(copied, tried: Tried, tmp_path: Path):
+    made, folder = copied
+    shutil.rmtree(folder / "runs" / "none")
+    rows = tmp_path / "test.jsonl"
+    shutil.copy(made["data"]["test"], rows)
+    changed = read_json(folder / "compare.json")
+    changed["recipe"]["data"]["test"] = str(rows)
+    write_json(folder / "compare.json", changed)
+    made = made | {"data": made["data"] | {"test": str(rows)}}
+    rows.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    with pytest.raises(RunError, match="have changed since this comparison began"):
+        compare(made, jobs=0)
+    shutil.copy(made["data"]["train"].replace("train", "test"), rows)
+    assert quality(compare(made, jobs=0).record()) == quality(tried[1].record())
+
+
+def test_a_comparison_goes_on_where_its_project_was_moved_to(tmp_path: Path):
+    made = recipe(tmp_path / "before", seeds=1, methods=["none", "lora"], train={"steps": 2}, answers=False)
+    made |= {"model": "llama", "data": {split: f"llama-{split}.jsonl" for split in ("train", "validation", "test")}}
+    made["out"] = "out"
+    (tmp_path / "before" / "compare.yaml").write_text(yaml.safe_dump(made), encoding="utf-8")
+    compare(tmp_path / "before" / "compare.yaml", f"out={tmp_path / 'before' / 'out'}", jobs=0)
+    (tmp_path / "before").rename(tmp_path / "after")
+    shutil.rmtree(tmp_path / "after" / "out" / "runs" / "lora")
+    found = compare(tmp_path / "after" / "compare.yaml", f"out={tmp_path / 'after' / 'out'}", jobs=0)
+    assert [outcome.status for outcome in found.outcomes] == ["complete"] * 2
 
 
 def test_adalora_starts_anew_where_it_was_stopped(copied, tried: Tried):

@@ -22,10 +22,16 @@ def test_one_value_has_no_interval():
     assert (found.mean, found.low, found.high, found.n) == (0.3, None, None, 1)
 
 
-@pytest.mark.parametrize("values", [[0.25] * 5, [0.1 + 0.2, 0.3, 0.3], [0.0, 0.0]])
+@pytest.mark.parametrize("values", [[0.25] * 5, [0.1 + 0.2, 0.3, 0.3], [0.0] * 3])
 def test_equal_values_have_an_interval_of_no_width(values):
     found = interval(values)
     assert found.low == found.high == found.mean == pytest.approx(values[0])
+
+
+@pytest.mark.parametrize("values", [[0.25, 0.25], [0.1 + 0.2, 0.3], [0.0, 0.0]])
+def test_two_equal_values_have_no_interval(values):
+    found = interval(values)
+    assert (found.low, found.high, found.n) == (None, None, 2)
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])

@@ -59,6 +59,12 @@ def test_one_seed_and_none_have_no_verdict():
     assert said([], planned=5).kind == "single"
 
 
+def test_two_equal_differences_decide_nothing():
+    found = said([0.25, 0.25])
+    assert (found.kind, found.seeds_needed) == ("undecided", None)
+    assert found.sentence.endswith("at n=2; two equal differences have no spread to judge them by")
+
+
 def test_lost_seeds_are_said():
     assert said(LOWER, planned=7).sentence.endswith("(5 of 7 seeds are complete in both)")
     assert "complete" not in said(LOWER, planned=5).sentence

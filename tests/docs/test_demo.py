@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import demo
@@ -28,6 +29,20 @@ def test_demo_compares_every_recipe_and_says_that_one_seed_decides_nothing(
         assert words in shown
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert {outcome["status"] for outcome in found["outcomes"]} == {"complete"}
+
+
+def test_a_folder_that_is_taken_is_a_sentence(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    ended = subprocess.run(
+        [sys.executable, demo.__file__, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "demo: " in ended.stderr
+    assert "holds other files, such as mine.txt" in ended.stderr
 
 
 def test_every_method_of_the_demo_can_be_trained():

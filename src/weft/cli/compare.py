@@ -20,7 +20,7 @@ from weft.cli.display import LINE_EVERY
 
 if TYPE_CHECKING:
     from weft.compare.plan import Plan
-    from weft.compare.record import Comparison, Interval, Method
+    from weft.compare.record import Comparison, Interval, Method, Outcome
     from weft.compare.running import Standing, Watch
 
 SHARES = ("exact_match", "accuracy", "macro_f1")
@@ -122,9 +122,10 @@ def standing_table(standing: Standing) -> RenderableType:
 
 def plan_table(plan: Plan) -> RenderableType:
     """The methods of a plan: rank, alpha, trained numbers, how far from the budget; and how many runs it is."""
-    table = Table("method", box=SIMPLE_HEAD, highlight=False)
+    table = Table(box=SIMPLE_HEAD, highlight=False)
+    table.add_column("method", overflow="fold")
     for column in ("rank", "alpha", "trained", "from the budget", "steps"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for method in plan.methods:
         gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
         alpha = "" if method.alpha is None else f"{method.alpha:g}"
@@ -156,9 +157,9 @@ def quality_table(found: Comparison) -> Table:
     """A row per method: its score, its difference to the baseline, both with their intervals, and the seeds it wins."""
     n = len(found.seeds)
     table = Table(box=SIMPLE_HEAD, highlight=False)
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     for column in (f"{found.metric.replace('_', ' ')}, n = {n}", f"minus {found.baseline}", "wins"):
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right", overflow="fold")
     for row in found.rows:
         wins = f"{row.wins} of {row.gap.n}" if row.gap else ""
         score, gap = _interval(row.score, found.metric, n), _interval(row.gap, found.metric, n, sign=True)
@@ -169,9 +170,9 @@ def quality_table(found: Comparison) -> Table:
 def cost_table(found: Comparison) -> Table:
     """A row per method: its size, its rate, its CPU seconds a step over the baseline's, and the most memory it took."""
     table = Table(box=SIMPLE_HEAD, highlight=False)
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     for column in ("rank", "trained", "lr", "CPU a step", "peak memory"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in found.rows:
         method = found.method(row.name)
         peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]
@@ -192,15 +193,28 @@ def _below(found: Comparison) -> list[str]:
     lines = [found.budget, f"{found.machine}; n = {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}."]
     judged = [row.gap for row in found.rows if row.gap is not None and row.gap.low is not None]
     if judged:
-        lines.append(expected_false(len(judged), judged[0].level))
-    for method in found.methods:
-        if method.rate_at_edge:
-            lines.append(
-                f"{method.name}: lr {method.lr:g} is the outermost that was tried, so a better one may lie beyond."
-            )
-    lines += _notes(found.methods)
-    lines += [f"{run.folder}: {run.status}: {run.problem}" for run in found.outcomes if run.status != "complete"]
+        said = expected_false(len(judged), judged[0].level)
+        lines.append(f"{said[0].upper()}{said[1:]}.")
+    if edge := [f"{method.name} ({method.lr:g})" for method in found.methods if method.rate_at_edge]:
+        lines.append(
+            f"A better rate may lie beyond those that were tried, of which the outermost won: {', '.join(edge)}."
+        )
+    lines += [*_notes(found.methods), *_problems(found.outcomes)]
+    if any(run.status == "failed" for run in found.outcomes):
+        lines.append("What has failed is tried again when the same command is given again.")
     return [*lines, f"runs: {found.folder}"]
+
+
+def _problems(outcomes: list[Outcome]) -> list[str]:
+    """Why runs are not complete: a line for those of a method that say the same."""
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for run in outcomes:
+        if run.status != "complete":
+            places.setdefault((run.method, run.status, run.problem), []).append(run.folder)
+    return [
+        f"{', '.join([first, *(place.rsplit('/', 1)[-1] for place in more)])}: {status}: {problem}"
+        for (_, status, problem), (first, *more) in places.items()
+    ]
 
 
 def _notes(methods: list[Method]) -> list[str]:
@@ -211,9 +225,13 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
     """A mean with its interval, and of how many seeds, where that is not all."""
     if found is None:
         return ""
-    shown = _number(found.mean, metric, sign)
-    if found.low is not None and found.high is not None:
-        shown += f" [{_number(found.low, metric, sign)}, {_number(found.high, metric, sign)}]"
+    unit = " %" if metric in SHARES else ""
+    mean, *ends = (
+        _number(value, metric, sign).removesuffix(unit)
+        for value in (found.mean, found.low, found.high)
+        if value is not None
+    )
+    shown = f"{mean} [{', '.join(ends)}]{unit}" if ends else f"{mean}{unit}"
     return shown if found.n == seeds else f"{shown} (n = {found.n})"
 
 

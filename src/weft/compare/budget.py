@@ -20,7 +20,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel
 
 import weft
-from weft.compare.methods import NONE, RANKS, Contender, with_top_k
+from weft.compare.methods import NONE, RANKS, Contender, about, with_top_k
 from weft.compare.recipe import CompareRecipe
 from weft.compare.record import Method
 from weft.errors import ConfigError
@@ -116,7 +116,11 @@ def solve(recipe: CompareRecipe, found: list[Contender], scales: Scales) -> tupl
         scales.trained(_without_rank(plain) | {"r": recipe.budget.r}) if recipe.budget.equal == "parameters" else None
     )
     told = next((each.search.top_k for each in found if each.search is not None and each.search.top_k), None)
-    return [_solved(recipe, each, scales, target, told) for each in found], target
+    solved = []
+    for each in found:
+        with about(each.name):
+            solved.append(_solved(recipe, each, scales, target, told))
+    return solved, target
 
 
 def _solved(
@@ -146,7 +150,7 @@ def _solved(
     gap = None if target is None else parameters / target - 1
     alpha, notes = _put_on(scales, made)
     if gap is not None and abs(gap) > CLOSE:
-        notes.append(f"{parameters:,} trained numbers at rank {r} are as near to {target:,} as it comes.")
+        notes.append(f"{parameters:,} trained numbers at rank {r} ({gap:+.0%}) are as near to {target:,} as it comes.")
     if blocks is not None and counted(r, last=True) != parameters:
         notes.append("Its blocks differ in size, so its numbers depend on which it has.")
     steps, said = _steps(recipe, contender, scales)

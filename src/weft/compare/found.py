@@ -121,16 +121,8 @@ def _problem(folder: Path, found: Status) -> str:
 
 
 def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = False) -> Outcome:
-    evaluation = read_json(folder / SCORES) if (folder / SCORES).is_file() else {"scores": {}, "domains": {}}
-    scores = _scores(evaluation["scores"])
-    outcome = Outcome(
-        method,
-        seed,
-        place,
-        "complete",
-        scores=scores,
-        domains={name: _scores(part) for name, part in evaluation["domains"].items()},
-    )
+    scores, domains = _evaluation(folder / SCORES) if (folder / SCORES).is_file() else ({}, {})
+    outcome = Outcome(method, seed, place, "complete", scores=scores, domains=domains)
     if not all(map(math.isfinite, scores.values())):
         return replace(outcome, status="diverged", scores={}, problem="its scores on the test rows are no numbers.")
     if frozen:
@@ -139,8 +131,17 @@ def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = F
     return replace(outcome, figures=_figures(run), curve=_curve(run))
 
 
+def _evaluation(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The scores of all rows and of each domain. Raises RunError where the file is damaged."""
+    content = read_json(file)
+    try:
+        return _scores(content["scores"]), {name: _scores(part) for name, part in content["domains"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise RunError(f"{file} is damaged: delete it, and the run is measured again.") from None
+
+
 def _scores(found: dict[str, Any]) -> dict[str, float]:
-    return {name: found[name] for name in SCORED if found.get(name) is not None}
+    return {name: float(found[name]) for name in SCORED if found.get(name) is not None}
 
 
 def _figures(run: Run) -> dict[str, float]:
@@ -193,6 +194,8 @@ def gather(folders: Sequence[Path]) -> Comparison:
         RunError: a folder without a complete run, or runs of different rows, bases or tasks.
         ConfigError: two runs of one method and seed.
     """
+    if whole := [folder for folder in folders if (folder / "compare.json").is_file()]:
+        raise RunError(f"{whole[0]} is a whole comparison: give it alone, or single run folders from it.")
     runs = [Run.load(folder) for folder in folders]
     _check_same_rows(folders)
     top = Path(os.path.commonpath([folder.resolve() for folder in folders]))

@@ -15,11 +15,13 @@ import inspect
 import random
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weft.errors import ConfigError, suggest
+from weft.errors import ConfigError, TargetError, suggest
+from weft.numbers import is_whole
 from weft.recipes import RECIPES
 from weft.spec import AXES, decode_choice, encode_choice
 from weft.terms.layers.search import Search
@@ -29,6 +31,8 @@ CONTROLS = ("random_layers", "random_moves")
 NONE = {"recipe": "none"}
 RANKS = ("r", "init_r", "target_r")
 """Fields that say how large an adapter is."""
+LONGEST = 60
+"""Characters of a name: it is a folder's too."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Contender:
     @property
     def slug(self) -> str:
         """The name as a folder's."""
-        return re.sub(r"[^a-z0-9.]+", "-", self.name.lower()).strip("-.") or "method"
+        return re.sub(r"(?:[^\w.]|_)+", "-", self.name.lower()).strip("-.") or "method"
 
     @property
     def frozen(self) -> bool:
@@ -88,6 +92,17 @@ def contenders(methods: Sequence[str | dict[str, Any]]) -> list[Contender]:
     return found
 
 
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Let what is refused meanwhile say which method it is about. Raises what was raised."""
+    try:
+        yield
+    except (ConfigError, TargetError) as error:
+        if str(error).startswith(f"{name} "):
+            raise
+        raise type(error)(f"the method {name}: {error}") from None
+
+
 def _contender(entry: str | dict[str, Any]) -> Contender:
     if isinstance(entry, str):
         entry = {"control": entry} if entry in CONTROLS else {"recipe": entry}
@@ -97,17 +112,42 @@ def _contender(entry: str | dict[str, Any]) -> Contender:
         raise ConfigError(f"there is no control {control!r}: {suggest(str(control), CONTROLS)}")
     if control == "random_layers":
         count = fields.pop("count", None)
-        if "layers" in fields:
-            raise ConfigError(f"random_layers draws its blocks, and layers={fields['layers']!r} is given too: drop it.")
         if not {"recipe", *AXES} & fields.keys():
             fields["recipe"] = "lora"
+        _check_drawn(fields, count)
     if control == "random_moves":
         fields = {"recipe": "alora", **fields, "score": "random"}
     if not isinstance(fields.get("recipe"), (str, type(None))) or not fields:
         raise ConfigError(f"the method {entry!r} names no recipe and no axis: write {{recipe: lora}} or a name.")
+    called = _called(control or _name(fields) if name is None else name)
     section = _on_axes(fields)
-    _check(section, name or control)
-    return Contender(str(name or control or _name(fields)), section, control == "random_layers", count)
+    _check(section, called)
+    return Contender(called, section, control == "random_layers", count)
+
+
+def _called(name: Any) -> str:
+    """A name that a table, a sentence and a folder can have. Raises ConfigError."""
+    if (
+        isinstance(name, (dict, list))
+        or not str(name).strip()
+        or not str(name).isprintable()
+        or len(str(name)) > LONGEST
+    ):
+        raise ConfigError(f"name={name!r} is no name of a method: give a line of at most {LONGEST} characters.")
+    return str(name)
+
+
+def _check_drawn(fields: dict[str, Any], count: Any) -> None:
+    """Refuse what random_layers cannot draw blocks for. Raises ConfigError."""
+    name = fields.get("recipe")
+    if name in ("none", "flexora") or str(name).startswith("peft:"):
+        raise ConfigError(
+            f"random_layers draws blocks, and recipe={name} cannot be told which: use one of weft's, such as lora."
+        )
+    if "layers" in fields:
+        raise ConfigError(f"random_layers draws its blocks, and layers={fields['layers']!r} is given too: drop it.")
+    if count is not None and not is_whole(count, 1):
+        raise ConfigError(f"random_layers cannot draw count={count!r} blocks: give a whole number from 1 up.")
 
 
 def _on_axes(fields: dict[str, Any]) -> dict[str, Any]:
@@ -137,13 +177,11 @@ def _config(section: dict[str, Any]) -> Any:
         return adapter_config(section, 10**6)
 
 
-def _check(section: dict[str, Any], name: Any) -> None:
+def _check(section: dict[str, Any], name: str) -> None:
     """Refuse what no run of it could train. Raises ConfigError."""
     layers = section.get("layers")
     if isinstance(layers, str) and layers.endswith(".json"):
-        raise ConfigError(
-            f"the method {name or section.get('recipe')} takes its layers from {layers}: list the blocks."
-        )
+        raise ConfigError(f"the method {name} takes its layers from {layers}: list the blocks.")
     _config(section)
 
 

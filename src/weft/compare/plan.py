@@ -17,11 +17,12 @@ from typing import Any
 
 from weft.compare.budget import Scales, solve
 from weft.compare.methods import contenders, drawn_blocks, seeded
-from weft.compare.recipe import CompareRecipe
+from weft.compare.recipe import OF_ANSWERS, CompareRecipe
 from weft.compare.record import FORMAT, Method
+from weft.data import generation_prompts
 from weft.data import load as load_data
 from weft.errors import ConfigError, DataError, RunError, suggest
-from weft.train import arguments
+from weft.train import answers, arguments
 from weft.train import model as models
 from weft.train.files import read_json, write_json
 from weft.train.loop import PACKAGES, version
@@ -81,6 +82,8 @@ class Plan:
     """Method: the blocks that it draws from for every seed."""
     versions: dict[str, str]
     device: str
+    hashes: list[str] = field(default_factory=list)
+    """SHA-256 of the files of rows."""
     jobs: list[int] = field(default_factory=list)
     """How many runs there were at once, in every session that had another number."""
 
@@ -128,8 +131,8 @@ class Plan:
             "train": train,
         }
         folder = self.folder(method.name, seed, lr if tuning else None)
-        answers = self.recipe.get("answers") is not False
-        return Job(method.name, seed, lr, tuning, folder, recipe, self.base_dir, self.metric, answers)
+        generated = self.recipe.get("answers") is not False
+        return Job(method.name, seed, lr, tuning, folder, recipe, self.base_dir, self.metric, generated)
 
     def _adapter(self, method: Method, seed: int) -> dict[str, Any]:
         if method.name not in self.draws:
@@ -163,10 +166,10 @@ class Plan:
         if not (folder / "compare.json").is_file():
             raise RunError(f"{folder} is no comparison: it has no compare.json.")
         content = read_json(folder / "compare.json")
-        if content.pop("format", 0) > FORMAT:
-            raise RunError(f"{folder / 'compare.json'} was written by a newer weft: update weft to read it.")
         names = {item.name for item in dataclasses.fields(cls)}
         try:
+            if content.pop("format", 0) > FORMAT:
+                raise RunError(f"{folder / 'compare.json'} was written by a newer weft: update weft to read it.")
             content["methods"] = [Method(**method) for method in content["methods"]]
             return cls(**{key: value for key, value in content.items() if key in names})
         except (TypeError, KeyError) as error:
@@ -187,6 +190,7 @@ def make(recipe: CompareRecipe) -> Plan:
     rates = recipe.all_rates
     _check_splits(data, tried=len(rates) > 1)
     metric = _metric(recipe, data.task)
+    _check_countable(metric, data)
     steps = arguments.total_steps(recipe.train, len(data.train))
     scales = Scales(base, data.task, data.labels, steps, arguments.steps_per_epoch(recipe.train, len(data.train)))
     solved, budget = solve(recipe, found, scales)
@@ -211,7 +215,24 @@ def make(recipe: CompareRecipe) -> Plan:
         draws={each.contender.name: each.blocks for each in solved if each.blocks is not None},
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
+        hashes=sorted(data.hashes.values()),
     )
+
+
+def check_rows(plan: Plan, recipe: CompareRecipe) -> None:
+    """Refuse to go on with other rows than those it began with: what is done could not be compared with what is left.
+
+    Raises:
+        RunError: the rows have changed.
+        ConfigError, DataError, ModelError: model or rows cannot be read any more.
+    """
+    base = models.find(recipe.model, recipe.base_dir)
+    data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
+    if plan.hashes != sorted(data.hashes.values()):
+        raise RunError(
+            f"the rows of {recipe.data.train} have changed since this comparison began: put them back, choose another folder with "
+            "--out, or start anew with --overwrite."
+        )
 
 
 def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
@@ -229,10 +250,24 @@ def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
 def _metric(recipe: CompareRecipe, task: str) -> str:
     classes = task == "classification"
     metric = recipe.metric or ("accuracy" if classes else "loss")
-    valid = ["loss", *(OF_CLASSES if classes else [name for name in HIGHER_IS_BETTER if name not in OF_CLASSES])]
+    valid = ["loss", *OF_CLASSES] if classes else [name for name in HIGHER_IS_BETTER if name not in OF_CLASSES]
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is none of the task {task}: use one of {', '.join(valid)}.")
     return metric
+
+
+def _check_countable(metric: str, data: Any) -> None:
+    """Refuse a metric that no answer to the test rows could have. Raises ConfigError."""
+    if metric not in OF_ANSWERS:
+        return
+    references = [prompt.reference for prompt in generation_prompts(data.test)]
+    if not references:
+        raise ConfigError(f"metric={metric} is of answers, and the test rows have none: use loss.")
+    count = {"bleu": answers.bleu, "rouge_l": answers.rouge_l}.get(metric)
+    if count is not None and count(references, references) is None:
+        raise ConfigError(
+            f"metric={metric} counts nothing in the answers of the test rows, such as {references[0]!r}: use loss."
+        )
 
 
 def _check_splits(data: Any, tried: bool) -> None:

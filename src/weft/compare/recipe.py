@@ -55,8 +55,8 @@ class Rates(Strict):
         for value in values:
             if not value > 0:
                 raise ConfigError(f"rates.values has {value:g}, which is no learning rate: use numbers above 0.")
-        if len(set(values)) < len(values):
-            raise ConfigError(f"rates.values={values} names a rate twice: keep one of the two.")
+        if len({f"{value:g}" for value in values}) < len(values):
+            raise ConfigError(f"rates.values={values} names a rate twice, to six figures: keep one of the two.")
         return sorted(values)
 
 
@@ -101,11 +101,11 @@ class CompareRecipe(Strict):
     def _are_seeds(cls, value: Any) -> Any:
         if is_whole(value, 1):
             return value
-        if isinstance(value, list) and value and all(is_whole(seed, 0) for seed in value):
+        if isinstance(value, list) and value and all(is_whole(seed, 0) and seed < 2**32 for seed in value):
             if len(set(value)) == len(value):
                 return value
             raise ConfigError(f"seeds={value} names a seed twice: it would count twice, and is one run.")
-        raise ConfigError(f"seeds={value!r}: give how many, such as 5, or a list of whole numbers from 0 up.")
+        raise ConfigError(f"seeds={value!r}: give how many, such as 5, or a list of whole numbers from 0 to 2**32 - 1.")
 
     @model_validator(mode="after")
     def _owned(self) -> Self:

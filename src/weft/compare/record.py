@@ -18,7 +18,10 @@ Kind = Literal["baseline", "better", "worse", "undecided", "single"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` seeds and the interval that holds the true one at `level`; low and high are None at n = 1."""
+    """A mean over `n` seeds and the interval that holds the true one at `level`.
+
+    low and high are None where there is none: at n = 1, and of two equal values.
+    """
 
     mean: float
     low: float | None

@@ -25,7 +25,7 @@ def rows(
         runs = by_method[method.name]
         scores = {seed: _score(run, metric) for seed, run in _complete(runs).items()}
         score = interval(list(scores.values())) if scores else None
-        if said := _no_contender(method, baseline):
+        if said := _no_contender(method, baseline, bool(scores)):
             made.append(Row(method.name, score, None, 0, said))
             continue
         beside = {seed: _score(run, metric) for seed, run in _complete(base).items()}
@@ -38,10 +38,11 @@ def rows(
     return made
 
 
-def _no_contender(method: Method, baseline: str) -> Verdict | None:
-    """The verdict on what is not compared: the baseline itself, and the frozen base."""
+def _no_contender(method: Method, baseline: str, complete: bool) -> Verdict | None:
+    """The verdict on what is not compared: the baseline itself, of which a seed is complete or not, and the frozen base."""
     if method.name == baseline:
-        return Verdict("baseline", "what the others are compared with")
+        missing = "" if complete else ", and no seed of it is complete"
+        return Verdict("baseline", f"what the others are compared with{missing}")
     if method.adapter.get("recipe") == "none":
         return Verdict("single", "the frozen base: no verdict")
     return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from weft.compare import found, pool
 from weft.compare.locks import NAMES, in_charge
-from weft.compare.plan import Job, Plan, make
+from weft.compare.plan import Job, Plan, check_rows, make
 from weft.compare.recipe import CompareRecipe
 from weft.compare.record import Comparison, Method
 from weft.compare.work import SCORES, status
@@ -72,13 +72,15 @@ def compare(
     recipe = CompareRecipe.read(source, *overrides)
     folder = Path(recipe.out).expanduser()
     _check_place(folder, recipe, overwrite)
-    plan = None if _has_plan(folder) and not overwrite else make(recipe)
+    new = None if _has_plan(folder) and not overwrite else make(recipe)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with in_charge(folder) as lock:
-        plan = _settled(folder, recipe, plan, overwrite)
+        plan = _settled(folder, recipe, new, overwrite)
         queue = Queue(plan, folder, watch)
         if queue.left:
+            if new is None:
+                check_rows(plan, recipe)
             at_once = max(jobs, 1)
             dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
             if jobs == 0:
@@ -132,7 +134,7 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
     if _has_plan(folder):
         there = Plan.load(folder)
         _check_same(there, recipe, folder)
-        return there
+        return dataclasses.replace(there, base_dir=str(recipe.base_dir))  # the project may have moved
     plan = plan or make(recipe)
     plan.save(folder)
     return plan

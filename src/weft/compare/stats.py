@@ -73,7 +73,8 @@ Array = NDArray[np.float64]
 def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The mean of `values` and the interval that holds the true one at `level`: see the module.
 
-    Of the values' order it knows nothing. One value has no interval; equal values have one of no width.
+    Of the values' order it knows nothing. One value has no interval, and two equal ones have none: scores that are counted, such
+    as an accuracy, are equal by chance in one pair of 10 (measured). Three equal values and more have one of no width.
 
     Raises:
         RunError: no value, or one that is no finite number.
@@ -83,8 +84,8 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     if wrong := [value for value in values if not math.isfinite(value)]:
         raise RunError(f"a value is {wrong[0]}, which has no mean: leave the run out and say that it diverged.")
     n, mean = len(values), fmean(values)
-    if n == 1:
-        return Interval(mean, None, None, 1, level)
+    if n == 1 or (n == 2 and is_constant(values)):
+        return Interval(mean, None, None, n, level)
     if is_constant(values):
         return Interval(mean, mean, mean, n, level)
     spread, t = stdev(values), float(stdtrit(n - 1, (1 + level) / 2))

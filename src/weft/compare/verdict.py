@@ -56,6 +56,8 @@ def verdict(
     needed = seeds_needed(gaps)
     if not any(gaps):
         rest = f"all {len(gaps)} differences are 0"
+    elif found.low is None:
+        rest = "two equal differences have no spread to judge them by"
     elif needed is None:
         rest = f"no number of seeds below {MOST_SEEDS} would settle a difference this small"
     else:

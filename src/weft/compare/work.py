@@ -33,7 +33,9 @@ PROBLEM = "problem.json"
 def status(folder: Path, tuning: bool, frozen: bool = False) -> Status:
     """How far a run is; `missing` is one that has not ended."""
     if (folder / PROBLEM).is_file():
-        found: Status = read_json(folder / PROBLEM)["status"]
+        found: Status | None = read_json(folder / PROBLEM).get("status")
+        if found not in ("diverged", "failed"):
+            raise RunError(f"{folder / PROBLEM} is damaged: delete it, and the run is tried again.")
         return found
     if not frozen and not _is_trained(folder):
         return "missing"

@@ -84,9 +84,9 @@ def minus(number: str) -> str:
 
 
 def between(interval: Interval, text: Callable[[float], str]) -> str:
-    """The interval in words; what one seed has instead of one."""
+    """The interval in words; what one seed, or two of one value, have instead of one."""
     if interval.low is None or interval.high is None:
-        return "one seed, no interval"
+        return "one seed, no interval" if interval.n == 1 else "two equal values, no interval"
     if interval.low == interval.high:
         return "the same for every seed"
     return f"{text(interval.low)} to {text(interval.high)}"
