@@ -213,6 +213,24 @@ def test_another_recipe_in_the_folder_is_refused_by_its_first_difference(copied)
         compare(made | {"budget": {"r": 6}}, jobs=0)
 
 
+def test_more_seeds_go_into_the_same_folder_and_repeat_nothing(copied, tried: Tried):
+    made, folder = copied
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/s?/run.json")}
+    found = compare(made | {"seeds": 3}, jobs=0)
+    assert found.seeds == [0, 1, 2]
+    assert {outcome.seed for outcome in found.outcomes if outcome.status == "complete"} == {0, 1, 2}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert [m.lr for m in found.methods] == [m.lr for m in tried[1].methods]
+    assert quality(load(folder).record()) == quality(found.record())
+
+
+@pytest.mark.parametrize("seeds", [1, [1, 2], [0, 1, 1000]], ids=["fewer", "others", "one that chose a rate"])
+def test_other_seeds_are_refused(copied, seeds):
+    made, _ = copied
+    with pytest.raises(ConfigError, match=r"a comparison with seeds=2, not"):
+        compare(made | {"seeds": seeds}, jobs=0)
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("all of it")

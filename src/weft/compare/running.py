@@ -120,11 +120,17 @@ def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
     for key, (before, after) in differences(plan.recipe, given, ""):
-        if key != "out":
+        if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
                 f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "
                 "with --out, or start anew with --overwrite."
             )
+
+
+def _adds_seeds(plan: Plan, recipe: CompareRecipe) -> bool:
+    """Whether a recipe has all seeds of the plan and others, none of which has been used to choose a rate."""
+    asked = set(recipe.all_seeds)
+    return asked >= set(plan.seeds) and not asked & set(plan.tuning_seeds)
 
 
 def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: bool) -> Plan:
@@ -134,7 +140,13 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
     if _has_plan(folder):
         there = Plan.load(folder)
         _check_same(there, recipe, folder)
-        return dataclasses.replace(there, base_dir=str(recipe.base_dir))  # the project may have moved
+        more = [seed for seed in recipe.all_seeds if seed not in there.seeds]
+        asked = there.recipe | ({"seeds": recipe.seeds} if more else {})
+        plan = dataclasses.replace(there, recipe=asked, seeds=[*there.seeds, *more])
+        plan = dataclasses.replace(plan, base_dir=str(recipe.base_dir))  # the project may have moved
+        if more:
+            plan.save(folder)
+        return plan
     plan = plan or make(recipe)
     plan.save(folder)
     return plan
