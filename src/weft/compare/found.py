@@ -121,15 +121,14 @@ def _problem(folder: Path, found: Status) -> str:
 
 
 def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = False) -> Outcome:
-    evaluation = read_json(folder / SCORES) if (folder / SCORES).is_file() else {"scores": {}, "domains": {}}
-    scores = _scores(evaluation["scores"])
+    scores, by_domain = _evaluation(folder)
     outcome = Outcome(
         method,
         seed,
         place,
         "complete",
         scores=scores,
-        domains={name: _scores(part) for name, part in evaluation["domains"].items()},
+        domains=by_domain,
     )
     if not all(map(math.isfinite, scores.values())):
         return replace(outcome, status="diverged", scores={}, problem="its scores on the test rows are no numbers.")
@@ -137,6 +136,17 @@ def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = F
         return outcome
     run = Run.load(folder)
     return replace(outcome, figures=_figures(run), curve=_curve(run))
+
+
+def _evaluation(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """The scores on all test rows and by domain; none where the run was not measured. Raises RunError for a damaged file."""
+    if not (folder / SCORES).is_file():
+        return {}, {}
+    try:
+        found = read_json(folder / SCORES)
+        return _scores(found["scores"]), {name: _scores(part) for name, part in found["domains"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise RunError(f"{folder / SCORES} holds no scores: delete it and measure the run again.") from None
 
 
 def _scores(found: dict[str, Any]) -> dict[str, float]:
