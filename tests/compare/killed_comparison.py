@@ -46,7 +46,8 @@ def end(process: int) -> None:
 
 
 def files(folder: Path) -> int:
-    return sum(len(names) for _, _, names in os.walk(folder))  # which passes over a folder that goes meanwhile
+    """How many there are; folders may vanish meanwhile, which os.walk does not mind."""
+    return sum(len(names) for _, _, names in os.walk(folder))
 
 
 def main(top: Path, kills: int) -> None:

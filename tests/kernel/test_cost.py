@@ -184,6 +184,29 @@ def test_members_of_one_input_share_the_gemm_down():
     assert cost.gemms == 1 + 3 * 2  # down; the base and up of each
 
 
+class Wide(TorchDispatchMode):
+    """Of every GEMM, whether it reads one of these weights."""
+
+    def __init__(self, *weights: Tensor):
+        super().__init__()
+        self.weights = {weight.data_ptr() for weight in weights}
+        self.found: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in {"mm", "addmm", "addmm_"}:
+            self.found.append(any(isinstance(t, Tensor) and t.data_ptr() in self.weights for t in args))
+        return func(*args, **(kwargs or {}))
+
+
+def test_in_the_backward_what_is_narrow_is_read_before_the_gemms_with_w():
+    f, (_, x) = make(None, 1), inputs()
+    members = [(torch.randn(OUT, IN), None, Work(f)) for _ in range(2)]
+    outputs = torch.stack(linears(x, members))
+    with Wide(*(weight for weight, _, _ in members)) as order:
+        outputs.backward(torch.randn_like(outputs))
+    assert order.found == [*[False] * 5, True, True, False]  # gh and gB̃ of each, gÃ of both; g W; += gu Ã
+
+
 @pytest.mark.parametrize(("router", "autocast"), [(None, False), ("x", True), ("Ax", False)])
 def test_the_node_is_one_graph_for_any_number_of_tokens(router: str | None, autocast: bool):
     torch._dynamo.reset()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from weft.glue.gated import Gated, gated_class, is_gated_mlp, mlp_layers
-from weft.glue.groups import MISSES, InputGroup, all_single, input_groups
+from weft.glue.groups import MISSES, InputGroup, input_groups, only_adapters
 from weft.glue.layer import WeftLinear
 from weft.glue.modes import all_watched
 from weft.kernel import current
@@ -63,4 +63,4 @@ def _node_of(layer: WeftLinear) -> str:
     if reason is not None:
         return f"module: {reason}"
     together = current().groups and not all_watched() and group is not None and group.misses < MISSES
-    return "group" if together and group is not None and all_single(group.members) else "linear"
+    return "group" if together and group is not None and only_adapters(group.members) else "linear"

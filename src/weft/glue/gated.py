@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import activations
 
-from weft.glue.groups import all_single
+from weft.glue.groups import only_adapters
 from weft.glue.modes import all_watched, watched
 from weft.kernel import current, gated_mlp
 
@@ -103,19 +103,20 @@ def _gated_output(mlp: Any, x: Tensor) -> Tensor | None:
     found = mlp_layers(mlp)
     if found is None:
         return None
-    activation, layers = found
+    activation, layers, adapters = found
     for layer in layers:
         if layer.group is not None:
             layer.group.called(layer)
     read = layers[0].cast_input(x)
-    jobs = [job for layer in layers if (job := layer.only_job(x, read)) is not None]
-    if len(jobs) < len(NAMES) or jobs[0][2].dropout != jobs[1][2].dropout:
+    jobs = [layer.job(adapter, x, read) for layer, adapter in zip(layers, adapters, strict=True)]
+    gate, up, down = jobs
+    if gate is None or up is None or down is None or gate[2].dropout != up[2].dropout:
         return None
-    return gated_mlp(read, activation, *jobs)
+    return gated_mlp(read, activation, gate, up, down)
 
 
-def mlp_layers(mlp: Any) -> tuple[str, list[WeftLinear]] | None:
-    """The activation's name and gate, up and down, if one node may stand for this MLP as things are."""
+def mlp_layers(mlp: Any) -> tuple[str, list[WeftLinear], list[str]] | None:
+    """The activation's name, gate, up and down and the adapter of each, if one node may stand for this MLP as things are."""
     from weft.glue.layer import WeftLinear
 
     activation = activation_of(mlp.act_fn)
@@ -124,4 +125,5 @@ def mlp_layers(mlp: Any) -> tuple[str, list[WeftLinear]] | None:
     if type(mlp).own_forward is not mlp.own_class.forward:  # someone has put another one there since
         return None
     layers = [layer for name in NAMES if isinstance(layer := getattr(mlp, name), WeftLinear) and not watched(layer)]
-    return (activation, layers) if len(layers) == len(NAMES) and all_single(layers) else None
+    adapters = only_adapters(layers) if len(layers) == len(NAMES) else None
+    return None if adapters is None else (activation, layers, adapters)

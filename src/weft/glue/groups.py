@@ -79,20 +79,19 @@ class InputGroup:
         self._note_miss()
         if self.misses >= MISSES or all_watched():
             return None
+        adapters = only_adapters(self.members)
+        if adapters is None:
+            return None
         jobs: list[Linear] = []
-        for member in self.members:
-            job = member.only_job(x, read)
+        for member, adapter in zip(self.members, adapters, strict=True):
+            job = member.job(adapter, x, read)
             if job is None or (jobs and job[2].dropout != jobs[0][2].dropout):
                 return None
             jobs.append(job)
-        results = {
-            member: Result(
-                y, (job[2].factors.A, job[2].factors.B), _stamp(member, (job[2].factors.A, job[2].factors.B))
-            )
-            for member, job, y in zip(self.members, jobs, linears(read, jobs), strict=True)
-        }
-        own = results.pop(layer).output
-        self._waiting = Waiting(_seen(x), results)
+        outputs = dict(zip(self.members, linears(read, jobs), strict=True))
+        own = outputs.pop(layer)
+        factors = {member: (job[2].factors.A, job[2].factors.B) for member, job in zip(self.members, jobs, strict=True)}
+        self._waiting = Waiting(_seen(x), {m: Result(y, factors[m], _stamp(m, factors[m])) for m, y in outputs.items()})
         return own
 
     def mask(self, x: Tensor, read: Tensor, adapter_name: str, p: float) -> Tensor:
@@ -133,10 +132,10 @@ class Waiting(NamedTuple):
 
 def _stamp(layer: WeftLinear, factors: tuple[Tensor, ...]) -> tuple[object, ...]:
     """What a member's output on a given input depends on: values of its factors, its adapter, its mode, autocast."""
-    versions = (0 if t.is_inference() else t._version for t in factors)
+    versions = [0 if t.is_inference() else t._version for t in factors]
     device = factors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return (layer.has_one_adapter, *layer.active_adapters, layer.training, autocast, *versions)
+    return (layer.only_adapter(), layer.training, autocast, *versions)
 
 
 def _seen(x: Tensor) -> Seen:
@@ -167,6 +166,12 @@ def _groups(parent: str, lasts: list[str]) -> list[list[str]]:
     return [names for names in found if len(names) > 1]
 
 
-def all_single(layers: Sequence[WeftLinear]) -> bool:
-    """Whether a node can own each of these linears, and each has exactly one adapter in a forward."""
-    return all(layer.has_one_adapter and layer.why_not() is None for layer in layers)
+def only_adapters(layers: Sequence[WeftLinear]) -> list[str] | None:
+    """The one adapter of each of these linears in a forward; None if one has not exactly one, or no node can own it."""
+    found = []
+    for layer in layers:
+        adapter = layer.only_adapter()
+        if adapter is None or layer.why_not() is not None:
+            return None
+        found.append(adapter)
+    return found

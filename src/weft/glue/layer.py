@@ -101,11 +101,12 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             y = self.group.output(self, x, read)
             if y is not None:
                 return y
-        job = self.job(names[0], x, read)
+        job = self.job(names[0], x, read) if self.why_not() is None else None
         return None if job is None else linears(read, [job])[0]
 
     def _names(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.weft_site]
+        sites = self.weft_site
+        return [name for name in self.active_adapters if name in sites]
 
     def cast_input(self, x: Tensor) -> Tensor:
         """x as the base will compute with it: under autocast cast once, for the base and every adapter."""
@@ -113,45 +114,43 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             return x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
-    @property
-    def has_one_adapter(self) -> bool:
-        """Whether exactly one adapter takes part in a forward."""
-        return len(self._names()) == 1 and not (self._disable_adapters or self.merged_adapters)
-
-    def only_job(self, x: Tensor, read: Tensor) -> Linear | None:
-        """`job` of the one active adapter; None where there is not exactly one."""
-        return self.job(self._names()[0], x, read) if self.has_one_adapter else None
+    def only_adapter(self) -> str | None:
+        """The adapter that takes part in a forward, if exactly one does."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        names = self._names()
+        return names[0] if len(names) == 1 else None
 
     def job(self, name: str, x: Tensor, read: Tensor) -> Linear | None:
         """What a node needs to compute this linear with the adapter `name`; None where it must be left to the modules.
 
-        `read` is x as the base takes it (`cast_input`).
+        To be asked where `why_not` is None: that looks at the modules, this at the input. `read` is x as the base takes
+        it (`cast_input`).
         """
-        if self.why_not() is not None:
-            return None
-        base, device = cast(nn.Linear, self.base_layer), read.device.type
-        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype
-        if base.weight.device != read.device or read.dtype != computed:
+        base, device = self.base_layer, read.device.type
+        weight = cast(Tensor, base.weight)
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if weight.device != read.device or read.dtype != computed:
             return None
         self._check_distributed(name)
         work = self.site(name).work()
         if work.plain or work.scored:
             return None
         mask = self._mask(name, x, read)
-        return base.weight, base.bias, work if mask is None else replace(work, mask=mask)
+        return weight, cast("Tensor | None", base.bias), work if mask is None else replace(work, mask=mask)
 
     def why_not(self) -> str | None:
         """Why no node can own this linear: its base must be called and the update added to what it gives; None if one can."""
-        base, names = self.base_layer, self._names()
         if current().reference:
             return "WEFT_REFERENCE is set"
-        if type(base) is not nn.Linear or type(base.weight) not in (nn.Parameter, Tensor):
+        base = self.base_layer
+        if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
             return f"{type(base).__name__} is no plain Linear"
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
             return "the base is trained too"
         if watched(base):
             return "hooks on the base"
-        if names and watched(self.site(names[0])):
+        if (names := self._names()) and watched(self.site(names[0])):
             return "hooks on the adapter"
         return None
 

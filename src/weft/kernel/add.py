@@ -14,7 +14,8 @@ from weft.kernel.equation import reference
 from weft.kernel.factors import by_part, joined, like, without_autocast
 from weft.kernel.latent import mixture, softmax
 from weft.kernel.mlp import run_gated
-from weft.kernel.node import Member, Parts, Plan, run
+from weft.kernel.node import run
+from weft.kernel.plan import Member, Parts, Plan
 from weft.kernel.switches import current
 
 

@@ -20,7 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from weft.kernel.factors import without_autocast
-from weft.kernel.node import Parts, Plan, backward, flat, gated, latents_of, read, shaped, split, spread, up
+from weft.kernel.node import backward, gated, read, shaped, up
+from weft.kernel.plan import Parts, Plan, flat, latents_of, split, spread
 
 FIELDS = len(Parts._fields)
 

@@ -25,45 +25,16 @@ from torch.autograd.function import once_differentiable
 from weft.kernel.dropout import masked
 from weft.kernel.factors import without_autocast
 from weft.kernel.latent import mixture, mixture_backward, softmax
+from weft.kernel.plan import Latents, Member, Parts, Plan, flat, latents_of, split, spread
 from weft.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, side_by_side, stacked, taken_apart
 
 
-class Member(NamedTuple):
-    """What of one linear is no tensor. `mask`: which mask its slots read x through, -1 for x itself."""
+class Reading(NamedTuple):
+    """One input of the rows: its mask (-1: x itself), what was read of it, as a gradient [t, R], and the rows [R, in]."""
 
-    scale: float  # 1/(1 − p) of its mask included
-    heads: int
-    r: int
-    mask: int
-    told: bool  # whether ω is handed out
-
-
-class Parts(NamedTuple):
-    """The tensors of one linear: either `weight` [out, in] and `bias`, or `base` [..., out], the output it is added to."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    base: Tensor | None
-    down: Tensor
-    up: Tensor
-    route: Tensor | None
-    mix: Tensor | None
-
-
-class Plan(NamedTuple):
-    """A node's members and masks; p is the masks' probability."""
-
-    members: tuple[Member, ...]
-    masks: int
-    p: float
-
-
-class Latents(NamedTuple):
-    """What one member reads: u [t, R'] (padded) and, routed, ω [t, N] and, where the router reads through mix, q."""
-
-    u: Tensor
-    q: Tensor | None
-    omega: Tensor | None
+    source: int
+    gu: Tensor
+    rows: Tensor
 
 
 def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
@@ -106,29 +77,6 @@ class LowRankLinears(Function):
         return (None, gx, *[None] * plan.masks, *flat(found))
 
 
-def split(tensors: Sequence[Tensor | None]) -> list[Parts]:
-    """The flat tensors of a node, member by member."""
-    n = len(Parts._fields)
-    return [Parts(*tensors[i : i + n]) for i in range(0, len(tensors), n)]  # type: ignore[arg-type]
-
-
-def flat(each: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """All tensors, one member after the other."""
-    return [t for own in each for t in own]
-
-
-def latents_of(tensors: Sequence[Tensor]) -> list[Latents]:
-    """The flat latents of a node, member by member."""
-    n = len(Latents._fields)
-    return [Latents(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
-
-
-def spread(members: Sequence[Member], told: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """ω's gradients by member, None for those whose ω was not handed out."""
-    given = iter(told)
-    return [next(given) if m.told else None for m in members]
-
-
 # ---------------------------------------------------------------------- forward
 
 
@@ -140,7 +88,7 @@ def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) 
         own = [i for i, s in enumerate(sources) if s == source]
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         u = F.linear(x_s, stacked([rows[i] for i in own], x))
-        for i, part in zip(own, taken_apart(u, [len(rows[i]) for i in own], 1), strict=True):
+        for i, part in zip(own, taken_apart(u, [rows[i].shape[0] for i in own], 1), strict=True):
             found[i] = part
     return _latents(plan, each, found)
 
@@ -210,25 +158,25 @@ def backward(
     gomegas: Sequence[Tensor | None],
     needs_x: bool,
 ) -> tuple[Tensor | None, list[list[Tensor | None]]]:
-    """Gradients of x [..., in] and of every member's `Parts`, given those of the outputs and of ω."""
-    gx: Tensor | None = None
+    """Gradients of x [..., in] and of every member's `Parts`, given those of the outputs and of ω.
+
+    What is narrow comes first, while the outputs' gradients are in the cache: after the GEMMs with W they are not.
+    """
     found: list[list[Tensor | None]] = []
     through: list[Tensor | None] = []
     for m, own, seen, g, gomega in zip(plan.members, each, latents, grads, gomegas, strict=True):
         g_to = None if g is None else g.reshape(-1, g.shape[-1])
         gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
-        if needs_x and g_to is not None and own.weight is not None:
-            weight = own.weight.to(x.dtype)
-            gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
         found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
         through += [gu] if own.route is None else [gu, gq]
-    gx, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through, gx, needs_x)
+    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through)
     given = iter(grows)
     for own, gradients in zip(each, found, strict=True):
         gradients[3] = _cut(next(given), own.down)
         if own.route is not None:
             gradients[5] = _cut(next(given), own.route)
-    return (None if gx is None else gx.view(x.shape)), found
+    gx = input_backward(x, plan, each, masks, grads, reads) if needs_x else None
+    return gx, found
 
 
 def member_backward(
@@ -260,32 +208,48 @@ def read_backward(
     each: Sequence[Parts],
     masks: Sequence[Tensor],
     through: Sequence[Tensor | None],
-    gx: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """gx with the rows' share added, and the gradients of the rows, given those of what they read."""
+) -> tuple[list[Reading], list[Tensor | None]]:
+    """What was read of x [t, in], per distinct input, and the gradients of the rows, given those of what they read."""
     rows, sources = _rows(plan, each, x)
+    reads: list[Reading] = []
     found: list[Tensor | None] = [None] * len(rows)
     for source in sorted(set(sources)):
         own = [i for i, s in enumerate(sources) if s == source and through[i] is not None]
         if not own:
             continue
         matrix = stacked([rows[i] for i in own], x)
-        gu = side_by_side([cast(Tensor, through[i]) for i in own], len(matrix))
+        gu = side_by_side([cast(Tensor, through[i]) for i in own], matrix.shape[0])
         x_s = x if source < 0 else masked(x, masks[source], plan.p)
         grows = gu.T @ x_s
-        for i, part in zip(own, taken_apart(grows, [len(rows[i]) for i in own], 0), strict=True):
+        for i, part in zip(own, taken_apart(grows, [rows[i].shape[0] for i in own], 0), strict=True):
             found[i] = part
-        if not needs_x:
-            continue
+        reads.append(Reading(source, gu, matrix))
+    return reads, found
+
+
+def input_backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    reads: Sequence[Reading],
+) -> Tensor | None:
+    """The gradient of x [..., in]: through every W, and through the rows that read it."""
+    gx: Tensor | None = None
+    for own, g in zip(each, grads, strict=True):
+        if g is not None and own.weight is not None:
+            g_to, weight = g.reshape(-1, g.shape[-1]), own.weight.to(x.dtype)
+            gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
+    for source, gu, matrix in reads:
         if source >= 0:
             share = masked(gu @ matrix, masks[source], plan.p)
             gx = share if gx is None else gx.add_(share)
         else:
             gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
-    return gx, found
+    return None if gx is None else gx.view(x.shape)
 
 
 def _cut(gradient: Tensor | None, own: Tensor) -> Tensor | None:
     """A gradient of padded rows as that of the rows themselves."""
-    return None if gradient is None else gradient[: len(own)].to(own.dtype)
+    return None if gradient is None else gradient[: own.shape[0]].to(own.dtype)

@@ -25,7 +25,7 @@ def fast_width(n: int, t: Tensor) -> int:
 
 def padded_rows(t: Tensor, x: Tensor) -> Tensor:
     """t [R, in] with zero rows up to a fast width, in its own dtype."""
-    missing = fast_width(len(t), x) - len(t)
+    missing = fast_width(t.shape[0], x) - t.shape[0]
     return F.pad(t, (0, 0, 0, missing)) if missing else t
 
 
@@ -49,4 +49,4 @@ def side_by_side(columns: Sequence[Tensor], width: int) -> Tensor:
 
 def taken_apart(whole: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
     """The blocks of these sizes along `dim`, without the padding behind them."""
-    return whole.split([*sizes, whole.shape[dim] - sum(sizes)], dim)[:-1]
+    return whole.split_with_sizes([*sizes, whole.shape[dim] - sum(sizes)], dim)[:-1]
