@@ -176,6 +176,7 @@ def test_one_seed_has_no_verdict_and_no_interval():
     assert {each.kind for each in verdicts(one)} == {"no verdict", "frozen base"}
     assert "one seed, no interval" in results(text)["hydralora"][0].text
     assert "by chance" not in text
+    assert not re.search("Means over seeds with|Bars are intervals|in bands of", text)
     assert re.search(r"its loss is 0\.00\d\d lower than lora's", verdicts(one)[0].sentence)
     for spec in specs(text).values():
         assert not any({"low", "y_low", "x_low"} & set(row) for row in spec["data"]["values"])

@@ -39,8 +39,13 @@ def curves(found: Comparison) -> Iterator[Part]:
     whats = [what for what in WHAT if any(row["what"] == what for row in rows)]
     picks = charts.together(charts.choice("what", "Show", whats, "what"), drawing.beside_the_baseline(names))
     chart = drawing.curves(rows, names, found.baseline, picks, says, "loss")
+    what_is_drawn = (
+        "Means over seeds in bands of their intervals, cut off where they are wide."
+        if len(found.seeds) > 1
+        else "One seed of each."
+    )
     lead = (
-        "Means over seeds in bands of their intervals, cut off where they are wide. The list picks a method to stand beside "
+        f"{what_is_drawn} The list picks a method to stand beside "
         f"{found.baseline}; clicks in the legend pick several, a double click shows all again."
     )
     what = " and ".join(whats).capitalize()

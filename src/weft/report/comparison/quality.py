@@ -40,9 +40,15 @@ def quality(found: Comparison) -> Iterator[Part]:
             shown.append(Chart(title, alt, _chart(found, points, what)))
             fronts.append(f"by {what}, {listed(best)}")
     if shown:
+        many = len(found.seeds) > 1
+        bars = (
+            "Bars are intervals over seeds; where they overlap, neither need be better."
+            if many
+            else "It is of one seed."
+        )
         lead = (
-            f"No other method is both cheaper and better than those on the dashed line: {'; '.join(fronts)}. Bars are intervals "
-            f"over seeds; where they overlap, neither need be better.{_frozen(found)}"
+            f"No other method is both cheaper and better than those on the dashed line: {'; '.join(fronts)}. "
+            f"{bars}{_frozen(found)}"
         )
         yield Part("quality", "Quality and cost", lead, shown)
 

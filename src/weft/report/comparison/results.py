@@ -43,9 +43,13 @@ def results(found: Comparison) -> Part:
     ]
     lines = [Line(row.name, kind_of(found, row), list(_cells(found, row, others))) for row in ranking(found)]
     level = next((row.score.level for row in found.rows if row.score), 0.95)
+    means = (
+        f"Means over seeds with {level:.0%} intervals."
+        if len(found.seeds) > 1
+        else "One seed: no number has an interval."
+    )
     lead = (
-        f"Means over seeds with {level:.0%} intervals. Every number leads to the runs it comes from, every name to its recipe; "
-        "a click on a heading sorts."
+        f"{means} Every number leads to the runs it comes from, every name to its recipe; a click on a heading sorts."
     )
     return Part("results", "Results", lead, sheet=Sheet("Results", columns, lines, filtered=True))
 
