@@ -70,14 +70,20 @@ def test_runs_of_other_rows_are_refused(folders: list[Path]):
         load(folders)
 
 
-def test_two_comparisons_are_refused(folders: list[Path], tmp_path: Path):
-    (tmp_path / "compare.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(RunError, match="is a whole comparison: give it alone"):
-        load([tmp_path, folders[0]])
-
-
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path):
     with pytest.raises(RunError, match="no run folder"):
         load(tmp_path)
     with pytest.raises(RunError, match="nothing to compare"):
         load([])
+
+
+def test_scores_that_are_damaged_are_one_sentence(folders: list[Path]):
+    write_json(folders[0] / "eval-test.json", {"scores": 3})
+    with pytest.raises(RunError, match=r"eval-test\.json is damaged: delete it"):
+        load(folders)
+
+
+def test_a_comparison_among_run_folders_is_told_from_a_run(folders: list[Path], tmp_path: Path):
+    write_json(tmp_path / "compare.json", {})
+    with pytest.raises(RunError, match="is a comparison: give it alone, or run folders only"):
+        load([tmp_path, *folders])

@@ -91,6 +91,16 @@ def test_what_cannot_work_is_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_missing_is_said_on_the_terminal_too(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(runs[0], tmp_path / "bare")
+    (tmp_path / "bare" / "eval-test.json").unlink()
+    code, out, _ = run(capsys, "report", tmp_path / "bare", runs[1], "-o", tmp_path / "page.html")
+    assert code == 0
+    assert "Not finished: 1 of 2 runs are missing" in out.splitlines()[1]
+
+
 def test_runs_of_other_rows_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(runs[0], tmp_path / "other")
     record = read_json(tmp_path / "other" / "run.json")

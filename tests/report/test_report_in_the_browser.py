@@ -35,6 +35,9 @@ def files(found: Comparison, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "one": Evidence(comparison(1)),
         "many": Evidence(long),
         "nasty": Evidence(renamed(comparison(2, domains=False), "hydralora", NASTY)),
+        "odd": Evidence(
+            renamed(renamed(comparison(2), "hydralora", "__proto__"), "tied_lora", f"a\u2028{'long ' * 90}")
+        ),
     }
     for name, evidence in made.items():
         write(page(evidence), top / f"{name}.html")
@@ -230,6 +233,7 @@ def test_paper_has_everything_and_cuts_nothing(opened: Open):
     page = opened("five", viewport=PAPER)
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert style(page, "#results-table thead th", "whiteSpace") == "normal"  # or many columns are wider than the paper
     for selector in (".filter", ".vega-bindings", ".copy", "nav"):
         assert style(page, selector, "display") == "none"
     assert page.locator("details:not([open])").count() == 0
@@ -251,3 +255,9 @@ def test_names_of_methods_run_nothing(opened: Open):
     page.locator("#differences-0 .mark-symbol.role-mark").last.locator("path").first.hover()
     page.wait_for_selector("#vg-tooltip-element.visible")
     assert NASTY in page.inner_text("#vg-tooltip-element")
+
+
+def test_every_name_can_be_drawn_and_leaves_room_for_numbers(opened: Open):
+    page = opened("odd", viewport=PHONE)
+    assert page.locator(".chart.failed").count() == 0
+    assert page.evaluate("document.querySelector('#results-table tbody th').clientWidth") < PHONE["width"] / 2

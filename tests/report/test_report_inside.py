@@ -74,7 +74,7 @@ def test_several_seeds_are_averaged_with_their_spread(evidence: Evidence, hydra_
 
 def test_gains_of_dash_are_means_over_directions(saved: Callable[[str], Path], evidence: Evidence):
     found = look(saved("lora_tsd"))
-    (part,) = inside(dataclasses.replace(evidence, looks={"tsd": [found]}))
+    (part,) = inside(dataclasses.replace(evidence, looks={evidence.found.methods[0].name: [found]}))
     gains = next(chart for chart in part.charts if "gains of Dash" in chart.caption).spec["data"]["values"]
     site = found.directions[0]
     expected = statistics.fmean(abs(c.gain) for c in site.chosen if c.gain is not None)

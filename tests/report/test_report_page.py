@@ -90,6 +90,11 @@ def test_every_number_of_a_method_leads_to_its_runs(written: str, found: Compari
         assert {a.attributes["href"] for cell in cells for a in cell.find("a")} == {f"#{body.attributes['id']}"}
         assert all(cell.text == "–" or cell.find("a") for cell in cells)
         assert all(outcome.folder in body.text for outcome in found.of(name))
+    for key in ("curves", "domains"):
+        (table,) = page_tree.find("table", id=f"{key}-table")
+        values = [td for td in table.find("tbody")[0].find("td") if "." in td.text]
+        assert values
+        assert all(td.find("a") for td in values)
 
 
 def test_planted_numbers_stand_in_the_results(written: str, found: Comparison):
@@ -171,6 +176,7 @@ def test_one_seed_has_no_verdict_and_no_interval():
     assert {each.kind for each in verdicts(one)} == {"no verdict", "frozen base"}
     assert "one seed, no interval" in results(text)["hydralora"][0].text
     assert "by chance" not in text
+    assert not re.search("Means over seeds with|Bars are intervals|in bands of", text)
     assert re.search(r"its loss is 0\.00\d\d lower than lora's", verdicts(one)[0].sentence)
     for spec in specs(text).values():
         assert not any({"low", "y_low", "x_low"} & set(row) for row in spec["data"]["values"])
@@ -197,7 +203,7 @@ def test_a_comparison_in_which_nothing_is_complete_has_a_page():
     ]
     none = judged(dataclasses.replace(empty, outcomes=lost, complete=False))
     assert overall(none).startswith("There is nothing to say yet")
-    assert "not finished" in warnings(none)[0]
+    assert warnings(none)[0] == "Not finished: 5 of 5 runs are missing (lora, alora and none)."
     assert specs(page(Evidence(none))) == {}
 
 
@@ -206,6 +212,45 @@ def test_figures_that_a_machine_cannot_tell_are_dashes(found: Comparison):
     text = page(Evidence(bare))
     assert results(text)["alora"][-1].text == "–"
     assert "quality-1" not in specs(text)
+
+
+def test_no_interval_holds_what_cannot_be(found: Comparison):
+    few = [
+        dataclasses.replace(
+            o, scores={**o.scores, "exact_match": float(o.seed == 1)}, figures={"tokens_per_s": 10.0**o.seed}
+        )
+        for o in found.outcomes
+    ]
+    cells = results(page(Evidence(judged(dataclasses.replace(found, outcomes=few)))))["hydralora"]
+    assert cells[3].text.startswith("20.0 % 0.0 % to ")
+    assert cells[-2].text.split()[:2] == ["2,222", "0"]
+    sure = [dataclasses.replace(o, scores={**o.scores, "exact_match": 1 - o.seed / 100}) for o in found.outcomes]
+    text = page(Evidence(judged_by(judged(dataclasses.replace(found, outcomes=sure)), None, "exact_match")))
+    assert "to 100.0 %" in results(text)["hydralora"][0].text
+    assert max(point["y_high"] for point in specs(text)["quality-0"]["data"]["values"]) == 100
+
+
+def test_a_band_below_a_logarithmic_scale_ends_where_the_scale_does(found: Comparison):
+    steep = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 0.01}]
+    curves = [
+        dataclasses.replace(o, curve=[steep[0], {**steep[1], "loss": 0.1 if o.seed else 1.0}]) for o in found.outcomes
+    ]
+    spec = specs(page(Evidence(dataclasses.replace(found, outcomes=curves))))["curves-0"]
+    scale = spec["layer"][-1]["encoding"]["y"]["scale"]
+    assert scale["type"] == "log"
+    assert min(row["low"] for row in spec["data"]["values"] if "low" in row) == scale["domain"][0] > 0
+
+
+def test_seconds_below_one_are_written_as_such(found: Comparison):
+    quick = {
+        o.method: dataclasses.replace(o, figures={"cpu_per_step": 0.0004 * (30 if o.method == "flexora" else 1)})
+        for o in found.outcomes
+        if o.status == "complete"
+    }
+    text = page(Evidence(judged(dataclasses.replace(found, outcomes=list(quick.values())))))
+    (times,) = [each for each in specs(text).values() if "CPU seconds" in each["description"]]
+    x = times["layer"][-1]["encoding"]["x"]
+    assert (x["scale"]["type"], x["axis"]["format"]) == ("log", "~g")  # "~s" would write 0.06 as 60m
 
 
 def test_a_number_that_is_not_finite_is_left_out(found: Comparison):

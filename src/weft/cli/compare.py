@@ -42,8 +42,8 @@ def compare(
 ) -> None:
     """Train several adapters side by side on the same seeds, and say which are better.
 
-    One that was stopped goes on where it was: give the same command again, also with more seeds. Runs that failed are tried again, and the exit code is
-    1 as long as there are any; one that diverged is a result.
+    One that was stopped goes on where it was: give the same command again, also with more seeds. Runs that failed are tried again,
+    and the exit code is 1 as long as there are any; one that diverged is a result.
     """
     given = [*(overrides or []), *([f"out={out}"] if out else [])]
     if dry_run:

@@ -30,4 +30,6 @@ def report(
         from weft.report import report as call
 
         written = call(*runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers)
-    output.show(written.record(), as_json, lambda: f"{written.verdict}\nwritten: {written.path}")
+    output.show(
+        written.record(), as_json, lambda: "\n".join([written.verdict, *written.warnings, f"written: {written.path}"])
+    )

@@ -71,6 +71,8 @@ def load(paths: str | Path | Sequence[str | Path]) -> Comparison:
         raise RunError("there is nothing to compare: give a comparison's folder, or run folders.")
     if len(given) == 1 and (given[0] / "compare.json").is_file():
         return found.read(given[0])
+    if mixed := [path for path in given if (path / "compare.json").is_file()]:
+        raise RunError(f"{mixed[0]} is a comparison: give it alone, or run folders only.")
     return found.gather(given)
 
 

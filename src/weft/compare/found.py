@@ -194,8 +194,6 @@ def gather(folders: Sequence[Path]) -> Comparison:
         RunError: a folder without a complete run, or runs of different rows, bases or tasks.
         ConfigError: two runs of one method and seed.
     """
-    if whole := [folder for folder in folders if (folder / "compare.json").is_file()]:
-        raise RunError(f"{whole[0]} is a whole comparison: give it alone, or single run folders from it.")
     runs = [Run.load(folder) for folder in folders]
     _check_same_rows(folders)
     top = Path(os.path.commonpath([folder.resolve() for folder in folders]))

@@ -10,9 +10,9 @@ from weft.compare.record import Comparison
 from weft.report import charts
 from weft.report.charts import tooltip
 from weft.report.comparison import drawing
-from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet
+from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet, of_method
 from weft.report.comparison.spread import interval
-from weft.report.comparison.wording import between, metric
+from weft.report.comparison.wording import between, metric, possible
 
 WHAT = {"training loss": "loss", "validation loss": "validation_loss"}
 SHOWN = 6
@@ -39,8 +39,13 @@ def curves(found: Comparison) -> Iterator[Part]:
     whats = [what for what in WHAT if any(row["what"] == what for row in rows)]
     picks = charts.together(charts.choice("what", "Show", whats, "what"), drawing.beside_the_baseline(names))
     chart = drawing.curves(rows, names, found.baseline, picks, says, "loss")
+    what_is_drawn = (
+        "Means over seeds in bands of their intervals, cut off where they are wide."
+        if len(found.seeds) > 1
+        else "One seed of each."
+    )
     lead = (
-        "Means over seeds in bands of their intervals, cut off where they are wide. The list picks a method to stand beside "
+        f"{what_is_drawn} The list picks a method to stand beside "
         f"{found.baseline}; clicks in the legend pick several, a double click shows all again."
     )
     what = " and ".join(whats).capitalize()
@@ -56,7 +61,8 @@ def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[s
                 at.setdefault(int(point["step"]), []).append(value)
     text = metric("loss").text
     for step in _thinned(sorted(at)):
-        if (whole := interval(at[step])) is not None:
+        if (measured := interval(at[step])) is not None:
+            whole = possible(measured)
             row = {
                 "name": name,
                 "what": what,
@@ -74,6 +80,7 @@ def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[s
 def _sheet(found: Comparison, rows: list[dict[str, Any]], names: list[str]) -> Sheet:
     """The curves at a few steps."""
     lines, text = [], metric("loss").text
+    links = {name: of_method(found, name, "runs") for name in names}
     for what in WHAT:
         steps = sorted({row["step"] for row in rows if row["what"] == what})
         at = {(row["name"], row["step"]): row for row in rows if row["what"] == what}
@@ -81,7 +88,10 @@ def _sheet(found: Comparison, rows: list[dict[str, Any]], names: list[str]) -> S
             cells = [Cell(what, order=what), Cell(f"{step:,}", order=step)]
             held = [at.get((name, step)) for name in names]
             cells += [
-                Cell("–") if row is None else Cell(text(row["value"]), row["interval"], row["value"]) for row in held
+                Cell("–")
+                if row is None
+                else Cell(text(row["value"]), row["interval"], row["value"], links[row["name"]])
+                for row in held
             ]
             lines.append(Line("", "", cells))
     columns = [Column("what", number=False), Column("step"), *map(Column, names)]

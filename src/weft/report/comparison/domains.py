@@ -48,10 +48,8 @@ def _sheet(found: Comparison, names: list[str]) -> Sheet:
     for row in ranking(found):
         link = of_method(found, row.name, "runs")
         cells = [Cell(row.name, order=row.name, link=of_method(found, row.name, "recipe"))]
-        cells += [
-            mean_cell(interval(list(scores(found, row.name, found.metric, domain).values())), how.text, link)
-            for domain in names
-        ]
+        means = [interval(list(scores(found, row.name, found.metric, domain).values())) for domain in names]
+        cells += [mean_cell(mean and how.possible(mean), how.text, link) for mean in means]
         lines.append(Line(row.name, kind_of(found, row), cells))
     columns = [Column("method", number=False), *(Column(domain, how.title) for domain in names)]
     return Sheet(f"{how.title.capitalize()} by domain", columns, lines)

@@ -54,7 +54,8 @@ def forest(rows: Rows, title: str, pick: Pick = ([], [])) -> Spec:
         "scale": {"domain": kinds, "range": [VERDICTS[kind] for kind in kinds]},
         "legend": {"symbolOpacity": 1} if len(kinds) > 1 else None,
     }
-    y = {"field": "name", "type": "nominal", "sort": names, "title": None}
+    # the order as a domain: "sort" would write the names into an expression, which not every name survives
+    y = {"field": "name", "type": "nominal", "sort": None, "scale": {"domain": names}, "title": None}
     x = {"field": "value", "type": "quantitative", "title": title, "axis": {"tickCount": 6}, "scale": {"nice": True}}
     says = tooltip(
         ("name", "method", None),
@@ -131,6 +132,12 @@ def reach(rows: Rows, mean: str, low: str, high: str, log: bool = False) -> Spec
     return {**scale, "domain": [back(least - pad), back(most + pad)], "nice": False}
 
 
+def cut(rows: Rows, scale: Spec, *fields: str) -> list[dict[str, Any]]:
+    """The rows, where what a logarithmic scale has no place for (0 and below) ends where the scale does."""
+    least = scale["domain"][0] if scale.get("type") == "log" else -math.inf
+    return [{**row, **{field: max(row[field], least) for field in fields if field in row}} for row in rows]
+
+
 def is_wide(values: Iterable[float], times: float) -> bool:
     """Whether small values are told apart from large ones only on a logarithmic scale."""
     least, most = min(held := list(values)), max(held)
@@ -175,7 +182,8 @@ def curves(rows: Rows, names: Sequence[str], baseline: str, pick: Pick, says: li
     colour, dash = _named(names, baseline, "color"), _named(names, baseline, "strokeDash")
     log = is_wide((row["value"] for row in rows), 20)
     x = charts.quantity("step", "optimiser step", nice=False, zero=False)
-    y = charts.quantity("value", title, "~g" if log else None, **reach(rows, "value", "low", "high", log))
+    scale = reach(rows, "value", "low", "high", log)
+    y = charts.quantity("value", title, "~g" if log else None, **scale)
     x["axis"]["grid"] = False
     within = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour, "opacity": _faded(0.16)}
     band = _where(rows, "low", {"type": "area", "clip": True, "tooltip": None}, within)
@@ -184,7 +192,8 @@ def curves(rows: Rows, names: Sequence[str], baseline: str, pick: Pick, says: li
         "mark": {"type": "line", "size": 1.8, "point": {"size": 18}},
         "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash, "opacity": _faded(1), "tooltip": says},
     }
-    return charts.spec(rows, 280, params=pick[0], transform=pick[1], layer=[*band, line])
+    shown = cut(rows, scale, "low")
+    return charts.spec(shown, 280, params=pick[0], transform=pick[1], layer=[*band, line])
 
 
 def beside_the_baseline(names: Sequence[str]) -> Pick:

@@ -106,7 +106,10 @@ def facts(found: Comparison) -> Iterator[tuple[str, str]]:
 
 def warnings(found: Comparison) -> list[str]:
     """What a reader must know before believing the verdicts."""
-    said = [] if found.complete else ["This comparison is not finished: some runs are missing."]
+    said = []
+    if missing := [outcome for outcome in found.outcomes if outcome.status == "missing"]:
+        names = listed(list(dict.fromkeys(outcome.method for outcome in missing)))
+        said.append(f"Not finished: {len(missing)} of {counted(len(found.outcomes), 'run')} are missing ({names}).")
     lost = [outcome for outcome in found.outcomes if outcome.status in ("failed", "diverged")]
     if lost:
         names = listed(list(dict.fromkeys(outcome.method for outcome in lost)))

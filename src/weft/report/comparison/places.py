@@ -9,7 +9,7 @@ from typing import Any
 from weft.report import charts
 from weft.report.charts import tooltip
 from weft.report.comparison.evidence import Evidence
-from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet
+from weft.report.comparison.parts import Cell, Chart, Column, Line, Part, Sheet, of_method
 from weft.report.comparison.wording import listed
 from weft.report.measure import split_name
 from weft.report.parts.routing import routers
@@ -54,13 +54,16 @@ def _sheet(evidence: Evidence) -> Sheet:
     ]
     lines = []
     for name, looks in evidence.looks.items():
+        link = of_method(evidence.found, name, "runs")
         held = [
             {site: statistics.fmean(values) for site, values in _gathered(looks, each).items()} for *_, each in numbers
         ]
         for site in held[0]:
-            cells = [Cell(name, order=name), Cell(site, order=site)]
+            cells = [Cell(name, order=name, link=link), Cell(site, order=site)]
             for (_, form, _), values in zip(numbers, held, strict=True):
-                cells.append(Cell(format(values[site], form), order=values[site]) if site in values else Cell("–"))
+                cells.append(
+                    Cell(format(values[site], form), order=values[site], link=link) if site in values else Cell("–")
+                )
             lines.append(Line(name, "", cells))
     columns = [Column("method", number=False), Column("site", number=False), *(Column(what) for what, *_ in numbers)]
     return Sheet("Means by site", columns, lines)

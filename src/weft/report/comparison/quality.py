@@ -12,7 +12,7 @@ from weft.report.comparison import drawing
 from weft.report.comparison.parts import Chart, Part
 from weft.report.comparison.results import ranking
 from weft.report.comparison.spread import interval
-from weft.report.comparison.wording import between, count, figures, is_frozen, listed, metric
+from weft.report.comparison.wording import between, count, figures, is_frozen, listed, metric, possible
 
 Text = Callable[[float], str]
 
@@ -40,9 +40,15 @@ def quality(found: Comparison) -> Iterator[Part]:
             shown.append(Chart(title, alt, _chart(found, points, what)))
             fronts.append(f"by {what}, {listed(best)}")
     if shown:
+        many = len(found.seeds) > 1
+        bars = (
+            "Bars are intervals over seeds; where they overlap, neither need be better."
+            if many
+            else "It is of one seed."
+        )
         lead = (
-            f"No other method is both cheaper and better than those on the dashed line: {'; '.join(fronts)}. Bars are intervals "
-            f"over seeds; where they overlap, neither need be better.{_frozen(found)}"
+            f"No other method is both cheaper and better than those on the dashed line: {'; '.join(fronts)}. "
+            f"{bars}{_frozen(found)}"
         )
         yield Part("quality", "Quality and cost", lead, shown)
 
@@ -78,7 +84,7 @@ def _points(found: Comparison, cost: Mapping[str, Interval], text: Text) -> list
     for row in ranking(found):
         if row.score is None or row.name not in cost or is_frozen(found, row.name):
             continue
-        x, y = cost[row.name], row.score
+        x, y = possible(cost[row.name]), how.possible(row.score)
         point = {"name": row.name, "x": x.mean, "y": how.drawn(y.mean), "cost": text(x.mean), "n": y.n}
         point |= {"score": how.text(y.mean), "interval": between(y, how.text)}
         if y.low is not None and y.high is not None:
@@ -114,12 +120,13 @@ def _chart(found: Comparison, points: list[dict[str, Any]], what: str) -> Spec:
     x, y = (
         _axis(points, field, title) for field, title in (("x", what), ("y", f"{how.title}{how.unit} ({how.direction})"))
     )
-    return drawing.costs(points, shown, found.baseline, x, y, says)
+    drawn = drawing.cut(drawing.cut(points, x["scale"], "x_low"), y["scale"], "y_low")
+    return drawing.costs(drawn, shown, found.baseline, x, y, says)
 
 
 def _axis(points: list[dict[str, Any]], field: str, title: str) -> Spec:
     log = drawing.is_wide((point[field] for point in points), 8)
-    form = "~s" if log or max(point[field] for point in points) >= 10_000 else None
+    form = "~s" if max(point[field] for point in points) >= 10_000 else "~g" if log else None
     return charts.quantity(field, title, form, **drawing.reach(points, field, f"{field}_low", f"{field}_high", log))
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from weft.compare.record import Comparison, Outcome, Row
+from weft.compare.record import Comparison, Interval, Outcome, Row
 from weft.report.comparison.parts import Cell, Column, Line, Part, Sheet, of_method
 from weft.report.comparison.spread import interval, score
 from weft.report.comparison.wording import (
     METRICS,
+    Metric,
     count,
     figures,
     kind_of,
     mean_cell,
     metric,
+    possible,
     rate,
     size,
     spread_cell,
@@ -41,9 +43,13 @@ def results(found: Comparison) -> Part:
     ]
     lines = [Line(row.name, kind_of(found, row), list(_cells(found, row, others))) for row in ranking(found)]
     level = next((row.score.level for row in found.rows if row.score), 0.95)
+    means = (
+        f"Means over seeds with {level:.0%} intervals."
+        if len(found.seeds) > 1
+        else "One seed: no number has an interval."
+    )
     lead = (
-        f"Means over seeds with {level:.0%} intervals. Every number leads to the runs it comes from, every name to its recipe; "
-        "a click on a heading sorts."
+        f"{means} Every number leads to the runs it comes from, every name to its recipe; a click on a heading sorts."
     )
     return Part("results", "Results", lead, sheet=Sheet("Results", columns, lines, filtered=True))
 
@@ -64,12 +70,12 @@ def _cells(found: Comparison, row: Row, others: Iterable[str]) -> Iterable[Cell]
     how, method, link = metric(found.metric), found.method(row.name), of_method(found, row.name, "runs")
     complete = [outcome for outcome in found.of(row.name) if outcome.status == "complete"]
     yield Cell(row.name, kind_of(found, row), row.name, of_method(found, row.name, "recipe"))
-    yield mean_cell(row.score, how.text, link)
+    yield _score(row.score, how, link)
     yield mean_cell(row.gap, how.gap, link, row.verdict.kind)
     yield Cell(f"{row.wins} of {row.gap.n}", order=row.wins, link=link) if row.gap else Cell("–")
     for name in others:
         scores = [value for outcome in complete if (value := score(outcome, name)) is not None]
-        yield mean_cell(interval(scores), metric(name).text, link)
+        yield _score(interval(scores), metric(name), link)
     yield Cell("–") if method.rank is None else Cell(str(method.rank), order=method.rank, link=link)
     yield _trained(found, row.name, complete, link)
     yield spread_cell(figures(complete, "stored"), count, link)
@@ -79,7 +85,7 @@ def _cells(found: Comparison, row: Row, others: Iterable[str]) -> Iterable[Cell]
         if method.lr is None
         else Cell(rate(method.lr), "at the edge" if method.rate_at_edge else "", method.lr, link)
     )
-    yield mean_cell(row.step_ratio, lambda value: f"{value:.2f}", link)
+    yield _cost(row.step_ratio, lambda value: f"{value:.2f}", link)
     yield _measured(complete, "train_seconds", lambda value: f"{value:,.3g}", link)
     yield _measured(complete, "tokens_per_s", lambda value: f"{value:,.0f}", link)
     yield _measured(complete, "peak_bytes", size, link)
@@ -95,4 +101,12 @@ def _trained(found: Comparison, name: str, complete: list[Outcome], link: str) -
 
 
 def _measured(complete: list[Outcome], key: str, text: Callable[[float], str], link: str) -> Cell:
-    return mean_cell(interval(figures(complete, key)), text, link)
+    return _cost(interval(figures(complete, key)), text, link)
+
+
+def _cost(whole: Interval | None, text: Callable[[float], str], link: str) -> Cell:
+    return mean_cell(whole and possible(whole), text, link)
+
+
+def _score(whole: Interval | None, how: Metric, link: str) -> Cell:
+    return mean_cell(whole and how.possible(whole), how.text, link)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weft.compare.record import Comparison, Interval, Kind, Outcome, Row
 from weft.report.comparison.parts import Cell
@@ -28,6 +28,8 @@ class Metric:
     share: bool = False
     digits: int = 4
     higher: bool = True
+    most: float = math.inf
+    """The largest there is; the least is 0."""
 
     @property
     def direction(self) -> str:
@@ -45,6 +47,10 @@ class Metric:
     def text(self, value: float) -> str:
         """A score."""
         return minus(f"{value:.1%}".replace("%", " %") if self.share else f"{value:.{self.digits}f}")
+
+    def possible(self, interval: Interval) -> Interval:
+        """The interval of a score, cut where scores end."""
+        return possible(interval, self.most)
 
     def gap(self, value: float) -> str:
         """A difference of two scores, with its sign; of shares in percentage points."""
@@ -64,11 +70,11 @@ METRICS = {
     metric.name: metric
     for metric in (
         Metric("loss", "loss", higher=False),
-        Metric("exact_match", "exact match", share=True),
-        Metric("accuracy", "accuracy", share=True),
-        Metric("macro_f1", "macro F1", share=True),
-        Metric("bleu", "BLEU", digits=2),
-        Metric("rouge_l", "ROUGE-L", digits=2),
+        Metric("exact_match", "exact match", share=True, most=1),
+        Metric("accuracy", "accuracy", share=True, most=1),
+        Metric("macro_f1", "macro F1", share=True, most=1),
+        Metric("bleu", "BLEU", digits=2, most=100),
+        Metric("rouge_l", "ROUGE-L", digits=2, most=100),
     )
 }
 
@@ -90,6 +96,17 @@ def between(interval: Interval, text: Callable[[float], str]) -> str:
     if interval.low == interval.high:
         return "the same for every seed"
     return f"{text(interval.low)} to {text(interval.high)}"
+
+
+def possible(interval: Interval, most: float = math.inf) -> Interval:
+    """The interval without what no such number can be: below 0, or above `most`.
+
+    >>> possible(Interval(0.97, 0.91, 1.03, 5), most=1).high
+    1
+    """
+    if interval.low is None or interval.high is None:
+        return interval
+    return replace(interval, low=max(interval.low, 0.0), high=min(interval.high, most))
 
 
 def mean_cell(interval: Interval | None, text: Callable[[float], str], link: str = "", mark: str = "") -> Cell:

@@ -13,7 +13,7 @@ from weft.compare.record import Comparison
 from weft.compare.rows import rows
 from weft.errors import ConfigError, RunError, suggest
 from weft.report.comparison.evidence import gather
-from weft.report.comparison.opening import overall
+from weft.report.comparison.opening import overall, warnings
 from weft.report.comparison.page import page
 from weft.report.comparison.results import other_metrics
 from weft.report.web import check_extra, write
@@ -26,11 +26,18 @@ class Report:
     path: str
     verdict: str
     """The sentence over all methods."""
+    warnings: list[str]
+    """What to know before believing it, a sentence each."""
     comparison: Comparison
 
     def record(self) -> dict[str, Any]:
         """The report as plain data; `--json` prints it."""
-        return {"path": self.path, "verdict": self.verdict, "comparison": self.comparison.record()}
+        return {
+            "path": self.path,
+            "verdict": self.verdict,
+            "warnings": self.warnings,
+            "comparison": self.comparison.record(),
+        }
 
 
 def write_report(
@@ -47,7 +54,7 @@ def write_report(
         raise RunError(f"cannot write {out}: {Path(out).parent} is no folder; choose another file.")
     found = judged(load(_folders(runs)), baseline, metric)
     write(page(gather(found, routers), title), out)
-    return Report(str(out), overall(found), found)
+    return Report(str(out), overall(found), warnings(found), found)
 
 
 def _folders(runs: Sequence[str | Path]) -> list[str | Path]:
