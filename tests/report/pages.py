@@ -8,14 +8,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 from weft.report.result import Inspection
 
 NASTY = "<script>alert('x')</script>&\"'{{ 7 * 7 }}</script><!--"
+PHONE, DESK = {"width": 390, "height": 844}, {"width": 1100, "height": 900}
+MARKS = ".role-mark path, .role-mark text, .role-mark line"
+Open = Callable[..., Any]
 VOID = {"meta", "link", "input", "br"}
 
 
@@ -134,3 +139,35 @@ def contrast(one: str, other: str) -> float:
 def style(page: Any, selector: str, what: str) -> str:
     """What a browser makes of a property of the first such element."""
     return str(page.eval_on_selector(selector, f"e => getComputedStyle(e).{what}"))
+
+
+@contextmanager
+def opening(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
+    """Open pages by name where nothing but files can be fetched, and wait until their charts are drawn.
+
+    Afterwards they must have asked for nothing but themselves, and complained of nothing.
+    """
+    said: list[str] = []
+    contexts = []
+
+    def open_(name: str, scheme: str = "light", viewport: dict[str, int] = DESK) -> Any:
+        context = browser.new_context(viewport=viewport, color_scheme=scheme)
+        contexts.append(context)
+        context.route(
+            "**/*",
+            lambda route: route.continue_() if route.request.url.startswith(("file:", "data:")) else route.abort(),
+        )
+        page = context.new_page()
+        page.on("console", lambda message: said.append(f"console: {message.type} {message.text}"))
+        page.on("pageerror", lambda error: said.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: said.append(f"request: {request.url}"))
+        page.goto(files[name].as_uri())
+        page.wait_for_selector("html[data-charts=drawn]", timeout=30_000)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    own = {f"request: {path.as_uri()}" for path in files.values()} | {"request: data:,"}
+    assert [line for line in said if line not in own] == []

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import NASTY, contrast, luminance, renamed, style
+from pages import DESK, MARKS, NASTY, PHONE, Open, contrast, luminance, opening, renamed, style
 
 from weft.report.page import write_page
 from weft.report.result import Inspection
 
 NAMES = ["hydralora", "alora", "flexora", "lora_tsd", "tied_lora", "t5"]
-PHONE, DESK = {"width": 390, "height": 844}, {"width": 1100, "height": 900}
-MARKS = ".role-mark path, .role-mark text, .role-mark line"
-Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +26,8 @@ def files(inspections: dict[str, Inspection], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
-    """Open a page, wait until its charts are drawn; afterwards it must have asked for nothing and complained of nothing."""
-    said: list[str] = []
-    contexts = []
-
-    def open_(name: str, scheme: str = "light", viewport: dict[str, int] = DESK) -> Any:
-        context = browser.new_context(viewport=viewport, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: said.append(f"console: {message.type} {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: said.append(f"request: {request.url}"))
-        page.goto(files[name].as_uri())
-        page.wait_for_selector("html[data-charts=drawn]", timeout=30_000)
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    own = {f"request: {path.as_uri()}" for path in files.values()} | {"request: data:,"}
-    assert [line for line in said if line not in own] == []
+    with opening(browser, files) as open_:
+        yield open_
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

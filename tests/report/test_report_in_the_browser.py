@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comparisons import broken, comparison, renamed, write_runs
-from pages import NASTY, contrast, luminance, style
+from pages import MARKS, NASTY, PHONE, Open, contrast, luminance, opening, style
 
 from weft.compare.record import Comparison
 from weft.report.comparison.evidence import Evidence, gather
 from weft.report.comparison.page import page
 from weft.report.web import write
 
-PHONE, DESK, PAPER = {"width": 390, "height": 844}, {"width": 1100, "height": 900}, {"width": 703, "height": 1000}
+PAPER = {"width": 703, "height": 1000}
 """Paper is A4 between its margins, in CSS pixels."""
-MARKS = ".role-mark path, .role-mark text, .role-mark line"
-Open = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +44,8 @@ def files(found: Comparison, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture
 def opened(browser: Any, files: dict[str, Path]) -> Iterator[Open]:
-    """Open a page where nothing but files can be fetched; afterwards it must have asked for nothing and complained of nothing."""
-    said: list[str] = []
-    contexts = []
-
-    def open_(name: str, scheme: str = "light", viewport: dict[str, int] = DESK) -> Any:
-        context = browser.new_context(viewport=viewport, color_scheme=scheme)
-        contexts.append(context)
-        context.route(
-            "**/*",
-            lambda route: route.continue_() if route.request.url.startswith(("file:", "data:")) else route.abort(),
-        )
-        page = context.new_page()
-        page.on("console", lambda message: said.append(f"console: {message.type} {message.text}"))
-        page.on("pageerror", lambda error: said.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
-        page.on("request", lambda request: said.append(f"request: {request.url}"))
-        page.goto(files[name].as_uri())
-        page.wait_for_selector("html[data-charts=drawn]", timeout=30_000)
-        return page
-
-    yield open_
-    for context in contexts:
-        context.close()
-    own = {f"request: {path.as_uri()}" for path in files.values()} | {"request: data:,"}
-    assert [line for line in said if line not in own] == []
+    with opening(browser, files) as open_:
+        yield open_
 
 
 def shown(page: Any) -> list[str]:

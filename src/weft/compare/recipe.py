@@ -20,13 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from weft.data import DataConfig
 from weft.errors import ConfigError
 from weft.numbers import is_number, is_whole
 from weft.strict import Strict
-from weft.train.recipe import ModelConfig, TrainConfig, apply, read_yaml
+from weft.train.recipe import Subject, TrainConfig, apply, read_file
 
 Metric = Literal["loss", "exact_match", "accuracy", "macro_f1", "bleu", "rouge_l"]
 OF_ANSWERS = ("exact_match", "bleu", "rouge_l")
@@ -60,12 +59,10 @@ class Rates(Strict):
         return sorted(values)
 
 
-class CompareRecipe(Strict):
+class CompareRecipe(Subject):
     """A whole comparison. Made by `CompareRecipe.read`; `model_dump()` is what `compare.json` keeps."""
 
     where: ClassVar[str] = "the comparison"
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
     methods: list[str | dict[str, Any]] = Field(min_length=1)
     baseline: str | None = None
@@ -77,17 +74,6 @@ class CompareRecipe(Strict):
     answers: bool | None = None
     """Whether test answers are generated, for exact match, BLEU and ROUGE-L, which may take longer than all else; none is yes."""
     out: str = Field(min_length=1)
-    _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
-
-    @field_validator("model", mode="before")
-    @classmethod
-    def _model_shorthand(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _data_shorthand(cls, value: Any) -> Any:
-        return value if isinstance(value, DataConfig) else DataConfig.parse(value)
 
     @field_validator("scale", mode="before")
     @classmethod
@@ -119,11 +105,6 @@ class CompareRecipe(Strict):
                 f"metric={self.metric} is of answers, and answers=false generates none: drop one of the two."
             )
         return self
-
-    @property
-    def base_dir(self) -> Path:
-        """What relative model and data paths count from: the recipe file's folder, else the working folder."""
-        return self._base_dir
 
     @property
     def all_seeds(self) -> list[int]:
@@ -172,11 +153,4 @@ _MISSING = {
 def _from_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no comparison file {str(path)!r}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the comparison {path} cannot be read: {error}.") from None
-    content = read_yaml(text, str(path))
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds no comparison: it must be a mapping with model, data, methods and out.")
-    return content
+    return read_file(path, "comparison", "model, data, methods and out")

@@ -25,7 +25,7 @@ from weft.errors import ConfigError, suggest
 from weft.strict import Strict
 from weft.train.builtin import BUILTIN, builtin
 
-__all__ = ["ModelConfig", "Recipe", "Task", "TrainConfig", "read_yaml"]
+__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "read_file", "read_yaml"]
 
 Dtype = Literal["float32", "bfloat16", "auto"]
 
@@ -79,15 +79,11 @@ class TrainConfig(Strict):
         return self
 
 
-class Recipe(Strict):
-    """A whole recipe. Made by `Recipe.read`; `recipe.model_dump()` is what the run folder keeps."""
+class Subject(Strict):
+    """What every recipe begins with: the frozen model, the rows, and the folder that their relative paths count from."""
 
-    where: ClassVar[str] = "the recipe"
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig
-    adapter: dict[str, Any]
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    out: str = Field(min_length=1)
     _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
 
     @field_validator("model", mode="before")
@@ -100,15 +96,24 @@ class Recipe(Strict):
     def _data_shorthand(cls, value: Any) -> Any:
         return value if isinstance(value, DataConfig) else DataConfig.parse(value)
 
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _adapter_shorthand(cls, value: Any) -> Any:
-        return {"recipe": value} if isinstance(value, str) else value
-
     @property
     def base_dir(self) -> Path:
         """What relative model and data paths count from: the recipe file's folder, else the working folder."""
         return self._base_dir
+
+
+class Recipe(Subject):
+    """A whole recipe. Made by `Recipe.read`; `recipe.model_dump()` is what the run folder keeps."""
+
+    where: ClassVar[str] = "the recipe"
+    adapter: dict[str, Any]
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    out: str = Field(min_length=1)
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapter_shorthand(cls, value: Any) -> Any:
+        return {"recipe": value} if isinstance(value, str) else value
 
     @classmethod
     def read(
@@ -174,17 +179,22 @@ def read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from None
 
 
+def read_file(path: Path, what: str, keys: str) -> dict[str, Any]:
+    """The mapping in a YAML file, which should hold a `what` with `keys`. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the {what} {path} cannot be read: {error}.") from None
+    content = read_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no {what}: it must be a mapping with {keys}.")
+    return content
+
+
 def _from_file_or_name(source: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(source)
     if path.is_file():
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"the recipe {path} cannot be read: {error}.") from None
-        content = read_yaml(text, str(path))
-        if not isinstance(content, dict):
-            raise ConfigError(f"{path} holds no recipe: it must be a mapping with model, data, adapter, train and out.")
-        return path.parent, content
+        return path.parent, read_file(path, "recipe", "model, data, adapter, train and out")
     name = str(source)
     if name in BUILTIN:
         return Path.cwd(), builtin(name)
