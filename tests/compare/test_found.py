@@ -44,6 +44,13 @@ def test_methods_of_one_recipe_are_told_apart(folders: list[Path]):
     assert names[1].endswith("lr = 0.5")
 
 
+def test_a_head_that_is_trained_in_full_is_not_counted(folders: list[Path]):
+    content = read_json(folders[0] / "run.json")
+    beside = content["parameters"] | {"trainable": content["figures"]["trained"] + 1000}
+    write_json(folders[0] / "run.json", content | {"parameters": beside})
+    assert load(folders[0]).methods[0].parameters == content["figures"]["trained"]
+
+
 def test_one_run_is_a_comparison_without_a_verdict(folders: list[Path]):
     found = load(folders[0])
     assert [outcome.folder for outcome in found.outcomes] == ["."]

@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainerState
 
 import weft
 from weft.train import stopwatch
-from weft.train.figures import figures
 from weft.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
@@ -31,7 +30,7 @@ def file_of(folder: Path) -> Path:
 
 def test_counts_are_exact_and_sizes_are_those_of_the_files(recipe: Make) -> None:
     run = weft.train(recipe(adapter={"recipe": "lora", "r": 4, "target_modules": ["q_proj"]}, train=MANY))
-    found = figures(Run.load(run.folder))
+    found = Run.load(run.folder).figures
     assert found == run.figures == run.record()["figures"]
     assert found["trained"] == found["stored"] == 2 * (32 * 4 + 4 * 32)  # two blocks of width 32
     assert set(found) == {
@@ -237,4 +236,4 @@ def test_the_empty_step_after_the_last_is_not_timed(recipe: Make) -> None:
 def test_a_run_that_is_not_complete_has_no_figures(recipe: Make) -> None:
     with pytest.raises(KeyboardInterrupt):
         weft.train(recipe(), callbacks=[Interrupt(2)])
-    assert figures(Run.load(recipe()["out"])) == {}
+    assert Run.load(recipe()["out"]).figures == {}

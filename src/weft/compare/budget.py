@@ -20,12 +20,13 @@ from typing import Any, cast
 from peft import PeftConfig, PeftModel
 
 import weft
-from weft.compare.methods import NONE, RANKS, Contender, about, with_top_k
+from weft.compare.methods import RANKS, Contender, about, with_top_k
 from weft.compare.recipe import CompareRecipe
-from weft.compare.record import Method
+from weft.compare.record import NONE, Method
 from weft.errors import ConfigError
 from weft.glue.blocks import Blocks
 from weft.glue.layer import WeftLinear
+from weft.search.outcome import cost_of_step
 from weft.train import model as models
 from weft.train.adapter import adapt, adapter_config
 from weft.train.recipe import Task
@@ -225,9 +226,8 @@ def _steps(recipe: CompareRecipe, contender: Contender, scales: Scales) -> tuple
             f"search), fewer than {scales.steps}."
         )
     rows = recipe.train.batch_size * recipe.train.accumulation
-    unrolled = 0 if search.hypergrad == "direct" else 2 * (search.unroll_steps or search.inner_steps)
     micro = min(recipe.train.batch_size, search.val_size // search.outer_batches)
-    cost = math.ceil(search.steps * (search.inner_steps + unrolled + micro * search.outer_batches / rows))
+    cost = math.ceil(search.steps * cost_of_step(search, rows, micro))
     if cost >= scales.steps:
         raise ConfigError(
             f"the search of {contender.name} costs {cost} steps of the {scales.steps} that every method has: lower its steps."

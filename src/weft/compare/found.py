@@ -30,7 +30,7 @@ def read(folder: Path) -> Comparison:
     """
     plan = Plan.load(folder)
     methods = [with_rate(plan, method, folder) for method in plan.methods]
-    outcomes = [_outcome(plan, method, seed, folder) for method in methods for seed in _seeds(plan, method)]
+    outcomes = [_outcome(plan, method, seed, folder) for method in methods for seed in plan.reported_seeds(method)]
     _check_same_rows([folder / outcome.folder for outcome in outcomes])
     return Comparison(
         folder=str(folder),
@@ -59,7 +59,7 @@ def with_rate(plan: Plan, method: Method, folder: Path) -> Method:
     """
     jobs = plan.tuning(method)
     if not jobs:
-        return method if _is_frozen(method) else replace(method, lr=plan.rates[0])
+        return method if method.frozen else replace(method, lr=plan.rates[0])
     ended = [job for job in jobs if status(folder / job.folder, tuning=True) != "missing"]
     tried = [Rate(job.lr, job.seed, _validation_loss(folder / job.folder)) for job in ended]
     method = replace(method, rates=tried)
@@ -92,17 +92,9 @@ def _validation_loss(folder: Path) -> float | None:
     return Run.load(folder).metrics["validation_loss"]
 
 
-def _is_frozen(method: Method) -> bool:
-    return method.adapter == {"recipe": "none"}
-
-
-def _seeds(plan: Plan, method: Method) -> list[int]:
-    return plan.seeds[:1] if _is_frozen(method) else plan.seeds
-
-
 def _outcome(plan: Plan, method: Method, seed: int, top: Path) -> Outcome:
     place = plan.folder(method.name, seed)
-    folder, frozen = top / place, _is_frozen(method)
+    folder, frozen = top / place, method.frozen
     if not frozen and method.lr is None and len(method.rates) == len(plan.tuning(method)):
         if failed := _failed(plan, method, top):
             return Outcome(method.name, seed, place, "failed", problem=f"its rate could not be chosen: {failed}")
@@ -128,7 +120,7 @@ def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = F
     if frozen:
         return outcome
     run = Run.load(folder)
-    return replace(outcome, figures=_figures(run), curve=_curve(run))
+    return replace(outcome, figures=run.figures, curve=_curve(run))
 
 
 def _evaluation(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
@@ -142,12 +134,6 @@ def _evaluation(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float
 
 def _scores(found: dict[str, Any]) -> dict[str, float]:
     return {name: float(found[name]) for name in SCORED if found.get(name) is not None}
-
-
-def _figures(run: Run) -> dict[str, float]:
-    from weft.train.figures import figures
-
-    return figures(run)
 
 
 def _curve(run: Run) -> list[dict[str, float]]:
@@ -266,7 +252,7 @@ def _plain_method(name: str, run: Run) -> Method:
         run.recipe["adapter"],
         rank=adapter.get("target_r") or adapter.get("r"),
         alpha=adapter.get("lora_alpha"),
-        parameters=run.parameters.get("adapter", run.parameters["trainable"]),
+        parameters=int(run.figures.get("trained", run.parameters["trainable"])),
         steps=run.steps,
         lr=run.recipe["train"]["lr"],
     )

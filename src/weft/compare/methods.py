@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from weft.compare.record import NONE
 from weft.errors import ConfigError, TargetError, suggest
 from weft.numbers import is_whole
 from weft.recipes import RECIPES
@@ -28,7 +29,6 @@ from weft.terms.layers.search import Search
 from weft.train.adapter import adapter_config
 
 CONTROLS = ("random_layers", "random_moves")
-NONE = {"recipe": "none"}
 RANKS = ("r", "init_r", "target_r")
 """Fields that say how large an adapter is."""
 LONGEST = 60

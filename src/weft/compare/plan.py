@@ -18,7 +18,7 @@ from typing import Any
 from weft.compare.budget import Scales, solve
 from weft.compare.methods import contenders, drawn_blocks, seeded
 from weft.compare.recipe import OF_ANSWERS, CompareRecipe
-from weft.compare.record import FORMAT, Method
+from weft.compare.record import FORMAT, NONE, Method
 from weft.data import generation_prompts
 from weft.data import load as load_data
 from weft.errors import ConfigError, DataError, RunError, suggest
@@ -57,7 +57,7 @@ class Job:
     @property
     def frozen(self) -> bool:
         """Whether there is nothing to train."""
-        return bool(self.recipe["adapter"] == {"recipe": "none"})
+        return bool(self.recipe["adapter"] == NONE)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Plan:
     seeds: list[int]
     rates: list[float]
     tuning_seeds: list[int]
-    """None where a single rate is used for all."""
+    """Empty where a single rate is used for all."""
     steps: int
     budget: int | None
     """Trained numbers; None for a budget of steps."""
@@ -94,26 +94,29 @@ class Plan:
     @property
     def runs(self) -> int:
         """How many runs there are in all."""
-        trained = [method for method in self.methods if method.adapter != {"recipe": "none"}]
+        trained = [method for method in self.methods if not method.frozen]
         frozen = len(self.methods) - len(trained)
         return len(trained) * (len(self.seeds) + len(self.rates) * len(self.tuning_seeds)) + frozen
 
     def tuning(self, method: Method) -> list[Job]:
         """The runs that try rates for a method; none where there is one rate, or nothing to train."""
-        if method.adapter == {"recipe": "none"}:
+        if method.frozen:
             return []
         return [self._job(method, seed, lr, True) for lr in self.rates for seed in self.tuning_seeds]
 
     def reported(self, method: Method, lr: float) -> list[Job]:
         """The runs of a method that are reported; one for the frozen base."""
-        seeds = self.seeds[:1] if method.adapter == {"recipe": "none"} else self.seeds
-        return [self._job(method, seed, lr, False) for seed in seeds]
+        return [self._job(method, seed, lr, False) for seed in self.reported_seeds(method)]
+
+    def reported_seeds(self, method: Method) -> list[int]:
+        """The seeds that a method is reported with; nothing of the frozen base depends on one."""
+        return self.seeds[:1] if method.frozen else self.seeds
 
     def folder(self, method: str, seed: int, tried: float | None = None) -> str:
         """Where a run lies, relative to the comparison's folder; `tried`: the rate of a run that tries one."""
         if tried is not None:
             return f"tuning/{self.slugs[method]}/lr{tried:g}-s{seed}"
-        name = "base" if self.of(method).adapter == {"recipe": "none"} else f"s{seed}"
+        name = "base" if self.of(method).frozen else f"s{seed}"
         return f"runs/{self.slugs[method]}/{name}"
 
     def of(self, name: str) -> Method:

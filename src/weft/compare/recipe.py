@@ -25,7 +25,7 @@ from pydantic import Field, field_validator, model_validator
 from weft.errors import ConfigError
 from weft.numbers import is_number, is_whole
 from weft.strict import Strict
-from weft.train.recipe import Subject, TrainConfig, apply, read_file
+from weft.train.recipe import Subject, TrainConfig, read_file
 
 Metric = Literal["loss", "exact_match", "accuracy", "macro_f1", "bleu", "rouge_l"]
 OF_ANSWERS = ("exact_match", "bleu", "rouge_l")
@@ -133,14 +133,7 @@ class CompareRecipe(Subject):
             found, content = Path.cwd(), dict(source)
         else:
             found, content = Path(source).parent, _from_file(Path(source))
-        for override in overrides:
-            content = apply(content, override)
-        for key, hint in _MISSING.items():
-            if key not in content and set(content) <= set(cls.model_fields):
-                raise ConfigError(f"the comparison has no {key!r}: {hint}")
-        recipe = cls.parse(content)
-        recipe._base_dir = (base_dir or found).resolve()
-        return recipe
+        return cls._made(content, overrides, base_dir or found, _MISSING)
 
 
 _MISSING = {

@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+NONE = {"recipe": "none"}
+"""The adapter section of the frozen base."""
 FORMAT = 1
 """Version of the record; a newer one is refused by name."""
 
@@ -58,7 +60,7 @@ class Method:
 
     name: str
     adapter: dict[str, Any]
-    """The adapter section that is trained, with the rank that the budget gave it; {"recipe": "none"} is the frozen base."""
+    """The adapter section that is trained, with the rank that the budget gave it; `NONE` is the frozen base."""
     rank: int | None = None
     alpha: float | None = None
     parameters: int | None = None
@@ -73,6 +75,11 @@ class Method:
     """The chosen rate is the lowest or highest that was tried: a better one may lie outside."""
     note: str = ""
     """What could not be made equal, in a sentence."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is the base without an adapter."""
+        return self.adapter == NONE
 
 
 @dataclass(frozen=True)

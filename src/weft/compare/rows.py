@@ -43,7 +43,7 @@ def _no_contender(method: Method, baseline: str, complete: bool) -> Verdict | No
     if method.name == baseline:
         missing = "" if complete else ", and no seed of it is complete"
         return Verdict("baseline", f"what the others are compared with{missing}")
-    if method.adapter.get("recipe") == "none":
+    if method.frozen:
         return Verdict("single", "the frozen base: no verdict")
     return None
 

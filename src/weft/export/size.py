@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from weft.export.drawn import drawn_parts
-from weft.export.factors import Pair, closed_form, combined
+from weft.export.drawn import drawn_parts, in_full
+from weft.export.gates import Gates
+from weft.export.lora import pairs
 from weft.export.source import Source
-from weft.glue.layer import WeftLinear
 from weft.glue.stock import HOST, trained_modules
 from weft.glue.updates import base_of
-from weft.site import Site
 
 
 def lora_bytes(source: Source) -> int | None:
@@ -25,30 +24,26 @@ def lora_bytes(source: Source) -> int | None:
 
     For a routed adapter, which has no exact export, those of its export at the mean gate.
     """
-    drawn = drawn_parts(source)
-    whole = trained_modules(base_of(source.model), source.adapters)
-    for name, module in drawn.items():
-        whole |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    found = pairs(source, _any_gates(source))
+    whole = trained_modules(base_of(source.model), source.adapters) | in_full(drawn_parts(source), found)
+    sites = {name: pair for name, pair in found.items() if pair.rank}
     shapes = {f"{HOST}{name}": tuple(value.shape) for name, value in whole.items()}
-    empty = True
-    for layer in source.layers:
-        pair = _pair(layer, source.adapters)
-        if pair.rank and layer.module_name not in drawn:
-            shapes[f"{HOST}{layer.module_name}.lora_A.weight"] = tuple(pair.a.shape)
-            shapes[f"{HOST}{layer.module_name}.lora_B.weight"] = tuple(pair.b.shape)
-            empty = False
-    return None if empty else file_bytes(shapes)
+    for name, pair in sites.items():
+        shapes |= {f"{HOST}{name}.lora_{part}.weight": tuple(getattr(pair, part.lower()).shape) for part in "AB"}
+    return file_bytes(shapes) if sites else None
 
 
-def _pair(layer: WeftLinear, adapters: Sequence[str]) -> Pair:
-    sites = [layer.site(name) for name in adapters if name in layer.weft_site]
-    return combined(closed_form(site, _any_gate(site)) for site in sites)
-
-
-def _any_gate(site: Site) -> torch.Tensor | None:
-    """Weights for the heads of a routed site: which ones does not matter to its rank."""
-    heads = site.factors().heads
-    return None if site.mergeable else torch.full((heads,), 1 / heads)
+def _any_gates(source: Source) -> Gates:
+    """Weights for the heads of every routed site: which ones does not matter to its rank."""
+    gates: Gates = {}
+    for layer, name in (
+        (layer, name) for layer in source.layers for name in source.adapters if name in layer.weft_site
+    ):
+        site = layer.site(name)
+        if not site.mergeable:
+            heads = site.factors().heads
+            gates.setdefault(name, {})[layer.module_name] = torch.full((heads,), 1 / heads)
+    return gates
 
 
 def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:

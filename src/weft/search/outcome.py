@@ -10,7 +10,7 @@ from weft.errors import RunError
 from weft.schedule import together
 from weft.search.rules import choose
 from weft.search.selection import Candidate, Selection
-from weft.terms.layers.search import weights
+from weft.terms.layers.search import Search, weights
 
 if TYPE_CHECKING:
     from weft.search.driver import LayerSearch
@@ -96,7 +96,15 @@ def _last(search: LayerSearch, name: str) -> float | None:
 
 
 def _cost(search: LayerSearch) -> float:
-    """Of one step on α, in training steps: rows through forward and backward; a double backward counts as two passes."""
-    rows, asked = search.inner.batch_size * search.inner.accumulation, search.search
-    unrolled = 0 if asked.hypergrad == "direct" else 2 * (asked.unroll_steps or asked.inner_steps)
-    return asked.inner_steps + unrolled + search.sizes["validation"] * asked.outer_batches / rows
+    inner = search.inner
+    return cost_of_step(search.search, inner.batch_size * inner.accumulation, search.sizes["validation"])
+
+
+def cost_of_step(search: Search, rows: int, outer_rows: int) -> float:
+    """Of one step on α, in training steps of `rows` rows: rows through forward and backward, and twice those of a double backward.
+
+    Args:
+        outer_rows: rows of an outer micro-batch.
+    """
+    unrolled = 0 if search.hypergrad == "direct" else 2 * (search.unroll_steps or search.inner_steps)
+    return search.inner_steps + unrolled + outer_rows * search.outer_batches / rows

@@ -36,11 +36,6 @@ from weft.train.stopwatch import Timed, timed
 WEIGHTS = "adapter_model.safetensors"
 
 
-def figures(run: Run) -> dict[str, float]:
-    """The figures of a run, by the names above; none where it is not complete."""
-    return dict(run.figures)
-
-
 def measured(prepared: Prepared, run: Run, state: TrainerState) -> dict[str, float]:
     """The figures of a run whose training has ended and whose adapter is written."""
     file = run.adapter_folder / WEIGHTS

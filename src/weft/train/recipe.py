@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -101,6 +101,20 @@ class Subject(Strict):
         """What relative model and data paths count from: the recipe file's folder, else the working folder."""
         return self._base_dir
 
+    @classmethod
+    def _made(
+        cls, content: dict[str, Any], overrides: Iterable[str], base_dir: Path, needed: Mapping[str, str]
+    ) -> Self:
+        """The recipe of `content` with `overrides`; `needed` has the keys that must be there, and what to do where one is not."""
+        for override in overrides:
+            content = apply(content, override)
+        for key, hint in needed.items():
+            if key not in content and set(content) <= set(cls.model_fields):
+                raise ConfigError(f"{cls.where} has no {key!r}: {hint}")
+        recipe = cls.parse(content)
+        recipe._base_dir = base_dir.resolve()
+        return recipe
+
 
 class Recipe(Subject):
     """A whole recipe. Made by `Recipe.read`; `recipe.model_dump()` is what the run folder keeps."""
@@ -130,14 +144,7 @@ class Recipe(Subject):
             found, content = Path.cwd(), dict(source)
         else:
             found, content = _from_file_or_name(source)
-        for override in overrides:
-            content = apply(content, override)
-        for key in ("data", "adapter", "out"):
-            if key not in content and set(content) <= set(cls.model_fields):
-                raise ConfigError(f"the recipe has no {key!r}: {_MISSING[key]}")
-        recipe = cls.parse(content)
-        recipe._base_dir = (base_dir or found).resolve()
-        return recipe
+        return cls._made(content, overrides, base_dir or found, _MISSING)
 
 
 _MISSING = {

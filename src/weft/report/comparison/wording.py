@@ -186,4 +186,4 @@ def kind_of(found: Comparison, row: Row) -> str:
 
 def is_frozen(found: Comparison, name: str) -> bool:
     """Whether a method is the frozen base."""
-    return found.method(name).adapter.get("recipe") == "none"
+    return found.method(name).frozen
