@@ -15,10 +15,11 @@ import yaml
 from evidence import ROOT, SOURCES
 
 from claims import CLAIMS, Claim, Contrast, Side
+from weft.compare.metrics import METRICS
 from weft.compare.record import Interval, Method, Outcome, Row, Verdict
 from weft.compare.rows import rows
 from weft.compare.stats import expected_false, interval
-from weft.compare.verdict import UNITS, verdict
+from weft.compare.verdict import verdict
 
 DEMO = ROOT / "evidence" / "demo.yaml"
 PLACES = {
@@ -189,7 +190,7 @@ def length(contrast: Contrast) -> str:
 
 def difference(gap: Interval, metric: str) -> str:
     """A signed difference with its interval and unit."""
-    unit = UNITS[metric]
+    unit = METRICS[metric]
     digits = 4 if metric == "loss" else 2
     mean, *ends = (f"{value * unit.factor:+.{digits}f}" for value in (gap.mean, gap.low, gap.high) if value is not None)
     return f"{mean} [{', '.join(ends)}] {unit.word}" if ends else f"{mean} {unit.word}"

@@ -17,13 +17,12 @@ from rich.table import Table
 
 from weft.cli import output
 from weft.cli.display import LINE_EVERY
+from weft.compare.metrics import metric_of
 
 if TYPE_CHECKING:
     from weft.compare.plan import Plan
     from weft.compare.record import Comparison, Interval, Method, Outcome
     from weft.compare.running import Standing, Watch
-
-SHARES = ("exact_match", "accuracy", "macro_f1")
 
 
 def compare(
@@ -225,7 +224,7 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
     """A mean with its interval, and of how many seeds, where that is not all."""
     if found is None:
         return ""
-    unit = " %" if metric in SHARES else ""
+    unit = " %" if metric_of(metric).share else ""
     mean, *ends = (
         _number(value, metric, sign).removesuffix(unit)
         for value in (found.mean, found.low, found.high)
@@ -237,7 +236,7 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
 
 def _number(value: float, metric: str, sign: bool = False) -> str:
     form = "+" if sign else ""
-    if metric in SHARES:
+    if metric_of(metric).share:
         return f"{100 * value:{form}.1f} %"
     return f"{value:{form}.4f}" if metric == "loss" else f"{value:{form}.1f}"
 

@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weft.compare.plan import HIGHER_IS_BETTER, Plan
+from weft.compare.metrics import METRICS
+from weft.compare.plan import Plan
 from weft.compare.record import Comparison, Method, Outcome, Rate, Status
 from weft.compare.rows import rows
 from weft.compare.work import PROBLEM, SCORES, status
 from weft.errors import ConfigError, RunError
 from weft.train.files import read_json
 from weft.train.run import Run
-
-SCORED = tuple(HIGHER_IS_BETTER)
 
 
 def read(folder: Path) -> Comparison:
@@ -133,7 +132,7 @@ def _evaluation(file: Path) -> tuple[dict[str, float], dict[str, dict[str, float
 
 
 def _scores(found: dict[str, Any]) -> dict[str, float]:
-    return {name: float(found[name]) for name in SCORED if found.get(name) is not None}
+    return {name: float(found[name]) for name in METRICS if found.get(name) is not None}
 
 
 def _curve(run: Run) -> list[dict[str, float]]:
@@ -186,7 +185,7 @@ def gather(folders: Sequence[Path]) -> Comparison:
     methods, outcomes = _grouped(runs, top)
     first = runs[0]
     metric = "accuracy" if first.task == "classification" else "loss"
-    higher = HIGHER_IS_BETTER[metric]
+    higher = METRICS[metric].higher
     baseline = next((m.name for m in methods if m.adapter.get("recipe") == "lora"), methods[0].name)
     return Comparison(
         folder=str(top),

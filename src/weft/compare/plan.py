@@ -17,7 +17,8 @@ from typing import Any
 
 from weft.compare.budget import Scales, solve
 from weft.compare.methods import contenders, drawn_blocks, seeded
-from weft.compare.recipe import OF_ANSWERS, CompareRecipe
+from weft.compare.metrics import METRICS
+from weft.compare.recipe import CompareRecipe
 from weft.compare.record import FORMAT, NONE, Method
 from weft.data import generation_prompts
 from weft.data import load as load_data
@@ -29,15 +30,6 @@ from weft.train.loop import PACKAGES, version
 
 TUNING_SEED = 1000
 """The first seed that rates are tried with, unless it is reported."""
-HIGHER_IS_BETTER = {
-    "loss": False,
-    "exact_match": True,
-    "accuracy": True,
-    "macro_f1": True,
-    "bleu": True,
-    "rouge_l": True,
-}
-OF_CLASSES = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
@@ -89,7 +81,7 @@ class Plan:
 
     @property
     def higher_is_better(self) -> bool:
-        return HIGHER_IS_BETTER[self.metric]
+        return METRICS[self.metric].higher
 
     @property
     def runs(self) -> int:
@@ -253,7 +245,7 @@ def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
 def _metric(recipe: CompareRecipe, task: str) -> str:
     classes = task == "classification"
     metric = recipe.metric or ("accuracy" if classes else "loss")
-    valid = ["loss", *OF_CLASSES] if classes else [name for name in HIGHER_IS_BETTER if name not in OF_CLASSES]
+    valid = [each.name for each in METRICS.values() if each.of in ("loss", "classes" if classes else "answers")]
     if metric not in valid:
         raise ConfigError(f"metric={metric!r} is none of the task {task}: use one of {', '.join(valid)}.")
     return metric
@@ -261,7 +253,7 @@ def _metric(recipe: CompareRecipe, task: str) -> str:
 
 def _check_countable(metric: str, data: Any) -> None:
     """Refuse a metric that no answer to the test rows could have. Raises ConfigError."""
-    if metric not in OF_ANSWERS:
+    if METRICS[metric].of != "answers":
         return
     references = [prompt.reference for prompt in generation_prompts(data.test)]
     if not references:

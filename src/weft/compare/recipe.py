@@ -22,13 +22,12 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from weft.compare import metrics
 from weft.errors import ConfigError
 from weft.numbers import is_number, is_whole
 from weft.strict import Strict
 from weft.train.recipe import Subject, TrainConfig, read_file
 
-Metric = Literal["loss", "exact_match", "accuracy", "macro_f1", "bleu", "rouge_l"]
-OF_ANSWERS = ("exact_match", "bleu", "rouge_l")
 RATES = (5e-4, 2e-3, 8e-3)
 """Learning rates that are tried where a recipe names none: each four times the one before."""
 
@@ -70,7 +69,7 @@ class CompareRecipe(Subject):
     scale: float | Literal["own"] = 2.0
     seeds: int | list[int] = 5
     rates: Rates | None = None
-    metric: Metric | None = None
+    metric: metrics.Name | None = None
     answers: bool | None = None
     """Whether test answers are generated, for exact match, BLEU and ROUGE-L, which may take longer than all else; none is yes."""
     out: str = Field(min_length=1)
@@ -100,7 +99,7 @@ class CompareRecipe(Subject):
             raise ConfigError("train.seed is one seed, and a comparison has several: give seeds instead.")
         if "lr" in given and self.rates is not None:
             raise ConfigError(f"train.lr={self.train.lr:g} and rates are both given: keep one of them.")
-        if self.answers is False and self.metric in OF_ANSWERS:
+        if self.answers is False and self.metric and metrics.METRICS[self.metric].of == "answers":
             raise ConfigError(
                 f"metric={self.metric} is of answers, and answers=false generates none: drop one of the two."
             )

@@ -3,29 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from weft.compare.metrics import metric_of
 from weft.compare.record import Interval, Verdict
 from weft.compare.stats import MOST_SEEDS, interval, is_constant, seeds_needed
-
-
-@dataclass(frozen=True)
-class Unit:
-    """How differences of a metric are said: `factor` times the number, and the word for it."""
-
-    word: str
-    factor: float = 1.0
-
-
-UNITS = {
-    "loss": Unit("nats"),
-    "exact_match": Unit("points of exact match", 100),
-    "accuracy": Unit("points of accuracy", 100),
-    "macro_f1": Unit("points of macro F1", 100),
-    "bleu": Unit("points of BLEU"),
-    "rouge_l": Unit("points of ROUGE-L"),
-}
-"""Shares are said in points, which are hundredths. A metric that is not here is said by its own name."""
 
 
 def verdict(
@@ -72,7 +53,7 @@ def excludes_zero(found: Interval) -> bool:
 
 def size(found: Interval, metric: str) -> str:
     """A difference without its sign, with its interval: 0.031 nats [0.012, 0.050]. The interval must not have 0 in it."""
-    unit = UNITS.get(metric, Unit(metric))
+    unit = metric_of(metric)
     numbers = sorted(abs(value) * unit.factor for value in (found.low, found.mean, found.high) if value is not None)
     low, mean, high = (f"{value:.{_digits(numbers[0], numbers[-1] - numbers[0])}f}" for value in numbers)
     return f"{mean} {unit.word} [{low}, {high}]"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from weft.compare.metrics import METRICS
 from weft.compare.record import Comparison, Interval, Outcome, Row
 from weft.report.comparison.parts import Cell, Column, Line, Part, Sheet, of_method
 from weft.report.comparison.spread import interval, score
 from weft.report.comparison.wording import (
-    METRICS,
     Metric,
     count,
     figures,

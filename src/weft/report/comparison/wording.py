@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from weft.compare import metrics
 from weft.compare.record import Comparison, Interval, Kind, Outcome, Row
 from weft.report.comparison.parts import Cell
 
@@ -19,17 +20,8 @@ KINDS: dict[Kind, str] = {
 """How the page calls what may be said of a method."""
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a score is called and written."""
-
-    name: str
-    title: str
-    share: bool = False
-    digits: int = 4
-    higher: bool = True
-    most: float = math.inf
-    """The largest there is; the least is 0."""
+class Metric(metrics.Metric):
+    """How a score is written."""
 
     @property
     def direction(self) -> str:
@@ -66,22 +58,9 @@ class Metric:
         return "percentage points" if self.share else ""
 
 
-METRICS = {
-    metric.name: metric
-    for metric in (
-        Metric("loss", "loss", higher=False),
-        Metric("exact_match", "exact match", share=True, most=1),
-        Metric("accuracy", "accuracy", share=True, most=1),
-        Metric("macro_f1", "macro F1", share=True, most=1),
-        Metric("bleu", "BLEU", digits=2, most=100),
-        Metric("rouge_l", "ROUGE-L", digits=2, most=100),
-    )
-}
-
-
 def metric(name: str) -> Metric:
     """The metric of a name; one that is not known is written plainly."""
-    return METRICS.get(name) or Metric(name, name.replace("_", " "))
+    return Metric(**vars(metrics.metric_of(name)))
 
 
 def minus(number: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.compare import load
-from weft.compare.plan import HIGHER_IS_BETTER
+from weft.compare.metrics import METRICS
 from weft.compare.record import Comparison
 from weft.compare.rows import rows
 from weft.errors import ConfigError, RunError, suggest
@@ -76,10 +76,10 @@ def judged(found: Comparison, baseline: str | None, metric: str | None) -> Compa
     names = [method.name for method in found.methods]
     if baseline is not None and baseline not in names:
         raise ConfigError(f"there is no method {baseline!r} in {found.folder}: {suggest(baseline, names)}")
-    known = [found.metric, *(name for name in other_metrics(found) if name in HIGHER_IS_BETTER)]
+    known = [found.metric, *(name for name in other_metrics(found) if name in METRICS)]
     if metric is not None and metric not in known:
         raise ConfigError(f"the runs in {found.folder} have no score {metric!r}: {suggest(metric, known)}")
     base, by = baseline or found.baseline, metric or found.metric
-    higher = HIGHER_IS_BETTER[by]
+    higher = METRICS[by].higher
     made = rows(found.methods, found.outcomes, by, higher, base)
     return replace(found, baseline=base, metric=by, higher_is_better=higher, rows=made)
