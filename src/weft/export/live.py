@@ -75,9 +75,8 @@ def choose(model: nn.Module, adapters: Sequence[str]) -> None:
             module.set_adapter(list(adapters))
         elif isinstance(module, ModulesToSaveWrapper):
             module.enable_adapters(True)
-            module.set_adapter(
-                [name for name in adapters if name in module.modules_to_save][:1]
-            )  # none: the base's own
+            own = [name for name in adapters if name in module.modules_to_save]
+            module.set_adapter(own[:1])  # none: the base's own
 
 
 @contextmanager

@@ -34,9 +34,8 @@ def is_gated_mlp(module: nn.Module) -> bool:
         source = inspect.getsource(forward).lstrip()
     except (OSError, TypeError):
         return False
-    if hasattr(forward, "__wrapped__") or not source.startswith(
-        "def "
-    ):  # decorated: this is the source of what is inside
+    decorated = hasattr(forward, "__wrapped__") or not source.startswith("def ")
+    if decorated:  # this is the source of what is inside
         return False
     head, _, body = source.partition(":\n")
     lines = [re.sub(r"\s|#.*", "", line) for line in body.splitlines()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from weft.report.comparison.parts import Cell, Column, of_method
 from weft.report.comparison.results import other_metrics
 from weft.report.comparison.spread import score
 from weft.report.comparison.wording import figures, is_frozen, listed, metric, rate
+from weft.train.run import differences
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _recipe(evidence: Evidence, name: str) -> Recipe:
     if not runs:
         return Recipe(*ids, "No run of it has left a recipe.", "", "", "")
     first, file = runs[0], _file(name)
-    commands = "\n".join(_command(file, changes(first.recipe, run.recipe)) for run in runs)
+    commands = "\n".join(_command(file, differences(first.recipe, run.recipe, "")) for run in runs)
     about = f"Relative paths in it count from {first.base_dir}.{_rates(found, name)}"
     return Recipe(*ids, about, commands, file, yaml.safe_dump(first.recipe, sort_keys=False, allow_unicode=True))
 
@@ -130,25 +131,10 @@ def _rates(found: Comparison, name: str) -> str:
     )
 
 
-def _command(file: str, changed: Mapping[str, Any]) -> str:
-    return shlex.join(["weft", "train", file, *(f"{key}={_value(value)}" for key, value in changed.items())])
+def _command(file: str, changed: Iterable[tuple[str, tuple[Any, Any]]]) -> str:
+    """Training from a recipe file with what a run has other than it."""
+    return shlex.join(["weft", "train", file, *(f"{key}={_value(after)}" for key, (_, after) in changed)])
 
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def changes(first: Mapping[str, Any], other: Mapping[str, Any], under: str = "") -> dict[str, Any]:
-    """What must be set over one recipe to have the other, by dotted key.
-
-    >>> changes({"train": {"seed": 0, "lr": 1}, "out": "a"}, {"train": {"seed": 1, "lr": 1}, "out": "b"})
-    {'train.seed': 1, 'out': 'b'}
-    """
-    found: dict[str, Any] = {}
-    for key in dict.fromkeys([*first, *other]):
-        before, after = first.get(key), other.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found |= changes(before, after, f"{under}{key}.")
-        elif before != after:
-            found[f"{under}{key}"] = after
-    return found
