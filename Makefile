@@ -11,7 +11,7 @@ JOBS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
-# Bytecode is kept even where the shell says not to: without, each of a hundred processes compiles weft, and pytest the tests.
+# Bytecode is kept even where the shell says not to: without, each of a hundred processes compiles weftlora, and pytest the tests.
 unexport PYTHONDONTWRITEBYTECODE
 # Real models and data for the tests and examples that use them, where this machine has them.
 ifndef WEFT_DATA
@@ -30,7 +30,7 @@ install: $(STAMP) ## the virtual environment .venv with the pinned versions (the
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "weft needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3"; exit 1; }
+		|| { echo "weftlora needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # torch first and by its exact version, so that no other requirement can bring in a newer one
 	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
@@ -78,12 +78,12 @@ evidence: $(STAMP) ## the results under evidence/ and the pages made of them, on
 	$(BIN)/python scripts/evidence.py --all --jobs $(JOBS)
 
 bench: $(STAMP) ## the table of figures: a training step against the frozen base and stock peft LoRA (a quarter of an hour)
-	$(BIN)/weft bench step --all --rounds 9 --out bench/step.json
+	$(BIN)/weftlora bench step --all --rounds 9 --out bench/step.json
 
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-soak: $(STAMP) ## kill `weft train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
+soak: $(STAMP) ## kill `weftlora train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 clean: ## delete the environment and all that was built; runs/ stays

@@ -34,8 +34,8 @@ from typing import Any
 import dash_runs
 from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
-from weft.schedule.agreement import spearman
-from weft.schedule.scoring import kind_of
+from weftlora.schedule.agreement import spearman
+from weftlora.schedule.scoring import kind_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "alora-runs.json"

@@ -1,4 +1,4 @@
-"""The README's plot: a training step and what it saves, of weft's methods and of stock peft, from `bench/step.json`.
+"""The README's plot: a training step and what it saves, of weftlora's methods and of stock peft, from `bench/step.json`.
 
 python scripts/bench_plot.py            writes docs/images/step.svg
 python scripts/bench_plot.py --check    says whether it is that of the committed record
@@ -36,7 +36,7 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
         case = row["case"]
         kind = case["kind"] if case["adapter"] == "fp32" else f"{case['kind']} {case['adapter']}"
         if row["dtype"] == DTYPE and kind in NAMES and not case["compiled"] and case["mask"] == "linear":
-            by = "stock peft" if case["kind"] == "peft" else "weft"
+            by = "stock peft" if case["kind"] == "peft" else "weftlora"
             common = {"method": NAMES[kind], "dropout": f"dropout {case['p']:g}", "by": by}
             ratio = row["ratio"]
             found.append({**common, "what": "step time", **ratio})
@@ -53,7 +53,7 @@ def chart(record: dict[str, Any]) -> dict[str, Any]:
         "field": "by",
         "type": "nominal",
         "title": None,
-        "scale": {"domain": ["weft", "stock peft"], "range": ["#2f6f6b", "#b5654a"]},
+        "scale": {"domain": ["weftlora", "stock peft"], "range": ["#2f6f6b", "#b5654a"]},
         "legend": {"orient": "top"},
     }
     value = {

@@ -129,7 +129,7 @@ def _bash(code: str, where: str) -> None:
 
 
 def _yaml(code: str) -> None:
-    from weft.train.recipe import Recipe, read_yaml
+    from weftlora.train.recipe import Recipe, read_yaml
 
     content = read_yaml(code, "the block")
     if isinstance(content, dict) and {"adapter", "data"} <= content.keys():
@@ -179,7 +179,7 @@ def check_only_page() -> None:
 
 
 def check_apart(page: Path, address: str) -> str | None:
-    """`check_page` in a process and a folder of its own, where `weft` starts as fast; the server is at `address`."""
+    """`check_page` in a process and a folder of its own, where `weftlora` starts as fast; the server is at `address`."""
     with tempfile.TemporaryDirectory(prefix="weft-docs-") as folder, tempfile.TemporaryFile("w+") as shown:
         environment = dict(os.environ)
         environment["PATH"] = os.pathsep.join(
@@ -204,10 +204,10 @@ def check_apart(page: Path, address: str) -> str | None:
 
 
 def _command(folder: Path, address: str) -> Path:
-    """A folder with a `weft` that runs what the installed `weft` runs, in a process forked from the server."""
-    (installed,) = entry_points(group="console_scripts", name="weft")
+    """A folder with a `weftlora` that runs what the installed `weftlora` runs, in a process forked from the server."""
+    (installed,) = entry_points(group="console_scripts", name="weftlora")
     ask = [sys.executable, "-S", "-E", preloaded.__file__, "ask", address, installed.value]
-    script = folder / "bin" / "weft"
+    script = folder / "bin" / "weftlora"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec {shlex.join(ask)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
@@ -215,7 +215,7 @@ def _command(folder: Path, address: str) -> Path:
 
 
 def work(page: Path) -> int:
-    """How long a page will take, roughly: its lines of code, and thirty for each `weft`."""
+    """How long a page will take, roughly: its lines of code, and thirty for each `weftlora`."""
     code = "".join(re.findall(r"^```(?:python|bash)$(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.M))
     return code.count("\n") + 30 * code.count("\nweft ")
 

@@ -2,7 +2,7 @@
 
     python scripts/demo.py [--out runs/demo] [--steps N] [--rows N] [--jobs N] [--report demo-report.html]
 
-Each method is trained once, so there is no verdict. It is what `weft compare` does with the recipe that is printed first; the runs
+Each method is trained once, so there is no verdict. It is what `weftlora compare` does with the recipe that is printed first; the runs
 stay in the folder. Each method is then asked one question.
 """
 
@@ -21,13 +21,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import weft
-from weft.cli.compare import result, watching
-from weft.cli.output import calling
-from weft.data.demo import demo_rows
+import weftlora
+from weftlora.cli.compare import result, watching
+from weftlora.cli.output import calling
+from weftlora.data.demo import demo_rows
 
 if TYPE_CHECKING:
-    from weft.compare import Comparison
+    from weftlora.compare import Comparison
 
 METHODS = [
     "lora",
@@ -69,16 +69,16 @@ def main() -> None:
     made = recipe(given.out, given.steps, given.rows)
     console.print(yaml.safe_dump(made, sort_keys=False, default_flow_style=None, width=120), highlight=False)
     with calling(as_json=False, quiet=True), watching(True) as watch:
-        found = weft.compare.compare(made, jobs=given.jobs, overwrite=_is_comparison(given.out), watch=watch)
+        found = weftlora.compare.compare(made, jobs=given.jobs, overwrite=_is_comparison(given.out), watch=watch)
     console.print(result(found))
     with calling(as_json=False, quiet=True):
         warnings.simplefilter("ignore")
         answers = asked(found)
     console.print(answers)
-    page = weft.report(found.folder, out=given.report).path
+    page = weftlora.report(found.folder, out=given.report).path
     console.print(f"The report: {Path(page).resolve()}")
     console.print(
-        f"{time.monotonic() - began:.0f} s in all. One seed on a toy ranks nothing; five do: weft compare, with seeds: 5."
+        f"{time.monotonic() - began:.0f} s in all. One seed on a toy ranks nothing; five do: weftlora compare, with seeds: 5."
     )
     if any(outcome.status == "failed" for outcome in found.outcomes):
         sys.exit(1)
@@ -95,7 +95,9 @@ def asked(found: Comparison) -> Table:
     for outcome in found.outcomes:
         if outcome.status == "complete" and outcome.figures:
             run = Path(found.folder) / outcome.folder
-            table.add_row(outcome.method, weft.train.generate(run, question["prompt"], max_new_tokens=24).text.strip())
+            table.add_row(
+                outcome.method, weftlora.train.generate(run, question["prompt"], max_new_tokens=24).text.strip()
+            )
     table.caption = f"The answer is {question['completion'].strip()}."
     return table
 
@@ -103,5 +105,5 @@ def asked(found: Comparison) -> Table:
 if __name__ == "__main__":
     try:
         main()
-    except weft.WeftError as error:
+    except weftlora.WeftError as error:
         sys.exit(f"demo: {error}")

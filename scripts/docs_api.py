@@ -8,52 +8,52 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-import weft
+import weftlora
 
-# Heading of the page of `weft`, and where the names below it are defined; the longest that fits decides. A name that fits
+# Heading of the page of `weftlora`, and where the names below it are defined; the longest that fits decides. A name that fits
 # nowhere is an error.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Recipes": ("weft.recipes",),
-    "The general config and its axes": ("weft.spec", "weft.terms", "weft.times"),
-    "Train, evaluate, generate": ("weft.train",),
-    "In a loop of your own": ("weft.glue.attach", "weft.glue.routing"),
-    "Select blocks": ("weft.search",),
-    "Compare and report": ("weft.compare", "weft.report"),
-    "Look inside": ("weft.report.heads", "weft.report.inspecting", "weft.train.directions"),
-    "Export and import": ("weft.export", "weft.glue.official"),
-    "Errors": ("weft.errors",),
+    "Recipes": ("weftlora.recipes",),
+    "The general config and its axes": ("weftlora.spec", "weftlora.terms", "weftlora.times"),
+    "Train, evaluate, generate": ("weftlora.train",),
+    "In a loop of your own": ("weftlora.glue.attach", "weftlora.glue.routing"),
+    "Select blocks": ("weftlora.search",),
+    "Compare and report": ("weftlora.compare", "weftlora.report"),
+    "Look inside": ("weftlora.report.heads", "weftlora.report.inspecting", "weftlora.train.directions"),
+    "Export and import": ("weftlora.export", "weftlora.glue.official"),
+    "Errors": ("weftlora.errors",),
 }
 
 # Classes that public calls return and that no `__all__` names, in the section of those calls.
 RETURNED: dict[str, tuple[str, ...]] = {
     "Train, evaluate, generate": (
-        "weft.train.evaluation.Evaluation",
-        "weft.train.evaluation.Scores",
-        "weft.train.generation.Generation",
+        "weftlora.train.evaluation.Evaluation",
+        "weftlora.train.evaluation.Scores",
+        "weftlora.train.generation.Generation",
     ),
-    "Compare and report": ("weft.report.comparison.writing.Report",),
+    "Compare and report": ("weftlora.report.comparison.writing.Report",),
     "Look inside": (
-        "weft.report.result.Inspection",
-        "weft.report.heads.HeadSuggestion",
-        "weft.glue.report.DirectionsReport",
+        "weftlora.report.result.Inspection",
+        "weftlora.report.heads.HeadSuggestion",
+        "weftlora.glue.report.DirectionsReport",
     ),
 }
 
 # Packages whose public names are commands: the page of the command line shows those.
-COMMANDS = ("weft.cli",)
+COMMANDS = ("weftlora.cli",)
 
 
 def of_weft() -> str:
-    """The names of `weft` by section."""
+    """The names of `weftlora` by section."""
     parts = []
     for title, inside in sections().items():
-        entries = [_entry(f"weft.{name}", _place(weft, name)) for name in inside]
+        entries = [_entry(f"weftlora.{name}", _place(weftlora, name)) for name in inside]
         parts.append("\n".join([f"## {title}\n", *entries, *(_entry(p, p) for p in RETURNED.get(title, ()))]))
     return "\n".join(parts)
 
 
 def of_packages() -> str:
-    """The names of the public packages below `weft`."""
+    """The names of the public packages below `weftlora`."""
     parts = []
     for package, inside in packages().items():
         module = importlib.import_module(package)
@@ -64,31 +64,31 @@ def of_packages() -> str:
 
 
 def sections() -> dict[str, list[str]]:
-    """Section → public names of `weft`, each once, in the order of `__all__`."""
+    """Section → public names of `weftlora`, each once, in the order of `__all__`."""
     found: dict[str, list[str]] = {title: [] for title in SECTIONS}
-    for name in weft.__all__:
-        value = getattr(weft, name)
+    for name in weftlora.__all__:
+        value = getattr(weftlora, name)
         home = value.__name__ if inspect.ismodule(value) else value.__module__
         fits = [(len(at), title) for title, homes in SECTIONS.items() for at in homes if home.startswith(at)]
         if not fits:
-            raise SystemExit(f"weft.{name} is defined in {home}, which no section of docs_api.SECTIONS takes")
+            raise SystemExit(f"weftlora.{name} is defined in {home}, which no section of docs_api.SECTIONS takes")
         found[max(fits)[1]].append(name)
     return {title: inside for title, inside in found.items() if inside}
 
 
 def packages() -> dict[str, list[str]]:
-    """Public package below `weft` → the names of its `__all__` that `weft` itself does not have."""
+    """Public package below `weftlora` → the names of its `__all__` that `weftlora` itself does not have."""
     found = {}
-    for module in pkgutil.iter_modules(weft.__path__, "weft."):
+    for module in pkgutil.iter_modules(weftlora.__path__, "weftlora."):
         if module.ispkg and module.name not in COMMANDS:
             public = getattr(importlib.import_module(module.name), "__all__", [])
-            if own := [name for name in public if name not in weft.__all__]:
+            if own := [name for name in public if name not in weftlora.__all__]:
                 found[module.name] = own
     return found
 
 
 def _place(package: ModuleType, name: str) -> str:
-    """Where the source has a public name: where it is defined if a module has the same name, as with `weft.train`."""
+    """Where the source has a public name: where it is defined if a module has the same name, as with `weftlora.train`."""
     place = f"{package.__name__}.{name}"
     if importlib.util.find_spec(place) is None:
         return place

@@ -34,7 +34,7 @@ MEANING: dict[str, str] = {
     "model.attn_implementation": "passed to transformers",
     "data.train": "the training rows: a file, a folder saved by `datasets`, or `demo`",
     "data.validation": "the validation rows; left out, they are split off `train`",
-    "data.test": "the rows `weft eval` uses",
+    "data.test": "the rows `weftlora eval` uses",
     "data.format": "`auto` looks at the columns of the first row",
     "data.fields": "role: column, where a column has another name",
     "data.separator": "for `.txt`: what stands between prompt and completion on a line",
@@ -81,7 +81,7 @@ MEANING: dict[str, str] = {
 
 def refused() -> str:
     """Which choices do not go together, and why."""
-    from weft.compat import REFUSED
+    from weftlora.compat import REFUSED
 
     rows = [(f"{one} + {other}", f"{reason}.") for (one, other), reason in REFUSED.items()]
     return _table(("pair", "why"), rows)
@@ -89,7 +89,7 @@ def refused() -> str:
 
 def choices() -> str:
     """The choices of each axis, with their fields and defaults."""
-    from weft.spec import AXES
+    from weftlora.spec import AXES
 
     rows = []
     for axis, kinds in AXES.items():
@@ -100,7 +100,7 @@ def choices() -> str:
 
 def config_fields() -> str:
     """The fields of WeftConfig beside the axes, from its docstring."""
-    from weft.spec import AXES, WeftConfig
+    from weftlora.spec import AXES, WeftConfig
 
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else (f.default_factory or str)()  # type: ignore[misc]
@@ -116,7 +116,7 @@ def config_fields() -> str:
 
 def recipes() -> str:
     """The recipes that a recipe file can name."""
-    from weft.train.builtin import BUILTIN
+    from weftlora.train.builtin import BUILTIN
 
     rows = [(f"`{e.name}`", e.about, f"[{e.paper}](https://arxiv.org/abs/{e.paper[6:]})" if e.paper else "")
             for e in BUILTIN.values()]  # fmt: skip
@@ -125,7 +125,7 @@ def recipes() -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe file: type, default, meaning."""
-    from weft.train.recipe import Recipe
+    from weftlora.train.recipe import Recipe
 
     parts, seen = [], set()
     for title, prefix, fields in _sections(Recipe, ""):
@@ -144,10 +144,10 @@ def recipe_keys() -> str:
 
 def command_help() -> str:
     """`--help` of every command and group of the app, as plain text that depends on no terminal."""
-    from weft.cli.commands import app
+    from weftlora.cli.commands import app
 
     parts = []
-    for context in _contexts(typer.main.get_command(app), "weft", None):
+    for context in _contexts(typer.main.get_command(app), "weftlora", None):
         text = context.command.get_help(context)
         lines = "\n".join(line.rstrip() for line in text.strip("\n").splitlines())
         parts.append(f"## {context.command_path}\n\n```text\n{lines}\n```\n")
@@ -155,7 +155,7 @@ def command_help() -> str:
 
 
 def launch() -> str:
-    """The launch of LoRA-Dash beside the published way, from the record of `weft bench launch`."""
+    """The launch of LoRA-Dash beside the published way, from the record of `weftlora bench launch`."""
     record = json.loads((BENCH / "launch.json").read_text(encoding="utf-8"))
     rows = []
     for row in record["results"]:
@@ -165,7 +165,7 @@ def launch() -> str:
         rows.append(
             (row["what"], str(row["sites"]), str(len(row["seconds"])), *seconds, spread, f"{row['agreed']:.0%}")
         )
-    head = ("W, out x in", "modules", "n", "weft, s", "published, s", "weft / published", "same directions")
+    head = ("W, out x in", "modules", "n", "weftlora, s", "published, s", "weftlora / published", "same directions")
     how = f"{record['clock'].upper()} time of {record['threads']} thread: `{record['command']}`"
     return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {how}."
 
@@ -177,7 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "recipe-keys": recipe_keys,
     "command-help": command_help,
-    "api-weft": docs_api.of_weft,
+    "api-weftlora": docs_api.of_weft,
     "api-packages": docs_api.of_packages,
     "launch": launch,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),

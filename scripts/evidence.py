@@ -38,7 +38,7 @@ class Source:
 
 
 SOURCES = {
-    "demo": Source("all recipes and controls on the demo tasks", "weft compare evidence/demo.yaml --json", True),
+    "demo": Source("all recipes and controls on the demo tasks", "weftlora compare evidence/demo.yaml --json", True),
     "real-runs": Source(
         "HydraLoRA, Tied-LoRA and stock LoRA on real data", "python scripts/real_runs.py --tasks e2e,sst2", True
     ),
@@ -61,12 +61,12 @@ SOURCES = {
 
 
 def build(name: str, jobs: int, more: list[str]) -> None:
-    """Run the command of a result in the project's folder; what `weft` prints as JSON becomes the result."""
+    """Run the command of a result in the project's folder; what `weftlora` prints as JSON becomes the result."""
     source = SOURCES[name]
     program, *rest = shlex.split(source.command)
     arguments = [*rest, *(["--jobs", str(jobs)] if source.takes_jobs else []), *more]
-    start = {"weft": [sys.executable, "-m", "weft.cli"], "python": [sys.executable]}.get(program, [program])
-    record = subprocess.PIPE if program == "weft" else None
+    start = {"weftlora": [sys.executable, "-m", "weftlora.cli"], "python": [sys.executable]}.get(program, [program])
+    record = subprocess.PIPE if program == "weftlora" else None
     done = subprocess.run([*start, *arguments], cwd=ROOT, env=environment(), stdout=record, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} was not made: {source.command} failed.")

@@ -15,11 +15,11 @@ import yaml
 from evidence import ROOT, SOURCES
 
 from claims import CLAIMS, Claim, Contrast, Side
-from weft.compare.metrics import METRICS
-from weft.compare.record import Interval, Method, Outcome, Row, Verdict
-from weft.compare.rows import rows
-from weft.compare.stats import expected_false, interval
-from weft.compare.verdict import verdict
+from weftlora.compare.metrics import METRICS
+from weftlora.compare.record import Interval, Method, Outcome, Row, Verdict
+from weftlora.compare.rows import rows
+from weftlora.compare.stats import expected_false, interval
+from weftlora.compare.verdict import verdict
 
 DEMO = ROOT / "evidence" / "demo.yaml"
 PLACES = {
@@ -36,7 +36,7 @@ WORDS = {
 HEAD = """# Evidence
 
 What the papers claim, and what our runs say of it. Every row compares a method with a named control on the same seeds. The interval
-holds the true mean difference at 95 %; `weft.compare.stats` says how it is made and how often it errs.
+holds the true mean difference at 95 %; `weftlora.compare.stats` says how it is made and how often it errs.
 
 - *holds here*: the method is better, and the interval leaves out 0;
 - *does not hold here*: the method is worse, and the interval leaves out 0;

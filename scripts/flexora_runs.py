@@ -30,7 +30,7 @@ from typing import Any
 import dash_runs
 from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
-from weft.search.rules import Stability, chance, jaccard, stability
+from weftlora.search.rules import Stability, chance, jaccard, stability
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "flexora-runs.json"
@@ -81,7 +81,7 @@ class SearchJob:
     runs: str
 
     def recipe(self) -> dict[str, Any]:
-        """As `weft.train.layers.search_recipe` takes it."""
+        """As `weftlora.train.layers.search_recipe` takes it."""
         granularity, share = SEARCHES[self.kind]
         adapter = {"recipe": "flexora", "granularity": granularity, "inner_lr": share * self.lr, **SEARCH}
         return described(self.task, "", adapter, self.lr, self.seed, self.runs).recipe | {"out": "unused"}
@@ -91,8 +91,8 @@ def search(job: SearchJob) -> dict[str, Any]:
     """The layers of every variant of one seed and kind of search, and what the search cost and found."""
     import torch
 
-    from weft.search import Selection
-    from weft.train.layers import search_recipe
+    from weftlora.search import Selection
+    from weftlora.train.layers import search_recipe
 
     torch.set_num_threads(1)
     path = Path(job.runs) / job.task / f"search-{job.kind}-lr{job.lr:g}-s{job.seed}.json"

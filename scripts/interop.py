@@ -29,9 +29,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import weft
-from weft.data.demo import demo_model_path
-from weft.train.files import write_json
+import weftlora
+from weftlora.data.demo import demo_model_path
+from weftlora.train.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "interop.json"
@@ -64,7 +64,7 @@ def trained(base: Path, ranks: dict[str, int]) -> PeftModel:
     """A LoRA-TSD adapter after its launch, on one sentence."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = get_peft_model(model, weft.LoraTsdConfig(r=4, directions=4, after=3, rank_pattern=ranks))
+    model = get_peft_model(model, weftlora.LoraTsdConfig(r=4, directions=4, after=3, rank_pattern=ranks))
     ids = AutoTokenizer.from_pretrained(base)(STORY, return_tensors="pt").input_ids
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(8):
@@ -138,7 +138,7 @@ def agreement(found: list[list[int]], rows: list[dict[str, Any]], name: str) -> 
 
 def record(base: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
     """What is committed: the counts, and what they were made with."""
-    versions = {name: version(name) for name in ("weft", "torch", "peft", "transformers")}
+    versions = {name: version(name) for name in ("weftlora", "torch", "peft", "transformers")}
     return {
         "command": "make interop",
         "base": base.name,
@@ -166,7 +166,7 @@ def main() -> int:
         rows = greedy(model, base)
         truth.write_text(json.dumps(rows), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        exported = weft.export_lora(model, folder, uniform=layout == "uniform")
+        exported = weftlora.export_lora(model, folder, uniform=layout == "uniform")
         lora = convert(source / "convert_lora_to_gguf.py", folder, folder.with_suffix(".gguf"), "--base", str(base))
         bare, with_lora = answers(python, gguf, None, truth), answers(python, gguf, lora, truth)
         same, differing = agreement(with_lora, rows, "live"), sum(row["live"] != row["base"] for row in rows)

@@ -23,7 +23,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import weft
+import weftlora
 
 RESULTS = Path(__file__).resolve().parent.parent / "evidence" / "layer-cost.json"
 
@@ -34,7 +34,7 @@ def model_with(layers: Sequence[int], count: int, hidden: int) -> nn.Module:
     config = LlamaConfig(
         vocab_size=512, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=count, num_attention_heads=4
     )
-    chosen = weft.PlainLoraConfig(r=8, layers=weft.Only(tuple(layers)))
+    chosen = weftlora.PlainLoraConfig(r=8, layers=weftlora.Only(tuple(layers)))
     return get_peft_model(LlamaForCausalLM(config), chosen).train()
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = measure(**given)
     if given == sizes:
-        versions = f"weft {weft.__version__}, torch {torch.__version__}"
+        versions = f"weftlora {weftlora.__version__}, torch {torch.__version__}"
         content = {"command": "python scripts/layer_cost.py", "versions": versions, **given, "cases": cases}
         RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write("\n".join(table(cases)) + "\n")

@@ -1,4 +1,4 @@
-"""Train the model that ships in `src/weft/assets/demo_model` from the corpus of `weft.data.demo`, from nothing.
+"""Train the model that ships in `src/weftlora/assets/demo_model` from the corpus of `weftlora.data.demo`, from nothing.
 
     python scripts/make_demo_model.py                                  # what is in the package
     python scripts/make_demo_model.py --steps 20 --out demo-try       # a quick look
@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from weft.data.demo import DEFAULT_TASK, Row, demo_rows, demo_words, pretraining_rows
+from weftlora.data.demo import DEFAULT_TASK, Row, demo_rows, demo_words, pretraining_rows
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -173,10 +173,10 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict
     return known | {f"demo task {DEFAULT_TASK}": exact_match(model, tokenizer, demo_rows("test"))}
 
 
-CARD = """# The demo model of weft
+CARD = """# The demo model of weftlora
 
 A Llama-type causal model of {parameters:,} parameters, trained from nothing on procedurally generated rows
-(`weft.data.demo`); it knows no facts and speaks no language. Licence: Apache-2.0, as weft.
+(`weftlora.data.demo`); it knows no facts and speaks no language. Licence: Apache-2.0, as weftlora.
 
     {command}
 
@@ -194,7 +194,7 @@ Greedy exact match on fresh rows of the corpus, and on the test split of the tas
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    default_out = Path(__file__).parents[1] / "src" / "weft" / "assets" / "demo_model"
+    default_out = Path(__file__).parents[1] / "src" / "weftlora" / "assets" / "demo_model"
     parser.add_argument("--out", type=Path, default=default_out)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=128)

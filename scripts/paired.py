@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weft.compare.stats import interval
+from weftlora.compare.stats import interval
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def measure(job: Job) -> dict[str, Any]:
     """Train a run and measure it on its test rows, or read its record where it lies and is of the same recipe."""
     import torch
 
-    import weft
-    from weft.train.run import Run
+    import weftlora
+    from weftlora.train.run import Run
 
     torch.set_num_threads(1)
     record, recipe = job.out / "figures.json", digest(job.recipe)
@@ -72,7 +72,7 @@ def measure(job: Job) -> dict[str, Any]:
         saved: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         if saved.get("recipe") == recipe and (job.score is None or "test" in saved):
             return saved
-    run: Run = weft.train({**job.recipe, "out": str(job.out)}, overwrite=True)
+    run: Run = weftlora.train({**job.recipe, "out": str(job.out)}, overwrite=True)
     figures = {
         **job.labels,
         "recipe": recipe,
@@ -82,7 +82,7 @@ def measure(job: Job) -> dict[str, Any]:
         "train_seconds": run.time["train_seconds"],
     }
     if job.score is not None:
-        scores = weft.evaluate(run, max_new_tokens=1)
+        scores = weftlora.evaluate(run, max_new_tokens=1)
         figures["test"] = getattr(scores.scores, job.score)
         figures["test_domains"] = {name: part.loss for name, part in scores.domains.items()}
     record.write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -112,7 +112,7 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def shown_interval(gaps: Sequence[float]) -> str:
-    """The mean with the 95 % interval of `weft.compare.stats`."""
+    """The mean with the 95 % interval of `weftlora.compare.stats`."""
     found = interval(gaps)
     if found.low is None or found.high is None:
         return f"{found.mean:+.4f} (n = 1)"

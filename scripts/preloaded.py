@@ -1,7 +1,7 @@
 """Fresh processes without the four to eight seconds that loading torch, transformers and trl takes in each.
 
-A server loads those libraries once, never weft, and then forks itself for every request: a program with its arguments,
-folder, environment and open files. What importing weft does, or needs, is seen in each process as in a new one.
+A server loads those libraries once, never weftlora, and then forks itself for every request: a program with its arguments,
+folder, environment and open files. What importing weftlora does, or needs, is seen in each process as in a new one.
 
     preloaded.py serve ADDRESS LIBRARY ...          (the server; ADDRESS is a socket to be made)
     preloaded.py ask ADDRESS PROGRAM ARGUMENT ...   run PROGRAM there, with the folder and files of this process

@@ -28,7 +28,7 @@ TUNING_SEED = 1000
 READING = """
 ## How to read it
 
-- weft's LoRA and stock peft LoRA are one function with different starting values per seed, so their difference is what five
+- weftlora's LoRA and stock peft LoRA are one function with different starting values per seed, so their difference is what five
   seeds leave undecided: about ±0.05 nats on E2E.
 - On E2E, HydraLoRA is not distinguishable from LoRA of as many parameters; Tied-LoRA is worse, by 0.02 to 0.10 nats. E2E is a
   single domain, which is not what HydraLoRA is for.
@@ -146,8 +146,8 @@ def _shakespeare(root: Path, split: str) -> list[dict[str, str]]:
 
 def budget_ranks(task: str, budget_rank: int, runs: str) -> dict[str, tuple[int, int]]:
     """For each method the rank whose trainable adapter parameters come nearest LoRA's at `budget_rank`, and the count."""
-    from weft.train.prepare import prepare
-    from weft.train.recipe import Recipe
+    from weftlora.train.prepare import prepare
+    from weftlora.train.recipe import Recipe
 
     def count(method: str, rank: int) -> int:
         made = Recipe.read({**job(task, method, rank, 1e-3, 0, runs, False).recipe, "out": "unused"})
@@ -167,11 +167,11 @@ def budget_ranks(task: str, budget_rank: int, runs: str) -> dict[str, tuple[int,
 
 def base_score(task: str, runs: str) -> float:
     """What the frozen base scores on the test rows."""
-    import weft
-    from weft.train.recipe import Recipe
+    import weftlora
+    from weftlora.train.recipe import Recipe
 
     made = Recipe.read({**job(task, "lora", 1, 1e-3, 0, runs, False).recipe, "out": "unused"})
-    return float(getattr(weft.evaluate(made, adapter="none", max_new_tokens=1).scores, TASKS[task]["measure"]))
+    return float(getattr(weftlora.evaluate(made, adapter="none", max_new_tokens=1).scores, TASKS[task]["measure"]))
 
 
 def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         "Adapters on models and data we did not make, at one parameter budget and one scale (α = 2r), learning rate chosen per",
         "method on validation rows. Paired by seed: the same seed gives every method the same data order. The interval of a",
-        "difference is that of `weft.compare.stats`, at 95 %; where it contains 0, the method is not distinguishable from LoRA",
+        "difference is that of `weftlora.compare.stats`, at 95 %; where it contains 0, the method is not distinguishable from LoRA",
         "here. What this says of the papers' claims is in [evidence](evidence.md).",
         "",
         f"Made by `{results['command']}` ({results['versions']}); the figures of every run are in `evidence/real-runs.json`.",

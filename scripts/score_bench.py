@@ -21,12 +21,12 @@ import torch
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import weft
-from weft.glue.ablation import reference
-from weft.glue.ablation.scorer import Ablation
-from weft.glue.attach import schedules
-from weft.schedule.agreement import scores
-from weft.schedule.reallocate import ReallocateController
+import weftlora
+from weftlora.glue.ablation import reference
+from weftlora.glue.ablation.scorer import Ablation
+from weftlora.glue.attach import schedules
+from weftlora.schedule.agreement import scores
+from weftlora.schedule.reallocate import ReallocateController
 
 FACTOR = 4  # candidates of a shortlist per slot that moves
 
@@ -37,11 +37,11 @@ def adapted(dtype: torch.dtype, layers: int, rows: int, tokens: int) -> tuple[Ab
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=128, **sizes)).to(dtype)
     model = get_peft_model(
-        base, weft.AllocLoraConfig(r=2, rows=rows, first=1000, every=1), autocast_adapter_dtype=False
+        base, weftlora.AllocLoraConfig(r=2, rows=rows, first=1000, every=1), autocast_adapter_dtype=False
     )
     ids = torch.randint(0, 512, (96, tokens), generator=torch.Generator().manual_seed(1))
-    weft.attach(model, validation=[{"input_ids": row, "labels": row} for row in ids[64:]])
-    optimizer = torch.optim.AdamW(weft.param_groups(model, lr=1e-2))
+    weftlora.attach(model, validation=[{"input_ids": row, "labels": row} for row in ids[64:]])
+    optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=1e-2))
     for step in range(8):
         batch = ids[8 * step : 8 * step + 8]
         model(input_ids=batch, labels=batch).loss.backward()

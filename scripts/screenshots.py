@@ -15,8 +15,8 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-import weft
-from weft.report.page import write_page
+import weftlora
+from weftlora.report.page import write_page
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 LARGEST = 150_000
@@ -63,8 +63,8 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     for name, overrides in RUNS.items():
         if not (folder / "runs" / name / "adapter").is_dir():
-            weft.train(name, *overrides, f"out=runs/{name}", overwrite=True)
-        write_page(weft.inspect(f"runs/{name}"), folder / f"{name}.html")
+            weftlora.train(name, *overrides, f"out=runs/{name}", overwrite=True)
+        write_page(weftlora.inspect(f"runs/{name}"), folder / f"{name}.html")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         for image, name, scheme, width, height, section in SHOTS:

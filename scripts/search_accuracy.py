@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT / "tests" / "search"), str(ROOT / "tests")]
 
 from searching import adapted, distinct, make, planted, stack, taught  # noqa: E402
 
-import weft  # noqa: E402
-from weft.search.rules import chance, jaccard  # noqa: E402
+import weftlora  # noqa: E402
+from weftlora.search.rules import chance, jaccard  # noqa: E402
 
 RESULTS = ROOT / "evidence" / "search-accuracy.json"
 BLOCKS = 6
@@ -68,7 +68,7 @@ def found(
     base: nn.Module = stack(BLOCKS, seed) if replaceable else distinct(BLOCKS, seed)
     teach: Callable[..., Any] = planted if replaceable else taught
     rows = teach(base, chosen, noise=noise, seed=seed)
-    settings = weft.Search(outer_batches=2, val_size=32, steps=steps, alpha_lr=alpha_lr, **search)
+    settings = weftlora.Search(outer_batches=2, val_size=32, steps=steps, alpha_lr=alpha_lr, **search)
     targets = ["up", "down"] if replaceable else ["up"]
     model = adapted(base, settings, seed, target_modules=targets, r=2 if replaceable else 8)
     selection = make(model, rows, seed=seed, lr=lr, batch_size=16).run()
@@ -88,7 +88,7 @@ def cosine(seed: int, length: int, inner: dict[str, Any]) -> float:
     gradients = []
     for kind in ("direct", "unrolled_exact"):
         base = distinct(BLOCKS, seed)
-        settings = weft.Search(outer_batches=2, val_size=32, steps=1, inner_steps=length, hypergrad=kind)
+        settings = weftlora.Search(outer_batches=2, val_size=32, steps=1, inner_steps=length, hypergrad=kind)
         model = adapted(base, settings, seed, moved=0.1, target_modules=["up"])
         search = make(model, taught(base, {1, 3, 4}, seed=seed, size=1.0), seed=seed, batch_size=16, **inner)
         for site in search.gates.sites:
@@ -123,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {
         "command": "python scripts/search_accuracy.py",
-        "versions": f"weft {weft.__version__}, torch {torch.__version__}",
+        "versions": f"weftlora {weftlora.__version__}, torch {torch.__version__}",
         "planted": {name: [found(seed, **case) for seed in range(SEEDS)] for name, case in CASES.items()},
         "cosine": {
             name: {str(n): [cosine(seed, n, inner) for seed in range(4)] for n in LENGTHS}

@@ -1,4 +1,4 @@
-"""`make soak`: `weft train` killed by SIGKILL at random moments, over and over, and resumed until it is complete.
+"""`make soak`: `weftlora train` killed by SIGKILL at random moments, over and over, and resumed until it is complete.
 
     python scripts/soak.py [--minutes 10] [--seed 0] [--out evidence/soak.json]
 
@@ -29,12 +29,12 @@ import torch
 from paired import shown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import weft
-import weft.train.loop  # imported once, before the first fork
-from weft.cli import main as cli
-from weft.data.demo import demo_model_path
-from weft.train import checkpoint
-from weft.train.run import Run
+import weftlora
+import weftlora.train.loop  # imported once, before the first fork
+from weftlora.cli import main as cli
+from weftlora.data.demo import demo_model_path
+from weftlora.train import checkpoint
+from weftlora.train.run import Run
 
 RECIPES = {
     "lora": [],
@@ -64,7 +64,7 @@ class Tally:
 
 
 def life(recipe: str, out: Path, deadline: float | None) -> tuple[int, float]:
-    """One process of `weft train`; after `deadline` seconds it is killed. Its exit code and the seconds it lived."""
+    """One process of `weftlora train`; after `deadline` seconds it is killed. Its exit code and the seconds it lived."""
     began = time.monotonic()
     child = os.fork()
     if not child:
@@ -159,7 +159,7 @@ def record(tallies: dict[str, Tally], seed: int, seconds: float) -> dict[str, ob
     """What evidence/soak.json holds."""
     return {
         "command": "python " + shlex.join(["scripts/soak.py", *shown(sys.argv[1:])]),
-        "versions": f"weft {weft.__version__}, torch {torch.__version__}, {platform.machine()}",
+        "versions": f"weftlora {weftlora.__version__}, torch {torch.__version__}, {platform.machine()}",
         "seed": seed,
         "settings": SETTINGS,
         "seconds": round(seconds),

@@ -30,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import weft
+import weftlora
 
 SIZE: dict[str, Any] = {
     "vocab_size": 64,
@@ -165,19 +165,19 @@ FAMILIES: dict[str, Family] = {
     "plain": Family(PlainNet, _vectors, modules_to_save=("head",), from_transformers=False),
 }
 
-STRUCTURES: dict[str, Callable[..., weft.WeftConfig]] = {
-    "plain": lambda **kw: weft.WeftConfig(structure=weft.Plain(), **kw),
-    "hydra": lambda **kw: weft.WeftConfig(structure=weft.Hydra(heads=3), **kw),
-    "hydra_Ax": lambda **kw: weft.WeftConfig(structure=weft.Hydra(heads=3, router_input="Ax"), **kw),
-    "tied_tl6": lambda **kw: weft.WeftConfig(structure=weft.Tied(train="tl6"), **kw),
-    "tied_tl5_shape": lambda **kw: weft.WeftConfig(structure=weft.Tied(train="tl5", group="shape"), **kw),
-    "tied_tl6_fused": lambda **kw: weft.WeftConfig(structure=weft.Tied(train="tl6", group="fused_qkv"), **kw),
-    "tied_vera": lambda **kw: weft.WeftConfig(structure=weft.Tied(train="vera"), **kw),
-    "tied_Bu": lambda **kw: weft.WeftConfig(structure=weft.Tied(train="Bu"), **kw),
+STRUCTURES: dict[str, Callable[..., weftlora.WeftConfig]] = {
+    "plain": lambda **kw: weftlora.WeftConfig(structure=weftlora.Plain(), **kw),
+    "hydra": lambda **kw: weftlora.WeftConfig(structure=weftlora.Hydra(heads=3), **kw),
+    "hydra_Ax": lambda **kw: weftlora.WeftConfig(structure=weftlora.Hydra(heads=3, router_input="Ax"), **kw),
+    "tied_tl6": lambda **kw: weftlora.WeftConfig(structure=weftlora.Tied(train="tl6"), **kw),
+    "tied_tl5_shape": lambda **kw: weftlora.WeftConfig(structure=weftlora.Tied(train="tl5", group="shape"), **kw),
+    "tied_tl6_fused": lambda **kw: weftlora.WeftConfig(structure=weftlora.Tied(train="tl6", group="fused_qkv"), **kw),
+    "tied_vera": lambda **kw: weftlora.WeftConfig(structure=weftlora.Tied(train="vera"), **kw),
+    "tied_Bu": lambda **kw: weftlora.WeftConfig(structure=weftlora.Tied(train="Bu"), **kw),
 }
 
 
-def adapter_config(structure: str, family: str, *, heads_too: bool = True, **fields: Any) -> weft.WeftConfig:
+def adapter_config(structure: str, family: str, *, heads_too: bool = True, **fields: Any) -> weftlora.WeftConfig:
     """The config of one cell: rank 4 on all linear modules, for Tied also.
 
     Args:

@@ -2,10 +2,10 @@
 
 import pytest
 
-import weft
-from weft import compat
-from weft.errors import CombinationError, ConfigError
-from weft.spec import AXES
+import weftlora
+from weftlora import compat
+from weftlora.errors import CombinationError, ConfigError
+from weftlora.spec import AXES
 
 
 def choice(name: str) -> object:
@@ -38,14 +38,14 @@ def test_a_row_says_why_in_one_clause():
 
 def test_all_choices_that_exist_today_go_together():
     for kind in AXES["structure"].values():
-        weft.WeftConfig(structure=kind())
+        weftlora.WeftConfig(structure=kind())
 
 
 def test_a_config_asks_the_table(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(compat.REFUSED, ("Hydra", "Uniform"), "a row for the length of this test")
     with pytest.raises(CombinationError, match="for the length of this test"):
-        weft.WeftConfig(structure="hydra")
-    weft.WeftConfig(structure="plain")
+        weftlora.WeftConfig(structure="hydra")
+    weftlora.WeftConfig(structure="plain")
 
 
 def test_a_combination_error_is_a_config_error():

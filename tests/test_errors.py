@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import weft
-from weft import errors
-from weft.errors import ConfigError, WeftError, suggest, unknown_key
+import weftlora
+from weftlora import errors
+from weftlora.errors import ConfigError, WeftError, suggest, unknown_key
 
-SOURCE = Path(weft.__file__).parent
+SOURCE = Path(weftlora.__file__).parent
 
 
 def test_every_error_is_a_weft_error_and_public():
@@ -18,15 +18,15 @@ def test_every_error_is_a_weft_error_and_public():
     assert len(found) > 5
     for cls in found:
         assert issubclass(cls, WeftError)
-        assert cls.__name__ in weft.__all__
-        assert getattr(weft, cls.__name__) is cls
+        assert cls.__name__ in weftlora.__all__
+        assert getattr(weftlora, cls.__name__) is cls
         assert cls.__doc__
 
 
 def test_a_bad_value_is_also_a_value_error_for_those_who_catch_that():
     for name in ("ConfigError", "TargetError", "MergeError", "AdapterError", "DataError", "ModelError"):
-        assert issubclass(getattr(weft, name), ValueError)
-    assert issubclass(weft.RunError, RuntimeError)
+        assert issubclass(getattr(weftlora, name), ValueError)
+    assert issubclass(weftlora.RunError, RuntimeError)
 
 
 def test_no_other_file_defines_an_error():

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import weft
+import weftlora
 
-SOURCE = Path(weft.__file__).parent
+SOURCE = Path(weftlora.__file__).parent
 LEVELS = (
     {"errors", "strict", "numbers", "times", "linalg", "kernel", "known"},
     {"terms"},
@@ -23,13 +23,13 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 
 
 def part_of(module: str) -> str:
-    """The top-level part of `weft` that a dotted name inside it belongs to: weft.terms.structure.tied → terms."""
+    """The top-level part of `weftlora` that a dotted name inside it belongs to: weftlora.terms.structure.tied → terms."""
     return module.split(".")[1]
 
 
 def imports(path: Path) -> list[str]:
-    """Every module of weft that `path` imports, at any depth of the code (type-checking and late imports too)."""
-    package = ["weft", *path.relative_to(SOURCE).parts[:-1]]
+    """Every module of weftlora that `path` imports, at any depth of the code (type-checking and late imports too)."""
+    package = ["weftlora", *path.relative_to(SOURCE).parts[:-1]]
     found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -37,15 +37,15 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            if module == "weft":
-                found += [f"weft.{alias.name}" for alias in node.names]
+            if module == "weftlora":
+                found += [f"weftlora.{alias.name}" for alias in node.names]
             else:
                 found.append(module)
-    return [name for name in found if name == "weft" or name.startswith("weft.")]
+    return [name for name in found if name == "weftlora" or name.startswith("weftlora.")]
 
 
 def name_of(path: Path) -> str:
-    return ".".join(["weft", *path.relative_to(SOURCE).with_suffix("").parts])
+    return ".".join(["weftlora", *path.relative_to(SOURCE).with_suffix("").parts])
 
 
 def test_every_part_has_a_level():
@@ -57,12 +57,12 @@ def test_every_part_has_a_level():
 def test_imports_point_one_way(path: Path):
     own = LEVEL.get(part_of(name_of(path)), len(LEVELS))
     for module in imports(path):
-        if module == "weft":
-            assert own >= LEVEL["data"], f"{name_of(path)} imports the whole of weft"
+        if module == "weftlora":
+            assert own >= LEVEL["data"], f"{name_of(path)} imports the whole of weftlora"
         elif part_of(module) in LEVEL:
             assert LEVEL[part_of(module)] <= own, f"{name_of(path)} imports {module}, which stands above it"
-        else:  # a public name of weft itself: its version, or all of it for those above
-            assert module == "weft.__version__" or own >= LEVEL["data"], f"{name_of(path)} imports {module}"
+        else:  # a public name of weftlora itself: its version, or all of it for those above
+            assert module == "weftlora.__version__" or own >= LEVEL["data"], f"{name_of(path)} imports {module}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if part_of(name_of(p)) == "terms"], ids=name_of)
@@ -73,9 +73,9 @@ def test_terms_never_import_each_other(path: Path):
 def test_the_site_is_the_only_file_that_puts_terms_together():
     """The spec and the recipes name their choices; glue asks a term what it is. Only the site sees all of them as modules."""
     for path in FILES:
-        modules = {m for m in imports(path) if m.startswith("weft.terms.")}
+        modules = {m for m in imports(path) if m.startswith("weftlora.terms.")}
         if len({part for m in modules for part in [m.split(".")[2]]}) > 1:
-            assert name_of(path) in {"weft.site", "weft.spec"} or part_of(name_of(path)) == "recipes"
+            assert name_of(path) in {"weftlora.site", "weftlora.spec"} or part_of(name_of(path)) == "recipes"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft import linalg
-from weft.linalg import Spectrum, change_rate, floor, moved, pick, spectrum, take
+from weftlora import linalg
+from weftlora.linalg import Spectrum, change_rate, floor, moved, pick, spectrum, take
 
 SHAPES = {"out>in": (24, 15), "out<in": (15, 24), "equal": (18, 18)}
 ROUTES = ("gram", "svd")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from weft.numbers import is_number, is_whole
+from weftlora.numbers import is_number, is_whole
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from weft.errors import ConfigError, MergeError
-from weft.kernel import Slots
-from weft.site import Site, build_site
-from weft.terms.structure.hydra import Hydra
-from weft.terms.structure.plain import Plain
-from weft.terms.structure.tied import Tied
+from weftlora.errors import ConfigError, MergeError
+from weftlora.kernel import Slots
+from weftlora.site import Site, build_site
+from weftlora.terms.structure.hydra import Hydra
+from weftlora.terms.structure.plain import Plain
+from weftlora.terms.structure.tied import Tied
 
 R, IN, OUT = 3, 5, 4
 STRUCTURES = [Plain(), Hydra(heads=3), Hydra(heads=2, router_input="Ax"), Tied(), Tied("vera")]
@@ -288,7 +288,7 @@ def test_a_load_balance_term_nobody_adds_to_the_loss_is_refused(train: bool, gra
     site, x = site_of(Hydra(heads=2, balance=0.01)).train(train), tokens()
     with torch.set_grad_enabled(grad):
         if refused:
-            with pytest.raises(ConfigError, match=r"weft\.routing"):
+            with pytest.raises(ConfigError, match=r"weftlora\.routing"):
                 update(site, x)
         else:
             update(site, x)

@@ -9,21 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig
 
-import weft
-from weft.errors import AdapterError, ConfigError
-from weft.spec import AXES, FORMAT_VERSION, WeftConfig, decode_choice, encode_choice, read_config
+import weftlora
+from weftlora.errors import AdapterError, ConfigError
+from weftlora.spec import AXES, FORMAT_VERSION, WeftConfig, decode_choice, encode_choice, read_config
 
 choices_of_structure = st.one_of(
-    st.just(weft.Plain()),
+    st.just(weftlora.Plain()),
     st.builds(
-        weft.Hydra,
+        weftlora.Hydra,
         heads=st.integers(2, 20),
         router_input=st.sampled_from(["x", "Ax"]),
         per_head_dropout=st.booleans(),
         balance=st.floats(0, 1),
     ),
     st.builds(
-        weft.Tied,
+        weftlora.Tied,
         train=st.one_of(st.sampled_from(["tl5", "tl6", "vera", "Bu"]), st.sets(st.sampled_from("ABuv"), min_size=1)),
         group=st.sampled_from(["module_type", "shape", "fused_qkv"]),
         init=st.sampled_from(["kaiming", "normal"]),
@@ -72,11 +72,11 @@ def test_a_config_survives_being_written_as_json(config: WeftConfig):
         {"kind": "Hydra", "heads": 3},
         {"hydra": None},
         {"hydra": {"heads": 3}},
-        weft.Hydra(3),
+        weftlora.Hydra(3),
     ],
 )
 def test_every_way_to_write_a_choice(value):
-    assert decode_choice("structure", value) == weft.Hydra(heads=3)
+    assert decode_choice("structure", value) == weftlora.Hydra(heads=3)
 
 
 def test_every_choice_of_every_axis_can_be_named():
@@ -113,7 +113,7 @@ def test_none_is_a_choice_only_where_an_axis_may_be_empty():
         ({"heads": 3, "balance": 0.1}, "kind"),
         ({}, "choose from plain, hydra, tied"),
         (3, "choose from plain, hydra, tied"),
-        (weft.Kaiming(), "choose from plain, hydra, tied"),
+        (weftlora.Kaiming(), "choose from plain, hydra, tied"),
         ({"kind": "hydra", "heads": 1}, "heads=1"),
     ],
 )
@@ -186,9 +186,9 @@ def test_blocks_may_be_any_collection(layers):
 
 
 def test_alpha_defaults_to_twice_the_rank_and_to_the_rank_for_tied():
-    assert weft.PlainLoraConfig(r=5).lora_alpha == 10
-    assert weft.HydraLoraConfig(r=5).lora_alpha == 10
-    assert weft.TiedLoraConfig(r=5).lora_alpha == 5
+    assert weftlora.PlainLoraConfig(r=5).lora_alpha == 10
+    assert weftlora.HydraLoraConfig(r=5).lora_alpha == 10
+    assert weftlora.TiedLoraConfig(r=5).lora_alpha == 5
     assert WeftConfig(structure="tied", r=5).scale(5, 5) == 1
 
 
@@ -202,22 +202,22 @@ def test_scale_is_alpha_over_r_or_over_its_root():
 
 def test_a_newer_format_is_refused_by_its_version():
     given = {**WeftConfig().to_dict(), "format_version": FORMAT_VERSION + 1, "weft_version": "9.1", "shine": 3}
-    with pytest.raises(AdapterError, match=r"weft 9\.1.*upgrade weft"):
+    with pytest.raises(AdapterError, match=r"weftlora 9\.1.*upgrade weftlora"):
         WeftConfig(**given)
 
 
 def test_the_saved_config_names_its_type_format_and_version(tmp_path):
-    weft.HydraLoraConfig(target_modules=["b", "a"]).save_pretrained(str(tmp_path))
+    weftlora.HydraLoraConfig(target_modules=["b", "a"]).save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "WEFT"
     assert saved["format_version"] == FORMAT_VERSION
-    assert saved["weft_version"] == weft.__version__
+    assert saved["weft_version"] == weftlora.__version__
     assert saved["target_modules"] == ["a", "b"]
-    assert "import weft" in (tmp_path / "README.md").read_text()
+    assert "import weftlora" in (tmp_path / "README.md").read_text()
 
 
 def test_peft_reads_the_saved_config_back(tmp_path):
-    config = weft.TiedLoraConfig(r=3, train="Bu", group="fused_qkv", lora_dropout=0.1, target_modules=["q"])
+    config = weftlora.TiedLoraConfig(r=3, train="Bu", group="fused_qkv", lora_dropout=0.1, target_modules=["q"])
     config.save_pretrained(str(tmp_path))
     assert PeftConfig.from_pretrained(str(tmp_path)) == read_config(tmp_path) == config
 
@@ -228,7 +228,7 @@ def test_saving_twice_does_not_repeat_the_note(tmp_path):
         WeftConfig().save_pretrained(str(tmp_path))
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("# Mine\n")
-    assert text.count("import weft") == 1
+    assert text.count("import weftlora") == 1
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-import weft
-from weft.errors import ConfigError
-from weft.spec import WeftConfig
-from weft.times import Epochs, check_time, resolve
+import weftlora
+from weftlora.errors import ConfigError
+from weftlora.spec import WeftConfig
+from weftlora.times import Epochs, check_time, resolve
 
 
 @pytest.mark.parametrize("time", [1, 100, 0.1, 0.999, Epochs(0.5), Epochs(3.0)])
@@ -23,13 +23,13 @@ def test_what_is_a_time(time) -> None:
 )
 def test_what_is_none_is_refused_with_the_place_and_the_ways_out(time) -> None:
     with pytest.raises(ConfigError, match=r"Dash\(after=...\): .* is no time: use optimiser steps .*fraction.*epochs"):
-        weft.Dash(after=time)
+        weftlora.Dash(after=time)
 
 
 @pytest.mark.parametrize("x", [0, -1, math.inf, math.nan, True, None, "1"])
 def test_epochs_are_a_positive_number(x) -> None:
     with pytest.raises(ConfigError, match="no time: use a positive number of passes"):
-        weft.epochs(x)
+        weftlora.epochs(x)
     with pytest.raises(ConfigError):
         check_time({"epochs": x}, "here")
 
@@ -39,14 +39,14 @@ def test_what_a_time_means_in_steps() -> None:
     assert resolve(0.25, None, 100) is None
     assert resolve(0.25, 100, None) == 25
     assert resolve(0.001, 100, None) == 1  # never before the first step
-    assert resolve(weft.epochs(0.5), 1000, None) is None
-    assert resolve(weft.epochs(0.5), None, 30) == 15
-    assert resolve(weft.epochs(2), None, 12.5) == 25
-    assert resolve(weft.epochs(0.001), None, 10) == 1
+    assert resolve(weftlora.epochs(0.5), 1000, None) is None
+    assert resolve(weftlora.epochs(0.5), None, 30) == 15
+    assert resolve(weftlora.epochs(2), None, 12.5) == 25
+    assert resolve(weftlora.epochs(0.001), None, 10) == 1
 
 
-@pytest.mark.parametrize("time", [3, 0.25, weft.epochs(1.5)])
+@pytest.mark.parametrize("time", [3, 0.25, weftlora.epochs(1.5)])
 def test_a_time_survives_the_saved_form(time) -> None:
-    config = weft.LoraDashConfig(after=time)
+    config = weftlora.LoraDashConfig(after=time)
     saved = json.loads(json.dumps(config.to_dict()))
-    assert WeftConfig(**saved).boost == weft.Dash(after=time)
+    assert WeftConfig(**saved).boost == weftlora.Dash(after=time)

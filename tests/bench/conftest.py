@@ -2,7 +2,7 @@
 
 import pytest
 
-from weft.bench import StepBench, step
+from weftlora.bench import StepBench, step
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-import weft.kernel
-from weft.bench import Case, step
-from weft.bench.agree import agreement, relative_error
-from weft.bench.cases import Batch, build, frozen_base
-from weft.bench.rounds import QUICK
-from weft.kernel import Factors
-from weft.kernel.branch import Branch, branch
+import weftlora.kernel
+from weftlora.bench import Case, step
+from weftlora.bench.agree import agreement, relative_error
+from weftlora.bench.cases import Batch, build, frozen_base
+from weftlora.bench.rounds import QUICK
+from weftlora.kernel import Factors
+from weftlora.kernel.branch import Branch, branch
 
 ONE = {"quick": True, "dtypes": ["fp32"], "dropouts": [0.05], "kinds": ["tied"]}
 
@@ -24,7 +24,7 @@ def wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(f: Factors, *rest: object) -> Branch:
         return branch(dataclasses.replace(f, scale=1.001 * f.scale), *rest)
 
-    monkeypatch.setattr("weft.kernel.add.branch", wrong)
+    monkeypatch.setattr("weftlora.kernel.add.branch", wrong)
 
 
 def test_the_fast_path_is_exact_with_dropout():
@@ -46,7 +46,7 @@ def test_a_wrong_kernel_is_not_exact():
 
 
 def test_a_zero_gradient_is_not_exact(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("weft.bench.cases.leave_the_start", lambda model: None)  # B stays 0, so A's gradient is 0
+    monkeypatch.setattr("weftlora.bench.cases.leave_the_start", lambda model: None)  # B stays 0, so A's gradient is 0
     assert step(**ONE).cases[1].exact is False
 
 
@@ -64,7 +64,7 @@ def test_comparing_leaves_no_gradient_and_no_random_state_behind():
     assert torch.equal(torch.get_rng_state(), state)
     assert batch.embeddings.grad is None
     assert all(p.grad is None for p in model.parameters())
-    assert not weft.kernel.current().reference
+    assert not weftlora.kernel.current().reference
 
 
 def test_a_gradient_that_is_not_finite_is_infinitely_wrong():

@@ -1,11 +1,11 @@
-"""`weft bench step` from the shell's side."""
+"""`weftlora bench step` from the shell's side."""
 
 import json
 import sys
 
 import pytest
 
-from weft.cli import main
+from weftlora.cli import main
 
 QUICK = ["bench", "step", "--quick", "--dtype", "fp32", "--dropout", "0", "--only", "plain"]
 
@@ -35,7 +35,7 @@ def test_the_table_names_cases_and_spread(capsys: pytest.CaptureFixture[str], mo
 def test_what_is_not_exact_exits_with_1_and_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("weft.bench.rounds.TOLERANCE", {"fp32": -1.0})
+    monkeypatch.setattr("weftlora.bench.rounds.TOLERANCE", {"fp32": -1.0})
     assert run("--json") == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["exact"] is False
@@ -43,7 +43,7 @@ def test_what_is_not_exact_exits_with_1_and_is_named(
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("weft.bench.step", None)  # calling it would fail
+    monkeypatch.setattr("weftlora.bench.step", None)  # calling it would fail
     assert run("--out", str(tmp_path / "missing" / "step.json")) == 1
     assert "missing" in capsys.readouterr().err
 

@@ -5,10 +5,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from weft import ConfigError
-from weft.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, outside_cases, split_rank
-from weft.bench.rounds import QUICK
-from weft.glue.layer import WeftLinear
+from weftlora import ConfigError
+from weftlora.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, outside_cases, split_rank
+from weftlora.bench.rounds import QUICK
+from weftlora.glue.layer import WeftLinear
 
 ADAPTERS = [Case(kind, 8) for kind in ("peft", "plain", "hydra", "tied", "dash", "flexora")]
 ADAPTERS.append(Case("alora", 12))

@@ -1,16 +1,16 @@
-"""`weft bench launch`: both ways choose the same directions, and its record says how it was measured."""
+"""`weftlora bench launch`: both ways choose the same directions, and its record says how it was measured."""
 
 import json
 
 import pytest
 import torch
 
-from weft import linalg
-from weft.bench import LaunchBench, launch
-from weft.bench.launch import Matrix, published_launch
-from weft.bench.record import Spread
-from weft.cli import main
-from weft.errors import ConfigError
+from weftlora import linalg
+from weftlora.bench import LaunchBench, launch
+from weftlora.bench.launch import Matrix, published_launch
+from weftlora.bench.record import Spread
+from weftlora.cli import main
+from weftlora.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,11 @@ def test_a_ratio_is_of_the_same_round(quick: LaunchBench):
 def test_the_record_has_the_command_and_medians(quick: LaunchBench):
     record = json.loads(json.dumps(quick.to_dict()))
     assert record["command"].startswith(
-        "weft bench launch --shape 48x32@2 --shape 32x48@2 --layers 1 --hidden 64 --rounds 2"
+        "weftlora bench launch --shape 48x32@2 --shape 32x48@2 --layers 1 --hidden 64 --rounds 2"
     )
     row = record["results"][0]
     assert row["median_seconds"] == sum(row["seconds"]) / 2
-    assert {"weft", "torch", "cpu"} <= record["versions"].keys()
+    assert {"weftlora", "torch", "cpu"} <= record["versions"].keys()
 
 
 def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch):

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from weft.bench.cases import Case, Shape, table_cases
-from weft.bench.goals import Target, goals, targets
-from weft.bench.record import CaseResult
-from weft.bench.spread import Spread
-from weft.errors import ConfigError
+from weftlora.bench.cases import Case, Shape, table_cases
+from weftlora.bench.goals import Target, goals, targets
+from weftlora.bench.record import CaseResult
+from weftlora.bench.spread import Spread
+from weftlora.errors import ConfigError
 
 
 def measured(case: Case, *seconds: float, dtype: str = "fp32") -> CaseResult:
@@ -78,7 +78,7 @@ def test_saved_bytes_are_judged_by_the_worst_eager_weft_case():
 
     rows = [FLOOR, saving(Case("plain", 16), 0.97), saving(Case("hydra", 8), 1.1), saving(Case("peft", 16), 3.0)]
     rows.append(saving(Case("plain", 16, compiled=True), 2.0))
-    target = named(targets(rows), "saved activations, largest of all weft cases [range]")
+    target = named(targets(rows), "saved activations, largest of all weftlora cases [range]")
     assert target.value == Spread(1.1, 0.97, 1.1)
     assert target.verdict == "must"
 

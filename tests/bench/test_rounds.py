@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from weft import ConfigError
-from weft.bench import StepBench, step
-from weft.bench.rounds import QUICK
+from weftlora import ConfigError
+from weftlora.bench import StepBench, step
+from weftlora.bench.rounds import QUICK
 
 LABELS = [
     "floor",
@@ -39,7 +39,7 @@ def test_the_table_of_figures_is_measured_with_compiled_blocks():
     compiled = [r for r in found.cases if r.case.compiled and r.case.is_weft]
     assert [r.exact for r in compiled] == [True, None]
     assert all(set(r.nodes) == {"linear"} for r in compiled)  # nothing spans two linears in a compiled graph
-    assert found.to_dict()["command"].startswith("weft bench step --all --dtype fp32")
+    assert found.to_dict()["command"].startswith("weftlora bench step --all --dtype fp32")
 
 
 def test_the_floor_is_the_unit(quick: StepBench):
@@ -73,10 +73,10 @@ def test_every_round_runs_every_case_in_a_new_order():
 def test_the_record_is_json_and_says_how_to_repeat_it(quick: StepBench):
     record = json.loads(json.dumps(quick.to_dict()))
     assert record["exact"] is True
-    assert {"weft", "torch", "peft", "transformers", "python", "cpu"} == set(record["versions"])
+    assert {"weftlora", "torch", "peft", "transformers", "python", "cpu"} == set(record["versions"])
     assert record["setting"]["threads"] == 1
     assert [row["label"] for row in record["cases"]] == LABELS
-    assert record["command"].startswith("weft bench step --dtype fp32 --dropout 0.0 --only peft")
+    assert record["command"].startswith("weftlora bench step --dtype fp32 --dropout 0.0 --only peft")
     assert record["command"].endswith("--seq 16 --rounds 3 --threads 1 --clock cpu --seed 0")
 
 

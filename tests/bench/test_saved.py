@@ -5,8 +5,8 @@ import weakref
 import torch
 from torch.nn import functional as F
 
-from weft.bench.saved import saved_bytes
-from weft.kernel import Factors, Work, add_low_rank
+from weftlora.bench.saved import saved_bytes
+from weftlora.kernel import Factors, Work, add_low_rank
 
 TOKENS, IN, OUT, RANK = 10, 6, 7, 3
 

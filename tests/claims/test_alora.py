@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, logits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
@@ -33,11 +33,11 @@ from dashing import sites
 def test_all_gates_1_is_the_structure_without_gates_bit_for_bit(structure: str, make, dropout: float) -> None:
     """Twenty optimiser steps from one seed: losses, factors and moments, in spite of the room for as many slots again."""
     runs = []
-    for ranks_ in (weft.Uniform(), weft.Reallocate(first=99, max_rounds=1, score="random")):
+    for ranks_ in (weftlora.Uniform(), weftlora.Reallocate(first=99, max_rounds=1, score="random")):
         base = FAMILIES["llama"].build()
         torch.manual_seed(3)
         model = get_peft_model(base, adapter_config(structure, "llama", ranks=ranks_, lora_dropout=dropout)).train()
-        optimizer, losses = make(weft.param_groups(model, lr=1e-2, weight_decay=0.1)), []
+        optimizer, losses = make(weftlora.param_groups(model, lr=1e-2, weight_decay=0.1)), []
         for step in range(20):
             ids = TOKENS[2 * step : 2 * step + 2]
             loss = model(input_ids=ids, labels=ids).loss
@@ -79,7 +79,7 @@ def planted() -> tuple[nn.Module, list[str]]:
             b[:, :2] = 1.5 * torch.randn(b.shape[0], 2, generator=draw)
         teacher = model.eval()(input_ids=TOKENS[40:]).logits[:, :-1].argmax(-1)
     labels = torch.cat([torch.full((len(teacher), 1), -100), teacher], 1)
-    weft.attach(model, validation=[{"input_ids": i, "labels": y} for i, y in zip(TOKENS[40:], labels, strict=True)])
+    weftlora.attach(model, validation=[{"input_ids": i, "labels": y} for i, y in zip(TOKENS[40:], labels, strict=True)])
     return model.train(), at
 
 

@@ -16,19 +16,19 @@ from peft import LoraConfig, get_peft_model
 from searching import adapted, distinct, make, mse, rows_of, stack, taught
 from torch import Tensor, nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, logits, randomise
-from weft.search.driver import LayerSearch
-from weft.search.groups import Gates, groups_of
-from weft.search.inner import Inner
-from weft.search.rules import chance, jaccard
-from weft.terms.layers.search import weights
+from weftlora.search.driver import LayerSearch
+from weftlora.search.groups import Gates, groups_of
+from weftlora.search.inner import Inner
+from weftlora.search.rules import chance, jaccard
+from weftlora.terms.layers.search import weights
 
 ALPHA = torch.tensor([0.4, -0.3], dtype=torch.float64)
 
 
 def stock(model: nn.Module) -> nn.Module:
-    """peft's own LoRA with the values of a weft adapter on the same tiny Llama."""
+    """peft's own LoRA with the values of a weftlora adapter on the same tiny Llama."""
     torch.manual_seed(3)
     other = get_peft_model(FAMILIES["llama"].build(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     held = {n.removeprefix("base_model.model."): m for n, m in other.named_modules()}
@@ -42,7 +42,7 @@ def stock(model: nn.Module) -> nn.Module:
 def gated(preset: str) -> tuple[nn.Module, Gates]:
     torch.manual_seed(3)
     model = get_peft_model(
-        FAMILIES["llama"].build(), adapter_config("plain", "llama", layers=weft.Search(preset=preset))
+        FAMILIES["llama"].build(), adapter_config("plain", "llama", layers=weftlora.Search(preset=preset))
     )
     randomise(model)
     return model, Gates(groups_of(model, "default", "block"))
@@ -66,7 +66,7 @@ def test_the_equation_is_stock_lora_whose_branch_is_multiplied_once():
 
 def test_the_released_preset_is_its_three_hooks_on_the_inputs_of_dropout_a_and_b():
     model, gates = gated("released")
-    gates.write(weights(ALPHA) ** weft.Search(preset="released").power)
+    gates.write(weights(ALPHA) ** weftlora.Search(preset="released").power)
     other = stock(model)
     hooked = 0
     for name, module in other.named_modules():
@@ -103,12 +103,12 @@ def test_alpha_zero_gives_the_logits_of_plain_lora_bit_for_bit_for_n_from_1_to_1
 def test_a_search_of_n_blocks_starts_as_plain_lora_bit_for_bit(blocks: int):
     """With as many gates as N says, and after a step on α that moved nothing."""
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    plain, model = (adapted(stack(blocks), layers, moved=0.1).float() for layers in (weft.All(), weft.Search()))
+    plain, model = (adapted(stack(blocks), layers, moved=0.1).float() for layers in (weftlora.All(), weftlora.Search()))
     expected = plain.eval()(x)
     assert torch.equal(model.eval()(x), expected)
     gates = Gates(groups_of(model, "default", "block"))
     assert len(gates.groups) == blocks
-    gates.write(weft.Search().gates(torch.zeros(blocks)))
+    gates.write(weftlora.Search().gates(torch.zeros(blocks)))
     assert torch.equal(model(x), expected)
 
 
@@ -124,7 +124,7 @@ def test_doubling_one_alpha_hat_doubles_its_blocks_branch_once_and_no_other(pres
         return {name: site(inputs[name], zero[name]).detach() for name, site in sites(model).items()}
 
     before = branches()
-    gates.write(torch.tensor([1.0, 2.0]) ** weft.Search(preset=preset).power)
+    gates.write(torch.tensor([1.0, 2.0]) ** weftlora.Search(preset=preset).power)
     for name, branch in branches().items():
         factor = 1 if block_of(name) == 0 else 2 if preset == "ours" else 8
         assert torch.equal(branch, factor * before[name]), name  # powers of two: not even rounding may differ
@@ -141,7 +141,7 @@ def test_the_second_stage_on_the_last_half_keeps_about_half_of_the_activations_a
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 32, 49, 127, 128])
 def test_alpha_zero_is_plain_lora_bit_for_bit_whatever_n_is(n: int):
-    model = adapted(stack(2), weft.Search(), moved=0.3).float()
+    model = adapted(stack(2), weftlora.Search(), moved=0.3).float()
     for site in sites(model).values():
         x, y = torch.randn(3, site.factors().A.shape[1]), torch.randn(3, site.factors().B.shape[0])
         site.layer_gate = None
@@ -154,7 +154,7 @@ def recovered(k: int, seed: int, **fields) -> tuple[set[int], set[int], LayerSea
     inner = {"lr": 3e-3, "batch_size": 16, **fields.pop("inner", {})}
     chosen = set(random.Random(100 + seed).sample(range(6), k))
     base = distinct(6, seed)
-    settings = weft.Search(**{"outer_batches": 2, "val_size": 32, "steps": 20, "alpha_lr": 0.02, **fields})
+    settings = weftlora.Search(**{"outer_batches": 2, "val_size": 32, "steps": 20, "alpha_lr": 0.02, **fields})
     model = adapted(base, settings, seed, target_modules=["up"], r=8)
     search = make(model, taught(base, chosen, seed=seed), seed=seed, **inner)
     return chosen, set(search.run().blocks), search
@@ -186,7 +186,7 @@ def test_a_module_that_no_row_reaches_contributes_nothing_and_is_no_error():
             return self.blocks[2](self.blocks[0](x))
 
     search = make(
-        adapted(Skips().double(), weft.Search(outer_batches=1, val_size=8, steps=3)),
+        adapted(Skips().double(), weftlora.Search(outer_batches=1, val_size=8, steps=3)),
         rows_of(torch.randn(24, 6).double(), torch.randn(24, 6).double()),
     )
     search.step()
@@ -198,7 +198,7 @@ def test_a_module_that_no_row_reaches_contributes_nothing_and_is_no_error():
 
 
 def test_one_block_may_take_all_the_weight_without_a_value_that_is_no_number():
-    search = make(adapted(stack(3), weft.Search(outer_batches=1, val_size=8, steps=2), moved=0.1), taught_rows())
+    search = make(adapted(stack(3), weftlora.Search(outer_batches=1, val_size=8, steps=2), moved=0.1), taught_rows())
     with torch.no_grad():
         search.alpha.copy_(torch.tensor([800.0, 0.0, 0.0]))
     search.gates.write(weights(search.alpha.detach()))
@@ -219,7 +219,7 @@ def test_theta_never_sees_the_validation_rows():
     for shift in (0.0, 100.0):
         rows = taught_rows()
         held = rows_of(torch.randn(8, 6).double(), torch.full((8, 6), shift).double())
-        model = adapted(stack(3), weft.Search(outer_batches=1, steps=1))
+        model = adapted(stack(3), weftlora.Search(outer_batches=1, steps=1))
         search = LayerSearch(model, model.peft_config["default"].layers, Inner(lr=1e-2), rows, held, loss=mse)
         search.step()
         found.append([p.detach().clone() for p in search.passes.params])

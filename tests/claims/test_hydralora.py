@@ -12,12 +12,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import weft
-from weft.errors import ConfigError, MergeError
-from weft.kernel import Factors, Work, add_low_rank
-from weft.kernel.dropout import dropped as dropout_of
-from weft.site import Site, build_site
-from weft.terms.structure.hydra import Hydra
+import weftlora
+from weftlora.errors import ConfigError, MergeError
+from weftlora.kernel import Factors, Work, add_low_rank
+from weftlora.kernel.dropout import dropped as dropout_of
+from weftlora.site import Site, build_site
+from weftlora.terms.structure.hydra import Hydra
 
 IN, OUT, R, N, S = 5, 4, 2, 3, 1.5
 
@@ -70,7 +70,7 @@ class Net(nn.Module):
 
 def net(checkpointing: bool | None = None, **fields: object) -> PeftModel:
     torch.manual_seed(0)
-    config = weft.HydraLoraConfig(r=R, heads=N, target_modules=["first", "second"], **fields)
+    config = weftlora.HydraLoraConfig(r=R, heads=N, target_modules=["first", "second"], **fields)
     model = get_peft_model(Net(checkpointing), config).double()
     randomise(model)
     return model
@@ -273,10 +273,10 @@ def test_a_start_that_cannot_learn_is_refused():
         Hydra(router_init="zero")
     broken = Hydra(router_init="zero", per_head_dropout=True)
     with pytest.raises(ConfigError, match="equal for ever"):
-        weft.WeftConfig(structure=broken)
-    assert weft.WeftConfig(structure=broken, lora_dropout=0.1).structure == broken
+        weftlora.WeftConfig(structure=broken)
+    assert weftlora.WeftConfig(structure=broken, lora_dropout=0.1).structure == broken
     with pytest.raises(ConfigError, match="heads=1"):
-        weft.HydraLoraConfig(heads=1)
+        weftlora.HydraLoraConfig(heads=1)
 
 
 # ---------------------------------------------------------------------- dropout
@@ -337,7 +337,7 @@ def test_the_router_sees_the_undropped_token(per_head: bool, router_input: str):
     x = tokens()
     weights = []
     for mode in (True, False):
-        with weft.routing(model.train(mode)) as routing:
+        with weftlora.routing(model.train(mode)) as routing:
             model(x)
         weights.append(next(iter(routing.omega.values()))[0])
     torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-12)
@@ -350,7 +350,7 @@ def test_the_router_sees_the_undropped_token(per_head: bool, router_input: str):
 def shares() -> dict[str, tuple[int, float]]:
     """Trained parameters on q and v of LLaMA2-7B at r = 8, and their percentage of the base."""
     out = {}
-    for name, config in {"lora": weft.PlainLoraConfig, "hydra": weft.HydraLoraConfig}.items():
+    for name, config in {"lora": weftlora.PlainLoraConfig, "hydra": weftlora.HydraLoraConfig}.items():
         with torch.device("meta"):
             base = LlamaForCausalLM(LlamaConfig())  # the class's defaults are LLaMA2-7B's sizes
         whole = sum(p.numel() for p in base.parameters())
@@ -383,7 +383,7 @@ def test_a_site_trains_r_times_in_plus_n_out_and_its_router(heads: int, r: int, 
 
 def test_two_adapters_add_up_each_with_its_own_router_and_rank():
     model, x = net(), tokens()
-    model.add_adapter("other", weft.HydraLoraConfig(r=3, heads=2, lora_alpha=9, target_modules=["second"]))
+    model.add_adapter("other", weftlora.HydraLoraConfig(r=3, heads=2, lora_alpha=9, target_modules=["second"]))
     model.double()
     model.set_adapter("other")
     randomise(model, seed=4)

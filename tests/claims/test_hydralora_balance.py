@@ -1,4 +1,4 @@
-"""The load-balance term that HydraLoRA itself does without, N Σ f_n p̄_n, and how `weft.routing` collects it."""
+"""The load-balance term that HydraLoRA itself does without, N Σ f_n p̄_n, and how `weftlora.routing` collects it."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import weft
-from weft.errors import ConfigError
-from weft.terms.structure.hydra import balance_loss
+import weftlora
+from weftlora.errors import ConfigError
+from weftlora.terms.structure.hydra import balance_loss
 
 IN, OUT, N, WEIGHT = 5, 4, 3, 0.25
 
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 def net(reentrant: bool | None = None, balance: float = WEIGHT, **fields: object) -> PeftModel:
     torch.manual_seed(0)
-    config = weft.HydraLoraConfig(r=2, heads=N, balance=balance, target_modules=["first", "second"], **fields)
+    config = weftlora.HydraLoraConfig(r=2, heads=N, balance=balance, target_modules=["first", "second"], **fields)
     model = get_peft_model(Net(reentrant), config).double()
     for p in model.parameters():
         if p.requires_grad:
@@ -87,16 +87,16 @@ def test_descending_it_spreads_the_tokens():
     assert loss.item() < 1.05
 
 
-# ---------------------------------------------------------------------- weft.routing
+# ---------------------------------------------------------------------- weftlora.routing
 
 
 @pytest.mark.parametrize("padding", [False, True])
 def test_routing_gives_the_mean_over_modules_without_padding(padding: bool):
     model, x = net(), tokens()
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1]]) if padding else None
-    with weft.routing(model) as routing:
+    with weftlora.routing(model) as routing:
         model(x)
-    with weft.routing(model):  # `by_hand` runs the first layer
+    with weftlora.routing(model):  # `by_hand` runs the first layer
         want, other = by_hand(model, x, mask), by_hand(model, x, None if padding else torch.eye(2, 6))
     torch.testing.assert_close(routing.balance_loss(mask), want, rtol=1e-12, atol=1e-12)
     assert (want - other).abs() > 1e-4  # the mask matters
@@ -104,7 +104,7 @@ def test_routing_gives_the_mean_over_modules_without_padding(padding: bool):
 
 def test_routing_reports_the_mean_weight_of_every_site():
     model, x = net(), tokens()
-    with weft.routing(model) as routing:
+    with weftlora.routing(model) as routing:
         model(x)
     gates = routing.mean_gate()
     assert [name.rpartition(".")[2] for name in gates] == ["first", "second"]
@@ -116,11 +116,11 @@ def test_the_weight_scales_the_term_and_zero_leaves_it_out():
     x = tokens()
     losses = []
     for balance in (0.1, 0.2):
-        with weft.routing(model := net(balance=balance)) as routing:
+        with weftlora.routing(model := net(balance=balance)) as routing:
             model(x)
         losses.append(routing.balance_loss().item())
     assert losses[1] == pytest.approx(2 * losses[0])
-    with weft.routing(model := net(balance=0.0)) as routing:
+    with weftlora.routing(model := net(balance=0.0)) as routing:
         model(x)
     with pytest.raises(ConfigError, match="balance > 0"):
         routing.balance_loss()
@@ -128,7 +128,7 @@ def test_the_weight_scales_the_term_and_zero_leaves_it_out():
 
 def test_nothing_is_recorded_after_the_block_or_by_the_other_mode():
     model, x = net(balance=0.0), tokens()
-    with weft.routing(model) as routing:
+    with weftlora.routing(model) as routing:
         model(x)
     count = {name: len(calls) for name, calls in routing.omega.items()}
     model(x)
@@ -140,7 +140,7 @@ def test_nothing_is_recorded_after_the_block_or_by_the_other_mode():
 
 def test_training_without_the_block_is_refused_and_says_what_to_do():
     model = net()
-    with pytest.raises(ConfigError, match=r"weft\.routing"):
+    with pytest.raises(ConfigError, match=r"weftlora\.routing"):
         model(tokens())
 
 
@@ -163,7 +163,7 @@ def test_a_disabled_adapter_needs_no_block():
 def step(model: PeftModel, x: Tensor, inside: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Gradients of task loss + balance term, and how often each site was recorded."""
     torch.manual_seed(3)
-    with weft.routing(model) as routing:
+    with weftlora.routing(model) as routing:
         loss = model(x).square().mean()
         if inside:
             (loss + routing.balance_loss()).backward()
@@ -186,7 +186,7 @@ def test_recomputation_gives_the_same_gradients_and_counts_nothing_twice(inside:
 def test_the_term_reaches_the_routers():
     plain, _ = step(net(), tokens(), inside=False)
     without = net()
-    with weft.routing(without):
+    with weftlora.routing(without):
         without(tokens()).square().mean().backward()
     router = next(n for n in plain if "first" in n and "router" in n)
     assert not torch.allclose(plain[router], dict(without.named_parameters())[router].grad)
@@ -194,7 +194,7 @@ def test_the_term_reaches_the_routers():
 
 def test_reentrant_checkpointing_hides_the_routers_and_says_so():
     model, x = net(reentrant=True), tokens()
-    with weft.routing(model) as routing:
+    with weftlora.routing(model) as routing:
         model(x)
     with pytest.raises(ConfigError, match="use_reentrant"):
         routing.balance_loss()
@@ -214,11 +214,11 @@ def test_without_a_balance_term_both_kinds_of_checkpointing_give_the_same_gradie
 def test_blocks_nest_and_padding_alone_is_no_term():
     torch.manual_seed(0)
     model = get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(4, 4)), weft.HydraLoraConfig(r=2, balance=1.0, target_modules=["0"])
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), weftlora.HydraLoraConfig(r=2, balance=1.0, target_modules=["0"])
     )
     x = torch.randn(2, 3, 4)
-    with weft.routing(model) as outer:
-        with weft.routing(model) as inner:
+    with weftlora.routing(model) as outer:
+        with weftlora.routing(model) as inner:
             model(x)
         model(x)
     [(_, seen)], [(_, seen_inside)] = outer.omega.items(), inner.omega.items()

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-import weft
-from weft.kernel.dropout import dropped
-from weft.site import build_site
-from weft.terms.structure.plain import Plain
+import weftlora
+from weftlora.kernel.dropout import dropped
+from weftlora.site import build_site
+from weftlora.terms.structure.plain import Plain
 
 IN, HIDDEN, OUT = 6, 10, 4
 TARGETS = ["0", "2"]
@@ -22,7 +22,7 @@ SETTINGS = [
 ]
 
 
-def adapted(config: LoraConfig | weft.WeftConfig) -> PeftModel:
+def adapted(config: LoraConfig | weftlora.WeftConfig) -> PeftModel:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT))
     return get_peft_model(base, config)
@@ -30,7 +30,7 @@ def adapted(config: LoraConfig | weft.WeftConfig) -> PeftModel:
 
 def pair(**fields: object) -> tuple[PeftModel, PeftModel]:
     """Our model and peft's, on one base, with the same A and a B that is not zero."""
-    ours = adapted(weft.PlainLoraConfig(target_modules=TARGETS, **fields))
+    ours = adapted(weftlora.PlainLoraConfig(target_modules=TARGETS, **fields))
     stock = adapted(LoraConfig(target_modules=TARGETS, **fields))
     for name in TARGETS:
         term = ours.base_model.model[int(name)].site("default").structure
@@ -109,7 +109,7 @@ def test_the_merged_weight_is_that_of_peft(fields: dict):
 @pytest.mark.filterwarnings("ignore:the rank is larger")
 def test_the_start_is_that_of_lora():
     """Section 4.1 of the paper: B = 0, so ΔW = 0; A is random within ±1/√in, as in the released code and peft."""
-    ours = adapted(weft.PlainLoraConfig(r=200, target_modules=TARGETS))
+    ours = adapted(weftlora.PlainLoraConfig(r=200, target_modules=TARGETS))
     stock = adapted(LoraConfig(r=200, target_modules=TARGETS))
     for name, fan_in in zip(TARGETS, (IN, HIDDEN), strict=True):
         term = ours.base_model.model[int(name)].site("default").structure

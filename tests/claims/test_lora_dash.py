@@ -15,10 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config
-from weft.glue.layer import WeftLinear
-from weft.terms.structure.hydra import HydraTerm
+from weftlora.glue.layer import WeftLinear
+from weftlora.terms.structure.hydra import HydraTerm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
 from dashing import IN, OUT, adam, batch, dash, event, launched, loss_of, parameters, sites, steps, terms, train
@@ -72,8 +72,8 @@ def dense(site) -> Tensor:
         {"lora_alpha": 0.5},
         {"use_rslora": True, "r": 4},
         {"rank_pattern": {"second": 4}, "alpha_pattern": {"first": 1}},
-        {"structure": weft.Tied(group="shape")},
-        {"structure": weft.Tied(train="vera")},
+        {"structure": weftlora.Tied(group="shape")},
+        {"structure": weftlora.Tied(train="vera")},
         {"lora_dropout": 0.2},
     ],
     ids=["plain", "r1", "alpha", "rslora", "patterns", "tied", "vera", "dropout"],
@@ -87,7 +87,7 @@ def test_directions_are_the_definitions(fields: dict) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_directions_of_transformers(family: str) -> None:
     """gpt2's Conv1D keeps W transposed."""
-    config = adapter_config("plain", family, boost=weft.Dash(directions=4, after=2))
+    config = adapter_config("plain", family, boost=weftlora.Dash(directions=4, after=2))
     model = get_peft_model(FAMILIES[family].build(), config)
     optimizer = adam(model)
     for _ in range(2):
@@ -98,11 +98,11 @@ def test_directions_of_transformers(family: str) -> None:
 
 def test_a_routed_site_is_ranked_at_the_mean_gate_of_step_t() -> None:
     """The gates of the forwards of step t, of both micro batches, by hand; those of other steps and of evaluation not."""
-    model = dash(after=T, structure=weft.Hydra(heads=3)).train()
+    model = dash(after=T, structure=weftlora.Hydra(heads=3)).train()
     optimizer, seen = adam(model), {}
     for step in range(T):
         for micro in range(2):
-            with weft.routing(model) as routing:
+            with weftlora.routing(model) as routing:
                 loss_of(model, batch(10 * step + micro)).backward()
             if step == T - 1:
                 for name, calls in routing.omega.items():
@@ -129,7 +129,7 @@ def test_a_routed_site_is_ranked_at_the_mean_gate_of_step_t() -> None:
 
 def test_a_shared_row_added_to_the_router_would_change_nothing_but_a_different_gate_would() -> None:
     """The mean gate matters: with uniform gates other directions, or other rates, come out."""
-    model = dash(after=1, structure=weft.Hydra(heads=3)).train()
+    model = dash(after=1, structure=weftlora.Hydra(heads=3)).train()
     for site in sites(model).values():
         site.structure.B.data.normal_()
         site.structure.router.data.mul_(20)
@@ -143,7 +143,9 @@ def test_a_shared_row_added_to_the_router_would_change_nothing_but_a_different_g
 # ---------------------------------------------------------------------- the launch changes nothing, then everything
 
 
-@pytest.mark.parametrize("structure", [weft.Plain(), weft.Tied(group="shape"), weft.Hydra(heads=3)], ids=str)
+@pytest.mark.parametrize(
+    "structure", [weftlora.Plain(), weftlora.Tied(group="shape"), weftlora.Hydra(heads=3)], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_output_is_continuous_at_the_launch(structure, dtype: torch.dtype) -> None:
     model, plain = (dash(after=t, structure=structure).to(dtype) for t in (T, 99))
@@ -261,8 +263,8 @@ def test_s_gains_per_site_are_all_that_dash_adds() -> None:
         base = LlamaForCausalLM(config)
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     counts = []
-    for boost in (None, weft.Dash()):
-        model = get_peft_model(base, weft.WeftConfig(r=4, boost=boost, target_modules=targets))
+    for boost in (None, weftlora.Dash()):
+        model = get_peft_model(base, weftlora.WeftConfig(r=4, boost=boost, target_modules=targets))
         counts.append(model.get_nb_trainable_parameters()[0])
         base = model.unload()
     assert counts[1] - counts[0] == 1280

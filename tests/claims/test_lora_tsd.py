@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import weft
-from weft import linalg
+import weftlora
+from weftlora import linalg
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
 from dashing import adam, batch, dash, events, init, parameters, sites, terms, train
@@ -64,7 +64,7 @@ def test_gains_a_and_b_are_all_trained_after_both() -> None:
 
 
 def test_dash_after_init_is_ranked_on_what_has_moved_since_the_switch() -> None:
-    model = dash(after=T + 2, start=weft.Directions(after=T))
+    model = dash(after=T + 2, start=weftlora.Directions(after=T))
     train(model, T + 1, optimizer := adam(model))
     train(model, 1, optimizer, start=T + 1)
     assert {e["event"]: e["step"] for e in events(model).values()} == {"start_switch": T, "dash_launch": T + 2}
@@ -79,12 +79,12 @@ def test_dash_after_init_is_ranked_on_what_has_moved_since_the_switch() -> None:
 
 
 def test_init_after_dash_returns_to_the_pretrained_function_and_keeps_dashs_directions() -> None:
-    model, x = dash(after=T, start=weft.Directions(after=T + 3)), batch(50)
+    model, x = dash(after=T, start=weftlora.Directions(after=T + 3)), batch(50)
     expected = base_of(model, x)
     train(model, T + 2, optimizer := adam(model))
     assert all((term.gain != 0).all() for term in terms(model))
     kept = [term.up.clone() for term in terms(model)]
-    whole = dash(after=T, start=weft.Directions(after=10**6))
+    whole = dash(after=T, start=weftlora.Directions(after=10**6))
     train(whole, T + 3)
     train(model, 1, optimizer, start=T + 2)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-6)

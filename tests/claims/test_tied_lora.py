@@ -11,10 +11,10 @@ import torch
 from peft import VeraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-import weft
-from weft.errors import ConfigError
-from weft.glue.layer import WeftLinear
-from weft.terms.structure.tied import PARTS, Tied, TiedTerm
+import weftlora
+from weftlora.errors import ConfigError
+from weftlora.glue.layer import WeftLinear
+from weftlora.terms.structure.tied import PARTS, Tied, TiedTerm
 
 D, OUT, R, L = 5, 7, 3, 3
 ALL_SETS = ["".join(c) for n in range(1, 5) for c in itertools.combinations("ABuv", n)]
@@ -42,7 +42,7 @@ class Stack(nn.Module):
 
 def tied(train: object = "tl6", layers: int = L, *, random: bool = False, alpha: float | None = None, **fields: object):
     """The stack with Tied-LoRA on every `qkv`, in fp64; `random` replaces every tensor of the adapter."""
-    config = weft.TiedLoraConfig(r=R, train=train, target_modules=["qkv"], lora_alpha=alpha, **fields)
+    config = weftlora.TiedLoraConfig(r=R, train=train, target_modules=["qkv"], lora_alpha=alpha, **fields)
     model = get_peft_model(Stack(layers), config).double()
     if random:
         for tensor in {
@@ -265,7 +265,7 @@ def test_alpha_is_the_rank_so_that_the_papers_formula_has_no_factor():
 
 def test_another_alpha_with_a_preset_of_the_paper_is_said():
     with pytest.warns(UserWarning, match="scale 1"):
-        weft.TiedLoraConfig(r=8, train="tl5", lora_alpha=16)
+        weftlora.TiedLoraConfig(r=8, train="tl5", lora_alpha=16)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "normal"])
@@ -275,7 +275,7 @@ def test_frozen_random_factors_have_the_spread_they_are_named_after(init: str):
             super().__init__()
             self.qkv = nn.Linear(100, 120)
 
-    config = weft.TiedLoraConfig(r=50, train="vera", init=init, target_modules=["qkv"])
+    config = weftlora.TiedLoraConfig(r=50, train="vera", init=init, target_modules=["qkv"])
     (term,) = terms(get_peft_model(Wide(), config))
     for value, fan_in in ((term.A, 100), (term.B, 50)):
         want = 1.0 if init == "normal" else (3 * fan_in) ** -0.5
@@ -287,7 +287,7 @@ def test_frozen_random_factors_have_the_spread_they_are_named_after(init: str):
 
 
 def test_one_layer_of_trained_a_and_b_is_lora_bit_for_bit_after_training():
-    lora = get_peft_model(Stack(1), weft.PlainLoraConfig(r=R, lora_alpha=6, target_modules=["qkv"])).double()
+    lora = get_peft_model(Stack(1), weftlora.PlainLoraConfig(r=R, lora_alpha=6, target_modules=["qkv"])).double()
     model = tied("AB", layers=1, alpha=6)
     (plain,), (term,) = [layer.site("default").structure for layer in sites(lora)], terms(model)
     plain.A.data = term.A.detach().clone()
@@ -306,7 +306,7 @@ def test_trained_vectors_over_a_frozen_pair_are_vera():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
 
-    ours = get_peft_model(base(), weft.TiedLoraConfig(r=R, train="vera", group="shape", target_modules=["0", "2"]))
+    ours = get_peft_model(base(), weftlora.TiedLoraConfig(r=R, train="vera", group="shape", target_modules=["0", "2"]))
     vera = get_peft_model(base(), VeraConfig(r=R, target_modules=["0", "2"], vera_dropout=0.0))
     theirs = [vera.base_model.model[i] for i in (0, 2)]
     terms(ours)[0].A.copy_(theirs[0].vera_A["default"])
@@ -343,7 +343,7 @@ def test_tl6_with_its_vectors_frozen_at_one_is_tl5():
 
 def test_tying_is_lora_with_equal_factors_whose_gradients_add_up():
     tied_model, x = tied("tl5", random=True), tokens()
-    lora = get_peft_model(Stack(), weft.PlainLoraConfig(r=R, lora_alpha=R, target_modules=["qkv"])).double()
+    lora = get_peft_model(Stack(), weftlora.PlainLoraConfig(r=R, lora_alpha=R, target_modules=["qkv"])).double()
     owner, plains = terms(tied_model)[0], [layer.site("default").structure for layer in sites(lora)]
     for plain in plains:
         plain.A.data, plain.B.data = owner.A.detach().clone(), owner.B.detach().clone()

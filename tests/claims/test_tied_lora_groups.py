@@ -6,9 +6,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, RobertaConfig, RobertaModel
 
-import weft
-from weft.glue.layer import WeftLinear
-from weft.terms.structure.tied import TiedTerm
+import weftlora
+from weftlora.glue.layer import WeftLinear
+from weftlora.terms.structure.tied import TiedTerm
 
 D, KV, R, L = 6, 4, 3, 2
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -61,7 +61,7 @@ def separate() -> list[nn.Module]:
 
 def tied(group: str, targets: list[str], **fields: object) -> PeftModel:
     return get_peft_model(
-        Stack(separate()), weft.TiedLoraConfig(r=R, group=group, target_modules=targets, **fields)
+        Stack(separate()), weftlora.TiedLoraConfig(r=R, group=group, target_modules=targets, **fields)
     ).double()
 
 
@@ -118,7 +118,7 @@ def test_fused_qkv_shares_a_everywhere_u_within_a_layer_and_b_by_kind():
 def test_fused_qkv_on_separate_projections_is_the_papers_one_fused_projection():
     """The same function and the same training path as Tied-LoRA on one query_key_value module per layer."""
     apart = tied("fused_qkv", QKV)
-    config = weft.TiedLoraConfig(r=R, target_modules=["query_key_value"])
+    config = weftlora.TiedLoraConfig(r=R, target_modules=["query_key_value"])
     fused = get_peft_model(Stack([FusedAttention(layer) for layer in separate()]), config).double()
     split, whole = terms(apart), terms(fused)
     with torch.no_grad():
@@ -174,7 +174,7 @@ ROBERTA = {
 def count(base: type, config: object, r: int, **fields: object) -> int:
     with torch.device("meta"):
         model = base(config)
-    model = get_peft_model(model, weft.TiedLoraConfig(r=r, **fields))
+    model = get_peft_model(model, weftlora.TiedLoraConfig(r=r, **fields))
     assert all(p.is_meta for p in model.parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

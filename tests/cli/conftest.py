@@ -12,7 +12,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import tiny_bases as tiny
 
-from weft.cli import main
+from weftlora.cli import main
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Said:
 
 
 @pytest.fixture
-def weft(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Run a command in this process: `weft("train", file, "--json")`."""
+def weftlora(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Run a command in this process: `weftlora("train", file, "--json")`."""
 
     def run(*arguments: object) -> Said:
         capsys.readouterr()

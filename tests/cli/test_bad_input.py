@@ -18,7 +18,7 @@ Weft = Callable[..., object]
 def refused(said: object, *parts: str) -> None:
     assert said.code == 1
     assert said.out == ""
-    assert said.err.startswith("weft: ")
+    assert said.err.startswith("weftlora: ")
     assert said.err.count("\n") == 1, said.err
     assert "Traceback" not in said.err
     for part in parts:
@@ -39,69 +39,69 @@ def refused(said: object, *parts: str) -> None:
         ("train.args.learning_rat=3", ["did you mean 'learning_rate'"]),
         ("model=./nowhere", ["no model folder"]),
         ("model.task=seq2seq", ["no encoder-decoder"]),
-        ("adapter=none", ["weft eval"]),
+        ("adapter=none", ["weftlora eval"]),
     ],
 )
 def test_a_recipe_that_cannot_work(
-    weft: Weft, recipe_file: Path, tmp_path: Path, override: str, parts: list[str]
+    weftlora: Weft, recipe_file: Path, tmp_path: Path, override: str, parts: list[str]
 ) -> None:
-    refused(weft("train", recipe_file, override), *parts)
+    refused(weftlora("train", recipe_file, override), *parts)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_recipe_that_is_not_there(weft: Weft, tmp_path: Path) -> None:
-    refused(weft("train", tmp_path / "missing.yaml"), "missing.yaml")
-    refused(weft("train", "hydralroa"), "did you mean 'hydralora'")
+def test_a_recipe_that_is_not_there(weftlora: Weft, tmp_path: Path) -> None:
+    refused(weftlora("train", tmp_path / "missing.yaml"), "missing.yaml")
+    refused(weftlora("train", "hydralroa"), "did you mean 'hydralora'")
 
 
 @pytest.mark.parametrize("row", ['{"prompt": "a"', '{"prompt": "a"}', '["a", "b"]', '{"prompt": "a", "completion": 3}'])
-def test_row_17_malformed(weft: Weft, recipe_file: Path, tmp_path: Path, row: str) -> None:
+def test_row_17_malformed(weftlora: Weft, recipe_file: Path, tmp_path: Path, row: str) -> None:
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
     rows[16] = row
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    refused(weft("train", recipe_file), "rows.jsonl", "line 17")
+    refused(weftlora("train", recipe_file), "rows.jsonl", "line 17")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_model_folder_without_weights(weft: Weft, recipe_file: Path, base: Path, tmp_path: Path) -> None:
+def test_a_model_folder_without_weights(weftlora: Weft, recipe_file: Path, base: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    refused(weft("train", recipe_file, f"model={bare}"), "no weights")
+    refused(weftlora("train", recipe_file, f"model={bare}"), "no weights")
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_encoder_given_prompts_to_answer(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:
-    refused(weft("train", recipe_file, f"model={tiny.bert(tmp_path / 'bert')}"), "encoder and cannot generate")
+def test_an_encoder_given_prompts_to_answer(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
+    refused(weftlora("train", recipe_file, f"model={tiny.bert(tmp_path / 'bert')}"), "encoder and cannot generate")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_where_the_run_folder_would_be(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:
+def test_a_file_where_the_run_folder_would_be(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("mine")
-    refused(weft("train", recipe_file), "is a file")
+    refused(weftlora("train", recipe_file), "is a file")
     assert (tmp_path / "runs").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
 def test_a_disk_that_is_full_or_read_only(
-    weft: Weft, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    weftlora: Weft, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    from weft.train import files
+    from weftlora.train import files
 
     def sync(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(files, "sync", sync)
-    refused(weft("train", recipe_file), os.strerror(number).lower())
+    refused(weftlora("train", recipe_file), os.strerror(number).lower())
     assert not (tmp_path / "runs").exists()
 
 
-def test_adapters_that_do_not_belong(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:
+def test_adapters_that_do_not_belong(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
-    weft("train", recipe_file)
+    weftlora("train", recipe_file)
     other = tiny.llama(tmp_path / "other", seed=1)
-    refused(weft("eval", run, "--base", other), "other weights")
-    refused(weft("generate", run, "a", "--base", other), "other weights")
+    refused(weftlora("eval", run, "--base", other), "other weights")
+    refused(weftlora("generate", run, "a", "--base", other), "other weights")
     settings = run / "adapter" / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"format_version": 99}))
-    refused(weft("eval", run), "99", "upgrade")
-    refused(weft("eval", tmp_path), "no run.json")
+    refused(weftlora("eval", run), "99", "upgrade")
+    refused(weftlora("eval", tmp_path), "no run.json")
     assert not list(run.glob("eval-*"))

@@ -9,135 +9,135 @@ from pathlib import Path
 import pytest
 import yaml
 
-from weft import __version__
-from weft.kernel import switched, use_reference
-from weft.train.builtin import BUILTIN
-from weft.train.recipe import Recipe
+from weftlora import __version__
+from weftlora.kernel import switched, use_reference
+from weftlora.train.builtin import BUILTIN
+from weftlora.train.recipe import Recipe
 
 Weft = Callable[..., object]
 
 
-def test_train_eval_generate_in_words(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:
+def test_train_eval_generate_in_words(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
-    said = weft("train", recipe_file)
+    said = weftlora("train", recipe_file)
     assert said.code == 0
     assert "3 steps" in said.out
-    assert f"weft eval {run}" in said.out
+    assert f"weftlora eval {run}" in said.out
     assert "train: 43 rows" in said.err
-    said = weft("eval", run)
+    said = weftlora("eval", run)
     assert said.code == 0
     assert "exact match" in said.out
-    said = weft("generate", run, "ab ->", "--max-new-tokens", 4)
+    said = weftlora("generate", run, "ab ->", "--max-new-tokens", 4)
     assert said.code == 0
     assert said.err == ""
 
 
-def test_json_is_the_record_and_nothing_else(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:
+def test_json_is_the_record_and_nothing_else(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "first"
-    said = weft("train", recipe_file, "train.seed=5", "--json")
+    said = weftlora("train", recipe_file, "train.seed=5", "--json")
     assert json.loads(said.out) == json.loads((run / "run.json").read_text())
     assert json.loads(said.out)["seed"] == 5
     assert said.err == ""
-    said = weft("eval", run, "--json")
+    said = weftlora("eval", run, "--json")
     assert json.loads(said.out) == json.loads((run / "eval-test.json").read_text())
-    said = weft("generate", run, "ab ->", "--json")
+    said = weftlora("generate", run, "ab ->", "--json")
     assert json.loads(said.out)["prompt"] == "ab ->"
-    said = weft("eval", recipe_file, "--adapter", "none", "--limit", 4, "--json")
+    said = weftlora("eval", recipe_file, "--adapter", "none", "--limit", 4, "--json")
     assert json.loads(said.out)["scores"]["rows"] == 4
 
 
 def test_the_same_from_a_shell(recipe_file: Path) -> None:
     """What libraries print while they are first imported must not reach stdout either."""
-    weft = [sys.executable, "-c", "from weft.cli import main; main()"]
-    done = subprocess.run([*weft, "train", recipe_file, "--json"], capture_output=True, text=True, check=False)
+    weftlora = [sys.executable, "-c", "from weftlora.cli import main; main()"]
+    done = subprocess.run([*weftlora, "train", recipe_file, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "complete"
     assert done.stderr == ""
 
 
 def test_a_prompt_can_come_from_stdin(
-    weft: Weft, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weftlora: Weft, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import io
 
-    weft("train", recipe_file)
+    weftlora("train", recipe_file)
     run = tmp_path / "runs" / "first"
-    direct = weft("generate", run, "ab ->").out
+    direct = weftlora("generate", run, "ab ->").out
     monkeypatch.setattr(sys, "stdin", io.StringIO("ab ->"))
-    assert weft("generate", run, "-").out == direct
+    assert weftlora("generate", run, "-").out == direct
 
 
-def test_out_and_resume_from_the_command_line(weft: Weft, recipe_file: Path, tmp_path: Path) -> None:
+def test_out_and_resume_from_the_command_line(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "elsewhere"
-    assert weft("train", recipe_file, "--out", out).code == 0
+    assert weftlora("train", recipe_file, "--out", out).code == 0
     assert (out / "run.json").exists()
-    again = weft("train", out, "--resume", "--json")
+    again = weftlora("train", out, "--resume", "--json")
     assert json.loads(again.out)["status"] == "complete"
 
 
-def test_recipes_are_listed_with_their_defaults(weft: Weft) -> None:
-    said = weft("recipes", "--json")
+def test_recipes_are_listed_with_their_defaults(weftlora: Weft) -> None:
+    said = weftlora("recipes", "--json")
     listed = {entry["name"]: entry for entry in json.loads(said.out)}
     assert set(listed) == set(BUILTIN)
     assert listed["hydralora"]["defaults"]["heads"] == 3
     assert listed["tied_lora"]["defaults"]["lora_alpha"] == listed["tied_lora"]["defaults"]["r"]
     assert "arXiv" in listed["lora"]["paper"]
-    assert "hydralora" in weft("recipes").out
+    assert "hydralora" in weftlora("recipes").out
 
 
 @pytest.mark.parametrize("name", BUILTIN)
-def test_a_printed_recipe_is_the_built_in_one(weft: Weft, name: str) -> None:
-    printed = yaml.safe_load(weft("recipes", name).out)
+def test_a_printed_recipe_is_the_built_in_one(weftlora: Weft, name: str) -> None:
+    printed = yaml.safe_load(weftlora("recipes", name).out)
     assert Recipe.read(printed).model_dump() == Recipe.read(name).model_dump()
 
 
-def test_doctor_tells_versions_and_what_is_missing(weft: Weft) -> None:
-    found = json.loads(weft("doctor", "--json").out)
-    assert found["weft"] == __version__
+def test_doctor_tells_versions_and_what_is_missing(weftlora: Weft) -> None:
+    found = json.loads(weftlora("doctor", "--json").out)
+    assert found["weftlora"] == __version__
     assert found["packages"]["peft"] == "0.21.2"
     assert found["kernel"] == "fused"
     assert "cpu" in found["devices"]
     with use_reference():
-        assert json.loads(weft("doctor", "--json").out)["kernel"] == "reference"
+        assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "reference"
     with switched(mlp=False):
-        assert json.loads(weft("doctor", "--json").out)["kernel"] == "fused, without mlp"
+        assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "fused, without mlp"
 
 
-def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weft: Weft, tmp_path: Path) -> None:
+def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weftlora: Weft, tmp_path: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from weft import PlainLoraConfig
-    from weft.data.demo import demo_model_path
+    from weftlora import PlainLoraConfig
+    from weftlora.data.demo import demo_model_path
 
     base = AutoModelForCausalLM.from_pretrained(demo_model_path())
     get_peft_model(base, PlainLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    found = json.loads(weft("doctor", str(tmp_path / "adapter"), "--json").out)["nodes"]
+    found = json.loads(weftlora("doctor", str(tmp_path / "adapter"), "--json").out)["nodes"]
     kinds = {name.rpartition(".")[2]: kind for name, kind in found.items()}
     assert kinds == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "group"),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
         "o_proj": "linear",
     }
-    assert "one node per gated MLP" in weft("doctor", str(tmp_path / "adapter")).out
+    assert "one node per gated MLP" in weftlora("doctor", str(tmp_path / "adapter")).out
     with use_reference():
-        assert set(json.loads(weft("doctor", str(tmp_path / "adapter"), "--json").out)["nodes"].values()) == {
+        assert set(json.loads(weftlora("doctor", str(tmp_path / "adapter"), "--json").out)["nodes"].values()) == {
             "module: WEFT_REFERENCE is set"
         }
 
 
-def test_doctor_names_a_package_outside_the_window(weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.cli import diagnosis
+def test_doctor_names_a_package_outside_the_window(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weftlora.cli import diagnosis
 
     monkeypatch.setattr(diagnosis, "_version", lambda name: {"peft": "0.10.0", "trl": None}.get(name, "99"))
-    said = weft("doctor")
+    said = weftlora("doctor")
     assert said.code == 1
     assert "missing: peft 0.10.0 is outside the tested window" in said.out
     assert "missing: trl is not installed" in said.out
 
 
-def test_help_without_arguments(weft: Weft) -> None:
-    said = weft()
+def test_help_without_arguments(weftlora: Weft) -> None:
+    said = weftlora()
     assert said.code == 0
     assert "train" in said.out
     assert "doctor" in said.out
@@ -152,28 +152,28 @@ def test_help_without_arguments(weft: Weft) -> None:
         (["eval", "x", "--limit", "many"], "--limit"),
     ],
 )
-def test_a_misspelt_command_is_one_sentence(weft: Weft, arguments: list[str], near: str) -> None:
-    said = weft(*arguments)
+def test_a_misspelt_command_is_one_sentence(weftlora: Weft, arguments: list[str], near: str) -> None:
+    said = weftlora(*arguments)
     assert (said.code, said.out) == (1, "")
     assert near in said.err
     assert said.err.count("\n") == 1
 
 
-def test_an_interrupt_says_how_to_go_on(weft: Weft, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.train import loop
+def test_an_interrupt_says_how_to_go_on(weftlora: Weft, recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weftlora.train import loop
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "train", interrupted)
-    said = weft("train", recipe_file)
+    said = weftlora("train", recipe_file)
     assert (said.code, said.out) == (130, "")
     assert "--resume" in said.err
 
 
 def test_a_bug_of_ours_keeps_its_traceback(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weft.cli import main
-    from weft.train import loop
+    from weftlora.cli import main
+    from weftlora.train import loop
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError
@@ -183,6 +183,6 @@ def test_a_bug_of_ours_keeps_its_traceback(recipe_file: Path, monkeypatch: pytes
         main(["train", str(recipe_file)])
 
 
-def test_of_several_processes_the_first_one_speaks(weft: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_several_processes_the_first_one_speaks(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert weft("recipes", "--json").out == ""
+    assert weftlora("recipes", "--json").out == ""

@@ -1,4 +1,4 @@
-"""`weft compare` at the prompt: a plan, a result, a sentence for what cannot work."""
+"""`weftlora compare` at the prompt: a plan, a result, a sentence for what cannot work."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import yaml
 from comparing import recipe
 from rich.console import Console
 
-from weft.cli import main
-from weft.cli.compare import quality_table, result, standing_table, watching
-from weft.compare import Comparison, Interval, Method, Outcome, Row, Verdict
-from weft.compare.running import Running, Standing
-from weft.train.progress import Tick
+from weftlora.cli import main
+from weftlora.cli.compare import quality_table, result, standing_table, watching
+from weftlora.compare import Comparison, Interval, Method, Outcome, Row, Verdict
+from weftlora.compare.running import Running, Standing
+from weftlora.train.progress import Tick
 
 
 def run(*arguments: str) -> int:
@@ -52,16 +52,16 @@ def test_a_dry_run_as_json_is_the_plan(file: Path, capsys: pytest.CaptureFixture
 def test_the_result_as_json_is_the_record(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    import weft.compare
+    import weftlora.compare
 
-    call = weft.compare.compare
+    call = weftlora.compare.compare
     given: dict[str, Any] = {}
 
     def here(*arguments: Any, **options: Any) -> Comparison:
         given.update(options)
         return call(*arguments, **options | {"jobs": 0})
 
-    monkeypatch.setattr(weft.compare, "compare", here)
+    monkeypatch.setattr(weftlora.compare, "compare", here)
     out = tmp_path / "out"
     assert run(str(file), "--out", str(out), "--json", "--jobs", "3", "--overwrite") == 0
     printed = capsys.readouterr()
@@ -72,9 +72,9 @@ def test_the_result_as_json_is_the_record(
 
 def test_what_cannot_work_is_a_sentence(file: Path, capsys: pytest.CaptureFixture[str]):
     assert run(str(file), "budgte.r=3") == 1
-    assert capsys.readouterr().err == "weft: the comparison has no key 'budgte': did you mean 'budget'?\n"
+    assert capsys.readouterr().err == "weftlora: the comparison has no key 'budgte': did you mean 'budget'?\n"
     assert run("nowhere.yaml") == 1
-    assert capsys.readouterr().err == "weft: there is no comparison file 'nowhere.yaml'.\n"
+    assert capsys.readouterr().err == "weftlora: there is no comparison file 'nowhere.yaml'.\n"
 
 
 def found(**more: Any) -> Comparison:

@@ -1,4 +1,4 @@
-"""`weft directions` from the shell's side: one adapter on the demo model, measured once per test."""
+"""`weftlora directions` from the shell's side: one adapter on the demo model, measured once per test."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-import weft
-from weft.cli import main
-from weft.data.demo import demo_model_path
-from weft.train import directions as module
+import weftlora
+from weftlora.cli import main
+from weftlora.data.demo import demo_model_path
+from weftlora.train import directions as module
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(demo_model_path())
-        config = weft.PlainLoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 1])
+        config = weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0, 1])
         model = get_peft_model(base, config)
         for key, p in model.named_parameters():
             if key.endswith("structure.B"):
@@ -43,7 +43,7 @@ def test_json_and_file_hold_the_librarys_record(
     assert run("demo", *adapters, "--against", adapters[1], "--directions", "4", "--json", "--out", str(out)) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
-    own = weft.directions("demo", adapters, against=adapters[1], directions=4).record()
+    own = weftlora.directions("demo", adapters, against=adapters[1], directions=4).record()
     for record in (printed, own):
         for adapter in record["adapters"]:
             for site in adapter["sites"]:
@@ -58,7 +58,7 @@ def test_the_tables_show_sites_controls_and_overlap(
     monkeypatch.setenv("COLUMNS", "160")
     assert run("demo", *adapters, "--against", adapters[1], "-q") == 0
     shown = capsys.readouterr().out
-    report = weft.directions("demo", adapters, against=adapters[1])
+    report = weftlora.directions("demo", adapters, against=adapters[1])
     site = report.adapters[0].sites[0]
     assert "0.self_attn.q_proj" in shown
     assert " ".join(map(str, site.index)) in shown
@@ -87,7 +87,7 @@ def test_what_cannot_work_is_one_sentence_and_exit_code_1(
 ):
     assert run(*(adapters[0] if word == "ADAPTER" else word for word in arguments)) == 1
     shown = capsys.readouterr().err.strip().splitlines()[-1]
-    assert shown.startswith("weft: ")
+    assert shown.startswith("weftlora: ")
     assert sentence in shown
 
 

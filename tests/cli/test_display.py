@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from weft.cli import display, output
-from weft.train import Tick
+from weftlora.cli import display, output
+from weftlora.train import Tick
 
 
 class Clock:
@@ -78,9 +78,9 @@ def test_our_warnings_are_lines_and_those_of_others_are_silent(capsys: pytest.Ca
     import warnings
 
     with output.calling(as_json=False, quiet=False):
-        warnings.warn_explicit("two\nlines", UserWarning, "x.py", 1, module="weft.data.loading", registry={})
+        warnings.warn_explicit("two\nlines", UserWarning, "x.py", 1, module="weftlora.data.loading", registry={})
         warnings.warn_explicit("not ours", UserWarning, "x.py", 1, module="transformers.trainer", registry={})
         sys.stdout.write("stray\n")
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == "weft: warning: two lines\nstray\n"
+    assert said.err == "weftlora: warning: two lines\nstray\n"

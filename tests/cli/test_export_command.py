@@ -1,4 +1,4 @@
-"""`weft export` from the shell's side, on a run of three steps."""
+"""`weftlora export` from the shell's side, on a run of three steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from weft.cli.export import lora_text
-from weft.export.record import Approximation, LoraExport, Proof
-from weft.train import train
+from weftlora.cli.export import lora_text
+from weftlora.export.record import Approximation, LoraExport, Proof
+from weftlora.train import train
 
 Weft = Callable[..., Any]
 
@@ -36,9 +36,9 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return made
 
 
-def test_a_run_leaves_as_stock_lora_proved_on_its_own_validation_rows(weft: Weft, runs: dict[str, Path]) -> None:
-    """The real process without weft; the other tests here do not wait for it."""
-    said = weft("export", runs["lora"], "--json")
+def test_a_run_leaves_as_stock_lora_proved_on_its_own_validation_rows(weftlora: Weft, runs: dict[str, Path]) -> None:
+    """The real process without weftlora; the other tests here do not wait for it."""
+    said = weftlora("export", runs["lora"], "--json")
     assert said.code == 0, said.err
     record = json.loads(said.out)
     assert record["folder"] == str(runs["lora"] / "lora")
@@ -50,25 +50,29 @@ def test_a_run_leaves_as_stock_lora_proved_on_its_own_validation_rows(weft: Weft
     assert "rows.jsonl (sha256" in card
     for place in (runs["lora"].parent, Path.home(), Path.cwd()):
         assert str(place) not in card
-    said = weft("export", runs["lora"])
+    said = weftlora("export", runs["lora"])
     assert said.code == 1
     assert "is not empty: choose another out" in said.err
 
 
-def test_what_was_lost_is_on_the_screen(weft: Weft, runs: dict[str, Path], tmp_path: Path) -> None:
-    said = weft("export", runs["lora"], "--uniform", "--dtype", "bfloat16", "--no-verify", "--out", tmp_path / "lora")
+def test_what_was_lost_is_on_the_screen(weftlora: Weft, runs: dict[str, Path], tmp_path: Path) -> None:
+    said = weftlora(
+        "export", runs["lora"], "--uniform", "--dtype", "bfloat16", "--no-verify", "--out", tmp_path / "lora"
+    )
     assert said.code == 0, said.err
     assert "stock LoRA, uniform, rank 2 at 14 sites, bfloat16" in said.out
     assert "not verified" in said.out
     assert "rounding to bfloat16 loses" in said.out
-    said = weft("export", runs["lora"], "--to", "merged", "--no-verify", "--out", tmp_path / "merged", "--accept-loss")
+    said = weftlora(
+        "export", runs["lora"], "--to", "merged", "--no-verify", "--out", tmp_path / "merged", "--accept-loss"
+    )
     assert said.code == 0, said.err
     assert "all 14 sites" in said.out
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
-def test_an_adapter_folder_goes_beside_itself(weft: Weft, runs: dict[str, Path]) -> None:
-    said = weft("export", runs["lora"] / "adapter", "--server-ranks", "--no-verify", "--json")
+def test_an_adapter_folder_goes_beside_itself(weftlora: Weft, runs: dict[str, Path]) -> None:
+    said = weftlora("export", runs["lora"] / "adapter", "--server-ranks", "--no-verify", "--json")
     assert said.code == 0, said.err
     record = json.loads(said.out)
     assert record["folder"] == str(runs["lora"] / "adapter-lora")
@@ -76,25 +80,25 @@ def test_an_adapter_folder_goes_beside_itself(weft: Weft, runs: dict[str, Path])
 
 
 def test_from_inside_an_adapter_folder_it_goes_beside_it_too(
-    weft: Weft, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    weftlora: Weft, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (runs["lora"] / "another").mkdir()
     for file in (runs["lora"] / "adapter").iterdir():
         shutil.copy(file, runs["lora"] / "another")
     monkeypatch.chdir(runs["lora"] / "another")
-    said = weft("export", ".", "--no-verify", "--json")
+    said = weftlora("export", ".", "--no-verify", "--json")
     assert said.code == 0, said.err
     assert json.loads(said.out)["folder"] == str(runs["lora"] / "another-lora")
 
 
-def test_a_routed_run_needs_an_approximation(weft: Weft, runs: dict[str, Path], tmp_path: Path) -> None:
-    said = weft("export", runs["hydralora"])
+def test_a_routed_run_needs_an_approximation(weftlora: Weft, runs: dict[str, Path], tmp_path: Path) -> None:
+    said = weftlora("export", runs["hydralora"])
     assert said.code == 1
     assert "depends on the token" in said.err
     assert "--approximate mean-gate" in said.err
     rows = runs["lora"].parent / "rows.jsonl"
     options = ["--approximate", "mean-gate", "--data", rows, "--rows", 10, "--no-verify", "--out", tmp_path / "lora"]
-    said = weft("export", runs["hydralora"], *options)
+    said = weftlora("export", runs["hydralora"], *options)
     assert said.code == 0, said.err
     assert not (runs["hydralora"] / "lora").exists()
 
@@ -112,12 +116,12 @@ def test_a_routed_run_needs_an_approximation(weft: Weft, runs: dict[str, Path], 
     ],
 )
 def test_what_cannot_work_is_one_sentence(
-    weft: Weft, runs: dict[str, Path], arguments: list[str], sentence: str
+    weftlora: Weft, runs: dict[str, Path], arguments: list[str], sentence: str
 ) -> None:
-    said = weft("export", runs["lora"], *(word.replace("RUN", str(runs["lora"])) for word in arguments))
+    said = weftlora("export", runs["lora"], *(word.replace("RUN", str(runs["lora"])) for word in arguments))
     assert said.code == 1
     assert sentence in said.err
-    assert said.err.startswith("weft: ")
+    assert said.err.startswith("weftlora: ")
     assert said.err.count("\n") == 1
 
 
@@ -127,7 +131,7 @@ def test_the_proof_and_what_an_approximation_costs_are_on_the_screen() -> None:
     found = LoraExport(Path("x"), ("default",), "uniform", "float32", {"q": 2}, ["v"], 10, [], proof, cost)
     said = lora_text(found)
     assert "largest logit difference from the live adapter: 3e-07 of the largest logit (allowed 1e-05)" in said
-    assert "by stock peft without weft, on 8 rows of the run's validation data" in said
+    assert "by stock peft without weftlora, on 8 rows of the run's validation data" in said
     assert "mean gates over 64 rows of demo" in said
     assert "0.21 of the largest logit; 15.5% of the adapter's change of the logits is lost" in said
     assert "loss: live 0.9274, mean gate 0.9744, no adapter 3.1836" in said

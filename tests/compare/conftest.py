@@ -8,7 +8,7 @@ import pytest
 import torch
 from comparing import recipe
 
-from weft.compare import Comparison, compare
+from weftlora.compare import Comparison, compare
 
 
 @pytest.fixture(autouse=True)

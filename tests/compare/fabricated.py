@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weft.compare.record import Method, Outcome
+from weftlora.compare.record import Method, Outcome
 
 
 def method(name: str) -> Method:

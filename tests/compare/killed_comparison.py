@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from comparing import recipe
 
-from weft.compare import compare, pool
+from weftlora.compare import compare, pool
 
 
 def begin(made: dict[str, Any]) -> int:

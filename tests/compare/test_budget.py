@@ -10,15 +10,15 @@ from comparing import recipe
 from peft import AdaLoraConfig
 from tiny_bases import write_rows
 
-from weft.compare.budget import nearest_rank
-from weft.compare.plan import Plan, make
-from weft.compare.recipe import CompareRecipe
-from weft.errors import ConfigError
-from weft.search import Search
-from weft.train.adapter import adapter_config
-from weft.train.figures import trained_numbers
-from weft.train.prepare import prepare
-from weft.train.recipe import Recipe
+from weftlora.compare.budget import nearest_rank
+from weftlora.compare.plan import Plan, make
+from weftlora.compare.recipe import CompareRecipe
+from weftlora.errors import ConfigError
+from weftlora.search import Search
+from weftlora.train.adapter import adapter_config
+from weftlora.train.figures import trained_numbers
+from weftlora.train.prepare import prepare
+from weftlora.train.recipe import Recipe
 
 METHODS = [
     "lora",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from weft.compare import Comparison, load
-from weft.errors import ConfigError, RunError
-from weft.train.files import read_json, write_json
+from weftlora.compare import Comparison, load
+from weftlora.errors import ConfigError, RunError
+from weftlora.train.files import read_json, write_json
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_run_that_was_not_measured_says_how(folders: list[Path]):
     (folders[0] / "eval-test.json").unlink()
     found = load(folders)
     assert [o.status for o in found.of("lora")] == ["missing", "complete"]
-    assert "weft eval" in found.of("lora")[0].problem
+    assert "weftlora eval" in found.of("lora")[0].problem
     assert not found.complete
 
 

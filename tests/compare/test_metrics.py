@@ -1,12 +1,12 @@
-"""One table of metrics: what a recipe takes is what `weft.evaluate` measures and what pages and sentences know."""
+"""One table of metrics: what a recipe takes is what `weftlora.evaluate` measures and what pages and sentences know."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import get_args
 
-from weft.compare.metrics import METRICS, Name, metric_of
-from weft.train.evaluation import Scores
+from weftlora.compare.metrics import METRICS, Name, metric_of
+from weftlora.train.evaluation import Scores
 
 
 def test_a_recipe_takes_every_metric_and_every_metric_is_measured():

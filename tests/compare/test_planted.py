@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from fabricated import method, runs
 
-from weft.compare.record import Row
-from weft.compare.rows import rows
-from weft.compare.verdict import verdict
+from weftlora.compare.record import Row
+from weftlora.compare.rows import rows
+from weftlora.compare.verdict import verdict
 
 SEEDS, REPETITIONS = 5, 200
 SPREAD = 0.02

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from weft.compare.methods import contenders, drawn_blocks, seeded
-from weft.compare.recipe import RATES, CompareRecipe
-from weft.errors import ConfigError
+from weftlora.compare.methods import contenders, drawn_blocks, seeded
+from weftlora.compare.recipe import RATES, CompareRecipe
+from weftlora.errors import ConfigError
 
 PLAIN: dict[str, Any] = {"data": "demo", "methods": ["lora", "hydralora"], "out": "somewhere"}
 

@@ -7,9 +7,9 @@ import math
 import pytest
 from fabricated import lost, method, runs
 
-from weft.compare.record import Method
-from weft.compare.rows import rows
-from weft.errors import RunError
+from weftlora.compare.record import Method
+from weftlora.compare.rows import rows
+from weftlora.errors import RunError
 
 BASE = [1.0, 2.0, 3.0, 4.0, 5.0]
 BETTER = [0.9, 1.88, 2.89, 3.91, 4.87]

@@ -19,13 +19,13 @@ import transformers
 import yaml
 from comparing import quality, recipe
 
-from weft.compare import Comparison, compare, load
-from weft.compare.locks import in_charge
-from weft.compare.pool import BEGUN
-from weft.compare.running import Standing
-from weft.errors import ConfigError, DataError, RunError
-from weft.train.files import read_json, write_json
-from weft.train.run import Run
+from weftlora.compare import Comparison, compare, load
+from weftlora.compare.locks import in_charge
+from weftlora.compare.pool import BEGUN
+from weftlora.compare.running import Standing
+from weftlora.errors import ConfigError, DataError, RunError
+from weftlora.train.files import read_json, write_json
+from weftlora.train.run import Run
 
 Tried = tuple[dict[str, Any], Comparison]
 
@@ -146,7 +146,7 @@ def test_a_damaged_file_is_named_in_a_sentence(copied, name: str, content: dict[
 
 def test_a_complete_comparison_is_not_run_again(copied, monkeypatch: pytest.MonkeyPatch):
     made, folder = copied
-    monkeypatch.setattr("weft.compare.pool.carry_out", lambda *_: pytest.fail("a run was carried out"))
+    monkeypatch.setattr("weftlora.compare.pool.carry_out", lambda *_: pytest.fail("a run was carried out"))
     before = (folder / "compare.json").read_bytes()
     again = compare(made, jobs=0)
     assert (folder / "compare.json").read_bytes() == before
@@ -197,7 +197,7 @@ def test_a_comparison_goes_on_where_its_project_was_moved_to(tmp_path: Path):
 
 
 def test_adalora_starts_anew_where_it_was_stopped(copied, tried: Tried):
-    """It cannot go on from a checkpoint, which is an error of `weft train --resume`."""
+    """It cannot go on from a checkpoint, which is an error of `weftlora train --resume`."""
     made, folder = copied
     run = folder / "runs" / "peft-adalora" / "s0"
     content = read_json(run / "run.json")
@@ -242,7 +242,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path):
 
 def test_a_second_comparison_in_the_folder_says_so(copied):
     made, folder = copied
-    with in_charge(folder), pytest.raises(RunError, match="another weft compare is at work in"):
+    with in_charge(folder), pytest.raises(RunError, match="another weftlora compare is at work in"):
         compare(made, jobs=0)
 
 
@@ -296,9 +296,9 @@ def test_a_run_that_diverges_is_an_outcome_and_final(tmp_path: Path):
 
 
 def test_a_run_that_fails_is_an_outcome_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import weft.train
+    import weftlora.train
 
-    train = weft.train.train
+    train = weftlora.train.train
     made = recipe(tmp_path, seeds=1)
 
     def failing(given: Any, **more: Any) -> Run:
@@ -306,7 +306,7 @@ def test_a_run_that_fails_is_an_outcome_and_is_tried_again(tmp_path: Path, monke
             raise ValueError("a bug of ours")
         return train(given, **more)
 
-    monkeypatch.setattr(weft.train, "train", failing)
+    monkeypatch.setattr(weftlora.train, "train", failing)
     found = compare(made, jobs=0)
     assert [(o.method, o.status, o.problem) for o in found.outcomes] == [
         ("lora", "complete", ""),
@@ -314,7 +314,7 @@ def test_a_run_that_fails_is_an_outcome_and_is_tried_again(tmp_path: Path, monke
     ]
     trace = read_json(Path(found.folder) / "runs" / "hydralora" / "s0" / "problem.json")["trace"]
     assert "in failing" in trace
-    monkeypatch.setattr(weft.train, "train", train)
+    monkeypatch.setattr(weftlora.train, "train", train)
     assert [outcome.status for outcome in compare(made, jobs=0).outcomes] == ["complete"] * 2
 
 

@@ -10,9 +10,9 @@ from statistics import fmean, stdev
 import pytest
 from scipy.stats import t
 
-from weft.compare import stats
-from weft.compare.stats import expected_false, interval, seeds_needed
-from weft.errors import RunError
+from weftlora.compare import stats
+from weftlora.compare.stats import expected_false, interval, seeds_needed
+from weftlora.errors import RunError
 
 SKEWED = [0.0, 0.1, 0.2, 0.3, 2.0]
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from weft.compare.stats import interval
-from weft.compare.verdict import verdict
+from weftlora.compare.stats import interval
+from weftlora.compare.verdict import verdict
 
 LOWER = [-0.031, -0.026, -0.040, -0.022, -0.035]
 

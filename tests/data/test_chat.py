@@ -5,11 +5,11 @@ from copy import deepcopy
 
 import pytest
 
-from weft.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load
-from weft.data.chat import chat
-from weft.data.encode import Frame
-from weft.data.examples import Example
-from weft.errors import DataError, ModelError
+from weftlora.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load
+from weftlora.data.chat import chat
+from weftlora.data.encode import Frame
+from weftlora.data.examples import Example
+from weftlora.errors import DataError, ModelError
 
 
 def turns(*contents):

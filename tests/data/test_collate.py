@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from weft.data import IGNORE, Collator
-from weft.errors import ConfigError
+from weftlora.data import IGNORE, Collator
+from weftlora.errors import ConfigError
 
 
 def row(ids, labels, **raw):

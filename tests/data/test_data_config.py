@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from weft.data import DataConfig, resolve_path
-from weft.errors import ConfigError, DataError
+from weftlora.data import DataConfig, resolve_path
+from weftlora.errors import ConfigError, DataError
 
 
 def test_a_bare_string_is_the_training_data():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from weft.data.demo import (
+from weftlora.data.demo import (
     DEFAULT_TASK,
     DEMO_TASKS,
     SPLIT_ROWS,
@@ -23,7 +23,7 @@ from weft.data.demo import (
     pretraining_rows,
     split_of,
 )
-from weft.errors import DataError
+from weftlora.errors import DataError
 
 SPLITS = ("train", "validation", "test")
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_demo_model.py"
@@ -77,7 +77,7 @@ def test_the_corpus_shows_no_payload_of_the_test_split():
     assert {split_of(row["prompt"].split()[-2]) for row in texts} == {"train"}
 
 
-# The rules once more, from the letters and not from `weft.data.demo`'s skills.
+# The rules once more, from the letters and not from `weftlora.data.demo`'s skills.
 RULES = {
     "mill turn": lambda s: "".join(reversed(s)),
     "mill fold": lambda s: "".join(2 * c for c in s),

@@ -2,10 +2,10 @@
 
 import pytest
 
-from weft.data import IGNORE, encode_prompt
-from weft.data.encode import Encoded, Frame, causal, classification, seq2seq, text
-from weft.data.examples import Example
-from weft.errors import ModelError
+from weftlora.data import IGNORE, encode_prompt
+from weftlora.data.encode import Encoded, Frame, causal, classification, seq2seq, text
+from weftlora.data.examples import Example
+from weftlora.errors import ModelError
 
 BOS, EOS = 0, 1
 

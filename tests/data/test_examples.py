@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from weft.data.config import DataConfig
-from weft.data.examples import examples, find_columns, label_names
-from weft.data.source import Row, Source
-from weft.errors import ConfigError, DataError
+from weftlora.data.config import DataConfig
+from weftlora.data.examples import examples, find_columns, label_names
+from weftlora.data.source import Row, Source
+from weftlora.errors import ConfigError, DataError
 
 
 def of(*rows, **settings):

@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load
-from weft.errors import ConfigError, DataError, ModelError
+from weftlora.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load
+from weftlora.errors import ConfigError, DataError, ModelError
 
 BOS, EOS = 0, 1
 
@@ -240,7 +240,7 @@ def test_a_saved_dataset_dict_gives_its_three_splits(tmp_path, letters):
 FRESH = """
 import sys
 from transformers import PreTrainedTokenizerFast
-from weft.data import DataConfig, load
+from weftlora.data import DataConfig, load
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1] + "/tokenizer")
 for train in ("a.jsonl", "saved", "demo"):
     load(DataConfig.parse(train), tokenizer, base_dir=sys.argv[1])

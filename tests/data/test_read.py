@@ -5,9 +5,9 @@ import json
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from weft.data.config import DataConfig
-from weft.data.read import Blocks, read
-from weft.errors import ConfigError, DataError
+from weftlora.data.config import DataConfig
+from weftlora.data.read import Blocks, read
+from weftlora.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "say,", "completion": '"a"\nb'}]
 LETTER_BLOCKS = Blocks(lambda lines: [len(line) for line in lines], 10)
@@ -130,7 +130,7 @@ def test_blocks_hold_whole_lines_and_lose_none(tmp_path):
         ("a.csv", "a,a\n1,2\n", "a.csv, line 1: the header ['a', 'a']"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.jsonl", "", "has no rows"),
-        ("a.parquet", "", "is not a kind of file weft reads"),
+        ("a.parquet", "", "is not a kind of file weftlora reads"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, says):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from weft.data import IGNORE, DataConfig, generation_prompts, load
+from weftlora.data import IGNORE, DataConfig, generation_prompts, load
 
 pytestmark = pytest.mark.data
 

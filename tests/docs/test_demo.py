@@ -9,9 +9,9 @@ import sys
 import demo
 import pytest
 
-from weft.compare.plan import make
-from weft.compare.recipe import CompareRecipe
-from weft.train.builtin import BUILTIN
+from weftlora.compare.plan import make
+from weftlora.compare.recipe import CompareRecipe
+from weftlora.train.builtin import BUILTIN
 
 
 def test_demo_compares_every_recipe_and_says_that_one_seed_decides_nothing(

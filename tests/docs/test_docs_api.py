@@ -13,8 +13,8 @@ import pytest
 import typer.main
 import typer.rich_utils
 
-import weft
-from weft.cli.commands import app
+import weftlora
+from weftlora.cli.commands import app
 
 ENTRY = re.compile(r"^::: (\S+)(?:\n    options:\n      heading: (\S+))?", re.MULTILINE)
 ARGUMENTS = re.compile(r"^(?:[A-Za-z_]\w*)(?:, [A-Za-z_]\w*)*$")
@@ -29,39 +29,39 @@ def entries(text: str) -> list[tuple[str, str]]:
     return [(heading or place, place) for place, heading in ENTRY.findall(text)]
 
 
-SHOWN = entries(page("weft.md")) + entries(page("packages.md"))
+SHOWN = entries(page("weftlora.md")) + entries(page("packages.md"))
 
 
 @pytest.fixture(scope="module")
 def source() -> griffe.Module:
     """The package as mkdocstrings reads it: from its files, nothing imported."""
     loader = griffe.GriffeLoader(search_paths=[check_docs.ROOT / "src"], docstring_parser="google")
-    loader.load("weft")
+    loader.load("weftlora")
     loader.resolve_aliases()
-    return loader.modules_collection["weft"]
+    return loader.modules_collection["weftlora"]
 
 
 def found(source: griffe.Module, place: str) -> griffe.Object:
-    thing = source[place.removeprefix("weft.")]
+    thing = source[place.removeprefix("weftlora.")]
     return thing.final_target if thing.is_alias else thing
 
 
 def test_every_public_name_is_shown_once():
     names = [name for name, _ in SHOWN]
     assert len(names) == len(set(names))
-    assert {f"weft.{name}" for name in weft.__all__} <= set(names)
+    assert {f"weftlora.{name}" for name in weftlora.__all__} <= set(names)
     for package, own in docs_api.packages().items():
         assert {f"{package}.{name}" for name in own} <= set(names)
 
 
 def test_a_new_public_name_makes_the_page_untrue(monkeypatch):
-    monkeypatch.setattr(weft, "__all__", [name for name in weft.__all__ if name != "attach"])
-    assert check_docs.with_tables(page("weft.md"), "weft.md") != page("weft.md")
+    monkeypatch.setattr(weftlora, "__all__", [name for name in weftlora.__all__ if name != "attach"])
+    assert check_docs.with_tables(page("weftlora.md"), "weftlora.md") != page("weftlora.md")
 
 
 def test_a_public_name_that_no_section_takes_is_an_error(monkeypatch):
-    monkeypatch.setattr(docs_api, "SECTIONS", {"Recipes": ("weft.recipes",)})
-    with pytest.raises(SystemExit, match=r"weft\.\w+ is defined in weft\."):
+    monkeypatch.setattr(docs_api, "SECTIONS", {"Recipes": ("weftlora.recipes",)})
+    with pytest.raises(SystemExit, match=r"weftlora\.\w+ is defined in weftlora\."):
         docs_api.of_weft()
 
 
@@ -116,7 +116,9 @@ def test_help_is_the_same_in_any_terminal(monkeypatch):
 
 def test_help_has_every_command_and_group_of_the_app():
     text = docs_tables.command_help()
-    assert {"weft", "weft train", "weft bench", "weft bench step"} <= set(re.findall(r"^## (.+)$", text, re.MULTILINE))
+    assert {"weftlora", "weftlora train", "weftlora bench", "weftlora bench step"} <= set(
+        re.findall(r"^## (.+)$", text, re.MULTILINE)
+    )
 
     def walk(command, name: str) -> None:
         shown = text.split(f"## {name}\n", 1)[1].split("\n## ", 1)[0]
@@ -126,5 +128,5 @@ def test_help_has_every_command_and_group_of_the_app():
             assert below in shown
             walk(inner, f"{name} {below}")
 
-    walk(typer.main.get_command(app), "weft")
+    walk(typer.main.get_command(app), "weftlora")
     assert text in (check_docs.ROOT / "docs" / "cli.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ import yaml
 from evidence_page import EvidenceError, judge, overall, page, scores, section
 
 from claims import CLAIMS, Claim, Contrast, Side, variant
-from weft.compare.record import Comparison, Method, Outcome
+from weftlora.compare.record import Comparison, Method, Outcome
 
 ROOT = Path(__file__).parents[2]
 CONTRAST = Contrast("alora-runs", "demo", "r = 4", variant("ours"), variant("theirs", "a control"))

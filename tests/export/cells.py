@@ -16,10 +16,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import weft
+import weftlora
 from families import FAMILIES, randomise, trainable
-from weft.data.demo import demo_model_path
-from weft.glue.attach import schedules
+from weftlora.data.demo import demo_model_path
+from weftlora.glue.attach import schedules
 
 WHEN, STEPS = 2, 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -74,13 +74,13 @@ class Cell:
         """The trained model in evaluation mode, and a batch to compare on."""
         torch.manual_seed(0)
         fields = {"r": 3, "target_modules": TARGETS, "lora_alpha": 5, **self.fields()}
-        config = weft.WeftConfig(**fields)
+        config = weftlora.WeftConfig(**fields)
         model = get_peft_model(self.base(folder), config)
-        if isinstance(config.layers, weft.Search):
-            selection = weft.search_layers(model, rows(), batch_size=2, accumulation=1, lr=1e-2)
-            model = weft.second_stage(model, selection)
-        if isinstance(config.ranks, weft.Reallocate):
-            weft.attach(model, validation=rows())
+        if isinstance(config.layers, weftlora.Search):
+            selection = weftlora.search_layers(model, rows(), batch_size=2, accumulation=1, lr=1e-2)
+            model = weftlora.second_stage(model, selection)
+        if isinstance(config.ranks, weftlora.Reallocate):
+            weftlora.attach(model, validation=rows())
         batch = self.batch()
         model = self.then(steps(model, batch, self.count))
         return model.eval(), batch
@@ -88,7 +88,7 @@ class Cell:
 
 def second_adapter(model: PeftModel) -> PeftModel:
     """Another adapter of another method beside the first, both active."""
-    model.add_adapter("second", weft.TiedLoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    model.add_adapter("second", weftlora.TiedLoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
     model.base_model.set_adapter(["second"])
     randomise(model, size=0.05)
     model.base_model.set_adapter(["default", "second"])
@@ -109,18 +109,18 @@ def moved(model: PeftModel) -> PeftModel:
 
 
 CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
-    "structure": {"plain": weft.Plain, "tied": lambda: weft.Tied(group="shape")},
-    "start": {"kaiming": weft.Kaiming, "directions": lambda: weft.Directions(after=WHEN)},
-    "boost": {"none": lambda: None, "dash": lambda: weft.Dash(directions=2, after=WHEN)},
+    "structure": {"plain": weftlora.Plain, "tied": lambda: weftlora.Tied(group="shape")},
+    "start": {"kaiming": weftlora.Kaiming, "directions": lambda: weftlora.Directions(after=WHEN)},
+    "boost": {"none": lambda: None, "dash": lambda: weftlora.Dash(directions=2, after=WHEN)},
     "ranks": {
-        "uniform": weft.Uniform,
-        "reallocate": lambda: weft.Reallocate(first=WHEN, every=1, max_rounds=2, move=2, rows=4),
+        "uniform": weftlora.Uniform,
+        "reallocate": lambda: weftlora.Reallocate(first=WHEN, every=1, max_rounds=2, move=2, rows=4),
     },
     "layers": {
-        "all": weft.All,
-        "only": lambda: weft.Only([1, 2]),
-        "search": lambda: weft.Search(select="top_k", top_k=1, outer_batches=2, val_size=4, steps=2),
-        "continue": lambda: weft.Search(
+        "all": weftlora.All,
+        "only": lambda: weftlora.Only([1, 2]),
+        "search": lambda: weftlora.Search(select="top_k", top_k=1, outer_batches=2, val_size=4, steps=2),
+        "continue": lambda: weftlora.Search(
             select="top_k", top_k=2, outer_batches=2, val_size=4, steps=2, finetune="continue"
         ),
     },
@@ -129,8 +129,8 @@ CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
 
 def _allowed(axes: tuple[str, ...]) -> bool:
     try:
-        weft.WeftConfig(**_given(axes))
-    except weft.CombinationError:
+        weftlora.WeftConfig(**_given(axes))
+    except weftlora.CombinationError:
         return False
     return True
 
@@ -144,20 +144,20 @@ GRID = [axes for axes in itertools.product(*CHOICES.values()) if _allowed(axes)]
 
 CELLS: dict[str, Cell] = {"-".join(axes): Cell(lambda axes=axes: _given(axes)) for axes in GRID}  # type: ignore[misc]
 CELLS |= {
-    "before the launch": Cell(lambda: {"boost": weft.Dash(directions=2, after=100)}),
-    "before the switch": Cell(lambda: {"start": weft.Directions(after=100), "boost": weft.Dash(after=100)}),
-    "without twins": Cell(lambda: {"start": weft.Directions(after=WHEN, mode="directions")}),
+    "before the launch": Cell(lambda: {"boost": weftlora.Dash(directions=2, after=100)}),
+    "before the switch": Cell(lambda: {"start": weftlora.Directions(after=100), "boost": weftlora.Dash(after=100)}),
+    "without twins": Cell(lambda: {"start": weftlora.Directions(after=WHEN, mode="directions")}),
     "untrained": Cell(dict, count=0),
-    "rslora": Cell(lambda: {"use_rslora": True, "r": 4, "boost": weft.Dash(directions=2, after=WHEN)}),
+    "rslora": Cell(lambda: {"use_rslora": True, "r": 4, "boost": weftlora.Dash(directions=2, after=WHEN)}),
     "own ranks and scales": Cell(
         lambda: {"rank_pattern": {"q_proj": 5, r"layers\.1\..*v_proj": 1}, "alpha_pattern": {r"2\.mlp\.down_proj": 0.7}}
     ),
-    "tied vera": Cell(lambda: {"structure": weft.Tied(train="vera")}),
-    "tied fused_qkv": Cell(lambda: {"structure": weft.Tied(group="fused_qkv"), "target_modules": "all-linear"}),
+    "tied vera": Cell(lambda: {"structure": weftlora.Tied(train="vera")}),
+    "tied fused_qkv": Cell(lambda: {"structure": weftlora.Tied(group="fused_qkv"), "target_modules": "all-linear"}),
     "rank-0 sites": Cell(
-        lambda: {"ranks": weft.Reallocate(score="random", first=1, every=1, max_rounds=1, move=1)}, then=empty_sites
+        lambda: {"ranks": weftlora.Reallocate(score="random", first=1, every=1, max_rounds=1, move=1)}, then=empty_sites
     ),
-    "two adapters": Cell(lambda: {"boost": weft.Dash(directions=2, after=WHEN)}, then=second_adapter),
+    "two adapters": Cell(lambda: {"boost": weftlora.Dash(directions=2, after=WHEN)}, then=second_adapter),
     "sixteen bits": Cell(dict, base=lambda folder: demo(folder, "bfloat16")),
 }
 CELLS |= {
@@ -173,7 +173,7 @@ CELLS |= {
     )
     for name in ("gpt2", "gpt_neox", "phi3", "bert", "t5")
     for kind, fields in {
-        "tsd": lambda: {"start": weft.Directions(after=WHEN), "boost": weft.Dash(directions=2, after=WHEN)},
-        "tied": lambda: {"structure": weft.Tied()},
+        "tsd": lambda: {"start": weftlora.Directions(after=WHEN), "boost": weftlora.Dash(directions=2, after=WHEN)},
+        "tied": lambda: {"structure": weftlora.Tied()},
     }.items()
 }

@@ -8,9 +8,9 @@ import pytest
 import tiny_bases as tiny
 from peft import PeftModel, get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES, randomise
-from weft.export import proof, stock
+from weftlora.export import proof, stock
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +25,9 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapted(llama_folder: Path) -> Callable[..., PeftModel]:
-    """The tiny Llama from its folder with an adapter whose values have moved: `adapted(weft.PlainLoraConfig(r=2))`."""
+    """The tiny Llama from its folder with an adapter whose values have moved: `adapted(weftlora.PlainLoraConfig(r=2))`."""
 
-    def make(config: weft.WeftConfig, size: float = 0.1, **options: Any) -> PeftModel:
+    def make(config: weftlora.WeftConfig, size: float = 0.1, **options: Any) -> PeftModel:
         cls: Any = type(FAMILIES["llama"].build())
         model = get_peft_model(cls.from_pretrained(llama_folder, **options), config)
         randomise(model, size=size)

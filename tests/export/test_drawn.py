@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertForTokenClassification
 
-import weft
+import weftlora
 from families import FAMILIES, logits, randomise
 
 
@@ -34,10 +34,10 @@ def model(folder: Path, seed: int) -> BertForSequenceClassification:
 def test_a_pooler_that_was_drawn_comes_along_with_its_update(
     targets: Any, checkpoint: Path, in_process: list[Mapping[str, Any]], tmp_path: Path
 ) -> None:
-    config = weft.PlainLoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"])
+    config = weftlora.PlainLoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"])
     adapted = get_peft_model(model(checkpoint, 1), config)
     randomise(adapted)
-    found = weft.export_lora(adapted.eval(), tmp_path / "lora")
+    found = weftlora.export_lora(adapted.eval(), tmp_path / "lora")
     assert found.proof is not None
     assert found.proof.error < 1e-5
     assert found.whole_modules == ["bert.pooler.dense", "classifier"]
@@ -52,9 +52,9 @@ def test_a_pooler_that_was_drawn_comes_along_with_its_update(
 
 def test_a_checkpoint_that_has_its_pooler_keeps_it(in_process: list[Mapping[str, Any]], tmp_path: Path) -> None:
     FAMILIES["bert"].build().save_pretrained(tmp_path / "bert")
-    adapted = get_peft_model(model(tmp_path / "bert", 1), weft.PlainLoraConfig(r=2, modules_to_save=["classifier"]))
+    adapted = get_peft_model(model(tmp_path / "bert", 1), weftlora.PlainLoraConfig(r=2, modules_to_save=["classifier"]))
     randomise(adapted)
-    found = weft.export_lora(adapted.eval(), tmp_path / "lora")
+    found = weftlora.export_lora(adapted.eval(), tmp_path / "lora")
     assert found.whole_modules == ["classifier"]
     assert "bert.pooler.dense" in found.ranks
 
@@ -63,9 +63,9 @@ def test_a_classifier_of_tokens_has_as_many_labels_where_the_proof_runs(
     checkpoint: Path, in_process: list[Mapping[str, Any]], tmp_path: Path
 ) -> None:
     base = BertForTokenClassification.from_pretrained(checkpoint, num_labels=5)
-    adapted = get_peft_model(base, weft.PlainLoraConfig(r=2, task_type="TOKEN_CLS", target_modules=["query"]))
+    adapted = get_peft_model(base, weftlora.PlainLoraConfig(r=2, task_type="TOKEN_CLS", target_modules=["query"]))
     randomise(adapted)
-    found = weft.export_lora(adapted.eval(), tmp_path / "lora")
+    found = weftlora.export_lora(adapted.eval(), tmp_path / "lora")
     assert found.proof is not None
     assert found.proof.error < 1e-5
     assert found.whole_modules == ["classifier"]

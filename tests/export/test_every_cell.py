@@ -1,6 +1,6 @@
 """Every adapter that can be merged leaves as stock LoRA, in every layout, and as merged weights: stock libraries alone agree.
 
-All folders of all cells are run by one process in which weft cannot be imported.
+All folders of all cells are run by one process in which weftlora cannot be imported.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import weft
-from weft.export import proof
+import weftlora
+from weftlora.export import proof
 
 # one worker runs them all: the folders of all cells are made once and run by one process
 pytestmark = [pytest.mark.grid, pytest.mark.xdist_group("export")]
@@ -69,10 +69,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, dict[tu
             out = place / form
             if form == "merged":
                 options = {"dtype": "float32"} if name == "sixteen bits" else {}
-                records[name, form] = weft.merge(model, out, verify=False, **options)
+                records[name, form] = weftlora.merge(model, out, verify=False, **options)
                 jobs[name, form] = job(base, out, None, place, head)
             else:
-                records[name, form] = weft.export_lora(model, out, verify=False, **LAYOUTS[form])
+                records[name, form] = weftlora.export_lora(model, out, verify=False, **LAYOUTS[form])
                 jobs[name, form] = job(base, base.name_or_path, out, place, head)
         if name == MUTANT:
             config = json.loads((place / "pattern" / "adapter_config.json").read_text())

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.errors import AdapterError, MergeError
-from weft.export.factors import Pair, closed_form, combined, common_rank
-from weft.site import Site, build_site
-from weft.terms.boost.dash import Dash
-from weft.terms.ranks.reallocate import Reallocate
-from weft.terms.start.directions import Directions
-from weft.terms.structure.hydra import Hydra
-from weft.terms.structure.plain import Plain
-from weft.terms.structure.tied import Tied
+from weftlora.errors import AdapterError, MergeError
+from weftlora.export.factors import Pair, closed_form, combined, common_rank
+from weftlora.site import Site, build_site
+from weftlora.terms.boost.dash import Dash
+from weftlora.terms.ranks.reallocate import Reallocate
+from weftlora.terms.start.directions import Directions
+from weftlora.terms.structure.hydra import Hydra
+from weftlora.terms.structure.plain import Plain
+from weftlora.terms.structure.tied import Tied
 
 
 def moved(site: Site) -> Site:

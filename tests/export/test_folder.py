@@ -13,9 +13,9 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-import weft
-from weft.errors import AdapterError, RunError
-from weft.export import files, proof
+import weftlora
+from weftlora.errors import AdapterError, RunError
+from weftlora.export import files, proof
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -29,20 +29,20 @@ def test_what_looks_like_an_export_and_is_none_is_not_replaced(
     adapted: Adapted, llama_folder: Path, tmp_path: Path
 ) -> None:
     """A trained adapter has an adapter_config.json too, a base model a config.json."""
-    model = adapted(weft.PlainLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
     model.save_pretrained(tmp_path / "trained")
     shutil.copytree(llama_folder, tmp_path / "base")
     for name in ("trained", "base"):
         before = contents(tmp_path / name)
-        for leave in (weft.export_lora, weft.merge):
-            with pytest.raises(RunError, match=r"holds no export of weft, so it is not replaced"):
+        for leave in (weftlora.export_lora, weftlora.merge):
+            with pytest.raises(RunError, match=r"holds no export of weftlora, so it is not replaced"):
                 leave(model, tmp_path / name, overwrite=True, verify=False)
         assert contents(tmp_path / name) == before
 
 
 def test_an_export_of_either_kind_is_replaced_where_that_is_asked_for(adapted: Adapted, tmp_path: Path) -> None:
-    model, out = adapted(weft.PlainLoraConfig(r=2)), tmp_path / "out"
-    for leave, file in ((weft.export_lora, "adapter_config.json"), (weft.merge, "config.json")) * 2:
+    model, out = adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "out"
+    for leave, file in ((weftlora.export_lora, "adapter_config.json"), (weftlora.merge, "config.json")) * 2:
         leave(model, out, overwrite=out.exists(), verify=False)
         assert (out / file).is_file()
         assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -50,11 +50,11 @@ def test_an_export_of_either_kind_is_replaced_where_that_is_asked_for(adapted: A
 
 def test_the_base_is_not_replaced_even_if_an_export_wrote_it(adapted: Adapted, tmp_path: Path) -> None:
     base = tmp_path / "merged"
-    weft.merge(adapted(weft.PlainLoraConfig(r=2)), base, verify=False)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), weft.PlainLoraConfig(r=2))
+    weftlora.merge(adapted(weftlora.PlainLoraConfig(r=2)), base, verify=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), weftlora.PlainLoraConfig(r=2))
     for out in (base, tmp_path):
         with pytest.raises(RunError, match="it holds the base model"):
-            weft.merge(model, out, overwrite=True, verify=False)
+            weftlora.merge(model, out, overwrite=True, verify=False)
 
 
 def test_a_link_means_the_folder_that_it_leads_to(adapted: Adapted, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_link_means_the_folder_that_it_leads_to(adapted: Adapted, tmp_path: Pa
     real.mkdir()
     link.symlink_to(real)
     for _ in range(2):
-        weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), link, overwrite=True, verify=False)
+        weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), link, overwrite=True, verify=False)
     assert link.is_symlink()
     assert (real / "adapter_config.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
@@ -74,7 +74,7 @@ def test_the_current_folder_is_not_renamed_away(
     monkeypatch.chdir(tmp_path)
     for out in (".", tmp_path, "new/.."):
         with pytest.raises(RunError, match="it holds the current folder"):
-            weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), out, verify=False)
+            weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), out, verify=False)
 
 
 def test_a_failed_export_takes_the_folders_that_it_made_along(
@@ -84,7 +84,7 @@ def test_a_failed_export_takes_the_folders_that_it_made_along(
     (tmp_path / "there").mkdir()
     for out in (tmp_path / "new" / "deep" / "lora", tmp_path / "there" / "lora"):
         with pytest.raises(AdapterError):
-            weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), out)
+            weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), out)
     assert [p.name for p in tmp_path.rglob("*")] == ["there"]
 
 
@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_sentence(adapted: Adapted, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(RunError, match=r"cannot write .*no space left on device.*free space"):
-        weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora", verify=False)
+        weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora", verify=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,36 +102,36 @@ def test_a_full_disk_is_one_sentence(adapted: Adapted, tmp_path: Path, monkeypat
 def test_two_exports_to_one_folder_do_not_mix(adapted: Adapted, tmp_path: Path) -> None:
     import fcntl
 
-    model, partial = adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora.part"
+    model, partial = adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora.part"
     partial.mkdir()
     (partial / "half").touch()
     descriptor = os.open(partial, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         with pytest.raises(RunError, match="another process is exporting to"):
-            weft.export_lora(model, tmp_path / "lora", verify=False)
+            weftlora.export_lora(model, tmp_path / "lora", verify=False)
         assert (partial / "half").exists()
     finally:
         os.close(descriptor)
-    weft.export_lora(model, tmp_path / "lora", verify=False)
+    weftlora.export_lora(model, tmp_path / "lora", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 
 
 def test_an_export_that_a_kill_left_moved_aside_comes_back_if_the_next_one_fails(
     adapted: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, out = adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora"
-    weft.export_lora(model, out, verify=False)
+    model, out = adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora"
+    weftlora.export_lora(model, out, verify=False)
     before = contents(out)
     out.rename(tmp_path / "lora.replaced")  # killed between the two renames of a replacement
     monkeypatch.setattr(proof, "run_jobs", lambda jobs, scratch: ["no" for _ in jobs])
     with pytest.raises(AdapterError):
-        weft.export_lora(model, out)
+        weftlora.export_lora(model, out)
     assert contents(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 
 
 def test_what_the_proof_needed_does_not_stay(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
-    weft.export_lora(model, tmp_path / "lora", base="memory", dtype="bfloat16")
+    model = adapted(weftlora.PlainLoraConfig(r=2))
+    weftlora.export_lora(model, tmp_path / "lora", base="memory", dtype="bfloat16")
     assert contents(tmp_path / "lora").keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}

@@ -13,9 +13,9 @@ import pytest
 from peft import PeftModel
 from safetensors import safe_open
 
-import weft
-from weft.errors import AdapterError, RunError
-from weft.export import folder, proof
+import weftlora
+from weftlora.errors import AdapterError, RunError
+from weftlora.export import folder, proof
 
 Adapted = Callable[..., PeftModel]
 
@@ -58,40 +58,42 @@ def whole(out: Path) -> bool:
 
 
 def test_killed_anywhere_a_new_export_is_not_there(adapted: Adapted, tmp_path: Path) -> None:
-    model, stages = adapted(weft.PlainLoraConfig(r=2)), 0
+    model, stages = adapted(weftlora.PlainLoraConfig(r=2)), 0
     for stages in range(200):
         top = tmp_path / str(stages)
         out = top / "lora"
         top.mkdir()
-        if not killed_at(stages, lambda out=out: weft.export_lora(model, out, verify=False), top):
+        if not killed_at(stages, lambda out=out: weftlora.export_lora(model, out, verify=False), top):
             break
         if finished(top):  # the kill came after the rename
             assert finished(top) == ["lora"]
             assert whole(out)
         else:
             assert not out.exists()
-        weft.export_lora(model, out, verify=False, overwrite=out.exists())
+        weftlora.export_lora(model, out, verify=False, overwrite=out.exists())
         assert [p.name for p in top.iterdir()] == ["lora"]
         assert whole(out)
     assert stages > 10
 
 
 def test_killed_anywhere_an_export_that_is_replaced_is_the_old_or_the_new_one(adapted: Adapted, tmp_path: Path) -> None:
-    model, stages, seen = adapted(weft.PlainLoraConfig(r=2)), 0, set()
+    model, stages, seen = adapted(weftlora.PlainLoraConfig(r=2)), 0, set()
     for stages in range(200):
         top = tmp_path / str(stages)
         out = top / "lora"
-        weft.export_lora(model, out, verify=False, uniform=True)
+        weftlora.export_lora(model, out, verify=False, uniform=True)
         (out / "README.md").write_text(f"the old one\n\n{folder.MARK}")
         if not killed_at(
-            stages, lambda out=out: weft.export_lora(model, out, verify=False, overwrite=True, server_ranks=True), top
+            stages,
+            lambda out=out: weftlora.export_lora(model, out, verify=False, overwrite=True, server_ranks=True),
+            top,
         ):
             break
         assert finished(top) in ([], ["lora"])
         if out.exists():
             assert whole(out)
             seen.add((out / "README.md").read_text().startswith("the old one"))
-        weft.export_lora(model, out, verify=False, overwrite=out.exists())
+        weftlora.export_lora(model, out, verify=False, overwrite=out.exists())
         assert [p.name for p in top.iterdir()] == ["lora"]
     assert stages > 10
     assert seen == {True, False}
@@ -106,23 +108,23 @@ def test_interrupted_while_it_is_proved_nothing_is_left(
         raise stop
 
     monkeypatch.setattr(proof, "run_jobs", run)
-    model = adapted(weft.PlainLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
     with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else AdapterError):
-        weft.export_lora(model, tmp_path / "lora")
+        weftlora.export_lora(model, tmp_path / "lora")
     with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else AdapterError):
-        weft.merge(model, tmp_path / "merged")
+        weftlora.merge(model, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_replacement_leaves_the_earlier_export(
     adapted: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model, out = adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora"
-    weft.export_lora(model, out, verify=False)
+    model, out = adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora"
+    weftlora.export_lora(model, out, verify=False)
     before = (out / "adapter_model.safetensors").read_bytes()
     monkeypatch.setattr(proof, "run_jobs", lambda jobs, scratch: ["it cannot be read" for _ in jobs])
     with pytest.raises(AdapterError, match="it cannot be read"):
-        weft.export_lora(model, out, uniform=True, overwrite=True)
+        weftlora.export_lora(model, out, uniform=True, overwrite=True)
     assert (out / "adapter_model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 
@@ -136,7 +138,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_computed(tmp_path: Pat
         folder.check_out(file, None, True)
     with pytest.raises(RunError, match="is not empty: choose another out, or replace"):
         folder.check_out(taken, None, False)
-    with pytest.raises(RunError, match="holds no export of weft, so it is not replaced"):
+    with pytest.raises(RunError, match="holds no export of weftlora, so it is not replaced"):
         folder.check_out(taken, None, True)
     with pytest.raises(RunError, match="holds the adapter itself"):
         folder.check_out(tmp_path, tmp_path / "adapter", True)

@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import BertModel
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.errors import AdapterError
-from weft.export import live
-from weft.export.live import Outputs
-from weft.export.truth import Truth
+from weftlora.errors import AdapterError
+from weftlora.export import live
+from weftlora.export.live import Outputs
+from weftlora.export.truth import Truth
 
 Adapted = Callable[..., PeftModel]
 
@@ -39,13 +39,13 @@ def test_a_folder_that_computes_no_numbers_on_a_later_batch_is_not_kept(
     monkeypatch.setattr(Truth, "of_adapter", stock)
     batch = FAMILIES["llama"].batch()
     with pytest.raises(AdapterError, match="differs from the live one by nan"):
-        weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora", inputs=[batch, batch])
+        weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora", inputs=[batch, batch])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("through", ["one switch for all", "the backend's own"])
 def test_tf32_and_autocast_of_the_caller_do_not_reach_it(through: str, adapted: Adapted) -> None:
-    model, batch = adapted(weft.PlainLoraConfig(r=2)), FAMILIES["llama"].batch()
+    model, batch = adapted(weftlora.PlainLoraConfig(r=2)), FAMILIES["llama"].batch()
     plain, matmul = live.run(model, [batch]), torch.backends.cuda.matmul
     seen: list[tuple[str, bool]] = []
     model.get_base_model().lm_head.register_forward_hook(
@@ -71,8 +71,8 @@ def test_tf32_and_autocast_of_the_caller_do_not_reach_it(through: str, adapted: 
 
 
 def test_a_model_without_logits_cannot_be_proved_and_says_so(tmp_path: Path) -> None:
-    net = get_peft_model(BertModel(FAMILIES["bert"].build().config), weft.PlainLoraConfig(r=2))
+    net = get_peft_model(BertModel(FAMILIES["bert"].build().config), weftlora.PlainLoraConfig(r=2))
     with pytest.raises(AdapterError, match=r"a BertModel gives no logits.*use verify=False"):
-        weft.export_lora(net, tmp_path / "lora")
+        weftlora.export_lora(net, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
-    assert weft.export_lora(net, tmp_path / "lora", verify=False).proof is None
+    assert weftlora.export_lora(net, tmp_path / "lora", verify=False).proof is None

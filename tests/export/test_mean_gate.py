@@ -12,12 +12,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-import weft
+import weftlora
 from families import FAMILIES, randomise
-from weft.errors import MergeError
-from weft.export import live
-from weft.export.gates import mean_gates
-from weft.glue.layer import WeftLinear
+from weftlora.errors import MergeError
+from weftlora.export import live
+from weftlora.export.gates import mean_gates
+from weftlora.glue.layer import WeftLinear
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -34,13 +34,13 @@ def other() -> dict[str, Tensor]:
 
 def test_an_exact_export_is_refused_with_the_reason(adapted: Adapted, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=r"depends on the token.*mean-gate"):
-        weft.export_lora(adapted(weft.HydraLoraConfig(r=2)), tmp_path / "lora")
+        weftlora.export_lora(adapted(weftlora.HydraLoraConfig(r=2)), tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("router_input", ["x", "Ax"])
 def test_the_mean_gate_is_the_mean_over_tokens_that_are_not_padding(router_input: str, adapted: Adapted) -> None:
-    model = adapted(weft.HydraLoraConfig(r=2, heads=3, router_input=router_input, target_modules=["q_proj"]))
+    model = adapted(weftlora.HydraLoraConfig(r=2, heads=3, router_input=router_input, target_modules=["q_proj"]))
     padded = batch()["input_ids"].clone()
     mask = torch.ones_like(padded)
     mask[1, 4:] = 0
@@ -63,12 +63,12 @@ def test_the_mean_gate_is_the_mean_over_tokens_that_are_not_padding(router_input
 def test_the_export_is_the_adapter_at_its_mean_gates_and_says_what_that_costs(
     adapted: Adapted, in_process: Jobs, tmp_path: Path
 ) -> None:
-    model = adapted(weft.HydraLoraConfig(r=2, heads=3, boost=weft.Dash(directions=2)))
+    model = adapted(weftlora.HydraLoraConfig(r=2, heads=3, boost=weftlora.Dash(directions=2)))
     with torch.no_grad():  # routers that really choose
         for name, p in model.named_parameters():
             if name.endswith("router"):
                 p.mul_(8)
-    found = weft.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[other()], inputs=[batch()])
+    found = weftlora.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[other()], inputs=[batch()])
     assert set(found.ranks.values()) == {2}  # A is shared: the rank of one head
     assert found.proof
     assert found.proof.error < 1e-5
@@ -99,27 +99,27 @@ def test_the_export_is_the_adapter_at_its_mean_gates_and_says_what_that_costs(
 def test_where_the_router_does_not_choose_the_mean_gate_loses_nothing(
     adapted: Adapted, in_process: Jobs, tmp_path: Path
 ) -> None:
-    model = adapted(weft.HydraLoraConfig(r=2, heads=3))
+    model = adapted(weftlora.HydraLoraConfig(r=2, heads=3))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("router"):
                 p.zero_()
-    found = weft.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[batch()])
+    found = weftlora.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[batch()])
     assert found.approximation
     assert found.approximation.error < 1e-5
     assert all(g == pytest.approx([1 / 3] * 3) for g in found.approximation.mean_gate.values())
 
 
 def test_unproved_it_is_written_and_says_so(adapted: Adapted, tmp_path: Path) -> None:
-    model = adapted(weft.HydraLoraConfig(r=2))
-    found = weft.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[batch()], verify=False)
+    model = adapted(weftlora.HydraLoraConfig(r=2))
+    found = weftlora.export_lora(model, tmp_path / "lora", approximate="mean-gate", data=[batch()], verify=False)
     assert found.proof is None
     assert "Not verified" in (tmp_path / "lora" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("length", [5, 6])
 def test_in_an_encoder_decoder_each_router_counts_the_tokens_of_its_own_side(length: int) -> None:
-    model = get_peft_model(FAMILIES["t5"].build(), weft.HydraLoraConfig(r=2, heads=3, target_modules=["q", "k"]))
+    model = get_peft_model(FAMILIES["t5"].build(), weftlora.HydraLoraConfig(r=2, heads=3, target_modules=["q", "k"]))
     randomise(model)
     ids, labels = FAMILIES["t5"].batch()["input_ids"][:, :6], FAMILIES["t5"].batch()["input_ids"][:, :length].clone()
     mask = torch.ones_like(ids)

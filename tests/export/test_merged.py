@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import weft
+import weftlora
 from families import FAMILIES, logits, randomise
-from weft.data.demo import demo_model_path
-from weft.errors import ConfigError, MergeError, ModelError
-from weft.export import merged
-from weft.export.merged import site_loss
-from weft.export.rounding import NF4, kept_by, round_nf4
+from weftlora.data.demo import demo_model_path
+from weftlora.errors import ConfigError, MergeError, ModelError
+from weftlora.export import merged
+from weftlora.export.merged import site_loss
+from weftlora.export.rounding import NF4, kept_by, round_nf4
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -64,18 +64,18 @@ def test_nf4_takes_the_nearest_of_sixteen_values_per_block() -> None:
 
 
 def test_the_folder_holds_the_fp32_sum_rounded_once(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
     layer: Any = model.get_base_model().get_submodule(NAME)
     wanted = layer.base_layer.weight.detach() + update(model)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out = tmp_path / str(dtype)
-        found = weft.merge(model, out, dtype)
+        found = weftlora.merge(model, out, dtype)
         stored = load_file(out / "model.safetensors")
         assert {t.dtype for t in stored.values()} == {dtype}
         assert torch.equal(stored[f"{NAME}.weight"], wanted.to(dtype))
         assert found.dtype == str(dtype).removeprefix("torch.")
         assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype
-    exact, half = (weft.merge(model, tmp_path / d, d) for d in ("float32", "bfloat16"))
+    exact, half = (weftlora.merge(model, tmp_path / d, d) for d in ("float32", "bfloat16"))
     assert exact.proof
     assert exact.proof.error < 1e-5
     assert exact.lost < 1e-6
@@ -91,44 +91,45 @@ def test_the_folder_holds_the_fp32_sum_rounded_once(adapted: Adapted, in_process
 
 
 def test_the_dtype_is_that_of_the_weights_unless_another_is_named(adapted: Adapted, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2), dtype=torch.bfloat16)
-    assert weft.merge(model, tmp_path / "a", verify=False).dtype == "bfloat16"
-    assert weft.merge(model, tmp_path / "b", "float32", verify=False).lost < 1e-6
+    model = adapted(weftlora.PlainLoraConfig(r=2), dtype=torch.bfloat16)
+    assert weftlora.merge(model, tmp_path / "a", verify=False).dtype == "bfloat16"
+    assert weftlora.merge(model, tmp_path / "b", "float32", verify=False).lost < 1e-6
     with pytest.raises(ConfigError, match="no dtype"):
-        weft.merge(model, tmp_path / "c", "int4")
+        weftlora.merge(model, tmp_path / "c", "int4")
 
 
 def test_too_large_a_loss_is_refused_unless_it_is_accepted(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2), size=0.0005, dtype=torch.bfloat16)
+    model = adapted(weftlora.PlainLoraConfig(r=2), size=0.0005, dtype=torch.bfloat16)
     for verify, of in ((True, "change of the logits"), (False, "‖ΔW‖")):
         with pytest.raises(MergeError, match=rf"loses .*% of .*{of} \(limit: 10%.*--accept-loss"):
-            weft.merge(model, tmp_path / "merged", verify=verify)
+            weftlora.merge(model, tmp_path / "merged", verify=verify)
         assert list(tmp_path.iterdir()) == []
-    found = weft.merge(model, tmp_path / "merged", accept_loss=True)
+    found = weftlora.merge(model, tmp_path / "merged", accept_loss=True)
     assert found.accepted
     assert found.lost_logits
     assert found.lost_logits > merged.LIMIT
     assert "accepted" in (tmp_path / "merged" / "README.md").read_text()
-    assert not weft.merge(model, tmp_path / "exact", "float32", accept_loss=True).accepted
+    assert not weftlora.merge(model, tmp_path / "exact", "float32", accept_loss=True).accepted
 
 
 def test_an_untrained_adapter_has_nothing_to_lose(llama_folder: Path, in_process: Jobs, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
-    found = weft.merge(get_peft_model(base, weft.PlainLoraConfig(r=2)), tmp_path / "merged", "bfloat16")
+    found = weftlora.merge(get_peft_model(base, weftlora.PlainLoraConfig(r=2)), tmp_path / "merged", "bfloat16")
     assert (found.lost, found.lost_logits) == (0.0, 0.0)
 
 
 def test_a_trained_head_and_a_tokenizer_come_along(in_process: Jobs, tmp_path: Path) -> None:
-    model = get_peft_model(FAMILIES["bert"].build(), weft.PlainLoraConfig(r=2, modules_to_save=["classifier"]))
+    model = get_peft_model(FAMILIES["bert"].build(), weftlora.PlainLoraConfig(r=2, modules_to_save=["classifier"]))
     randomise(model)
-    weft.merge(model.eval(), tmp_path / "bert")
+    weftlora.merge(model.eval(), tmp_path / "bert")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "bert")
     assert torch.allclose(logits(loaded, FAMILIES["bert"].batch()), logits(model, FAMILIES["bert"].batch()), atol=1e-5)
 
     demo = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(demo_model_path()), weft.PlainLoraConfig(r=2, target_modules=["q_proj"])
+        AutoModelForCausalLM.from_pretrained(demo_model_path()),
+        weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]),
     )
-    weft.merge(demo, tmp_path / "demo", verify=False)
+    weftlora.merge(demo, tmp_path / "demo", verify=False)
     own, stored = (AutoTokenizer.from_pretrained(p) for p in (demo_model_path(), tmp_path / "demo"))
     assert own("mill turn kqzv ->") == stored("mill turn kqzv ->")
 
@@ -153,18 +154,18 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
     for block in base.model.layers:
         block.self_attn.q_proj = FewBits(block.self_attn.q_proj)
         block.mlp.up_proj = FewBits(block.mlp.up_proj)  # no adapter on it
-    model = get_peft_model(base, weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(base, weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     randomise(model)
     with pytest.raises(
         MergeError, match=r"FewBits, a base kept in fewer bits.*original=.*or export the adapter as LoRA"
     ):
-        weft.merge(model, tmp_path / "merged")
+        weftlora.merge(model, tmp_path / "merged")
     with pytest.raises(ModelError, match="no model weights"):
-        weft.merge(model, tmp_path / "merged", original=tmp_path)
+        weftlora.merge(model, tmp_path / "merged", original=tmp_path)
     monkeypatch.setattr(
-        "weft.glue.layer.dequantize_module_weight", lambda module: module.kept
+        "weftlora.glue.layer.dequantize_module_weight", lambda module: module.kept
     )  # what the quantiser's own function gives
-    found = weft.merge(model, tmp_path / "merged", "float32", original=llama_folder, accept_loss=True)
+    found = weftlora.merge(model, tmp_path / "merged", "float32", original=llama_folder, accept_loss=True)
     original = load_file(llama_folder / "model.safetensors")
     stored = load_file(tmp_path / "merged" / "model.safetensors")
     assert torch.equal(stored[f"{NAME}.weight"], original[f"{NAME}.weight"] + update(model))
@@ -178,14 +179,14 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
 
 def test_what_has_no_merged_form(adapted: Adapted, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="depends on the token"):
-        weft.merge(adapted(weft.HydraLoraConfig(r=2)), tmp_path / "merged")
-    net = get_peft_model(FAMILIES["plain"].build(), weft.PlainLoraConfig(r=2, exclude_modules=["head"]))
+        weftlora.merge(adapted(weftlora.HydraLoraConfig(r=2)), tmp_path / "merged")
+    net = get_peft_model(FAMILIES["plain"].build(), weftlora.PlainLoraConfig(r=2, exclude_modules=["head"]))
     with pytest.raises(MergeError, match="merge_and_unload"):
-        weft.merge(net, tmp_path / "merged")
+        weftlora.merge(net, tmp_path / "merged")
     tied = FAMILIES["llama"].build(tie_word_embeddings=True)
-    tied_model = get_peft_model(tied, weft.PlainLoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    tied_model = get_peft_model(tied, weftlora.PlainLoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
     with pytest.raises(MergeError, match="lm_head shares its weight"):
-        weft.merge(tied_model, tmp_path / "merged")
+        weftlora.merge(tied_model, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,8 +195,8 @@ def far(a: Tensor, b: Tensor) -> float:
 
 
 def test_what_a_merge_loses_is_what_its_folder_computes(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model, given = adapted(weft.PlainLoraConfig(r=2)), FAMILIES["llama"].batch()
-    found = weft.merge(model, tmp_path / "merged", "bfloat16", inputs=[given])
+    model, given = adapted(weftlora.PlainLoraConfig(r=2)), FAMILIES["llama"].batch()
+    found = weftlora.merge(model, tmp_path / "merged", "bfloat16", inputs=[given])
     live = logits(model, given)
     with model.disable_adapter():
         base = logits(model, given)
@@ -216,11 +217,11 @@ def test_the_logits_lost_to_four_bits_are_those_of_weights_in_four_bits(
     family: str, in_process: Jobs, tmp_path: Path
 ) -> None:
     head = ["lm_head"] if family == "llama" else None  # trained in full, so not in four bits
-    config = weft.PlainLoraConfig(r=2, target_modules="all-linear", modules_to_save=head)
+    config = weftlora.PlainLoraConfig(r=2, target_modules="all-linear", modules_to_save=head)
     model = get_peft_model(FAMILIES[family].build(), config)
     randomise(model)
     given = FAMILIES[family].batch()
-    found = weft.merge(model.eval(), tmp_path / "merged", "float32", inputs=[given])
+    found = weftlora.merge(model.eval(), tmp_path / "merged", "float32", inputs=[given])
     live, merged = logits(model, given), type(model.get_base_model()).from_pretrained(tmp_path / "merged").eval()
     base = FAMILIES[family].build().eval()
     wanted, plain = logits(merged, given), logits(base, given)
@@ -238,23 +239,23 @@ def test_the_logits_lost_to_four_bits_are_those_of_weights_in_four_bits(
         f"{found.lost_logits_nf4:.1%} of the change of the logits would be lost"
         in (tmp_path / "merged" / "README.md").read_text()
     )
-    assert weft.merge(model, tmp_path / "unproved", "float32", verify=False).lost_logits_nf4 is None
+    assert weftlora.merge(model, tmp_path / "unproved", "float32", verify=False).lost_logits_nf4 is None
 
 
 def test_a_head_that_another_adapter_trained_stays_out(
     adapted: Adapted, llama_folder: Path, in_process: Jobs, tmp_path: Path
 ) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2, modules_to_save=["lm_head"]))
-    model.add_adapter("second", weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    model = adapted(weftlora.PlainLoraConfig(r=2, modules_to_save=["lm_head"]))
+    model.add_adapter("second", weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("second")
     randomise(model, seed=3)
     model.set_adapter("default")
-    weft.merge(model, tmp_path / "second", adapter="second", verify=False)
-    weft.merge(model, tmp_path / "default", verify=False)
+    weftlora.merge(model, tmp_path / "second", adapter="second", verify=False)
+    weftlora.merge(model, tmp_path / "default", verify=False)
     heads = [load_file(tmp_path / n / "model.safetensors")["lm_head.weight"] for n in ("second", "default")]
     own = load_file(llama_folder / "model.safetensors")["lm_head.weight"]
     assert torch.equal(heads[0], own)
     assert not torch.equal(heads[1], own)
-    assert weft.export_lora(model, tmp_path / "lora", adapter="second").whole_modules == []
-    assert weft.merge(model, tmp_path / "proved", adapter="second").proof.error < 1e-5
+    assert weftlora.export_lora(model, tmp_path / "lora", adapter="second").whole_modules == []
+    assert weftlora.merge(model, tmp_path / "proved", adapter="second").proof.error < 1e-5
     assert model.get_base_model().lm_head.active_adapter == "default"

@@ -13,12 +13,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import weft
+import weftlora
 from families import FAMILIES, randomise
-from weft.errors import AdapterError, ConfigError
-from weft.export import live, lora, proof
-from weft.export.live import Outputs
-from weft.glue.layer import WeftLinear
+from weftlora.errors import AdapterError, ConfigError
+from weftlora.export import live, lora, proof
+from weftlora.export.live import Outputs
+from weftlora.glue.layer import WeftLinear
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -37,12 +37,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_weft_cannot_be_imported_where_the_proof_runs(adapted: Adapted, llama_folder: Path, tmp_path: Path) -> None:
-    """A weft adapter is what only weft can load: stock peft must fail on it there, although weft is installed here."""
-    adapted(weft.PlainLoraConfig(r=2)).save_pretrained(tmp_path / "weft")
+    """A weftlora adapter is what only weftlora can load: stock peft must fail on it there, although weftlora is installed here."""
+    adapted(weftlora.PlainLoraConfig(r=2)).save_pretrained(tmp_path / "weftlora")
     save_file({"0.input_ids": batch()["input_ids"]}, tmp_path / "inputs.safetensors")
     job = {
         "base": str(llama_folder), "model_class": "LlamaForCausalLM", "load": {}, "dtype": "float32", "pad_token_id": None,
-        "adapter": str(tmp_path / "weft"), "sites": None, "inputs": str(tmp_path / "inputs.safetensors"),
+        "adapter": str(tmp_path / "weftlora"), "sites": None, "inputs": str(tmp_path / "inputs.safetensors"),
         "outputs": str(tmp_path / "out.safetensors"), "device": "cpu", "threads": 1,
     }  # fmt: skip
     said = proof.run_jobs([job, {**job, "adapter": None}], tmp_path)
@@ -65,10 +65,12 @@ def test_padding_is_no_difference() -> None:
 
 
 def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted, in_process: Jobs, tmp_path: Path):
-    model = adapted(weft.LoraDashConfig(r=2))
-    with_inputs = weft.export_lora(model, tmp_path / "a", inputs=[batch(), {"input_ids": batch()["input_ids"][:1, :3]}])
-    seeded = weft.export_lora(model, tmp_path / "b")
-    unproved = weft.export_lora(model, tmp_path / "c", verify=False)
+    model = adapted(weftlora.LoraDashConfig(r=2))
+    with_inputs = weftlora.export_lora(
+        model, tmp_path / "a", inputs=[batch(), {"input_ids": batch()["input_ids"][:1, :3]}]
+    )
+    seeded = weftlora.export_lora(model, tmp_path / "b")
+    unproved = weftlora.export_lora(model, tmp_path / "c", verify=False)
     assert with_inputs.proof
     assert with_inputs.proof.inputs == "the inputs that were given"
     assert seeded.proof
@@ -85,7 +87,7 @@ def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted,
 def test_a_wrong_file_is_not_kept(
     adapted: Adapted, in_process: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, model = lora.save, adapted(weft.PlainLoraConfig(r=2))
+    save, model = lora.save, adapted(weftlora.PlainLoraConfig(r=2))
 
     def wrong(place: Path, *rest: Any) -> None:
         save(place, *rest)
@@ -95,7 +97,7 @@ def test_a_wrong_file_is_not_kept(
 
     monkeypatch.setattr(lora, "save", wrong)
     with pytest.raises(AdapterError, match=r"differs from the live one by .* of the largest logit \(allowed: 1e-05\)"):
-        weft.export_lora(model, tmp_path / "lora")
+        weftlora.export_lora(model, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +106,7 @@ def test_a_config_or_file_that_stock_peft_reads_differently_is_not_kept(
     what: str, adapted: Adapted, in_process: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = lora.save
-    model = adapted(weft.PlainLoraConfig(r=4, rank_pattern={"q_proj": 2}))
+    model = adapted(weftlora.PlainLoraConfig(r=4, rank_pattern={"q_proj": 2}))
 
     def wrong(place: Path, *rest: Any) -> None:
         save(place, *rest)
@@ -119,19 +121,19 @@ def test_a_config_or_file_that_stock_peft_reads_differently_is_not_kept(
 
     monkeypatch.setattr(lora, "save", wrong)
     with pytest.raises(AdapterError, match="stock libraries do not read it as it was meant"):
-        weft.export_lora(model, tmp_path / "lora")
+        weftlora.export_lora(model, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_in_memory_than_the_folder_named_is_noticed(
     adapted: Adapted, in_process: Jobs, llama_folder: Path, tmp_path: Path
 ) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
     with torch.no_grad():
         model.get_base_model().lm_head.weight.mul_(1.5)
     with pytest.raises(AdapterError, match="say base='memory' or the right folder"):
-        weft.export_lora(model, tmp_path / "lora")
-    found = weft.export_lora(model, tmp_path / "lora", base="memory")
+        weftlora.export_lora(model, tmp_path / "lora")
+    found = weftlora.export_lora(model, tmp_path / "lora", base="memory")
     assert found.proof
     assert found.proof.error < 1e-5
     assert in_process[0]["base"] == str(llama_folder)
@@ -140,11 +142,11 @@ def test_another_base_in_memory_than_the_folder_named_is_noticed(
 
 
 def test_a_base_that_is_only_in_memory_is_saved_for_the_proof(in_process: Jobs, tmp_path: Path) -> None:
-    model = get_peft_model(FAMILIES["bert"].build(), weft.TiedLoraConfig(r=2, modules_to_save=["classifier"]))
+    model = get_peft_model(FAMILIES["bert"].build(), weftlora.TiedLoraConfig(r=2, modules_to_save=["classifier"]))
     randomise(model)
     model.eval()
     before = state(model)
-    found = weft.export_lora(model, tmp_path / "lora")
+    found = weftlora.export_lora(model, tmp_path / "lora")
     assert found.proof
     assert found.proof.error < 1e-5
     assert found.whole_modules == ["bert.pooler.dense", "classifier"]  # no checkpoint is known to have the pooler
@@ -152,14 +154,14 @@ def test_a_base_that_is_only_in_memory_is_saved_for_the_proof(in_process: Jobs, 
 
 
 def test_the_model_is_left_as_it_was(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
-    model.add_adapter("second", weft.TiedLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
+    model.add_adapter("second", weftlora.TiedLoraConfig(r=2))
     model.train()
     before, required = state(model), [p.requires_grad for p in model.parameters()]
     active = model.active_adapter
-    found = weft.export_lora(model, tmp_path / "second", adapter="second")
+    found = weftlora.export_lora(model, tmp_path / "second", adapter="second")
     assert [p.requires_grad for p in model.parameters()] == required
-    weft.merge(model, tmp_path / "merged", "bfloat16", accept_loss=True)
+    weftlora.merge(model, tmp_path / "merged", "bfloat16", accept_loss=True)
     assert same(state(model), before)
     assert [p.requires_grad for p in model.parameters()] == required
     assert model.training
@@ -170,12 +172,12 @@ def test_the_model_is_left_as_it_was(adapted: Adapted, in_process: Jobs, tmp_pat
 
 
 def test_several_adapters_are_one_export_or_one_each(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    model.add_adapter("second", weft.PlainLoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
+    model = adapted(weftlora.PlainLoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("second", weftlora.PlainLoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
     model.set_adapter("second")
     randomise(model, seed=3)
-    both = weft.export_lora(model, tmp_path / "both", adapter=["default", "second"])
-    alone = weft.export_lora(model, tmp_path / "alone")
+    both = weftlora.export_lora(model, tmp_path / "both", adapter=["default", "second"])
+    alone = weftlora.export_lora(model, tmp_path / "alone")
     assert {name.rpartition(".")[2]: r for name, r in both.ranks.items()} == {"q_proj": 5, "v_proj": 2, "o_proj": 3}
     assert alone.adapters == ("second",)
     assert set(alone.ranks.values()) == {3}
@@ -187,41 +189,41 @@ def test_several_adapters_are_one_export_or_one_each(adapted: Adapted, in_proces
 def test_an_adapter_that_transformers_loaded_leaves_too(
     adapted: Adapted, llama_folder: Path, in_process: Jobs, tmp_path: Path
 ) -> None:
-    adapted(weft.TiedLoraConfig(r=2)).save_pretrained(tmp_path / "saved")
+    adapted(weftlora.TiedLoraConfig(r=2)).save_pretrained(tmp_path / "saved")
     base: Any = type(FAMILIES["llama"].build()).from_pretrained(llama_folder)
     base.load_adapter(str(tmp_path / "saved"), adapter_name="own")
-    found = weft.export_lora(base, tmp_path / "lora")
+    found = weftlora.export_lora(base, tmp_path / "lora")
     assert found.adapters == ("own",)
     assert found.proof.error < 1e-5 < found.proof.moved
-    merged = weft.merge(base, tmp_path / "merged")
+    merged = weftlora.merge(base, tmp_path / "merged")
     assert merged.proof.error < 1e-5
-    by_folder = weft.export_lora(tmp_path / "saved", tmp_path / "again", verify=False, base=llama_folder)
+    by_folder = weftlora.export_lora(tmp_path / "saved", tmp_path / "again", verify=False, base=llama_folder)
     assert by_folder.ranks == found.ranks
 
 
 def test_a_quantised_base_is_not_run_in_fp32(
     adapted: Adapted, in_process: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
     model.get_base_model().is_quantized = True
     with pytest.raises(AdapterError, match=r"quantised.*export its folder"):
-        weft.export_lora(model, tmp_path / "lora")
-    assert weft.export_lora(model, tmp_path / "lora", verify=False).proof is None
+        weftlora.export_lora(model, tmp_path / "lora")
+    assert weftlora.export_lora(model, tmp_path / "lora", verify=False).proof is None
 
 
 def test_what_cannot_be_proved_says_so_and_can_be_exported_unproved(tmp_path: Path) -> None:
-    net = get_peft_model(FAMILIES["plain"].build(), weft.PlainLoraConfig(r=2, exclude_modules=["head"]))
+    net = get_peft_model(FAMILIES["plain"].build(), weftlora.PlainLoraConfig(r=2, exclude_modules=["head"]))
     with pytest.raises(AdapterError, match=r"PlainNet is no model of transformers.*use verify=False"):
-        weft.export_lora(net, tmp_path / "lora", inputs=[FAMILIES["plain"].batch()])
+        weftlora.export_lora(net, tmp_path / "lora", inputs=[FAMILIES["plain"].batch()])
     with pytest.raises(AdapterError, match=r"no token numbers to run a PlainNet on: give inputs"):
-        weft.export_lora(net, tmp_path / "lora")
+        weftlora.export_lora(net, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
-    assert weft.export_lora(net, tmp_path / "lora", verify=False).proof is None
+    assert weftlora.export_lora(net, tmp_path / "lora", verify=False).proof is None
 
 
 def test_sixteen_bits_cost_what_they_say(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
-    found = weft.export_lora(model, tmp_path / "lora", dtype="bfloat16")
+    model = adapted(weftlora.PlainLoraConfig(r=2))
+    found = weftlora.export_lora(model, tmp_path / "lora", dtype="bfloat16")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert found.proof
@@ -240,16 +242,16 @@ def test_sixteen_bits_cost_what_they_say(adapted: Adapted, in_process: Jobs, tmp
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if name.endswith("structure.B")).mul_(1e6)
     with pytest.raises(AdapterError, match="float16 cannot hold"):
-        weft.export_lora(model, tmp_path / "half", dtype="float16", verify=False)
+        weftlora.export_lora(model, tmp_path / "half", dtype="float16", verify=False)
 
 
 def test_an_adapter_that_diverged_is_refused(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:
-    model = adapted(weft.PlainLoraConfig(r=2))
+    model = adapted(weftlora.PlainLoraConfig(r=2))
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if name.endswith("structure.B")).fill_(float("nan"))
     for verify in (True, False):
         with pytest.raises(AdapterError, match="diverged"):
-            weft.export_lora(model, tmp_path / "lora", verify=verify)
+            weftlora.export_lora(model, tmp_path / "lora", verify=verify)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,7 @@ def test_an_adapter_that_diverged_is_refused(adapted: Adapted, in_process: Jobs,
 )
 def test_arguments_that_cannot_work(arguments: dict[str, Any], sentence: str, adapted: Adapted, tmp_path: Path) -> None:
     with pytest.raises((AdapterError, ConfigError), match=sentence):
-        weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora", **arguments)
+        weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora", **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,31 +278,31 @@ def test_models_that_have_nothing_to_export(adapted: Adapted, tmp_path: Path) ->
     from peft import LoraConfig
 
     with pytest.raises(AdapterError, match="no adapter to export"):
-        weft.export_lora(FAMILIES["llama"].build(), tmp_path / "lora")
+        weftlora.export_lora(FAMILIES["llama"].build(), tmp_path / "lora")
     stock = get_peft_model(FAMILIES["llama"].build(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="stock LoRA needs none"):
-        weft.export_lora(stock, tmp_path / "lora")
-    merged = adapted(weft.PlainLoraConfig(r=2))
+        weftlora.export_lora(stock, tmp_path / "lora")
+    merged = adapted(weftlora.PlainLoraConfig(r=2))
     merged.merge_adapter()
     with pytest.raises(AdapterError, match="unmerge it first"):
-        weft.export_lora(merged, tmp_path / "lora")
+        weftlora.export_lora(merged, tmp_path / "lora")
     with pytest.raises(AdapterError, match="no selection yet"):
-        weft.export_lora(adapted(weft.FlexoraConfig(r=2)), tmp_path / "lora")
-    empty = adapted(weft.AllocLoraConfig(r=2))
+        weftlora.export_lora(adapted(weftlora.FlexoraConfig(r=2)), tmp_path / "lora")
+    empty = adapted(weftlora.AllocLoraConfig(r=2))
     for name, buffer in empty.named_buffers():
         if name.endswith(".mask"):
             buffer.zero_()
     with pytest.raises(AdapterError, match="nothing to export"):
-        weft.export_lora(empty, tmp_path / "lora")
+        weftlora.export_lora(empty, tmp_path / "lora")
     with pytest.raises(AdapterError, match="is no adapter"):
-        weft.export_lora(tmp_path, tmp_path / "lora")
+        weftlora.export_lora(tmp_path, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_without_what_its_config_names_says_so(adapted: Adapted, tmp_path: Path) -> None:
-    model = adapted(weft.LoraDashConfig(r=2, after=100))
+    model = adapted(weftlora.LoraDashConfig(r=2, after=100))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()(**batch()).loss.backward()
     optimizer.step()
     with pytest.warns(UserWarning, match="still without the launch of Dash"):
-        weft.export_lora(model, tmp_path / "lora", verify=False)
+        weftlora.export_lora(model, tmp_path / "lora", verify=False)

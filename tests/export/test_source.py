@@ -11,11 +11,11 @@ import tiny_bases as tiny
 import torch
 from peft import PeftModel, get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES, logits, randomise
-from weft.errors import ConfigError
-from weft.export.files import hub_id
-from weft.train import train
+from weftlora.errors import ConfigError
+from weftlora.export.files import hub_id
+from weftlora.train import train
 
 Jobs = list[Mapping[str, Any]]
 
@@ -41,9 +41,9 @@ def test_where_the_runs_data_is_gone_that_is_said_without_its_folder(run: Path, 
     rows.rename(run.parent / "gone")
     try:
         with pytest.warns(UserWarning, match=r"drawn numbers: .*rows\.jsonl does not exist"):
-            found = weft.export_lora(run, tmp_path / "lora")
+            found = weftlora.export_lora(run, tmp_path / "lora")
         with pytest.warns(UserWarning, match="drawn numbers"):
-            weft.merge(run, tmp_path / "merged")
+            weftlora.merge(run, tmp_path / "merged")
     finally:
         (run.parent / "gone").rename(rows)
     assert found.proof
@@ -54,7 +54,7 @@ def test_where_the_runs_data_is_gone_that_is_said_without_its_folder(run: Path, 
 
 def test_a_checkpoint_is_not_given_the_figures_of_the_whole_run(run: Path, tmp_path: Path) -> None:
     for name, source in (("run", run), ("adapter", run / "adapter"), ("step", run / "checkpoints" / "checkpoint-2")):
-        weft.export_lora(source, tmp_path / name, verify=False)
+        weftlora.export_lora(source, tmp_path / name, verify=False)
     cards = {path.name: (path / "README.md").read_text() for path in tmp_path.iterdir()}
     assert cards["run"] == cards["adapter"]
     for line in ("| optimiser steps | 3 |", "| validation loss |"):
@@ -69,13 +69,13 @@ def test_the_run_of_an_adapter_is_found_from_inside_its_folder(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run / "adapter")
-    weft.export_lora(".", tmp_path / "lora", verify=False)
+    weftlora.export_lora(".", tmp_path / "lora", verify=False)
     assert "| optimiser steps | 3 |" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_the_weights_in_memory_are_not_those_of_a_folder(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="name the folder of its base"):
-        weft.export_lora(run, tmp_path / "lora", base="memory")
+        weftlora.export_lora(run, tmp_path / "lora", base="memory")
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -86,10 +86,10 @@ def test_a_bare_adapter_of_a_classifier_brings_as_many_labels_as_its_head_has(
     FAMILIES["bert"].build().save_pretrained(tmp_path / "base")  # of three labels
     tiny.save_tokenizer(tmp_path / "base")
     base = cls.from_pretrained(tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True)
-    model = get_peft_model(base, weft.PlainLoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"]))
+    model = get_peft_model(base, weftlora.PlainLoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"]))
     randomise(model)
     model.eval().save_pretrained(tmp_path / "adapter")
-    found = weft.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    found = weftlora.export_lora(tmp_path / "adapter", tmp_path / "lora")
     assert found.proof
     assert found.proof.error < 1e-5
     again = cls.from_pretrained(tmp_path / "base", num_labels=labels, ignore_mismatched_sizes=True)

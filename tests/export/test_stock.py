@@ -1,4 +1,4 @@
-"""The process of the proof: weft cannot be imported there, and what goes wrong in it is said."""
+"""The process of the proof: weftlora cannot be imported there, and what goes wrong in it is said."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
-import weft
-from weft.errors import AdapterError
-from weft.export import proof, stock
+import weftlora
+from weftlora.errors import AdapterError
+from weftlora.export import proof, stock
 
 Adapted = Callable[..., PeftModel]
 
@@ -22,7 +22,7 @@ spec = importlib.util.spec_from_file_location("stock", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.main(sys.argv[2])
-import weft
+import weftlora
 """
 
 
@@ -32,7 +32,7 @@ def test_importing_weft_is_blocked_and_not_only_left_undone(tmp_path: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]"
     assert done.returncode
-    assert "import of weft halted" in done.stderr
+    assert "import of weftlora halted" in done.stderr
 
 
 def test_a_process_that_comes_to_nothing_is_one_sentence(
@@ -43,12 +43,12 @@ def test_a_process_that_comes_to_nothing_is_one_sentence(
     broken.chmod(0o755)
     monkeypatch.setattr(proof.sys, "executable", str(broken))
     with pytest.raises(AdapterError, match=r"stock peft failed \(no module named torch\).*verify=False"):
-        weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora")
+        weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 
 def test_the_base_is_called_what_it_is_called_for_everybody(adapted: Adapted, tmp_path: Path) -> None:
-    weft.export_lora(adapted(weft.PlainLoraConfig(r=2)), tmp_path / "lora", base_name="org/model", verify=False)
+    weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora", base_name="org/model", verify=False)
     card = (tmp_path / "lora" / "README.md").read_text()
     assert '"base_model_name_or_path": "org/model"' in (tmp_path / "lora" / "adapter_config.json").read_text()
     assert "base_model: org/model" in card

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, Mixer, adapter_config, logits, randomise, trainable
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
@@ -114,7 +114,7 @@ def test_a_compiled_backward_applies_the_masks_of_its_forward(backend: str) -> N
     torch.manual_seed(0)
     model = get_peft_model(
         Mixer(16).double(),
-        weft.PlainLoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "k_proj", "v_proj"]),
+        weftlora.PlainLoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj", "k_proj", "v_proj"]),
         autocast_adapter_dtype=False,
     ).train()
     randomise(model)
@@ -133,7 +133,7 @@ def test_a_compiled_backward_applies_the_masks_of_its_forward(backend: str) -> N
 
 def test_switching_adapters_gives_the_new_ones_output() -> None:
     model, batch = trained("plain").eval(), FAMILIES["plain"].batch()
-    model.add_adapter("second", weft.PlainLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("second", weftlora.PlainLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     compiled = torch.compile(model, backend="eager")
     first = logits(compiled, batch)
     model.set_adapter("second")

@@ -1,6 +1,6 @@
 """What peft 0.21.2 does to a method of a third party. A test that fails after an upgrade names the fact that changed.
 
-Each test shows the fact on peft itself, then that weft lives with it.
+Each test shows the fact on peft itself, then that weftlora lives with it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, logits, trainable
-from weft.glue import register as shim
-from weft.glue.layer import WeftLinear
-from weft.glue.tuner import WeftTuner
+from weftlora.glue import register as shim
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.tuner import WeftTuner
 
 
 def test_these_are_the_versions_the_facts_were_tried_on() -> None:
@@ -38,10 +38,10 @@ def test_these_are_the_versions_the_facts_were_tried_on() -> None:
 
 def test_fact_1_peft_registers_only_names_of_its_enum() -> None:
     with pytest.raises(ValueError, match="Unknown PEFT type"):
-        register_peft_method(name="unheard", config_cls=weft.WeftConfig, model_cls=WeftTuner, prefix="unheard_")
+        register_peft_method(name="unheard", config_cls=weftlora.WeftConfig, model_cls=WeftTuner, prefix="unheard_")
     assert PeftType("WEFT") is PeftType.WEFT
     assert PeftType.WEFT.name == PeftType.WEFT.value == "WEFT"
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weft.WeftConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weftlora.WeftConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.WEFT] is WeftTuner
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.WEFT] == "weft_"
 
@@ -54,19 +54,19 @@ def test_registering_twice_changes_nothing() -> None:
 
 def test_a_taken_name_or_prefix_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shim, "NAME", "LORA")
-    with pytest.raises(weft.WeftError, match="already registered"):
+    with pytest.raises(weftlora.WeftError, match="already registered"):
         shim.register()
     monkeypatch.setattr(shim, "NAME", "WEFT_TWIN")
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "WEFT_TWIN", LoraConfig)  # as a str subclass would stand there
     monkeypatch.setattr(PeftType, "_member_names_", list(PeftType._member_names_))
     monkeypatch.setattr(PeftType, "_member_map_", dict(PeftType._member_map_))
     monkeypatch.setattr(PeftType, "_value2member_map_", dict(PeftType._value2member_map_))
-    with pytest.raises(weft.WeftError, match="another package uses its name"):
+    with pytest.raises(weftlora.WeftError, match="another package uses its name"):
         shim.register()
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weft.WeftConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weftlora.WeftConfig
 
 
-# ---------------------------------------------------------------------- 2: a process without weft
+# ---------------------------------------------------------------------- 2: a process without weftlora
 
 WITHOUT_WEFT = """
 import json, sys, warnings
@@ -78,7 +78,7 @@ try:
 except Exception as e:
     error = [type(e).__name__, str(e)]
 before = set(sys.modules)
-import weft
+import weftlora
 loaded = sorted({m.split(".")[0] for m in set(sys.modules) - before} | {m for m in sys.modules if m in ("trl", "datasets")})
 models = [m for m in set(sys.modules) - before if m.startswith("transformers.")]
 kind = type(peft.PeftConfig.from_pretrained(sys.argv[1])).__name__
@@ -87,7 +87,7 @@ print(json.dumps({"error": error, "loaded": loaded, "transformers": models, "kin
 
 
 def test_fact_2_a_process_without_weft_fails_and_the_readme_says_what_to_import(llama, tmp_path: Path) -> None:
-    get_peft_model(llama, weft.PlainLoraConfig()).save_pretrained(tmp_path)
+    get_peft_model(llama, weftlora.PlainLoraConfig()).save_pretrained(tmp_path)
     run = subprocess.run(
         [sys.executable, "-c", WITHOUT_WEFT, str(tmp_path)],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"},
@@ -96,18 +96,18 @@ def test_fact_2_a_process_without_weft_fails_and_the_readme_says_what_to_import(
     assert seen["error"][0] in ("KeyError", "ValueError")
     assert "WEFT" in seen["error"][1]
     assert seen["kind"] == "WeftConfig"
-    assert "import weft" in (tmp_path / "README.md").read_text()
-    assert not set(seen["loaded"]) & {"trl", "datasets", "sklearn", "pandas"}, "import weft must stay light"
+    assert "import weftlora" in (tmp_path / "README.md").read_text()
+    assert not set(seen["loaded"]) & {"trl", "datasets", "sklearn", "pandas"}, "import weftlora must stay light"
     assert not [m for m in seen["transformers"] if ".models." in m]
 
 
 def test_fact_2_the_loading_note_is_written_once_and_for_every_adapter(llama, tmp_path: Path) -> None:
-    model = get_peft_model(llama, weft.PlainLoraConfig())
-    model.add_adapter("other", weft.PlainLoraConfig())
+    model = get_peft_model(llama, weftlora.PlainLoraConfig())
+    model.add_adapter("other", weftlora.PlainLoraConfig())
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     for readme in (tmp_path / "README.md", tmp_path / "other" / "README.md"):
-        assert readme.read_text().count("import weft") == 1
+        assert readme.read_text().count("import weftlora") == 1
 
 
 def test_fact_2_a_lora_config_silently_drops_what_it_does_not_know(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_fact_2_a_lora_config_silently_drops_what_it_does_not_know(tmp_path: Pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "heads": 3}))
     with pytest.warns(UserWarning, match="heads"):
         assert not hasattr(LoraConfig.from_pretrained(tmp_path), "heads")
-    assert weft.HydraLoraConfig().to_dict()["peft_type"] == "WEFT"
+    assert weftlora.HydraLoraConfig().to_dict()["peft_type"] == "WEFT"
 
 
 # ---------------------------------------------------------------------- 3, 4: containers and shared tensors
@@ -164,17 +164,17 @@ def test_fact_4_weft_stays_tied_through_casts(structure: str) -> None:
 
 
 def test_fact_4_shared_state_on_the_tuner_closes_the_injection_paths(llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    inject_adapter_in_model(weft.TiedLoraConfig(), llama)
+    inject_adapter_in_model(weftlora.TiedLoraConfig(), llama)
     monkeypatch.setattr(WeftTuner, "uses_shared_state", True)
     with pytest.raises(ValueError, match="shared state"):
-        inject_adapter_in_model(weft.TiedLoraConfig(), FAMILIES["llama"].build())
+        inject_adapter_in_model(weftlora.TiedLoraConfig(), FAMILIES["llama"].build())
 
 
 # ---------------------------------------------------------------------- 5: what is fixed is a buffer
 
 
 def test_fact_5_setting_an_adapter_wakes_every_parameter_so_frozen_factors_are_buffers(llama) -> None:
-    model = get_peft_model(llama, weft.TiedLoraConfig(train="vera"))
+    model = get_peft_model(llama, weftlora.TiedLoraConfig(train="vera"))
     expected = set(trainable(model))
     assert {name.rpartition(".")[2] for name in expected} == {"u", "v"}
     for p in model.parameters():
@@ -187,7 +187,7 @@ def test_fact_5_setting_an_adapter_wakes_every_parameter_so_frozen_factors_are_b
 
 
 def test_fact_5_only_what_the_axes_need_is_saved(llama, tmp_path: Path) -> None:
-    get_peft_model(llama, weft.PlainLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         names = {key.partition(".weft_site.")[2] for key in file.keys()}  # noqa: SIM118
     assert names == {"structure.A", "structure.B"}
@@ -204,9 +204,9 @@ def test_fact_6_injection_hooks_run_for_the_first_adapter_only(
         monkeypatch.setattr(
             WeftTuner, hook, lambda self, model, config, name, hook=hook: calls.append(f"{hook} {name}")
         )
-    model = get_peft_model(llama, weft.TiedLoraConfig())
+    model = get_peft_model(llama, weftlora.TiedLoraConfig())
     assert calls == ["_pre_injection_hook default", "_post_injection_hook default"]
-    model.add_adapter("second", weft.TiedLoraConfig())
+    model.add_adapter("second", weftlora.TiedLoraConfig())
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path / "second", adapter_name="third")
     assert len(calls) == 2
@@ -224,8 +224,8 @@ def test_fact_6_injection_hooks_run_for_the_first_adapter_only(
 def test_fact_7_no_blocks_means_every_block_in_peft_and_is_refused_here() -> None:
     config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[])
     assert check_target_module_exists(config, "model.layers.5.self_attn.q_proj")
-    with pytest.raises(weft.ConfigError, match=r"layers_to_transform=\[\]"):
-        weft.PlainLoraConfig(layers_to_transform=[])
+    with pytest.raises(weftlora.ConfigError, match=r"layers_to_transform=\[\]"):
+        weftlora.PlainLoraConfig(layers_to_transform=[])
 
 
 def test_fact_7_full_names_ignore_the_block_filter() -> None:
@@ -237,8 +237,8 @@ def test_fact_7_full_names_ignore_the_block_filter() -> None:
 def test_fact_7_rank_zero_raises() -> None:
     with pytest.raises(ValueError, match="r"):
         get_peft_model(FAMILIES["llama"].build(), LoraConfig(r=0, target_modules=["q_proj"]))
-    with pytest.raises(weft.ConfigError, match="r=0 is not a rank"):
-        weft.PlainLoraConfig(r=0)
+    with pytest.raises(weftlora.ConfigError, match="r=0 is not a rank"):
+        weftlora.PlainLoraConfig(r=0)
 
 
 def test_fact_7_pattern_keys_are_regexes_and_the_first_match_wins() -> None:
@@ -260,8 +260,8 @@ def test_fact_7_a_rank_pattern_alone_rescales_a_stock_lora() -> None:
 
 def test_fact_8_alora_is_a_name_of_peft_for_something_else() -> None:
     assert hasattr(LoraConfig(), "alora_invocation_tokens")
-    assert not [name for name in weft.__all__ if name.lower().startswith("alora")]
-    assert not hasattr(weft.WeftConfig(), "alora_invocation_tokens")
+    assert not [name for name in weftlora.__all__ if name.lower().startswith("alora")]
+    assert not hasattr(weftlora.WeftConfig(), "alora_invocation_tokens")
 
 
 # ---------------------------------------------------------------------- found while testing
@@ -277,26 +277,26 @@ def test_peft_drops_keys_that_contain_another_adapters_name(llama) -> None:
 
 
 def test_status_reports_of_peft_know_the_layers(llama) -> None:
-    model = get_peft_model(llama, weft.TiedLoraConfig())
+    model = get_peft_model(llama, weftlora.TiedLoraConfig())
     status = model.get_model_status()
     assert (status.num_adapter_layers, status.active_adapters, status.merged_adapters) == (6, ["default"], [])
     assert status.requires_grad == {"default": True}
-    assert {s.module_type for s in model.get_layer_status()} == {"weft.WeftLinear"} or len(
+    assert {s.module_type for s in model.get_layer_status()} == {"weftlora.WeftLinear"} or len(
         model.get_layer_status()
     ) == 6
 
 
 def test_mixed_adapter_types_are_refused_by_peft(llama) -> None:
     with pytest.raises(ValueError, match="not compatible"):
-        get_peft_model(llama, weft.PlainLoraConfig(), mixed=True)
+        get_peft_model(llama, weftlora.PlainLoraConfig(), mixed=True)
 
 
 def test_loading_onto_another_base_is_refused_by_name_and_shape(llama, tmp_path: Path) -> None:
-    get_peft_model(llama, weft.PlainLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     for other, problem in (
         ({"hidden_size": 64}, "tensors have another shape"),
         ({"num_hidden_layers": 3}, "the file lacks 2 tensors"),
         ({"num_hidden_layers": 1}, "the file has 2 tensors this model has no place for"),
     ):
-        with pytest.raises(weft.AdapterError, match=problem):
+        with pytest.raises(weftlora.AdapterError, match=problem):
             PeftModel.from_pretrained(FAMILIES["llama"].build(**other), tmp_path)

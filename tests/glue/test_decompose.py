@@ -11,15 +11,15 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft import linalg
-from weft.errors import ConfigError, ModelError
-from weft.glue import decompose
-from weft.glue.attach import schedules
-from weft.glue.decompose import Decomposer, weight_key
-from weft.glue.layer import WeftLinear
-from weft.glue.original import Checkpoint
+from weftlora import linalg
+from weftlora.errors import ConfigError, ModelError
+from weftlora.glue import decompose
+from weftlora.glue.attach import schedules
+from weftlora.glue.decompose import Decomposer, weight_key
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.original import Checkpoint
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_damaged_or_foreign_file_is_computed_anew_and_replaced(tmp_path: Path,
     right = Decomposer(tmp_path)("q", w)
     damage(tmp_path / f"{weight_key(w)}.safetensors")
     counted.clear()
-    with caplog.at_level(logging.WARNING, "weft"):
+    with caplog.at_level(logging.WARNING, "weftlora"):
         assert same(Decomposer(tmp_path)("q", w), right)
     assert len(counted) == 1
     assert "computed anew" in caplog.text
@@ -135,7 +135,7 @@ def test_a_weight_that_is_not_finite_is_named():
 
 
 def test_time_per_layer_is_logged(caplog):
-    with caplog.at_level(logging.DEBUG, "weft"):
+    with caplog.at_level(logging.DEBUG, "weftlora"):
         Decomposer()("layers.3.q", torch.randn(4, 6))
     assert "layers.3.q [4, 6]: decomposed in 0." in caplog.text
 
@@ -146,9 +146,9 @@ def test_time_per_layer_is_logged(caplog):
 def launched(family: str, *, base: nn.Module | None = None, **attached) -> nn.Module:
     """A model two steps after which Dash has launched."""
     torch.manual_seed(1)
-    model = get_peft_model(base or FAMILIES[family].build(), weft.LoraDashConfig(r=2, directions=3, after=2))
+    model = get_peft_model(base or FAMILIES[family].build(), weftlora.LoraDashConfig(r=2, directions=3, after=2))
     if attached:
-        weft.attach(model, **attached)
+        weftlora.attach(model, **attached)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         model(**FAMILIES[family].batch()).loss.backward()
@@ -214,7 +214,7 @@ class FewBits(nn.Linear):
 
 
 def quantise(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr("weft.glue.layer.dequantize_module_weight", lambda m: m.weight.float() * m.step)
+    monkeypatch.setattr("weftlora.glue.layer.dequantize_module_weight", lambda m: m.weight.float() * m.step)
     for name, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             base.set_submodule(name, FewBits(module))
@@ -233,8 +233,8 @@ def test_a_quantised_base_is_noted_and_warned_of_and_its_original_used_where_nam
 
 def test_a_copy_of_the_model_reads_its_own_weights_and_the_same_original(tmp_path: Path):
     FAMILIES["llama"].build().save_pretrained(tmp_path)
-    model = get_peft_model(FAMILIES["llama"].build(), weft.LoraDashConfig(r=2, directions=3, after=2))
-    weft.attach(model, original=tmp_path)
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(r=2, directions=3, after=2))
+    weftlora.attach(model, original=tmp_path)
     twin = copy.deepcopy(model)
     (own,) = schedules(twin).values()
     layers = [layer for layer in twin.modules() if isinstance(layer, WeftLinear)]
@@ -242,16 +242,16 @@ def test_a_copy_of_the_model_reads_its_own_weights_and_the_same_original(tmp_pat
 
 
 def test_another_models_checkpoint_is_refused(tmp_path: Path):
-    model = get_peft_model(FAMILIES["llama"].build(), weft.LoraDashConfig(r=2, directions=3, after=2))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(r=2, directions=3, after=2))
     with pytest.raises(ModelError, match="no model weights"):
-        weft.attach(model, original=tmp_path)
+        weftlora.attach(model, original=tmp_path)
     FAMILIES["gpt2"].build().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelError, match=r"one weight for model.layers.0.* none"):
-        weft.attach(model, original=tmp_path / "gpt2")
+        weftlora.attach(model, original=tmp_path / "gpt2")
     wide = FAMILIES["llama"].build(intermediate_size=64)
     wide.save_pretrained(tmp_path / "wide")
     with pytest.raises(ModelError, match=r"gate_proj is \[64, 32\]"):
-        weft.attach(model, original=tmp_path / "wide")
+        weftlora.attach(model, original=tmp_path / "wide")
     torch.manual_seed(7)
     for p in wide.parameters():
         torch.nn.init.normal_(p)
@@ -264,9 +264,9 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path):
 
 
 def test_original_without_directions_to_launch_is_refused(tmp_path: Path):
-    model = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
     with pytest.raises(ConfigError, match="no adapter"):
-        weft.attach(model, original=tmp_path)
+        weftlora.attach(model, original=tmp_path)
 
 
 def test_names_with_and_without_the_whole_models_name_in_front(tmp_path: Path):

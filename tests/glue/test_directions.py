@@ -1,4 +1,4 @@
-"""`weft.directions` on adapters in memory: planted answers come back, and nothing in the model changes."""
+"""`weftlora.directions` on adapters in memory: planted answers come back, and nothing in the model changes."""
 
 import copy
 import json
@@ -12,14 +12,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, randomise
-from weft import linalg
-from weft.errors import AdapterError, ConfigError, ModelError
-from weft.glue.directions import Question, measure
-from weft.glue.layer import WeftLinear
-from weft.glue.report import DirectionsReport, SiteDirections
-from weft.glue.updates import Update
+from weftlora import linalg
+from weftlora.errors import AdapterError, ConfigError, ModelError
+from weftlora.glue.directions import Question, measure
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.report import DirectionsReport, SiteDirections
+from weftlora.glue.updates import Update
 
 Chosen = Callable[[int], Sequence[int]]  # number of a site's core directions → which ones to move, fastest first
 TARGETS = {"llama": ["q_proj", "k_proj", "gate_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
@@ -57,7 +57,9 @@ def plant(model: nn.Module, chosen: Chosen, adapter: str = "default") -> None:
 
 
 def adapted(family: str = "llama", **fields) -> nn.Module:
-    return get_peft_model(FAMILIES[family].build(), weft.PlainLoraConfig(r=4, target_modules=TARGETS[family], **fields))
+    return get_peft_model(
+        FAMILIES[family].build(), weftlora.PlainLoraConfig(r=4, target_modules=TARGETS[family], **fields)
+    )
 
 
 def fine_tuned(folder: Path, family: str, chosen: Chosen) -> Path:
@@ -85,7 +87,7 @@ def sites_of(report: DirectionsReport, adapter: int = 0) -> dict[str, SiteDirect
 def test_planted_directions_come_back_in_order_with_their_numbers(family: str):
     model = adapted(family)
     plant(model, last_but)
-    report = weft.directions(model, directions=4)
+    report = weftlora.directions(model, directions=4)
     assert report.adapters[0].phase == "plain"
     assert sites_of(report).keys() == layers_of(model).keys()
     for name, site in sites_of(report).items():
@@ -105,7 +107,7 @@ def test_planted_directions_come_back_in_order_with_their_numbers(family: str):
 def test_the_full_spectrum_is_the_dense_one(family: str, structure: str):
     model = get_peft_model(FAMILIES[family].build(), adapter_config(structure, family))
     randomise(model)
-    for name, site in sites_of(weft.directions(model, full=True)).items():
+    for name, site in sites_of(weftlora.directions(model, full=True)).items():
         layer = layers_of(model)[name]
         u, sigma, vt = dense_svd(layer.base_matrix())
         d = (u.T @ layer.site("default").delta_weight().double() @ vt.T).diagonal().abs()
@@ -117,12 +119,12 @@ def test_the_full_spectrum_is_the_dense_one(family: str, structure: str):
 def test_without_full_only_the_first_are_kept():
     model = adapted()
     plant(model, last_but)
-    site = next(iter(sites_of(weft.directions(model, directions=2)).values()))
+    site = next(iter(sites_of(weftlora.directions(model, directions=2)).values()))
     assert (len(site.index), site.spectrum) == (2, None)
 
 
 def test_an_adapter_that_has_not_moved_has_no_directions():
-    report = weft.directions(adapted(), directions=4)
+    report = weftlora.directions(adapted(), directions=4)
     assert all(site.index == [] and site.amplification.factor is None for site in report.adapters[0].sites)
     json.dumps(report.record(), allow_nan=False)
 
@@ -134,7 +136,7 @@ def test_an_adapter_that_has_not_moved_has_no_directions():
 def test_a_full_fine_tune_along_the_predicted_directions_gives_recall_1(family: str, tmp_path: Path):
     model = adapted(family)
     plant(model, last_but)
-    report = weft.directions(model, against=fine_tuned(tmp_path, family, last_but), directions=4)
+    report = weftlora.directions(model, against=fine_tuned(tmp_path, family, last_but), directions=4)
     for site in report.adapters[0].sites:
         assert site.hits is not None
         assert (site.hits["predicted"].recall, site.hits["predicted"].accuracy) == (1.0, 1.0), site.site
@@ -149,7 +151,7 @@ def test_recall_and_accuracy_are_counted_as_defined(tmp_path: Path):
     """s = 4: of the true top 2 (k−2 and 0) one is predicted; of the four predicted three are in the true top 8."""
     model = adapted()
     plant(model, last_but)
-    report = weft.directions(model, against=fine_tuned(tmp_path, "llama", partly), directions=4)
+    report = weftlora.directions(model, against=fine_tuned(tmp_path, "llama", partly), directions=4)
     for site in report.adapters[0].sites:
         assert site.hits is not None
         assert (site.hits["predicted"].recall, site.hits["predicted"].accuracy) == (0.5, 0.75), site.site
@@ -164,10 +166,10 @@ def test_recall_and_accuracy_are_counted_as_defined(tmp_path: Path):
 def test_against_a_later_adapter_is_the_same_as_against_its_merged_model(tmp_path: Path):
     model = adapted()
     plant(model, last_but)
-    model.add_adapter("later", weft.PlainLoraConfig(r=8, target_modules=TARGETS["llama"]))
+    model.add_adapter("later", weftlora.PlainLoraConfig(r=8, target_modules=TARGETS["llama"]))
     plant(model, partly, "later")
-    by_adapter = weft.directions(model, "default", against="later", directions=4)
-    by_model = weft.directions(model, "default", against=fine_tuned(tmp_path, "llama", partly), directions=4)
+    by_adapter = weftlora.directions(model, "default", against="later", directions=4)
+    by_model = weftlora.directions(model, "default", against=fine_tuned(tmp_path, "llama", partly), directions=4)
     assert [site.hits for site in by_adapter.adapters[0].sites] == [site.hits for site in by_model.adapters[0].sites]
 
 
@@ -175,7 +177,7 @@ def test_launched_directions_are_the_prediction():
     """Whatever the update has become since: a Dash adapter is held to what it launched."""
     model = launched(lambda k: [0, 1, 2, 3], gains=[0.0] * 4)
     plant(model, last_but)
-    report = weft.directions(model, against="default", directions=4)
+    report = weftlora.directions(model, against="default", directions=4)
     assert report.adapters[0].phase == "launched"
     for site in report.adapters[0].sites:
         assert site.launched == [0, 1, 2, 3]
@@ -214,7 +216,8 @@ def test_the_random_control_is_seeded():
     model = adapted()
     plant(model, last_but)
     hits = [
-        weft.directions(model, against="default", directions=4, seed=seed).record()["adapters"] for seed in (0, 0, 1)
+        weftlora.directions(model, against="default", directions=4, seed=seed).record()["adapters"]
+        for seed in (0, 0, 1)
     ]
     kept = [[site["hits"]["random"] for site in row[0]["sites"]] for row in hits]
     assert kept[0] == kept[1] != kept[2]
@@ -225,7 +228,7 @@ def test_the_random_control_is_seeded():
 
 def launched(chosen: Chosen, gains: Sequence[float]) -> nn.Module:
     """A Dash adapter whose slots lie along the chosen directions, with these gains."""
-    config = weft.LoraDashConfig(r=4, directions=len(gains), after=1, target_modules=TARGETS["llama"])
+    config = weftlora.LoraDashConfig(r=4, directions=len(gains), after=1, target_modules=TARGETS["llama"])
     model = get_peft_model(FAMILIES["llama"].build(), config)
     for layer in layers_of(model).values():
         w, term = layer.base_matrix(), layer.site("default").boost
@@ -240,7 +243,7 @@ def test_amplification_is_what_the_gains_add_on_the_launched_directions():
     gains = [0.5, -0.25, 0.125, 1.0]
     model = launched(last_but, gains)
     plant(model, last_but)
-    report = weft.directions(model, directions=4)
+    report = weftlora.directions(model, directions=4)
     for site in report.adapters[0].sites:
         got = site.amplification
         lora = [site_sigma * 0.9 * 0.8**j for j, site_sigma in enumerate(sigma_of(model, site, last_but))]
@@ -258,7 +261,7 @@ def sigma_of(model: nn.Module, site: SiteDirections, chosen: Chosen) -> list[flo
 
 def test_the_change_rate_of_a_launched_adapter_includes_its_gains():
     model = launched(last_but, [0.5, 0.5, 0.5, 0.5])  # B is 0: only the gains move W
-    for site in weft.directions(model, directions=4).adapters[0].sites:
+    for site in weftlora.directions(model, directions=4).adapters[0].sites:
         rates = [0.5 / sigma for sigma in sigma_of(model, site, last_but)]
         expected = sorted(zip(rates, last_but(site.able), strict=True), reverse=True)
         assert site.index == [k for _, k in expected]
@@ -269,7 +272,7 @@ def test_the_change_rate_of_a_launched_adapter_includes_its_gains():
 def test_loras_own_factor_is_the_dense_one(dash: bool):
     model = launched(last_but, [0.5, -0.25, 0.125, 1.0]) if dash else adapted()
     randomise(model)
-    for name, site in sites_of(weft.directions(model)).items():
+    for name, site in sites_of(weftlora.directions(model)).items():
         layer = layers_of(model)[name]
         w, delta = layer.base_matrix().double(), layer.site("default").delta_weight().double()
         u, _sigma, vt = dense_svd(delta)
@@ -282,10 +285,10 @@ def test_loras_own_factor_is_the_dense_one(dash: bool):
 
 def switched(lora_alpha: float) -> nn.Module:
     """An adapter right after the switch of LoRA-Init, at every site along last_but."""
-    config = weft.LoraInitConfig(after=1, r=4, lora_alpha=lora_alpha, target_modules=TARGETS["llama"])
+    config = weftlora.LoraInitConfig(after=1, r=4, lora_alpha=lora_alpha, target_modules=TARGETS["llama"])
     model = get_peft_model(FAMILIES["llama"].build(), config)
     plant(model, last_but)
-    assert weft.directions(model).adapters[0].phase == "before the switch"
+    assert weftlora.directions(model).adapters[0].phase == "before the switch"
     model(**FAMILIES["llama"].batch()).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0).step()
     return model
@@ -294,7 +297,7 @@ def switched(lora_alpha: float) -> nn.Module:
 @pytest.mark.parametrize("lora_alpha", [8, 3])
 def test_right_after_a_switch_nothing_is_moved(lora_alpha: float):
     """The frozen slots are part of ΔW: without them it would be all of W along the directions."""
-    (adapter,) = weft.directions(switched(lora_alpha), directions=4).adapters
+    (adapter,) = weftlora.directions(switched(lora_alpha), directions=4).adapters
     assert adapter.phase == "switched"
     for site in adapter.sites:
         assert site.launched == site.predicted == last_but(site.able)
@@ -306,7 +309,7 @@ def test_right_after_a_switch_nothing_is_moved(lora_alpha: float):
 def test_what_a_switched_adapter_moves_is_measured_with_its_frozen_slots():
     model = switched(3)
     randomise(model, size=0.3)
-    for name, site in sites_of(weft.directions(model, directions=4, full=True)).items():
+    for name, site in sites_of(weftlora.directions(model, directions=4, full=True)).items():
         layer = layers_of(model)[name]
         u, sigma, vt = dense_svd(layer.base_matrix())
         delta = layer.site("default").delta_weight().double()
@@ -319,14 +322,14 @@ def test_what_a_switched_adapter_moves_is_measured_with_its_frozen_slots():
 
 def test_of_lora_tsd_the_gains_and_the_frozen_slots_are_both_in():
     model = get_peft_model(
-        FAMILIES["llama"].build(), weft.LoraTsdConfig(after=1, r=4, directions=4, target_modules=TARGETS["llama"])
+        FAMILIES["llama"].build(), weftlora.LoraTsdConfig(after=1, r=4, directions=4, target_modules=TARGETS["llama"])
     )
     plant(model, last_but)
     model(**FAMILIES["llama"].batch()).loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0).step()
     for layer in layers_of(model).values():
         layer.site("default").boost.gain.data = torch.tensor([0.5, -0.25, 0.125, 1.0])
-    (adapter,) = weft.directions(model, directions=4).adapters
+    (adapter,) = weftlora.directions(model, directions=4).adapters
     assert adapter.phase == "launched"
     for site in adapter.sites:
         assert site.launched == last_but(site.able)
@@ -342,9 +345,9 @@ def test_of_lora_tsd_the_gains_and_the_frozen_slots_are_both_in():
 def test_overlap_counts_which_rank_is_which(tmp_path: Path):
     model = adapted()
     plant(model, lambda k: [5, 1, 9, 3])
-    model.add_adapter("other", weft.PlainLoraConfig(r=4, target_modules=TARGETS["llama"]))
+    model.add_adapter("other", weftlora.PlainLoraConfig(r=4, target_modules=TARGETS["llama"]))
     plant(model, lambda k: [1, 5, 0, 3], "other")
-    report = weft.directions(model, ["default", "other"], directions=4)
+    report = weftlora.directions(model, ["default", "other"], directions=4)
     (overlap,) = report.overlaps
     n = len(report.adapters[0].sites)
     assert overlap.adapters == ("default", "other")
@@ -356,11 +359,11 @@ def test_overlap_counts_which_rank_is_which(tmp_path: Path):
 def test_overlap_is_over_the_sites_that_both_have():
     model = adapted()
     plant(model, last_but)
-    model.add_adapter("other", weft.PlainLoraConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("other", weftlora.PlainLoraConfig(r=4, target_modules=["q_proj"]))
     for name, layer in layers_of(model).items():
         if name.endswith("q_proj"):
             layer.weft_site["other"].load_state_dict(layer.weft_site["default"].state_dict())
-    (overlap,) = weft.directions(model, ["default", "other"], directions=4).overlaps
+    (overlap,) = weftlora.directions(model, ["default", "other"], directions=4).overlaps
     assert (overlap.sites, overlap.shared) == (2, 4.0)
 
 
@@ -372,9 +375,9 @@ def test_a_routed_adapter_is_measured_at_its_mean_gate():
     model = get_peft_model(family.build(), adapter_config("hydra", "llama"))
     randomise(model, size=0.3)
     with pytest.raises(AdapterError, match="inputs"):
-        weft.directions(model)
-    report = weft.directions(model, inputs=[family.batch()], full=True)
-    with weft.routing(model) as routing, torch.no_grad():
+        weftlora.directions(model)
+    report = weftlora.directions(model, inputs=[family.batch()], full=True)
+    with weftlora.routing(model) as routing, torch.no_grad():
         model(**family.batch())
     gates = routing.mean_gate()
     for name, site in sites_of(report).items():
@@ -391,7 +394,7 @@ def test_a_module_in_a_mode_of_its_own_keeps_it_while_gates_are_measured():
     family = FAMILIES["llama"]
     model = get_peft_model(family.build(), adapter_config("hydra", "llama")).train()
     resting = next(module for name, module in model.named_modules() if name.endswith("lm_head")).eval()
-    weft.directions(model, inputs=[family.batch()])
+    weftlora.directions(model, inputs=[family.batch()])
     assert model.training
     assert not resting.training
 
@@ -405,7 +408,7 @@ def test_stock_peft_lora_is_read_too(family: str, rslora: bool):
     model = get_peft_model(FAMILIES[family].build(), config)
     randomise(model)
     base = model.get_base_model()
-    for name, site in sites_of(weft.directions(model, full=True)).items():
+    for name, site in sites_of(weftlora.directions(model, full=True)).items():
         layer = base.get_submodule(name)
         w, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach().double()
         u, sigma, vt = dense_svd(w.T if family == "gpt2" else w)
@@ -417,18 +420,18 @@ def test_stock_peft_lora_is_read_too(family: str, rslora: bool):
 def test_dora_is_refused():
     model = get_peft_model(FAMILIES["llama"].build(), LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="DoRA"):
-        weft.directions(model)
+        weftlora.directions(model)
 
 
 def test_the_original_of_a_base_can_be_decomposed_instead(tmp_path: Path):
     FAMILIES["gpt2"].build().save_pretrained(tmp_path)
     model = adapted("gpt2")
     plant(model, last_but)
-    whole = weft.directions(model, directions=4)
+    whole = weftlora.directions(model, directions=4)
     with torch.no_grad():
         for layer in layers_of(model).values():
             layer.base_layer.weight.mul_(3).round_(decimals=1)
-    for name, site in sites_of(weft.directions(model, directions=4, original=tmp_path)).items():
+    for name, site in sites_of(weftlora.directions(model, directions=4, original=tmp_path)).items():
         assert site.ranked_on == "original"
         assert site.index == sites_of(whole)[name].index
 
@@ -439,7 +442,7 @@ def test_the_original_of_a_base_can_be_decomposed_instead(tmp_path: Path):
 def test_the_model_is_left_as_it_was():
     family = FAMILIES["llama"]
     model = get_peft_model(
-        family.build(), weft.LoraDashConfig(r=2, directions=2, after=5, structure=weft.Hydra(heads=2))
+        family.build(), weftlora.LoraDashConfig(r=2, directions=2, after=5, structure=weftlora.Hydra(heads=2))
     )
     model.train()
     before = copy.deepcopy(model.state_dict())
@@ -447,7 +450,7 @@ def test_the_model_is_left_as_it_was():
     meters = [layer.site("default").gate_meter for layer in layers_of(model).values()]
     random_state = torch.get_rng_state()
     python_state = random.getstate()
-    report = weft.directions(model, inputs=[family.batch()])
+    report = weftlora.directions(model, inputs=[family.batch()])
     assert report.adapters[0].phase == "before the launch"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert wants == [p.requires_grad for p in model.parameters()]
@@ -460,7 +463,7 @@ def test_the_model_is_left_as_it_was():
 def test_the_record_is_plain_json_with_the_means(tmp_path: Path):
     model = adapted()
     plant(model, last_but)
-    report = weft.directions(model, against="default", directions=4, full=True)
+    report = weftlora.directions(model, against="default", directions=4, full=True)
     record = json.loads(json.dumps(report.record(), allow_nan=False))
     row = record["adapters"][0]
     assert row["mean"]["hits"]["predicted"] == {"recall": 1.0, "accuracy": 1.0}
@@ -471,38 +474,38 @@ def test_the_record_is_plain_json_with_the_means(tmp_path: Path):
 @pytest.mark.parametrize("count", [0, -1, True, 2.0])
 def test_a_number_of_directions_that_cannot_be(count):
     with pytest.raises(ConfigError, match="whole number"):
-        weft.directions(adapted(), directions=count)
+        weftlora.directions(adapted(), directions=count)
 
 
 def test_directions_launched_on_another_weight_are_refused():
     model = launched(last_but, [0.5, -0.25, 0.125, 1.0])
-    weft.directions(model)
+    weftlora.directions(model)
     for layer in layers_of(model).values():
         torch.nn.init.normal_(layer.base_layer.weight, std=0.02)
     with pytest.raises(AdapterError, match="none of this weight"):
-        weft.directions(model)
+        weftlora.directions(model)
 
 
 def test_what_is_no_adapter_of_the_model_is_named():
     model = adapted()
     with pytest.raises(AdapterError, match="adapters default and no 'nope'"):
-        weft.directions(model, "nope")
+        weftlora.directions(model, "nope")
     with pytest.raises(AdapterError, match="no 'nope'"):
-        weft.directions(model, against="nope")
+        weftlora.directions(model, against="nope")
     model.merge_adapter()
     with pytest.raises(AdapterError, match="unmerge"):
-        weft.directions(model)
+        weftlora.directions(model)
 
 
 def test_what_cannot_be_compared_with_is_named(tmp_path: Path):
     model = adapted()
     plant(model, last_but)
-    model.add_adapter("narrow", weft.PlainLoraConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("narrow", weftlora.PlainLoraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match=r"narrow has no update at .*k_proj"):
-        weft.directions(model, "default", against="narrow")
+        weftlora.directions(model, "default", against="narrow")
     FAMILIES["gpt2"].build().save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelError, match="is a gpt2 and the base a llama"):
-        weft.directions(model, against=tmp_path / "gpt2")
+        weftlora.directions(model, against=tmp_path / "gpt2")
     FAMILIES["llama"].build(intermediate_size=64).save_pretrained(tmp_path / "wide")
     with pytest.raises(ModelError, match=r"gate_proj is \[64, 32\]"):
-        weft.directions(model, against=tmp_path / "wide")
+        weftlora.directions(model, against=tmp_path / "wide")

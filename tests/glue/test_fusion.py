@@ -10,13 +10,13 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import weft
+import weftlora
 from families import FAMILIES, SIZE, SPECIAL, STRUCTURES, adapter_config, logits, randomise, trainable
-from weft.glue.fusion import nodes
-from weft.glue.gated import activation_of, is_gated_mlp
-from weft.glue.groups import MISSES
-from weft.glue.layer import WeftLinear
-from weft.kernel import switched, use_reference
+from weftlora.glue.fusion import nodes
+from weftlora.glue.gated import activation_of, is_gated_mlp
+from weftlora.glue.groups import MISSES
+from weftlora.glue.layer import WeftLinear
+from weftlora.kernel import switched, use_reference
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +136,7 @@ def test_an_mlp_is_spanned_only_if_its_forward_is_that_and_nothing_else(kind: ty
     mlp = nn.Sequential(kind())
     x = torch.randn(3, 8)
     assert is_gated_mlp(mlp[0]) is known
-    model = get_peft_model(mlp, weft.PlainLoraConfig(r=2, target_modules=MLP))
+    model = get_peft_model(mlp, weftlora.PlainLoraConfig(r=2, target_modules=MLP))
     randomise(model)
     with use_reference():
         want = model(x)
@@ -147,7 +147,7 @@ def test_an_activation_that_is_not_known_is_left_to_the_module() -> None:
     assert activation_of(nn.Tanh()) is None
     base = Gated()
     base.act_fn = nn.Tanh()
-    model = get_peft_model(nn.Sequential(base), weft.PlainLoraConfig(r=2, target_modules=MLP))
+    model = get_peft_model(nn.Sequential(base), weftlora.PlainLoraConfig(r=2, target_modules=MLP))
     assert set(nodes(model).values()) == {"group", "linear"}
 
 
@@ -181,7 +181,7 @@ class Crossed(nn.Module):
 def test_a_model_that_reads_another_input_gets_its_own_numbers_and_the_group_gives_up() -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        nn.Sequential(Crossed()), weft.PlainLoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+        nn.Sequential(Crossed()), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
     )
     randomise(model)
     x = torch.randn(5, 8)
@@ -267,7 +267,7 @@ class Writing(nn.Module):
 def test_a_model_may_write_into_what_the_nodes_give(bias: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        nn.Sequential(Writing(bias)), weft.PlainLoraConfig(r=2, target_modules=[*MLP, "q_proj", "k_proj", "v_proj"])
+        nn.Sequential(Writing(bias)), weftlora.PlainLoraConfig(r=2, target_modules=[*MLP, "q_proj", "k_proj", "v_proj"])
     )
     randomise(model)
     x = torch.randn(shape)
@@ -409,8 +409,8 @@ def test_one_mask_per_input_is_the_same_on_every_path() -> None:
 
 
 def test_an_unknown_dropout_mask_is_refused() -> None:
-    with pytest.raises(weft.ConfigError, match="dropout_mask='inputs'"):
-        weft.PlainLoraConfig(dropout_mask="inputs")
+    with pytest.raises(weftlora.ConfigError, match="dropout_mask='inputs'"):
+        weftlora.PlainLoraConfig(dropout_mask="inputs")
 
 
 @pytest.mark.parametrize("structure", ["plain", "hydra", "tied_tl6"])

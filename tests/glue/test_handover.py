@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, randomise, trainable
-from weft.glue.fusion import nodes
-from weft.glue.layer import WeftLinear
-from weft.kernel import use_reference
+from weftlora.glue.fusion import nodes
+from weftlora.glue.layer import WeftLinear
+from weftlora.kernel import use_reference
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -35,7 +35,7 @@ class Inputs(nn.Module):
 
 def adapted(base: nn.Module, **fields) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(base), weft.PlainLoraConfig(r=2, **{"target_modules": QKV, **fields}))
+    model = get_peft_model(nn.Sequential(base), weftlora.PlainLoraConfig(r=2, **{"target_modules": QKV, **fields}))
     randomise(model)
     return model.train()
 
@@ -65,7 +65,7 @@ def another_adapter(model: PeftModel) -> None:
 @pytest.mark.parametrize("change", [weights_change, training_ends, another_adapter])
 def test_a_result_from_before_a_change_is_not_taken(change, x: Tensor) -> None:
     model = adapted(Inputs(), lora_dropout=0.5)
-    model.add_adapter("second", weft.PlainLoraConfig(r=2, target_modules=QKV))
+    model.add_adapter("second", weftlora.PlainLoraConfig(r=2, target_modules=QKV))
     randomise(model)
     model.train(change is training_ends)
     inside(model).q_proj(x)  # k and v wait
@@ -155,7 +155,9 @@ def test_the_same_input_has_another_mask_in_the_next_forward(x: Tensor) -> None:
 
 def test_every_adapter_has_a_mask_of_its_own_probability() -> None:
     model = adapted(Inputs(), lora_dropout=0.1, dropout_mask="input")
-    model.add_adapter("second", weft.PlainLoraConfig(r=2, lora_dropout=0.9, dropout_mask="input", target_modules=QKV))
+    model.add_adapter(
+        "second", weftlora.PlainLoraConfig(r=2, lora_dropout=0.9, dropout_mask="input", target_modules=QKV)
+    )
     model.base_model.set_adapter(["default", "second"])
     x = torch.ones(64, 64)
     for adapter, p in (("default", 0.1), ("second", 0.9)):

@@ -13,9 +13,9 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise, trainable
-from weft.glue.layer import WeftLinear
+from weftlora.glue.layer import WeftLinear
 
 BATCH = FAMILIES["llama"].batch()
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
@@ -33,7 +33,7 @@ RELOAD = """
 import sys
 from pathlib import Path
 import torch
-from families import FAMILIES, logits  # imports weft
+from families import FAMILIES, logits  # imports weftlora
 from peft import PeftModel
 from safetensors.torch import load_file
 folder = Path(sys.argv[1])
@@ -127,7 +127,7 @@ def test_a_weft_adapter_can_be_active_beside_a_stock_lora(llama) -> None:
 
 
 def test_print_trainable_parameters(llama, capsys: pytest.CaptureFixture[str]) -> None:
-    model = get_peft_model(llama, weft.PlainLoraConfig(r=4, target_modules=["q_proj"]))
+    model = get_peft_model(llama, weftlora.PlainLoraConfig(r=4, target_modules=["q_proj"]))
     model.print_trainable_parameters()
     assert capsys.readouterr().out.startswith("trainable params: 512 || all params:")
 
@@ -149,8 +149,8 @@ def test_a_head_in_modules_to_save_is_trained_saved_and_kept_apart(structure: st
 
 
 def test_a_batch_with_an_adapter_per_row_is_refused_instead_of_ignored(llama) -> None:
-    model = get_peft_model(llama, weft.PlainLoraConfig()).eval()
-    with pytest.raises(weft.AdapterError, match="works with stock LoRA only"):
+    model = get_peft_model(llama, weftlora.PlainLoraConfig()).eval()
+    with pytest.raises(weftlora.AdapterError, match="works with stock LoRA only"):
         model(**BATCH, adapter_names=["default", "__base__"])
 
 
@@ -223,7 +223,7 @@ def test_autocast_computes_in_bf16_and_trains_fp32_adapters(structure: str, fami
 
 def test_autocast_keeps_the_routers_softmax_in_fp32() -> None:
     model = trained("hydra")
-    with torch.autocast("cpu", dtype=torch.bfloat16), weft.routing(model) as routing:
+    with torch.autocast("cpu", dtype=torch.bfloat16), weftlora.routing(model) as routing:
         model(**BATCH)
     weights = [omega for calls in routing.omega.values() for omega in calls]
     assert {omega.dtype for omega in weights} == {torch.float32}

@@ -12,13 +12,13 @@ from dashing import sites
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, PlainNet, adapter_config, logits, randomise
-from weft.errors import ConfigError, TargetError
-from weft.glue.blocks import Blocks
+from weftlora.errors import ConfigError, TargetError
+from weftlora.glue.blocks import Blocks
 
 
-def full(structure: str, family: str, **fields) -> weft.WeftConfig:
+def full(structure: str, family: str, **fields) -> weftlora.WeftConfig:
     """The config of a cell without its head, which is in no block."""
     excluded = fields.pop("exclude_modules", [*FAMILIES[family].modules_to_save])
     config = adapter_config(structure, family, heads_too=False, **fields)
@@ -69,16 +69,16 @@ def test_names_of_blocks_and_modules_work_as_well_as_numbers(llama: nn.Module):
 def test_a_block_that_adapts_nothing_is_refused_before_the_model_is_touched(llama: nn.Module, layers, message: str):
     with pytest.raises(TargetError, match=message):
         get_peft_model(llama, full("plain", "llama", layers=layers))
-    assert not [name for name, _ in llama.named_modules() if "weft" in name]
+    assert not [name for name, _ in llama.named_modules() if "weftlora" in name]
 
 
 def test_only_and_layers_to_transform_together_are_refused():
     with pytest.raises(ConfigError, match="keep one"):
-        weft.PlainLoraConfig(layers=[0], layers_to_transform=[0])
+        weftlora.PlainLoraConfig(layers=[0], layers_to_transform=[0])
 
 
 def test_only_works_with_a_regex_of_targets(llama: nn.Module):
-    model = get_peft_model(llama, weft.PlainLoraConfig(target_modules=r".*\.(q|v)_proj", layers=[1]))
+    model = get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=r".*\.(q|v)_proj", layers=[1]))
     assert set(sites(model)) == {"model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"}
 
 
@@ -86,7 +86,7 @@ def test_only_works_with_a_regex_of_targets(llama: nn.Module):
 def test_all_blocks_named_is_plain_training_and_survives_saving(structure: str, tmp_path: Path):
     batch = FAMILIES["llama"].batch()
     models = []
-    for layers in (weft.All(), weft.Only([0, 1])):
+    for layers in (weftlora.All(), weftlora.Only([0, 1])):
         torch.manual_seed(3)
         model = get_peft_model(FAMILIES["llama"].build(), full(structure, "llama", layers=layers))
         randomise(model)
@@ -106,7 +106,7 @@ def test_all_blocks_named_is_plain_training_and_survives_saving(structure: str, 
 def test_a_search_starts_as_its_structure_without_it_bit_for_bit(structure: str):
     batch = FAMILIES["llama"].batch()
     found = []
-    for layers in (weft.All(), weft.Search()):
+    for layers in (weftlora.All(), weftlora.Search()):
         torch.manual_seed(3)
         model = get_peft_model(FAMILIES["llama"].build(), full(structure, "llama", layers=layers))
         randomise(model)
@@ -117,7 +117,7 @@ def test_a_search_starts_as_its_structure_without_it_bit_for_bit(structure: str)
 @pytest.mark.parametrize("structure", ["plain", "hydra", "tied_tl6"])
 def test_doubling_one_gate_doubles_that_blocks_branch_alone(structure: str):
     torch.manual_seed(3)
-    config = full(structure, "plain", layers=weft.Search(), r=2, exclude_modules=["embed", "head"])
+    config = full(structure, "plain", layers=weftlora.Search(), r=2, exclude_modules=["embed", "head"])
     model = get_peft_model(PlainNet(), config).double().eval()
     randomise(model)
     for name, site in sites(model).items():
@@ -144,11 +144,11 @@ def test_a_search_of_one_block_is_refused(llama: nn.Module):
 
 
 def test_a_module_outside_of_all_blocks_is_left_out_of_a_search_with_a_warning():
-    config = weft.PlainLoraConfig(layers=weft.Search(), exclude_modules=["classifier"])
+    config = weftlora.PlainLoraConfig(layers=weftlora.Search(), exclude_modules=["classifier"])
     with pytest.warns(UserWarning, match=r"bert.pooler.dense"):
         model = get_peft_model(FAMILIES["bert"].build(), config)
     assert not any("pooler" in name for name in sites(model))
-    everything = weft.PlainLoraConfig(layers=weft.Search(granularity="module"), exclude_modules=["classifier"])
+    everything = weftlora.PlainLoraConfig(layers=weftlora.Search(granularity="module"), exclude_modules=["classifier"])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert "bert.pooler.dense" in sites(get_peft_model(FAMILIES["bert"].build(), everything))

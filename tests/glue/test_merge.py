@@ -11,9 +11,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise
-from weft.glue.layer import WeftLinear
+from weftlora.glue.layer import WeftLinear
 
 MERGEABLE = ["plain", "tied_tl6", "tied_tl5_shape", "tied_tl6_fused", "tied_vera", "tied_Bu"]
 BATCH = FAMILIES["llama"].batch()
@@ -77,7 +77,7 @@ def test_safe_merge_of_a_diverged_adapter_changes_nothing_anywhere(last: int) ->
     layers(model)[last].site("default").structure.A.data[0, 0] = float("nan")
     before = snapshot(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(weft.MergeError, match="not finite, so nothing was merged"):
+        with pytest.raises(weftlora.MergeError, match="not finite, so nothing was merged"):
             merge(safe_merge=True)
         assert equal(model, before)
         assert not any(layer.merged for layer in layers(model))
@@ -101,7 +101,7 @@ def test_merge_and_unload_keeps_no_copy_of_the_weights(monkeypatch: pytest.Monke
     merged = model.merge_and_unload()
     assert kept == [None] * len(adapted)
     assert not layers(merged)
-    assert not [n for n in merged.state_dict() if "weft" in n]
+    assert not [n for n in merged.state_dict() if "weftlora" in n]
     assert not hasattr(merged, "peft_config")
 
 
@@ -130,7 +130,7 @@ def test_one_routed_adapter_among_two_keeps_both_unmerged() -> None:
     model.add_adapter("routed", adapter_config("hydra", "llama", target_modules=["down_proj"]))
     model.base_model.set_adapter(["default", "routed"])
     before = snapshot(model)
-    with pytest.raises(weft.MergeError, match="the update depends on the token"):
+    with pytest.raises(weftlora.MergeError, match="the update depends on the token"):
         model.merge_adapter()
     assert equal(model, before)
     assert not any(layer.merged for layer in layers(model))
@@ -143,7 +143,7 @@ def test_tied_embeddings_are_refused_and_fine_where_they_are_no_target() -> None
     model = trained(base=FAMILIES["llama"].build(**tie), target_modules=["q_proj", "lm_head"])
     before = snapshot(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(weft.MergeError, match="lm_head shares its weight"):
+        with pytest.raises(weftlora.MergeError, match="lm_head shares its weight"):
             merge()
         assert equal(model, before)
     model = trained(base=FAMILIES["llama"].build(**tie), target_modules=["q_proj"])
@@ -226,9 +226,9 @@ class Doubled(nn.Linear):
 
 
 def test_a_linear_with_a_forward_of_its_own_is_not_merged() -> None:
-    model = get_peft_model(nn.Sequential(Doubled(4, 4)), weft.PlainLoraConfig(r=2, target_modules=["0"]))
+    model = get_peft_model(nn.Sequential(Doubled(4, 4)), weftlora.PlainLoraConfig(r=2, target_modules=["0"]))
     randomise(model)
-    with pytest.raises(weft.MergeError, match="0 is a Doubled"):
+    with pytest.raises(weftlora.MergeError, match="0 is a Doubled"):
         model.merge_adapter()
 
 
@@ -255,9 +255,9 @@ def test_a_quantised_base_is_adapted_but_never_merged(structure: str) -> None:
     randomise(model)
     model(x).sum().backward()
     before = snapshot(model)
-    with pytest.raises(weft.MergeError):
+    with pytest.raises(weftlora.MergeError):
         model.merge_adapter()
     assert equal(model, before)
     if structure != "hydra":
-        with pytest.raises(weft.MergeError, match="load the base model unquantised"):
+        with pytest.raises(weftlora.MergeError, match="load the base model unquantised"):
             model.merge_and_unload()

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-import weft
+import weftlora
 
 
 class Mlp(nn.Module):
@@ -56,7 +56,7 @@ def released_folder(path, heads, r=2, bin_file=False):
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_imported_adapter_computes_the_released_function(tmp_path, heads, bin_file):
     tensors = released_folder(tmp_path / "official", heads, bin_file=bin_file)
-    folder = weft.import_hydralora(tmp_path / "official", tmp_path / "weft")
+    folder = weftlora.import_hydralora(tmp_path / "official", tmp_path / "weftlora")
     torch.manual_seed(1)
     base, x = Mlp(), torch.randn(4, 5, 6)
 
@@ -76,12 +76,12 @@ def test_import_names_what_is_wrong(tmp_path):
 
     broken = {key: value for key, value in tensors.items() if "down_proj.lora_B1" not in key}
     save_file(broken, tmp_path / "official" / "adapter_model.safetensors")
-    with pytest.raises(weft.AdapterError, match="down_proj is incomplete"):
-        weft.import_hydralora(tmp_path / "official", tmp_path / "weft")
-    assert not (tmp_path / "weft").exists()
+    with pytest.raises(weftlora.AdapterError, match="down_proj is incomplete"):
+        weftlora.import_hydralora(tmp_path / "official", tmp_path / "weftlora")
+    assert not (tmp_path / "weftlora").exists()
     (tmp_path / "official" / "adapter_model.safetensors").unlink()
-    with pytest.raises(weft.AdapterError, match="weights are missing"):
-        weft.import_hydralora(tmp_path / "official", tmp_path / "weft")
+    with pytest.raises(weftlora.AdapterError, match="weights are missing"):
+        weftlora.import_hydralora(tmp_path / "official", tmp_path / "weftlora")
 
 
 # ---------------------------------------------------------------------- LoRA-Dash
@@ -113,7 +113,7 @@ def released_dash(path, s=3, r=2, without=()):
 def test_an_imported_dash_adapter_computes_the_released_function(tmp_path):
     """y = W x + (α/r) B A x + Ū diag(g) V̄ᵀ x with the file's own directions, launched, and never chosen again."""
     tensors = released_dash(tmp_path / "official")
-    folder = weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    folder = weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")
     torch.manual_seed(1)
     base, x = Mlp(), torch.randn(4, 5, 6)
 
@@ -130,13 +130,13 @@ def test_an_imported_dash_adapter_computes_the_released_function(tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model(x).square().mean().backward()
     optimizer.step()
-    assert weft.state_dict(model)["default"]["steps"] == 101
+    assert weftlora.state_dict(model)["default"]["steps"] == 101
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers() if n in before)
 
 
 def test_a_dash_adapter_that_was_never_launched_is_plain_lora(tmp_path):
     tensors = released_dash(tmp_path / "official", without=("index.weight", "w_u", "w_vt"))
-    folder = weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    folder = weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")
     model = PeftModel.from_pretrained(Mlp(), folder)
     assert model.peft_config["default"].boost is None
     a = model.base_model.model.gate_proj.weft_site["default"].structure.A
@@ -145,9 +145,9 @@ def test_a_dash_adapter_that_was_never_launched_is_plain_lora(tmp_path):
 
 def test_gains_without_their_directions_are_refused(tmp_path):
     released_dash(tmp_path / "official", without=("w_u", "w_vt"))
-    with pytest.raises(weft.AdapterError, match="has gains without their directions"):
-        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
-    assert not (tmp_path / "weft").exists()
+    with pytest.raises(weftlora.AdapterError, match="has gains without their directions"):
+        weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")
+    assert not (tmp_path / "weftlora").exists()
 
 
 def test_directions_of_another_shape_are_refused(tmp_path):
@@ -156,8 +156,8 @@ def test_directions_of_another_shape_are_refused(tmp_path):
     tensors = released_dash(tmp_path / "official")
     tensors["base_model.model.gate_proj.lora_w_u"] = torch.zeros(10, 2)
     save_file(tensors, tmp_path / "official" / "adapter_model.safetensors")
-    with pytest.raises(weft.AdapterError, match="gate_proj: the shapes of A, B, the gains and the directions"):
-        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    with pytest.raises(weftlora.AdapterError, match="gate_proj: the shapes of A, B, the gains and the directions"):
+        weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_directions_of_another_shape_are_refused(tmp_path):
         ('{"r": 2, "alpha_pattern": {"gate_proj": 4}}', "alpha_pattern"),
     ],
 )
-@pytest.mark.parametrize("convert", [weft.import_lora_dash, weft.import_hydralora])
+@pytest.mark.parametrize("convert", [weftlora.import_lora_dash, weftlora.import_hydralora])
 def test_settings_that_cannot_be_meant_are_one_sentence(tmp_path, convert, settings, says):
     released_dash(tmp_path / "official")
     (tmp_path / "official" / "adapter_config.json").write_text(settings)
-    with pytest.raises(weft.AdapterError, match=says):
-        convert(tmp_path / "official", tmp_path / "weft")
-    assert not (tmp_path / "weft").exists()
+    with pytest.raises(weftlora.AdapterError, match=says):
+        convert(tmp_path / "official", tmp_path / "weftlora")
+    assert not (tmp_path / "weftlora").exists()
 
 
 def test_factors_of_different_ranks_and_damaged_files_are_refused(tmp_path):
@@ -186,8 +186,8 @@ def test_factors_of_different_ranks_and_damaged_files_are_refused(tmp_path):
     tensors = released_dash(tmp_path / "official", without=("index.weight", "w_u", "w_vt"))
     tensors["base_model.model.gate_proj.lora_B.weight"] = torch.zeros(10, 5)
     save_file(tensors, tmp_path / "official" / "adapter_model.safetensors")
-    with pytest.raises(weft.AdapterError, match=r"gate_proj: the shapes of A .* and B .* do not fit"):
-        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    with pytest.raises(weftlora.AdapterError, match=r"gate_proj: the shapes of A .* and B .* do not fit"):
+        weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")
     (tmp_path / "official" / "adapter_model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(weft.AdapterError, match="is damaged"):
-        weft.import_lora_dash(tmp_path / "official", tmp_path / "weft")
+    with pytest.raises(weftlora.AdapterError, match="is damaged"):
+        weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")

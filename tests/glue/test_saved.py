@@ -11,7 +11,7 @@ import pytest
 from peft import PeftConfig, get_peft_model
 from safetensors import safe_open
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, trainable
 
 D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
@@ -67,25 +67,25 @@ def test_a_config_comes_back_equal_from_its_folder(structure: str, llama, tmp_pa
     )
     model.save_pretrained(tmp_path)
     config, loaded = model.peft_config["default"], PeftConfig.from_pretrained(tmp_path)
-    assert type(loaded) is weft.WeftConfig
+    assert type(loaded) is weftlora.WeftConfig
     assert dataclasses.replace(loaded, inference_mode=False) == config
     assert dataclasses.replace(config, r=2).structure == config.structure
-    assert weft.WeftConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert weftlora.WeftConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_the_config_of_a_folder_from_the_future_is_refused_before_weights_are_read(llama, tmp_path: Path) -> None:
-    get_peft_model(llama, weft.PlainLoraConfig()).save_pretrained(tmp_path)
+    get_peft_model(llama, weftlora.PlainLoraConfig()).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9, "weft_version": "7.0", "new": 1}))
-    with pytest.raises(weft.AdapterError, match=r"format 9, written by weft 7\.0.*upgrade weft"):
+    with pytest.raises(weftlora.AdapterError, match=r"format 9, written by weftlora 7\.0.*upgrade weftlora"):
         PeftConfig.from_pretrained(tmp_path)
-    with pytest.raises(weft.AdapterError, match="upgrade weft"):
+    with pytest.raises(weftlora.AdapterError, match="upgrade weftlora"):
         FAMILIES["llama"].build().load_adapter(str(tmp_path))
 
 
 def test_a_key_nobody_knows_in_a_saved_config_is_refused(llama, tmp_path: Path) -> None:
-    get_peft_model(llama, weft.PlainLoraConfig()).save_pretrained(tmp_path)
+    get_peft_model(llama, weftlora.PlainLoraConfig()).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_drop_out": 0.5}))
-    with pytest.raises(weft.ConfigError, match="did you mean 'lora_dropout'"):
+    with pytest.raises(weftlora.ConfigError, match="did you mean 'lora_dropout'"):
         PeftConfig.from_pretrained(tmp_path)

@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, RobertaConfig
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise, trainable
-from weft.glue.layer import WeftLinear
-from weft.glue.sharing import shared_keys
-from weft.terms.structure.tied import Tied, TiedTerm
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.sharing import shared_keys
+from weftlora.terms.structure.tied import Tied, TiedTerm
 
 TIED = [name for name in STRUCTURES if name.startswith("tied")]
 
@@ -51,7 +51,7 @@ def q(*names: str, layers: tuple[int, ...] = (0, 1)) -> frozenset[str]:
 )  # fmt: skip
 def test_groups_of_a_llama_with_grouped_query_attention(group, a_groups, b_groups, u_groups, llama) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    model = get_peft_model(llama, weft.TiedLoraConfig(r=2, group=group, target_modules=targets))
+    model = get_peft_model(llama, weftlora.TiedLoraConfig(r=2, group=group, target_modules=targets))
     assert groups(model, "A") == a_groups
     assert groups(model, "B") == b_groups
     assert len(groups(model, "u")) == u_groups
@@ -61,7 +61,7 @@ def test_groups_of_a_llama_with_grouped_query_attention(group, a_groups, b_group
 
 
 def test_cross_attention_of_t5_reads_two_inputs_so_only_k_and_v_share_there() -> None:
-    model = get_peft_model(FAMILIES["t5"].build(), weft.TiedLoraConfig(r=2, group="fused_qkv"))
+    model = get_peft_model(FAMILIES["t5"].build(), weftlora.TiedLoraConfig(r=2, group="fused_qkv"))
     by_kind = {frozenset((n.split(".")[-2], n.split(".")[-1]) for n in g) for g in groups(model, "A")}
     own = {("SelfAttention", last) for last in "qkv"}
     assert by_kind == {
@@ -78,7 +78,7 @@ def test_cross_attention_of_t5_reads_two_inputs_so_only_k_and_v_share_there() ->
     ("family", "last"), [("gpt2", "c_attn"), ("gpt_neox", "query_key_value"), ("phi3", "qkv_proj")]
 )
 def test_a_module_that_is_fused_already_is_one_site_tied_over_the_layers(family, last) -> None:
-    model = get_peft_model(FAMILIES[family].build(), weft.TiedLoraConfig(r=2, group="fused_qkv"))
+    model = get_peft_model(FAMILIES[family].build(), weftlora.TiedLoraConfig(r=2, group="fused_qkv"))
     assert all(name.endswith(last) for name in sites(model))
     assert [len(g) for g in groups(model, "A")] == [2]
     assert len(groups(model, "u")) == len(groups(model, "v")) == 2
@@ -86,7 +86,7 @@ def test_a_module_that_is_fused_already_is_one_site_tied_over_the_layers(family,
 
 def test_different_ranks_are_different_groups(llama) -> None:
     fields = {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\..*": 3}}
-    model = get_peft_model(llama, weft.TiedLoraConfig(r=2, group="shape", **fields))
+    model = get_peft_model(llama, weftlora.TiedLoraConfig(r=2, group="shape", **fields))
     assert len(groups(model, "A")) == 2
 
 
@@ -119,7 +119,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("config", "fields", "count"), [pytest.param(*row[1:], id=row[0]) for row in PUBLISHED])
 def test_parameter_counts_of_the_paper_and_of_third_parties(config, fields, count) -> None:
-    model = get_peft_model(on_meta(config), weft.TiedLoraConfig(**{"r": 8, **fields}))
+    model = get_peft_model(on_meta(config), weftlora.TiedLoraConfig(**{"r": 8, **fields}))
     assert model.get_nb_trainable_parameters()[0] == count
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
@@ -128,7 +128,7 @@ def test_the_headline_of_12_5_percent() -> None:
     fused_lora = 4 * 32 * 8 * 4096  # per layer r (d + 3 d): one pair on the fused projection
     assert fused_lora == 4_194_304
     assert 524_544 / fused_lora == pytest.approx(0.12506, abs=5e-6)
-    untied = weft.PlainLoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"])
+    untied = weftlora.PlainLoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(on_meta(LlamaConfig(**LLAMA3_8B)), untied)
     assert model.get_nb_trainable_parameters()[0] == 4_718_592
 

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-import weft
+import weftlora
 from families import FAMILIES, SIZE, adapter_config, logits, randomise
-from weft.glue.layer import WeftLinear
+from weftlora.glue.layer import WeftLinear
 
 LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -59,8 +59,8 @@ REFUSED_TARGETS = [
 def test_what_cannot_be_adapted_is_named_and_the_model_is_left_untouched(build, targets, what, advice) -> None:
     model = build()
     before = {n: (type(m), m.training) for n, m in model.named_modules()}
-    with pytest.raises(weft.TargetError, match=re.escape(what)) as error:
-        get_peft_model(model, weft.PlainLoraConfig(r=2, target_modules=targets))
+    with pytest.raises(weftlora.TargetError, match=re.escape(what)) as error:
+        get_peft_model(model, weftlora.PlainLoraConfig(r=2, target_modules=targets))
     assert advice in str(error.value)
     assert "\n" not in str(error.value)
     assert {n: (type(m), m.training) for n, m in model.named_modules()} == before
@@ -69,11 +69,11 @@ def test_what_cannot_be_adapted_is_named_and_the_model_is_left_untouched(build, 
 
 @pytest.mark.parametrize("build", [FAMILIES["llama"].build, mixtral])
 def test_a_refused_second_adapter_leaves_the_first_alone(build) -> None:
-    model = get_peft_model(build(), weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     names = [n for n, _ in model.named_parameters()]
     for targets in (["q_proj", "embed_tokens"], ["nope"], ["q_porj"]):
-        with pytest.raises(weft.TargetError) as error:
-            model.add_adapter("second", weft.PlainLoraConfig(target_modules=targets))
+        with pytest.raises(weftlora.TargetError) as error:
+            model.add_adapter("second", weftlora.PlainLoraConfig(target_modules=targets))
         assert "base_layer" not in str(error.value)
     assert "q_proj" in str(error.value)
     assert list(model.peft_config) == ["default"]
@@ -82,20 +82,20 @@ def test_a_refused_second_adapter_leaves_the_first_alone(build) -> None:
 
 def test_one_misspelt_name_among_good_ones_is_a_warning_that_names_it(llama) -> None:
     with pytest.warns(UserWarning, match=r"\['v_porj'\] match no module .* did you mean 'v_proj'"):
-        model = get_peft_model(llama, weft.PlainLoraConfig(target_modules=["q_proj", "v_porj"]))
+        model = get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=["q_proj", "v_porj"]))
     assert len(adapted_names(model)) == 2
 
 
 def test_all_linear_warns_of_the_expert_parameters_it_leaves_out() -> None:
     with pytest.warns(UserWarning, match="leaves out 4 3-D expert parameters such as model.layers.0.mlp.experts"):
-        model = get_peft_model(mixtral(), weft.PlainLoraConfig())
+        model = get_peft_model(mixtral(), weftlora.PlainLoraConfig())
     assert {n.rpartition(".")[2] for n in adapted_names(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def test_an_encoder_layer_without_the_fast_path_can_be_adapted() -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        model = get_peft_model(encoder_layer(), weft.PlainLoraConfig(target_modules=["linear1", "linear2"]))
+        model = get_peft_model(encoder_layer(), weftlora.PlainLoraConfig(target_modules=["linear1", "linear2"]))
         x, base = torch.randn(2, 3, 8), None
         with model.disable_adapter(), torch.no_grad():
             base = model.eval()(x)
@@ -131,18 +131,18 @@ SELECTIONS = [
 
 @pytest.mark.parametrize(("fields", "expected"), named(SELECTIONS))
 def test_targets_select_exactly_these_modules(fields, expected, llama) -> None:
-    assert set(adapted_names(get_peft_model(llama, weft.PlainLoraConfig(r=2, **fields)))) == expected
+    assert set(adapted_names(get_peft_model(llama, weftlora.PlainLoraConfig(r=2, **fields)))) == expected
 
 
 def test_blocks_that_do_not_exist_are_an_error(llama) -> None:
     for targets in (None, ["q_proj"]):
-        with pytest.raises(weft.TargetError, match=r"layers_to_transform=\[7\]"):
-            get_peft_model(llama, weft.PlainLoraConfig(target_modules=targets, layers_to_transform=[7]))
+        with pytest.raises(weftlora.TargetError, match=r"layers_to_transform=\[7\]"):
+            get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=targets, layers_to_transform=[7]))
 
 
 def test_exclusion_of_everything_is_an_error_that_names_the_filter(llama) -> None:
-    with pytest.raises(weft.TargetError, match=re.escape("exclude_modules=.*proj")):
-        get_peft_model(llama, weft.PlainLoraConfig(exclude_modules=r".*proj"))
+    with pytest.raises(weftlora.TargetError, match=re.escape("exclude_modules=.*proj")):
+        get_peft_model(llama, weftlora.PlainLoraConfig(exclude_modules=r".*proj"))
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_exclusion_of_everything_is_an_error_that_names_the_filter(llama) -> Non
     ],
 )
 def test_tied_defaults_to_the_attention_inputs(family, expected) -> None:
-    model = get_peft_model(FAMILIES[family].build(), weft.TiedLoraConfig(r=2))
+    model = get_peft_model(FAMILIES[family].build(), weftlora.TiedLoraConfig(r=2))
     assert {n.rpartition(".")[2] for n in adapted_names(model)} == expected
 
 
 def test_tied_without_attention_inputs_asks_for_names() -> None:
-    with pytest.raises(weft.TargetError, match="name target_modules"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), weft.TiedLoraConfig())
+    with pytest.raises(weftlora.TargetError, match="name target_modules"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), weftlora.TiedLoraConfig())
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -178,7 +178,10 @@ def test_patterns_scale_each_site_as_stock_lora_does(rslora) -> None:
         "alpha_pattern": {r"layers\.1\..*v_proj": 5, "k_proj": 7},
     }
     batch, build = FAMILIES["llama"].batch(), FAMILIES["llama"].build
-    ours, stock = get_peft_model(build(), weft.PlainLoraConfig(**fields)), get_peft_model(build(), LoraConfig(**fields))
+    ours, stock = (
+        get_peft_model(build(), weftlora.PlainLoraConfig(**fields)),
+        get_peft_model(build(), LoraConfig(**fields)),
+    )
     randomise(ours)
     for name, layer in ours.named_modules():
         if isinstance(layer, WeftLinear):
@@ -191,20 +194,20 @@ def test_patterns_scale_each_site_as_stock_lora_does(rslora) -> None:
 
 def test_patterns_that_match_nothing_are_a_warning(llama) -> None:
     with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match"):
-        get_peft_model(llama, weft.PlainLoraConfig(rank_pattern={"qq_proj": 2}))
+        get_peft_model(llama, weftlora.PlainLoraConfig(rank_pattern={"qq_proj": 2}))
 
 
 @pytest.mark.parametrize("name", ["A", "B", "u", "v", "router", "structure", "mask"])
 def test_an_adapter_called_like_a_tensor_is_refused(name, llama) -> None:
     """peft would take every key with `.A.` or ending in `.A` for that adapter's and leave it out of the others' files."""
-    with pytest.raises(weft.ConfigError, match=f"adapter_name='{name}'"):
-        get_peft_model(llama, weft.PlainLoraConfig(), adapter_name=name)
+    with pytest.raises(weftlora.ConfigError, match=f"adapter_name='{name}'"):
+        get_peft_model(llama, weftlora.PlainLoraConfig(), adapter_name=name)
     assert not adapted_names(llama)
 
 
 def test_reserved_names_cover_every_part_of_every_saved_name() -> None:
     from families import STRUCTURES
-    from weft.glue.tuner import RESERVED
+    from weftlora.glue.tuner import RESERVED
 
     for structure in STRUCTURES:
         model = get_peft_model(FAMILIES["llama"].build(), adapter_config(structure, "llama"))
@@ -217,4 +220,4 @@ def test_good_names_raise_no_warning(llama) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about checkpointing
-        get_peft_model(llama, weft.PlainLoraConfig(exclude_modules=["o_proj"], layers_to_transform=[0]))
+        get_peft_model(llama, weftlora.PlainLoraConfig(exclude_modules=["o_proj"], layers_to_transform=[0]))

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise, trainable
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
@@ -91,7 +91,7 @@ def test_sft_trainer_takes_the_config_as_peft_config(structure: str, tokenizer, 
     assert losses[-1] < losses[0]
     after = trainer.model.unload().state_dict()
     assert all(torch.equal(after[n], t) for n, t in untouched.items())
-    weft.WeftConfig.from_pretrained(tmp_path / "checkpoint-3")
+    weftlora.WeftConfig.from_pretrained(tmp_path / "checkpoint-3")
 
 
 # ---------------------------------------------------------------------- gradient checkpointing
@@ -124,7 +124,7 @@ def test_both_kinds_of_checkpointing_give_the_gradients_of_none_with_dropout_on(
 def test_per_head_masks_are_replayed_by_checkpointing() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    config = weft.HydraLoraConfig(r=2, per_head_dropout=True, lora_dropout=0.4, target_modules=["0"])
+    config = weftlora.HydraLoraConfig(r=2, per_head_dropout=True, lora_dropout=0.4, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config).train()
     randomise(model)
     x, found = torch.randn(3, 6), []

@@ -19,10 +19,10 @@ from peft import (
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
-import weft
+import weftlora
 from families import FAMILIES, STRUCTURES, Family, adapter_config, logits, randomise, trainable
-from weft.compat import REFUSED
-from weft.glue.layer import WeftLinear
+from weftlora.compat import REFUSED
+from weftlora.glue.layer import WeftLinear
 
 pytestmark = pytest.mark.grid
 
@@ -53,7 +53,7 @@ class Cell:
     def batch(self) -> dict[str, Tensor]:
         return self.family.batch()
 
-    def config(self, **fields: object) -> weft.WeftConfig:
+    def config(self, **fields: object) -> weftlora.WeftConfig:
         return adapter_config(self.structure, self.name, **fields)
 
     def adapted(self, seed: int = 0, **fields: object) -> PeftModel:
@@ -137,7 +137,7 @@ def test_every_loading_path_gives_equal_logits(cell: Cell, tmp_path: Path) -> No
     if cell.family.from_transformers:
         base.load_adapter(str(tmp_path), adapter_name="other")
     else:
-        inject_adapter_in_model(weft.WeftConfig.from_pretrained(tmp_path), base, adapter_name="other")
+        inject_adapter_in_model(weftlora.WeftConfig.from_pretrained(tmp_path), base, adapter_name="other")
         saved = {k.removeprefix("base_model.model."): t for k, t in load_peft_weights(tmp_path).items()}
         set_peft_model_state_dict(base, saved, adapter_name="other")
     assert torch.equal(logits(base, cell.batch), expected)
@@ -154,7 +154,7 @@ def test_merge_is_exact_and_unmerge_bit_exact_or_it_is_refused(cell: Cell) -> No
     before, expected = base_weights(model), logits(model, cell.batch)
     if reason := cell.refused:
         for merge in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(weft.MergeError) as refusal:
+            with pytest.raises(weftlora.MergeError) as refusal:
                 merge()
             assert reason in str(refusal.value)
         assert same(base_weights(model), before)

@@ -12,32 +12,32 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES, logits, trainable
-from weft import compat
-from weft.errors import CombinationError, ConfigError, MergeError
-from weft.glue.attach import schedules
-from weft.spec import AXES
+from weftlora import compat
+from weftlora.errors import CombinationError, ConfigError, MergeError
+from weftlora.glue.attach import schedules
+from weftlora.spec import AXES
 
 pytestmark = pytest.mark.grid
 
 WHEN, STEPS = 2, 4
 CHOICES: dict[str, dict[str, Callable[[], Any]]] = {
     "structure": {
-        "plain": weft.Plain,
-        "hydra": lambda: weft.Hydra(heads=2),
-        "tied": lambda: weft.Tied(group="shape"),
+        "plain": weftlora.Plain,
+        "hydra": lambda: weftlora.Hydra(heads=2),
+        "tied": lambda: weftlora.Tied(group="shape"),
     },
-    "start": {"kaiming": weft.Kaiming, "directions": lambda: weft.Directions(after=WHEN)},
-    "boost": {"none": lambda: None, "dash": lambda: weft.Dash(directions=2, after=WHEN)},
+    "start": {"kaiming": weftlora.Kaiming, "directions": lambda: weftlora.Directions(after=WHEN)},
+    "boost": {"none": lambda: None, "dash": lambda: weftlora.Dash(directions=2, after=WHEN)},
     "ranks": {
-        "uniform": weft.Uniform,
-        "reallocate": lambda: weft.Reallocate(first=WHEN, every=1, max_rounds=2, move=1, rows=4),
+        "uniform": weftlora.Uniform,
+        "reallocate": lambda: weftlora.Reallocate(first=WHEN, every=1, max_rounds=2, move=1, rows=4),
     },
     "layers": {
-        "all": weft.All,
-        "only": lambda: weft.Only([1]),
-        "search": lambda: weft.Search(select="top_k", top_k=1, outer_batches=2, val_size=4, steps=2),
+        "all": weftlora.All,
+        "only": lambda: weftlora.Only([1]),
+        "search": lambda: weftlora.Search(select="top_k", top_k=1, outer_batches=2, val_size=4, steps=2),
     },
 }
 CELLS = list(itertools.product(*CHOICES.values()))
@@ -54,8 +54,8 @@ def reason(cell: tuple[str, ...]) -> str | None:
     return next((why for pair, why in compat.REFUSED.items() if set(pair) <= names), None)
 
 
-def config(cell: tuple[str, ...]) -> weft.WeftConfig:
-    return weft.WeftConfig(r=2, target_modules=["q_proj", "down_proj"], **given(cell))
+def config(cell: tuple[str, ...]) -> weftlora.WeftConfig:
+    return weftlora.WeftConfig(r=2, target_modules=["q_proj", "down_proj"], **given(cell))
 
 
 def rows() -> list[dict[str, torch.Tensor]]:
@@ -67,9 +67,9 @@ def after_the_search(model: PeftModel) -> PeftModel:
     """The model of the second stage; before the search, training is refused."""
     with pytest.raises(ConfigError, match="search_layers"):
         model.train()(**FAMILY.batch())
-    selection = weft.search_layers(model, rows(), batch_size=2, accumulation=1, lr=1e-2)
+    selection = weftlora.search_layers(model, rows(), batch_size=2, accumulation=1, lr=1e-2)
     assert len(selection.blocks) == 1
-    return weft.second_stage(model, selection)
+    return weftlora.second_stage(model, selection)
 
 
 def step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
@@ -102,7 +102,7 @@ def test_an_allowed_combination_trains_through_its_events_saves_loads_copies_and
     if "all" not in cell:
         assert len({name.split(".layers.")[1][0] for name in trainable(model)}) == 1
     if "reallocate" in cell:
-        weft.attach(model, validation=rows())
+        weftlora.attach(model, validation=rows())
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
     for _ in range(WHEN):
         step(model, optimizer)

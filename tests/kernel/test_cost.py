@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.kernel import Factors, Slots, Work, add_low_rank, linears
+from weftlora.kernel import Factors, Slots, Work, add_low_rank, linears
 
 TOKENS, IN, OUT, RANK, HEADS = 256, 24, 200, 4, 3
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from weft.kernel.dropout import draw, dropped, masked, packed_bits
+from weftlora.kernel.dropout import draw, dropped, masked, packed_bits
 
 MANY = 1 << 22
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from weft.kernel import Factors, Slots, Work, add_low_rank, linears, use_reference
-from weft.kernel.equation import reference
+from weftlora.kernel import Factors, Slots, Work, add_low_rank, linears, use_reference
+from weftlora.kernel.equation import reference
 
 IN, OUT, RANK, HEADS, TOKENS = 24, 40, 8, 3, 64
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -174,7 +174,7 @@ def test_an_input_without_gradient_gets_none_and_factors_theirs():
 
 @pytest.mark.parametrize("kind", ["one mask", "own masks"])
 def test_a_group_with_dropout_is_its_members_with_the_same_masks(kind: str):
-    from weft.kernel import draw
+    from weftlora.kernel import draw
 
     x, weight, bias = inputs(torch.float64)
     each = [make(), make(router="x"), make(extra=1)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernel import Factors, Slots, Work, gated_mlp, linears
+from weftlora.kernel import Factors, Slots, Work, gated_mlp, linears
 
 IN, INNER, RANK, HEADS = 6, 10, 3, 2
 ACT = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda e: F.gelu(e, approximate="tanh")}
@@ -85,7 +85,7 @@ def test_a_second_backward_raises_instead_of_being_wrong():
 
 def test_gate_and_up_may_share_a_mask():
     x, members, _ = make(None, 0, 0.5)
-    from weft.kernel import draw
+    from weftlora.kernel import draw
 
     mask = draw(x, 0.5)
     shared = [(w, b, Work(work.factors, 0.5, mask=mask)) for w, b, work in members[:2]]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft import kernel
-from weft.errors import MergeError
-from weft.kernel import Factors, Slots, Work, add_low_rank, delta_weight, reference
+from weftlora import kernel
+from weftlora.errors import MergeError
+from weftlora.kernel import Factors, Slots, Work, add_low_rank, delta_weight, reference
 
 IN, OUT, RANK, HEADS = 6, 7, 3, 4  # r + N and N·r are no multiples of 8
 
@@ -148,7 +148,7 @@ def test_a_mask_per_head_reaches_its_head(variant: dict, monkeypatch: pytest.Mon
         seen.append((torch.rand(x.shape, generator=rng) > p).double() / (1 - p))
         return x * seen[-1]
 
-    monkeypatch.setattr("weft.kernel.equation.dropped", dropped)
+    monkeypatch.setattr("weftlora.kernel.equation.dropped", dropped)
     f, x = make(**variant), tokens(5, IN)
     weights: list[Tensor] = []
     got = add_low_rank(torch.zeros(5, OUT, dtype=torch.float64), x, Work(f, 0.5, True, weights.append))
@@ -349,7 +349,7 @@ def test_a_routed_update_has_no_weight():
 def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     slow = kernel.reference
-    monkeypatch.setattr("weft.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
+    monkeypatch.setattr("weftlora.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
 
     def fail() -> None:
@@ -367,7 +367,7 @@ def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyP
 def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     slow = kernel.reference
-    monkeypatch.setattr("weft.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
+    monkeypatch.setattr("weftlora.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
     with kernel.use_reference():
         with kernel.use_reference(False):
@@ -379,8 +379,8 @@ def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
 
 LOGITS = """
 import torch
-from weft import HydraLoraConfig
-from weft.kernel import add
+from weftlora import HydraLoraConfig
+from weftlora.kernel import add
 from peft import get_peft_model
 calls, slow = [], add.reference
 add.reference = lambda *a, **o: (calls.append(1), slow(*a, **o))[1]

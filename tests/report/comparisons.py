@@ -12,9 +12,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from weft.compare.record import Comparison, Method, Outcome, Rate
-from weft.compare.rows import rows
-from weft.train.run import Run
+from weftlora.compare.record import Comparison, Method, Outcome, Rate
+from weftlora.compare.rows import rows
+from weftlora.train.run import Run
 
 PLANTED = {"lora": 0.0, "hydralora": -0.004, "tied_lora": 0.03, "alora": 0.001, "flexora": 0.0005, "lora_dash": -0.0004}
 """What a method's loss has over the baseline's."""
@@ -41,7 +41,7 @@ def comparison(
     bare = Comparison(
         folder=folder, model="demo", data="demo", task="causal", metric="loss", higher_is_better=False, baseline="lora",
         seeds=list(range(seeds)), budget="Every method trains about 146,432 numbers for 150 steps of 8 rows.", methods=methods,
-        outcomes=outcomes, rows=[], versions={"weft": "0.1.0", "torch": "2.9.0"}, machine="cpu, 1 thread, 2 runs at once",
+        outcomes=outcomes, rows=[], versions={"weftlora": "0.1.0", "torch": "2.9.0"}, machine="cpu, 1 thread, 2 runs at once",
         complete=True,
     )  # fmt: skip
     return judged(bare)

@@ -13,9 +13,9 @@ import pytest
 from looking import CONFIGS, train_a_little
 from peft import PeftModel, get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, randomise
-from weft.report.result import Inspection
+from weftlora.report.result import Inspection
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not (top / name).is_dir():
             data = {"train": "demo", "limit": 64, "validation_limit": 32}
             recipe: dict[str, Any] = {"data": data, "adapter": name, "train": {"batch_size": 8}, "out": str(top / name)}
-            weft.train(recipe, "adapter.r=2", "train.save_every=0", *overrides)
+            weftlora.train(recipe, "adapter.r=2", "train.save_every=0", *overrides)
         return top / name
 
     return of
@@ -90,12 +90,12 @@ def inspections(
     wide = get_peft_model(FAMILIES["t5"].build(), adapter_config("hydra", "t5"))
     randomise(wide)
     return {
-        "hydralora": weft.inspect(hydra_run, rows=4, spectra=2),
-        "alora": weft.inspect(alora_run, spectra=0),
-        "flexora": weft.inspect(flexora_run, spectra=1),
-        "lora_tsd": weft.inspect(adapted("lora_tsd"), spectra=2),
-        "tied_lora": weft.inspect(saved("tied_lora"), base=False),
-        "t5": weft.inspect(wide, inputs={"a rather long name of a domain": [FAMILIES["t5"].batch()]}, spectra=1),
+        "hydralora": weftlora.inspect(hydra_run, rows=4, spectra=2),
+        "alora": weftlora.inspect(alora_run, spectra=0),
+        "flexora": weftlora.inspect(flexora_run, spectra=1),
+        "lora_tsd": weftlora.inspect(adapted("lora_tsd"), spectra=2),
+        "tied_lora": weftlora.inspect(saved("tied_lora"), base=False),
+        "t5": weftlora.inspect(wide, inputs={"a rather long name of a domain": [FAMILIES["t5"].batch()]}, spectra=1),
     }
 
 

@@ -11,20 +11,20 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import weft
-from weft.data.demo import demo_model_path, demo_rows
+import weftlora
+from weftlora.data.demo import demo_model_path, demo_rows
 
 STEPS = 6
 
-CONFIGS: dict[str, Callable[[], weft.WeftConfig]] = {
-    "lora": lambda: weft.PlainLoraConfig(r=2),
-    "hydralora": lambda: weft.HydraLoraConfig(r=2, heads=3),
-    "tied_lora": lambda: weft.TiedLoraConfig(r=2),
-    "lora_dash": lambda: weft.LoraDashConfig(r=2, directions=3, after=2),
-    "lora_init": lambda: weft.LoraInitConfig(r=2, after=2),
-    "lora_tsd": lambda: weft.LoraTsdConfig(r=2, directions=3, after=2),
-    "alora": lambda: weft.AllocLoraConfig(r=2, first=2, every=2, max_rounds=2, score="random"),
-    "flexora": lambda: weft.PlainLoraConfig(r=2, layers=weft.Only([0, 2])),
+CONFIGS: dict[str, Callable[[], weftlora.WeftConfig]] = {
+    "lora": lambda: weftlora.PlainLoraConfig(r=2),
+    "hydralora": lambda: weftlora.HydraLoraConfig(r=2, heads=3),
+    "tied_lora": lambda: weftlora.TiedLoraConfig(r=2),
+    "lora_dash": lambda: weftlora.LoraDashConfig(r=2, directions=3, after=2),
+    "lora_init": lambda: weftlora.LoraInitConfig(r=2, after=2),
+    "lora_tsd": lambda: weftlora.LoraTsdConfig(r=2, directions=3, after=2),
+    "alora": lambda: weftlora.AllocLoraConfig(r=2, first=2, every=2, max_rounds=2, score="random"),
+    "flexora": lambda: weftlora.PlainLoraConfig(r=2, layers=weftlora.Only([0, 2])),
 }
 
 
@@ -37,12 +37,12 @@ def demo_batch(rows: int = 4) -> dict[str, torch.Tensor]:
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def train_a_little(config: weft.WeftConfig, steps: int = STEPS, seed: int = 0) -> PeftModel:
+def train_a_little(config: weftlora.WeftConfig, steps: int = STEPS, seed: int = 0) -> PeftModel:
     """`config` on the demo model, trained in a bare loop."""
     torch.manual_seed(seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(demo_model_path()), config)
-    weft.attach(model, total_steps=steps)
-    optimizer = torch.optim.AdamW(weft.param_groups(model, lr=3e-3))
+    weftlora.attach(model, total_steps=steps)
+    optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=3e-3))
     batch = demo_batch()
     model.train()
     for _ in range(steps):

@@ -13,16 +13,16 @@ import pytest
 from looking import train_a_little
 from peft import LoraConfig, PeftModel, get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.errors import AdapterError, ConfigError, DataError, ModelError, RunError, WeftError
-from weft.glue.layer import WeftLinear
-from weft.report import page
+from weftlora.errors import AdapterError, ConfigError, DataError, ModelError, RunError, WeftError
+from weftlora.glue.layer import WeftLinear
+from weftlora.report import page
 
 
 def refused(error: type[WeftError], *arguments: Any, **settings: Any) -> str:
     with pytest.raises(error) as raised:
-        weft.inspect(*arguments, **settings)
+        weftlora.inspect(*arguments, **settings)
     sentence = str(raised.value)
     assert sentence.endswith((".", "?")), sentence
     assert "\n" not in sentence
@@ -47,7 +47,7 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path):
     (folder / "adapter_config.json").write_text(json.dumps({**config, "structure": {"kind": "hydra", "heads": 3}}))
     assert "do not fit its config" in refused(AdapterError, folder, base=False)
     (folder / "adapter_config.json").write_text(json.dumps({**config, "format_version": 99}))
-    assert "upgrade weft" in refused(AdapterError, folder, base=False)
+    assert "upgrade weftlora" in refused(AdapterError, folder, base=False)
     (folder / "adapter_config.json").write_text("{")
     assert "adapter_config.json" in refused(AdapterError, folder, base=False)
 
@@ -56,20 +56,20 @@ def test_adapters_of_other_methods(tmp_path: Path):
     config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     get_peft_model(FAMILIES["llama"].build(), config).save_pretrained(str(tmp_path))
     assert "DoRA" in refused(AdapterError, tmp_path, base=False)
-    assert "no weft or plain LoRA adapter" in refused(AdapterError, FAMILIES["llama"].build())
+    assert "no weftlora or plain LoRA adapter" in refused(AdapterError, FAMILIES["llama"].build())
 
 
 def test_an_adapter_must_be_named_where_several_are_active():
-    model = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
-    model.add_adapter("other", weft.PlainLoraConfig(r=3))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
+    model.add_adapter("other", weftlora.PlainLoraConfig(r=3))
     model.base_model.set_adapter(["default", "other"])
     assert "default, other" in refused(AdapterError, model)
     assert "did you mean 'other'" in refused(AdapterError, model, "othr")
-    assert {site.rank for site in weft.inspect(model, "other", spectra=0).sites} == {3}
+    assert {site.rank for site in weftlora.inspect(model, "other", spectra=0).sites} == {3}
 
 
 def test_an_adapter_that_diverged_is_named(tmp_path: Path):
-    model = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
     site = next(m for m in model.modules() if isinstance(m, WeftLinear)).site("default")
     for value in (float("nan"), float("inf")):
         site.structure.B.data[0, 0] = value
@@ -82,7 +82,7 @@ def test_an_adapter_that_diverged_is_named(tmp_path: Path):
     "wrap", [lambda b: b, lambda b: {"low": b}, lambda b: [b["input_ids"]], lambda b: "rows.jsonl"]
 )
 def test_inputs_that_are_no_list_of_batches(wrap: Callable[[Any], Any]):
-    model = get_peft_model(FAMILIES["llama"].build(), weft.HydraLoraConfig(r=2, heads=2))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.HydraLoraConfig(r=2, heads=2))
     assert "give inputs=[batch]" in refused(ConfigError, model, inputs=wrap(FAMILIES["llama"].batch()))
 
 
@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_points_to_its_last_checkpoint(run: Callable[..., 
     sentence = refused(AdapterError, folder)
     last = folder / "checkpoints" / "checkpoint-10"
     assert f"look at its last checkpoint, {last}." in sentence
-    assert weft.inspect(last, base=False).sites
+    assert weftlora.inspect(last, base=False).sites
 
 
 def test_a_base_of_other_weights_is_left_out_unless_it_was_named(hydra_run: Path, tmp_path: Path):
@@ -123,14 +123,14 @@ def test_a_base_of_other_weights_is_left_out_unless_it_was_named(hydra_run: Path
     record = json.loads((folder / "run.json").read_text())
     record["base"]["values"] = "0" * 16
     (folder / "run.json").write_text(json.dumps(record))
-    found = weft.inspect(folder)
+    found = weftlora.inspect(folder)
     assert found.base is None
     assert any("other weights" in sentence for sentence in found.left_out)
     assert "other weights" in refused(AdapterError, folder, base="demo")
 
 
 def test_an_adapter_merged_into_w_says_so():
-    model = train_a_little(weft.PlainLoraConfig(r=2, target_modules=["q_proj"]), steps=1)
+    model = train_a_little(weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]), steps=1)
     model.merge_adapter()
     assert "unmerge" in refused(AdapterError, model)
 
@@ -138,16 +138,16 @@ def test_an_adapter_merged_into_w_says_so():
 def test_a_page_without_its_extra_names_it(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    found: Any = weft.inspect(saved("lora"), base=False)
+    found: Any = weftlora.inspect(saved("lora"), base=False)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vl_convert" else real(name))
-    with pytest.raises(ConfigError, match=r"lacks: pip install 'weft\[html\]'"):
+    with pytest.raises(ConfigError, match=r"lacks: pip install 'weftlora\[html\]'"):
         page.write_page(found, tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_page_is_written_whole_or_not_at_all(saved: Callable[[str], Path], tmp_path: Path):
-    found = weft.inspect(saved("lora"), base=False)
+    found = weftlora.inspect(saved("lora"), base=False)
     (tmp_path / "page.html").mkdir()
     with pytest.raises(RunError, match="cannot write"):
         page.write_page(found, tmp_path / "page.html")
@@ -157,4 +157,4 @@ def test_a_page_is_written_whole_or_not_at_all(saved: Callable[[str], Path], tmp
 def test_the_models_adapter_stays_usable_after_a_refusal(adapted: Callable[[str], PeftModel]):
     model = adapted("lora")
     refused(AdapterError, model, "nobody")
-    assert weft.inspect(model, spectra=0).sites
+    assert weftlora.inspect(model, spectra=0).sites

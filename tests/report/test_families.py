@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, randomise
-from weft.report.page import page
-from weft.report.views import movement
+from weftlora.report.page import page
+from weftlora.report.views import movement
 
 
 @pytest.mark.parametrize("structure", ["plain", "hydra", "tied_tl6_fused"])
@@ -21,7 +21,7 @@ def test_a_family_is_inspected_with_and_without_its_base(family: str, structure:
     model = get_peft_model(row.build(), adapter_config(structure, family))
     randomise(model)
     model.save_pretrained(str(tmp_path))
-    live, bare = weft.inspect(model, inputs=[row.batch()], spectra=1), weft.inspect(tmp_path, base=False)
+    live, bare = weftlora.inspect(model, inputs=[row.batch()], spectra=1), weftlora.inspect(tmp_path, base=False)
     assert (live.routers is not None) == (structure == "hydra")
     assert live.parameters.saved_modules == bare.parameters.saved_modules
     assert bool(row.modules_to_save) == bool(live.parameters.saved_modules)
@@ -39,22 +39,22 @@ def test_a_family_is_inspected_with_and_without_its_base(family: str, structure:
 
 
 def test_combined_axes_are_read_from_the_folder_alone(tmp_path: Path):
-    config = weft.WeftConfig(
-        structure=weft.Hydra(heads=2, router_input="Ax"),
-        boost=weft.Dash(directions=2, after=1),
-        ranks=weft.Reallocate(score="random", first=1, every=1, max_rounds=1),
+    config = weftlora.WeftConfig(
+        structure=weftlora.Hydra(heads=2, router_input="Ax"),
+        boost=weftlora.Dash(directions=2, after=1),
+        ranks=weftlora.Reallocate(score="random", first=1, every=1, max_rounds=1),
         r=3,
         target_modules=["q_proj", "v_proj"],
     )
     model = get_peft_model(FAMILIES["llama"].build(), config)
-    weft.attach(model, total_steps=2)
-    optimizer = torch.optim.AdamW(weft.param_groups(model, lr=1e-2))
+    weftlora.attach(model, total_steps=2)
+    optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=1e-2))
     for _ in range(2):
         model(**FAMILIES["llama"].batch()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(str(tmp_path))
-    live, bare = weft.inspect(model, spectra=0), weft.inspect(tmp_path, base=False)
+    live, bare = weftlora.inspect(model, spectra=0), weftlora.inspect(tmp_path, base=False)
     assert bare.method == "Hydra(heads=2) + Dash(directions=2) + Reallocate"
     assert {s.site: (s.rank, s.room, s.trained) for s in bare.sites} == {
         s.site: (s.rank, s.room, s.trained) for s in live.sites

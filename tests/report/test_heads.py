@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import weft
-from weft.data import DataConfig, texts
-from weft.errors import ConfigError, DataError
-from weft.report.heads import bends, words
+import weftlora
+from weftlora.data import DataConfig, texts
+from weftlora.errors import ConfigError, DataError
+from weftlora.report.heads import bends, words
 
 
 def topics(count: int, each: int = 30, words: int = 8) -> list[str]:
@@ -22,7 +22,7 @@ def topics(count: int, each: int = 30, words: int = 8) -> list[str]:
 
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_planted_topics_are_counted(count: int):
-    found = weft.suggest_heads(topics(count), largest=8)
+    found = weftlora.suggest_heads(topics(count), largest=8)
     assert (found.heads, found.clear) == (count, True)
     assert found.sizes == [30] * count
     assert len(found.sse) == len(found.bend) == 8
@@ -32,7 +32,7 @@ def test_planted_topics_are_counted(count: int):
 
 
 def test_texts_without_anything_in_common_have_no_elbow():
-    found = weft.suggest_heads([f"one{i} two{i} three{i}" for i in range(60)], largest=8)
+    found = weftlora.suggest_heads([f"one{i} two{i} three{i}" for i in range(60)], largest=8)
     assert not found.clear
     assert "no clear elbow" in str(found)
 
@@ -47,7 +47,7 @@ def test_texts_without_anything_in_common_have_no_elbow():
 def test_topics_are_counted_in_scripts_without_spaces(script: tuple[list[str], ...]):
     draw = random.Random(0)
     given = ["".join(draw.choices(topic, k=6)) for _ in range(30) for topic in script]
-    found = weft.suggest_heads(given, largest=8)
+    found = weftlora.suggest_heads(given, largest=8)
     assert (found.heads, found.clear, found.sizes) == (3, True, [30, 30, 30])
 
 
@@ -58,22 +58,22 @@ def test_words_keep_their_vowel_signs():
 
 @pytest.mark.filterwarnings("error")
 def test_texts_that_repeat_are_counted_without_a_warning():
-    found = weft.suggest_heads(["warp thread", "Weft, yarn!", "loom beam", "weft yarn"] * 10)
+    found = weftlora.suggest_heads(["warp thread", "Weft, yarn!", "loom beam", "weft yarn"] * 10)
     assert (found.heads, found.clear, found.sizes) == (3, True, [20, 10, 10])
     assert found.sse[2:] == pytest.approx([0.0] * 8, abs=1e-9)
 
 
 def test_an_iterator_of_texts_is_read_once():
-    assert weft.suggest_heads(iter(topics(3)), largest=6) == weft.suggest_heads(topics(3), largest=6)
+    assert weftlora.suggest_heads(iter(topics(3)), largest=6) == weftlora.suggest_heads(topics(3), largest=6)
 
 
 def test_the_same_texts_give_the_same_answer():
     given = topics(4)
-    assert weft.suggest_heads(given, seed=3) == weft.suggest_heads(list(given), seed=3)
+    assert weftlora.suggest_heads(given, seed=3) == weftlora.suggest_heads(list(given), seed=3)
 
 
 def test_a_sample_is_drawn_from_many_texts_and_said():
-    found = weft.suggest_heads(topics(3, each=100), rows=60, largest=6)
+    found = weftlora.suggest_heads(topics(3, each=100), rows=60, largest=6)
     assert (found.rows, found.of, found.heads) == (60, 300, 3)
     assert "60 drawn of 300" in str(found)
 
@@ -100,13 +100,13 @@ def test_the_bend_is_the_distance_below_the_chord():
 )
 def test_texts_that_cannot_be_clustered_are_refused(given: object, sentence: str):
     with pytest.raises(DataError, match=sentence):
-        weft.suggest_heads(given)
+        weftlora.suggest_heads(given)
 
 
 @pytest.mark.parametrize("setting", [{"largest": 2}, {"rows": 0}, {"seed": -1}, {"largest": 2.5}])
 def test_settings_out_of_range_are_refused(setting: dict[str, object]):
     with pytest.raises(ConfigError, match="out of range"):
-        weft.suggest_heads(topics(3), **setting)
+        weftlora.suggest_heads(topics(3), **setting)
 
 
 def test_rows_of_every_format_are_read_as_text(tmp_path: Path):
@@ -124,4 +124,4 @@ def test_rows_of_every_format_are_read_as_text(tmp_path: Path):
 
 def test_the_demo_tasks_are_its_clusters():
     held = texts(DataConfig())
-    assert weft.suggest_heads(held, rows=400, largest=8).heads == 4
+    assert weftlora.suggest_heads(held, rows=400, largest=8).heads == 4

@@ -12,17 +12,17 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.report import history
-from weft.report.subject import live_subject
-from weft.search import Selection
+from weftlora.report import history
+from weftlora.report.subject import live_subject
+from weftlora.search import Selection
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
 
 def subject(**fields: Any) -> Any:
-    config = weft.AllocLoraConfig(r=2, target_modules=["q_proj"], **fields)
+    config = weftlora.AllocLoraConfig(r=2, target_modules=["q_proj"], **fields)
     return live_subject(get_peft_model(FAMILIES["llama"].build(), config), None, "planted")
 
 
@@ -75,7 +75,7 @@ def test_a_line_that_a_kill_cut_short_hides_no_round(alora_run: Path, tmp_path: 
     lines = (folder / "events.jsonl").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if "reallocation" in line)
     (folder / "events.jsonl").write_text("\n".join([*lines[:first], lines[first][:40], *lines[first:]]) + "\n")
-    assert [each.step for each in weft.inspect(folder, base=False).history.rounds] == [2, 4]
+    assert [each.step for each in weftlora.inspect(folder, base=False).history.rounds] == [2, 4]
 
 
 def test_a_checkpoint_knows_the_rounds_up_to_it(alora_run: Path, tmp_path: Path):
@@ -85,13 +85,13 @@ def test_a_checkpoint_knows_the_rounds_up_to_it(alora_run: Path, tmp_path: Path)
     steps = next(key for key in tensors if key.endswith("weft_site.steps"))
     for at, rounds in ((6, [2, 4]), (3, [2]), (1, [])):
         save_file({**tensors, steps: torch.full_like(tensors[steps], at)}, checkpoint / "adapter_model.safetensors")
-        found = weft.inspect(checkpoint, base=False)
+        found = weftlora.inspect(checkpoint, base=False)
         assert found.steps == at
         assert ([each.step for each in found.history.rounds] if found.history else []) == rounds
 
 
 def test_a_run_tells_its_moves_and_ends_at_the_ranks_it_has(alora_run: Path):
-    found = weft.inspect(alora_run, spectra=0)
+    found = weftlora.inspect(alora_run, spectra=0)
     assert [each.step for each in found.history.rounds] == [2, 4]
     assert found.history.rounds[-1].ranks == {site.site: site.rank for site in found.sites}
     assert set(found.history.before.values()) == {2}
@@ -100,10 +100,10 @@ def test_a_run_tells_its_moves_and_ends_at_the_ranks_it_has(alora_run: Path):
 
 
 def test_an_adapter_without_its_run_knows_only_what_was_made_later(alora_run: Path):
-    found = weft.inspect(alora_run / "adapter", base=False)
+    found = weftlora.inspect(alora_run / "adapter", base=False)
     assert found.history is not None  # it still lies in its run
     moved_away = shutil.copytree(alora_run / "adapter", alora_run.parent / "alone")
-    alone = weft.inspect(moved_away, base=False)
+    alone = weftlora.inspect(moved_away, base=False)
     assert alone.history is None
     assert any("live slots were made later, the last in round 2" in sentence for sentence in alone.left_out)
 
@@ -117,7 +117,7 @@ def test_a_live_schedule_tells_them_too():
 
 
 def test_selected_layers_come_with_alpha_and_margin(flexora_run: Path):
-    found, selection = weft.inspect(flexora_run, spectra=0), Selection.load(flexora_run / "selection.json")
+    found, selection = weftlora.inspect(flexora_run, spectra=0), Selection.load(flexora_run / "selection.json")
     assert found.layers.margin == selection.margin
     assert [c.alpha for c in found.layers.candidates] == [c.alpha for c in selection.candidates]
     assert [c.name for c in found.layers.candidates if c.selected] == [c.name for c in selection.chosen]
@@ -129,29 +129,29 @@ def test_a_selection_file_that_another_recipe_used_is_found(flexora_run: Path, h
     record = json.loads((folder / "run.json").read_text())
     record["recipe"]["adapter"]["layers"] = str(flexora_run / "selection.json")
     (folder / "run.json").write_text(json.dumps(record))
-    assert weft.inspect(folder, base=False).layers.margin is not None
+    assert weftlora.inspect(folder, base=False).layers.margin is not None
     record["recipe"]["adapter"]["layers"] = str(tmp_path / "gone.json")
     (folder / "run.json").write_text(json.dumps(record))
-    gone = weft.inspect(folder, base=False)
+    gone = weftlora.inspect(folder, base=False)
     assert gone.layers.margin is None
     assert any("margins" in sentence for sentence in gone.left_out)
-    assert weft.inspect(folder, rows=1, spectra=0).against.kind == "fresh draw"
+    assert weftlora.inspect(folder, rows=1, spectra=0).against.kind == "fresh draw"
 
 
 def test_a_damaged_selection_is_left_out_with_the_reason(flexora_run: Path, tmp_path: Path):
     folder = shutil.copytree(flexora_run, tmp_path / "run")
     (folder / "selection.json").write_text("{")
-    found = weft.inspect(folder, base=False)
+    found = weftlora.inspect(folder, base=False)
     assert found.layers.margin is None
     assert any(s.startswith("α and margins") and "selection.json" in s for s in found.left_out)
 
 
-@pytest.mark.parametrize(("layers", "source", "blocks"), [(weft.All(), "all", 2), (weft.Only([1]), "named", 1)])
+@pytest.mark.parametrize(("layers", "source", "blocks"), [(weftlora.All(), "all", 2), (weftlora.Only([1]), "named", 1)])
 def test_without_a_search_the_adapted_blocks_are_named(layers: Any, source: str, blocks: int):
     model = get_peft_model(
-        FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2, target_modules=["q_proj"], layers=layers)
+        FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"], layers=layers)
     )
-    found = weft.inspect(model, spectra=0).layers
+    found = weftlora.inspect(model, spectra=0).layers
     assert source in found.source
     assert len(found.candidates) == blocks
     assert found.margin is None

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pages import DESK, MARKS, NASTY, PHONE, Open, contrast, luminance, opening, renamed, style
 
-from weft.report.page import write_page
-from weft.report.result import Inspection
+from weftlora.report.page import write_page
+from weftlora.report.result import Inspection
 
 NAMES = ["hydralora", "alora", "flexora", "lora_tsd", "tied_lora", "t5"]
 

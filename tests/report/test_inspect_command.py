@@ -1,4 +1,4 @@
-"""`weft inspect` and `weft heads` from the shell's side."""
+"""`weftlora inspect` and `weftlora heads` from the shell's side."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-import weft
-from weft.cli import inspect, main
-from weft.report.result import Inspection
+import weftlora
+from weftlora.cli import inspect, main
+from weftlora.report.result import Inspection
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -26,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_json_is_the_record_of_the_python_call(hydra_run: Path, capsys: pytest.CaptureFixture[str]):
     code, out, _ = run(capsys, "inspect", hydra_run, "--rows", 2, "--spectra", 1, "--json")
     assert code == 0
-    own = weft.inspect(weft.Run.load(hydra_run), rows=2, spectra=1)
+    own = weftlora.inspect(weftlora.Run.load(hydra_run), rows=2, spectra=1)
     assert json.loads(out) == json.loads(json.dumps(own.record()))
 
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-import weft
-from weft.linalg import principal_angles
-from weft.report import measure
-from weft.report.measure import alike, cosines, effective_rank, singular_values, split_name
-from weft.report.views import Grid, block_label, labels_of, short_names
-from weft.site import Site, build_site
+import weftlora
+from weftlora.linalg import principal_angles
+from weftlora.report import measure
+from weftlora.report.measure import alike, cosines, effective_rank, singular_values, split_name
+from weftlora.report.views import Grid, block_label, labels_of, short_names
+from weftlora.site import Site, build_site
 
 
 def turned(r: int, fan_in: int, angles: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +24,7 @@ def turned(r: int, fan_in: int, angles: list[float]) -> tuple[torch.Tensor, torc
 
 
 def hydra(r: int = 2, heads: int = 3, fan_in: int = 10, out: int = 8) -> Site:
-    return build_site(weft.Hydra(heads=heads), (r, fan_in, out), scale=2.0, dropout=0.0)
+    return build_site(weftlora.Hydra(heads=heads), (r, fan_in, out), scale=2.0, dropout=0.0)
 
 
 def test_principal_angles_are_those_that_were_planted():
@@ -69,7 +69,7 @@ def test_heads_have_the_cosines_that_were_planted():
 def test_heads_of_an_untrained_adapter_have_no_cosine():
     found = measure.heads("site", hydra())
     assert found.mean is None
-    assert measure.heads("site", build_site(weft.Plain(), (2, 4, 4), scale=1.0, dropout=0.0)) is None
+    assert measure.heads("site", build_site(weftlora.Plain(), (2, 4, 4), scale=1.0, dropout=0.0)) is None
 
 
 def test_cosines_are_of_rows():
@@ -102,7 +102,7 @@ def test_a_routed_site_is_measured_at_the_gate_that_was_seen():
 
 
 def test_live_slots_alone_count():
-    site = build_site(weft.Plain(), (4, 6, 5), scale=1.0, dropout=0.0, ranks=weft.Reallocate(max_rank=6))
+    site = build_site(weftlora.Plain(), (4, 6, 5), scale=1.0, dropout=0.0, ranks=weftlora.Reallocate(max_rank=6))
     site.mask[1] = 0
     found = measure.facts("q", site, None, None, None)
     assert (found.rank, found.room, found.first_rank) == (3, 5, 4)  # room: never more than the smaller side
@@ -112,7 +112,7 @@ def test_live_slots_alone_count():
 
 
 def test_a_fresh_draw_has_its_own_size():
-    drawn = build_site(weft.Plain(), (16, 400, 8), scale=1.0, dropout=0.0).structure.A
+    drawn = build_site(weftlora.Plain(), (16, 400, 8), scale=1.0, dropout=0.0).structure.A
     assert measure.size_of_a_fresh_draw(drawn) == pytest.approx(1.0, abs=0.02)
     assert measure.size_of_a_fresh_draw(2 * drawn) == pytest.approx(2.0, abs=0.04)
 

@@ -9,9 +9,9 @@ import re
 import pytest
 from pages import NASTY, Elements, renamed, specs
 
-from weft.report.page import page
-from weft.report.result import Inspection
-from weft.report.sections import sections
+from weftlora.report.page import page
+from weftlora.report.result import Inspection
+from weftlora.report.sections import sections
 
 
 def test_the_same_record_gives_the_same_page(inspections: dict[str, Inspection]):

@@ -1,4 +1,4 @@
-"""`weft report` and `weft.report`: from folders to a page on disk, or one sentence."""
+"""`weftlora report` and `weftlora.report`: from folders to a page on disk, or one sentence."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import weft
-from weft.cli import main
-from weft.report import web
-from weft.report.comparison.writing import Report
-from weft.train.files import read_json, write_json
+import weftlora
+from weftlora.cli import main
+from weftlora.report import web
+from weftlora.report.comparison.writing import Report
+from weftlora.train.files import read_json, write_json
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -48,7 +48,7 @@ def test_run_folders_become_a_page(runs: list[Path], tmp_path: Path, capsys: pyt
 
 
 def test_the_call_gives_what_the_command_prints(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    report = weft.report(*runs, out=tmp_path / "a.html")
+    report = weftlora.report(*runs, out=tmp_path / "a.html")
     assert isinstance(report, Report)
     _, out, _ = run(capsys, "report", *runs, "-o", tmp_path / "b.html", "--json")
     record = json.loads(out)
@@ -57,7 +57,7 @@ def test_the_call_gives_what_the_command_prints(runs: list[Path], tmp_path: Path
 
 
 def test_the_baseline_and_the_metric_can_be_chosen(runs: list[Path], tmp_path: Path):
-    report = weft.report(*runs, out=tmp_path / "page.html", baseline="hydralora", metric="exact_match")
+    report = weftlora.report(*runs, out=tmp_path / "page.html", baseline="hydralora", metric="exact_match")
     assert (report.comparison.baseline, report.comparison.metric) == ("hydralora", "exact_match")
     assert "may be luck" in report.verdict
     assert "hydralora" in report.verdict
@@ -119,18 +119,18 @@ def test_without_the_extra_it_says_what_to_install(
     code, _, err = run(capsys, "report", runs[0], "-o", tmp_path / "page.html")
     assert code == 1
     assert "a page needs no_such_package" in err
-    assert "weft[html]" in err
+    assert "weftlora[html]" in err
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(runs: list[Path], tmp_path: Path):
     (tmp_path / "page.html").mkdir()
-    with pytest.raises(weft.RunError, match="cannot write"):
-        weft.report(runs[0], out=tmp_path / "page.html")
+    with pytest.raises(weftlora.RunError, match="cannot write"):
+        weftlora.report(runs[0], out=tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_the_name_stays_the_function_when_the_package_is_imported(saved: Callable[[str], Path]):
-    import weft.report.page
+    import weftlora.report.page
 
-    assert callable(weft.report)
-    assert weft.inspect(saved("lora"), base=False).sites
+    assert callable(weftlora.report)
+    assert weftlora.inspect(saved("lora"), base=False).sites

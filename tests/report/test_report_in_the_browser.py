@@ -10,10 +10,10 @@ import pytest
 from comparisons import broken, comparison, renamed, write_runs
 from pages import MARKS, NASTY, PHONE, Open, contrast, luminance, opening, style
 
-from weft.compare.record import Comparison
-from weft.report.comparison.evidence import Evidence, gather
-from weft.report.comparison.page import page
-from weft.report.web import write
+from weftlora.compare.record import Comparison
+from weftlora.report.comparison.evidence import Evidence, gather
+from weftlora.report.comparison.page import page
+from weftlora.report.web import write
 
 PAPER = {"width": 703, "height": 1000}
 """Paper is A4 between its margins, in CSS pixels."""

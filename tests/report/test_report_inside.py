@@ -1,4 +1,4 @@
-"""What the page of a comparison says of adapters: means over the seeds of what `weft.inspect` finds in each, from folders alone."""
+"""What the page of a comparison says of adapters: means over the seeds of what `weftlora.inspect` finds in each, from folders alone."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 from comparisons import comparison, renamed, write_runs
 from pages import specs
 
-import weft
-from weft.compare.record import Outcome
-from weft.report.comparison.evidence import Evidence, gather
-from weft.report.comparison.page import page
-from weft.report.comparison.places import inside
-from weft.report.result import Inspection
+import weftlora
+from weftlora.compare.record import Outcome
+from weftlora.report.comparison.evidence import Evidence, gather
+from weftlora.report.comparison.page import page
+from weftlora.report.comparison.places import inside
+from weftlora.report.result import Inspection
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def drawn(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
 
 
 def look(run: Path) -> Inspection:
-    return weft.inspect(run, base=False, spectra=0)
+    return weftlora.inspect(run, base=False, spectra=0)
 
 
 def test_sizes_and_ranks_are_those_of_the_adapters(drawn: Any, alora_run: Path, hydra_run: Path):

@@ -15,13 +15,13 @@ import yaml
 from comparisons import PLANTED, broken, changed, comparison, judged, renamed, write_runs
 from pages import NASTY, Elements, Node, specs, tree
 
-from weft.compare.record import Comparison
-from weft.report.comparison.evidence import Evidence, gather
-from weft.report.comparison.opening import facts, overall, verdicts, warnings
-from weft.report.comparison.page import page
-from weft.report.comparison.runs import recipes
-from weft.report.comparison.writing import judged as judged_by
-from weft.train.recipe import apply
+from weftlora.compare.record import Comparison
+from weftlora.report.comparison.evidence import Evidence, gather
+from weftlora.report.comparison.opening import facts, overall, verdicts, warnings
+from weftlora.report.comparison.page import page
+from weftlora.report.comparison.runs import recipes
+from weftlora.report.comparison.writing import judged as judged_by
+from weftlora.train.recipe import apply
 
 
 @pytest.fixture(scope="module")
@@ -294,11 +294,11 @@ def test_a_recipe_and_its_commands_give_back_every_run(found: Comparison, tmp_pa
         runs = [evidence.runs[outcome.folder] for outcome in found.of(recipe.name)]
         commands = [shlex.split(line) for line in recipe.commands.splitlines()]
         if recipe.name == "none":
-            assert commands == [["weft", "eval", "lora.yaml", "--adapter", "none"]]
+            assert commands == [["weftlora", "eval", "lora.yaml", "--adapter", "none"]]
             continue
         assert len(commands) == len(runs) == 5
-        for run, (weft, train, file, *overrides) in zip(runs, commands, strict=True):
-            assert (weft, train, file) == ("weft", "train", recipe.file)
+        for run, (weftlora, train, file, *overrides) in zip(runs, commands, strict=True):
+            assert (weftlora, train, file) == ("weftlora", "train", recipe.file)
             content: dict[str, Any] = yaml.safe_load(recipe.content)
             for override in overrides:
                 content = apply(content, override)

@@ -12,10 +12,10 @@ import torch
 from looking import train_a_little
 from peft import PeftModel, get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.errors import AdapterError
-from weft.glue.layer import WeftLinear
+from weftlora.errors import AdapterError
+from weftlora.glue.layer import WeftLinear
 
 
 def layers(model: PeftModel) -> dict[str, WeftLinear]:
@@ -24,7 +24,7 @@ def layers(model: PeftModel) -> dict[str, WeftLinear]:
 
 def test_the_start_is_drawn_again_to_the_bit(run: Callable[..., Path]):
     """In the first step B = 0, so A has no gradient: after one step it must be where it started."""
-    found = weft.inspect(run("lora", "train.steps=1"), spectra=0)
+    found = weftlora.inspect(run("lora", "train.steps=1"), spectra=0)
     assert found.against.kind == "start drawn again"
     assert len(found.against.sites) == len(found.sites)
     for site in found.against.sites:
@@ -35,19 +35,19 @@ def test_the_start_is_drawn_again_to_the_bit(run: Callable[..., Path]):
 
 
 def test_a_trained_run_has_moved_a_little_from_its_start(hydra_run: Path):
-    found = weft.inspect(hydra_run, rows=1, spectra=0)
+    found = weftlora.inspect(hydra_run, rows=1, spectra=0)
     assert found.against.kind == "start drawn again"
     assert all(0 < site.A.moved < 0.5 and site.A.overlap > 0.9 for site in found.against.sites)
 
 
 def test_a_search_that_restarts_is_drawn_again_from_its_seed(flexora_run: Path):
-    found = weft.inspect(flexora_run, spectra=0)
+    found = weftlora.inspect(flexora_run, spectra=0)
     assert found.against.kind == "start drawn again"
     assert all(site.A.overlap > 0.9 for site in found.against.sites)
 
 
 def test_slots_made_later_are_not_compared_with_a_start_they_do_not_have(alora_run: Path):
-    found = weft.inspect(alora_run, spectra=0)
+    found = weftlora.inspect(alora_run, spectra=0)
     assert found.against.kind == "start drawn again"
     assert all(site.A.moved < 0.5 for site in found.against.sites if site.A is not None)
 
@@ -56,7 +56,7 @@ def test_a_draw_that_is_not_the_start_is_not_shown_as_one(hydra_run: Path, tmp_p
     folder = shutil.copytree(hydra_run, tmp_path / "run")
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, "seed": 12345}))
-    found = weft.inspect(folder, rows=1, spectra=0)
+    found = weftlora.inspect(folder, rows=1, spectra=0)
     assert found.against.kind == "fresh draw"
     assert any("nothing in common" in sentence for sentence in found.left_out)
 
@@ -66,12 +66,12 @@ def test_another_torch_draws_other_numbers(hydra_run: Path, tmp_path: Path):
     record = json.loads((folder / "run.json").read_text())
     record["versions"]["torch"] = "0.1"
     (folder / "run.json").write_text(json.dumps(record))
-    assert weft.inspect(folder, rows=1, spectra=0).against.kind == "fresh draw"
+    assert weftlora.inspect(folder, rows=1, spectra=0).against.kind == "fresh draw"
 
 
 def test_lora_init_keeps_its_start(adapted: Callable[[str], PeftModel]):
     model = adapted("lora_init")
-    found = weft.inspect(model, spectra=0)
+    found = weftlora.inspect(model, spectra=0)
     assert found.against.kind == "stored start"
     site = found.against.sites[0]
     own = layers(model)[site.site].site("default")
@@ -81,7 +81,7 @@ def test_lora_init_keeps_its_start(adapted: Callable[[str], PeftModel]):
 
 
 def test_without_a_start_the_size_is_compared_and_that_is_said(adapted: Callable[[str], PeftModel]):
-    found = weft.inspect(adapted("lora"), spectra=0)
+    found = weftlora.inspect(adapted("lora"), spectra=0)
     assert found.against.kind == "fresh draw"
     assert all(0.8 < site.size < 1.3 for site in found.against.sites)
     assert any("no file keeps the start of A" in sentence for sentence in found.left_out)
@@ -90,11 +90,11 @@ def test_without_a_start_the_size_is_compared_and_that_is_said(adapted: Callable
 def test_adapters_of_one_seed_are_alike_in_a_and_those_of_two_are_not(tmp_path: Path):
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         torch.manual_seed(seed)
-        train_a_little(weft.PlainLoraConfig(r=2, target_modules=["q_proj"]), steps=2 + seed, seed=seed).save_pretrained(
-            str(tmp_path / name)
-        )
-    same = weft.inspect(tmp_path / "one", base=False, against=tmp_path / "same").against
-    other = weft.inspect(tmp_path / "one", base=False, against=tmp_path / "other").against
+        train_a_little(
+            weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]), steps=2 + seed, seed=seed
+        ).save_pretrained(str(tmp_path / name))
+    same = weftlora.inspect(tmp_path / "one", base=False, against=tmp_path / "same").against
+    other = weftlora.inspect(tmp_path / "one", base=False, against=tmp_path / "other").against
     assert same.kind == other.kind == "adapter"
     for a, b in zip(same.sites, other.sites, strict=True):
         assert a.A.overlap == pytest.approx(1.0)
@@ -104,16 +104,16 @@ def test_adapters_of_one_seed_are_alike_in_a_and_those_of_two_are_not(tmp_path: 
 
 
 def test_another_adapter_with_no_site_in_common_is_refused(saved: Callable[[str], Path], tmp_path: Path):
-    train_a_little(weft.PlainLoraConfig(r=2, target_modules=["o_proj"]), steps=1).save_pretrained(str(tmp_path))
+    train_a_little(weftlora.PlainLoraConfig(r=2, target_modules=["o_proj"]), steps=1).save_pretrained(str(tmp_path))
     with pytest.raises(AdapterError, match="no site in common"):
-        weft.inspect(saved("tied_lora"), base=False, against=tmp_path)
+        weftlora.inspect(saved("tied_lora"), base=False, against=tmp_path)
 
 
 def test_sites_of_another_name_or_shape_are_not_compared_and_said(saved: Callable[[str], Path], tmp_path: Path):
-    other = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
+    other = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
     other.save_pretrained(str(tmp_path / "smaller"))
     with pytest.raises(AdapterError, match="by name and shape"):
-        weft.inspect(saved("lora"), base=False, against=tmp_path / "smaller")
-    found = weft.inspect(saved("flexora"), base=False, against=saved("lora"))  # two blocks beside all four
+        weftlora.inspect(saved("lora"), base=False, against=tmp_path / "smaller")
+    found = weftlora.inspect(saved("flexora"), base=False, against=saved("lora"))  # two blocks beside all four
     assert len(found.against.sites) == len(found.sites) == 14
     assert any(sentence.startswith("14 sites of") for sentence in found.left_out)

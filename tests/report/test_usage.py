@@ -13,16 +13,16 @@ import torch
 from looking import demo_batch, train_a_little
 from peft import get_peft_model
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.errors import AdapterError, ConfigError
-from weft.glue.layer import WeftLinear
-from weft.report.result import SiteUsage, Usage
-from weft.report.usage import Seen, _counted
+from weftlora.errors import AdapterError, ConfigError
+from weftlora.glue.layer import WeftLinear
+from weftlora.report.result import SiteUsage, Usage
+from weftlora.report.usage import Seen, _counted
 
 
 def model(**fields: Any) -> torch.nn.Module:
-    config = weft.HydraLoraConfig(r=2, heads=2, target_modules=["q_proj"], **fields)
+    config = weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["q_proj"], **fields)
     return get_peft_model(FAMILIES["llama"].build(), config)
 
 
@@ -58,7 +58,7 @@ def test_a_router_of_zeros_mixes_evenly():
     adapted = model()
     for router in routers(adapted):
         router.data.zero_()
-    found = weft.inspect(adapted, inputs=[batch([5, 6, 7, 8])], spectra=0).routers
+    found = weftlora.inspect(adapted, inputs=[batch([5, 6, 7, 8])], spectra=0).routers
     for site in found.sites:
         assert site.whole.mean == pytest.approx([0.5, 0.5])
         assert (site.whole.tokens, site.whole.entropy) == (4, pytest.approx(1.0))
@@ -67,8 +67,8 @@ def test_a_router_of_zeros_mixes_evenly():
 
 def test_padding_is_not_counted():
     adapted = model()
-    whole = weft.inspect(adapted, inputs=[batch([5, 6, 7])], spectra=0).routers
-    padded = weft.inspect(adapted, inputs=[batch([5, 6, 7, 0, 0, 0], masked=3)], spectra=0).routers
+    whole = weftlora.inspect(adapted, inputs=[batch([5, 6, 7])], spectra=0).routers
+    padded = weftlora.inspect(adapted, inputs=[batch([5, 6, 7, 0, 0, 0], masked=3)], spectra=0).routers
     for one, other in zip(whole.sites, padded.sites, strict=True):
         assert one.whole.tokens == other.whole.tokens == 3
         assert one.whole.mean == pytest.approx(other.whole.mean, abs=1e-5)
@@ -84,11 +84,11 @@ def test_padding_is_not_counted_where_a_site_sees_flattened_tokens():
 
 @pytest.mark.parametrize("more", [0, 2])
 def test_padding_of_either_side_of_an_encoder_decoder_is_not_counted(more: int):
-    adapted = get_peft_model(FAMILIES["t5"].build(), weft.HydraLoraConfig(r=2, heads=2, target_modules=["q", "k"]))
+    adapted = get_peft_model(FAMILIES["t5"].build(), weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["q", "k"]))
     ids = torch.tensor([[5, 6, 7, 0, 0, 0]])
     labels = torch.tensor([[8, 9, -100, -100, -100, -100] + more * [-100]])
     inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": labels}
-    found = weft.inspect(adapted, inputs=[inputs], spectra=0).routers
+    found = weftlora.inspect(adapted, inputs=[inputs], spectra=0).routers
     assert {
         (site.site.split(".")[0], "EncDec" in site.site and site.site[-1] == "k", site.whole.tokens)
         for site in found.sites
@@ -98,14 +98,14 @@ def test_padding_of_either_side_of_an_encoder_decoder_is_not_counted(more: int):
 
 def test_batches_may_come_from_an_iterator_and_hold_more_than_tensors():
     adapted = model()
-    found = weft.inspect(adapted, inputs=({"use_cache": False, **batch([5, 6])} for _ in range(3)), spectra=0)
+    found = weftlora.inspect(adapted, inputs=({"use_cache": False, **batch([5, 6])} for _ in range(3)), spectra=0)
     assert (found.routers.rows, found.routers.sites[0].whole.tokens) == (3, 6)
 
 
 @pytest.mark.parametrize("given", [{"": []}, [batch([5, 6])]])
 def test_rows_for_an_adapter_without_routers_are_said_to_be_unused(given: Any):
-    plain = get_peft_model(FAMILIES["llama"].build(), weft.PlainLoraConfig(r=2))
-    assert any("no routers to run" in sentence for sentence in weft.inspect(plain, inputs=given).left_out)
+    plain = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
+    assert any("no routers to run" in sentence for sentence in weftlora.inspect(plain, inputs=given).left_out)
 
 
 def test_every_module_is_left_in_the_mode_it_was_in():
@@ -113,7 +113,7 @@ def test_every_module_is_left_in_the_mode_it_was_in():
     adapted.base_model.model.model.layers[0].eval()
     before = [module.training for module in adapted.modules()]
     assert len(set(before)) == 2
-    weft.inspect(adapted, inputs=[batch([5, 6])], spectra=0)
+    weftlora.inspect(adapted, inputs=[batch([5, 6])], spectra=0)
     assert [module.training for module in adapted.modules()] == before
 
 
@@ -127,7 +127,7 @@ def test_domains_with_heads_of_their_own_are_apart():
         normed = norm(embedding[[5, 6]])
         router.copy_(30 * (normed - normed.mean(0)))
     domains = {"fives": [batch([5, 5, 5])], "sixes": [batch([6, 6, 6])]}
-    found = weft.inspect(adapted, inputs=domains, spectra=0).routers
+    found = weftlora.inspect(adapted, inputs=domains, spectra=0).routers
     first = found.sites[0]
     assert found.domains == ["fives", "sixes"]
     assert first.domains["fives"].top1 == [1.0, 0.0]
@@ -146,9 +146,9 @@ def test_apart_is_half_the_distance_of_mean_gates():
 
 
 def test_the_measured_gate_is_the_one_that_norms_are_taken_at():
-    adapted = train_a_little(weft.HydraLoraConfig(r=2, heads=2, target_modules=["q_proj"]), steps=2)
+    adapted = train_a_little(weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["q_proj"]), steps=2)
     inputs = [demo_batch(2)]
-    found = weft.inspect(adapted, inputs=inputs, spectra=0)
+    found = weftlora.inspect(adapted, inputs=inputs, spectra=0)
     assert {site.norm_at for site in found.sites} == {"mean gate"}
     for site, used in zip(found.sites, found.routers.sites, strict=True):
         term = next(m for m in adapted.modules() if getattr(m, "module_name", None) == site.site).site("default")
@@ -159,10 +159,10 @@ def test_the_measured_gate_is_the_one_that_norms_are_taken_at():
 
 def test_an_idle_adapter_has_no_routers_to_run():
     adapted = model()
-    adapted.add_adapter("other", weft.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.add_adapter("other", weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     adapted.set_adapter("other")
     with pytest.raises(AdapterError, match="make it the active adapter"):
-        weft.inspect(adapted, "default", inputs=[batch([5, 6])])
+        weftlora.inspect(adapted, "default", inputs=[batch([5, 6])])
 
 
 def test_rows_that_are_named_need_none_of_the_runs_own_files(hydra_run: Path, tmp_path: Path):
@@ -172,8 +172,8 @@ def test_rows_that_are_named_need_none_of_the_runs_own_files(hydra_run: Path, tm
     (folder / "run.json").write_text(json.dumps(record))
     rows = [{"prompt": f"ask {n}", "completion": " tell"} for n in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert weft.inspect(folder, data=tmp_path / "rows.jsonl", spectra=0).routers.rows == 3
-    without = weft.inspect(folder, spectra=0)
+    assert weftlora.inspect(folder, data=tmp_path / "rows.jsonl", spectra=0).routers.rows == 3
+    without = weftlora.inspect(folder, spectra=0)
     assert without.routers is None
     assert any("gone.jsonl does not exist" in sentence for sentence in without.left_out)
 
@@ -181,12 +181,12 @@ def test_rows_that_are_named_need_none_of_the_runs_own_files(hydra_run: Path, tm
 @pytest.mark.filterwarnings("error:data.max_length")
 def test_a_run_is_read_at_the_length_it_was_trained_at(hydra_run: Path):
     assert json.loads((hydra_run / "run.json").read_text())["data"]["max_length"] == 256  # of 512, by default
-    assert weft.inspect(hydra_run, rows=1, spectra=0).routers is not None
-    weft.evaluate(hydra_run, split="validation", limit=1)
+    assert weftlora.inspect(hydra_run, rows=1, spectra=0).routers is not None
+    weftlora.evaluate(hydra_run, split="validation", limit=1)
 
 
 def test_data_and_inputs_go_with_what_they_are_for():
     with pytest.raises(ConfigError, match="data does not go with a model in memory"):
-        weft.inspect(model(), data="rows.jsonl")
+        weftlora.inspect(model(), data="rows.jsonl")
     with pytest.raises(ConfigError, match="inputs does not go with a folder"):
-        weft.inspect("somewhere", inputs=[batch([5])])
+        weftlora.inspect("somewhere", inputs=[batch([5])])

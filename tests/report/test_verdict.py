@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import weft
-from weft.cli import inspect
-from weft.report.page import tiles
-from weft.report.result import Chosen, HeadSimilarity, Inspection, Parameters, SiteDirections, SiteUsage, Usage
-from weft.report.verdict import verdict
+import weftlora
+from weftlora.cli import inspect
+from weftlora.report.page import tiles
+from weftlora.report.result import Chosen, HeadSimilarity, Inspection, Parameters, SiteDirections, SiteUsage, Usage
+from weftlora.report.verdict import verdict
 
 
 @pytest.fixture(scope="module")
 def looked_at(hydra_run: Path) -> Inspection:
-    return weft.inspect(hydra_run, rows=2, spectra=0)
+    return weftlora.inspect(hydra_run, rows=2, spectra=0)
 
 
 def routed(found: Inspection, entropy: float, balance: float) -> Inspection:
@@ -112,7 +112,7 @@ def test_the_terminals_tables_have_the_means_of_the_record(looked_at: Inspection
 
 
 def test_the_terminals_ranks_are_the_records(alora_run: Path):
-    found = weft.inspect(alora_run, base=False)
+    found = weftlora.inspect(alora_run, base=False)
     lines = printed(found)
     at = lines.index(["rank", "by", "block"])
     for number in range(4):

@@ -14,12 +14,12 @@ from dashing import sites
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.glue.ablation.scorer import Ablation
-from weft.glue.attach import schedules
-from weft.schedule.reallocate import ReallocateController
-from weft.schedule.schedule import Event
+from weftlora.glue.ablation.scorer import Ablation
+from weftlora.glue.attach import schedules
+from weftlora.schedule.reallocate import ReallocateController
+from weftlora.schedule.schedule import Event
 
 TOKENS = torch.randint(3, 64, (64, 7), generator=torch.Generator().manual_seed(5))
 HELD_OUT = [{"input_ids": row, "labels": row} for row in TOKENS[40:]]
@@ -38,17 +38,17 @@ def bare(family: str = "llama", **fields: Any) -> PeftModel:
         "max_rounds": 2,
         "rows": 4,
     }
-    return get_peft_model(base, weft.AllocLoraConfig(**{**given, **fields})).train()
+    return get_peft_model(base, weftlora.AllocLoraConfig(**{**given, **fields})).train()
 
 
 def alora(**fields: Any) -> PeftModel:
     model = bare(**fields)
-    weft.attach(model, validation=HELD_OUT)
+    weftlora.attach(model, validation=HELD_OUT)
     return model
 
 
 def adam(model: nn.Module, lr: float = 2e-2, **fields: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(weft.param_groups(model, lr=lr, weight_decay=0.1), **fields)
+    return torch.optim.AdamW(weftlora.param_groups(model, lr=lr, weight_decay=0.1), **fields)
 
 
 def batch(step: int, rows: int = 4) -> dict[str, Tensor]:

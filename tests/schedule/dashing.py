@@ -1,7 +1,7 @@
 """Small adapted models and training loops for the tests of schedules.
 
 model = dash(after=3)                    # two linear modules, Dash slots on both
-train(model, 5)                          # a bare loop: no call of weft in it
+train(model, 5)                          # a bare loop: no call of weftlora in it
 steps(model), launched(model)            # 5, True
 """
 
@@ -14,12 +14,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-import weft
-from weft.glue.layer import WeftLinear
-from weft.schedule.schedule import Schedule
-from weft.site import Site
-from weft.terms.boost.dash import DashTerm
-from weft.terms.start.directions import DirectionsTerm
+import weftlora
+from weftlora.glue.layer import WeftLinear
+from weftlora.schedule.schedule import Schedule
+from weftlora.site import Site
+from weftlora.terms.boost.dash import DashTerm
+from weftlora.terms.start.directions import DirectionsTerm
 
 IN, HIDDEN, OUT = 6, 8, 5
 
@@ -41,13 +41,13 @@ def dash(after: Any = 3, *, net: Callable[[], nn.Module] = Net, seed: int = 0, *
     """A seeded Net with r = 2 and three Dash slots per site."""
     torch.manual_seed(seed)
     given = {"r": 2, "directions": 3, "target_modules": ["first", "second"], **fields}
-    return get_peft_model(net(), weft.LoraDashConfig(after=after, **given))
+    return get_peft_model(net(), weftlora.LoraDashConfig(after=after, **given))
 
 
 def init(after: Any = 3, *, net: Callable[[], nn.Module] = Net, seed: int = 0, **fields: Any) -> PeftModel:
     """A seeded Net with r = 2 that starts anew along directions; with `directions=3`, LoRA-TSD."""
     torch.manual_seed(seed)
-    make = weft.LoraTsdConfig if "directions" in fields else weft.LoraInitConfig
+    make = weftlora.LoraTsdConfig if "directions" in fields else weftlora.LoraInitConfig
     return get_peft_model(net(), make(after=after, **{"r": 2, "target_modules": ["first", "second"], **fields}))
 
 

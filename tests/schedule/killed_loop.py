@@ -16,8 +16,8 @@ import torch
 from dashing import Net, batch, dash, loss_of
 from peft import PeftModel
 
-import weft
-from weft.terms.boost.dash import DashTerm
+import weftlora
+from weftlora.terms.boost.dash import DashTerm
 
 END, LAUNCH = 9, 5
 torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def die_in_the_second(step: int) -> None:
 
 
 def adam(model: PeftModel) -> torch.optim.AdamW:
-    return torch.optim.AdamW(weft.param_groups(model, lr=1e-2, weight_decay=0.1), lr=1e-2)
+    return torch.optim.AdamW(weftlora.param_groups(model, lr=1e-2, weight_decay=0.1), lr=1e-2)
 
 
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, dying: bool) -> None:
@@ -50,7 +50,7 @@ def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, dying
     if dying:
         die()
     torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, half / "rest.pt")
-    (half / "schedule.json").write_text(json.dumps(weft.state_dict(model)))
+    (half / "schedule.json").write_text(json.dumps(weftlora.state_dict(model)))
     half.rename(folder)
 
 
@@ -62,7 +62,7 @@ def load(folder: Path) -> tuple[PeftModel, Any, int]:
     optimizer.load_state_dict(rest["optimizer"])
     torch.set_rng_state(rest["rng"])
     state = json.loads((folder / "schedule.json").read_text())
-    weft.load_state_dict(model, state)
+    weftlora.load_state_dict(model, state)
     return model, optimizer, state["default"]["steps"]
 
 
@@ -73,7 +73,7 @@ def run(folder: Path, when: str, at: int) -> None:
         model, optimizer, start = load(folder / str(complete[-1]))
         assert start == complete[-1]
     else:
-        model, start = dash(after=LAUNCH, structure=weft.Hydra(heads=2), lora_dropout=0.1), 0
+        model, start = dash(after=LAUNCH, structure=weftlora.Hydra(heads=2), lora_dropout=0.1), 0
         optimizer = adam(model)
     model.train()
     if when == "inside":

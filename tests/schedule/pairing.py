@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import weft
+import weftlora
 
 HERE = Path(__file__).parent
 
 
 def both_of(script: str, folder: Path) -> list[dict[Any, Any]]:
     """What the two processes of a script beside this file found."""
-    path = os.pathsep.join([str(Path(weft.__file__).parents[1]), str(HERE), str(HERE.parent)])
+    path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(HERE), str(HERE.parent)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / script), str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.schedule.agreement import agreement, kendall, margin, spearman
+from weftlora.schedule.agreement import agreement, kendall, margin, spearman
 
 
 def test_rank_correlation_with_ties() -> None:

@@ -15,25 +15,25 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-import weft
+import weftlora
 from families import FAMILIES, logits
-from weft.glue.ablation.reference import only
-from weft.schedule import slots as surgery
+from weftlora.glue.ablation.reference import only
+from weftlora.schedule import slots as surgery
 
 END, ROUNDS = 9, (3, 5)
 CASES = {
     "exact": {},
-    "hydra": {"structure": weft.Hydra(heads=2, router_input="Ax"), "lora_dropout": 0.2},
+    "hydra": {"structure": weftlora.Hydra(heads=2, router_input="Ax"), "lora_dropout": 0.2},
     "shortlist": {"score": "shortlist", "shortlist_factor": 2},
     "random": {"score": "random"},
-    "with_dash": {"boost": weft.Dash(directions=2, after=4)},
+    "with_dash": {"boost": weftlora.Dash(directions=2, after=4)},
 }
 
 
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     model.save_pretrained(folder)
     torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / "rest.pt")
-    (folder / "schedule.json").write_text(json.dumps(weft.state_dict(model)))
+    (folder / "schedule.json").write_text(json.dumps(weftlora.state_dict(model)))
 
 
 def load(folder: Path, **fields: Any) -> tuple[PeftModel, torch.optim.Optimizer]:
@@ -43,8 +43,8 @@ def load(folder: Path, **fields: Any) -> tuple[PeftModel, torch.optim.Optimizer]
     rest = torch.load(folder / "rest.pt", weights_only=True)
     optimizer.load_state_dict(rest["optimizer"])
     torch.set_rng_state(rest["rng"])
-    weft.load_state_dict(model, json.loads((folder / "schedule.json").read_text()))
-    weft.attach(model, validation=HELD_OUT)
+    weftlora.load_state_dict(model, json.loads((folder / "schedule.json").read_text()))
+    weftlora.attach(model, validation=HELD_OUT)
     return model, optimizer
 
 
@@ -132,7 +132,7 @@ def moved(**fields: Any) -> PeftModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("structure", [weft.Plain(), weft.Hydra(heads=2)], ids=["plain", "hydra"])
+@pytest.mark.parametrize("structure", [weftlora.Plain(), weftlora.Hydra(heads=2)], ids=["plain", "hydra"])
 def test_every_way_of_loading_restores_the_layout(structure: Any, tmp_path: Path) -> None:
     model = moved(structure=structure)
     expected = logits(model, batch(0))
@@ -200,7 +200,7 @@ def test_a_checkpoint_loaded_back_into_the_same_model_brings_its_layout(tmp_path
     model.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert (ranks(model), controller(model).rounds) == (layout, 1)
     optimizer.load_state_dict(kept)
-    weft.attach(model, validation=HELD_OUT)
+    weftlora.attach(model, validation=HELD_OUT)
     train(model, 6, optimizer, start=4)
     assert_same(tensors(model), expected)
 
@@ -233,7 +233,7 @@ def test_trainer_resumes_and_accumulation_does_not_move_a_round(tmp_path: Path) 
 
 def test_trainer_ends_with_the_layout_of_its_best_checkpoint(tmp_path: Path) -> None:
     model, told = alora(), list[Any]()
-    weft.attach(model, on_event=told.append)
+    weftlora.attach(model, on_event=told.append)
     best = {3: 0.0}  # step 3 is declared best: after the first round, before the second
 
     class Rigged(Trainer):
@@ -255,7 +255,7 @@ def test_trainer_ends_with_the_layout_of_its_best_checkpoint(tmp_path: Path) -> 
 
 def test_dash_slots_stay_on_while_rank_slots_are_scored() -> None:
     """They are of the base: M₀, the model without any rank slot, has them."""
-    model = alora(boost=weft.Dash(directions=2, after=1), first=5)
+    model = alora(boost=weftlora.Dash(directions=2, after=1), first=5)
     train(model, 3)
     for site in sites(model).values():
         nn.init.normal_(site.boost.gain)

@@ -1,4 +1,4 @@
-"""Optimiser steps are counted, and nothing else: a loop that has never heard of weft launches after step N exactly."""
+"""Optimiser steps are counted, and nothing else: a loop that has never heard of weftlora launches after step N exactly."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.schedule import clock
+from weftlora.schedule import clock
 
 N = 3
 
 
 def test_a_plain_loop_launches_after_step_n_exactly() -> None:
     torch.manual_seed(0)
-    model = get_peft_model(Net(), weft.LoraDashConfig(after=N, target_modules=["first", "second"]))
+    model = get_peft_model(Net(), weftlora.LoraDashConfig(after=N, target_modules=["first", "second"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     seen = []
     for step in range(5):
@@ -55,7 +55,7 @@ def test_a_plain_loop_launches_after_step_n_exactly() -> None:
 
 
 def test_the_default_is_the_papers_100() -> None:
-    model = get_peft_model(Net(), weft.LoraDashConfig(target_modules=["first"]))
+    model = get_peft_model(Net(), weftlora.LoraDashConfig(target_modules=["first"]))
     optimizer = SGD(parameters(model), lr=0.1)
     train(model, 99, optimizer)
     assert not launched(model)
@@ -159,7 +159,7 @@ def test_accumulation_does_not_change_when(accumulation: int) -> None:
 
 
 def test_evaluation_and_generation_in_between_are_no_steps() -> None:
-    model = get_peft_model(FAMILIES["llama"].build(), weft.LoraDashConfig(after=2, r=2, directions=2))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(after=2, r=2, directions=2))
     given, optimizer = FAMILIES["llama"].batch(), adam(model)
     for step in (1, 2, 3):
         model.train()
@@ -176,7 +176,7 @@ def test_evaluation_and_generation_in_between_are_no_steps() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_does_not_change_when(reentrant: bool) -> None:
-    model = get_peft_model(FAMILIES["llama"].build(), weft.LoraDashConfig(after=2, r=2, directions=2))
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(after=2, r=2, directions=2))
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     optimizer = adam(model)
@@ -345,7 +345,7 @@ def test_one_optimiser_of_two_models_counts_for_both() -> None:
 
 def test_of_two_adapters_only_the_trained_one_counts() -> None:
     model = dash(after=2)
-    model.add_adapter("other", weft.LoraDashConfig(after=3, r=2, directions=3, target_modules=["first", "second"]))
+    model.add_adapter("other", weftlora.LoraDashConfig(after=3, r=2, directions=3, target_modules=["first", "second"]))
     train(model, 3)
     assert (steps(model), steps(model, "other")) == (3, 0)
     assert (launched(model), launched(model, "other")) == (True, False)
@@ -445,7 +445,7 @@ def test_listeners_are_called_in_the_order_they_were_made() -> None:
 
 def test_a_deleted_adapter_launches_nothing() -> None:
     model = dash(after=2)
-    model.add_adapter("other", weft.LoraDashConfig(after=5, r=2, directions=3, target_modules=["first", "second"]))
+    model.add_adapter("other", weftlora.LoraDashConfig(after=5, r=2, directions=3, target_modules=["first", "second"]))
     optimizer = adam(model)
     train(model, 1, optimizer)
     model.delete_adapter("default")

@@ -1,4 +1,4 @@
-"""accelerate, Trainer and SFTTrainer launch Dash after step N without a call of weft."""
+"""accelerate, Trainer and SFTTrainer launch Dash after step N without a call of weftlora."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dashing import adam, batch, dash, launch_step, launched, loss_of, steps, te
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import weft
+import weftlora
 from families import FAMILIES
 
 N = 3
@@ -25,7 +25,7 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
 
 def llama(after: Any = N, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
-    config = weft.LoraDashConfig(after=after, r=2, directions=2, target_modules=["q_proj", "v_proj"], **fields)
+    config = weftlora.LoraDashConfig(after=after, r=2, directions=2, target_modules=["q_proj", "v_proj"], **fields)
     return get_peft_model(FAMILIES["llama"].build(), config)
 
 
@@ -120,7 +120,9 @@ def test_sft_trainer(tmp_path: Path) -> None:
         args,
         train_dataset=Dataset.from_dict({"text": ["a b c d", "e f g h", "a c e g"] * 8}),
         processing_class=fast,
-        peft_config=weft.LoraDashConfig(after=N, r=2, directions=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        peft_config=weftlora.LoraDashConfig(
+            after=N, r=2, directions=2, target_modules=["q_proj"], task_type="CAUSAL_LM"
+        ),
         callbacks=[watch],
     )
     trainer.train()
@@ -145,6 +147,8 @@ def test_accelerate(accumulation: int) -> None:
 
 def test_a_fraction_without_attach_is_an_error_of_the_first_step(tmp_path: Path) -> None:
     trainer = Trainer(llama(after=0.5), arguments(tmp_path), train_dataset=rows(20))
-    with pytest.raises(weft.ConfigError, match=r"due at 0\.5, which needs .* call weft\.attach\(model, total_steps="):
+    with pytest.raises(
+        weftlora.ConfigError, match=r"due at 0\.5, which needs .* call weftlora\.attach\(model, total_steps="
+    ):
         trainer.train()
     assert trainer.state.global_step == 0

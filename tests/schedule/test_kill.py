@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import weft
+import weftlora
 
 HERE = Path(__file__).parent
 LAUNCH, END = 5, 9
@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, kills in KILLS.items():
         jobs += [[str(folder / name), *kill] for kill in [*kills, ["end", END]]]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    path = os.pathsep.join([str(Path(weft.__file__).parents[1]), str(HERE), str(HERE.parent)])
+    path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(HERE), str(HERE.parent)])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(HERE / "killed_loop.py"), str(folder / "jobs.json")],

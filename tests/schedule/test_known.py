@@ -10,9 +10,9 @@ import torch
 from dashing import adam, batch, dash, init, loss_of, parameters, steps, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import weft
-from weft.glue.attach import schedules
-from weft.known import Known
+import weftlora
+from weftlora.glue.attach import schedules
+from weftlora.known import Known
 
 T = 2
 
@@ -80,5 +80,5 @@ def test_a_copy_of_the_model_remembers_for_itself() -> None:
     other = copy.deepcopy(model)
     train(other, 3, adam(other))
     assert [s.steps for m in (model, other) for s in schedules(m).values()] == [1, 4]
-    assert not weft.state_dict(model)["default"]["events"]
-    assert len(weft.state_dict(other)["default"]["events"]) == 1
+    assert not weftlora.state_dict(model)["default"]["events"]
+    assert len(weftlora.state_dict(other)["default"]["events"]) == 1

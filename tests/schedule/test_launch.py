@@ -29,11 +29,11 @@ from peft import get_peft_model
 from torch import nn
 from torch.optim import SGD
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config
-from weft import linalg
-from weft.errors import ConfigError
-from weft.linalg import decide
+from weftlora import linalg
+from weftlora.errors import ConfigError
+from weftlora.linalg import decide
 
 T = 2
 
@@ -166,7 +166,9 @@ def test_the_seed_of_the_config_decides_what_random_draws() -> None:
     for config_seed in (0, 1, 0):
         model = get_peft_model(
             Net(),
-            weft.LoraDashConfig(after=T, select="random", seed=config_seed, r=2, target_modules=["first", "second"]),
+            weftlora.LoraDashConfig(
+                after=T, select="random", seed=config_seed, r=2, target_modules=["first", "second"]
+            ),
         )
         train(model, T)
         drawn.append([term.index.tolist() for term in terms(model)])
@@ -235,7 +237,7 @@ def test_autocast_around_the_whole_loop_changes_no_direction() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "t5", "bert"])
 def test_families(family: str) -> None:
-    config = adapter_config("plain", family, boost=weft.Dash(directions=3, after=T))
+    config = adapter_config("plain", family, boost=weftlora.Dash(directions=3, after=T))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(FAMILIES[family].build(), config)
@@ -275,7 +277,7 @@ def test_a_model_without_values_can_carry_the_adapter() -> None:
     """On the meta device: to count parameters, or to load values into it later."""
     with torch.device("meta"):
         model = dash(after=T)
-    weft.attach(model, total_steps=10)
+    weftlora.attach(model, total_steps=10)
     made = dash(after=T)
     model.to_empty(device="cpu").load_state_dict(made.state_dict())
     train(model, T)

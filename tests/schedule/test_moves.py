@@ -10,14 +10,14 @@ from allocating import adam, alora, bare, batch, controller, events, ranks, trai
 from dashing import sites
 from torch import nn
 
-import weft
-from weft.schedule import clock
-from weft.schedule import slots as surgery
-from weft.schedule.clock import owners
-from weft.site import Site, build_site
+import weftlora
+from weftlora.schedule import clock
+from weftlora.schedule import slots as surgery
+from weftlora.schedule.clock import owners
+from weftlora.site import Site, build_site
 
-HYDRAS = {"hydra": weft.Hydra(heads=2), "hydra_Ax": weft.Hydra(heads=2, router_input="Ax")}
-STRUCTURES = {"plain": weft.Plain(), **HYDRAS}
+HYDRAS = {"hydra": weftlora.Hydra(heads=2), "hydra_Ax": weftlora.Hydra(heads=2, router_input="Ax")}
+STRUCTURES = {"plain": weftlora.Plain(), **HYDRAS}
 
 
 class Listener:
@@ -37,7 +37,7 @@ every_structure = pytest.mark.parametrize("structure", STRUCTURES.values(), ids=
 
 def site_of(structure, r: int = 3, max_rank: int = 6) -> Site:
     torch.manual_seed(1)
-    site = build_site(structure, (r, 8, 7), scale=2.0, dropout=0.0, ranks=weft.Reallocate(max_rank=max_rank))
+    site = build_site(structure, (r, 8, 7), scale=2.0, dropout=0.0, ranks=weftlora.Reallocate(max_rank=max_rank))
     with torch.no_grad():
         for p, view in surgery.by_slot(site):
             view(p)[:r] = torch.randn_like(view(p)[:r])
@@ -82,7 +82,7 @@ def test_making_a_slot_changes_nothing_and_pruning_takes_its_share_only(structur
     assert torch.count_nonzero(site.structure.A[[4, 5]]) == 16
     surgery.move(site, [4, 5, 1], [], [], 2)
     assert site.live() == [0, 2]
-    if isinstance(structure, weft.Plain):
+    if isinstance(structure, weftlora.Plain):
         a, b = site_of(structure).structure.A, site_of(structure).structure.B
         share = 2.0 * (x @ a[1])[:, None] * b[:, 1]
         torch.testing.assert_close(site(x, y), before - share, rtol=0, atol=1e-12)
@@ -148,7 +148,7 @@ def test_a_new_slot_takes_no_larger_steps_than_the_rate() -> None:
     """β = 0.9, 0.999, a constant gradient, 1000 steps in: without the seed its first steps are 2.5 to 4.6 times the rate."""
     largest = {}
     for seeded in (True, False):
-        site, lr = site_of(weft.Plain()), 1e-3
+        site, lr = site_of(weftlora.Plain()), 1e-3
         optimizer = torch.optim.AdamW(site.parameters(), lr=lr, weight_decay=0.0)
         draw = torch.Generator().manual_seed(2)
         slopes = {p: torch.randn(view(p).shape[1:], generator=draw) for p, view in surgery.by_slot(site)}
@@ -177,7 +177,7 @@ def test_a_new_slot_takes_no_larger_steps_than_the_rate() -> None:
 
 
 def test_a_site_without_survivors_counts_its_steps_anew() -> None:
-    site = site_of(weft.Plain())
+    site = site_of(weftlora.Plain())
     optimizer = trained(site, 50)
     surgery.move(site, [0, 1, 2], [], [], 1)
     assert site.live() == []
@@ -191,7 +191,9 @@ def test_a_site_without_survivors_counts_its_steps_anew() -> None:
     assert (site.structure.B[:, 3] - before).abs().max() <= 1.01 * 1e-2
 
 
-@pytest.mark.parametrize("structure", [weft.Plain(), weft.Hydra(heads=2, router_input="Ax")], ids=["plain", "hydra_Ax"])
+@pytest.mark.parametrize(
+    "structure", [weftlora.Plain(), weftlora.Hydra(heads=2, router_input="Ax")], ids=["plain", "hydra_Ax"]
+)
 def test_a_compiled_graph_masks_where_an_eager_one_leaves_out(structure, monkeypatch) -> None:
     site = site_of(structure)
     surgery.move(site, [1], [], [], 1)
@@ -203,7 +205,7 @@ def test_a_compiled_graph_masks_where_an_eager_one_leaves_out(structure, monkeyp
 
 
 def test_a_mask_changed_in_place_or_loaded_is_seen() -> None:
-    site = site_of(weft.Plain())
+    site = site_of(weftlora.Plain())
     x, y = torch.randn(4, 8).double(), torch.zeros(4, 7).double()
     whole, state = site(x, y), copy.deepcopy(site.state_dict())
     site.mask[2] = 0
@@ -260,7 +262,9 @@ class EightBit(torch.optim.SGD):
 )
 def test_states_that_do_not_fall_into_slots_are_refused_by_name_at_the_first_step(make, name: str) -> None:
     model = alora(first=5)
-    with pytest.raises(weft.ConfigError, match=rf"{name} keeps '.*' .*does not fall into rank slots.*train with AdamW"):
+    with pytest.raises(
+        weftlora.ConfigError, match=rf"{name} keeps '.*' .*does not fall into rank slots.*train with AdamW"
+    ):
         train(model, 1, make([p for p in model.parameters() if p.requires_grad]))
 
 
@@ -300,7 +304,7 @@ def test_gradients_kept_over_a_round_do_not_wake_a_dead_slot() -> None:
 
 def test_without_rows_the_first_step_is_an_error_that_says_so() -> None:
     model = bare(first=3)
-    with pytest.raises(weft.ConfigError, match=r"was given none: call weft\.attach\(model, validation="):
+    with pytest.raises(weftlora.ConfigError, match=r"was given none: call weftlora\.attach\(model, validation="):
         train(model, 1)
 
 
@@ -312,24 +316,26 @@ def test_controls_need_no_rows(fields: dict) -> None:
 
 
 def test_moving_more_than_there_is_is_refused_at_the_first_step() -> None:
-    with pytest.raises(weft.ConfigError, match=r"takes 28 rank slots a round .* that have 28: nothing would be left"):
+    with pytest.raises(
+        weftlora.ConfigError, match=r"takes 28 rank slots a round .* that have 28: nothing would be left"
+    ):
         train(alora(move=28), 1)
 
 
 def test_a_round_after_the_end_of_the_run_is_an_error() -> None:
-    with pytest.raises(weft.ConfigError, match="the last of 2 rounds of moving ranks is due after step 5"):
-        weft.attach(bare(), total_steps=5)
-    weft.attach(bare(), total_steps=6)
+    with pytest.raises(weftlora.ConfigError, match="the last of 2 rounds of moving ranks is due after step 5"):
+        weftlora.attach(bare(), total_steps=5)
+    weftlora.attach(bare(), total_steps=6)
 
 
 def test_a_fraction_needs_the_length_of_the_run() -> None:
-    with pytest.raises(weft.ConfigError, match=r"due at 0\.5, which needs .*total_steps="):
+    with pytest.raises(weftlora.ConfigError, match=r"due at 0\.5, which needs .*total_steps="):
         train(bare(first=0.5, score="random"), 1)
 
 
 def test_a_tied_structure_is_refused_with_its_reason() -> None:
-    with pytest.raises(weft.CombinationError, match="a slot cannot move to another site"):
-        weft.AllocLoraConfig(structure=weft.Tied())
+    with pytest.raises(weftlora.CombinationError, match="a slot cannot move to another site"):
+        weftlora.AllocLoraConfig(structure=weftlora.Tied())
 
 
 def test_frozen_twins_are_cleared_where_their_slot_changed() -> None:
@@ -341,7 +347,7 @@ def test_frozen_twins_are_cleared_where_their_slot_changed() -> None:
         def clear(self, slots: list[int]) -> None:
             self.cleared.append(slots)
 
-    site = site_of(weft.Plain())
+    site = site_of(weftlora.Plain())
     site.start = Twins()
     surgery.move(site, [1], [4], rows(site, 1), 1)
     assert site.start.cleared == [[1, 4]]

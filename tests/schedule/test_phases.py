@@ -24,8 +24,8 @@ from dashing import (
 )
 from peft import PeftModel
 
-import weft
-from weft.glue.attach import schedules
+import weftlora
+from weftlora.glue.attach import schedules
 
 T = 2
 OTHER = {"r": 2, "directions": 3, "target_modules": ["first", "second"]}
@@ -64,7 +64,7 @@ def test_a_compiled_model_is_not_compiled_again_at_the_launch() -> None:
 def test_a_compiled_routed_model_gives_the_eager_results() -> None:
     """Its routers are listened to in the step of the launch, which costs recompilation there."""
     torch._dynamo.reset()
-    eager, model = (dash(after=T, structure=weft.Hydra(heads=2)) for _ in range(2))
+    eager, model = (dash(after=T, structure=weftlora.Hydra(heads=2)) for _ in range(2))
     compiled = torch.compile(model, backend="aot_eager")
     of_eager, optimizer = adam(eager, eps=1e-5), adam(model, eps=1e-5)
     for step in range(T + 3):
@@ -81,7 +81,7 @@ def test_a_compiled_routed_model_gives_the_eager_results() -> None:
 # ---------------------------------------------------------------------- merged, disabled, deleted
 
 
-@pytest.mark.parametrize("structure", [weft.Plain(), weft.Tied(group="shape")], ids=["plain", "tied"])
+@pytest.mark.parametrize("structure", [weftlora.Plain(), weftlora.Tied(group="shape")], ids=["plain", "tied"])
 def test_merged_after_the_launch_it_is_the_same_function(structure) -> None:
     model, x = trained(structure=structure), batch(30)
     expected = model(x)
@@ -123,7 +123,7 @@ def test_two_adapters_in_different_phases_do_not_disturb_each_other() -> None:
     train(model, T + 2)
     first = tensors(model)
     alone = copy.deepcopy(model).eval()(x)
-    model.add_adapter("other", weft.LoraDashConfig(after=4, **OTHER))
+    model.add_adapter("other", weftlora.LoraDashConfig(after=4, **OTHER))
     model.set_adapter("other")
     train(model, 3)
     assert (launched(model), launched(model, "other")) == (True, False)
@@ -139,7 +139,7 @@ def test_two_adapters_in_different_phases_do_not_disturb_each_other() -> None:
 
 def test_both_adapters_active_and_trained_at_once() -> None:
     model = dash(after=T)
-    model.add_adapter("other", weft.LoraDashConfig(after=T + 1, **OTHER))
+    model.add_adapter("other", weftlora.LoraDashConfig(after=T + 1, **OTHER))
     model.base_model.set_adapter(["default", "other"])
     train(model, T + 2)
     assert (launch_step(model), launch_step(model, "other")) == (T, T + 1)
@@ -152,11 +152,11 @@ def test_both_adapters_active_and_trained_at_once() -> None:
 def test_an_adapter_deleted_in_one_phase_leaves_the_other_in_its_own() -> None:
     model = dash(after=T)
     train(model, T + 1)
-    model.add_adapter("other", weft.LoraDashConfig(after=3, **OTHER))
+    model.add_adapter("other", weftlora.LoraDashConfig(after=3, **OTHER))
     model.set_adapter("other")
     train(model, 1)
     model.delete_adapter("default")
-    assert list(weft.state_dict(model)) == ["other"]
+    assert list(weftlora.state_dict(model)) == ["other"]
     train(model, 2, start=1)
     assert launch_step(model, "other") == 3
 
@@ -164,9 +164,9 @@ def test_an_adapter_deleted_in_one_phase_leaves_the_other_in_its_own() -> None:
 def test_a_name_used_again_starts_from_the_beginning() -> None:
     model = dash(after=T)
     train(model, T)
-    model.add_adapter("other", weft.PlainLoraConfig(r=2, target_modules=["first"]))
+    model.add_adapter("other", weftlora.PlainLoraConfig(r=2, target_modules=["first"]))
     model.delete_adapter("default")
-    model.add_adapter("default", weft.LoraDashConfig(after=T, **OTHER))
+    model.add_adapter("default", weftlora.LoraDashConfig(after=T, **OTHER))
     model.set_adapter("default")
     assert (steps(model), launched(model)) == (0, False)
     train(model, T)
@@ -175,7 +175,7 @@ def test_a_name_used_again_starts_from_the_beginning() -> None:
 
 def test_saving_one_adapter_of_two_saves_its_phase_only(tmp_path) -> None:
     model = dash(after=T)
-    model.add_adapter("other", weft.LoraDashConfig(after=T, **OTHER))
+    model.add_adapter("other", weftlora.LoraDashConfig(after=T, **OTHER))
     train(model, T)
     model.save_pretrained(tmp_path, selected_adapters=["default", "other"])
     from safetensors.torch import load_file
@@ -219,7 +219,7 @@ def test_saving_before_the_launch_says_what_is_missing(tmp_path) -> None:
 
 def test_a_checkpoint_of_a_run_known_to_go_on_needs_no_warning(tmp_path) -> None:
     model = dash(after=0.5)
-    weft.attach(model, total_steps=2 * T)
+    weftlora.attach(model, total_steps=2 * T)
     train(model, T - 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -234,7 +234,7 @@ def test_a_checkpoint_of_a_run_known_to_go_on_needs_no_warning(tmp_path) -> None
 def test_only_the_adapter_that_is_saved_is_spoken_of(tmp_path) -> None:
     model = dash(after=T)
     train(model, 1)
-    model.add_adapter("plain", weft.PlainLoraConfig(r=2, target_modules=["first"]))
+    model.add_adapter("plain", weftlora.PlainLoraConfig(r=2, target_modules=["first"]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path, selected_adapters=["plain"])
@@ -250,6 +250,6 @@ def test_an_earlier_state_loaded_forgets_what_came_later() -> None:
     model.load_state_dict(later)
     assert len(held) == 1
     model.load_state_dict(early)
-    assert held == weft.state_dict(model)["default"]["events"] == []
+    assert held == weftlora.state_dict(model)["default"]["events"] == []
     train(model, T)
-    assert [e["step"] for e in weft.state_dict(model)["default"]["events"]] == [T]
+    assert [e["step"] for e in weftlora.state_dict(model)["default"]["events"]] == [T]

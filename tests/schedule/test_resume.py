@@ -1,4 +1,4 @@
-"""A bare loop resumed at any step is the uninterrupted one bit for bit: adapter folder, optimiser state, weft.state_dict."""
+"""A bare loop resumed at any step is the uninterrupted one bit for bit: adapter folder, optimiser state, weftlora.state_dict."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from dashing import (
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config
 
 LAUNCH, END = 5, 12
 CASES = {
     "plain": (dash, {}),
-    "hydra": (dash, {"structure": weft.Hydra(heads=3)}),
-    "tied": (dash, {"structure": weft.Tied(group="shape")}),
+    "hydra": (dash, {"structure": weftlora.Hydra(heads=3)}),
+    "tied": (dash, {"structure": weftlora.Tied(group="shape")}),
     "init": (init, {}),
     "init of its own": (init, {"mode": "directions"}),
     "tsd": (init, {"directions": 3}),
-    "dash after init": (dash, {"start": weft.Directions(after=LAUNCH - 2)}),
-    "init after dash": (dash, {"start": weft.Directions(after=LAUNCH + 2)}),
+    "dash after init": (dash, {"start": weftlora.Directions(after=LAUNCH - 2)}),
+    "init after dash": (dash, {"start": weftlora.Directions(after=LAUNCH + 2)}),
 }
 OPTIMIZERS = {
-    "adamw": lambda m: torch.optim.AdamW(weft.param_groups(m, lr=1e-2, weight_decay=0.1), lr=1e-2),
+    "adamw": lambda m: torch.optim.AdamW(weftlora.param_groups(m, lr=1e-2, weight_decay=0.1), lr=1e-2),
     "fused": lambda m: torch.optim.AdamW(parameters(m), lr=1e-2, fused=True),
     "momentum": lambda m: torch.optim.SGD(parameters(m), lr=0.05, momentum=0.9),
 }
@@ -51,7 +51,7 @@ OPTIMIZERS = {
 def save(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
     model.save_pretrained(folder)
     torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, folder / "rest.pt")
-    (folder / "schedule.json").write_text(json.dumps(weft.state_dict(model)))
+    (folder / "schedule.json").write_text(json.dumps(weftlora.state_dict(model)))
 
 
 def load(folder: Path, make_optimizer: Any, **fields: Any) -> tuple[PeftModel, torch.optim.Optimizer]:
@@ -61,7 +61,7 @@ def load(folder: Path, make_optimizer: Any, **fields: Any) -> tuple[PeftModel, t
     rest = torch.load(folder / "rest.pt", weights_only=True)
     optimizer.load_state_dict(rest["optimizer"])
     torch.set_rng_state(rest["rng"])
-    weft.load_state_dict(model, json.loads((folder / "schedule.json").read_text()))
+    weftlora.load_state_dict(model, json.loads((folder / "schedule.json").read_text()))
     return model.train(), optimizer
 
 
@@ -101,7 +101,7 @@ def test_resumed_at_every_step_of_a_run(case, make, tmp_path: Path) -> None:
     optimizer = make(model)
     save(tmp_path / "0", model, optimizer)
     losses = run(model, optimizer, 0, END, tmp_path)
-    expected, state = tensors(model), without_seconds(weft.state_dict(model))
+    expected, state = tensors(model), without_seconds(weftlora.state_dict(model))
     moments = optimizer.state_dict()["state"]
     for step in range(END + 1):
         again, its_optimizer = load(tmp_path / str(step), make)
@@ -109,7 +109,7 @@ def test_resumed_at_every_step_of_a_run(case, make, tmp_path: Path) -> None:
         assert run(again, its_optimizer, step, END) == losses[2 * step :]
         assert_same(tensors(again), expected)
         if step >= LAUNCH:
-            assert without_seconds(weft.state_dict(again)) == state
+            assert without_seconds(weftlora.state_dict(again)) == state
         mine = its_optimizer.state_dict()["state"]
         assert mine.keys() == moments.keys()
         for key, values in moments.items():
@@ -120,7 +120,7 @@ def test_resumed_at_every_step_of_a_run(case, make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [LAUNCH - 1, LAUNCH])
 def test_loaded_with_little_memory(step: int, low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     make = OPTIMIZERS["adamw"]
-    model = dash(after=LAUNCH, structure=weft.Hydra(heads=3))
+    model = dash(after=LAUNCH, structure=weftlora.Hydra(heads=3))
     optimizer = make(model)
     run(model, optimizer, 0, step)
     save(tmp_path, model, optimizer)
@@ -141,7 +141,7 @@ def test_loaded_by_transformers(step: int, tmp_path: Path) -> None:
             model(**row.batch()).loss.backward()
             optimizer.step()
 
-    config = adapter_config("hydra", "llama", boost=weft.Dash(directions=3, after=LAUNCH))
+    config = adapter_config("hydra", "llama", boost=weftlora.Dash(directions=3, after=LAUNCH))
     model = get_peft_model(row.build(), config).train()
     optimizer = adam(model)
     train_on(model, optimizer, step)
@@ -159,7 +159,7 @@ def test_loaded_by_transformers(step: int, tmp_path: Path) -> None:
 
 def test_routers_are_listened_to_only_where_a_launch_may_come(tmp_path: Path) -> None:
     """In the first step, whose number may still be loaded, and in the step of the launch."""
-    model = dash(after=3, structure=weft.Hydra(heads=2))
+    model = dash(after=3, structure=weftlora.Hydra(heads=2))
     optimizer, listening = adam(model), []
     for step in range(5):
         listening.append({site.gate_meter is not None for site in sites(model).values()})

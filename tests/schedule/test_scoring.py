@@ -8,9 +8,9 @@ from allocating import HELD_OUT, adam, alora, controller, events, random_factors
 from dashing import sites, tensors
 from torch import Tensor, nn
 
-import weft
-from weft.schedule.agreement import agreement, scores
-from weft.schedule.scoring import block_of, kind_of
+import weftlora
+from weftlora.schedule.agreement import agreement, scores
+from weftlora.schedule.scoring import block_of, kind_of
 
 
 def scored(score: str, **fields) -> nn.Module:
@@ -151,7 +151,7 @@ def test_a_network_without_a_slot_is_refused_and_stays_as_it_was() -> None:
     train(model, 1, optimizer)
     assert sorted(ranks(model).values()) == [0, 1]
     with pytest.raises(
-        weft.ConfigError, match="would leave no live slot in the network: move fewer, or do fewer rounds"
+        weftlora.ConfigError, match="would leave no live slot in the network: move fewer, or do fewer rounds"
     ):
         train(model, 2, optimizer, start=1)
     assert sorted(ranks(model).values()) == [0, 1]

@@ -27,10 +27,10 @@ from peft import PeftModel, get_peft_model
 from switching import base_of, weights
 from torch.optim import SGD
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, logits
-from weft.errors import ConfigError
-from weft.glue.attach import schedules
+from weftlora.errors import ConfigError
+from weftlora.glue.attach import schedules
 
 T = 2
 CASES = {"init": {}, "tsd": {"directions": 3}}
@@ -148,7 +148,7 @@ def test_slots_that_the_rank_mask_has_off_take_no_direction_and_stay_as_they_are
 
 def test_dash_due_when_nothing_has_moved_since_the_switch_is_refused() -> None:
     """At a rate of 0 after the switch, ΔW is exactly 0, not rounding: no directions are made up from it."""
-    model = dash(after=T + 1, start=weft.Directions(after=T), lora_alpha=0.7)
+    model = dash(after=T + 1, start=weftlora.Directions(after=T), lora_alpha=0.7)
     train(model, T, optimizer := adam(model))
     optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0)
     with pytest.raises(ConfigError, match=r"the launch of Dash is due after step 3, but no weight has moved"):
@@ -168,11 +168,11 @@ def test_times_that_need_the_length_of_the_run_are_asked_for_and_checked() -> No
     with pytest.raises(ConfigError, match=r"the switch of LoRA-Init is due at 0.5, which needs the length"):
         train(model, 1)
     model = init(after=0.5)
-    weft.attach(model, total_steps=4)
+    weftlora.attach(model, total_steps=4)
     train(model, 2)
     assert events(model)["start_switch"]["step"] == 2
     with pytest.raises(ConfigError, match=r"due after step 9, but the run ends after 4"):
-        weft.attach(init(after=9), total_steps=4)
+        weftlora.attach(init(after=9), total_steps=4)
 
 
 @both
@@ -188,7 +188,7 @@ def test_a_copy_made_in_the_pre_launch_switches_by_itself(fields: dict) -> None:
 def test_two_adapters_switch_at_their_own_times() -> None:
     model, x = init(after=T), batch(50)
     train(model, T + 1)
-    model.add_adapter("other", weft.LoraTsdConfig(r=2, after=1, directions=2, target_modules=["first", "second"]))
+    model.add_adapter("other", weftlora.LoraTsdConfig(r=2, after=1, directions=2, target_modules=["first", "second"]))
     first = {n: t for n, t in tensors(model).items() if ".default." in n}
     model.set_adapter("other")
     train(model, 1)
@@ -198,11 +198,11 @@ def test_two_adapters_switch_at_their_own_times() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3", "t5", "bert", "plain"])
-@pytest.mark.parametrize("boost", [None, weft.Dash(directions=2, after=T)], ids=["init", "tsd"])
+@pytest.mark.parametrize("boost", [None, weftlora.Dash(directions=2, after=T)], ids=["init", "tsd"])
 def test_families_return_to_their_pretrained_function_and_save_what_they_are(family: str, boost, tmp_path) -> None:
     """gpt2's Conv1D keeps W transposed; bert's head is trained beside the adapter, so it is left alone here."""
     row = FAMILIES[family]
-    config = adapter_config("plain", family, start=weft.Directions(after=T), boost=boost, heads_too=False)
+    config = adapter_config("plain", family, start=weftlora.Directions(after=T), boost=boost, heads_too=False)
     model = get_peft_model(row.build(), config)
     expected, optimizer = logits(row.build(), row.batch()), adam(model)
     for step in range(T):
@@ -259,7 +259,7 @@ def test_a_compiled_model_is_not_compiled_again_at_the_switch(fields: dict) -> N
 def test_the_kept_decompositions_serve_the_switch_too(tmp_path) -> None:
     models = [init(after=T, directions=3) for _ in range(2)]
     for model in models:
-        weft.attach(model, cache=tmp_path)
+        weftlora.attach(model, cache=tmp_path)
         train(model, T)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(weights(models[0]))
     assert_same(tensors(models[0]), tensors(models[1]))

@@ -11,9 +11,9 @@ from dashing import adam, assert_same, batch, events, init, parameters, sites, s
 from peft import PeftModel, get_peft_model
 from switching import T, base_of
 
-import weft
-from weft import linalg
-from weft.recipes import lora_init, lora_tsd
+import weftlora
+from weftlora import linalg
+from weftlora.recipes import lora_init, lora_tsd
 
 CASES = {"init": {}, "tsd": {"directions": 3}}
 both = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
@@ -23,7 +23,7 @@ both = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
 def test_a_run_that_ends_before_the_switch_has_trained_plain_lora(fields: dict, tmp_path: Path) -> None:
     """And as such it is saved, loaded and merged."""
     model = init(after=10**6, **fields).double()
-    plain = get_peft_model(init().unload(), weft.PlainLoraConfig(r=2, target_modules=["first", "second"])).double()
+    plain = get_peft_model(init().unload(), weftlora.PlainLoraConfig(r=2, target_modules=["first", "second"])).double()
     for site, other in zip(sites(model).values(), sites(plain).values(), strict=True):
         other.structure.load_state_dict(site.structure.state_dict())
     for each in (model, plain):
@@ -62,7 +62,7 @@ def test_what_is_loaded_after_the_switch_never_decomposes_a_weight_again(
 def test_two_adapters_that_have_switched_add_up() -> None:
     model = init(after=1)
     train(model, 3)
-    model.add_adapter("other", weft.LoraTsdConfig(r=3, after=1, directions=2, target_modules=["first", "second"]))
+    model.add_adapter("other", weftlora.LoraTsdConfig(r=3, after=1, directions=2, target_modules=["first", "second"]))
     model.set_adapter("other")
     train(model, 3)
     model.base_model.set_adapter(["default", "other"])

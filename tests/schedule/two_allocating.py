@@ -10,14 +10,14 @@ from dashing import sites, tensors
 from pairing import run_pair
 from torch.nn.parallel import DistributedDataParallel
 
-import weft
-from weft.errors import WeftError
-from weft.schedule import slots as surgery
+import weftlora
+from weftlora.errors import WeftError
+from weftlora.schedule import slots as surgery
 
 END = 6
 CASES: dict[str, dict[str, Any]] = {
     "exact": {},
-    "hydra": {"structure": weft.Hydra(heads=2)},
+    "hydra": {"structure": weftlora.Hydra(heads=2)},
     "shortlist": {"score": "shortlist", "shortlist_factor": 2, "check": True},
     "random": {"score": "random"},
     "one_slot": {
@@ -73,7 +73,7 @@ def odd(rank: int) -> dict[str, Any]:
     for name, (fields, held) in given.items():
         model = bare(first=1, **fields)
         if held is not None:
-            weft.attach(model, validation=held)
+            weftlora.attach(model, validation=held)
         random_factors(model)
         last = list(sites(model).values())[-1]
         if name == "differ" and rank == 1:

@@ -10,9 +10,9 @@ from dashing import Net, batch, dash, init, loss_of, parameters, schedule, sites
 from pairing import run_pair
 from torch.nn.parallel import DistributedDataParallel
 
-import weft
-from weft import linalg
-from weft.errors import WeftError
+import weftlora
+from weftlora import linalg
+from weftlora.errors import WeftError
 
 LAUNCH, END, ROWS = 3, 6, 8
 
@@ -60,10 +60,10 @@ def counted() -> list[int]:
 
 CASES = {
     "plain": {},
-    "tied": {"structure": weft.Tied(group="shape")},
-    "hydra": {"structure": weft.Hydra(heads=3)},
+    "tied": {"structure": weftlora.Tied(group="shape")},
+    "hydra": {"structure": weftlora.Hydra(heads=3)},
     "init": {"dash": False},
-    "tsd": {"start": weft.Directions(after=LAUNCH)},
+    "tsd": {"start": weftlora.Directions(after=LAUNCH)},
 }
 DTYPES = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-9)}
 

@@ -2,7 +2,7 @@
 
 base = Stack(blocks=6)                      # residual blocks of two linear modules each
 rows = planted(base, {1, 4}, count=128)     # targets of a teacher: base plus a low-rank update in blocks 1 and 4
-search = make(base, rows, weft.Search(...)) # a LayerSearch on an adapted copy
+search = make(base, rows, weftlora.Search(...)) # a LayerSearch on an adapted copy
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import weft
+import weftlora
 from families import randomise
-from weft.search import Selection
-from weft.search.driver import LayerSearch
-from weft.search.inner import Inner
-from weft.search.passes import Loss
+from weftlora.search import Selection
+from weftlora.search.driver import LayerSearch
+from weftlora.search.inner import Inner
+from weftlora.search.passes import Loss
 
 WIDTH = 6
 
@@ -91,13 +91,13 @@ def stack(blocks: int = 3, seed: int = 0, **fields: Any) -> Stack:
     return Stack(blocks, **fields).double()
 
 
-def adapted(base: nn.Module, search: weft.Search, seed: int = 1, *, moved: float = 0.0, **fields: Any) -> PeftModel:
+def adapted(base: nn.Module, search: weftlora.Search, seed: int = 1, *, moved: float = 0.0, **fields: Any) -> PeftModel:
     """An fp64 adapter of rank 2 on all linear modules of `base`; `moved` randomises it, as training would.
 
     Whole-number parameters of a quantised base stay as they are.
     """
     torch.manual_seed(seed)
-    config = weft.WeftConfig(**{"r": 2, "target_modules": ["up", "down"], "layers": search, **fields})
+    config = weftlora.WeftConfig(**{"r": 2, "target_modules": ["up", "down"], "layers": search, **fields})
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     if moved:
         model.double()
@@ -181,13 +181,13 @@ SMALL = {"outer_batches": 2, "val_size": 12, "steps": 3}
 
 def searched(structure: dict[str, Any] | None = None, **fields: Any) -> tuple[PeftModel, Selection]:
     """A model of four blocks with its search done, and what was selected: two blocks."""
-    search = weft.Search(**{**SMALL, "select": "top_k", "top_k": 2, **fields})
+    search = weftlora.Search(**{**SMALL, "select": "top_k", "top_k": 2, **fields})
     model = adapted(stack(4), search, moved=0.3, **(structure or {}))
     return model, make(model, planted(stack(4), {1, 2}, 40)).run()
 
 
 def two_adapters() -> PeftModel:
     """A model with a searched adapter, which is active, and another one."""
-    model = adapted(stack(3), weft.Search(**SMALL))
-    model.add_adapter("other", weft.PlainLoraConfig(r=2, target_modules=["up", "down"]))
+    model = adapted(stack(3), weftlora.Search(**SMALL))
+    model.add_adapter("other", weftlora.PlainLoraConfig(r=2, target_modules=["up", "down"]))
     return model.double()

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 from searching import searched
 
-from weft.search import Candidate, Selection
+from weftlora.search import Candidate, Selection
 
 
 def test_controls_have_the_size_of_the_selection_and_are_seeded():

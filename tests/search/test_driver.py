@@ -9,11 +9,11 @@ import pytest
 import torch
 from searching import adapted, make, mse, planted, rows_of, stack
 
-import weft
-from weft.errors import ConfigError, DataError, RunError
-from weft.search.driver import LayerSearch
-from weft.search.inner import Inner
-from weft.terms.layers.search import weights
+import weftlora
+from weftlora.errors import ConfigError, DataError, RunError
+from weftlora.search.driver import LayerSearch
+from weftlora.search.inner import Inner
+from weftlora.terms.layers.search import weights
 
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}
 
@@ -21,7 +21,7 @@ SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}
 def search(dropout: float = 0.0, **fields) -> LayerSearch:
     inner = fields.pop("inner", {})
     config = fields.pop("config", {})
-    model = adapted(stack(3), weft.Search(**{**SMALL, **fields}), lora_dropout=dropout, **config)
+    model = adapted(stack(3), weftlora.Search(**{**SMALL, **fields}), lora_dropout=dropout, **config)
     return make(model, planted(stack(3), {1}, 40), **inner)
 
 
@@ -79,7 +79,7 @@ def test_the_inner_optimisers_state_survives_and_is_wiped_only_by_the_released_p
 def test_a_validation_loss_that_is_no_number_skips_the_step_and_is_counted(kind: str):
     rows = planted(stack(3), {1}, 40)
     bad = rows_of(torch.randn(12, 6).double(), torch.full((12, 6), float("nan")).double())
-    model = adapted(stack(3), weft.Search(**SMALL, hypergrad=kind))
+    model = adapted(stack(3), weftlora.Search(**SMALL, hypergrad=kind))
     found = LayerSearch(model, model.peft_config["default"].layers, search().inner, rows, bad, loss=mse)
     row = found.step()
     assert row["skipped"]
@@ -120,7 +120,7 @@ def test_steps_that_are_no_numbers_are_left_out_of_a_search_that_goes_on():
     rows = planted(stack(3), {1}, 40)
     held = rows_of(torch.randn(6, 6).double(), torch.randn(6, 6).double())
     held[2]["y"][0] = float("inf")
-    model = adapted(stack(3), weft.Search(**{**SMALL, "outer_batches": 1}))
+    model = adapted(stack(3), weftlora.Search(**{**SMALL, "outer_batches": 1}))
     inner = Inner(lr=1e-2, batch_size=1, accumulation=1)
     found = LayerSearch(model, model.peft_config["default"].layers, inner, rows, held, loss=mse)
     for _ in range(6):
@@ -240,11 +240,11 @@ def test_a_search_resumed_at_any_step_is_the_uninterrupted_one_bit_for_bit(kind:
 def test_a_search_is_not_resumed_on_other_rows_or_another_adapter(tmp_path: Path):
     found = search()
     found.save(tmp_path / "search.pt")
-    other = make(adapted(stack(3), weft.Search(**SMALL)), planted(stack(3), {1}, 40), seed=1)
+    other = make(adapted(stack(3), weftlora.Search(**SMALL)), planted(stack(3), {1}, 40), seed=1)
     with pytest.raises(RunError, match="rows or the seed"):
         other.load(tmp_path / "search.pt")
     with pytest.raises(RunError, match="another adapter"):
-        make(adapted(stack(4), weft.Search(**SMALL)), planted(stack(4), {1}, 40)).load(tmp_path / "search.pt")
+        make(adapted(stack(4), weftlora.Search(**SMALL)), planted(stack(4), {1}, 40)).load(tmp_path / "search.pt")
 
 
 def test_the_same_seed_gives_the_same_selection():
@@ -276,9 +276,9 @@ def test_too_few_validation_rows_for_one_step_are_refused():
 
 
 def test_an_adapter_without_gates_cannot_be_searched():
-    model = adapted(stack(3), weft.All())
+    model = adapted(stack(3), weftlora.All())
     with pytest.raises(ConfigError, match="no layer gates"):
-        LayerSearch(model, weft.Search(**SMALL), search().inner, planted(stack(3), {1}, 40), loss=mse)
+        LayerSearch(model, weftlora.Search(**SMALL), search().inner, planted(stack(3), {1}, 40), loss=mse)
 
 
 @pytest.mark.parametrize("asked", [{"select": "top_k", "top_k": 4}, {"min_layers": 4}])

@@ -9,20 +9,20 @@ import torch
 from searching import adapted, make, mse, planted, quantised, rounded, stack
 from torch import Tensor, nn
 
-import weft
-from weft.errors import ConfigError
-from weft.search.driver import LayerSearch
-from weft.search.passes import Loss
-from weft.terms.layers.search import weights
+import weftlora
+from weftlora.errors import ConfigError
+from weftlora.search.driver import LayerSearch
+from weftlora.search.passes import Loss
+from weftlora.terms.layers.search import weights
 
 STRUCTURES = {
     "plain": {},
-    "hydra": {"structure": weft.Hydra(heads=3)},
-    "hydra_Ax": {"structure": weft.Hydra(heads=2, router_input="Ax")},
-    "tied_tl6": {"structure": weft.Tied(train="tl6")},
-    "tied_v": {"structure": weft.Tied(train="vera")},
-    "tied_Bu": {"structure": weft.Tied(train="Bu")},
-    "tied_AB": {"structure": weft.Tied(train="tl5")},
+    "hydra": {"structure": weftlora.Hydra(heads=3)},
+    "hydra_Ax": {"structure": weftlora.Hydra(heads=2, router_input="Ax")},
+    "tied_tl6": {"structure": weftlora.Tied(train="tl6")},
+    "tied_v": {"structure": weftlora.Tied(train="vera")},
+    "tied_Bu": {"structure": weftlora.Tied(train="Bu")},
+    "tied_AB": {"structure": weftlora.Tied(train="tl5")},
 }
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 2}
 
@@ -33,7 +33,7 @@ def moved_search(structure: str = "plain", checkpointing: str = "none", bits: st
     rows = planted(stack(3), {1}, 40)
     inner = fields.pop("inner", {})
     extra = fields.pop("config", {})
-    search = weft.Search(**{**SMALL, **fields})
+    search = weftlora.Search(**{**SMALL, **fields})
     base = {"none": lambda b: b, "quantised": quantised, "rounded": rounded}[bits](base)
     found = make(adapted(base, search, moved=0.3, **STRUCTURES[structure], **extra), rows, **inner)
     set_alpha(found, torch.tensor([0.3, -0.5, 0.1], dtype=torch.float64))
@@ -88,7 +88,7 @@ def test_the_identity_holds_under_gradient_checkpointing(structure: str, kind: s
 
 def test_the_identity_holds_for_single_modules_too():
     base, rows = stack(3), planted(stack(3), {1}, 40)
-    search = make(adapted(base, weft.Search(granularity="module", **SMALL), moved=0.3), rows)
+    search = make(adapted(base, weftlora.Search(granularity="module", **SMALL), moved=0.3), rows)
     set_alpha(search, torch.linspace(-0.5, 0.5, 6, dtype=torch.float64))
     expected = by_leaf(search, outer_batches(search))
     torch.testing.assert_close(search.hypergradient()[1], expected, rtol=1e-10, atol=1e-14)
@@ -287,11 +287,11 @@ def test_on_a_quantised_base_the_hypergradient_is_that_of_the_same_function_unqu
 
 def test_a_quantised_or_checkpointed_model_is_refused_for_exact_before_any_step():
     base = stack(3)
-    model = adapted(base, weft.Search(hypergrad="unrolled_exact", **SMALL))
+    model = adapted(base, weftlora.Search(hypergrad="unrolled_exact", **SMALL))
     model.gradient_checkpointing = True
     with pytest.raises(ConfigError, match="unrolled_fd"):
         make(model, planted(stack(3), {1}, 40))
-    other = adapted(stack(3), weft.Search(hypergrad="unrolled_exact", **SMALL))
+    other = adapted(stack(3), weftlora.Search(hypergrad="unrolled_exact", **SMALL))
     other.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
     with pytest.raises(ConfigError, match="quantised"):
         make(other, planted(stack(3), {1}, 40))

@@ -11,8 +11,8 @@ from pairing import both_of
 from searching import adapted, make, mse, planted, stack
 from two_searches import CASES, identity, searched
 
-import weft
-from weft.terms.layers.search import weights
+import weftlora
+from weftlora.terms.layers.search import weights
 
 HERE = Path(__file__).parent
 
@@ -74,7 +74,7 @@ def test_a_process_that_fails_stops_the_others(both: list):
 
 
 def test_a_search_resumed_by_another_number_of_processes_says_what_is_not_exact(tmp_path: Path):
-    model = adapted(stack(3), weft.Search(outer_batches=2, val_size=12, steps=2))
+    model = adapted(stack(3), weftlora.Search(outer_batches=2, val_size=12, steps=2))
     search = make(model, planted(stack(3), {1}, 40))
     state = search.state_dict()
     state["random"] *= 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.errors import DataError
-from weft.search.rows import Cycle, digest, split, stack
-from weft.terms.layers.search import Search
+from weftlora.errors import DataError
+from weftlora.search.rows import Cycle, digest, split, stack
+from weftlora.terms.layers.search import Search
 
 
 def rows(count: int, start: int = 0) -> list[dict]:

@@ -9,9 +9,9 @@ from statistics import fmean
 import pytest
 import torch
 
-from weft.errors import ConfigError, RunError
-from weft.search.rules import chance, choose, jaccard, stability
-from weft.terms.layers.search import weights
+from weftlora.errors import ConfigError, RunError
+from weftlora.search.rules import chance, choose, jaccard, stability
+from weftlora.terms.layers.search import weights
 
 ALPHA = [0.5, -0.25, 0.125, -0.375]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from searching import searched
 
-from weft.errors import ConfigError
-from weft.search import Selection
+from weftlora.errors import ConfigError
+from weftlora.search import Selection
 
 
 def test_a_selection_survives_its_file_and_is_small(tmp_path: Path):

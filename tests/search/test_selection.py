@@ -11,13 +11,13 @@ from dashing import sites
 from peft import get_peft_model
 from searching import SMALL, adapted, make, mse, planted, rows_of, searched, stack, two_adapters
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, logits, randomise
-from weft.errors import ConfigError, RunError
-from weft.search import Selection, compare
-from weft.search.driver import LayerSearch
-from weft.search.inner import Inner
-from weft.terms.layers.search import weights
+from weftlora.errors import ConfigError, RunError
+from weftlora.search import Selection, compare
+from weftlora.search.driver import LayerSearch
+from weftlora.search.inner import Inner
+from weftlora.terms.layers.search import weights
 
 
 def test_stock_peft_gets_the_same_modules_by_their_full_names():
@@ -68,7 +68,7 @@ def test_stock_peft_gets_the_searched_ranks_scales_and_dropout(fields: dict, tmp
 def test_an_empty_rule_never_reaches_peft_as_an_empty_list():
     """α all equal: above the mean there is nothing, and layers_to_transform=[] would adapt everything."""
     base = stack(3)
-    model = adapted(base, weft.Search(**{**SMALL, "steps": 1}))
+    model = adapted(base, weftlora.Search(**{**SMALL, "steps": 1}))
     found = make(model, planted(stack(3), {1}, 40))
     selection = found.selection()
     assert selection.blocks == (0,)
@@ -77,7 +77,7 @@ def test_an_empty_rule_never_reaches_peft_as_an_empty_list():
 
 
 def test_an_empty_rule_is_an_error_where_that_was_asked_for():
-    model = adapted(stack(3), weft.Search(**SMALL, when_fewer="error"))
+    model = adapted(stack(3), weftlora.Search(**SMALL, when_fewer="error"))
     with pytest.raises(RunError, match="selects 0 of 3 groups"):
         make(model, planted(stack(3), {1}, 40)).selection()
 
@@ -86,17 +86,17 @@ def test_single_modules_are_selected_by_name():
     _, selection = searched(granularity="module", top_k=3)
     assert len(selection.candidates) == 8
     assert set(selection.blocks) <= {f"blocks.{i}.{m}" for i in range(4) for m in ("up", "down")}
-    config = weft.PlainLoraConfig(r=2, target_modules=["up", "down"], layers=selection.layers)
+    config = weftlora.PlainLoraConfig(r=2, target_modules=["up", "down"], layers=selection.layers)
     assert set(sites(get_peft_model(stack(4), config))) == set(selection.blocks)
 
 
 def test_search_layers_on_a_bare_base_hands_it_back_as_it_was():
     base = stack(3)
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
-    config = weft.FlexoraConfig(r=2, target_modules=["up", "down"], outer_batches=2, val_size=12, steps=2)
+    config = weftlora.FlexoraConfig(r=2, target_modules=["up", "down"], outer_batches=2, val_size=12, steps=2)
     rows = [{k: v.float() for k, v in row.items()} for row in planted(stack(3), {1}, 40)]
     seen = []
-    selection = weft.search_layers(
+    selection = weftlora.search_layers(
         base.float(), rows, config=config, loss=mse, lr=1e-2, batch_size=2, on_step=seen.append
     )
     assert isinstance(selection, Selection)
@@ -111,7 +111,7 @@ def test_search_layers_reads_the_loss_of_a_transformers_model_in_token_weights()
     """One long and one short answer: the mean is over tokens, not over micro-batches."""
     model = get_peft_model(
         FAMILIES["llama"].build(),
-        adapter_config("plain", "llama", layers=weft.Search(outer_batches=2, val_size=2, steps=1)),
+        adapter_config("plain", "llama", layers=weftlora.Search(outer_batches=2, val_size=2, steps=1)),
     )
     randomise(model)
     draw = torch.Generator().manual_seed(0)
@@ -132,8 +132,8 @@ def test_search_layers_reads_the_loss_of_a_transformers_model_in_token_weights()
 
 
 def test_the_load_balance_term_of_routers_is_part_of_the_inner_loss_and_not_of_the_validation_loss():
-    config = adapter_config("hydra", "llama", layers=weft.Search(outer_batches=1, val_size=2, steps=1))
-    config.structure = weft.Hydra(heads=3, balance=0.5)
+    config = adapter_config("hydra", "llama", layers=weftlora.Search(outer_batches=1, val_size=2, steps=1))
+    config.structure = weftlora.Hydra(heads=3, balance=0.5)
     model = get_peft_model(FAMILIES["llama"].build(), config)
     randomise(model)
     ids = torch.randint(3, 64, (12, 7), generator=torch.Generator().manual_seed(0))
@@ -152,8 +152,8 @@ def test_the_load_balance_term_of_routers_is_part_of_the_inner_loss_and_not_of_t
 def test_every_family_is_searched_by_its_blocks(family: str):
     blocks = {"llama": 2, "gpt2": 2, "bert": 2, "t5": 4}[family]
     fields = {"exclude_modules": ["classifier", "pooler.dense"]} if family == "bert" else {}
-    settings = weft.Search(outer_batches=1, val_size=2, steps=2)
-    config = weft.WeftConfig(r=2, target_modules="all-linear", layers=settings, **fields)
+    settings = weftlora.Search(outer_batches=1, val_size=2, steps=2)
+    config = weftlora.WeftConfig(r=2, target_modules="all-linear", layers=settings, **fields)
     model = get_peft_model(FAMILIES[family].build(), config)
     randomise(model)
     draw = torch.Generator().manual_seed(0)
@@ -161,7 +161,7 @@ def test_every_family_is_searched_by_its_blocks(family: str):
     for i in range(8):
         ids = torch.randint(3, 64, (6,), generator=draw)
         rows.append({"input_ids": ids, "labels": torch.tensor(i % 3) if family == "bert" else ids})
-    selection = weft.search_layers(model, rows, batch_size=2, accumulation=1, lr=1e-2)
+    selection = weftlora.search_layers(model, rows, batch_size=2, accumulation=1, lr=1e-2)
     assert [c.block for c in selection.candidates] == list(range(blocks))
     assert sum(c.alpha for c in selection.candidates) == pytest.approx(0, abs=0.05)
     assert any(c.alpha for c in selection.candidates)
@@ -188,13 +188,13 @@ def test_an_adapter_that_is_not_the_only_active_one_is_not_searched(active: list
     model.base_model.set_adapter(active)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ConfigError, match="set_adapter"):
-        weft.search_layers(model, planted(stack(3), {1}, 40), loss=mse)
+        weftlora.search_layers(model, planted(stack(3), {1}, 40), loss=mse)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_model_without_a_search_is_refused():
-    model = adapted(stack(3), weft.All())
+    model = adapted(stack(3), weftlora.All())
     with pytest.raises(ConfigError, match="has no search"):
-        weft.search_layers(model, rows_of(torch.randn(4, 6), torch.randn(4, 6)))
-    with pytest.raises(ConfigError, match=r"layers=weft\.Search"):
-        weft.search_layers(stack(3), [], config=weft.PlainLoraConfig())
+        weftlora.search_layers(model, rows_of(torch.randn(4, 6), torch.randn(4, 6)))
+    with pytest.raises(ConfigError, match=r"layers=weftlora\.Search"):
+        weftlora.search_layers(stack(3), [], config=weftlora.PlainLoraConfig())

@@ -13,13 +13,13 @@ from dashing import sites
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, llama, logits, randomise
-from weft.errors import ConfigError
-from weft.glue.layer import WeftLinear
-from weft.search.driver import LayerSearch
-from weft.search.inner import Inner
-from weft.terms.layers.search import weights
+from weftlora.errors import ConfigError
+from weftlora.glue.layer import WeftLinear
+from weftlora.search.driver import LayerSearch
+from weftlora.search.inner import Inner
+from weftlora.terms.layers.search import weights
 
 
 def shifted(labels: Tensor) -> int:
@@ -47,7 +47,7 @@ def searched(
     """A search of a two-block model whose θ and α are away from their starts; rows have labels of unequal number."""
     torch.manual_seed(0)
     base = llama(attn_implementation=attention) if family == "llama" else FAMILIES[family].build()
-    search = weft.Search(**{"outer_batches": 3, "val_size": 3, "steps": 2, **fields})
+    search = weftlora.Search(**{"outer_batches": 3, "val_size": 3, "steps": 2, **fields})
     given = adapter_config(structure, family, heads_too=False, layers=search)
     for name, value in (config or {}).items():
         setattr(given, name, value)
@@ -129,7 +129,7 @@ def test_q_k_and_v_that_share_their_u_are_searched_and_go_on_as_what_they_are(
 ):
     """Of single modules u belongs to three, whose gates differ: folded into it, one gate would act on all of them."""
     rule = {"granularity": granularity, "select": "top_k", "top_k": 1 if granularity == "block" else 8}
-    config = {"structure": weft.Tied(train=train, group="fused_qkv")}
+    config = {"structure": weftlora.Tied(train=train, group="fused_qkv")}
     search = searched("tied_tl6", config=config, **rule)
     gated = train == "Bu" and granularity == "module"
     assert (search.gates.factors is None) == gated
@@ -142,7 +142,7 @@ def test_q_k_and_v_that_share_their_u_are_searched_and_go_on_as_what_they_are(
         if name not in kept:
             site.layer_gate.zero_()
     before = logits(search.model, batch)
-    model = weft.second_stage(search.model, selection, "continue")
+    model = weftlora.second_stage(search.model, selection, "continue")
     torch.testing.assert_close(logits(model, batch), before, rtol=1e-5, atol=1e-6)
     assert {site.layer_gate is not None for site in sites(model).values()} == {gated}
     model.save_pretrained(tmp_path)
@@ -169,12 +169,13 @@ def test_exact_goes_twice_through_the_attention_that_has_a_second_derivative(att
 def test_attention_without_a_second_derivative_is_refused_for_exact_before_any_step(attention: str):
     torch.manual_seed(0)
     model = get_peft_model(
-        llama(), weft.PlainLoraConfig(layers=weft.Search(hypergrad="unrolled_exact", val_size=2, outer_batches=2))
+        llama(),
+        weftlora.PlainLoraConfig(layers=weftlora.Search(hypergrad="unrolled_exact", val_size=2, outer_batches=2)),
     )
     model.config._attn_implementation = attention
     ids = torch.randint(3, 64, (12, 7))
     with pytest.raises(ConfigError, match=rf"{attention}.*'eager', or use hypergrad='unrolled_fd'"):
-        weft.search_layers(model, [{"input_ids": row, "labels": row} for row in ids])
+        weftlora.search_layers(model, [{"input_ids": row, "labels": row} for row in ids])
 
 
 class Once(torch.autograd.Function):

@@ -12,12 +12,12 @@ import torch
 from peft import get_peft_model
 from searching import adapted, labelled_mse, planted, stack, unlabelled
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, randomise
-from weft.errors import RunError
-from weft.search.driver import LayerSearch
-from weft.search.inner import Inner
-from weft.search.passes import counted
+from weftlora.errors import RunError
+from weftlora.search.driver import LayerSearch
+from weftlora.search.inner import Inner
+from weftlora.search.passes import counted
 
 ALL = range(1000)
 SMALL = {"outer_batches": 2, "steps": 4}
@@ -26,7 +26,7 @@ SMALL = {"outer_batches": 2, "steps": 4}
 def search(train: Collection[int] = (), validation: Collection[int] = (), **fields: Any) -> LayerSearch:
     """Of 24 training and 8 validation rows, of which these have no label; one row per micro-batch."""
     rows = planted(stack(3), {1}, 32)
-    model = adapted(stack(3), weft.Search(**{**SMALL, **fields}), moved=0.3)
+    model = adapted(stack(3), weftlora.Search(**{**SMALL, **fields}), moved=0.3)
     inner = Inner(lr=1e-2, batch_size=1, accumulation=3, schedule="constant", max_grad_norm=0.0)
     given = unlabelled(rows[:24], train), unlabelled(rows[24:], validation)
     return LayerSearch(model, model.peft_config["default"].layers, inner, *given, loss=labelled_mse)
@@ -125,7 +125,7 @@ def test_the_loss_of_the_record_is_that_of_the_last_step_that_had_one():
 
 
 def test_a_transformers_models_rows_cut_down_to_their_prompt_do_not_spoil_a_step():
-    config = adapter_config("plain", "llama", layers=weft.Search(outer_batches=2, val_size=2, steps=1))
+    config = adapter_config("plain", "llama", layers=weftlora.Search(outer_batches=2, val_size=2, steps=1))
     model = get_peft_model(FAMILIES["llama"].build(), config)
     randomise(model)
     ids = torch.randint(3, 64, (10, 7), generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from pairing import run_pair
 from searching import adapted, labelled_mse, make, mse, planted, stack, unlabelled
 
-import weft
-from weft.search.driver import LayerSearch
+import weftlora
+from weftlora.search.driver import LayerSearch
 
 CASES: dict[str, dict[str, Any]] = {
     "direct": {},
@@ -21,12 +21,12 @@ CASES: dict[str, dict[str, Any]] = {
     "tied_AB": {},
     "unlabelled": {},
 }
-STRUCTURES = {"tied_tl6": {"structure": weft.Tied()}, "tied_AB": {"structure": weft.Tied(train="tl5")}}
+STRUCTURES = {"tied_tl6": {"structure": weftlora.Tied()}, "tied_AB": {"structure": weftlora.Tied(train="tl5")}}
 
 
 def searched(name: str, seed: int) -> tuple[list[list[float]], list[torch.Tensor], list[Any]]:
     """α after every step, θ at the end, and what was selected; `seed` is of the adapter's start."""
-    settings = weft.Search(outer_batches=3, val_size=12, steps=5, alpha_lr=0.05, **CASES[name])
+    settings = weftlora.Search(outer_batches=3, val_size=12, steps=5, alpha_lr=0.05, **CASES[name])
     model = adapted(stack(3), settings, seed, **STRUCTURES.get(name, {}))
     rows, loss = planted(stack(3), {1}, 40), mse
     if name == "unlabelled":  # some micro-batches of two rows, and some of a process's shares, have no label at all
@@ -38,7 +38,7 @@ def searched(name: str, seed: int) -> tuple[list[list[float]], list[torch.Tensor
 
 def identity(seed: int) -> LayerSearch:
     """A search whose θ and α are away from their starts, which validates on three micro-batches of two rows per step."""
-    settings = weft.Search(outer_batches=3, val_size=12, steps=5)
+    settings = weftlora.Search(outer_batches=3, val_size=12, steps=5)
     search = make(adapted(stack(3), settings, seed, moved=0.3), planted(stack(3), {1}, 40), batch_size=2)
     with torch.no_grad():
         search.alpha.copy_(torch.tensor([0.3, -0.5, 0.1]))
@@ -53,7 +53,7 @@ def resumed(rank: int) -> dict[str, Any]:
 
     def fresh() -> LayerSearch:
         torch.manual_seed(50 + rank)
-        search = weft.Search(outer_batches=3, val_size=12, steps=5, alpha_lr=0.05)
+        search = weftlora.Search(outer_batches=3, val_size=12, steps=5, alpha_lr=0.05)
         model = adapted(stack(3), search, lora_dropout=0.3)
         found = make(model, planted(stack(3), {1}, 40), accumulation=4, batch_size=2)
         torch.manual_seed(100 + rank)
@@ -76,7 +76,7 @@ def resumed(rank: int) -> dict[str, Any]:
 
 def failing(rank: int) -> dict[str, Any]:
     """One process cannot compute a loss: what the error on each is."""
-    model = adapted(stack(3), weft.Search(outer_batches=2, val_size=12, steps=2))
+    model = adapted(stack(3), weftlora.Search(outer_batches=2, val_size=12, steps=2))
     found = make(model, planted(stack(3), {1}, 40), accumulation=2)
 
     def loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:

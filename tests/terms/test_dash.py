@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-import weft
-from weft.errors import ConfigError
-from weft.linalg import Directions
-from weft.site import Site, build_site
-from weft.terms.boost.dash import Dash, DashTerm
-from weft.terms.structure.hydra import Hydra
-from weft.terms.structure.plain import Plain
-from weft.terms.structure.tied import Tied
+import weftlora
+from weftlora.errors import ConfigError
+from weftlora.linalg import Directions
+from weftlora.site import Site, build_site
+from weftlora.terms.boost.dash import Dash, DashTerm
+from weftlora.terms.structure.hydra import Hydra
+from weftlora.terms.structure.plain import Plain
+from weftlora.terms.structure.tied import Tied
 
 IN, OUT, R, S = 6, 5, 2, 3
 STRUCTURES = {"plain": Plain(), "hydra": Hydra(heads=3), "tied": Tied()}
@@ -130,8 +130,8 @@ def test_the_update_in_weight_space_holds_the_slots() -> None:
 
 def test_defaults_are_those_of_the_paper() -> None:
     assert dataclasses.asdict(Dash()) == {"directions": 8, "after": 100, "eps": 1e-8, "select": "rate", "seed": 0}
-    assert weft.LoraDashConfig().boost == Dash()
-    assert weft.LoraDashConfig().lora_alpha == 16
+    assert weftlora.LoraDashConfig().boost == Dash()
+    assert weftlora.LoraDashConfig().lora_alpha == 16
 
 
 @pytest.mark.parametrize("directions", [0, -1, 1.5, True, None, "8"])
@@ -154,7 +154,7 @@ def test_an_unknown_selection_names_the_known_ones(select) -> None:
 
 def test_a_misspelt_field_in_a_saved_form_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'directions'"):
-        weft.WeftConfig(boost={"kind": "dash", "direction": 4})
+        weftlora.WeftConfig(boost={"kind": "dash", "direction": 4})
 
 
 @pytest.mark.parametrize("seed", [1.5, True, None, "0"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from weft.train.run import Run
+from weftlora.train.run import Run
 
 
 def weights(run: Run) -> bytes:

@@ -12,8 +12,8 @@ from typing import Any
 
 import transformers
 
-import weft
-import weft.train.loop
+import weftlora
+import weftlora.train.loop
 
 write = transformers.Trainer._save_rng_state
 
@@ -35,7 +35,7 @@ def train(recipe: dict[str, Any], when: str, step: int) -> None:
 
     if when == "half":
         transformers.Trainer._save_rng_state = write_or_die
-    weft.train(recipe, callbacks=[Killer(step)] if when == "step" else [])
+    weftlora.train(recipe, callbacks=[Killer(step)] if when == "step" else [])
 
 
 for job in json.loads(Path(sys.argv[1]).read_text()):

@@ -1,8 +1,8 @@
 """Runs that die by SIGKILL where a recipe's table says, and their next life: `killing.py HOST FOLDER`.
 
 One process imports everything and forks a child for each life; what to import, the unkilled run of a recipe tells. HOST
-is "weft" (weft.train) or "trainer" (a Trainer of the user's own with weft.Callback). FOLDER has a tiny base in `base`
-and, for "weft", rows in `rows.jsonl`. Each run lies in FOLDER/RECIPE/NAME, and FOLDER/lives.json tells, for every kill,
+is "weftlora" (weftlora.train) or "trainer" (a Trainer of the user's own with weftlora.Callback). FOLDER has a tiny base in `base`
+and, for "weftlora", rows in `rows.jsonl`. Each run lies in FOLDER/RECIPE/NAME, and FOLDER/lives.json tells, for every kill,
 the newest complete checkpoint that it left behind.
 
 A new recipe is a row of RECIPES; what happens in it over time is an `Event` of that row.
@@ -47,11 +47,11 @@ class Killed:
     search: int = 0
 
 
-LAUNCH = Event(4, ("weft.terms.boost.dash:DashTerm.launch",))
-SWITCH = Event(4, ("weft.terms.start.directions:DirectionsTerm.switch",))
-SCORING = "weft.glue.ablation.exact:_each"  # one chunk of slots has been scored
-DECIDING = "weft.schedule.reallocate:ReallocateController._room"  # all have
-MOVING = "weft.schedule.slots:move"  # one site has lost or got slots, another has not: no site does both
+LAUNCH = Event(4, ("weftlora.terms.boost.dash:DashTerm.launch",))
+SWITCH = Event(4, ("weftlora.terms.start.directions:DirectionsTerm.switch",))
+SCORING = "weftlora.glue.ablation.exact:_each"  # one chunk of slots has been scored
+DECIDING = "weftlora.schedule.reallocate:ReallocateController._room"  # all have
+MOVING = "weftlora.schedule.slots:move"  # one site has lost or got slots, another has not: no site does both
 ROUNDS = (Event(4, (SCORING, DECIDING, MOVING)), Event(6))
 RECIPES = {
     "lora": Killed({"r": 4}),
@@ -68,7 +68,7 @@ SHARED = {"lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
 
 def recipes(host: str) -> dict[str, Killed]:
     """The rows that a host can run: a Trainer of one's own does not search."""
-    return {name: row for name, row in RECIPES.items() if host == "weft" or not row.search}
+    return {name: row for name, row in RECIPES.items() if host == "weftlora" or not row.search}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Kill:
 
 
 def kills(name: str, host: str) -> dict[str, Kill]:
-    """Every boundary of every phase of a recipe, and steps drawn with its name: three through weft, one through Trainer."""
+    """Every boundary of every phase of a recipe, and steps drawn with its name: three through weftlora, one through Trainer."""
     found = {}
     for event in RECIPES[name].events:
         found |= {
@@ -107,9 +107,9 @@ def kills(name: str, host: str) -> dict[str, Kill]:
         found[f"while checkpoint {step} is written"] = Kill("half", step)
         found[f"before checkpoint {step} is marked"] = Kill("unmarked", step)
     found["while the adapter is written"] = Kill("adapter", END)
-    if host == "weft":
+    if host == "weftlora":
         found["while run.json is written"] = Kill("end", END)
-    drawn = random.Random(f"{name} {host}").sample(range(1, END + 1), 3 if host == "weft" else 1)
+    drawn = random.Random(f"{name} {host}").sample(range(1, END + 1), 3 if host == "weftlora" else 1)
     for number, step in enumerate(drawn):
         found[f"random step {step}"] = Kill(("optimizer", "step")[number % 2], step)
     return found
@@ -128,10 +128,10 @@ def arm(kill: Kill) -> list[Any]:
     import transformers
     from peft.config import PeftConfigMixin
 
-    from weft.search.driver import LayerSearch
-    from weft.train import checkpoint
-    from weft.train.layers import Stage
-    from weft.train.run import Run
+    from weftlora.search.driver import LayerSearch
+    from weftlora.train import checkpoint
+    from weftlora.train.layers import Stage
+    from weftlora.train.run import Run
 
     class Deadly(transformers.TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -207,7 +207,7 @@ def arm(kill: Kill) -> list[Any]:
 
 
 def through_weft(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
-    import weft
+    import weftlora
 
     recipe = {
         "model": str(top / "base"),
@@ -224,7 +224,7 @@ def through_weft(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
         },
         "out": str(out),
     }
-    weft.train(recipe, resume=(out / "run.json").is_file(), callbacks=deadly)
+    weftlora.train(recipe, resume=(out / "run.json").is_file(), callbacks=deadly)
 
 
 def through_trainer(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
@@ -233,8 +233,8 @@ def through_trainer(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    import weft
-    from weft.recipes import RECIPES as CONFIGS
+    import weftlora
+    from weftlora.recipes import RECIPES as CONFIGS
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(top / "base")
@@ -257,13 +257,13 @@ def through_trainer(top: Path, name: str, out: Path, deadly: list[Any]) -> None:
     )
     rows = [{"input_ids": row, "labels": row} for row in ids]
     if name == "alora":
-        weft.attach(model, validation=[{"input_ids": row, "labels": row} for row in ids.flip(1)])
-    trainer = Trainer(model, args, train_dataset=rows, callbacks=[weft.Callback(), *deadly])
-    trainer.train(resume_from_checkpoint=weft.train.newest_checkpoint(out))
+        weftlora.attach(model, validation=[{"input_ids": row, "labels": row} for row in ids.flip(1)])
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[weftlora.Callback(), *deadly])
+    trainer.train(resume_from_checkpoint=weftlora.train.newest_checkpoint(out))
     trainer.save_model(str(out / "adapter"))
 
 
-HOSTS = {"weft": through_weft, "trainer": through_trainer}
+HOSTS = {"weftlora": through_weft, "trainer": through_trainer}
 
 
 def live(run: Callable[..., None], top: Path, name: str, out: Path, kill: Kill | None) -> None:
@@ -307,7 +307,7 @@ def shorten_lives() -> None:
     """Leave out what takes most of a short life and no kill can tell: the disk's word, model cards."""
     from peft import PeftModel
 
-    from weft.train import files
+    from weftlora.train import files
 
     files.sync = lambda descriptor: None
     PeftModel.create_or_update_model_card = lambda self, folder: None
@@ -316,8 +316,8 @@ def shorten_lives() -> None:
 def main(host: str, top: Path) -> None:
     import torch
 
-    from weft.train import newest_checkpoint
-    from weft.train.checkpoint import step_of
+    from weftlora.train import newest_checkpoint
+    from weftlora.train.checkpoint import step_of
 
     torch.set_num_threads(1)
     shorten_lives()
@@ -330,7 +330,7 @@ def main(host: str, top: Path) -> None:
         for where, kill in kills(name, host).items():
             out = top / name / where
             live(HOSTS[host], top, name, out, kill)
-            newest = newest_checkpoint(out / "checkpoints" if host == "weft" else out)
+            newest = newest_checkpoint(out / "checkpoints" if host == "weftlora" else out)
             left[name][where] = step_of(newest) if newest else 0
             live(HOSTS[host], top, name, out, None)
     (top / "lives.json").write_text(json.dumps(left))

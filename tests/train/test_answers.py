@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from weft.train.answers import bleu, exact_match, rouge_l
+from weftlora.train.answers import bleu, exact_match, rouge_l
 
 CAT = "the cat sat on the mat"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from weft.errors import ConfigError
-from weft.train.arguments import OWNED, arguments, check, save_interval, total_steps
-from weft.train.recipe import TrainConfig
+from weftlora.errors import ConfigError
+from weftlora.train.arguments import OWNED, arguments, check, save_interval, total_steps
+from weftlora.train.recipe import TrainConfig
 
 
 def config(**fields: Any) -> TrainConfig:

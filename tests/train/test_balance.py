@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import Trainer
 
-import weft
-from weft.train.arguments import arguments
-from weft.train.prepare import prepare
-from weft.train.progress import ignore
-from weft.train.recipe import Recipe
-from weft.train.trainer import make_trainer
+import weftlora
+from weftlora.train.arguments import arguments
+from weftlora.train.prepare import prepare
+from weftlora.train.progress import ignore
+from weftlora.train.recipe import Recipe
+from weftlora.train.trainer import make_trainer
 
 HYDRA = {"recipe": "hydralora", "heads": 3, "r": 2, "balance": 0.5}
 
@@ -36,7 +36,7 @@ def test_the_term_is_added_to_the_loss(recipe, tmp_path, items, share):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 4
     loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
-    with weft.routing(trainer.model) as routing:
+    with weftlora.routing(trainer.model) as routing:
         plain = Trainer.compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=items)
     expected = plain + share * routing.balance_loss(batch["attention_mask"])
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
@@ -55,5 +55,5 @@ def test_evaluation_has_no_such_term(recipe, tmp_path):
 
 
 def test_a_whole_run_trains_with_it(recipe):
-    run = weft.train(recipe("llama", adapter=HYDRA, train={"accumulation": 2}))
+    run = weftlora.train(recipe("llama", adapter=HYDRA, train={"accumulation": 2}))
     assert run.status == "complete"

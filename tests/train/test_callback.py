@@ -1,4 +1,4 @@
-"""weft.Callback in a Trainer of the user's own: the length of the run is told, checkpoints count when they are complete."""
+"""weftlora.Callback in a Trainer of the user's own: the length of the run is told, checkpoints count when they are complete."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dashing import launch_step, steps, tensors, terms
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.train import checkpoint, newest_checkpoint
+from weftlora.train import checkpoint, newest_checkpoint
 
 DASH = {"r": 2, "directions": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 
@@ -26,7 +26,7 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
 
 def llama(after: Any = 3, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
-    return get_peft_model(FAMILIES["llama"].build(), weft.LoraDashConfig(after=after, **{**DASH, **fields}))
+    return get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(after=after, **{**DASH, **fields}))
 
 
 def arguments(folder: Path, **fields: Any) -> TrainingArguments:
@@ -44,7 +44,7 @@ def trainer(
         args or arguments(folder, **fields),
         train_dataset=rows(count),
         eval_dataset=rows(4),
-        callbacks=[weft.Callback()] if callbacks is None else callbacks,
+        callbacks=[weftlora.Callback()] if callbacks is None else callbacks,
     )
 
 
@@ -61,7 +61,7 @@ class Stop(TrainerCallback):
 
 def stopped(at: int, folder: Path, **given: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trainer(folder, callbacks=[weft.Callback(), Stop(at)], **given).train()
+        trainer(folder, callbacks=[weftlora.Callback(), Stop(at)], **given).train()
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def stopped(at: int, folder: Path, **given: Any) -> None:
         (0.5, {}, 3),
         (0.3, {"max_steps": 10}, 3),
         (0.5, {"max_steps": -1, "num_train_epochs": 2}, 7),  # 13 rows, 2 a batch: 7 steps an epoch
-        (weft.epochs(0.6), {"max_steps": 8}, 4),
-        (weft.epochs(1), {"max_steps": 6, "gradient_accumulation_steps": 2}, 4),  # 7 batches: 4 steps
+        (weftlora.epochs(0.6), {"max_steps": 8}, 4),
+        (weftlora.epochs(1), {"max_steps": 6, "gradient_accumulation_steps": 2}, 4),  # 7 batches: 4 steps
     ],
 )
 def test_times_in_fractions_and_epochs_are_steps_of_this_trainer(
@@ -83,11 +83,11 @@ def test_times_in_fractions_and_epochs_are_steps_of_this_trainer(
 
 
 @pytest.mark.parametrize(
-    ("after", "words"), [(6, "after step 6, but the run ends after 6"), (weft.epochs(2), "step 40")]
+    ("after", "words"), [(6, "after step 6, but the run ends after 6"), (weftlora.epochs(2), "step 40")]
 )
 def test_what_cannot_happen_is_an_error_before_the_first_step(tmp_path: Path, after: Any, words: str) -> None:
     mine = trainer(tmp_path, llama(after=after), save_total_limit=2)
-    with pytest.raises(weft.ConfigError, match=words):
+    with pytest.raises(weftlora.ConfigError, match=words):
         mine.train()
     assert (mine.state.global_step, mine.args.save_total_limit) == (0, 2)
 
@@ -103,7 +103,7 @@ class Enough(TrainerCallback):
 
 
 def test_a_run_that_ends_before_the_launch_says_so(tmp_path: Path) -> None:
-    mine = trainer(tmp_path, llama(after=0.5), callbacks=[weft.Callback(), Enough(2)], save_strategy="no")
+    mine = trainer(tmp_path, llama(after=0.5), callbacks=[weftlora.Callback(), Enough(2)], save_strategy="no")
     with pytest.warns(UserWarning, match=r"has trained 2 steps and is still without the launch of Dash"):
         mine.train()
 
@@ -113,18 +113,22 @@ def test_epochs_of_a_stream_without_a_length_must_be_told(tmp_path: Path) -> Non
 
     def stream(model: PeftModel) -> Trainer:
         data = IterableDataset.from_generator(lambda: iter(rows(20)))
-        return Trainer(model, arguments(tmp_path, save_strategy="no"), train_dataset=data, callbacks=[weft.Callback()])
+        return Trainer(
+            model, arguments(tmp_path, save_strategy="no"), train_dataset=data, callbacks=[weftlora.Callback()]
+        )
 
-    model = llama(after=weft.epochs(0.5))
-    with pytest.raises(weft.ConfigError, match=r"weft\.attach\(model, steps_per_epoch="):
+    model = llama(after=weftlora.epochs(0.5))
+    with pytest.raises(weftlora.ConfigError, match=r"weftlora\.attach\(model, steps_per_epoch="):
         stream(model).train()
-    weft.attach(model, steps_per_epoch=4)
+    weftlora.attach(model, steps_per_epoch=4)
     stream(model).train()
     assert launch_step(model) == 2
 
 
 def test_without_it_a_fraction_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(weft.ConfigError, match=r"weft\.attach\(model, total_steps=.*callbacks=\[weft\.Callback\(\)\]"):
+    with pytest.raises(
+        weftlora.ConfigError, match=r"weftlora\.attach\(model, total_steps=.*callbacks=\[weftlora\.Callback\(\)\]"
+    ):
         trainer(tmp_path, llama(after=0.5), callbacks=[]).train()
 
 
@@ -145,12 +149,12 @@ def test_a_second_run_of_the_same_adapter_counts_from_where_the_first_ended(tmp_
 def test_events_are_told_and_come_back_on_resume(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
     model = llama()
-    trainer(tmp_path, model, callbacks=[weft.Callback(on_event=told.append, cache=tmp_path / "cache")]).train()
+    trainer(tmp_path, model, callbacks=[weftlora.Callback(on_event=told.append, cache=tmp_path / "cache")]).train()
     assert [(e["event"], e["step"]) for e in told] == [("dash_launch", 3)]
     assert list((tmp_path / "cache").iterdir()), "decompositions are kept there"
     again = llama()
     trainer(tmp_path, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert weft.state_dict(again) == weft.state_dict(model)
+    assert weftlora.state_dict(again) == weftlora.state_dict(model)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4, 5])
@@ -187,7 +191,7 @@ def test_only_marked_checkpoints_count(tmp_path: Path) -> None:
 
 def test_a_trainer_without_it_leaves_none_that_could_be_trusted(tmp_path: Path) -> None:
     trainer(tmp_path, callbacks=[], save_steps=2).train()
-    with pytest.raises(weft.RunError, match=r"checkpoint-6 was written without weft\.Callback"):
+    with pytest.raises(weftlora.RunError, match=r"checkpoint-6 was written without weftlora\.Callback"):
         newest_checkpoint(tmp_path)
 
 
@@ -211,7 +215,7 @@ class Seen(TrainerCallback):
 @pytest.mark.parametrize("limit", [1, 2])
 def test_the_limit_holds_and_the_previous_one_stays_until_the_next_is_complete(tmp_path: Path, limit: int) -> None:
     seen = Seen()
-    mine = trainer(tmp_path, callbacks=[seen, weft.Callback()], save_total_limit=limit)
+    mine = trainer(tmp_path, callbacks=[seen, weftlora.Callback()], save_total_limit=limit)
     mine.train()
     assert seen.steps == [[n for n in range(step - limit, step) if n > 0] for step in range(1, 7)]
     assert [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path)] == list(range(7 - limit, 7))
@@ -241,7 +245,7 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path, limit
     """From after the launch to before it, too: the adapter is then the one of that step, and says so."""
     mine = trainer(
         tmp_path,
-        callbacks=[weft.Callback(), Scores(best)],
+        callbacks=[weftlora.Callback(), Scores(best)],
         load_best_model_at_end=True,
         eval_strategy="steps",
         eval_steps=1,
@@ -295,12 +299,12 @@ def test_rows_to_score_on_come_by_the_callback_or_by_attach(tmp_path: Path) -> N
     told = []
     for way in ("callback", "attach"):
         torch.manual_seed(0)
-        model = get_peft_model(FAMILIES["llama"].build(), weft.AllocLoraConfig(**fields))
+        model = get_peft_model(FAMILIES["llama"].build(), weftlora.AllocLoraConfig(**fields))
         if way == "attach":
-            weft.attach(model, validation=rows(8))
-        callback = weft.Callback(validation=rows(8) if way == "callback" else None)
+            weftlora.attach(model, validation=rows(8))
+        callback = weftlora.Callback(validation=rows(8) if way == "callback" else None)
         trainer(tmp_path / way, model, [callback], save_strategy="no").train()
-        [event] = weft.state_dict(model)["default"]["events"]
+        [event] = weftlora.state_dict(model)["default"]["events"]
         told.append({key: value for key, value in event.items() if key != "seconds"})
     assert told[0] == told[1]
     assert (told[0]["event"], told[0]["step"]) == ("reallocation", 3)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import weft
-from weft.errors import RunError
-from weft.train import checkpoint
+import weftlora
+from weftlora.errors import RunError
+from weftlora.train import checkpoint
 
 
 def make(top: Path, step: int, complete: bool = True) -> Path:
@@ -25,7 +25,7 @@ def test_the_newest_complete_one_counts_by_step_not_by_name(tmp_path: Path) -> N
     make(tmp_path, 20, complete=False)
     (tmp_path / "checkpoint-best").mkdir()
     assert checkpoint.newest(tmp_path) == ten
-    assert weft.train.newest_checkpoint(tmp_path) == ten
+    assert weftlora.train.newest_checkpoint(tmp_path) == ten
     assert checkpoint.newest(tmp_path / "none") is None
 
 
@@ -60,13 +60,13 @@ def by_trainer(top: Path, step: int, **signed: object) -> Path:
 
 def test_a_checkpoint_of_a_trainer_that_marks_none_is_an_error_not_none(tmp_path: Path) -> None:
     whole = by_trainer(tmp_path, 5)
-    with pytest.raises(RunError, match=r"checkpoint-5 was written without weft\.Callback"):
-        weft.train.newest_checkpoint(tmp_path)
+    with pytest.raises(RunError, match=r"checkpoint-5 was written without weftlora\.Callback"):
+        weftlora.train.newest_checkpoint(tmp_path)
     eight = make(tmp_path, 8)
-    assert weft.train.newest_checkpoint(tmp_path) == eight, "an older one does not matter"
+    assert weftlora.train.newest_checkpoint(tmp_path) == eight, "an older one does not matter"
     whole.rename(tmp_path / "checkpoint-9")
     with pytest.raises(RunError, match="checkpoint-9"):
-        weft.train.newest_checkpoint(tmp_path)
+        weftlora.train.newest_checkpoint(tmp_path)
 
 
 def test_half_written_ones_are_no_error_whoever_wrote_them(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_half_written_ones_are_no_error_whoever_wrote_them(tmp_path: Path) -> No
     by_trainer(tmp_path, 2, **{checkpoint.SIGNATURE: {}})
     cut = by_trainer(tmp_path, 3) / "trainer_state.json"
     cut.write_text(cut.read_text()[:-4])
-    assert weft.train.newest_checkpoint(tmp_path) is None
+    assert weftlora.train.newest_checkpoint(tmp_path) is None
 
 
 def test_half_written_ones_are_dropped(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 import tiny_bases as tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import weft
-from weft.errors import AdapterError, ConfigError, DataError, RunError
-from weft.train import Tick, evaluation
-from weft.train.run import Run
+import weftlora
+from weftlora.errors import AdapterError, ConfigError, DataError, RunError
+from weftlora.train import Tick, evaluation
+from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 
@@ -24,7 +24,7 @@ def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """A run on rows it can learn by heart, which are its test rows too."""
     folder = tmp_path_factory.mktemp("trained")
     rows = str(tiny.write_rows(folder / "rows.jsonl", tiny.answers(8)))
-    return weft.train(
+    return weftlora.train(
         {
             "model": str(bases["llama"]),
             "data": {"train": rows, "test": rows, "validation_fraction": 0},
@@ -36,7 +36,7 @@ def trained(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_a_learned_task_is_matched_exactly_in_every_domain(trained: Run) -> None:
-    found = weft.evaluate(trained)
+    found = weftlora.evaluate(trained)
     assert found.scores.exact_match == 1.0
     assert found.scores.rows == 8
     assert set(found.domains) == {"a", "b"}
@@ -52,49 +52,49 @@ def test_a_learned_task_is_matched_exactly_in_every_domain(trained: Run) -> None
 
 
 def test_the_overall_loss_weighs_domains_by_their_tokens(trained: Run) -> None:
-    found = weft.evaluate(trained, adapter="none")
+    found = weftlora.evaluate(trained, adapter="none")
     a, b = found.domains["a"], found.domains["b"]
     assert found.scores.tokens == a.tokens + b.tokens == 8 * 3
     assert found.scores.loss == pytest.approx((a.loss * a.tokens + b.loss * b.tokens) / 24)
 
 
 def test_batches_do_not_change_the_scores(trained: Run) -> None:
-    one, many = (weft.evaluate(trained, adapter="none", batch_size=size).scores for size in (1, 8))
+    one, many = (weftlora.evaluate(trained, adapter="none", batch_size=size).scores for size in (1, 8))
     assert one.loss == pytest.approx(many.loss, rel=1e-5)
     assert one.exact_match == many.exact_match
 
 
 def test_the_frozen_base_is_worse_and_kept_apart(trained: Run) -> None:
-    found = weft.evaluate(trained, adapter="none")
+    found = weftlora.evaluate(trained, adapter="none")
     assert found.scores.loss > 1
     assert found.adapter == "none"
     assert (trained.folder / "eval-test-base.json").exists()
 
 
 def test_a_recipe_can_only_be_measured_without_an_adapter(recipe: Make) -> None:
-    found = weft.evaluate(recipe(), adapter="none")
+    found = weftlora.evaluate(recipe(), adapter="none")
     assert found.run is None
     assert found.scores.rows == 12
     with pytest.raises(ConfigError, match="not a run"):
-        weft.evaluate(recipe())
+        weftlora.evaluate(recipe())
 
 
 def test_a_limited_measurement_is_not_kept(trained: Run, tmp_path: Path) -> None:
     copy = shutil.copytree(trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("eval-*"))
-    assert weft.evaluate(copy, limit=3).scores.rows == 3
+    assert weftlora.evaluate(copy, limit=3).scores.rows == 3
     assert not list(Path(copy).glob("eval-*"))
 
 
 def test_a_classifier_has_accuracy_and_f1(recipe: Make) -> None:
-    run = weft.train(recipe("bert", adapter="lora", train={"steps": 30}))
-    scores = weft.evaluate(run).scores
+    run = weftlora.train(recipe("bert", adapter="lora", train={"steps": 30}))
+    scores = weftlora.evaluate(run).scores
     assert scores.accuracy is not None
     assert scores.macro_f1 is not None
     assert scores.accuracy > 0.6
     assert scores.bleu is None
     assert scores.rouge_l is None
     assert scores.exact_match is None
-    again = weft.evaluate(run.folder).scores
+    again = weftlora.evaluate(run.folder).scores
     assert again == scores
 
 
@@ -117,7 +117,7 @@ def test_corpus_bleu_is_counted_anew_over_all_domains(
         return [tokenizer(ANSWERED[text], add_special_tokens=False)["input_ids"] for text in asked]
 
     monkeypatch.setattr(evaluation, "complete", answers)
-    found = weft.evaluate(given, adapter="none")
+    found = weftlora.evaluate(given, adapter="none")
     a, b = found.domains["a"], found.domains["b"]
     assert a.bleu == pytest.approx(100 * math.exp(1 - 10 / 7))
     assert b.bleu == pytest.approx(100 * (10 / 11 * 8 / 9 * 6 / 7 * 4 / 5) ** 0.25)
@@ -131,33 +131,33 @@ def test_corpus_bleu_is_counted_anew_over_all_domains(
 
 
 def test_an_encoder_decoder_is_compared_by_its_answers(recipe: Make) -> None:
-    run = weft.train(recipe("t5", adapter="lora"))
-    assert weft.evaluate(run).scores.exact_match is not None
+    run = weftlora.train(recipe("t5", adapter="lora"))
+    assert weftlora.evaluate(run).scores.exact_match is not None
 
 
 def test_a_split_that_is_not_there(trained: Run) -> None:
     with pytest.raises(DataError, match="use --split test"):
-        weft.evaluate(trained, split="validation")
+        weftlora.evaluate(trained, split="validation")
     with pytest.raises(ConfigError, match="no split 'tset'"):
-        weft.evaluate(trained, split="tset")
+        weftlora.evaluate(trained, split="tset")
 
 
 def test_progress_covers_loss_and_answers(trained: Run) -> None:
     ticks: list[Tick] = []
-    weft.evaluate(trained, progress=ticks.append)
+    weftlora.evaluate(trained, progress=ticks.append)
     assert {tick.phase for tick in ticks} == {"loss", "answers"}
     assert all(tick.done <= tick.total for tick in ticks)
 
 
 def test_generation_gives_the_learned_answer_and_stops(trained: Run) -> None:
-    answer = weft.generate(trained, "ca ->")
+    answer = weftlora.generate(trained, "ca ->")
     assert (answer.text, answer.finished) == ("cc", True)
-    cut = weft.generate(trained, "ca ->", max_new_tokens=1)
+    cut = weftlora.generate(trained, "ca ->", max_new_tokens=1)
     assert (cut.text, cut.finished, cut.tokens) == ("c", False, 1)
 
 
 def test_a_bare_adapter_folder_generates_too(trained: Run) -> None:
-    assert weft.generate(trained.adapter_folder, "ca ->").text == "cc"
+    assert weftlora.generate(trained.adapter_folder, "ca ->").text == "cc"
 
 
 def test_sampling_is_seeded_and_leaves_the_random_state(trained: Run) -> None:
@@ -165,18 +165,20 @@ def test_sampling_is_seeded_and_leaves_the_random_state(trained: Run) -> None:
 
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    draws = [weft.generate(trained, "zz", temperature=5.0, seed=seed, max_new_tokens=12).text for seed in (1, 1, 2)]
+    draws = [weftlora.generate(trained, "zz", temperature=5.0, seed=seed, max_new_tokens=12).text for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_generation_is_the_bases_own_greedy_search(bases: dict[str, Path], recipe: Make) -> None:
-    run = weft.train(recipe(adapter="lora", train={"steps": 1, "lr": 1e-9}))
+    run = weftlora.train(recipe(adapter="lora", train={"steps": 1, "lr": 1e-9}))
     model = AutoModelForCausalLM.from_pretrained(bases["llama"])
     tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
     ids = tokenizer("ab ->", return_tensors="pt")["input_ids"]
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-    assert weft.generate(run, "ab ->", max_new_tokens=8).text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert weftlora.generate(run, "ab ->", max_new_tokens=8).text == tokenizer.decode(
+        expected, skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,18 +186,18 @@ def test_generation_is_the_bases_own_greedy_search(bases: dict[str, Path], recip
 )
 def test_impossible_requests(trained: Run, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        weft.generate(trained, "a", **options)
+        weftlora.generate(trained, "a", **options)
 
 
 def test_a_base_that_does_not_match_is_refused(trained: Run, tmp_path: Path) -> None:
     retrained = str(tiny.llama(tmp_path / "retrained", seed=1))
     wider = str(tiny.llama(tmp_path / "wider", hidden=48))
     with pytest.raises(AdapterError, match="other weights"):
-        weft.evaluate(trained, base=retrained)
+        weftlora.evaluate(trained, base=retrained)
     with pytest.raises(AdapterError, match="another base"):
-        weft.generate(trained, "a", base=wider)
+        weftlora.generate(trained, "a", base=wider)
     with pytest.raises(AdapterError, match="not made for this base") as raised:
-        weft.generate(trained.adapter_folder, "a", base=wider)
+        weftlora.generate(trained.adapter_folder, "a", base=wider)
     assert "\n" not in str(raised.value)
 
 
@@ -204,14 +206,14 @@ def test_an_adapter_of_a_newer_weft_is_refused(trained: Run, tmp_path: Path) -> 
     path = copy / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99, "weft_version": "9.0"}))
     with pytest.raises(AdapterError, match=r"99.*9\.0"):
-        weft.evaluate(copy)
+        weftlora.evaluate(copy)
 
 
 def test_a_run_of_a_newer_weft_is_refused(trained: Run, tmp_path: Path) -> None:
     content = json.loads((trained.folder / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(content | {"format": 99}))
-    with pytest.raises(RunError, match="newer weft"):
-        weft.evaluate(tmp_path)
+    with pytest.raises(RunError, match="newer weftlora"):
+        weftlora.evaluate(tmp_path)
 
 
 def test_tensors_that_peft_would_only_warn_about(trained: Run, tmp_path: Path) -> None:
@@ -223,12 +225,12 @@ def test_tensors_that_peft_would_only_warn_about(trained: Run, tmp_path: Path) -
     gone = sorted(tensors)[0]
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path)
     with pytest.raises(AdapterError, match="lacks 1 tensor"):
-        weft.evaluate(copy)
+        weftlora.evaluate(copy)
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_adapter(trained: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run folder"):
-        weft.generate(tmp_path, "a")
+        weftlora.generate(tmp_path, "a")
     copy = shutil.copytree(trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("adapter"))
     with pytest.raises(AdapterError, match="--resume"):
-        weft.evaluate(copy)
+        weftlora.evaluate(copy)

@@ -14,9 +14,9 @@ from interrupting import Interrupt
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
-import weft
-from weft.train import stopwatch
-from weft.train.run import Run
+import weftlora
+from weftlora.train import stopwatch
+from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 FILE = "adapter_model.safetensors"
@@ -29,7 +29,7 @@ def file_of(folder: Path) -> Path:
 
 
 def test_counts_are_exact_and_sizes_are_those_of_the_files(recipe: Make) -> None:
-    run = weft.train(recipe(adapter={"recipe": "lora", "r": 4, "target_modules": ["q_proj"]}, train=MANY))
+    run = weftlora.train(recipe(adapter={"recipe": "lora", "r": 4, "target_modules": ["q_proj"]}, train=MANY))
     found = Run.load(run.folder).figures
     assert found == run.figures == run.record()["figures"]
     assert found["trained"] == found["stored"] == 2 * (32 * 4 + 4 * 32)  # two blocks of width 32
@@ -52,8 +52,8 @@ def test_counts_are_exact_and_sizes_are_those_of_the_files(recipe: Make) -> None
     ],
 )
 def test_the_export_is_as_large_as_was_said(recipe: Make, tmp_path: Path, adapter: Any) -> None:
-    run = weft.train(recipe(adapter=adapter, train=MANY))
-    export = weft.export_lora(run.folder, tmp_path / "stock", verify=False)
+    run = weftlora.train(recipe(adapter=adapter, train=MANY))
+    export = weftlora.export_lora(run.folder, tmp_path / "stock", verify=False)
     assert (len(set(export.ranks.values())) > 1) == (adapter is MOVED), "only this one's ranks differ between sites"
     assert run.figures["stored_bytes"] == file_of(run.adapter_folder).stat().st_size
     assert run.figures["stored"] == sum(t.numel() for t in load_file(file_of(run.adapter_folder)).values())
@@ -62,7 +62,7 @@ def test_the_export_is_as_large_as_was_said(recipe: Make, tmp_path: Path, adapte
 
 def test_tied_sites_are_stored_once_and_exported_apart(recipe: Make) -> None:
     sections = [{"recipe": name, "r": 4, "target_modules": ["q_proj"]} for name in ("tied_lora", "lora")]
-    tied, plain = (weft.train(recipe(adapter=section), overwrite=True).figures for section in sections)
+    tied, plain = (weftlora.train(recipe(adapter=section), overwrite=True).figures for section in sections)
     a_and_b, u_and_v = 4 * 32 + 32 * 4, 4 + 32
     assert plain["stored"] == 2 * a_and_b
     assert tied["stored"] == tied["trained"] == a_and_b + 2 * u_and_v
@@ -70,29 +70,29 @@ def test_tied_sites_are_stored_once_and_exported_apart(recipe: Make) -> None:
 
 
 def test_a_routed_adapter_would_be_as_large_as_at_its_mean_gate(recipe: Make, tmp_path: Path) -> None:
-    run = weft.train(recipe(adapter="hydralora", train=MANY))
+    run = weftlora.train(recipe(adapter="hydralora", train=MANY))
     rows = str(tmp_path / "train.jsonl")
-    weft.export_lora(run.folder, tmp_path / "stock", verify=False, approximate="mean-gate", data=rows)
+    weftlora.export_lora(run.folder, tmp_path / "stock", verify=False, approximate="mean-gate", data=rows)
     assert run.figures["export_bytes"] == file_of(tmp_path / "stock").stat().st_size
 
 
 def test_a_head_is_stored_and_exported_and_not_counted_as_trained(recipe: Make, tmp_path: Path) -> None:
-    run = weft.train(recipe("bert", adapter="lora", train=MANY))
+    run = weftlora.train(recipe("bert", adapter="lora", train=MANY))
     head = 2 * 32 + 2
     assert run.parameters["trainable"] - run.figures["trained"] == head
     assert run.figures["stored"] == run.figures["trained"] + head
-    weft.export_lora(run.folder, tmp_path / "stock", verify=False)
+    weftlora.export_lora(run.folder, tmp_path / "stock", verify=False)
     assert run.figures["export_bytes"] == file_of(tmp_path / "stock").stat().st_size
 
 
 def test_a_stock_adapter_is_its_own_export(recipe: Make) -> None:
-    found = weft.train(recipe(adapter="peft:lora")).figures
+    found = weftlora.train(recipe(adapter="peft:lora")).figures
     assert found["export_bytes"] == found["stored_bytes"]
 
 
 def test_a_search_is_told_apart_from_the_training(recipe: Make) -> None:
     section = {"recipe": "flexora", "r": 2, "val_size": 8, "outer_batches": 2, "steps": 2}
-    found = weft.train(recipe(adapter=section, train=MANY)).figures
+    found = weftlora.train(recipe(adapter=section, train=MANY)).figures
     assert found["search_steps"] > 0
     assert found["search_seconds"] > 0
     assert found["timed_steps"] == 2
@@ -210,9 +210,9 @@ def test_a_resumed_run_counts_each_of_its_steps_once(recipe: Make, tmp_path: Pat
     length = {"steps": 6, "save_every": 3}
     given = recipe(train=length)
     with pytest.raises(KeyboardInterrupt):
-        weft.train(given, callbacks=[_Slow(), Interrupt(5)])
-    whole = weft.train(recipe(train=length, out=str(tmp_path / "whole")), callbacks=[_Slow()]).figures
-    found = weft.train(given, resume=True, callbacks=[_Slow()]).figures
+        weftlora.train(given, callbacks=[_Slow(), Interrupt(5)])
+    whole = weftlora.train(recipe(train=length, out=str(tmp_path / "whole")), callbacks=[_Slow()]).figures
+    found = weftlora.train(given, resume=True, callbacks=[_Slow()]).figures
     assert whole["timed_steps"] == 5
     assert found["timed_steps"] == 2 + 2
     assert found["cpu_per_step"] == pytest.approx(whole["cpu_per_step"], rel=0.5)
@@ -224,10 +224,10 @@ def test_a_resumed_run_counts_each_of_its_steps_once(recipe: Make, tmp_path: Pat
 
 def test_the_empty_step_after_the_last_is_not_timed(recipe: Make) -> None:
     given = recipe(train={"steps": 4, "save_every": 2})
-    weft.train(given)
+    weftlora.train(given)
     run = Run.load(given["out"])
     (run.folder / "run.json").write_text((run.folder / "run.json").read_text().replace('"complete"', '"interrupted"'))
-    again = weft.train(given, resume=True)
+    again = weftlora.train(given, resume=True)
     assert again.time["resumed_from"] == 4
     assert again.figures["timed_steps"] == 3
     assert again.figures["cpu_per_step"] == run.figures["cpu_per_step"]
@@ -235,5 +235,5 @@ def test_the_empty_step_after_the_last_is_not_timed(recipe: Make) -> None:
 
 def test_a_run_that_is_not_complete_has_no_figures(recipe: Make) -> None:
     with pytest.raises(KeyboardInterrupt):
-        weft.train(recipe(), callbacks=[Interrupt(2)])
+        weftlora.train(recipe(), callbacks=[Interrupt(2)])
     assert Run.load(recipe()["out"]).figures == {}

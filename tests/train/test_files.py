@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from weft.errors import RunError
-from weft.train import files
+from weftlora.errors import RunError
+from weftlora.train import files
 
 
 @pytest.fixture

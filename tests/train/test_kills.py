@@ -12,8 +12,8 @@ import killing
 import pytest
 import tiny_bases as tiny
 
-import weft
-from weft.recipes import RECIPES
+import weftlora
+from weftlora.recipes import RECIPES
 
 HERE = Path(__file__).parent
 
@@ -23,7 +23,7 @@ def test_killed_at_every_phase_boundary_and_at_random_steps(host: str, tmp_path:
     """One test a host, because importing takes longer than ten lives."""
     tiny.llama(tmp_path / "base")
     tiny.write_rows(tmp_path / "rows.jsonl", tiny.answers(48))
-    path = os.pathsep.join([str(Path(weft.__file__).parents[1]), str(HERE)])
+    path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(HERE)])
     done = subprocess.run(
         [sys.executable, str(HERE / "killing.py"), host, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

@@ -12,13 +12,13 @@ from interrupting import Interrupt, weights
 from pairing import both_of
 from peft import PeftModel
 
-import weft
-from weft.errors import ConfigError, DataError, RunError, TargetError
-from weft.search import Selection
-from weft.search.driver import LayerSearch
-from weft.train.layers import search_recipe
-from weft.train.progress import Tick
-from weft.train.run import Run
+import weftlora
+from weftlora.errors import ConfigError, DataError, RunError, TargetError
+from weftlora.search import Selection
+from weftlora.search.driver import LayerSearch
+from weftlora.train.layers import search_recipe
+from weftlora.train.progress import Tick
+from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 FLEXORA = {"recipe": "flexora", "r": 4, "val_size": 8, "outer_batches": 2, "steps": 4, "lora_dropout": 0.2}
@@ -27,7 +27,7 @@ FLEXORA = {"recipe": "flexora", "r": 4, "val_size": 8, "outer_batches": 2, "step
 @pytest.mark.parametrize("finetune", ["restart", "continue"])
 def test_one_run_searches_selects_and_trains(recipe: Make, finetune: str) -> None:
     ticks = []
-    run = weft.train(recipe(adapter={**FLEXORA, "finetune": finetune}), progress=ticks.append)
+    run = weftlora.train(recipe(adapter={**FLEXORA, "finetune": finetune}), progress=ticks.append)
     assert run.status == "complete"
     assert [t.phase for t in ticks if t.phase in ("search", "train")] == ["search"] * 4 + ["train"] * 4
     selection = Selection.load(run.folder / "selection.json")
@@ -37,7 +37,7 @@ def test_one_run_searches_selects_and_trains(recipe: Make, finetune: str) -> Non
     names = {n.split(".weft_site")[0] for n in _tensors(run)}
     assert {n.removeprefix("base_model.model.") for n in names} == {m for c in selection.chosen for m in c.modules}
     assert len((run.folder / "search.jsonl").read_text().splitlines()) == 4
-    assert weft.evaluate(run).scores.loss is not None
+    assert weftlora.evaluate(run).scores.loss is not None
 
 
 def _tensors(run: Run) -> list[str]:
@@ -53,7 +53,7 @@ def test_a_run_interrupted_inside_its_search_ends_as_the_uninterrupted_one(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, finetune: str
 ) -> None:
     adapter = {**FLEXORA, "finetune": finetune}
-    whole = weft.train(recipe(adapter=adapter, train={"save_every": 2}, out=str(tmp_path / "whole")))
+    whole = weftlora.train(recipe(adapter=adapter, train={"save_every": 2}, out=str(tmp_path / "whole")))
     given = recipe(adapter=adapter, train={"save_every": 2}, out=str(tmp_path / "cut"))
     step = LayerSearch.step
 
@@ -65,10 +65,10 @@ def test_a_run_interrupted_inside_its_search_ends_as_the_uninterrupted_one(
     with monkeypatch.context() as patch:
         patch.setattr(LayerSearch, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
-            weft.train(given)
+            weftlora.train(given)
     assert Run.load(given["out"]).status == "interrupted"
     ticks: list[Tick] = []
-    resumed = weft.train(given, resume=True, progress=ticks.append)
+    resumed = weftlora.train(given, resume=True, progress=ticks.append)
     begun = 1 + stop // 2 * 2  # a search that began anew would end the same
     assert [t.done for t in ticks if t.phase == "search"] == list(range(begun, 5))
     assert weights(resumed) == weights(whole)
@@ -78,11 +78,11 @@ def test_a_run_interrupted_inside_its_search_ends_as_the_uninterrupted_one(
 
 def test_a_run_interrupted_after_its_search_goes_on_with_the_same_selection(recipe: Make, tmp_path: Path) -> None:
     long = {"steps": 6, "save_every": 2}
-    whole = weft.train(recipe(adapter=FLEXORA, train=long, out=str(tmp_path / "whole")))
+    whole = weftlora.train(recipe(adapter=FLEXORA, train=long, out=str(tmp_path / "whole")))
     given = recipe(adapter=FLEXORA, train=long, out=str(tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
-        weft.train(given, callbacks=[Interrupt(5)])
-    resumed = weft.train(given, resume=True)
+        weftlora.train(given, callbacks=[Interrupt(5)])
+    resumed = weftlora.train(given, resume=True)
     assert resumed.time["resumed_from"] == 4
     assert weights(resumed) == weights(whole)
 
@@ -91,12 +91,12 @@ def test_a_recipe_may_ask_for_an_error_where_too_few_blocks_qualify(
     recipe: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two of two blocks cannot both be above their mean."""
-    filled = weft.train(recipe(adapter={**FLEXORA, "min_layers": 2}, out=str(tmp_path / "filled")))
+    filled = weftlora.train(recipe(adapter={**FLEXORA, "min_layers": 2}, out=str(tmp_path / "filled")))
     assert filled.adapter["layers"]["blocks"] == [0, 1]
     assert "added for min_layers: model.layers." in caplog.text
     given = recipe(adapter={**FLEXORA, "min_layers": 2, "when_fewer": "error"})
     with pytest.raises(RunError, match=r"selects 1 of 2 groups, fewer than min_layers=2"):
-        weft.train(given)
+        weftlora.train(given)
     assert Run.load(given["out"]).status == "failed"
     with pytest.raises(RunError, match="fewer than min_layers=2"):
         search_recipe(given, out=tmp_path / "selection.json")
@@ -104,14 +104,14 @@ def test_a_recipe_may_ask_for_an_error_where_too_few_blocks_qualify(
 
 
 def test_a_classifiers_head_is_fresh_in_the_second_stage(recipe: Make) -> None:
-    run = weft.train(recipe("bert", adapter={**FLEXORA, "exclude_modules": ["pooler.dense"]}))
+    run = weftlora.train(recipe("bert", adapter={**FLEXORA, "exclude_modules": ["pooler.dense"]}))
     assert run.status == "complete"
 
 
 def test_too_few_rows_for_the_search_leave_no_folder(recipe: Make, tmp_path: Path) -> None:
     given = recipe(adapter={**FLEXORA, "val_size": 100})
     with pytest.raises(DataError, match="val_size=100"):
-        weft.train(given)
+        weftlora.train(given)
     assert not (tmp_path / "run").exists()
 
 
@@ -124,22 +124,22 @@ def test_a_search_alone_writes_a_selection_that_any_recipe_takes(recipe: Make, t
     assert found.record()["layers"] == list(found.selections[0].blocks)
     assert not (tmp_path / "run").exists()
     named = recipe(adapter={"recipe": "tied_lora", "r": 4, "layers": str(tmp_path / "selection.json")})
-    run = weft.train(named)
+    run = weftlora.train(named)
     assert run.adapter["layers"]["blocks"] == list(found.selections[0].blocks)
-    listed = weft.train(recipe(adapter={"recipe": "lora", "r": 4, "layers": [1]}, out=str(tmp_path / "listed")))
+    listed = weftlora.train(recipe(adapter={"recipe": "lora", "r": 4, "layers": [1]}, out=str(tmp_path / "listed")))
     assert all(".layers.1." in name for name in _tensors(listed))
     other = recipe(
         "t5", adapter={"recipe": "lora", "layers": str(tmp_path / "selection.json")}, out=str(tmp_path / "t5")
     )
     with pytest.raises(TargetError, match=r"searched on another model: it selects model\.layers"):
-        weft.train(other)
+        weftlora.train(other)
 
 
 def test_layers_that_are_chosen_already_are_not_searched(recipe: Make) -> None:
     with pytest.raises(ConfigError, match="nothing to search"):
         search_recipe(recipe(adapter={"recipe": "lora", "layers": [0]}))
     with pytest.raises(ConfigError, match="flexora searches its layers"):
-        weft.train(recipe(adapter={**FLEXORA, "layers": [0]}))
+        weftlora.train(recipe(adapter={**FLEXORA, "layers": [0]}))
 
 
 @pytest.mark.parametrize("adapter", ["peft:lora", "none"])
@@ -153,7 +153,7 @@ def test_an_adapter_without_gates_is_not_searched(recipe: Make, adapter: str) ->
 def test_the_adapter_of_a_searched_run_loads_with_peft(recipe: Make, bases: dict[str, Path]) -> None:
     from transformers import AutoModelForCausalLM
 
-    run = weft.train(recipe(adapter=FLEXORA))
+    run = weftlora.train(recipe(adapter=FLEXORA))
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), run.adapter_folder)
     assert model.peft_config["default"].layers == Selection.load(run.folder / "selection.json").layers
 
@@ -162,7 +162,7 @@ def test_two_processes_select_as_one_does_and_resume_exactly_inside_the_search(r
     """Half the accumulation on each of two processes: the same micro-batches together, in training and in the search."""
     adapter = {**FLEXORA, "steps": 5, "lora_dropout": 0.0}
     train = {"batch_size": 4, "accumulation": 2, "save_every": 2, "schedule": "constant"}
-    alone = weft.train(recipe(adapter=adapter, train=train, out=str(tmp_path / "alone")))
+    alone = weftlora.train(recipe(adapter=adapter, train=train, out=str(tmp_path / "alone")))
     halved = recipe(adapter=adapter, train={**train, "accumulation": 1})
     (tmp_path / "recipe.json").write_text(json.dumps(halved))
     one, other = both_of(str(Path(__file__).with_name("two_trainings.py")), tmp_path)

@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import weft
-from weft.errors import ConfigError, ModelError, RunError, TargetError, WeftError
-from weft.train import Tick, files
-from weft.train.run import Run
+import weftlora
+from weftlora.errors import ConfigError, ModelError, RunError, TargetError, WeftError
+from weftlora.train import Tick, files
+from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 
 
 def test_a_run_folder_says_what_was_done(recipe: Make, tmp_path: Path) -> None:
-    run = weft.train(recipe(adapter="hydralora", train={"steps": 6, "eval_every": 3, "save_every": 2}))
+    run = weftlora.train(recipe(adapter="hydralora", train={"steps": 6, "eval_every": 3, "save_every": 2}))
     kept = json.loads((tmp_path / "run" / "run.json").read_text())
     assert kept["status"] == run.status == "complete"
     assert kept["recipe"]["adapter"] == {"recipe": "hydralora", "r": 4}
@@ -38,7 +38,7 @@ def test_a_run_folder_says_what_was_done(recipe: Make, tmp_path: Path) -> None:
     events = [json.loads(line)["event"] for line in (run.folder / "events.jsonl").read_text().splitlines()]
     assert events == ["start", "checkpoint", "checkpoint", "checkpoint", "end"]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
-    assert "import weft" in (run.adapter_folder / "README.md").read_text()
+    assert "import weftlora" in (run.adapter_folder / "README.md").read_text()
     assert not list(run.folder.rglob("*.part"))
 
 
@@ -47,7 +47,7 @@ def test_nothing_is_written_outside_the_run_folder(
 ) -> None:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    weft.train(recipe())
+    weftlora.train(recipe())
     assert not list((tmp_path / "cwd").iterdir())
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_written_outside_the_run_folder(
     "adapter", ["lora", "hydralora", "tied_lora", "peft:lora", {"structure": {"hydra": {"heads": 2}}, "r": 2}]
 )
 def test_training_lowers_the_loss(recipe: Make, adapter: Any) -> None:
-    run = weft.train(recipe(adapter=adapter, train={"steps": 12, "lr": 2e-2}))
+    run = weftlora.train(recipe(adapter=adapter, train={"steps": 12, "lr": 2e-2}))
     losses = [row["loss"] for row in run.history()]
     assert losses[-1] < losses[0] - 0.1
 
@@ -63,7 +63,7 @@ def test_training_lowers_the_loss(recipe: Make, adapter: Any) -> None:
 @pytest.mark.parametrize("base", ["bert", "llama"])
 def test_a_classifier_is_trained_with_its_head(recipe: Make, bases: dict[str, Path], base: str) -> None:
     given = recipe("bert", adapter="lora") | {"model": str(bases[base])}
-    run = weft.train(given)
+    run = weftlora.train(given)
     head = "classifier" if base == "bert" else "score"
     saved = load_file(run.adapter_folder / "adapter_model.safetensors")
     assert any(head in name for name in saved)
@@ -72,15 +72,15 @@ def test_a_classifier_is_trained_with_its_head(recipe: Make, bases: dict[str, Pa
 
 
 def test_an_encoder_decoder_is_trained_on_text_to_text(recipe: Make) -> None:
-    run = weft.train(recipe("t5", adapter="lora", train={"steps": 8, "lr": 2e-2}))
+    run = weftlora.train(recipe("t5", adapter="lora", train={"steps": 8, "lr": 2e-2}))
     losses = [row["loss"] for row in run.history()]
     assert run.task == "seq2seq"
     assert losses[-1] < losses[0]
 
 
 def test_sft_gives_the_adapter_that_trainer_gives(recipe: Make, tmp_path: Path) -> None:
-    ours = weft.train(recipe(out=str(tmp_path / "a")))
-    theirs = weft.train(recipe(train={"trainer": "sft"}, out=str(tmp_path / "b")))
+    ours = weftlora.train(recipe(out=str(tmp_path / "a")))
+    theirs = weftlora.train(recipe(train={"trainer": "sft"}, out=str(tmp_path / "b")))
     a, b = (load_file(run.adapter_folder / "adapter_model.safetensors") for run in (ours, theirs))
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], atol=1e-5, rtol=1e-4)
@@ -88,8 +88,8 @@ def test_sft_gives_the_adapter_that_trainer_gives(recipe: Make, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", [True, "reentrant", "non_reentrant"])
 def test_checkpointing_activations_changes_nothing(recipe: Make, tmp_path: Path, kind: Any) -> None:
-    plain = weft.train(recipe(adapter="lora", train={"steps": 2}, out=str(tmp_path / "a")))
-    other = weft.train(
+    plain = weftlora.train(recipe(adapter="lora", train={"steps": 2}, out=str(tmp_path / "a")))
+    other = weftlora.train(
         recipe(adapter="lora", train={"steps": 2, "gradient_checkpointing": kind}, out=str(tmp_path / "b"))
     )
     a, b = (load_file(run.adapter_folder / "adapter_model.safetensors") for run in (plain, other))
@@ -98,21 +98,21 @@ def test_checkpointing_activations_changes_nothing(recipe: Make, tmp_path: Path,
 
 
 def test_accumulation_is_one_larger_batch(recipe: Make, tmp_path: Path) -> None:
-    whole = weft.train(recipe(train={"steps": 2, "batch_size": 16}, out=str(tmp_path / "a")))
-    parts = weft.train(recipe(train={"steps": 2, "batch_size": 4, "accumulation": 4}, out=str(tmp_path / "b")))
+    whole = weftlora.train(recipe(train={"steps": 2, "batch_size": 16}, out=str(tmp_path / "a")))
+    parts = weftlora.train(recipe(train={"steps": 2, "batch_size": 4, "accumulation": 4}, out=str(tmp_path / "b")))
     a, b = (load_file(run.adapter_folder / "adapter_model.safetensors") for run in (whole, parts))
     for name, tensor in a.items():
         torch.testing.assert_close(tensor, b[name], atol=1e-4, rtol=1e-3)
 
 
 def test_bf16_autocast_trains(recipe: Make) -> None:
-    run = weft.train(recipe(adapter="hydralora", train={"precision": "bf16"}))
+    run = weftlora.train(recipe(adapter="hydralora", train={"precision": "bf16"}))
     assert run.metrics["train_loss"] > 0
 
 
 def test_stock_adalora_moves_its_ranks(recipe: Make) -> None:
     adapter = {"recipe": "peft:adalora", "r": 2, "init_r": 4, "tinit": 1, "tfinal": 1, "deltaT": 1}
-    run = weft.train(recipe(adapter=adapter, train={"steps": 8}))
+    run = weftlora.train(recipe(adapter=adapter, train={"steps": 8}))
     kept = json.loads((run.adapter_folder / "adapter_config.json").read_text())
     assert kept["total_step"] == 8
     assert any(False in mask for mask in kept["rank_pattern"].values())
@@ -120,14 +120,14 @@ def test_stock_adalora_moves_its_ranks(recipe: Make) -> None:
 
 def test_stock_adalora_is_measured_without_its_penalty_and_once_it_is_loaded(recipe: Make) -> None:
     adapter = {"recipe": "peft:adalora", "r": 2, "init_r": 4, "tinit": 1, "tfinal": 1, "orth_reg_weight": 100.0}
-    run = weft.train(recipe(adapter=adapter, train={"steps": 4}))
-    loaded = weft.evaluate(run, split="validation", max_new_tokens=1).scores.loss
+    run = weftlora.train(recipe(adapter=adapter, train={"steps": 4}))
+    loaded = weftlora.evaluate(run, split="validation", max_new_tokens=1).scores.loss
     assert run.metrics["validation_loss"] == pytest.approx(loaded, rel=1e-5)
 
 
 def test_progress_is_told_every_step(recipe: Make) -> None:
     ticks: list[Tick] = []
-    weft.train(recipe(train={"steps": 3}), progress=ticks.append)
+    weftlora.train(recipe(train={"steps": 3}), progress=ticks.append)
     train = [tick for tick in ticks if tick.phase == "train"]
     assert [(tick.done, tick.total) for tick in train] == [(1, 3), (2, 3), (3, 3)]
     assert train[-1].loss is not None
@@ -135,7 +135,7 @@ def test_progress_is_told_every_step(recipe: Make) -> None:
 
 
 def test_overrides_of_a_mapping(recipe: Make) -> None:
-    assert weft.train(recipe(), "train.steps=2", "adapter.r=3").adapter["r"] == 3
+    assert weftlora.train(recipe(), "train.steps=2", "adapter.r=3").adapter["r"] == 3
 
 
 # What cannot work leaves nothing behind.
@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[WeftError], str]] = {
     ),
     "no target": ({"adapter": {"recipe": "lora", "target_modules": ["nothing"]}}, TargetError, "nothing"),
     "no target in peft": ({"adapter": {"recipe": "peft:lora", "target_modules": ["nothing"]}}, TargetError, "nothing"),
-    "no adapter": ({"adapter": "none"}, ConfigError, "weft eval"),
+    "no adapter": ({"adapter": "none"}, ConfigError, "weftlora eval"),
     "missing base": ({"model": "./nowhere"}, ModelError, "no model folder"),
 }
 
@@ -169,7 +169,7 @@ def test_what_cannot_work_is_one_sentence_and_leaves_nothing(recipe: Make, tmp_p
     change, kind, says = WRONG[case]
     given = recipe(out=str(tmp_path / "deep" / "run")) | change
     with pytest.raises(kind) as raised:
-        weft.train(given)
+        weftlora.train(given)
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "deep").exists()
@@ -177,15 +177,15 @@ def test_what_cannot_work_is_one_sentence_and_leaves_nothing(recipe: Make, tmp_p
 
 def test_sft_is_for_causal_models(recipe: Make) -> None:
     with pytest.raises(ConfigError, match="causal"):
-        weft.train(recipe("bert", train={"trainer": "sft"}))
+        weftlora.train(recipe("bert", train={"trainer": "sft"}))
 
 
 def test_a_folder_in_use_is_kept(recipe: Make, tmp_path: Path) -> None:
-    first = weft.train(recipe())
+    first = weftlora.train(recipe())
     with pytest.raises(RunError, match="--resume"):
-        weft.train(recipe(train={"steps": 2}))
+        weftlora.train(recipe(train={"steps": 2}))
     assert Run.load(first.folder).steps == 4
-    second = weft.train(recipe(train={"steps": 2}), overwrite=True)
+    second = weftlora.train(recipe(train={"steps": 2}), overwrite=True)
     assert Run.load(second.folder).steps == 2
     assert not (tmp_path / "run.replaced").exists()
 
@@ -194,7 +194,7 @@ def test_overwrite_spares_a_folder_that_is_no_run(recipe: Make, tmp_path: Path) 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years")
     with pytest.raises(RunError, match="other files"):
-        weft.train(recipe(), overwrite=True)
+        weftlora.train(recipe(), overwrite=True)
     assert (tmp_path / "run" / "thesis.tex").exists()
 
 
@@ -202,7 +202,7 @@ def test_a_file_in_the_way(recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in ("file", "file/run"):
         with pytest.raises(RunError, match="file"):
-            weft.train(recipe(out=str(tmp_path / out)))
+            weftlora.train(recipe(out=str(tmp_path / out)))
 
 
 def test_a_read_only_place_is_refused_before_anything_is_loaded(
@@ -210,7 +210,7 @@ def test_a_read_only_place_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere: permissions cannot be used here
     with pytest.raises(RunError, match="read-only"):
-        weft.train(recipe() | {"model": "./nowhere"})
+        weftlora.train(recipe() | {"model": "./nowhere"})
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -218,7 +218,7 @@ def test_a_disk_full_at_the_start_changes_nothing(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     if overwrite:
-        weft.train(recipe())
+        weftlora.train(recipe())
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
 
     def sync(descriptor: int) -> None:
@@ -227,7 +227,7 @@ def test_a_disk_full_at_the_start_changes_nothing(
     given = recipe()
     monkeypatch.setattr(files, "sync", sync)
     with pytest.raises(RunError, match="no space left"):
-        weft.train(given, overwrite=overwrite)
+        weftlora.train(given, overwrite=overwrite)
     after = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} - {Path("train.jsonl"), Path("test.jsonl")}
     assert sorted(after) == [path for path in before if path.suffix != ".jsonl" or len(path.parts) > 1]
 
@@ -241,11 +241,11 @@ class _FillsDisk(TrainerCallback):
 def test_a_disk_full_on_the_way_leaves_what_resume_needs(recipe: Make) -> None:
     given = recipe(train={"save_every": 2})
     with pytest.raises(RunError, match="--resume"):
-        weft.train(given, callbacks=[_FillsDisk()])
+        weftlora.train(given, callbacks=[_FillsDisk()])
     run = Run.load(given["out"])
     assert run.status == "failed"
     assert not run.adapter_folder.exists()
-    assert weft.train(given, resume=True).status == "complete"
+    assert weftlora.train(given, resume=True).status == "complete"
 
 
 class _Stops(TrainerCallback):
@@ -256,7 +256,7 @@ class _Stops(TrainerCallback):
 def test_a_run_stopped_before_its_launch_says_so(recipe: Make) -> None:
     given = recipe(adapter={"recipe": "lora_dash", "r": 2, "after": 3}, train={"steps": 6})
     with pytest.warns(UserWarning, match=r"2 steps and is still without the launch of Dash \(due after step 3\)"):
-        weft.train(given, callbacks=[_Stops()])
+        weftlora.train(given, callbacks=[_Stops()])
 
 
 class _Likes(TrainerCallback):
@@ -269,7 +269,7 @@ class _Likes(TrainerCallback):
 def test_the_best_checkpoint_is_not_rotated_away(recipe: Make) -> None:
     given = recipe(train={"save_every": 1, "keep": 1, "eval_every": 1, "args": {"load_best_model_at_end": True}})
     given["data"]["validation_fraction"] = 0.25
-    run = weft.train(given, callbacks=[_Likes()])
+    run = weftlora.train(given, callbacks=[_Likes()])
     files = [folder / "adapter_model.safetensors" for folder in (run.adapter_folder, run.checkpoints / "checkpoint-2")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]

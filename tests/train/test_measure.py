@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from weft.data import Collator
-from weft.train.measure import Measured, accuracy, batches, evaluating, macro_f1, mean_loss
+from weftlora.data import Collator
+from weftlora.train.measure import Measured, accuracy, batches, evaluating, macro_f1, mean_loss
 
 ROWS = Dataset.from_dict(
     {

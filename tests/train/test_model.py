@@ -9,10 +9,10 @@ import tiny_bases as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from weft.errors import AdapterError, DataError, ModelError
-from weft.train import model
-from weft.train.fingerprint import check_same, fingerprint
-from weft.train.recipe import ModelConfig
+from weftlora.errors import AdapterError, DataError, ModelError
+from weftlora.train import model
+from weftlora.train.fingerprint import check_same, fingerprint
+from weftlora.train.recipe import ModelConfig
 
 
 def found(folder: Path, **fields: str) -> model.Base:

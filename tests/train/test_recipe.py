@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from weft.errors import ConfigError
-from weft.train.recipe import Recipe, read_yaml
+from weftlora.errors import ConfigError
+from weftlora.train.recipe import Recipe, read_yaml
 
 WHOLE = {"model": "demo", "data": "rows.jsonl", "adapter": "lora", "train": {"steps": 10}, "out": "runs/a"}
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from interrupting import Interrupt, weights
 
-import weft
-from weft.errors import AdapterError, ConfigError, RunError
-from weft.train import checkpoint
-from weft.train.run import Run
+import weftlora
+from weftlora.errors import AdapterError, ConfigError, RunError
+from weftlora.train import checkpoint
+from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 LENGTH = {"steps": 10, "save_every": 4, "num_threads": 1}  # six steps an epoch: the run goes on into a second one
@@ -21,12 +21,12 @@ LENGTH = {"steps": 10, "save_every": 4, "num_threads": 1}  # six steps an epoch:
 
 def interrupted(given: dict[str, Any], step: int = 7) -> None:
     with pytest.raises(KeyboardInterrupt):
-        weft.train(given, callbacks=[Interrupt(step)])
+        weftlora.train(given, callbacks=[Interrupt(step)])
 
 
 def test_a_killed_run_ends_with_the_adapter_of_an_unkilled_one(recipe: Make, tmp_path: Path) -> None:
     adapter = {"recipe": "lora", "r": 4, "lora_dropout": 0.2}
-    whole = weft.train(recipe(adapter=adapter, train=LENGTH, out=str(tmp_path / "whole")))
+    whole = weftlora.train(recipe(adapter=adapter, train=LENGTH, out=str(tmp_path / "whole")))
     after_a_step, at_a_checkpoint = (
         recipe(adapter=adapter, train=LENGTH, out=str(tmp_path / name)) for name in ("after_a_step", "at_a_checkpoint")
     )
@@ -42,7 +42,7 @@ def test_a_killed_run_ends_with_the_adapter_of_an_unkilled_one(recipe: Make, tmp
         assert killed.status == "running"
         assert not killed.adapter_folder.exists()
         assert [checkpoint.step_of(path) for path in checkpoint.marked(killed.checkpoints)] == [4]
-        resumed = weft.train(given, resume=True)
+        resumed = weftlora.train(given, resume=True)
         assert resumed.status == "complete"
         assert resumed.time["resumed_from"] == 4
         assert weights(resumed) == weights(whole)
@@ -53,41 +53,41 @@ def test_a_killed_run_ends_with_the_adapter_of_an_unkilled_one(recipe: Make, tmp
 def test_every_structure_resumes_exactly(recipe: Make, tmp_path: Path, adapter: str) -> None:
     section = {"recipe": adapter, "r": 2, "lora_dropout": 0.1}
     train = LENGTH | {"eval_every": 3, "accumulation": 2, "batch_size": 4, "weight_decay": 0.1}
-    whole = weft.train(recipe(adapter=section, train=train, out=str(tmp_path / "whole")))
+    whole = weftlora.train(recipe(adapter=section, train=train, out=str(tmp_path / "whole")))
     given = recipe(adapter=section, train=train, out=str(tmp_path / "cut"))
     interrupted(given)
-    assert weights(weft.train(given, resume=True)) == weights(whole)
+    assert weights(weftlora.train(given, resume=True)) == weights(whole)
 
 
 def test_a_classifier_resumes_exactly(recipe: Make, tmp_path: Path) -> None:
     section = {"recipe": "lora", "r": 2, "lora_dropout": 0.1}
-    whole = weft.train(recipe("bert", adapter=section, train=LENGTH, out=str(tmp_path / "whole")))
+    whole = weftlora.train(recipe("bert", adapter=section, train=LENGTH, out=str(tmp_path / "whole")))
     given = recipe("bert", adapter=section, train=LENGTH, out=str(tmp_path / "cut"))
     interrupted(given)
-    assert weights(weft.train(given, resume=True)) == weights(whole)
+    assert weights(weftlora.train(given, resume=True)) == weights(whole)
 
 
 def test_without_a_checkpoint_it_starts_again(recipe: Make, tmp_path: Path) -> None:
-    whole = weft.train(recipe(train=LENGTH, out=str(tmp_path / "whole")))
+    whole = weftlora.train(recipe(train=LENGTH, out=str(tmp_path / "whole")))
     given = recipe(train=LENGTH, out=str(tmp_path / "cut"))
     interrupted(given, step=2)
-    resumed = weft.train(tmp_path / "cut", resume=True)  # a run folder names its own recipe
+    resumed = weftlora.train(tmp_path / "cut", resume=True)  # a run folder names its own recipe
     assert resumed.time["resumed_from"] == 0
     assert weights(resumed) == weights(whole)
 
 
 def test_a_complete_run_is_returned_as_it_is(recipe: Make) -> None:
-    run = weft.train(recipe())
+    run = weftlora.train(recipe())
     stamp = (run.folder / "run.json").stat().st_mtime_ns
-    assert weft.train(recipe(), resume=True) == run
+    assert weftlora.train(recipe(), resume=True) == run
     assert (run.folder / "run.json").stat().st_mtime_ns == stamp
 
 
 def test_another_recipe_does_not_continue_a_run(recipe: Make) -> None:
     interrupted(recipe(train=LENGTH))
     with pytest.raises(ConfigError, match=r"train\.lr=0\.01, not 0\.5"):
-        weft.train(recipe(train=LENGTH), "train.lr=0.5", resume=True)
-    assert weft.train(recipe(train=LENGTH), "train.keep=1", resume=True).status == "complete"
+        weftlora.train(recipe(train=LENGTH), "train.lr=0.5", resume=True)
+    assert weftlora.train(recipe(train=LENGTH), "train.keep=1", resume=True).status == "complete"
 
 
 def test_other_rows_do_not_continue_a_run(recipe: Make, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_other_rows_do_not_continue_a_run(recipe: Make, tmp_path: Path) -> None:
     rows = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(reversed(rows)))
     with pytest.raises(RunError, match=r"data .* changed"):
-        weft.train(given, resume=True)
+        weftlora.train(given, resume=True)
 
 
 def test_another_base_does_not_continue_a_run(recipe: Make, tmp_path: Path) -> None:
@@ -106,19 +106,19 @@ def test_another_base_does_not_continue_a_run(recipe: Make, tmp_path: Path) -> N
     interrupted(given)
     tiny.llama(tmp_path / "base", seed=1)
     with pytest.raises(AdapterError, match="other weights"):
-        weft.train(given, resume=True)
+        weftlora.train(given, resume=True)
 
 
 def test_there_must_be_a_run_to_resume(recipe: Make) -> None:
     with pytest.raises(RunError, match=r"no run\.json"):
-        weft.train(recipe(), resume=True)
+        weftlora.train(recipe(), resume=True)
 
 
 def test_a_run_killed_before_its_first_record_is_started_again(recipe: Make, tmp_path: Path) -> None:
     """There is nothing to resume, so the same command must do."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "run.json.part").write_text('{"format": 1, "fol')
-    assert weft.train(recipe()).status == "complete"
+    assert weftlora.train(recipe()).status == "complete"
     assert not (tmp_path / "run" / "run.json.part").exists()
     assert not (tmp_path / "run.replaced").exists()
 
@@ -126,7 +126,7 @@ def test_a_run_killed_before_its_first_record_is_started_again(recipe: Make, tmp
 def test_a_folder_with_anything_else_is_not_taken_for_one(recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "mine").mkdir(parents=True)
     with pytest.raises(RunError, match="not empty"):
-        weft.train(recipe())
+        weftlora.train(recipe())
 
 
 def test_adalora_says_that_it_cannot_be_resumed(recipe: Make) -> None:
@@ -134,4 +134,4 @@ def test_adalora_says_that_it_cannot_be_resumed(recipe: Make) -> None:
     given = recipe(adapter=adapter, train=LENGTH)
     interrupted(given)
     with pytest.raises(RunError, match="AdaLoRA"):
-        weft.train(given, resume=True)
+        weftlora.train(given, resume=True)

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-import weft
-from weft.train.recipe import Recipe, read_yaml
+import weftlora
+from weftlora.train.recipe import Recipe, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -19,27 +19,27 @@ from weft.train.recipe import Recipe, read_yaml
     ],
 )
 def test_values_are_not_converted_in_silence(recipe, override, words):
-    with pytest.raises(weft.ConfigError, match=words):
+    with pytest.raises(weftlora.ConfigError, match=words):
         Recipe.read(recipe("llama"), override)
 
 
 @pytest.mark.parametrize(
     ("override", "error", "words"),
     [
-        ("train.report_to=nonsense", weft.ConfigError, "is no logger"),
-        ("adapter.target_modules='((('", weft.ConfigError, "no regular expression"),
-        ("adapter.rank_pattern={'((': 4}", weft.ConfigError, "no regular expression"),
-        ("adapter.modules_to_save=[lm_hed]", weft.TargetError, "did you mean 'lm_head'"),
+        ("train.report_to=nonsense", weftlora.ConfigError, "is no logger"),
+        ("adapter.target_modules='((('", weftlora.ConfigError, "no regular expression"),
+        ("adapter.rank_pattern={'((': 4}", weftlora.ConfigError, "no regular expression"),
+        ("adapter.modules_to_save=[lm_hed]", weftlora.TargetError, "did you mean 'lm_head'"),
     ],
 )
 def test_what_cannot_work_is_a_sentence(recipe, tmp_path, override, error, words):
     with pytest.raises(error, match=words):
-        weft.train(recipe("llama", adapter="lora"), override)
+        weftlora.train(recipe("llama", adapter="lora"), override)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_key_written_twice_is_refused():
-    with pytest.raises(weft.ConfigError, match="stands there twice"):
+    with pytest.raises(weftlora.ConfigError, match="stands there twice"):
         read_yaml("train: {steps: 1}\ntrain: {steps: 2}", "r.yaml")
     assert read_yaml("a: {b: [1, {c: 2}]}", "r.yaml") == {"a": {"b": [1, {"c": 2}]}}
 
@@ -51,27 +51,27 @@ def test_weights_that_do_not_fit_their_config_are_refused(recipe, bases, tmp_pat
     config = json.loads((copy / "config.json").read_text())
     config["intermediate_size"] += 16
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(weft.ModelError):
-        weft.train(recipe(base) | {"model": str(copy)})
+    with pytest.raises(weftlora.ModelError):
+        weftlora.train(recipe(base) | {"model": str(copy)})
 
 
 def test_damaged_weights_are_refused(recipe, bases, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(bases["llama"], copy)
     (copy / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(weft.ModelError):
-        weft.train(recipe("llama") | {"model": str(copy)})
+    with pytest.raises(weftlora.ModelError):
+        weftlora.train(recipe("llama") | {"model": str(copy)})
 
 
 def test_a_run_is_evaluated_as_it_was_trained(recipe):
-    run = weft.train(recipe("llama", adapter="lora"))
-    with pytest.raises(weft.ConfigError, match="only data"):
-        weft.evaluate(run, "adapter.r=99")
+    run = weftlora.train(recipe("llama", adapter="lora"))
+    with pytest.raises(weftlora.ConfigError, match="only data"):
+        weftlora.evaluate(run, "adapter.r=99")
 
 
 def test_a_diverged_run_is_no_success(recipe, monkeypatch):
-    from weft.train import loop
+    from weftlora.train import loop
 
     monkeypatch.setattr(loop, "_final", lambda *_: {"train_loss": float("nan")})
-    with pytest.raises(weft.RunError, match="diverged"):
-        weft.train(recipe("llama", adapter="lora"))
+    with pytest.raises(weftlora.RunError, match="diverged"):
+        weftlora.train(recipe("llama", adapter="lora"))

@@ -11,8 +11,8 @@ from allocating import HELD_OUT, bare, events, ranks, scorer
 from dashing import sites
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
-import weft
-from weft.glue.attach import schedules
+import weftlora
+from weftlora.glue.attach import schedules
 
 
 def trainer(
@@ -20,7 +20,7 @@ def trainer(
 ) -> Any:
     given = {"per_device_train_batch_size": 2, "learning_rate": 2e-2, "save_strategy": "no", **fields}
     quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no"}
-    callbacks = [weft.Callback(validation=HELD_OUT), *more]
+    callbacks = [weftlora.Callback(validation=HELD_OUT), *more]
     args = TrainingArguments(str(folder), **given, **quiet)
     return kind(model, args, train_dataset=HELD_OUT[:rows], eval_dataset=HELD_OUT, callbacks=callbacks)
 
@@ -38,7 +38,7 @@ def test_rounds_of_epochs_lie_between_windows_of_accumulation(
     rows: int, accumulation: int, expected: list[int], batches: list[int], tmp_path: Path
 ) -> None:
     """Steps, and training batches seen by then, after 1, 1¼ and 1½ epochs; in short epochs one step apart."""
-    model = bare(first=weft.epochs(1), every=weft.epochs(0.25), max_rounds=3)
+    model = bare(first=weftlora.epochs(1), every=weftlora.epochs(0.25), max_rounds=3)
     seen, told = 0, list[tuple[int, int]]()
 
     def count(*_: Any) -> None:
@@ -47,7 +47,7 @@ def test_rounds_of_epochs_lie_between_windows_of_accumulation(
 
     next(iter(sites(model).values())).register_forward_hook(count)
     mine = trainer(tmp_path, model, rows=rows, gradient_accumulation_steps=accumulation, num_train_epochs=5)
-    mine.add_callback(weft.Callback(on_event=lambda event: told.append((event["step"], seen))))
+    mine.add_callback(weftlora.Callback(on_event=lambda event: told.append((event["step"], seen))))
     mine.train()
     assert told == list(zip(expected, batches, strict=True))
 
@@ -63,7 +63,7 @@ def test_stopped_early_between_rounds_it_has_the_ranks_of_its_best_checkpoint(be
             return metrics
 
     model, told = bare(), list[Any]()
-    weft.attach(model, on_event=told.append)
+    weftlora.attach(model, on_event=told.append)
     evaluated = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     ends = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "max_steps": 9}
     mine = trainer(tmp_path, model, Rigged, more=[EarlyStoppingCallback(2 if best == 2 else 1)], **evaluated, **ends)

@@ -1,4 +1,4 @@
-"""The rows that weft train scores rank slots on: of the validation part, none of them trained on; without such rows an error."""
+"""The rows that weftlora train scores rank slots on: of the validation part, none of them trained on; without such rows an error."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import weft
-from weft.glue.attach import schedules
-from weft.train.prepare import prepare
-from weft.train.recipe import Recipe
+import weftlora
+from weftlora.glue.attach import schedules
+from weftlora.train.prepare import prepare
+from weftlora.train.recipe import Recipe
 
 Make = Callable[..., dict[str, Any]]
 ALORA = {"recipe": "alora", "r": 2, "first": 1, "every": 1, "max_rounds": 1, "rows": 4}
@@ -21,12 +21,12 @@ def test_without_validation_rows_it_is_an_error_before_anything_is_written(recip
     given = recipe(adapter=ALORA)
     given["data"]["validation_fraction"] = 0
     with pytest.raises(
-        weft.ConfigError, match=r"scores its rank slots on validation rows, .* data\.validation_fraction=0\.1"
+        weftlora.ConfigError, match=r"scores its rank slots on validation rows, .* data\.validation_fraction=0\.1"
     ):
-        weft.train(given)
+        weftlora.train(given)
     assert not (tmp_path / "run").exists()
     given["adapter"] = {**ALORA, "score": "random"}
-    assert weft.train(given).status == "complete"
+    assert weftlora.train(given).status == "complete"
 
 
 def test_no_row_that_is_scored_on_is_trained_on(recipe: Make) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from pairing import run_pair
 
-import weft
-from weft.search.driver import LayerSearch
+import weftlora
+from weftlora.search.driver import LayerSearch
 
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
@@ -22,7 +22,7 @@ FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 def worker(rank: int) -> dict[str, Any]:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_PORT": "0"}
     recipe = json.loads((FOLDER / "recipe.json").read_text())
-    whole = weft.train({**recipe, "out": str(FOLDER / "whole")})
+    whole = weftlora.train({**recipe, "out": str(FOLDER / "whole")})
     given, step = {**recipe, "out": str(FOLDER / "cut")}, LayerSearch.step
 
     def stopping(self: LayerSearch) -> dict[str, Any]:
@@ -32,10 +32,10 @@ def worker(rank: int) -> dict[str, Any]:
 
     LayerSearch.step = stopping  # type: ignore[method-assign]
     try:
-        weft.train(given)
+        weftlora.train(given)
     except KeyboardInterrupt:
         LayerSearch.step = step  # type: ignore[method-assign]
-    resumed = weft.train(given, resume=True)
+    resumed = weftlora.train(given, resume=True)
     return {"layers": [whole.adapter["layers"]["blocks"], resumed.adapter["layers"]["blocks"]], "steps": whole.steps}
 
 

@@ -14,7 +14,7 @@ from allocating import TOKENS, adam, alora, controller, random_factors, scorer, 
 from dashing import sites
 from torch import Tensor, nn
 
-import weft
+import weftlora
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize("mode", ["exact", "taylor", "shortlist"])
 def test_scoring_leaves_no_trace_wherever_it_is_interrupted(mode: str) -> None:
     """Stopped in the first, second, … forward pass, until one goes through: modes, masks, gradients, moments, generators."""
-    model = alora(score=mode, structure=weft.Hydra(heads=2), lora_dropout=0.3)
+    model = alora(score=mode, structure=weftlora.Hydra(heads=2), lora_dropout=0.3)
     random_factors(model)
     optimizer = adam(model, lr=1e-3)
     train(model, 1, optimizer)

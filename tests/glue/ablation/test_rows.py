@@ -13,9 +13,9 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import weft
+import weftlora
 from families import FAMILIES
-from weft.glue.ablation.rows import rows_of
+from weftlora.glue.ablation.rows import rows_of
 
 
 def test_rows_come_in_any_form_and_are_drawn_by_the_seed_alone() -> None:
@@ -55,22 +55,22 @@ def test_rows_of_unequal_length_are_padded_and_masked() -> None:
     ],
 )
 def test_what_is_no_rows_is_refused(given: Any, match: str) -> None:
-    with pytest.raises(weft.WeftError, match=match):
-        weft.attach(bare(), validation=given)
+    with pytest.raises(weftlora.WeftError, match=match):
+        weftlora.attach(bare(), validation=given)
 
 
 def test_labels_that_are_all_ignored_are_an_error_not_a_nan() -> None:
     for labels in ([-100] * 7, [5] + [-100] * 6):  # the second counts nowhere: there is nothing before the first token
         model = bare(first=1)
-        weft.attach(model, validation=[{"input_ids": TOKENS[0].tolist(), "labels": labels}] * 3)
-        with pytest.raises(weft.WeftError, match="label"):
+        weftlora.attach(model, validation=[{"input_ids": TOKENS[0].tolist(), "labels": labels}] * 3)
+        with pytest.raises(weftlora.WeftError, match="label"):
             train(model, 1)
 
 
 def test_rows_for_an_adapter_that_scores_nothing_are_refused() -> None:
-    model = get_peft_model(FAMILIES["llama"].build(), weft.LoraDashConfig(after=3))
-    with pytest.raises(weft.ConfigError, match="no adapter has Reallocate"):
-        weft.attach(model, validation=HELD_OUT)
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(after=3))
+    with pytest.raises(weftlora.ConfigError, match="no adapter has Reallocate"):
+        weftlora.attach(model, validation=HELD_OUT)
 
 
 def test_what_a_collator_draws_is_drawn_by_the_seed_and_moves_no_generator_of_the_run() -> None:
@@ -100,20 +100,20 @@ def test_other_rows_are_none_of_those_drawn() -> None:
     one, other = (rows.draw(6, "x", other=each)["labels"].flatten().tolist() for each in (False, True))
     assert (len(one), len(other)) == (6, 4)
     assert sorted(one + other) == list(range(10))
-    with pytest.raises(weft.DataError, match="all 10 validation rows are drawn"):
+    with pytest.raises(weftlora.DataError, match="all 10 validation rows are drawn"):
         rows.draw(10, "x", other=True)
 
 
 def test_checking_scores_needs_rows_beside_those_of_a_round() -> None:
     model = bare(check=True, rows=len(HELD_OUT))
-    with pytest.raises(weft.ConfigError, match=r"check=True\) compares scores on 24 rows .* 24 were given"):
-        weft.attach(model, validation=HELD_OUT)
-    weft.attach(bare(check=True, rows=len(HELD_OUT) - 1), validation=HELD_OUT)
+    with pytest.raises(weftlora.ConfigError, match=r"check=True\) compares scores on 24 rows .* 24 were given"):
+        weftlora.attach(model, validation=HELD_OUT)
+    weftlora.attach(bare(check=True, rows=len(HELD_OUT) - 1), validation=HELD_OUT)
 
 
 def test_fewer_rows_than_a_round_wants_are_said() -> None:
     with pytest.warns(UserWarning, match=r"rows=32\) scores on so many validation rows and 24 were given"):
-        weft.attach(bare(rows=32), validation=HELD_OUT)
+        weftlora.attach(bare(rows=32), validation=HELD_OUT)
 
 
 def test_labels_that_count_nowhere_are_an_error_in_a_later_round_too() -> None:
@@ -124,7 +124,7 @@ def test_labels_that_count_nowhere_are_an_error_in_a_later_round_too() -> None:
     s.exact([(0, 0)], "a")
     s.rows = rows_of([{"input_ids": TOKENS[0], "labels": torch.tensor([5] + [-100] * 6)}] * 3)
     for score in (s.exact, s.estimate):
-        with pytest.raises(weft.ConfigError, match="no label of the validation rows drawn counts"):
+        with pytest.raises(weftlora.ConfigError, match="no label of the validation rows drawn counts"):
             score([(0, 0)], "b")
 
 
@@ -134,7 +134,7 @@ def test_rows_without_a_label_among_others_are_scored_with_them() -> None:
     scored = []
     for held in ([nothing] * 4 + HELD_OUT[:2], HELD_OUT[:2]):
         model = bare(rows=6).double()
-        weft.attach(model, validation=held)
+        weftlora.attach(model, validation=held)
         random_factors(model)
         scored.append(scorer(model).exact(controller(model).scoring.live()[:4], "a").sum(2))
         assert scorer(model).way is not None

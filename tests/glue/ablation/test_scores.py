@@ -12,24 +12,24 @@ from dashing import sites
 from peft import get_peft_model
 from torch import Tensor, nn
 
-import weft
+import weftlora
 from families import FAMILIES, adapter_config, randomise
-from weft.glue.ablation import estimate, exact
-from weft.glue.ablation.network import Network
-from weft.glue.ablation.quiet import undisturbed
-from weft.schedule import slots as surgery
-from weft.schedule.agreement import agreement, scores
+from weftlora.glue.ablation import estimate, exact
+from weftlora.glue.ablation.network import Network
+from weftlora.glue.ablation.quiet import undisturbed
+from weftlora.schedule import slots as surgery
+from weftlora.schedule.agreement import agreement, scores
 
 
 def adapted(family: str, structure: str, dtype: torch.dtype = torch.float64, **fields: Any) -> nn.Module:
     """Every slot contributes; some are dead."""
-    ranks = weft.Reallocate(first=50, max_rounds=1, **fields)
+    ranks = weftlora.Reallocate(first=50, max_rounds=1, **fields)
     model = get_peft_model(FAMILIES[family].build(), adapter_config(structure, family, ranks=ranks)).to(dtype)
     randomise(model)
     for site in list(sites(model).values())[::3]:
         surgery.move(site, [1], [], [], 1)
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in FAMILIES[family].batch().items()}
-    weft.attach(model, validation=[batch])
+    weftlora.attach(model, validation=[batch])
     return model
 
 
@@ -147,7 +147,7 @@ def test_autocast_around_the_loop_changes_no_score(mode: str) -> None:
 
 def test_the_head_sees_only_positions_whose_label_counts() -> None:
     model, answer = bare(rows=4), torch.tensor([-100] * 5 + [8, 9])
-    weft.attach(model, validation=[{"input_ids": ids, "labels": answer} for ids in TOKENS[:4]])
+    weftlora.attach(model, validation=[{"input_ids": ids, "labels": answer} for ids in TOKENS[:4]])
     random_factors(model)
     s, slots = scorer(model), controller(model).scoring.live()
     s.exact(slots[:1], "a")
@@ -173,11 +173,11 @@ def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
             logits = self.head(h)
             return type("Out", (), {"logits": logits, "loss": nn.functional.mse_loss(logits[:, 0], labels)})()
 
-    config = weft.AllocLoraConfig(r=2, first=9, max_rounds=1, target_modules=["0", "1", "head"])
+    config = weftlora.AllocLoraConfig(r=2, first=9, max_rounds=1, target_modules=["0", "1", "head"])
     model = get_peft_model(Odd(), config).double()
     randomise(model)
     draw = torch.Generator().manual_seed(1)
-    weft.attach(
+    weftlora.attach(
         model,
         validation={"x": 0} and [{"x": torch.randn(4, 12, generator=draw).double(), "labels": torch.randn(4).double()}],
     )
@@ -185,7 +185,7 @@ def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
     got = scorer(model).exact(slots, "0/1")
     assert scorer(model).way is None
     torch.testing.assert_close(got.sum(2), by_definition(model, slots), rtol=0, atol=1e-12)
-    with pytest.raises(weft.ConfigError, match="use score='exact'"):
+    with pytest.raises(weftlora.ConfigError, match="use score='exact'"):
         scorer(model).estimate(slots, "0/1")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from weft.errors import ConfigError
-from weft.terms.layers.only import Only
-from weft.terms.layers.search import Search, alpha_gradient, weights
+from weftlora.errors import ConfigError
+from weftlora.terms.layers.only import Only
+from weftlora.terms.layers.search import Search, alpha_gradient, weights
 
 
 def test_equal_alphas_are_exactly_one_for_every_number_of_blocks():

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-import weft
-from weft.terms.ranks.reallocate import Plan, Reallocate, Room, Slot, allocate, decide
-from weft.times import epochs, rounds
+import weftlora
+from weftlora.terms.ranks.reallocate import Plan, Reallocate, Room, Slot, allocate, decide
+from weftlora.times import epochs, rounds
 
 
 def counts(added: list[tuple[int, int]]) -> list[int]:
@@ -119,7 +119,7 @@ def test_random_rounds_keep_the_invariants() -> None:
     ],
 )
 def test_a_choice_refuses_what_cannot_work(fields: dict, match: str) -> None:
-    with pytest.raises(weft.ConfigError, match=match):
+    with pytest.raises(weftlora.ConfigError, match=match):
         Reallocate(**fields)
 
 
@@ -128,13 +128,15 @@ def test_capacity_is_twice_the_rank_and_no_more_than_the_weight_has() -> None:
     assert Reallocate().capacity(8, 100, 10) == 10
     assert Reallocate().capacity(8, 100, 4) == 8
     assert Reallocate(max_rank=12).capacity(8, 100, 100) == 12
-    with pytest.raises(weft.ConfigError, match="below the initial rank 8"):
+    with pytest.raises(weftlora.ConfigError, match="below the initial rank 8"):
         Reallocate(max_rank=7).capacity(8, 100, 100)
 
 
 def test_a_choice_survives_the_configs_own_json() -> None:
-    config = weft.AllocLoraConfig(r=4, first=weft.epochs(1), every=weft.epochs(0.25), move=3, score="taylor")
-    assert weft.WeftConfig(**config.to_dict()).ranks == config.ranks
+    config = weftlora.AllocLoraConfig(
+        r=4, first=weftlora.epochs(1), every=weftlora.epochs(0.25), move=3, score="taylor"
+    )
+    assert weftlora.WeftConfig(**config.to_dict()).ranks == config.ranks
 
 
 def test_the_papers_times() -> None:

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-import weft
-from weft import linalg
-from weft.errors import CombinationError, ConfigError
-from weft.site import Site, build_site
-from weft.terms.start.directions import Directions, DirectionsTerm, start_values
-from weft.terms.structure.plain import Plain
+import weftlora
+from weftlora import linalg
+from weftlora.errors import CombinationError, ConfigError
+from weftlora.site import Site, build_site
+from weftlora.terms.start.directions import Directions, DirectionsTerm, start_values
+from weftlora.terms.structure.plain import Plain
 
 IN, OUT, R, SCALE = 6, 5, 3, 2.0
 
@@ -169,20 +169,20 @@ def test_our_own_mode_starts_every_row_along_a_direction_and_every_column_at_zer
 def test_defaults_and_saved_form() -> None:
     choice = {"after": 100, "mode": "residual", "eps": 1e-8, "guard": 1e-6, "kappa": 1.0, "select": "rate", "seed": 0}
     assert dataclasses.asdict(Directions()) == choice
-    config = weft.LoraInitConfig()
+    config = weftlora.LoraInitConfig()
     assert (config.start, config.boost, config.lora_alpha) == (Directions(), None, 16)
     assert config.to_dict()["start"] == {"kind": "directions", **choice}
-    assert weft.WeftConfig(**config.to_dict()).start == config.start
-    later = weft.LoraInitConfig(after=weft.epochs(0.5))
-    assert weft.WeftConfig(**later.to_dict()).start.after == weft.epochs(0.5)
+    assert weftlora.WeftConfig(**config.to_dict()).start == config.start
+    later = weftlora.LoraInitConfig(after=weftlora.epochs(0.5))
+    assert weftlora.WeftConfig(**later.to_dict()).start.after == weftlora.epochs(0.5)
 
 
 def test_tsd_is_the_two_choices_and_nothing_else() -> None:
-    config = weft.LoraTsdConfig(r=4, directions=2, after=30, eps=1e-6, select="top", seed=3)
-    by_axes = weft.WeftConfig(
+    config = weftlora.LoraTsdConfig(r=4, directions=2, after=30, eps=1e-6, select="top", seed=3)
+    by_axes = weftlora.WeftConfig(
         r=4,
-        start=weft.Directions(after=30, eps=1e-6, select="top", seed=3),
-        boost=weft.Dash(directions=2, after=30, eps=1e-6, select="top", seed=3),
+        start=weftlora.Directions(after=30, eps=1e-6, select="top", seed=3),
+        boost=weftlora.Dash(directions=2, after=30, eps=1e-6, select="top", seed=3),
     )
     assert config.to_dict() == by_axes.to_dict()
 
@@ -207,8 +207,8 @@ def test_values_that_cannot_work_are_refused_with_what_to_do(fields: dict, sente
         Directions(**fields)
 
 
-@pytest.mark.parametrize("structure", [weft.Hydra(heads=2), weft.Tied()], ids=["hydra", "tied"])
-@pytest.mark.parametrize("recipe", [weft.LoraInitConfig, weft.LoraTsdConfig])
+@pytest.mark.parametrize("structure", [weftlora.Hydra(heads=2), weftlora.Tied()], ids=["hydra", "tied"])
+@pytest.mark.parametrize("recipe", [weftlora.LoraInitConfig, weftlora.LoraTsdConfig])
 def test_structures_that_it_does_not_go_with_are_refused_by_the_table(structure, recipe) -> None:
     with pytest.raises(CombinationError, match=f"{type(structure).__name__} with Directions"):
         recipe(structure=structure)
@@ -216,4 +216,4 @@ def test_structures_that_it_does_not_go_with_are_refused_by_the_table(structure,
 
 def test_a_misspelt_field_in_a_saved_form_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'guard'"):
-        weft.WeftConfig(start={"kind": "directions", "gaurd": 1e-6})
+        weftlora.WeftConfig(start={"kind": "directions", "gaurd": 1e-6})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from weft.terms.start.kaiming import kaiming_uniform
+from weftlora.terms.start.kaiming import kaiming_uniform
 
 
 def test_it_is_torchs_kaiming_uniform_with_a_of_root_five():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from weft.errors import ConfigError
-from weft.terms.structure.hydra import Hydra, HydraTerm
+from weftlora.errors import ConfigError
+from weftlora.terms.structure.hydra import Hydra, HydraTerm
 
 
 @pytest.mark.parametrize(

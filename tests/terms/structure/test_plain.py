@@ -2,7 +2,7 @@
 
 import torch
 
-from weft.terms.structure.plain import PlainTerm
+from weftlora.terms.structure.plain import PlainTerm
 
 
 def test_a_plain_term_trains_the_given_a_and_a_zero_b():

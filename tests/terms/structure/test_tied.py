@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from weft.errors import ConfigError
-from weft.terms.structure.tied import PARTS, PRESETS, Tied, TiedTerm, start_value, trained_parts, zero_part
+from weftlora.errors import ConfigError
+from weftlora.terms.structure.tied import PARTS, PRESETS, Tied, TiedTerm, start_value, trained_parts, zero_part
 
 ALL_SETS = ["".join(c) for n in range(1, 5) for c in itertools.combinations("ABuv", n)]
 

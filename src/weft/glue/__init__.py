@@ -1,1 +1,0 @@
-"""Where weft meets peft: registration, the tuner, sharing between sites."""

@@ -1,0 +1,269 @@
+"""What is measured: one frozen base, and the same base under each adapter.
+
+Every model of one measurement holds the very same frozen weight tensors. Every adapter sits on all linear modules but
+the head, at its recipe's α, with all of its factors away from zero, so that no gradient vanishes for a trivial reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from weftlora import linalg
+from weftlora.errors import ConfigError, suggest
+from weftlora.recipes import (
+    AllocLoraConfig,
+    HydraLoraConfig,
+    LoraDashConfig,
+    PlainLoraConfig,
+    TiedLoraConfig,
+    peft_lora,
+)
+from weftlora.site import Site
+from weftlora.terms.boost.dash import DashTerm
+
+Dtype = Literal["fp32", "bf16"]
+Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONFIGS: dict[str, Callable[..., PeftConfig]] = {
+    "peft": peft_lora,
+    "plain": PlainLoraConfig,
+    "hydra": HydraLoraConfig,
+    "tied": TiedLoraConfig,
+    "dash": LoraDashConfig,
+    "alora": partial(AllocLoraConfig, max_rounds=0, max_rank=16),  # its ranks are moved by hand
+    "flexora": PlainLoraConfig,  # with a gate on every block
+}
+RANKS: dict[str, tuple[int, ...]] = {
+    "peft": (8, 16),
+    "plain": (8, 16),
+    "hydra": (8,),
+    "tied": (16,),
+    "dash": (8,),
+    "alora": (12,),
+    "flexora": (16,),
+}
+HEAD_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-type model and its batch: `batch` × `seq` tokens through `layers` blocks of width `hidden`.
+
+    Attention heads are 64 wide, three share one key/value head where three divides their number, and the MLP is 8/3
+    hidden wide (rounded up to 64).
+    """
+
+    hidden: int = 768
+    layers: int = 4
+    vocab: int = 2048
+    batch: int = 4
+    seq: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} leaves nothing to measure: use a whole number from 1 up.")
+        if self.hidden % HEAD_SIZE:
+            raise ConfigError(f"hidden={self.hidden} is no multiple of {HEAD_SIZE}, the width of one attention head.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model to step: the frozen base ("floor"), an adapter of `CONFIGS`, or one from outside.
+
+    `adapter` is the dtype of the adapter's parameters: fp32, or the base's (`autocast_adapter_dtype=False`). `mask`: "linear", or
+    "input" for one dropout mask per input (`dropout_mask`). `compiled`: each block under torch.compile.
+    """
+
+    kind: str
+    r: int = 0
+    p: float = 0.0
+    adapter: Dtype = "fp32"
+    mask: str = "linear"
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        words = [self.kind] if self.kind == "floor" else [self.kind, f"r={self.r}", f"p={self.p:g}", self.adapter]
+        words += [] if self.mask == "linear" else ["one-mask"]
+        return " ".join([*words, *(["compiled"] if self.compiled else [])])
+
+    @property
+    def is_weft(self) -> bool:
+        """Whether weftlora computes its update."""
+        return self.kind in CONFIGS and self.kind != "peft"
+
+
+def cases(dtype: Dtype, kinds: Sequence[str], dropouts: Sequence[float]) -> list[Case]:
+    """The floor, then every case of the kinds asked for at every rank, dropout and adapter dtype on a base of `dtype`."""
+    if unknown := [kind for kind in kinds if kind not in CONFIGS]:
+        raise ConfigError(f"there is no case {unknown[0]!r}: {suggest(unknown[0], CONFIGS)}")
+    adapters: tuple[Dtype, ...] = ("fp32",) if dtype == "fp32" else ("fp32", "bf16")
+    found = [Case(kind, r, p, a) for kind in kinds for p in dropouts for r in RANKS[kind] for a in adapters]
+    return [Case("floor"), *found]
+
+
+def outside_cases(names: Iterable[str], dropouts: Sequence[float], dtype: Dtype) -> list[Case]:
+    """The cases of `outside_builders`, whose keys are "name" or "name@RANK"."""
+    return [Case(*split_rank(name), p, dtype) for name in names for p in dropouts]
+
+
+def table_cases(dtype: Dtype) -> list[Case]:
+    """The cases of the project's table of figures on a base of `dtype`: all of `weftlora bench step --all`."""
+    p = 0.05
+    found = [Case("floor"), Case("floor", compiled=True)]
+    for dropout in (0.0, p):
+        found.append(Case("peft", 16, dropout))
+        if dtype == "bf16":
+            found.append(Case("peft", 16, dropout, "bf16"))
+        found += [Case("plain", 16, dropout), Case("plain", 16, dropout, compiled=True), Case("hydra", 8, dropout)]
+        found += [Case(kind, r, dropout) for kind, r in (("dash", 8), ("tied", 16), ("alora", 12), ("flexora", 16))]
+    return [*found, Case("plain", 16, p, mask="input"), Case("hydra", 8, p, mask="input")]
+
+
+def split_rank(name: str) -> tuple[str, int]:
+    """Name and rank of a key such as "mine@8"; the rank is 16 where none is written."""
+    kind, _, rank = name.partition("@")
+    if rank and not rank.isdecimal():
+        raise ConfigError(f"case {name!r} has the rank {rank!r}: write name@RANK=module:function with a whole number.")
+    return kind, int(rank or 16)
+
+
+def outside_builders(specs: Sequence[str]) -> dict[str, Build]:
+    """The functions of "name[@RANK]=module:function", called as function(base, r, dropout) with a frozen base to adapt.
+
+    Raises:
+        ConfigError: not of that form, a name that is taken, or a function that is not there.
+    """
+    found: dict[str, Build] = {}
+    for spec in specs:
+        name, _, target = spec.partition("=")
+        module, _, function = target.partition(":")
+        if not (name and module and function):
+            raise ConfigError(f"case {spec!r} is not of the form name=module:function.")
+        if split_rank(name)[0] in {"floor", *CONFIGS}:
+            raise ConfigError(f"case {spec!r} takes a name that is built in: choose another.")
+        try:
+            found[name] = cast(Build, getattr(importlib.import_module(module), function))
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"case {spec!r} cannot be used: {error}.") from None
+    return found
+
+
+def frozen_base(shape: Shape, dtype: Dtype) -> LlamaForCausalLM:
+    """A Llama-type causal model with random weights, frozen, in training mode, without a KV cache."""
+    heads = shape.hidden // HEAD_SIZE
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=-(-8 * shape.hidden // (3 * 64)) * 64,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
+        vocab_size=shape.vocab,
+        max_position_embeddings=shape.seq,
+        use_cache=False,
+    )
+    return cast(LlamaForCausalLM, LlamaForCausalLM(config).to(DTYPES[dtype]).requires_grad_(False).train())
+
+
+def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
+    """The model of a case, in training mode; it shares the base's weight tensors and leaves the base as it was."""
+    model = copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
+    if case.kind not in ("floor", *CONFIGS):
+        name = case.kind if case.kind in outside else f"{case.kind}@{case.r}"
+        return outside[name](model, case.r, case.p).train()
+    adapted = model if case.kind == "floor" else _adapted(case, model)
+    if case.compiled:
+        for block in model.model.layers:  # type: ignore[union-attr]
+            block.compile(dynamic=False)
+    return adapted.train()
+
+
+def _adapted(case: Case, model: nn.Module) -> nn.Module:
+    fields: dict[str, Any] = {} if case.mask == "linear" else {"dropout_mask": case.mask}
+    if case.kind == "flexora":
+        fields["layers"] = {"kind": "only", "blocks": range(len(model.model.layers)), "gated": True}  # type: ignore[union-attr, arg-type]
+    config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear", **fields)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
+    leave_the_start(adapted)
+    launch_anywhere(adapted)
+    move_ranks(adapted)
+    set_gates(adapted)
+    return cast(nn.Module, adapted)
+
+
+def leave_the_start(model: nn.Module) -> None:
+    """Give every trained tensor that starts at 0 or 1 random values, as after some training."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
+            if ".lora_B." in name or name.endswith(".structure.B"):
+                p.normal_(std=0.02)
+            elif name.endswith((".structure.u", ".structure.v")):
+                p.normal_(mean=1.0, std=0.1)
+            elif name.endswith(".boost.gain"):
+                p.normal_(std=0.1)
+
+
+def launch_anywhere(model: nn.Module) -> None:
+    """Launch every Dash site on random orthonormal directions: a step costs the same along any."""
+    for term in model.modules():
+        if isinstance(term, DashTerm):
+            (out, s), fan_in = term.up.shape, term.down.shape[1]
+            up, down = (torch.linalg.qr(torch.randn(n, s)).Q for n in (out, fan_in))
+            term.launch(linalg.Directions(torch.arange(s), torch.ones(s), torch.ones(s), up, down.T))
+
+
+def move_ranks(model: nn.Module) -> None:
+    """Where ranks are reallocated: every other site has lost its first slots to the next one, which is full."""
+    sites = [m for m in model.modules() if isinstance(m, Site) and m.mask is not None]
+    with torch.no_grad():
+        for place, site in enumerate(sites[: len(sites) // 2 * 2]):
+            mask, f = cast(Tensor, site.mask), site.structure.factors(1.0)
+            moved = len(mask) - site.initial_rank
+            if place % 2:
+                f.A[site.initial_rank :].normal_(std=0.02)
+                mask.fill_(1)
+            else:
+                mask[:moved] = 0
+            f.A[mask == 0] = 0.0
+            f.B[:, mask == 0] = 0.0
+
+
+def set_gates(model: nn.Module) -> None:
+    """Where layers are gated: gates of a search that went on for a while."""
+    for site in model.modules():
+        if isinstance(site, Site) and site.layer_gate is not None:
+            site.layer_gate.normal_(mean=1.0, std=0.1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Input embeddings that require grad (so that the floor computes dX of every linear) and the tokens to predict."""
+
+    embeddings: Tensor  # [batch, seq, hidden]
+    labels: Tensor  # [batch, seq]
+
+    @classmethod
+    def draw(cls, shape: Shape, dtype: Dtype) -> Batch:
+        """A random batch, from torch's global generator."""
+        x = torch.randn(shape.batch, shape.seq, shape.hidden).to(DTYPES[dtype])
+        labels = torch.randint(shape.vocab, (shape.batch, shape.seq))
+        return cls(x.requires_grad_(True), labels)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Mean cross-entropy, in fp32."""
+        logits: Tensor = model(inputs_embeds=self.embeddings).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), self.labels.flatten())

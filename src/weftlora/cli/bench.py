@@ -1,0 +1,213 @@
+"""`weftlora bench`: speed and memory of a training step and of a launch, beside the exactness of what was measured."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from weftlora.cli import output
+from weftlora.cli.display import watching
+from weftlora.errors import RunError
+
+if TYPE_CHECKING:
+    from weftlora.bench import CaseResult, LaunchBench, Spread, StepBench
+
+VERDICTS = {"aim": "aim reached", "must": "reached", "missed": "missed", "": ""}
+
+app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed and memory."""
+
+
+@app.command()
+def step(
+    hidden: Annotated[int, typer.Option(help="Width of the Llama-type model, a multiple of 64.")] = 768,
+    layers: Annotated[int | None, typer.Option(help="Its blocks; 4, with --all 8.")] = None,
+    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
+    seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; at least 7 for figures to publish.")] = 9,
+    dtype: Annotated[list[str] | None, typer.Option(help="Base in fp32 or bf16; may be repeated. Both.")] = None,
+    dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="peft, plain, hydra, tied, dash, alora, flexora; may be repeated. All."),
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--all", help="The project's table of figures, compiled blocks too (a quarter of an hour).")
+    ] = False,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[@RANK]=MODULE:FUNCTION",
+            help="Layers of your own: function(base, r, dropout) returns the model to step; may be repeated.",
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    clock: Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights, batch, masks and order.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and 3 rounds: does it all run?")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """A training step of every structure against the frozen base's step and stock peft LoRA.
+
+    Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
+    base's step of the same round. Exit code 1 if a gradient of weftlora disagrees with the reference kernel.
+    """
+    _check_out(out)
+    if case:
+        sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
+    lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
+    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        from weftlora.bench import Shape
+        from weftlora.bench import step as call
+        from weftlora.train.files import write_json
+
+        result = call(
+            Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
+            table=table,
+            rounds=rounds,
+            threads=threads,
+            clock=clock,  # type: ignore[arg-type]  # the library refuses what is no clock
+            seed=seed,
+            quick=quick,
+            progress=progress,
+            **{name: values for name, values in lists.items() if values},
+        )
+        if out is not None:
+            write_json(out, result.to_dict())
+    output.show(result.to_dict(), as_json, lambda: Group(*tables(result)))
+    if wrong := [f"{r.case} on a {r.dtype} base" for r in result.cases if r.exact is False]:
+        raise RunError(
+            f"the gradients of {', '.join(wrong)} are not those of the reference kernel, so these speeds do not count: "
+            "mend the kernel first."
+        )
+
+
+@app.command()
+def launch(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OUTxIN@ROUNDS", help="One weight to launch on; may be repeated. 768 to 4096."),
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Blocks of a Llama-type model to launch on; 0 leaves it out.")] = 4,
+    hidden: Annotated[int, typer.Option(help="Its width, a multiple of 64.")] = 768,
+    rounds: Annotated[int, typer.Option(help="Rounds of the model.")] = 3,
+    r: Annotated[int, typer.Option("--r", help="Rank of ΔW.")] = 8,
+    directions: Annotated[int, typer.Option(help="Directions per site.")] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    clock: Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny weights: does it all run?")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """The launch of LoRA-Dash against the published way: a full SVD and dense products inside a forward pass.
+
+    Per weight and for all modules of a model, both ways on the same weights in random order; a ratio is the median over rounds.
+    """
+    _check_out(out)
+    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        from weftlora.bench import launch as call
+        from weftlora.train.files import write_json
+
+        result = call(
+            **({"shapes": shape} if shape else {}),
+            layers=layers,
+            hidden=hidden,
+            rounds=rounds,
+            r=r,
+            directions=directions,
+            threads=threads,
+            clock=clock,  # type: ignore[arg-type]  # the library refuses what is no clock
+            seed=seed,
+            quick=quick,
+            progress=progress,
+        )
+        if out is not None:
+            write_json(out, result.to_dict())
+    output.show(result.to_dict(), as_json, lambda: launch_table(result))
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and not os.access(out.parent, os.W_OK):  # before minutes of measuring, not after
+        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+
+
+def launch_table(result: LaunchBench) -> Table:
+    """A row per weight, and one for the model."""
+    table = Table(
+        title=f"The launch of LoRA-Dash · r = {result.r}, {result.directions} directions, {result.threads} thread(s), "
+        f"{result.clock} time",
+        caption=escape(
+            "seconds: medians · ratio: median [quartiles] · agree: share of the directions that both choose"
+        ),
+    )
+    table.add_column("W, out x in")
+    for column in ("n", "modules", "weftlora s", "published s", "ratio", "agree"):
+        table.add_column(column, justify="right")
+    for row in result.results:
+        seconds = (f"{statistics.median(values):.3g}" for values in (row.seconds, row.published))
+        table.add_row(row.what, str(row.rounds), str(row.sites), *seconds, _spread(row.ratio), f"{row.agreed:.1%}")
+    return table
+
+
+def tables(result: StepBench) -> list[Table]:
+    """The cases, and the targets if some could be judged."""
+    return [step_table(result), *([targets_table(result)] if result.targets else [])]
+
+
+def step_table(result: StepBench) -> Table:
+    """A row per case."""
+    setting, shape = result.setting, result.setting.shape
+    table = Table(
+        title=f"A training step / the frozen base's · hidden {shape.hidden}, {shape.layers} layers, {shape.batch}×{shape.seq} "
+        f"tokens, {setting.threads} thread(s), {setting.clock} time, n = {setting.rounds}",
+        caption=escape(
+            "r rank · p dropout · dtype of the adapter · median [quartiles] · gradients against the reference"
+        ),
+    )
+    for column in ("base", "case"):
+        table.add_column(column)
+    for column in ("forward + backward", "with AdamW", "saved MiB", "/ floor", "gradient error"):
+        table.add_column(column, justify="right")
+    table.add_column("linears by node")
+    for row in result.cases:
+        table.add_row(row.dtype, str(row.case), *_figures(row))
+    return table
+
+
+def targets_table(result: StepBench) -> Table:
+    """A row per target."""
+    table = Table("base", "target", "measured", "must", "aim", "", title="Targets")
+    for goal in result.targets:
+        limits = ("" if limit is None else f"{limit:.2f}" for limit in (goal.must, goal.aim))
+        table.add_row(goal.dtype, goal.name, _spread(goal.value), *limits, VERDICTS[goal.verdict])
+    return table
+
+
+def _figures(row: CaseResult) -> list[str]:
+    error = ""
+    if row.agreement is not None:
+        error = f"{row.agreement.error:.1e}" + ("" if row.exact else " NOT EXACT")
+    saved = [f"{row.saved_bytes / 2**20:.1f}", f"{row.saved_ratio:.2f}"]
+    of = ", ".join(f"{count} {node}" for node, count in row.nodes.items())
+    return [_spread(row.ratio), f"{row.ratio_adamw.median:.3f}", *saved, error, of]
+
+
+def _spread(value: Spread) -> str:
+    return escape(f"{value.median:.3f} [{value.low:.3f}, {value.high:.3f}]")

@@ -1,0 +1,249 @@
+"""`weftlora compare`: which of these adapters helps on my data, and at what cost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from weftlora.cli import output
+from weftlora.cli.display import LINE_EVERY
+from weftlora.compare.metrics import metric_of
+
+if TYPE_CHECKING:
+    from weftlora.compare.plan import Plan
+    from weftlora.compare.record import Comparison, Interval, Method, Outcome
+    from weftlora.compare.running import Standing, Watch
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A comparison's file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process with one torch thread.")] = 1,
+    out: Annotated[str | None, typer.Option(help="The comparison's folder; short for out=....")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Train several adapters side by side on the same seeds, and say which are better.
+
+    One that was stopped goes on where it was: give the same command again, also with more seeds. Runs that failed are tried again,
+    and the exit code is 1 as long as there are any; one that diverged is a result.
+    """
+    given = [*(overrides or []), *([f"out={out}"] if out else [])]
+    if dry_run:
+        with output.calling(as_json, quiet=True):
+            from weftlora.compare.plan import make
+            from weftlora.compare.recipe import CompareRecipe
+
+            planned = make(CompareRecipe.read(recipe, *given))
+        output.show(planned.record(), as_json, lambda: plan_table(planned))
+        return
+    with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
+        from weftlora.compare import compare as call
+
+        found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
+    output.show(found.record(), as_json, lambda: result(found))
+    if any(run.status == "failed" for run in found.outcomes):
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------- while it runs
+
+
+@contextmanager
+def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Watch]:
+    """Who to tell how far a comparison is: a live table on a terminal, now and then a line elsewhere."""
+    if not show:
+        yield lambda standing: None
+    elif sys.stderr.isatty():
+        with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+            yield lambda standing: live.update(standing_table(standing))
+    else:
+        yield _Lines(clock)
+
+
+class _Lines:
+    """A line every few seconds."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.shown = clock, -LINE_EVERY
+
+    def __call__(self, standing: Standing) -> None:
+        now = self.clock()
+        if now - self.shown < LINE_EVERY:
+            return
+        self.shown = now
+        sys.stderr.write(f"{_progress(standing)}\n")
+
+
+def _progress(standing: Standing) -> str:
+    at_work = "; ".join(
+        f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running
+    )
+    return "  ".join(filter(None, [f"{standing.done} of {standing.total} runs", _left(standing.seconds_left), at_work]))
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"
+
+
+def standing_table(standing: Standing) -> RenderableType:
+    """How far a comparison is: each method's runs and mean so far, then what is at work and how long it will take."""
+    table = Table("method", "runs", f"{standing.metric} so far", box=SIMPLE_HEAD, highlight=False)
+    for name, (runs, mean) in standing.best.items():
+        table.add_row(escape(name), str(runs), "" if mean is None else _number(mean, standing.metric))
+    lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
+    over = f"{standing.done} of {standing.total} runs  {_left(standing.seconds_left)}"
+    return Group(table, *(escape(line) for line in [*lines, over]))
+
+
+# ---------------------------------------------------------------------- before and after
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """The methods of a plan: rank, alpha, trained numbers, how far from the budget; and how many runs it is."""
+    table = Table(box=SIMPLE_HEAD, highlight=False)
+    table.add_column("method", overflow="fold")
+    for column in ("rank", "alpha", "trained", "from the budget", "steps"):
+        table.add_column(column, justify="right", overflow="fold")
+    for method in plan.methods:
+        gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
+        alpha = "" if method.alpha is None else f"{method.alpha:g}"
+        numbers = (_or_blank(method.rank), alpha, f"{method.parameters or 0:,}", gap, str(method.steps or ""))
+        table.add_row(escape(method.name), *numbers)
+    tried = len(plan.rates) * len(plan.tuning_seeds)
+    rates = (
+        f", {tried} of a method to choose its rate from {_listed(plan.rates)}"
+        if tried
+        else f", all at lr {plan.rates[0]:g}"
+    )
+    lines = [plan.budget_sentence, f"{plan.runs} runs: seeds {_listed(plan.seeds)}{rates}.", *_notes(plan.methods)]
+    return Group(table, *(escape(line) for line in lines))
+
+
+def result(found: Comparison) -> RenderableType:
+    """The verdicts, then a row per method for what it reaches and one for what it costs, then what must be known to read them."""
+    width = max(len(row.name) for row in found.rows)
+    verdicts = [f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows]
+    return Group(
+        *(escape(line) for line in [*verdicts, ""]),
+        quality_table(found),
+        cost_table(found),
+        *(escape(line) for line in _below(found)),
+    )
+
+
+def quality_table(found: Comparison) -> Table:
+    """A row per method: its score, its difference to the baseline, both with their intervals, and the seeds it wins."""
+    n = len(found.seeds)
+    table = Table(box=SIMPLE_HEAD, highlight=False)
+    table.add_column("method", overflow="fold")
+    for column in (f"{found.metric.replace('_', ' ')}, n = {n}", f"minus {found.baseline}", "wins"):
+        table.add_column(escape(column), justify="right", overflow="fold")
+    for row in found.rows:
+        wins = f"{row.wins} of {row.gap.n}" if row.gap else ""
+        score, gap = _interval(row.score, found.metric, n), _interval(row.gap, found.metric, n, sign=True)
+        table.add_row(*map(escape, (row.name, score, gap, wins)))
+    return table
+
+
+def cost_table(found: Comparison) -> Table:
+    """A row per method: its size, its rate, its CPU seconds a step over the baseline's, and the most memory it took."""
+    table = Table(box=SIMPLE_HEAD, highlight=False)
+    table.add_column("method", overflow="fold")
+    for column in ("rank", "trained", "lr", "CPU a step", "peak memory"):
+        table.add_column(column, justify="right", overflow="fold")
+    for row in found.rows:
+        method = found.method(row.name)
+        peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]
+        table.add_row(
+            escape(row.name),
+            _or_blank(method.rank),
+            f"{method.parameters or 0:,}",
+            "" if method.lr is None else f"{method.lr:g}",
+            "" if row.step_ratio is None else f"{row.step_ratio.mean:.2f} x",
+            f"{max(peak) / 2**20:,.0f} MiB" if peak else "",
+        )
+    return table
+
+
+def _below(found: Comparison) -> list[str]:
+    from weftlora.compare.stats import expected_false
+
+    lines = [found.budget, f"{found.machine}; n = {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}."]
+    judged = [row.gap for row in found.rows if row.gap is not None and row.gap.low is not None]
+    if judged:
+        said = expected_false(len(judged), judged[0].level)
+        lines.append(f"{said[0].upper()}{said[1:]}.")
+    if edge := [f"{method.name} ({method.lr:g})" for method in found.methods if method.rate_at_edge]:
+        lines.append(
+            f"A better rate may lie beyond those that were tried, of which the outermost won: {', '.join(edge)}."
+        )
+    lines += [*_notes(found.methods), *_problems(found.outcomes)]
+    if any(run.status == "failed" for run in found.outcomes):
+        lines.append("What has failed is tried again when the same command is given again.")
+    return [*lines, f"runs: {found.folder}"]
+
+
+def _problems(outcomes: list[Outcome]) -> list[str]:
+    """Why runs are not complete: a line for those of a method that say the same."""
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for run in outcomes:
+        if run.status != "complete":
+            places.setdefault((run.method, run.status, run.problem), []).append(run.folder)
+    return [
+        f"{', '.join([first, *(place.rsplit('/', 1)[-1] for place in more)])}: {status}: {problem}"
+        for (_, status, problem), (first, *more) in places.items()
+    ]
+
+
+def _notes(methods: list[Method]) -> list[str]:
+    return [f"{method.name}: {method.note}" for method in methods if method.note]
+
+
+def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = False) -> str:
+    """A mean with its interval, and of how many seeds, where that is not all."""
+    if found is None:
+        return ""
+    unit = " %" if metric_of(metric).share else ""
+    mean, *ends = (
+        _number(value, metric, sign).removesuffix(unit)
+        for value in (found.mean, found.low, found.high)
+        if value is not None
+    )
+    shown = f"{mean} [{', '.join(ends)}]{unit}" if ends else f"{mean}{unit}"
+    return shown if found.n == seeds else f"{shown} (n = {found.n})"
+
+
+def _number(value: float, metric: str, sign: bool = False) -> str:
+    form = "+" if sign else ""
+    if metric_of(metric).share:
+        return f"{100 * value:{form}.1f} %"
+    return f"{value:{form}.4f}" if metric == "loss" else f"{value:{form}.1f}"
+
+
+def _or_blank(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _listed(values: list[int] | list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

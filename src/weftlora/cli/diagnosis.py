@@ -1,0 +1,152 @@
+"""What a machine has for weftlora, and what it lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear": "a node each"}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Versions, devices and settings; `problems` is empty where weftlora can run."""
+
+    weftlora: str
+    python: str
+    packages: dict[str, str]
+    """Required package → version, or "missing"."""
+    windows: dict[str, str]
+    """Required package → the versions weftlora is tested with."""
+    devices: list[str]
+    cores: int
+    threads: int
+    kernel: str
+    """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off."""
+    demo: bool
+    """Whether the embedded model is there."""
+    data: str | None
+    """WEFT_DATA, where the real models and data lie."""
+    free_gib: float
+    """Free disk space in the working folder."""
+    problems: list[str] = field(default_factory=list)
+    nodes: dict[str, str] | None = None
+    """For a run or adapter, what computes each adapted linear (`weftlora.glue.fusion.nodes`)."""
+
+    def record(self) -> dict[str, object]:
+        """The diagnosis as plain data."""
+        return dataclasses.asdict(self)
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Name and value of everything found, to show."""
+        yield "weftlora", self.weftlora
+        yield "python", self.python
+        for name, version in self.packages.items():
+            yield name, f"{version}  (tested: {self.windows[name] or 'any'})"
+        yield "devices", ", ".join(self.devices)
+        yield "cores, torch threads", f"{self.cores}, {self.threads}"
+        yield "kernel", self.kernel
+        yield "demo model", "present" if self.demo else "absent"
+        yield "WEFT_DATA", self.data or "not set"
+        yield "free disk", f"{self.free_gib:.1f} GiB"
+        for node, names in self._by_node().items():
+            examples = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+            yield f"{len(names)} linears", f"{WHAT.get(node, node)}: {examples}"
+
+    def _by_node(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, node in (self.nodes or {}).items():
+            found.setdefault(node, []).append(name)
+        return found
+
+
+def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
+    """Look at this machine; `folder` is where runs would be written, `adapted` a run or an adapter to look at too."""
+    packages, windows, problems = _packages()
+    devices, threads = _devices()
+    demo = _demo_problem()
+    return Diagnosis(
+        weftlora=_version("weftlora") or "missing",
+        python=platform.python_version(),
+        packages=packages,
+        windows=windows,
+        devices=devices,
+        cores=os.cpu_count() or 1,
+        threads=threads,
+        kernel=_kernel(),
+        demo=demo is None,
+        data=os.environ.get("WEFT_DATA"),
+        free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
+        problems=[*problems, *([demo] if demo else [])],
+        nodes=None if adapted is None else _nodes(adapted),
+    )
+
+
+def _kernel() -> str:
+    from weftlora.kernel import current
+
+    switches = current()
+    if switches.reference:
+        return "reference"
+    off = [name for name, on in (("groups", switches.groups), ("mlp", switches.mlp)) if not on]
+    return f"fused, without {' and '.join(off)}" if off else "fused"
+
+
+def _nodes(adapted: Path) -> dict[str, str]:
+    from weftlora.glue.fusion import nodes
+    from weftlora.train.generation import open_source
+
+    return nodes(open_source(adapted, None).model)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """What weftlora's own metadata requires, against what is installed."""
+    packages, windows, problems = {}, {}, []
+    for line in importlib.metadata.requires("weftlora") or []:
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(needed.name)
+        packages[needed.name], windows[needed.name] = found or "missing", str(needed.specifier)
+        if found is None:
+            problems.append(f"{needed.name} is not installed: pip install '{needed.name}{needed.specifier}'.")
+        elif not needed.specifier.contains(found, prereleases=True):
+            problems.append(
+                f"{needed.name} {found} is outside the tested window: pip install '{needed.name}{needed.specifier}'."
+            )
+    return packages, windows, problems
+
+
+def _devices() -> tuple[list[str], int]:
+    import torch
+
+    found = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return [*found, "cpu"], torch.get_num_threads()
+
+
+def _demo_problem() -> str | None:
+    from weftlora.data.demo import demo_model_path
+    from weftlora.errors import WeftError
+
+    try:
+        demo_model_path()
+    except WeftError as error:
+        return str(error)
+    return None

@@ -1,0 +1,172 @@
+"""`weftlora directions`: what adapters do along the core directions of the frozen weights."""
+
+from __future__ import annotations
+
+import os
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+from weftlora.cli import output
+from weftlora.cli.display import watching
+from weftlora.errors import RunError
+
+if TYPE_CHECKING:
+    from weftlora.glue.report import AdapterDirections, DirectionsReport, Hits, Overlap, SiteDirections
+
+CHOSEN = {"launched": "launched", "switched": "those that A and B started along"}
+"""What the directions in the table are, by phase."""
+
+
+def directions(
+    model: Annotated[str, typer.Argument(help="The base model's folder; alone, a run or adapter folder.")],
+    adapter: Annotated[
+        list[str] | None, typer.Argument(metavar="[ADAPTER]...", help="Run or adapter folders; several are compared.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A later adapter, or a model fine-tuned in full: what should have been predicted."),
+    ] = None,
+    count: Annotated[int, typer.Option("--directions", min=1, help="How many directions are predicted.")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="σ and change rate of every direction.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the directions drawn as a control.")] = 0,
+    cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Which directions of the frozen weights adapters move, and how well they predict where training goes."""
+    if out is not None and not os.access(out.parent, os.W_OK):  # before the decompositions, not after
+        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        from weftlora.train.directions import directions as call
+        from weftlora.train.files import write_json
+
+        report = call(
+            model,
+            list(adapter or []) or None,
+            against=against,
+            directions=count,
+            full=full,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+        )
+        if out is not None:
+            write_json(out, report.record())
+    output.show(report.record(), as_json, lambda: Group(*tables(report)))
+
+
+def tables(report: DirectionsReport) -> list[Table]:
+    """Per adapter its sites, its means and, where it was kept, the spectra; then what adapters share."""
+    found = []
+    for adapter in report.adapters:
+        found.append(site_table(adapter, report.directions))
+        if hits := adapter.mean_hits():
+            found.append(hits_table(adapter, hits, report))
+        found += [spectrum_table(site) for site in adapter.sites if site.spectrum is not None]
+    return found + [overlap_table(overlap) for overlap in report.overlaps]
+
+
+def site_table(adapter: AdapterDirections, count: int) -> Table:
+    """A row per site, and the means."""
+    judged = any(site.hits is not None for site in adapter.sites)
+    launched = adapter.phase == "launched"
+    common = _common([site.site for site in adapter.sites])
+    table = Table(
+        title=escape(f"{adapter.adapter} · {adapter.phase} · {count} directions"),
+        caption=f"sites in {common or 'the model'} · directions: {CHOSEN.get(adapter.phase, 'of largest δ')}, best first, "
+        "0 is the largest σ · δ: largest change rate · "
+        + ("Dash: Σ|d| with its slots / without, on these directions · " if launched else "")
+        + "LoRA: ‖ΔW‖ / ‖U_ΔᵀWV_Δ‖",
+    )
+    table.add_column("site", overflow="fold")
+    table.add_column("of", justify="right")
+    table.add_column("directions")
+    for column in ("δ", *_columns(adapter, judged)):
+        table.add_column(column, justify="right")
+    for site in adapter.sites:
+        chosen, largest = " ".join(map(str, site.predicted)), f"{site.rate[0]:.2g}" if site.rate else ""
+        name = site.site.removeprefix(f"{common}.") if common else site.site
+        table.add_row(name, str(site.able), chosen, largest, *_numbers(adapter, site, judged))
+    hits = adapter.mean_hits()
+    means = [f"{hits['predicted'].recall:.2f}", f"{hits['predicted'].accuracy:.2f}"] if hits else []
+    means += [_number(adapter.mean_total_over_lora())] if adapter.phase == "launched" else []
+    table.add_section()
+    table.add_row("mean", "", "", "", *means, _number(adapter.mean_factor()))
+    return table
+
+
+def hits_table(adapter: AdapterDirections, hits: dict[str, Hits], report: DirectionsReport) -> Table:
+    """The prediction beside its controls, means over the sites."""
+    s = report.directions
+    table = Table(
+        "chosen by", f"recall: true {(s + 1) // 2} in {s}", f"accuracy: {s} in true {2 * s}",
+        title=escape(f"{adapter.adapter} against {report.against}"),
+    )  # fmt: skip
+    names = {
+        "predicted": "the adapter",
+        "top": "largest σ",
+        "bottom": "smallest σ",
+        "random": f"at random (seed {report.seed})",
+        "chance": "at random, on average",
+    }
+    for kind, name in names.items():
+        table.add_row(name, f"{hits[kind].recall:.3f}", f"{hits[kind].accuracy:.3f}")
+    return table
+
+
+def spectrum_table(site: SiteDirections) -> Table:
+    """Every core direction of one site."""
+    table = Table("index", "σ", "δ", title=site.site)
+    spectrum = site.spectrum
+    if spectrum is None:
+        return table
+    if spectrum.true_rate is not None:
+        table.add_column("true δ")
+    for k, (sigma, rate) in enumerate(zip(spectrum.sigma, spectrum.rate, strict=True)):
+        true = [] if spectrum.true_rate is None else [f"{spectrum.true_rate[k]:.4g}"]
+        table.add_row(str(k), f"{sigma:.4g}", f"{rate:.4g}", *true)
+    return table
+
+
+def overlap_table(overlap: Overlap) -> Table:
+    """Rank against rank: at how many sites two adapters predict the same direction."""
+    table = Table(
+        title=escape(f"{overlap.adapters[0]} (rows) and {overlap.adapters[1]}: sites with the same direction"),
+        caption=f"{overlap.shared:.2f} of {len(overlap.grid)} shared per site over {overlap.sites} sites; "
+        f"by chance {overlap.chance:.2f}",
+    )
+    table.add_column("rank")
+    for rank in range(1, len(overlap.grid) + 1):
+        table.add_column(str(rank), justify="right")
+    for rank, row in enumerate(overlap.grid, 1):
+        table.add_row(str(rank), *(str(count or "·") for count in row))
+    return table
+
+
+def _common(names: list[str]) -> str:
+    """The dotted name that all of these begin with."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts))
+
+
+def _columns(adapter: AdapterDirections, judged: bool) -> list[str]:
+    return [*(["recall", "accuracy"] if judged else []), *(["Dash"] if adapter.phase == "launched" else []), "LoRA"]
+
+
+def _numbers(adapter: AdapterDirections, site: SiteDirections, judged: bool) -> list[str]:
+    own = site.hits["predicted"] if site.hits is not None else None
+    values = (None, None) if own is None else (own.recall, own.accuracy)
+    hits = [_number(value) for value in values] if judged else []
+    dash = [_number(site.amplification.total_over_lora)] if adapter.phase == "launched" else []
+    return [*hits, *dash, _number(site.amplification.factor)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

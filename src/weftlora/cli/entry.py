@@ -1,0 +1,43 @@
+"""From the shell to a command and back: one sentence and exit code 1 for whatever the user can put right."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from weftlora.cli.commands import app
+from weftlora.errors import WeftError
+
+INTERRUPTED = 130
+"""What Typer makes of Ctrl-C, as shells do."""
+
+_UsageError = typer.BadParameter.__base__
+"""Typer's base of wrong options and arguments; it has moved between Typer's and click's modules."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code.
+
+    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = app(given, prog_name="weftlora", standalone_mode=False)
+    except WeftError as error:
+        sys.exit(_say(str(error)))
+    except Exception as error:
+        if _UsageError is None or not isinstance(error, _UsageError):
+            raise
+        sys.exit(_say(f"{error.format_message()} See `weftlora --help`."))  # type: ignore[attr-defined]
+    if code == INTERRUPTED:
+        _say(
+            "interrupted; `weftlora train ... --resume` continues a run, and `weftlora compare`, given again, a comparison."
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(sentence: str) -> int:
+    sys.stderr.write(f"weftlora: {' '.join(sentence.split())}\n")
+    return 1

@@ -1,0 +1,180 @@
+"""What commands put on the screen. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from weftlora.cli.diagnosis import Diagnosis
+    from weftlora.search import Selection
+    from weftlora.train.evaluation import Evaluation, Scores
+    from weftlora.train.run import Run
+
+
+def show(record: Any, as_json: bool, human: Callable[[], RenderableType]) -> None:
+    """The result of a command: its record as JSON, or `human` for a person; of several processes the first one speaks."""
+    if not _first_process():
+        return
+    if as_json:
+        sys.stdout.write(json.dumps(_finite(record), indent=2, default=str) + "\n")
+        return
+    shown = human()
+    if isinstance(shown, str):
+        sys.stdout.write(shown + "\n")
+    else:
+        Console().print(shown)
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def calling(as_json: bool, quiet: bool) -> Iterator[None]:
+    """Around a library call: other libraries are silent, weftlora's warnings are lines on stderr, stdout stays clean."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    log, handler = logging.getLogger("weftlora"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = log.level
+    log.setLevel(logging.WARNING if as_json or quiet or not _first_process() else logging.INFO)
+    log.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", module=r"weftlora(\.|$)")
+            warnings.showwarning = _warn
+            from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+            disable_progress_bar()
+            if "TRANSFORMERS_VERBOSITY" not in os.environ:
+                set_verbosity_error()
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
+    sys.stderr.write(f"weftlora: warning: {' '.join(str(message).split())}\n")
+
+
+def run_summary(run: Run) -> str:
+    """Three lines after a training: what came out, where it is, what to do next."""
+    seconds = run.time.get("train_seconds", 0.0)
+    shown = [f"{key.replace('_', ' ')} {run.metrics[key]:.4g}" for key in sorted(run.metrics) if key != "tokens"]
+    return "\n".join(
+        [
+            *_searched(run),
+            f"{run.steps} steps in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
+            f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trained parameters)",
+            f"next:    weftlora eval {run.folder}"
+            + ("" if run.task == "classification" else f' · weftlora generate {run.folder} "..."'),
+        ]
+    )
+
+
+def _cost(run: Run) -> str:
+    """What the steps cost, as far as it was measured."""
+    kinds = (("tokens_per_s", "{:,.0f} tokens/s"), ("cpu_per_step", "{:.3g} CPU s a step"))
+    parts = [text.format(run.figures[name]) for name, text in kinds if name in run.figures]
+    parts += [f"peak {run.figures['peak_bytes'] / 2**20:,.0f} MiB"] if "peak_bytes" in run.figures else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _searched(run: Run) -> list[str]:
+    """What was selected, what that cost beside the training, and what it must be compared with; nothing without a search."""
+    if not (run.folder / "selection.json").is_file():
+        return []
+    from weftlora.search import Selection
+
+    selection, time = Selection.load(run.folder / "selection.json"), run.time
+    steps, seconds = time.get("search_in_steps", 0.0), time.get("search_seconds", 0.0)
+    more = seconds / max(time.get("train_seconds", 0.0), 1e-9)
+    return [
+        f"search:  layers {list(selection.blocks)} of {len(selection.candidates)}; cost {steps:g} training steps "
+        f"(+{steps / run.steps:.0%}), {seconds:.1f} s (+{more:.0%})",
+        f"         {controls(selection)}",
+    ]
+
+
+def controls(selection: Selection) -> str:
+    """The selections without a search that a result must be held against."""
+    named = ", ".join(f"{name} {list(only.blocks)}" for name, only in selection.controls().items())
+    few = f" (other selections of this size: {selection.others})" if 0 < selection.others < 3 else ""
+    return f"compare with adapter.layers: {named}{few}"
+
+
+_SCORES = (
+    ("rows", "rows", "{:,}"),
+    ("loss", "loss", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("exact_match", "exact match", "{:.1%}"),
+    ("bleu", "BLEU", "{:.1f}"),
+    ("rouge_l", "ROUGE-L", "{:.1f}"),
+    ("accuracy", "accuracy", "{:.1%}"),
+    ("macro_f1", "macro F1", "{:.3f}"),
+)
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row of scores per domain and one for all."""
+    table = Table(title=f"{evaluation.run or 'frozen base'} · adapter {evaluation.adapter} · {evaluation.split}")
+    shown = [column for column in _SCORES if getattr(evaluation.scores, column[0]) is not None]
+    table.add_column("domain")
+    for _, title, _ in shown:
+        table.add_column(title, justify="right")
+
+    def add(name: str, scores: Scores) -> None:
+        values = ((getattr(scores, field), text) for field, _, text in shown)
+        table.add_row(name, *("" if value is None else text.format(value) for value, text in values))
+
+    for name, scores in evaluation.domains.items():
+        add(name, scores)
+    add("all", evaluation.scores)
+    return table
+
+
+def catalogue_table(entries: list[dict[str, Any]]) -> Table:
+    """The built-in recipes."""
+    table = Table("recipe", "what it is", "defaults", "paper", title="weftlora train NAME")
+    for entry in entries:
+        defaults = " ".join(f"{key}={value}" for key, value in entry["defaults"].items())
+        table.add_row(entry["name"], entry["about"], defaults, entry["paper"] or "")
+    return table
+
+
+def yaml_text(record: dict[str, Any]) -> str:
+    """A recipe as a file."""
+    import yaml
+
+    return yaml.safe_dump(record, sort_keys=False).rstrip()
+
+
+def diagnosis_text(found: Diagnosis) -> str:
+    """What was found, a line each, then what is wrong."""
+    lines = [f"{name:<22} {value}" for name, value in found.facts()]
+    lines += [f"missing: {problem}" for problem in found.problems] or ["nothing is missing"]
+    return "\n".join(lines)

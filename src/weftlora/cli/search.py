@@ -1,0 +1,101 @@
+"""`weftlora search`: which blocks a search selects, how clearly, how stably, and what to compare it with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from weftlora.cli import output
+from weftlora.cli.display import watching
+from weftlora.errors import RunError
+
+if TYPE_CHECKING:
+    from weftlora.search import Stability
+    from weftlora.train.layers import Searched
+
+
+def search(
+    recipe: Annotated[str, typer.Argument(help="A recipe file or a built-in name.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="adapter.steps=100")] = None,
+    out: Annotated[str, typer.Option(help="The file for the selection.")] = "selection.json",
+    seeds: Annotated[int, typer.Option(min=1, help="Searches, to see how far they agree; the first is written.")] = 1,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Search on so many rows too, to see how far that decides; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+) -> None:
+    """Select the blocks to adapt, by a search on held-out training rows."""
+    if not os.access(Path(out).parent, os.W_OK):  # before the search, not after
+        raise RunError(
+            f"cannot write {out}: {Path(out).parent} is no folder that can be written to; choose another --out."
+        )
+    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        from weftlora.train.layers import search_recipe
+
+        found = search_recipe(recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, progress=progress)
+    output.show(found.record(), as_json, lambda: _shown(found))
+
+
+def _shown(found: Searched) -> RenderableType:
+    selection = found.selections[0]
+    text = [f"layers: {list(selection.blocks)}  margin {selection.margin:.3g}"]
+    if selection.near_ties:
+        text.append(f"one more step could have turned: {', '.join(selection.near_ties)}")
+    if selection.filled:
+        text.append(f"not over the threshold, and added for min_layers: {', '.join(selection.filled)}")
+    text += [
+        _agreement(f"{len(found.seeds)} seeds", found.stability, "--seeds 5"),
+        _agreement(f"{1 + len(found.by_rows)} sizes of the search set", found.stability_by_rows, "--rows N --rows M"),
+    ]
+    for rows, other in found.by_rows.items():
+        text.append(f"  on {rows} rows: {list(other.blocks)}")
+    cost = selection.record["cost_in_steps"]
+    text += [
+        f"cost: worth {cost:g} training steps, {cost / found.steps:.0%} of the recipe's {found.steps}; {selection.seconds:.1f} s",
+        output.controls(selection),
+        f"written: {found.path}  (adapter.layers={found.path} in any recipe)",
+    ]
+    return Group(table(found), *(escape(line) for line in text))
+
+
+def _agreement(what: str, stability: Stability | None, option: str) -> str:
+    if stability is None:
+        return f"how far another {'seed' if 'seeds' in what else 'search set'} agrees was not measured: {option}"
+    return f"{what} agree with a Jaccard index of {stability.jaccard:.2f}; by chance {stability.chance:.2f}"
+
+
+def table(found: Searched) -> Table:
+    """A row per group of the first selection: α, α̂ and whether it is selected."""
+    selection = found.selections[0]
+    record = selection.record
+    unlabelled = record["unlabelled_steps"] + record["unlabelled_inner_steps"]
+    skipped = f"{record['skipped_steps'] + record['skipped_inner_steps']} skipped"
+    skipped += f", {unlabelled} of them without a label" if unlabelled else ""
+    shown = Table(
+        title=f"{len(selection.chosen)} of {len(selection.candidates)} {selection.granularity}s",
+        caption=f"{record['steps']} steps, {skipped} · validation loss {record['validation_loss']:.4g} · "
+        f"sum of α {record['sum_alpha']:.2g} · largest α̂ {record['max_alpha_hat']:.3g}",
+    )
+    for column in ("", selection.granularity, "α", "α̂", "over threshold", "‖∇‖"):
+        shown.add_column(column, justify="left" if column in ("", selection.granularity) else "right")
+    frequency = None if found.stability is None else found.stability.frequency
+    if frequency is not None:
+        shown.add_column("of all seeds", justify="right")
+    for i, c in enumerate(selection.candidates):
+        mark = "+" if c.selected else ""
+        numbers = [
+            f"{c.alpha:.4f}",
+            f"{c.alpha_hat:.3f}",
+            f"{c.distance:+.4f}{' ?' if c.near else ''}",
+            f"{c.gradient_norm:.3g}",
+        ]
+        shown.add_row(mark, escape(c.name), *numbers, *([] if frequency is None else [f"{frequency[i]:.0%}"]))
+    return shown

@@ -1,0 +1,86 @@
+"""Which adapter for my task and budget: methods trained side by side on the same seeds, and what can be said of them.
+
+    weftlora.compare("compare.yaml", jobs=2)         train, measure, decide; goes on where it was stopped
+    weftlora.compare.load("runs/comparison")         what a folder says, as far as it has come
+
+Heavy modules load on the first call, not on import.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from weftlora.compare.record import Comparison, Interval, Method, Outcome, Rate, Row, Verdict
+from weftlora.errors import RunError
+
+if TYPE_CHECKING:
+    from weftlora.compare.recipe import CompareRecipe
+    from weftlora.compare.running import Watch
+
+__all__ = ["Comparison", "Interval", "Method", "Outcome", "Rate", "Row", "Verdict", "compare", "load"]
+
+
+def compare(
+    recipe: str | Path | Mapping[str, Any] | CompareRecipe,
+    *overrides: str,
+    jobs: int = 1,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Compare methods on one model and data set: choose each one's rate, train it with every seed, and say what holds.
+
+    A comparison that was stopped, at whatever point, goes on where it was; runs that failed are tried again. A run that fails or
+    diverges is a result (its `Outcome`), not the end.
+
+    Args:
+        recipe: a comparison's file, a mapping or a `CompareRecipe`.
+        overrides: `key=value` with dots, such as `budget.r=4`; values are YAML.
+        jobs: runs at once, each in a process of its own with one torch thread. 0: in this process, one after the other, where a
+            run's peak memory includes what those before it have left.
+        overwrite: delete the comparison in `out` and start anew.
+        watch: called with a `weftlora.compare.running.Standing` whenever a run has come on.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was trained.
+        RunError: the folder is in use by another comparison, holds something else, or cannot be written.
+    """
+    from weftlora.compare import running
+
+    return running.compare(recipe, overrides, jobs, overwrite, watch or running.ignore)
+
+
+def load(paths: str | Path | Sequence[str | Path]) -> Comparison:
+    """What is in a comparison's folder, as far as it has come, or what plain run folders say together.
+
+    Args:
+        paths: one comparison's folder; or run folders of one model and data set, of which those that differ in seed and folder
+            only are one method. The baseline is plain LoRA, where there is one.
+
+    Raises:
+        RunError: a folder is neither, is damaged, or its runs are of other rows or another base than the rest.
+        ConfigError: two runs of one method and seed.
+    """
+    from weftlora.compare import found
+
+    given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+    if not given:
+        raise RunError("there is nothing to compare: give a comparison's folder, or run folders.")
+    if len(given) == 1 and (given[0] / "compare.json").is_file():
+        return found.read(given[0])
+    if mixed := [path for path in given if (path / "compare.json").is_file()]:
+        raise RunError(f"{mixed[0]} is a comparison: give it alone, or run folders only.")
+    return found.gather(given)
+
+
+class _Callable(ModuleType):
+    """`weftlora.compare` is a package and the public function: importing the first must not hide the second."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Comparison:
+        return compare(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

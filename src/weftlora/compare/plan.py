@@ -1,0 +1,277 @@
+"""What a comparison runs: `compare.json`, written before the first run, and the runs that follow from it.
+
+    tuning/<method>/lr<rate>-s<seed>/    a rate tried with a seed that is not reported
+    runs/<method>/s<seed>/               a reported run at the rate with the lowest mean validation loss
+    runs/none/base/                      the frozen base, measured once
+
+A plan is a pure function of its recipe, the model and the data; which rate a method has, of the plan and the tuning folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weftlora.compare.budget import Scales, solve
+from weftlora.compare.methods import contenders, drawn_blocks, seeded
+from weftlora.compare.metrics import METRICS
+from weftlora.compare.recipe import CompareRecipe
+from weftlora.compare.record import FORMAT, NONE, Method
+from weftlora.data import generation_prompts
+from weftlora.data import load as load_data
+from weftlora.errors import ConfigError, DataError, RunError, suggest
+from weftlora.train import answers, arguments
+from weftlora.train import model as models
+from weftlora.train.files import read_json, write_json
+from weftlora.train.loop import PACKAGES, version
+
+TUNING_SEED = 1000
+"""The first seed that rates are tried with, unless it is reported."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: which it is, its folder relative to the comparison's, and the recipe to train without `out`."""
+
+    method: str
+    seed: int
+    lr: float
+    tuning: bool
+    folder: str
+    recipe: dict[str, Any]
+    base_dir: str
+    metric: str
+    answers: bool
+
+    @property
+    def frozen(self) -> bool:
+        """Whether there is nothing to train."""
+        return bool(self.recipe["adapter"] == NONE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison before its first run: everything that was decided from its recipe, model and data."""
+
+    recipe: dict[str, Any]
+    base_dir: str
+    task: str
+    metric: str
+    baseline: str
+    seeds: list[int]
+    rates: list[float]
+    tuning_seeds: list[int]
+    """Empty where a single rate is used for all."""
+    steps: int
+    budget: int | None
+    """Trained numbers; None for a budget of steps."""
+    methods: list[Method]
+    slugs: dict[str, str]
+    draws: dict[str, list[int]]
+    """Method: the blocks that it draws from for every seed."""
+    versions: dict[str, str]
+    device: str
+    hashes: list[str] = field(default_factory=list)
+    """SHA-256 of the files of rows."""
+    jobs: list[int] = field(default_factory=list)
+    """How many runs there were at once, in every session that had another number."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return METRICS[self.metric].higher
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are in all."""
+        trained = [method for method in self.methods if not method.frozen]
+        frozen = len(self.methods) - len(trained)
+        return len(trained) * (len(self.seeds) + len(self.rates) * len(self.tuning_seeds)) + frozen
+
+    def tuning(self, method: Method) -> list[Job]:
+        """The runs that try rates for a method; none where there is one rate, or nothing to train."""
+        if method.frozen:
+            return []
+        return [self._job(method, seed, lr, True) for lr in self.rates for seed in self.tuning_seeds]
+
+    def reported(self, method: Method, lr: float) -> list[Job]:
+        """The runs of a method that are reported; one for the frozen base."""
+        return [self._job(method, seed, lr, False) for seed in self.reported_seeds(method)]
+
+    def reported_seeds(self, method: Method) -> list[int]:
+        """The seeds that a method is reported with; nothing of the frozen base depends on one."""
+        return self.seeds[:1] if method.frozen else self.seeds
+
+    def folder(self, method: str, seed: int, tried: float | None = None) -> str:
+        """Where a run lies, relative to the comparison's folder; `tried`: the rate of a run that tries one."""
+        if tried is not None:
+            return f"tuning/{self.slugs[method]}/lr{tried:g}-s{seed}"
+        name = "base" if self.of(method).frozen else f"s{seed}"
+        return f"runs/{self.slugs[method]}/{name}"
+
+    def of(self, name: str) -> Method:
+        """The method of a name."""
+        return next(method for method in self.methods if method.name == name)
+
+    def _job(self, method: Method, seed: int, lr: float, tuning: bool) -> Job:
+        train = self.recipe["train"] | {"lr": lr, "seed": seed}
+        if method.steps:
+            train |= {"steps": method.steps, "epochs": None}
+        recipe = {
+            "model": self.recipe["model"],
+            "data": self.recipe["data"],
+            "adapter": self._adapter(method, seed),
+            "train": train,
+        }
+        folder = self.folder(method.name, seed, lr if tuning else None)
+        generated = self.recipe.get("answers") is not False
+        return Job(method.name, seed, lr, tuning, folder, recipe, self.base_dir, self.metric, generated)
+
+    def _adapter(self, method: Method, seed: int) -> dict[str, Any]:
+        if method.name not in self.draws:
+            return seeded(method.adapter, seed)
+        count = method.adapter["layers"]["random"]
+        return seeded(method.adapter | {"layers": drawn_blocks(self.draws[method.name], count, seed)}, seed)
+
+    @property
+    def budget_sentence(self) -> str:
+        """What is equal between the methods."""
+        scale = self.recipe["scale"]
+        alpha = "alpha as each recipe has it" if scale == "own" else f"alpha = {scale:g} r"
+        if self.budget is None:
+            return f"Equal steps: {self.steps} each, those of a search included; {alpha}."
+        r = self.recipe["budget"]["r"]
+        return (
+            f"Equal trained numbers: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The plan as plain data, as `compare.json` and `--dry-run --json` show it."""
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    def save(self, folder: Path) -> None:
+        """Write compare.json. Raises RunError."""
+        write_json(folder / "compare.json", self.record())
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read compare.json. Raises RunError if there is none, or it is damaged or of a newer format."""
+        if not (folder / "compare.json").is_file():
+            raise RunError(f"{folder} is no comparison: it has no compare.json.")
+        content = read_json(folder / "compare.json")
+        names = {item.name for item in dataclasses.fields(cls)}
+        try:
+            if content.pop("format", 0) > FORMAT:
+                raise RunError(
+                    f"{folder / 'compare.json'} was written by a newer weftlora: update weftlora to read it."
+                )
+            content["methods"] = [Method(**method) for method in content["methods"]]
+            return cls(**{key: value for key, value in content.items() if key in names})
+        except (TypeError, KeyError) as error:
+            raise RunError(f"{folder / 'compare.json'} is damaged: {error}.") from None
+
+
+def make(recipe: CompareRecipe) -> Plan:
+    """Read model and data, and find every method's rank; writes nothing and trains nothing.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
+    """
+    found = contenders(recipe.methods)
+    baseline = _baseline(recipe, [each.name for each in found if not each.frozen])
+    arguments.check(recipe.train)
+    base = models.find(recipe.model, recipe.base_dir)
+    data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
+    rates = recipe.all_rates
+    _check_splits(data, tried=len(rates) > 1)
+    metric = _metric(recipe, data.task)
+    _check_countable(metric, data)
+    steps = arguments.total_steps(recipe.train, len(data.train))
+    scales = Scales(base, data.task, data.labels, steps, arguments.steps_per_epoch(recipe.train, len(data.train)))
+    solved, budget = solve(recipe, found, scales)
+    seeds = recipe.all_seeds
+    free = (seed for seed in range(TUNING_SEED, TUNING_SEED + 10**6) if seed not in seeds)
+    tried = (recipe.rates.seeds if recipe.rates else 1) if len(rates) > 1 else 0
+    plain = recipe.model_dump(mode="json")
+    plain["train"]["num_threads"] = recipe.train.num_threads or 1
+    return Plan(
+        recipe=plain,
+        base_dir=str(recipe.base_dir),
+        task=data.task,
+        metric=metric,
+        baseline=baseline,
+        seeds=seeds,
+        rates=rates,
+        tuning_seeds=[next(free) for _ in range(tried)],
+        steps=steps,
+        budget=budget,
+        methods=[each.method for each in solved],
+        slugs={each.contender.name: each.contender.slug for each in solved},
+        draws={each.contender.name: each.blocks for each in solved if each.blocks is not None},
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        device=arguments.device(),
+        hashes=sorted(data.hashes.values()),
+    )
+
+
+def check_rows(plan: Plan, recipe: CompareRecipe) -> None:
+    """Refuse to go on with other rows than those it began with: what is done could not be compared with what is left.
+
+    Raises:
+        RunError: the rows have changed.
+        ConfigError, DataError, ModelError: model or rows cannot be read any more.
+    """
+    base = models.find(recipe.model, recipe.base_dir)
+    data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
+    if plan.hashes != sorted(data.hashes.values()):
+        raise RunError(
+            f"the rows of {recipe.data.train} have changed since this comparison began: put them back, choose another folder with "
+            "--out, or start anew with --overwrite."
+        )
+
+
+def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
+    if not trained:
+        raise ConfigError("the comparison trains nothing: give it a method beside none, such as lora.")
+    if recipe.baseline is None:
+        return "lora" if "lora" in trained else trained[0]
+    if recipe.baseline not in trained:
+        raise ConfigError(
+            f"the baseline {recipe.baseline!r} is no method that is trained: {suggest(recipe.baseline, trained)}"
+        )
+    return recipe.baseline
+
+
+def _metric(recipe: CompareRecipe, task: str) -> str:
+    classes = task == "classification"
+    metric = recipe.metric or ("accuracy" if classes else "loss")
+    valid = [each.name for each in METRICS.values() if each.of in ("loss", "classes" if classes else "answers")]
+    if metric not in valid:
+        raise ConfigError(f"metric={metric!r} is none of the task {task}: use one of {', '.join(valid)}.")
+    return metric
+
+
+def _check_countable(metric: str, data: Any) -> None:
+    """Refuse a metric that no answer to the test rows could have. Raises ConfigError."""
+    if METRICS[metric].of != "answers":
+        return
+    references = [prompt.reference for prompt in generation_prompts(data.test)]
+    if not references:
+        raise ConfigError(f"metric={metric} is of answers, and the test rows have none: use loss.")
+    count = {"bleu": answers.bleu, "rouge_l": answers.rouge_l}.get(metric)
+    if count is not None and count(references, references) is None:
+        raise ConfigError(
+            f"metric={metric} counts nothing in the answers of the test rows, such as {references[0]!r}: use loss."
+        )
+
+
+def _check_splits(data: Any, tried: bool) -> None:
+    if data.test is None or not len(data.test):
+        raise DataError("a comparison is decided on test rows, and the data has none: name a file with data.test.")
+    if tried and (data.validation is None or not len(data.validation)):
+        raise DataError(
+            "rates are chosen on validation rows, and the data has none: set data.validation_fraction=0.1, name a file with "
+            "data.validation, or give one rate."
+        )

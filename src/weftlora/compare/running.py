@@ -1,0 +1,246 @@
+"""A comparison from its plan to its end: which run is next, who is told, and what is written last."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weftlora.compare import found, pool
+from weftlora.compare.locks import NAMES, in_charge
+from weftlora.compare.plan import Job, Plan, check_rows, make
+from weftlora.compare.recipe import CompareRecipe
+from weftlora.compare.record import Comparison, Method
+from weftlora.compare.work import SCORES, status
+from weftlora.errors import ConfigError, RunError
+from weftlora.numbers import is_whole
+from weftlora.train.files import read_json, write_json, writing
+from weftlora.train.progress import Tick
+from weftlora.train.run import differences
+
+RESULT = "comparison.json"
+TRAINING = 0.8
+"""The share of a run that its training is taken for, to guess what time is left."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A run at work."""
+
+    name: str
+    tick: Tick
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a comparison is, for whoever watches it."""
+
+    done: int
+    total: int
+    running: list[Running]
+    best: dict[str, tuple[int, float | None]]
+    """Method: how many of its reported runs are done, and their mean of the metric."""
+    metric: str
+    seconds_left: float | None
+
+
+Watch = Callable[[Standing], None]
+
+
+def ignore(standing: Standing) -> None:
+    """Watch nothing."""
+
+
+def compare(
+    source: str | Path | Mapping[str, Any] | CompareRecipe,
+    overrides: tuple[str, ...],
+    jobs: int,
+    overwrite: bool,
+    watch: Watch,
+) -> Comparison:
+    """See `weftlora.compare.compare`."""
+    if not is_whole(jobs, 0):
+        raise ConfigError(
+            f"jobs={jobs!r} is no number of runs: use a whole number from 1 up, or 0 for none but this process."
+        )
+    recipe = CompareRecipe.read(source, *overrides)
+    folder = Path(recipe.out).expanduser()
+    _check_place(folder, recipe, overwrite)
+    new = None if _has_plan(folder) and not overwrite else make(recipe)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with in_charge(folder) as lock:
+        plan = _settled(folder, recipe, new, overwrite)
+        queue = Queue(plan, folder, watch)
+        if queue.left:
+            if new is None:
+                check_rows(plan, recipe)
+            at_once = max(jobs, 1)
+            dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
+            if jobs == 0:
+                pool.here(folder, queue.following, queue.told)
+            else:
+                with pool.Pool(at_once, folder, lock) as processes:
+                    processes.run(queue.following, queue.told)
+        comparison = found.read(folder)
+        write_json(folder / RESULT, comparison.record())
+    return comparison
+
+
+def _has_plan(folder: Path) -> bool:
+    return (folder / "compare.json").is_file()
+
+
+def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
+    """Refuse a folder that is not this comparison's, before anything slow begins. Raises ConfigError or RunError."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"the comparison's folder {folder} is a file: choose another with --out.")
+    if _has_plan(folder):
+        if not overwrite:
+            _check_same(Plan.load(folder), recipe, folder)
+        return
+    if folder.is_dir() and (
+        other := [path.name for path in folder.iterdir() if path.name not in (*NAMES, "compare.json.part")]
+    ):
+        raise RunError(f"{folder} holds other files, such as {other[0]}, and no comparison: choose another with --out.")
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(
+            f"the comparison's folder {folder} cannot be made: {nearest} is read-only; choose another with --out."
+        )
+
+
+def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
+    given = recipe.model_dump(mode="json")
+    given["train"]["num_threads"] = recipe.train.num_threads or 1
+    for key, (before, after) in differences(plan.recipe, given, ""):
+        if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
+            raise ConfigError(
+                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "
+                "with --out, or start anew with --overwrite."
+            )
+
+
+def _adds_seeds(plan: Plan, recipe: CompareRecipe) -> bool:
+    """Whether a recipe has all seeds of the plan and others, none of which has been used to choose a rate."""
+    asked = set(recipe.all_seeds)
+    return asked >= set(plan.seeds) and not asked & set(plan.tuning_seeds)
+
+
+def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: bool) -> Plan:
+    """The plan to follow, on disk; called by the one in charge."""
+    if overwrite and _has_plan(folder):
+        _clear(folder)
+    if _has_plan(folder):
+        there = Plan.load(folder)
+        _check_same(there, recipe, folder)
+        more = [seed for seed in recipe.all_seeds if seed not in there.seeds]
+        asked = there.recipe | ({"seeds": recipe.seeds} if more else {})
+        plan = dataclasses.replace(there, recipe=asked, seeds=[*there.seeds, *more])
+        plan = dataclasses.replace(plan, base_dir=str(recipe.base_dir))  # the project may have moved
+        if more:
+            plan.save(folder)
+        return plan
+    plan = plan or make(recipe)
+    plan.save(folder)
+    return plan
+
+
+def _clear(folder: Path) -> None:
+    """Delete a comparison, the plan last, so that what a kill leaves is still one."""
+    with writing(folder):
+        for name in ("runs", "tuning"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / RESULT).unlink(missing_ok=True)
+        (folder / "compare.json").unlink()
+
+
+class Queue:
+    """The runs that are left, rates first, seeds outermost: whenever it stops, what there is stays paired."""
+
+    def __init__(self, plan: Plan, folder: Path, watch: Watch) -> None:
+        self.plan, self.folder, self.watch = plan, folder, watch
+        self.waiting: deque[Job] = deque()
+        self.at_work: dict[str, tuple[Job, Tick]] = {}
+        self.scores: dict[str, list[float]] = {method.name: [] for method in plan.methods}
+        self.tuning: dict[str, int] = {}
+        self.done, self.finished, self.began = 0, 0, time.monotonic()
+        jobs: list[Job] = []
+        for method in plan.methods:
+            left = [job for job in plan.tuning(method) if self._is_left(job)]
+            self.tuning[method.name] = len(left)
+            jobs += left or self._reported(method)
+        self.waiting.extend(sorted(jobs, key=self._order))
+
+    @property
+    def left(self) -> int:
+        """How many runs have not ended."""
+        return self.plan.runs - self.done
+
+    def following(self) -> Job | None:
+        """The next run; None where none can begin now."""
+        return self.waiting.popleft() if self.waiting else None
+
+    def told(self, job: Job, tick: Tick | None) -> None:
+        """Keep account of a run that has come on, or has ended."""
+        if tick is not None:
+            self.at_work[job.folder] = (job, tick)
+        else:
+            self.at_work.pop(job.folder, None)
+            self.finished += 1
+            self._ended(job)
+        self.watch(self.standing())
+
+    def standing(self) -> Standing:
+        """How far it is."""
+        took = time.monotonic() - self.began
+        running = [Running(_title(job), tick) for job, tick in self.at_work.values()]
+        begun = sum(TRAINING * tick.done / tick.total for _, tick in self.at_work.values() if tick.phase == "train")
+        best = {name: (len(s), sum(s) / len(s) if s else None) for name, s in self.scores.items()}
+        left = took / (self.finished + begun) * (self.left - begun) if self.finished + begun > 0 else None
+        return Standing(self.done, self.plan.runs, running, best, self.plan.metric, left)
+
+    def _is_left(self, job: Job) -> bool:
+        """Whether a run is to be carried out; one that has ended is counted. What failed is tried again."""
+        state = status(self.folder / job.folder, job.tuning, job.frozen)
+        if state in ("missing", "failed"):
+            return True
+        self._count(job)
+        return False
+
+    def _count(self, job: Job) -> None:
+        self.done += 1
+        if not job.tuning and status(self.folder / job.folder, False, job.frozen) == "complete":
+            score = read_json(self.folder / job.folder / SCORES)["scores"].get(job.metric)
+            if score is not None:
+                self.scores[job.method].append(score)
+
+    def _ended(self, job: Job) -> None:
+        self._count(job)
+        if job.tuning:
+            self.tuning[job.method] -= 1
+            if self.tuning[job.method] == 0:
+                more = [*self.waiting, *self._reported(self.plan.of(job.method))]
+                self.waiting = deque(sorted(more, key=self._order))
+
+    def _reported(self, method: Method) -> list[Job]:
+        """The reported runs of a method whose rate is settled; none where every rate diverged."""
+        lr = found.with_rate(self.plan, method, self.folder).lr
+        if lr is None and self.plan.tuning(method):
+            self.done += len(self.plan.seeds)
+            return []
+        return [job for job in self.plan.reported(method, lr or self.plan.rates[0]) if self._is_left(job)]
+
+    def _order(self, job: Job) -> tuple[bool, int]:
+        seeds = self.plan.tuning_seeds if job.tuning else self.plan.seeds
+        return not job.tuning, seeds.index(job.seed)
+
+
+def _title(job: Job) -> str:
+    return f"{job.method}, lr {job.lr:g}" if job.tuning else f"{job.method}, seed {job.seed}"

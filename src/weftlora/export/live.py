@@ -1,0 +1,187 @@
+"""What the live adapter computes: the truth that every export is held against, in fp32.
+
+A shell has modules of its own around the very tensors of the model (around fp32 copies, where the model is not in fp32), so that
+choosing adapters and taking them out leaves the model itself as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from weftlora.errors import AdapterError
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.updates import base_of
+from weftlora.terms.structure.hydra import HydraTerm
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model makes of some batches: logits (those of padding left out), and per batch the loss where it has labels."""
+
+    logits: list[Tensor]
+    losses: list[float]
+
+    @property
+    def largest(self) -> float:
+        """The largest logit by size."""
+        return max((float(t.abs().max()) for t in self.logits), default=0.0)
+
+    def loss(self) -> float | None:
+        """Mean over the batches; None where there are no labels."""
+        return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def furthest(self, other: Outputs) -> float:
+        """The largest difference of a logit, relative to the largest logit of `self`."""
+        far = [(a - b).abs().max() for a, b in zip(self.logits, other.logits, strict=True)]
+        return float(torch.stack(far).max()) / max(self.largest, 1e-30)  # Python's max would pass over a NaN
+
+    def distance(self, other: Outputs) -> float:
+        """‖logits − logits of other‖₂ over all batches."""
+        pairs = zip(self.logits, other.logits, strict=True)
+        return float(sum((a.double() - b.double()).square().sum() for a, b in pairs) ** 0.5)
+
+
+@contextmanager
+def shell(model: nn.Module, adapters: Sequence[str]) -> Iterator[nn.Module]:
+    """The model in fp32 with these adapters active, in evaluation mode; `model` stays as it was."""
+    required = [(p, p.requires_grad) for p in model.parameters()]
+    tensors = [*model.parameters(), *model.buffers()]
+    whole = all(t.dtype in (torch.float32, torch.float64) for t in tensors if t.is_floating_point())
+    try:
+        own = copy.deepcopy(model, {id(t): t for t in tensors} if whole else {})
+        own = own if whole else own.float()
+        choose(own, adapters)
+        yield own.eval()
+    finally:
+        for p, was in required:
+            p.requires_grad_(was)
+
+
+def choose(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Make these the active adapters, without asking the host's wrapper, which takes one name only."""
+    for module in model.modules():
+        if isinstance(module, WeftLinear):
+            cast(Any, module).enable_adapters(True)
+            module.set_adapter(list(adapters))
+        elif isinstance(module, ModulesToSaveWrapper):
+            module.enable_adapters(True)
+            own = [name for name in adapters if name in module.modules_to_save]
+            module.set_adapter(own[:1])  # none: the base's own
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The base's own function, within the block."""
+    switches: list[Any] = [
+        m for m in model.modules() if isinstance(m, (WeftLinear, ModulesToSaveWrapper)) and not m.disable_adapters
+    ]
+    try:
+        for switch in switches:
+            switch.enable_adapters(False)
+        yield
+    finally:
+        for switch in switches:
+            switch.enable_adapters(True)
+
+
+def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
+    """One forward per batch, without a graph, in full fp32 whatever TF32 or autocast the caller trains with.
+
+    Raises:
+        AdapterError: a logit is not finite, or the model has none.
+    """
+    device = next(model.parameters()).device
+    logits, losses = [], []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), full_precision():
+        for batch in batches:
+            out = base_of(model)(**{key: value.to(device) for key, value in batch.items()})
+            if not isinstance(getattr(out, "logits", None), Tensor):
+                raise AdapterError(
+                    f"a {type(base_of(model)).__name__} gives no logits, so there is nothing to compare the export by: use "
+                    "verify=False."
+                )
+            logits.append(out.logits.float().cpu())
+            if getattr(out, "loss", None) is not None:
+                losses.append(float(out.loss))
+    outputs = Outputs([real(t, batch) for t, batch in zip(logits, batches, strict=True)], losses)
+    if not all(torch.isfinite(t).all() for t in outputs.logits):
+        raise AdapterError(
+            "the adapter's logits are not finite on these inputs, so nothing was exported: it has diverged, use an earlier "
+            "checkpoint."
+        )
+    return outputs
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products of fp32 numbers in fp32, within the block: the stock process has no TF32 either."""
+    backends: list[Any] = [torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn).matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was chosen per backend, of which this function must not be asked
+        overall = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(overall)
+        for backend, was in zip(backends, before, strict=True):
+            backend.fp32_precision = was
+
+
+def real(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits of tokens: padding, which is nothing to anybody, is left out where logits and mask fit."""
+    mask = batch.get("attention_mask")
+    if mask is None or logits.dim() != 3 or logits.shape[:2] != mask.shape:
+        return logits
+    return logits[mask.bool()]
+
+
+def fix_gates(model: nn.Module, adapters: Sequence[str], gates: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Make routed sites use the same weights ω [N] for every token, in place, within the kernel as it is.
+
+    With a router of zeros every head has weight 1/N, so head n times N ω_n has weight ω_n.
+
+    Args:
+        gates: {adapter: {site: ω}}.
+    """
+    for layer in (m for m in model.modules() if isinstance(m, WeftLinear)):
+        for adapter in adapters:
+            if (omega := gates.get(adapter, {}).get(layer.module_name)) is None:
+                continue
+            term = cast(HydraTerm, layer.site(adapter).structure)
+            heads = term.B.detach().unflatten(1, (len(omega), -1))
+            weighted = (heads * (len(omega) * omega.to(heads))[:, None]).flatten(1)
+            term.B = nn.Parameter(weighted, requires_grad=False)
+            term.router = nn.Parameter(torch.zeros_like(term.router), requires_grad=False)
+
+
+def seeded_ids(model: nn.Module, rows: int = 2, length: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:
+    """A batch of token numbers drawn from a seed, for a model whose real inputs nobody gave.
+
+    Raises:
+        AdapterError: the model has no vocabulary to draw from.
+    """
+    config: Any = getattr(base_of(model), "config", None)
+    size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
+    if size is None:
+        raise AdapterError(
+            f"there are no token numbers to run a {type(base_of(model)).__name__} on: give inputs=[batch, ...], each the keyword "
+            "arguments of a forward."
+        )
+    ids = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids.flip(1)
+    return [batch]

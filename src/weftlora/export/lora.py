@@ -1,0 +1,166 @@
+"""A weftlora adapter as a stock LoRA folder.
+
+read ─ closed forms ─ layout ─ config resolved again ─┬─ written beside ─ proved by stock peft ─ card ─ renamed
+                    └─ the live adapter's logits ─────┘
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from weftlora.compat import REFUSED
+from weftlora.errors import AdapterError, ConfigError, MergeError
+from weftlora.export import card, folder, live
+from weftlora.export.drawn import drawn_parts, in_full
+from weftlora.export.factors import Pair, closed_form, combined, common_rank
+from weftlora.export.files import config_of, name_of, save
+from weftlora.export.gates import Gates, mean_gates
+from weftlora.export.record import LoraExport, Rounding
+from weftlora.export.source import Inputs, Source, inputs_of
+from weftlora.export.truth import Truth
+from weftlora.glue.stock import trained_modules
+from weftlora.glue.updates import base_of
+
+MEAN_GATE = "mean-gate"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to write the folder; see `weftlora.export.export_lora`."""
+
+    uniform: bool
+    server_ranks: bool
+    verify: bool
+    dtype: torch.dtype
+    base_name: str | None
+
+    @property
+    def layout(self) -> str:
+        """In words, as the record has it."""
+        return "server ranks" if self.server_ranks else "uniform" if self.uniform else "pattern"
+
+
+def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, gates: Inputs | None) -> LoraExport:
+    """Write the folder; see `weftlora.export.export_lora`.
+
+    Args:
+        gates: what mean gates are measured on; None for an exact export.
+    """
+    check_routed(source, gates is not None)
+    done: list[LoraExport] = []
+    with live.shell(source.model, source.adapters) as own:
+        measured = {} if gates is None else mean_gates(own, source.adapters, gates.batches)
+        found = pairs(source, measured)
+        drawn = drawn_parts(source)
+        heads = trained_modules(base_of(source.model), source.adapters) | in_full(drawn, found)
+        sites = laid_out(found, choices)
+        config = config_of(source, {name: pair.rank for name, pair in sites.items()}, list(drawn), choices.base_name)
+        bare = LoraExport(
+            folder=out,
+            adapters=source.adapters,
+            layout=choices.layout,
+            dtype=name_of(choices.dtype),
+            ranks={name: pair.rank for name, pair in sites.items()},
+            left_out=sorted(found.keys() - sites.keys()),
+            parameters=sum(pair.a.numel() + pair.b.numel() for pair in sites.values()),
+            whole_modules=sorted({name.rpartition(".")[0] for name in heads}),
+        )
+        truth = Truth.of(own, source, inputs or inputs_of(source, None), measured) if choices.verify else None
+
+        def fill(place: Path) -> None:
+            done.append(write(place, bare, config, sites, heads, choices.dtype, truth))
+            if truth is not None and gates is not None:
+                done.append(replace(done[-1], approximation=truth.approximation(gates, measured)))
+            (place / "README.md").write_text(card.lora(done[-1], source, config), encoding="utf-8")
+
+        folder.write(out, fill)
+    return done[-1]
+
+
+def check_routed(source: Source, approximate: bool) -> None:
+    """Refuse a routed adapter without `approximate`, and `approximate` without one.
+
+    Raises:
+        MergeError: exact, and an adapter is routed.
+        ConfigError: approximate, and none is.
+    """
+    here = [(name, layer) for layer in source.layers for name in source.adapters if name in layer.weft_site]
+    routed = [name for name, layer in here if not layer.site(name).mergeable]
+    if routed and not approximate:
+        raise MergeError(
+            f"adapter {routed[0]!r} is HydraLoRA, and {REFUSED['Hydra', 'merge']}, so there is no exact export: serve it with "
+            f"weftlora, or take an approximation whose error is measured (approximate={MEAN_GATE!r} with data; --approximate "
+            f"{MEAN_GATE} --data FILE)."
+        )
+    if approximate and not routed:
+        raise ConfigError(
+            f"approximate={MEAN_GATE!r} is for routed adapters, and this one exports exactly: leave it out."
+        )
+
+
+def pairs(source: Source, gates: Gates) -> dict[str, Pair]:
+    """Every site's update as one pair; several adapters side by side."""
+    found = {}
+    for layer in source.layers:
+        name = layer.module_name
+        mine = [adapter for adapter in source.adapters if adapter in layer.weft_site]
+        found[name] = combined(closed_form(layer.site(a), gates.get(a, {}).get(name)) for a in mine)
+    return found
+
+
+def laid_out(found: Mapping[str, Pair], choices: Choices) -> dict[str, Pair]:
+    """The sites that have a slot, at one rank where the layout asks for it.
+
+    Raises:
+        AdapterError: no site has one, or `server_ranks` with more slots than servers take.
+    """
+    sites = {name: pair for name, pair in found.items() if pair.rank}
+    if not sites:
+        raise AdapterError(
+            "no site of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
+        )
+    if not (choices.uniform or choices.server_ranks):
+        return sites
+    rank = common_rank(sites, choices.server_ranks)
+    return {name: pair.padded(rank) for name, pair in sites.items()}
+
+
+def write(
+    place: Path,
+    bare: LoraExport,
+    config: LoraConfig,
+    sites: Mapping[str, Pair],
+    heads: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    truth: Truth | None,
+) -> LoraExport:
+    """The two files, and what was measured of them: in fp32 first, whatever they are to be in the end.
+
+    Raises:
+        AdapterError: stock peft does not compute what the live adapter does; a value does not fit into the dtype.
+    """
+    save(place, config, sites, heads, torch.float32)
+    proof = None if truth is None else truth.prove(place, bare.ranks)
+    if dtype == torch.float32:
+        return replace(bare, proof=proof)
+    save(place, config, sites, heads, dtype)
+    error = None if truth is None else truth.compared(truth.of_adapter(place, bare.ranks), None).error
+    return replace(bare, proof=proof, rounding=Rounding(name_of(dtype), lost_to(dtype, sites), error))
+
+
+def lost_to(dtype: torch.dtype, sites: Mapping[str, Pair]) -> float:
+    """The share of all ‖ΔW‖ that goes when the factors are rounded to `dtype`."""
+    lost = whole = 0.0
+    for pair in sites.values():
+        exact = pair.delta()
+        less = Pair(*(t.to(dtype).double() for t in (pair.a, pair.b)))
+        lost += float((less.delta() - exact).square().sum())
+        whole += float(exact.square().sum())
+    return math.sqrt(lost / whole) if whole else 0.0

@@ -1,0 +1,271 @@
+"""A weftlora adapter merged into its base's weights, as a folder that transformers loads.
+
+    W' = round(W + ΔW)        W the original weight, the sum in fp32, one rounding into the dtype of the folder
+
+What the rounding loses is measured per site and on the logits, and a merge that loses too much is refused unless told to go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from weftlora.compat import REFUSED
+from weftlora.errors import MergeError
+from weftlora.export import card, folder, live
+from weftlora.export.files import name_of
+from weftlora.export.live import Outputs
+from weftlora.export.lora import pairs
+from weftlora.export.proof import TOLERANCE
+from weftlora.export.record import Merge, SiteLoss
+from weftlora.export.rounding import kept_by, kept_by_nf4, round_nf4
+from weftlora.export.source import Inputs, Source, inputs_of
+from weftlora.export.truth import Truth
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.original import Checkpoint, OriginalWeight
+from weftlora.glue.stock import put, without_adapters
+from weftlora.glue.updates import base_of
+
+LIMIT = 0.1
+"""The share of the adapter's change of the logits (or, unverified, of ‖ΔW‖) that rounding may lose without being told so."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How to merge; see `weftlora.export.merge`."""
+
+    dtype: torch.dtype | None
+    verify: bool
+    accept_loss: bool
+    original: Checkpoint | None
+
+
+def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) -> Merge:
+    """Write the folder; see `weftlora.export.merge`."""
+    check(source, choices)
+    dtype = choices.dtype or weight_dtype(source)
+    done: list[Merge] = []
+
+    with live.shell(source.model, source.adapters) as own:
+        truth = Truth.of(own, source, inputs or inputs_of(source, None), {}) if choices.verify else None
+        nf4 = None if truth is None else logits_lost_to_nf4(own, source, choices.original, truth)
+        sites = add_updates(own, source, choices.original, dtype)
+
+        def fill(place: Path) -> None:
+            save(own, source, place, dtype, choices.original)
+            bare = replace(bare_record(out, source, sites, dtype, choices), lost_logits_nf4=nf4)
+            done.append(measured(place, bare, choices, truth))
+            (place / "README.md").write_text(card.merged(done[0], source), encoding="utf-8")
+
+        folder.write(out, fill)
+    return done[0]
+
+
+def check(source: Source, choices: Choices) -> None:
+    """Refuse what has no merged form.
+
+    Raises:
+        MergeError: a routed adapter, a base that transformers cannot save, tied weights that would change twice, or a quantised
+            base without `original`.
+    """
+    base = base_of(source.model)
+    if not isinstance(base, PreTrainedModel):
+        raise MergeError(
+            f"a {type(base).__name__} is no model of transformers, so there is no folder to write: use model.merge_and_unload()."
+        )
+    for layer in source.layers:
+        for name in source.adapters:
+            if name in layer.weft_site and not layer.site(name).mergeable:
+                raise MergeError(
+                    f"adapter {name!r} is HydraLoRA, and {REFUSED['Hydra', 'merge']}: serve it with weftlora, or export its mean-gate "
+                    "approximation as a LoRA."
+                )
+        check_base(layer, choices.original)
+    tied = {id(p) for p in (base.get_input_embeddings().weight,) if base.get_output_embeddings() is not None}
+    for layer in source.layers:
+        if id(getattr(layer.get_base_layer(), "weight", None)) in tied:
+            raise MergeError(
+                f"{layer.module_name} shares its weight with the input embedding, so a merge would change both: export it as LoRA."
+            )
+
+
+def check_base(layer: WeftLinear, original: Checkpoint | None) -> None:
+    """Refuse a base layer to which nothing can be added.
+
+    Raises:
+        MergeError: it is quantised and there is no `original`, or it is no x Wᵀ.
+    """
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    if original is not None:
+        return
+    if (
+        isinstance(base, (nn.Linear, Conv1D))
+        and weight is not None
+        and weight.is_floating_point()
+        and type(weight.detach()) is Tensor
+    ):
+        return
+    raise MergeError(
+        f"{layer.module_name} is a {type(base).__name__}, a base kept in fewer bits: merging would dequantise it and lose most of "
+        "the update when it is quantised again. Name the folder of the unquantised checkpoint (original=..., --original), or "
+        "export the adapter as LoRA, which is exact."
+    )
+
+
+def weight_dtype(source: Source) -> torch.dtype:
+    """The dtype of the weights that are merged into, as they are in memory."""
+    weights = (getattr(layer.get_base_layer(), "weight", None) for layer in source.layers)
+    return next((w.dtype for w in weights if w is not None and w.is_floating_point()), torch.float32)
+
+
+def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dtype: torch.dtype) -> list[SiteLoss]:
+    """Give every adapted module of the shell its merged weight in `dtype`; the model that the shell borrows from keeps its own."""
+    sites = []
+    for layer, w, delta in updated(own, source, original):
+        base = layer.get_base_layer()
+        sites.append(site_loss(layer.module_name, w, delta, dtype))
+        summed = (w + delta).to(dtype)
+        if isinstance(base, Conv1D):
+            base.weight = nn.Parameter(summed.T.contiguous(), requires_grad=False)
+        else:
+            layer.base_layer = linear(base, summed)
+        if not torch.isfinite(summed).all():
+            raise MergeError(
+                f"merging into {layer.module_name} gives values that {name_of(dtype)} cannot hold, so nothing was merged: choose "
+                "another dtype, or an adapter that has not diverged."
+            )
+    return sites
+
+
+def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iterator[tuple[WeftLinear, Tensor, Tensor]]:
+    """Every adapted module of the shell with its W and its ΔW [out, in], fp32, one at a time."""
+    updates = pairs(source, {})
+    for layer in [m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates]:
+        w = (layer.base_matrix() if original is None else OriginalWeight(layer, original)()).float()
+        yield layer, w, updates[layer.module_name].delta().to(w.device, torch.float32)
+
+
+def logits_lost_to_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: Truth) -> float:
+    """‖(merged − base, both with the adapted weights in NF4) − (live − base)‖ / ‖live − base‖ over logits: 0 keeps the change."""
+    after = in_nf4(own, source, original, truth, merged=True)
+    return truth.lost_change(after, in_nf4(own, source, original, truth, merged=False))
+
+
+def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: Truth, *, merged: bool) -> Outputs:
+    """What the shell computes with its adapted weights in NF4: with the update in them, or as its base without any adapter."""
+    replaced: list[tuple[Any, nn.Module]] = []
+    try:
+        for layer, w, delta in updated(own, source, original):
+            base = layer.get_base_layer()
+            replaced.append((layer, base))
+            layer.base_layer = linear(base, round_nf4(w + delta if merged else w))
+            replaced[-1][0].enable_adapters(False)
+        with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
+            return live.run(own, truth.inputs.batches)
+    finally:
+        for layer, base in replaced:
+            layer.base_layer = base
+            layer.enable_adapters(True)
+
+
+def linear(base: nn.Module, w: Tensor) -> nn.Linear:
+    """A plain linear module of weight `w` [out, in], with the bias of `base`, which may have kept its weight in fewer bits."""
+    bias = getattr(base, "bias", None)
+    plain = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(w, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def unquantised(plain: nn.Module, original: Checkpoint) -> None:
+    """Give what no adapter is on its weight in the checkpoint too: a folder of weights is not quantised in part."""
+    for name, module in list(plain.named_modules()):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_floating_point():
+            put(plain, name, linear(module, OriginalWeight(WeftLinear(module, name), original)()))
+
+
+def site_loss(name: str, w: Tensor, delta: Tensor, dtype: torch.dtype) -> SiteLoss:
+    """What rounding loses of one update ΔW [out, in] on W [out, in]."""
+    norm = float(delta.double().norm())
+    lost = [float((kept - delta.double()).norm()) for kept in (kept_by(dtype, w, delta), kept_by_nf4(w, delta))]
+    return SiteLoss(name, norm, *((x / norm if norm else 0.0) for x in lost))
+
+
+def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype, original: Checkpoint | None) -> None:
+    """The shell's model without adapters, everything in `dtype`, and its tokenizer where one is known."""
+    plain = cast(Any, without_adapters(base_of(own), trained=True))
+    if original is not None:
+        unquantised(plain, original)
+        plain.hf_quantizer = None
+    cast_parameters(plain, dtype)
+    plain.config.dtype = dtype
+    if getattr(plain.config, "quantization_config", None) is not None:
+        del plain.config.quantization_config
+    plain.save_pretrained(place)
+    tokenizer = source.tokenizer
+    if tokenizer is None and source.base is not None and (Path(source.base) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(source.base)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every module parameters of its own in `dtype`; what was one parameter stays one."""
+    new: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_floating_point():
+                new.setdefault(id(p), nn.Parameter(p.detach().to(dtype), requires_grad=False))
+                setattr(module, name, new[id(p)])
+
+
+def bare_record(out: Path, source: Source, sites: list[SiteLoss], dtype: torch.dtype, choices: Choices) -> Merge:
+    """What is known before the folder has been run."""
+    whole = math.sqrt(sum(site.norm**2 for site in sites)) or 1.0
+    lost = math.sqrt(sum((site.norm * site.lost) ** 2 for site in sites)) / whole
+    lost_nf4 = math.sqrt(sum((site.norm * site.lost_nf4) ** 2 for site in sites)) / whole
+    unquantised = choices.original is not None
+    weights = "the weights of the unquantised checkpoint" if unquantised else "the weights it was trained on"
+    return Merge(out, source.adapters, name_of(dtype), weights, sites, lost, lost_nf4)
+
+
+def measured(place: Path, bare: Merge, choices: Choices, truth: Truth | None) -> Merge:
+    """What the written folder computes against the live adapter, and what was lost.
+
+    Raises:
+        MergeError: more was lost than `LIMIT` without `accept_loss`, or than fp32 allows.
+    """
+    exact = bare.dtype == "float32" and choices.original is None
+    found = bare
+    if truth is not None:
+        outputs = truth.of_model(place)
+        proof = truth.compared(outputs, TOLERANCE if exact else None)
+        if exact and not proof.error <= TOLERANCE:
+            raise MergeError(
+                f"the merged model differs from the live adapter by {proof.error:.2g} of the largest logit (allowed: "
+                f"{TOLERANCE:g}), so it was not kept: please report it."
+            )
+        found = replace(bare, proof=proof, lost_logits=truth.lost(outputs))
+    share, of = (found.lost, "‖ΔW‖") if found.lost_logits is None else (found.lost_logits, "the change of the logits")
+    if exact or share <= LIMIT:
+        return found
+    if not choices.accept_loss:
+        worst = max(bare.sites, key=lambda site: site.lost)
+        raise MergeError(
+            f"merging into {bare.dtype} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at {worst.site}), "
+            "so nothing was written: merge into float32, export the adapter as LoRA, or go on with accept_loss=True "
+            "(--accept-loss)."
+        )
+    return replace(found, accepted=True)

@@ -1,0 +1,228 @@
+"""What is exported: an adapted model in memory, a run folder or an adapter folder, brought to one form."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from weftlora.data import Collator, DataConfig
+from weftlora.data import load as load_data
+from weftlora.errors import AdapterError, ConfigError, WeftError, suggest
+from weftlora.export.live import Batch, seeded_ids
+from weftlora.glue.attach import warn_of_missing
+from weftlora.glue.layer import WeftLinear
+from weftlora.glue.stock import foreign_layers
+from weftlora.glue.updates import adapter_names, base_of
+from weftlora.train.load import Trained, load_adapter, load_run, recipe_of
+from weftlora.train.measure import batches as in_batches
+from weftlora.train.run import Run
+
+ROWS, BATCH = 8, 4
+"""How many rows of a run's own data an export is proved on, and how many at a time."""
+
+MEMORY = "memory"
+"""The value of `base` that takes the weights in memory instead of those of a folder."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapted model and what is known of where it comes from."""
+
+    model: nn.Module
+    adapters: tuple[str, ...]
+    base: str | None
+    """Folder or hub id of the base; None where it is only in memory."""
+    run: Run | None = None
+    folder: Path | None = None
+    """The adapter folder, where it came from one."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def is_outcome(self) -> bool:
+        """Whether it is what a run ended with, and not one of the run's checkpoints: the run's figures are of its outcome."""
+        return self.run is not None and self.folder is not None and self.folder.name == "adapter"
+
+    @property
+    def layers(self) -> list[WeftLinear]:
+        """The layers that carry one of the adapters, in the order of the model."""
+        found = [m for m in self.model.modules() if isinstance(m, WeftLinear)]
+        return [layer for layer in found if any(name in layer.weft_site for name in self.adapters)]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Batches to run, and in words what they are."""
+
+    batches: list[Batch]
+    what: str
+
+
+def read(source: nn.Module | str | Path, adapter: str | Sequence[str] | None, base: str | Path | None) -> Source:
+    """The adapters to export: those named, or else the active ones.
+
+    Raises:
+        AdapterError: no weftlora adapter there, a merged one, or one that still waits for its search.
+        ModelError: the base is missing or incomplete.
+    """
+    if isinstance(source, nn.Module):
+        compiled = getattr(source, "_orig_mod", None)
+        found = _in_memory(compiled if isinstance(compiled, nn.Module) else source, base)
+    else:
+        if adapter is not None:
+            raise ConfigError(
+                f"adapter={adapter!r} names an adapter of a model in memory, and {source} is a folder: leave it out."
+            )
+        found = _in_folder(Path(source), base)
+    names, active = adapter_names(found.model)
+    wanted = [adapter] if isinstance(adapter, str) else list(adapter or active)
+    if unknown := [name for name in wanted if name not in names]:
+        raise AdapterError(f"the model has no adapter {unknown[0]!r}: {suggest(unknown[0], names)}")
+    if not wanted:
+        raise AdapterError(
+            "the model has no active adapter to export: name one with adapter=..., or call set_adapter first."
+        )
+    found = replace(found, adapters=tuple(wanted))
+    _check(found)
+    for name in wanted:
+        warn_of_missing(found.model, name, over=True)
+    return found
+
+
+def _check(source: Source) -> None:
+    if foreign := foreign_layers(source.model):
+        raise AdapterError(
+            f"{foreign[0]} has an adapter of another method, and exports are for weftlora adapters: stock LoRA needs none, "
+            "save it with save_pretrained."
+        )
+    for layer in source.layers:
+        if layer.merged:
+            raise AdapterError(
+                f"{layer.module_name} has its adapter merged, so W itself is not there: unmerge it first."
+            )
+        for name in source.adapters:
+            if name in layer.weft_site and layer.site(name).awaits_search:
+                raise AdapterError(
+                    f"adapter {name!r} has layers=Search() and no selection yet: call weftlora.search_layers and train with what it "
+                    "selects, then export that."
+                )
+
+
+def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
+    if not any(isinstance(m, WeftLinear) for m in model.modules()) and not foreign_layers(model):
+        raise AdapterError(
+            "the model has no adapter to export: give one made with get_peft_model or load_adapter, or a folder."
+        )
+    named = str(getattr(base_of(model), "name_or_path", "") or "")
+    there = Path(named).is_dir() or not Path(named).is_absolute()  # a folder that is gone leaves what is in memory
+    place = str(base) if base is not None else named if named and there else None
+    place = None if place == MEMORY else place
+    return Source(model, (), place)
+
+
+def _in_folder(folder: Path, base: str | Path | None) -> Source:
+    if base == MEMORY:
+        raise ConfigError(
+            f"base={MEMORY!r} means the weights of a model in memory, and {folder} is a folder: name the folder of its base."
+        )
+    inside = Path(os.path.abspath(folder / "adapter" if (folder / "run.json").is_file() else folder))
+    holder = next((p for p in (inside.parent, inside.parent.parent) if (p / "run.json").is_file()), None)
+    place = None if base is None else str(base)
+    if holder is not None and inside == holder / "adapter":
+        run = Run.load(holder)
+        if str(run.recipe["adapter"].get("recipe", "weftlora")).startswith("peft:"):
+            raise AdapterError(f"{folder} holds a stock peft adapter, which needs no export: copy {inside}.")
+        return _loaded(load_run(run, place), inside, run)
+    if not (inside / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
+    return _loaded(load_adapter(inside, place), inside, None if holder is None else Run.load(holder))
+
+
+def _loaded(trained: Trained, folder: Path, run: Run | None) -> Source:
+    return Source(trained.model, (), trained.base.source, run, folder, trained.base.tokenizer)
+
+
+# ---------------------------------------------------------------------- what it is run on
+
+
+def inputs_of(source: Source, given: Iterable[Mapping[str, Any]] | None) -> Inputs:
+    """The batches to prove an export on: those given, else rows of the run's own data, else numbers drawn from a seed.
+
+    Raises:
+        ConfigError: `given` holds something else than batches of tensors.
+        AdapterError: the model has no vocabulary to draw from.
+    """
+    if given is not None:
+        return Inputs(checked(given), "the inputs that were given")
+    if source.run is not None and source.tokenizer is not None:
+        try:
+            return _rows(source.run, source.tokenizer)
+        except (WeftError, OSError) as error:
+            # the reason names folders of this machine, and what inputs are called goes into the card
+            why = " ".join(str(error).split()).rstrip(".")
+            warnings.warn(
+                f"the run's data cannot be read, so the export is measured on drawn numbers: {why}.", stacklevel=2
+            )
+            drawn = "token numbers drawn from seed 0 (the run's own data could not be read)"
+            return Inputs([*seeded_ids(source.model)], drawn)
+    return Inputs([*seeded_ids(source.model)], "token numbers drawn from seed 0")
+
+
+def checked(given: Iterable[Mapping[str, Any]]) -> list[Batch]:
+    """The batches as they were given. Raises ConfigError where they are none."""
+    found = [given] if isinstance(given, Mapping) else list(given)
+    for batch in found:
+        if not (isinstance(batch, Mapping) and batch and all(isinstance(value, Tensor) for value in batch.values())):
+            raise ConfigError(
+                "inputs must be batches, each a mapping of tensors that the model's forward takes, such as what a tokenizer "
+                "returns with return_tensors='pt'."
+            )
+    if not found:
+        raise ConfigError("inputs=[] proves nothing: give at least one batch, or leave it out.")
+    return [{str(key): value for key, value in batch.items()} for batch in found]
+
+
+def _rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    recipe = recipe_of(run)
+    data = load_data(
+        recipe.data, tokenizer, base_dir=recipe.base_dir, task=cast(Any, run.task), labels=run.data["labels"]
+    )
+    for split in ("validation", "test", "train"):
+        rows = getattr(data, split)
+        if rows is not None and len(rows):
+            chosen = rows.select(range(min(ROWS, len(rows))))
+            return Inputs(collated(chosen, tokenizer), f"{len(chosen)} rows of the run's {split} data")
+    return Inputs([], "")
+
+
+def collated(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    """Tokenised rows as batches of tensors."""
+    collate = Collator(cast(int, tokenizer.pad_token_id))
+    plain = rows.select_columns(["input_ids", "attention_mask", "labels"])
+    return [cast(Batch, collate(batch)) for batch in in_batches(plain, BATCH)]
+
+
+def data_of(source: Source, path: str, limit: int) -> Inputs:
+    """The first rows of a data file, read as the run reads its own; for measuring gates.
+
+    Raises:
+        AdapterError: the source is a model in memory, which has no tokenizer.
+        DataError: a missing file or a row that cannot be used.
+    """
+    if source.tokenizer is None:
+        raise AdapterError(f"data={path!r} needs the tokenizer of a run or adapter folder: give batches instead.")
+    config, task, labels = DataConfig.parse(path), None, None
+    if source.run is not None:
+        run = source.run
+        config = recipe_of(run).data
+        task, labels = cast(Any, run.task), run.data["labels"]
+    alone = {"train": path, "validation": None, "test": None, "validation_fraction": 0.0}
+    loaded = load_data(config.model_copy(update=alone), source.tokenizer, base_dir=Path.cwd(), task=task, labels=labels)
+    rows = loaded.train.select(range(min(limit, len(loaded.train))))
+    return Inputs(collated(rows, source.tokenizer), f"{len(rows)} rows of {Path(path).name}")

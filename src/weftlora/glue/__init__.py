@@ -1,0 +1,1 @@
+"""Where weftlora meets peft: registration, the tuner, sharing between sites."""

@@ -1,0 +1,167 @@
+"""What can carry an adapter, and the sentence for what cannot."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from weftlora.errors import TargetError, suggest
+from weftlora.spec import WeftConfig
+
+T = TypeVar("T")
+
+
+def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a module that can carry an adapter.
+
+    Raises:
+        TargetError: an embedding, a convolution, 3-D expert parameters, a module whose caller reads its weight instead of
+            calling it, or anything else without in and out features; says what to do.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    kind = type(base).__name__
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TargetError(
+            f"{name} belongs to a torch MultiheadAttention, which reads its weight without calling it: exclude it."
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{name} belongs to a torch TransformerEncoderLayer, whose fast path skips adapters in evaluation: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first."
+        )
+    if isinstance(base, Conv1D):
+        fan_in, out = base.weight.shape
+        return fan_in, out
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    if isinstance(base, nn.Embedding):
+        raise TargetError(
+            f"{name} is an embedding, which has no low-rank site: "
+            f"train it in full with modules_to_save=[{_last(name)!r}]."
+        )
+    if isinstance(base, nn.modules.conv._ConvNd):
+        raise TargetError(
+            f"{name} is a {kind}; weftlora adapts linear modules only: leave it out, or train it with modules_to_save."
+        )
+    if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
+        raise TargetError(
+            f"{name} holds 3-D expert parameters ({cubes[0]}), which are no linear modules: target attention and dense "
+            "modules instead, or use peft's LoraConfig(target_parameters=...)."
+        )
+    fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if isinstance(fan_in, int) and isinstance(out, int):
+        return fan_in, out
+    raise TargetError(
+        f"{name} is a {kind}, which is no linear module: name linear modules in target_modules, or use 'all-linear'."
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def is_all_linear(config: WeftConfig) -> bool:
+    """Whether target_modules is the short form for every linear module but the output layer."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The names of the 3-D parameters in which a mixture of experts holds its matrices."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and not name.endswith("conv.weight") and "expert" in name
+    ]
+
+
+def inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last names of the model's linear modules, adapted ones included."""
+    found = {
+        _last(name)
+        for name, module in model.named_modules()
+        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
+        and not inside_adapter(model, name)
+    }
+    return sorted(found - {""})
+
+
+def check_saved_modules(config: WeftConfig, model: nn.Module) -> None:
+    """Refuse a name in modules_to_save that no module has; it would be left untrained without a word.
+
+    "classifier" and "score" may be absent: peft names both for every classification model.
+
+    Raises:
+        TargetError: names the entry and the nearest module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for wanted in set(config.modules_to_save or []) - {"classifier", "score"}:
+        if not any(re.match(rf"(^|.*\.){wanted}($|\..*)", name) for name in names):
+            raise TargetError(
+                f"modules_to_save names {wanted!r}, which {type(model).__name__} does not have: "
+                f"{suggest(wanted, {_last(name) for name in names} - {''})}"
+            )
+
+
+def warn_of_unmatched(config: WeftConfig, model: nn.Module) -> None:
+    """Name the entries of target_modules that no module is called while others adapt: often a misspelt name."""
+    targets = config.target_modules
+    if not isinstance(targets, set):
+        return
+    names = [name for name, _ in model.named_modules()]
+    unused = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    if unused:
+        warnings.warn(
+            f"target_modules={_few(unused)} match no module of {type(model).__name__} and adapt nothing: "
+            f"{suggest(unused[0], linear_names(model))}",
+            stacklevel=5,
+        )
+
+
+def _few(names: list[str]) -> str:
+    return f"{names[:4]}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+
+
+def no_match(config: WeftConfig, model: nn.Module) -> str:
+    """Why nothing matched: 3-D expert parameters, a misspelt name, or a filter that leaves nothing."""
+    targets = config.target_modules
+    linear = linear_names(model)
+    wanted = sorted(targets) if isinstance(targets, set) else [str(targets)]
+    hit = [n for n in expert_parameters(model) if _last(n) in wanted]
+    if hit:
+        return (
+            f"{hit[0]} is a 3-D expert parameter, not a linear module: target attention and dense modules instead, or use peft's "
+            "LoraConfig(target_parameters=...)."
+        )
+    if not linear:
+        return f"{type(model).__name__} has no linear module, so there is nothing that weftlora could adapt."
+    names = {n for n, _ in model.named_modules()}
+    found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in names)]
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, n) for n in names):
+            return f"target_modules={targets!r} matches only modules that exclude_modules or modules_to_save take away."
+        return f"target_modules={targets!r} matches no module of {type(model).__name__}, which has {', '.join(linear)}."
+    if found:
+        return (
+            f"target_modules={_few(wanted)} match only modules that exclude_modules={config.exclude_modules}, modules_to_save="
+            f"{config.modules_to_save} or layers_to_transform={config.layers_to_transform} leave out: relax one of them."
+        )
+    return f"target_modules={_few(wanted)} match no module of {type(model).__name__}: {suggest(wanted[0], linear)}"
+
+
+def by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """What rank_pattern or alpha_pattern says of the module `name`, as the host reads it: the first regex that matches."""
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)

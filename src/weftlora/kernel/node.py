@@ -1,0 +1,255 @@
+"""The one autograd node: linears that read one input, each with its low-rank update, forward and backward by hand.
+
+    forward     u = x̂ Ãᵀ (one GEMM for all members that read x through the same mask)
+                y = x Wᵀ + b;  y += s · f(u) B̃ᵀ
+    backward    gh = s · g B̃,  gB̃ = s · (hᵀ g)ᵀ,  gu = f'(gh),  gÃ = guᵀ x̂,  gx = Σ g W + gu Ã (⊙ mask)
+
+Saved are x once, the masks' bits and u; nothing of size tokens × out, no dropped copy of x, no cast one. Small factors
+are cast to x's dtype inside, W only under autocast. Where another module computes x Wᵀ + b, its output takes the place of W.
+
+The backward is no formula of differentiable steps: a second one raises (`once_differentiable`). What needs it uses
+`weftlora.kernel.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from weftlora.kernel.dropout import masked
+from weftlora.kernel.factors import without_autocast
+from weftlora.kernel.latent import mixture, mixture_backward, softmax
+from weftlora.kernel.plan import Latents, Member, Parts, Plan, flat, latents_of, split, spread
+from weftlora.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, side_by_side, stacked, taken_apart
+
+
+class Reading(NamedTuple):
+    """One input of the rows: its mask (-1: x itself), what was read of it, as a gradient [t, R], and the rows [R, in]."""
+
+    source: int
+    gu: Tensor
+    rows: Tensor
+
+
+def run(x: Tensor, plan: Plan, masks: Sequence[Tensor], tensors: Sequence[Parts]) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs [..., out] of all members, and ω [..., N] of those that are told."""
+    with without_autocast(x):
+        found = LowRankLinears.apply(plan, x, *masks, *(t for each in tensors for t in each))
+    n = len(plan.members)
+    return list(found[:n]), [omega.view(*x.shape[:-1], omega.shape[1]) for omega in found[n:]]
+
+
+class LowRankLinears(Function):
+    """See the module; apply(plan, x, *masks, *tensors of each member) → (*outputs, *told ω)."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        masks, each = cast("tuple[Tensor, ...]", tensors[: plan.masks]), split(tensors[plan.masks :])
+        x_ti = x.reshape(-1, x.shape[-1])
+        latents = read(x_ti, plan, each, masks)
+        outputs = [shaped(up(*of[:2], x_ti, gated(*of)), x) for of in zip(plan.members, each, latents, strict=True)]
+        told = [cast(Tensor, seen.omega) for m, seen in zip(plan.members, latents, strict=True) if m.told]
+        ctx.plan = plan
+        kept = [own._replace(base=None) for own in each]
+        ctx.save_for_backward(x, *masks, *flat(kept), *flat(latents))
+        ctx.set_materialize_grads(False)
+        return (*outputs, *told)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: Plan = ctx.plan
+        x, *rest = ctx.saved_tensors
+        n = len(plan.members)
+        masks, rest = rest[: plan.masks], rest[plan.masks :]
+        each, seen = split(rest[: n * len(Parts._fields)]), rest[n * len(Parts._fields) :]
+        latents = latents_of(seen)
+        with without_autocast(x):
+            gx, found = backward(
+                x, plan, each, masks, latents, grads[:n], spread(plan.members, grads[n:]), ctx.needs_input_grad[1]
+            )
+        return (None, gx, *[None] * plan.masks, *flat(found))
+
+
+# ---------------------------------------------------------------------- forward
+
+
+def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) -> list[Latents]:
+    """What every member's slots and router read of x [t, in]: one GEMM per distinct input."""
+    rows, sources = _rows(plan, each, x)
+    found: list[Tensor] = [x] * len(rows)
+    for source in sorted(set(sources)):
+        own = [i for i, s in enumerate(sources) if s == source]
+        x_s = x if source < 0 else masked(x, masks[source], plan.p)
+        u = F.linear(x_s, stacked([rows[i] for i in own], x))
+        for i, part in zip(own, taken_apart(u, [rows[i].shape[0] for i in own], 1), strict=True):
+            found[i] = part
+    return _latents(plan, each, found)
+
+
+def _rows(plan: Plan, each: Sequence[Parts], x: Tensor) -> tuple[list[Tensor], list[int]]:
+    """Rows [k, in] that read x, and for each block the mask it reads through."""
+    rows: list[Tensor] = []
+    sources: list[int] = []
+    for m, own in zip(plan.members, each, strict=True):
+        rows.append(own.down if m.heads else padded_rows(own.down, x))
+        sources.append(m.mask)
+        if own.route is not None:
+            rows.append(own.route)
+            sources.append(-1)
+    return rows, sources
+
+
+def _latents(plan: Plan, each: Sequence[Parts], found: Sequence[Tensor]) -> list[Latents]:
+    given = iter(found)
+    latents = []
+    for m, own in zip(plan.members, each, strict=True):
+        u = next(given)
+        q = next(given) if own.route is not None else u[:, : m.r]
+        if not m.heads:
+            latents.append(Latents(u, None, None))
+        elif own.mix is None:
+            latents.append(Latents(u, None, softmax(q)))
+        else:
+            latents.append(Latents(u, q, softmax(F.linear(q, own.mix.to(q.dtype)))))
+    return latents
+
+
+def gated(m: Member, own: Parts, seen: Latents) -> Tensor:
+    """h of one member, as many columns as GEMMs are fast in."""
+    if seen.omega is None:
+        return seen.u
+    h = mixture(seen.u, seen.omega, m.r)
+    return F.pad(h, (0, fast_width(h.shape[1], h) - h.shape[1]))
+
+
+def up(m: Member, own: Parts, x: Tensor, h: Tensor) -> Tensor:
+    """x Wᵀ + b + s h B̃ᵀ [t, out] of x [t, in]; the sum is formed in place unless another module's output is added to."""
+    columns = padded_columns(own.up, h.shape[1], x).T
+    if own.base is not None:
+        y = own.base.reshape(-1, own.base.shape[-1])
+        return torch.addmm(y, h.to(y.dtype), columns.to(y.dtype), alpha=m.scale)
+    weight = cast(Tensor, own.weight).to(x.dtype)
+    y = F.linear(x, weight, None if own.bias is None else own.bias.to(x.dtype))
+    return y.addmm_(h, columns, alpha=m.scale)
+
+
+def shaped(y: Tensor, like: Tensor) -> Tensor:
+    """y [t, out] with the leading axes of `like`; no view in autograd's eyes, so that a model may write into it."""
+    return cast(Tensor, torch.ops.aten._unsafe_view(y, [*like.shape[:-1], y.shape[-1]]))
+
+
+# ---------------------------------------------------------------------- backward
+
+
+def backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    latents: Sequence[Latents],
+    grads: Sequence[Tensor | None],
+    gomegas: Sequence[Tensor | None],
+    needs_x: bool,
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """Gradients of x [..., in] and of every member's `Parts`, given those of the outputs and of ω.
+
+    What is narrow comes first, while the outputs' gradients are in the cache: after the GEMMs with W they are not.
+    """
+    found: list[list[Tensor | None]] = []
+    through: list[Tensor | None] = []
+    for m, own, seen, g, gomega in zip(plan.members, each, latents, grads, gomegas, strict=True):
+        g_to = None if g is None else g.reshape(-1, g.shape[-1])
+        gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
+        found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
+        through += [gu] if own.route is None else [gu, gq]
+    reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through)
+    given = iter(grows)
+    for own, gradients in zip(each, found, strict=True):
+        gradients[3] = _cut(next(given), own.down)
+        if own.route is not None:
+            gradients[5] = _cut(next(given), own.route)
+    gx = input_backward(x, plan, each, masks, grads, reads) if needs_x else None
+    return gx, found
+
+
+def member_backward(
+    m: Member, own: Parts, seen: Latents, g: Tensor | None, gomega: Tensor | None, x: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of u, q, mix and up of one member, given that of its output, g [t, out], and of ω."""
+    if g is None and gomega is None:
+        return None, None, None, None
+    gh = gup = None
+    if g is not None:
+        h = gated(m, own, seen)
+        g = g.to(x.dtype)
+        gh = scaled(g, padded_columns(own.up, h.shape[1], x), m.scale)
+        gup = scaled(h.T, g, m.scale)[: own.up.shape[1]].T.to(own.up.dtype)  # hᵀ g: the other form, gᵀ h, takes longer
+    if seen.omega is None:
+        return gh, None, None, gup
+    gu, glogits = mixture_backward(gh, gomega, seen.u, seen.omega, m.r)
+    if own.mix is None or seen.q is None:
+        return gu, glogits, None, gup
+    gq = glogits @ own.mix.to(glogits.dtype)
+    if own.route is None:
+        gu[:, : m.r] += gq
+    return gu, gq, (glogits.T @ seen.q).to(own.mix.dtype), gup
+
+
+def read_backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    through: Sequence[Tensor | None],
+) -> tuple[list[Reading], list[Tensor | None]]:
+    """What was read of x [t, in], per distinct input, and the gradients of the rows, given those of what they read."""
+    rows, sources = _rows(plan, each, x)
+    reads: list[Reading] = []
+    found: list[Tensor | None] = [None] * len(rows)
+    for source in sorted(set(sources)):
+        own = [i for i, s in enumerate(sources) if s == source and through[i] is not None]
+        if not own:
+            continue
+        matrix = stacked([rows[i] for i in own], x)
+        gu = side_by_side([cast(Tensor, through[i]) for i in own], matrix.shape[0])
+        x_s = x if source < 0 else masked(x, masks[source], plan.p)
+        grows = gu.T @ x_s
+        for i, part in zip(own, taken_apart(grows, [rows[i].shape[0] for i in own], 0), strict=True):
+            found[i] = part
+        reads.append(Reading(source, gu, matrix))
+    return reads, found
+
+
+def input_backward(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    reads: Sequence[Reading],
+) -> Tensor | None:
+    """The gradient of x [..., in]: through every W, and through the rows that read it."""
+    gx: Tensor | None = None
+    for own, g in zip(each, grads, strict=True):
+        if g is not None and own.weight is not None:
+            g_to, weight = g.reshape(-1, g.shape[-1]), own.weight.to(x.dtype)
+            gx = g_to @ weight if gx is None else gx.addmm_(g_to, weight)
+    for source, gu, matrix in reads:
+        if source >= 0:
+            share = masked(gu @ matrix, masks[source], plan.p)
+            gx = share if gx is None else gx.add_(share)
+        else:
+            gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
+    return None if gx is None else gx.view(x.shape)
+
+
+def _cut(gradient: Tensor | None, own: Tensor) -> Tensor | None:
+    """A gradient of padded rows as that of the rows themselves."""
+    return None if gradient is None else gradient[: own.shape[0]].to(own.dtype)

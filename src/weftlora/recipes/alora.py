@@ -1,0 +1,62 @@
+"""Allocating LoRA (ALoRA): rank slots move from where removing them costs least to where slots are worth most.
+
+    score of slot i = [L(M∖i) − L(M)] + [L(∅) − L({i})]        L: cross-entropy of 32 validation rows
+
+Paper: Liu, Lyn, Zhu, Tian, Graham, "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models",
+arXiv 2403.16187 (NAACL 2024). Not Activated LoRA, which peft and vLLM call aLoRA.
+Defaults: r = 8, first round after a third of the run, then every twelfth, at most 8, 32 rows (paper: epochs 1, 0.25 and 3, 8, 32);
+as many slots per round as a block has kinds of modules (paper; of its readings the one that fits its parameter counts); α = 2r
+(ours); all linear modules (paper). Where the paper is silent: see `weftlora.terms.ranks.reallocate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weftlora.spec import WeftConfig
+from weftlora.terms.ranks.reallocate import Reallocate
+from weftlora.times import Time
+
+
+def AllocLoraConfig(
+    r: int = 8,
+    first: Time = 1 / 3,
+    every: Time = 1 / 12,
+    max_rounds: int = 8,
+    move: str | int = "types",
+    scope: str = "global",
+    unit: str = "ranks",
+    score: str = "exact",
+    terms: str = "both",
+    rows: int = 32,
+    resample: bool = True,
+    shortlist_factor: int = 4,
+    grace_rounds: int = 0,
+    revive: bool = False,
+    max_rank: int | None = None,
+    check: bool = False,
+    chunk_tokens: int | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> WeftConfig:
+    """LoRA with moving ranks; fields as in `Reallocate` and `WeftConfig` (another `structure` composes)."""
+    ranks = Reallocate(
+        first=first,
+        every=every,
+        max_rounds=max_rounds,
+        move=move,  # type: ignore[arg-type]
+        scope=scope,  # type: ignore[arg-type]
+        unit=unit,  # type: ignore[arg-type]
+        score=score,  # type: ignore[arg-type]
+        terms=terms,  # type: ignore[arg-type]
+        rows=rows,
+        resample=resample,
+        shortlist_factor=shortlist_factor,
+        grace_rounds=grace_rounds,
+        revive=revive,
+        max_rank=max_rank,
+        check=check,
+        chunk_tokens=chunk_tokens,
+        seed=seed,
+    )
+    return WeftConfig(ranks=ranks, r=r, **fields)

@@ -1,0 +1,96 @@
+"""HTML pages as one file: charts that answer, tables beside them, and not one request to anywhere.
+
+The libraries that draw (Vega, Vega-Lite, Vega-Embed) come out of the package vl-convert-python and are written into the file. A
+content security policy names the scripts by their hashes, so nothing else runs and nothing is fetched, whatever a name in an
+adapter says.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from weftlora.errors import ConfigError, RunError
+
+NEEDED = ("jinja2", "vl_convert")
+
+
+def check_extra() -> None:
+    """Raise ConfigError if the packages that a page needs are not installed."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"a page needs {' and '.join(missing)}, which this environment lacks: pip install 'weftlora[html]'."
+        )
+
+
+def render(
+    template: str, specs: Mapping[str, Any], *, styles: Sequence[str] = (), scripts: Sequence[str] = (), **content: Any
+) -> str:
+    """A page from a template that extends `base.html.jinja`, with its charts by the id of their place.
+
+    Args:
+        template, styles, scripts: names of assets; styles and scripts follow those that every page has.
+        content: what the template shows; it is escaped unless the template says otherwise.
+
+    Raises:
+        ConfigError: the extra `html` is not installed.
+    """
+    check_extra()
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    run = [_bundle(), *map(_asset, ("page.js", *scripts))]
+    return environment.get_template(template).render(
+        **content,
+        style="".join(map(_asset, ("page.css", *styles))),
+        specs=_json(specs),
+        scripts=run,
+        hashes=[_hash(script) for script in run],
+    )
+
+
+def write(text: str, path: str | Path) -> None:
+    """Write a page to a file, whole or not at all. Raises RunError if the file cannot be written."""
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.part")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror or error}; choose another file.") from None
+
+
+def _asset(name: str) -> str:
+    return (files("weftlora") / "assets" / "report" / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _bundle() -> str:
+    """The libraries as one script; the text that would end it early cannot stand in it."""
+    import vl_convert
+
+    return (
+        str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+        .replace("</script", "<\\/script")
+        .replace("<!--", "<\\!--")
+    )
+
+
+def _json(value: Any) -> str:
+    """JSON that can stand inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _hash(script: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,0 +1,175 @@
+"""The one controller of what starts along directions of W: LoRA-Dash's gains and LoRA-Init's A and B.
+
+    measure, decide   `weftlora.schedule.ranking`, once per site and step for everybody who is due
+    apply             each launch puts its directions into the sites; moments of what starts anew are dropped
+
+All that are due after a step have decided before the first is applied, so LoRA-TSD, which is both at once, ranks both on the
+same pre-launch: the directions of Dash are then the first of LoRA-Init's. With different times the later one ranks on what
+the update is then.
+"""
+
+from __future__ import annotations
+
+import time as clocks
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weftlora import linalg
+from weftlora.errors import ConfigError
+from weftlora.known import Known
+from weftlora.schedule import clock
+from weftlora.schedule.ranking import Ranked, Ranker, Rule
+from weftlora.schedule.schedule import Event, Length, Member, check_possible
+from weftlora.site import Site
+from weftlora.times import Time, resolve
+
+
+class Choice(Protocol):
+    """What the config says of when, and by which rule directions are ranked."""
+
+    @property
+    def after(self) -> Time: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def select(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+class Launch(Protocol):
+    """What is done with the directions of a site, and how it is spoken of."""
+
+    @property
+    def what(self) -> str:
+        """In sentences: "the launch of Dash"."""
+        ...
+
+    @property
+    def event(self) -> str:
+        """In the record of events: "dash_launch"."""
+        ...
+
+    @property
+    def choice(self) -> Choice:
+        """Its part of the config."""
+        ...
+
+    def flag(self, site: Site) -> Tensor:
+        """The site's buffer [] that says whether it has happened there."""
+        ...
+
+    def count(self, site: Site) -> int:
+        """How many directions it has room for there."""
+        ...
+
+    def apply(self, site: Site, found: linalg.Directions, largest: float) -> dict[str, Any]:
+        """Put the directions in, σ_max of W being `largest`; what to tell of it, as plain numbers."""
+        ...
+
+    def gap(self) -> str:
+        """What becomes of slots that no direction is left for, as the end of a sentence."""
+        ...
+
+
+@dataclass(eq=False)
+class LaunchController:
+    """Does one launch on every site of one adapter after the step it is due."""
+
+    launch: Launch
+    ranker: Ranker
+    _happened: Known[bool] = field(default_factory=lambda: Known(bool), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.ranker.askers.append(self)
+
+    @property
+    def what(self) -> str:
+        """See `Controller`."""
+        return self.launch.what
+
+    @property
+    def rule(self) -> Rule:
+        """See `Asker`."""
+        choice = self.launch.choice
+        return Rule(choice.eps, choice.select, choice.seed)
+
+    @property
+    def _members(self) -> list[Member]:
+        return self.ranker.members
+
+    def due(self, length: Length) -> int | None:
+        """See `Controller`."""
+        return resolve(self.launch.choice.after, length.total_steps, length.steps_per_epoch)
+
+    def done(self) -> bool:
+        """See `Controller`."""
+        return self._happened.read(self.launch.flag(self._members[0].site))
+
+    def check(self, length: Length) -> None:
+        """See `Controller`."""
+        check_possible(self.due(length), length, self.what, self.launch.choice.after)
+
+    def is_due(self, step: int, length: Length) -> bool:
+        """See `Asker`: after step t, and in the steps after it until it succeeds."""
+        due = self.due(length)
+        return due is not None and step >= due and not self.done()
+
+    def count(self, site: Site) -> int:
+        """See `Asker`."""
+        return self.launch.count(site)
+
+    def before_step(self, step: int | None, length: Length) -> None:
+        """See `Controller`."""
+        self.ranker.before_step(step, length)
+
+    def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
+        """Measure and decide if step t has been reached; the function that is returned applies."""
+        if not self.is_due(step, length):
+            return None
+        started = clocks.perf_counter()
+        ranked = self.ranker.rank(step, length)
+        chosen = [r.first(self.rule, self.count(m.site)) for r, m in zip(ranked, self._members, strict=True)]
+        if not any(len(found.index) for found in chosen):
+            raise ConfigError(
+                f"{self.what} is due after step {self.due(length)}, but no weight has moved (every change rate is 0): train "
+                "before it, with a larger `after` or a learning rate above 0."
+            )
+        measured = clocks.perf_counter() - started
+        return lambda: self._apply(chosen, ranked, measured)
+
+    def _apply(self, chosen: Sequence[linalg.Directions], ranked: Sequence[Ranked], measured: float) -> Event:
+        started, told = clocks.perf_counter(), {}
+        short = [m.name for m, f in zip(self._members, chosen, strict=True) if len(f.index) < self.count(m.site)]
+        for member, found, site in zip(self._members, chosen, ranked, strict=True):
+            told[member.name] = {
+                "index": found.index.tolist(),
+                "sigma": found.sigma.tolist(),
+                "rate": found.rate.tolist(),
+                **self.launch.apply(member.site, found, site.largest),
+                "ranked_on": member.source,
+                "seconds": site.seconds,
+            }
+        _warn(short, f"have fewer moved directions than {self.launch.gap()}.")
+        _warn(
+            [member.name for member in self._members if member.source == "dequantised"],
+            "ranked their directions on a dequantised base, whose noise owns the small singular values: give the unquantised "
+            "checkpoint with weftlora.attach(model, original=...) before training.",
+        )
+        return {"event": self.launch.event, "seconds": measured + clocks.perf_counter() - started, "sites": told}
+
+
+def forget_moments(parameter: nn.Parameter) -> None:
+    """Let a parameter start fresh: moments of what it was before would shape, or stretch, its first steps."""
+    for optimizer in clock.owners(parameter):
+        optimizer.state.pop(parameter, None)
+
+
+def _warn(names: list[str], sentence: str) -> None:
+    if names:
+        warnings.warn(f"{len(names)} sites such as {names[0]} {sentence}", stacklevel=3)

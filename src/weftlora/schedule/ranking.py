@@ -1,0 +1,243 @@
+"""Which directions of every W an adapter's ΔW moves most: what LoRA-Dash and LoRA-Init both ask at their step.
+
+    measure   W, A, B and, on a routed site, the mean gate of step t     → change rates [k] and σ [k] per site
+    decide    rates, σ → indices, best first                             (plain numbers; no tensors of the model)
+
+Decompositions are made site by site and freed, one per site however many ask at that step; who asks by the same rule gets
+the same list, cut to its own length. With several processes each decomposes its share of the sites and the chosen
+directions are broadcast, so all hold the same bytes.
+
+Source: LoRA-Dash, arXiv 2409.01035. On a routed site, which the paper does not have, ΔW is taken at the mean gate
+measured over the forward passes of step t.
+"""
+
+from __future__ import annotations
+
+import time as clocks
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from weftlora import linalg
+from weftlora.errors import ConfigError
+from weftlora.kernel import Slots
+from weftlora.schedule import together
+from weftlora.schedule.schedule import Length, Member
+from weftlora.site import ExtraSlots, Site
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How directions are ranked; see `weftlora.linalg.decide`."""
+
+    eps: float
+    select: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What was found at one site."""
+
+    found: dict[Rule, linalg.Directions]
+    largest: float  # σ_max of W
+    seconds: float  # for reading, decomposing and ranking; 0 on the processes that were sent it
+
+    def first(self, rule: Rule, count: int) -> linalg.Directions:
+        """The best `count` directions by that rule; fewer where there are no more."""
+        d = self.found[rule]
+        return linalg.Directions(d.index[:count], d.sigma[:count], d.rate[:count], d.up[:, :count], d.down[:count])
+
+
+class Asker(Protocol):
+    """Who needs directions at some step."""
+
+    @property
+    def what(self) -> str:
+        """How sentences call what it does then."""
+        ...
+
+    @property
+    def rule(self) -> Rule:
+        """By which it wants them ranked."""
+        ...
+
+    def is_due(self, step: int, length: Length) -> bool:
+        """Whether it needs them after this step."""
+        ...
+
+    def count(self, site: Site) -> int:
+        """How many it needs there."""
+        ...
+
+
+@dataclass
+class MeanGate:
+    """Running mean of the weights of `site`'s router over tokens, filled by the training passes of one step."""
+
+    site: Site
+    total: Tensor | None = None
+    tokens: int = 0
+
+    def __call__(self, omega: Tensor) -> None:
+        """Take in weights [..., N]; an evaluation or generation between two steps is none of the training."""
+        if not (self.site.training or torch.is_grad_enabled()):
+            return
+        flat = omega.detach().flatten(0, -2)
+        self.total = flat.double().sum(0) if self.total is None else self.total + flat.double().sum(0)
+        self.tokens += flat.shape[0]
+
+    def mean(self, heads: int) -> Tensor:
+        """[N] fp64; uniform if nothing was seen."""
+        if self.total is None or not self.tokens:
+            return torch.full((heads,), 1 / heads, dtype=torch.float64)
+        return self.total / self.tokens
+
+    def share(self) -> None:
+        """Take in what the other processes saw; all of them must call it."""
+        f = self.site.factors()
+        seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
+        if self.total is not None:
+            seen[:-1], seen[-1] = self.total, self.tokens
+        dist.all_reduce(seen)
+        self.total, self.tokens = seen[:-1], int(seen[-1])
+
+
+def decompose(name: str, w: Tensor) -> linalg.Spectrum:
+    """The spectrum of the weight W [out, in] of module `name`; glue puts a service with a cache in its place."""
+    return linalg.spectrum(w)
+
+
+@dataclass(eq=False)
+class Ranker:
+    """Ranks the directions of every site of one adapter, once per step for all who ask."""
+
+    members: list[Member]
+    askers: list[Asker] = field(default_factory=list)
+    decompose: Callable[[str, Tensor], linalg.Spectrum] = decompose
+    gates: dict[str, MeanGate] = field(default_factory=dict)
+    _last: tuple[int, list[Ranked]] | None = field(default=None, init=False)
+
+    def before_step(self, step: int | None, length: Length) -> None:
+        """Listen to the routers in the forward passes of the step after which somebody will ask, or may."""
+        self._last = None
+        for member in self.members:
+            if self.gates.pop(member.name, None) is not None:
+                member.site.gate_meter = None
+        if step is None or any(asker.is_due(step + 1, length) for asker in self.askers):
+            for member in self.members:
+                if not member.site.mergeable:  # routed
+                    gate = self.gates[member.name] = MeanGate(member.site)
+                    member.site.gate_meter = gate
+
+    def rank(self, step: int, length: Length) -> list[Ranked]:
+        """What every site's directions are after this step, the same on all processes.
+
+        Raises:
+            ConfigError: a factor or a weight has values that are not finite.
+            WeftError: the ranking failed on another process.
+        """
+        if self._last is None or self._last[0] != step:
+            due = [asker for asker in self.askers if asker.is_due(step, length)]
+            self._last = step, self._rank_all(due)
+        return self._last[1]
+
+    def _rank_all(self, due: list[Asker]) -> list[Ranked]:
+        numbers = range(len(self.members))
+        if together.world() == 1:
+            return [self._rank_one(n, due) for n in numbers]
+        for gate in self.gates.values():
+            gate.share()
+        world, rank = together.world(), together.rank()
+        rules = list(dict.fromkeys(asker.rule for asker in due))
+        device = next(self.members[0].site.parameters()).device
+        mine = together.attempt(
+            lambda: {n: self._rank_one(n, due) for n in numbers if n % world == rank}, _names(due), device
+        )
+        return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
+
+    def _rank_one(self, number: int, due: list[Asker]) -> Ranked:
+        started, member = clocks.perf_counter(), self.members[number]
+        w, (a, b, scale) = (
+            member.weight(),
+            factor_pair(member.site, self.gates.get(member.name), dash=member.site.start is not None),
+        )
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ConfigError(
+                f"{member.name} has values that are not finite at {_names(due)}: lower the learning rate."
+            )
+        if not torch.isfinite(w).all():
+            raise ConfigError(
+                f"the base weight of {member.name} has values that are not finite, so it has no directions to launch: "
+                "load a base that works, or do not target this module."
+            )
+        counts: dict[Rule, int] = {}
+        for asker in due:
+            counts[asker.rule] = max(counts.get(asker.rule, 0), asker.count(member.site))
+        spectrum = self.decompose(member.name, w)
+        moved = linalg.moved(spectrum, w, a, b, scale)
+        sigma, lowest = spectrum.sigma.tolist(), linalg.floor(spectrum.sigma, (w.shape[0], w.shape[1]))
+        found = {}
+        for rule, count in counts.items():
+            rate = linalg.change_rate(spectrum, moved, rule.eps)
+            chosen = linalg.decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
+            found[rule] = linalg.take(spectrum, w, rate, chosen)
+        return Ranked(found, sigma[0], clocks.perf_counter() - started)
+
+
+def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tuple[Tensor, Tensor, float]:
+    """A [R, in], B [out, R] and the scale of the site's ΔW, fp64; at the mean gate if it is routed.
+
+    The frozen slots of LoRA-Init are in it; those of Dash with `dash` only.
+    """
+    f = site.factors()
+    a, b = f.A.detach().double(), f.B.detach().double()
+    if f.gate is not None:
+        a = f.gate.detach().to(a)[:, None] * a
+    if f.v is not None:
+        b = f.v.detach().to(b)[:, None] * b
+    if f.router is not None:
+        omega = (gate or MeanGate(site)).mean(f.heads).to(b)
+        b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
+    if (twins := _slots(site.start, site, f.scale)) is not None:
+        # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly 0 right after the switch, where the other form leaves rounding
+        live = site.live()  # as in f, which has no other slots
+        gate_r = -twins.gate.detach().to(a)[live] / f.scale
+        twin_a, twin_b = twins.down[live].to(a), twins.up[:, live].to(b)
+        a, b = torch.cat([a, gate_r[:, None] * (f.A.detach().to(a) - twin_a)]), torch.cat([b - twin_b, twin_b], 1)
+    if dash and (slots := _slots(site.boost, site, f.scale)) is not None:
+        a = torch.cat([a, slots.down.to(a)])
+        b = torch.cat([b, slots.up.to(b) * (slots.gate.detach().to(b) / f.scale)], 1)
+    return a, b, f.scale
+
+
+def _slots(term: nn.Module | None, site: Site, scale: float) -> Slots | None:
+    return None if term is None else cast(ExtraSlots, term).slots(scale, site.mask, site.layer_gate)
+
+
+def _names(due: list[Asker]) -> str:
+    return " and ".join(asker.what for asker in due)
+
+
+def _share(ranked: Ranked | None, rules: list[Rule], site: Site, device: torch.device, source: int) -> Ranked:
+    """What process `source` found at this site, on all processes."""
+    f = site.factors()
+    fan_in, out = f.A.shape[1], f.B.shape[0]
+    counts = [len(ranked.found[rule].index) for rule in rules] if ranked else [0] * len(rules)
+    head = torch.tensor([ranked.largest if ranked else 0.0, *counts], dtype=torch.float64, device=device)
+    dist.broadcast(head, source)
+    found = {}
+    for rule, s in zip(rules, map(int, head[1:].tolist()), strict=True):
+        shapes = {"index": (s,), "sigma": (s,), "rate": (s,), "up": (out, s), "down": (s, fan_in)}
+        tensors: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            dtype = torch.long if name == "index" else torch.float64
+            here = getattr(ranked.found[rule], name) if ranked else torch.empty(shape, dtype=dtype)
+            tensors[name] = here.to(device).contiguous()
+            dist.broadcast(tensors[name], source)
+        found[rule] = linalg.Directions(**tensors)
+    return Ranked(found, float(head[0]), ranked.seconds if ranked else 0.0)

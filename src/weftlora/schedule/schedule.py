@@ -1,0 +1,219 @@
+"""The schedule of one adapter: its sites, its step count, its controllers, its events.
+
+It hangs on the adapter's first site, because nothing else survives every way a host puts adapters into a model. The step
+count is that site's buffer `steps`, so it is saved and loaded with the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weftlora.errors import ConfigError
+from weftlora.known import Known
+from weftlora.schedule import clock
+from weftlora.site import Site
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Member:
+    """One site of the adapter: the name of its module, how to read W [out, in], and which W that is.
+
+    `source`: "in memory" (as the model computes with it), "dequantised" (as well, from fewer bits) or "original" (from the
+    files of the checkpoint that the base in memory was made from).
+    """
+
+    name: str
+    site: Site
+    weight: Callable[[], Tensor]
+    source: str = "in memory"
+
+
+@dataclass
+class Length:
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data."""
+
+    total_steps: int | None = None
+    steps_per_epoch: float | None = None
+
+
+class Controller(Protocol):
+    """One thing that happens over time: measure reads, decide is a function of plain numbers, apply edits.
+
+    All controllers that are due after the same step have measured and decided before the first of them applies.
+    """
+
+    @property
+    def what(self) -> str:
+        """How sentences call it: "the launch of Dash"."""
+        ...
+
+    def due(self, length: Length) -> int | None:
+        """The step after which it acts; None while the length of the run is needed and unknown."""
+        ...
+
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        ...
+
+    def check(self, length: Length) -> None:
+        """Raise `ConfigError` if what it is to do cannot happen in a run of this length, or the length is missing."""
+        ...
+
+    def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
+        """Measure and decide if it is time. The function that is returned applies, and says what happened in plain numbers."""
+        ...
+
+    def before_step(self, step: int | None, length: Length) -> None:
+        """Get ready for what step + 1 needs measured in its forward passes; `step` are taken so far, None if unknown."""
+        ...
+
+
+@dataclass(eq=False)
+class Schedule:
+    """Drives the controllers of one adapter by the optimiser steps of the optimiser that trains it."""
+
+    adapter_name: str
+    members: list[Member]
+    controllers: list[Controller]
+    length: Length = field(default_factory=Length)
+    events: list[Event] = field(default_factory=list)
+    on_event: Callable[[Event], None] | None = None
+    _anchor: nn.Parameter | None = field(default=None, init=False)
+    _known: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.first.register_load_state_dict_post_hook(_prepare_after_load)
+        clock.listen(self)
+        # A count may still be loaded without anybody being told: transformers' load_adapter assigns tensors by itself.
+        unknown = next(self._trained(), None) is not None
+        for controller in self.controllers:
+            controller.before_step(None if unknown else 0, self.length)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        clock.listen(self)  # a copy of the model counts for itself
+
+    @property
+    def first(self) -> Site:
+        """The site that holds the count."""
+        return self.members[0].site
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken so far."""
+        return self._known.read(self._count)
+
+    @property
+    def _on_meta(self) -> bool:
+        return any(buffer.is_meta for buffer in self.first.buffers())
+
+    @property
+    def _count(self) -> Tensor:
+        return cast(Tensor, self.first.steps)
+
+    def counts(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` holds the anchor: the adapter's first trained parameter in the first optimiser that steps.
+
+        It is chosen anew when it is no longer the adapter's, no longer trained, or no longer in any living optimiser.
+        """
+        anchor = self._anchor
+        if anchor is None or not any(p is anchor for p in self._trained()) or not clock.owners(anchor):
+            self._anchor = anchor = next((p for p in self._trained() if clock.holds(optimizer, p)), None)
+        return anchor is not None and clock.holds(optimizer, anchor)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (p for member in self.members for p in member.site.parameters() if p.requires_grad)
+
+    def pending(self) -> list[Controller]:
+        """The controllers that still have something to do; all of them while the adapter has no values yet."""
+        return [controller for controller in self.controllers if self._on_meta or not controller.done()]
+
+    def missing(self, *, over: bool = False) -> str | None:
+        """What the adapter is still without, as a sentence; None before training and in a run known to go on.
+
+        `over` says that it will not go on, whatever length it was to have.
+        """
+        total = self.length.total_steps
+        if not self.steps or (not over and total is not None and self.steps < total):
+            return None
+        waiting = [f"{c.what} (due {_when(c.due(self.length))})" for c in self.pending()]
+        if not waiting:
+            return None
+        return (
+            f"adapter {self.adapter_name!r} has trained {self.steps} steps and is still without {' and '.join(waiting)}, so it is "
+            "not yet what its config names: train on, or make the time earlier."
+        )
+
+    def check(self, length: Length, *, may_grow: bool = False) -> None:
+        """Raise `ConfigError` if something can never happen in a run of this length; `may_grow`: what it lacks may still come."""
+        for controller in self.pending():
+            if not (may_grow and controller.due(length) is None):
+                controller.check(length)
+
+    def prepare(self) -> None:
+        """Let controllers get ready for the next step; also after loading, when the count may have changed."""
+        if not self._on_meta:
+            for controller in self.controllers:
+                controller.before_step(self.steps, self.length)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """One more step was taken; see `weftlora.schedule.clock`."""
+        with torch.no_grad():
+            steps = self.steps + 1
+            self._known.keep(self._count.fill_(steps), steps)
+            plans = []
+            for controller in self.pending():
+                if controller.due(self.length) is None:
+                    controller.check(self.length)
+                plans.append(controller.plan(self.steps, self.length, optimizer))
+            for apply in plans:  # only when all have measured and decided: each sees the adapter that was trained
+                if apply is not None:
+                    self._record({"adapter": self.adapter_name, "step": self.steps, **apply()})
+            self.prepare()
+
+    def _record(self, event: Event) -> None:
+        self.events.append(event)
+        logger.info("%s after step %d of adapter %s", event["event"], event["step"], event["adapter"])
+        if self.on_event is not None:
+            self.on_event(event)
+
+
+def _when(due: int | None) -> str:
+    return "at a time that needs the length of the run" if due is None else f"after step {due}"
+
+
+def check_possible(due: int | None, length: Length, what: str, time: object) -> None:
+    """Raise `ConfigError` if an event due after step `due` cannot happen, or when it is due cannot be known."""
+    if due is None:
+        need = "steps_per_epoch" if length.steps_per_epoch is None and hasattr(time, "epochs") else "total_steps"
+        raise ConfigError(
+            f"{what} is due at {time!r}, which needs the length of the run: call weftlora.attach(model, {need}=...) before training, "
+            "or give your Trainer callbacks=[weftlora.Callback()]."
+        )
+    if length.total_steps is not None and due >= length.total_steps:
+        raise ConfigError(
+            f"{what} is due after step {due}, but the run ends after {length.total_steps}: it would silently stay without it; "
+            "make the run longer or the time earlier."
+        )
+
+
+def _prepare_after_load(site: nn.Module, _: Any) -> None:
+    schedule = getattr(site, "schedule", None)
+    if isinstance(schedule, Schedule):
+        if (
+            not schedule._on_meta
+        ):  # an earlier state has not seen what came later; in place, because hosts hold the list
+            schedule.events[:] = [event for event in schedule.events if event["step"] <= schedule.steps]
+        schedule.prepare()

@@ -1,0 +1,123 @@
+"""Flexora: which blocks are worth an adapter, searched by hypergradient.
+
+    selection = weftlora.search_layers(model, train, validation)         model: base, or adapted with layers=weftlora.Search(...)
+    model = get_peft_model(base, weftlora.HydraLoraConfig(layers=selection.layers))
+
+`passes` runs forwards and backwards that leave nothing behind, `unroll` differentiates inner steps, `driver` is the loop,
+`rules` turns α into a set, `second` is the stage after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from weftlora.errors import ConfigError
+from weftlora.search.driver import LayerSearch
+from weftlora.search.inner import Inner
+from weftlora.search.passes import Loss
+from weftlora.search.rows import Collate, Rows
+from weftlora.search.rules import Stability, stability
+from weftlora.search.second import second_stage, unload
+from weftlora.search.selection import Candidate, Selection, compare
+from weftlora.spec import WeftConfig
+from weftlora.terms.layers.search import Search
+
+__all__ = [
+    "Candidate",
+    "LayerSearch",
+    "Selection",
+    "Stability",
+    "compare",
+    "search_layers",
+    "second_stage",
+    "stability",
+]
+
+
+def search_layers(
+    model: nn.Module,
+    train: Rows,
+    validation: Rows | None = None,
+    *,
+    config: WeftConfig | None = None,
+    adapter: str = "default",
+    collate: Collate | None = None,
+    loss: Loss | None = None,
+    lr: float = 1e-4,
+    batch_size: int = 1,
+    accumulation: int = 8,
+    optimizer: Literal["adamw", "sgd"] = "adamw",
+    schedule: Literal["cosine", "constant"] = "cosine",
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    seed: int = 0,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> Selection:
+    """Search which blocks of `model` to adapt. Where torch.distributed runs, every process calls it with the same rows.
+
+    Args:
+        model: a base model, which is adapted for the search and handed back as it was; or a model adapted with
+            layers=weftlora.Search(...), which keeps its searched adapter for `weftlora.second_stage`. Not wrapped in DDP.
+        train: rows, such as a datasets.Dataset or a list of dicts; θ is trained on them.
+        validation: other rows, for α; None holds out `val_size` of the training rows. The two are disjoint in content.
+        config: the adapter to search with on a bare base; None is `weftlora.FlexoraConfig()`.
+        adapter: the adapter's name.
+        collate: a list of rows → the keyword arguments of a forward; None stacks rows of equal shapes.
+        loss: (model, batch) → mean loss; None takes the `.loss` that the model returns.
+        lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm: of the inner steps, see
+            `weftlora.search.inner.Inner`. Validation micro-batches have at most `batch_size` rows too.
+        seed: of the splits and the order of rows (of dropout and the adapter's start: torch's own).
+        on_step: called after every step on α with "step", "loss", "validation_loss", "alpha", "skipped" and more.
+
+    Raises:
+        ConfigError: the model has no search, another adapter of it is active, or a setting cannot work.
+        DataError: too few rows, or validation rows that are training rows.
+        TargetError: the model has fewer than two blocks with targeted modules.
+        RunError: no validation loss was ever a number, or too few blocks are selected and `when_fewer` is "error".
+    """
+    inner = Inner(lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    adapted, own = _searchable(model, config, adapter)
+    given = adapted.peft_config[adapter]
+    try:
+        search = LayerSearch(
+            adapted,
+            given.layers,
+            inner,
+            train,
+            validation,
+            adapter=adapter,
+            collate=collate,
+            loss=loss,
+            seed=seed,
+        )
+        return search.run(on_step)
+    finally:
+        if own:
+            unload(adapted)
+            for p, trained in before:  # peft freezes a base and leaves it so
+                p.requires_grad_(trained)
+
+
+def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, bool]:
+    """The adapted model to search, and whether it was adapted here."""
+    if not isinstance(model, PeftModel):
+        if config is None:
+            from weftlora.recipes.flexora import FlexoraConfig
+
+            config = FlexoraConfig()
+        if not isinstance(config.layers, Search):
+            raise ConfigError(
+                f"a config with layers={type(config.layers).__name__} has no search: give it layers=weftlora.Search()."
+            )
+        return cast(PeftModel, get_peft_model(model, config, adapter_name=adapter)), True
+    if config is not None:
+        raise ConfigError("the model has an adapter and a config was given too: search one of the two.")
+    given = model.peft_config.get(adapter)
+    if not isinstance(given, WeftConfig) or not isinstance(given.layers, Search):
+        raise ConfigError(f"adapter {adapter!r} of the model has no search: make it with layers=weftlora.Search().")
+    return model, False

@@ -1,0 +1,251 @@
+"""The search loop.
+
+    for t in range(T):
+        for k in range(K):   θ ← OPT_θ(θ, ∇_θ R_train(θ, α))          α stands still; θ is never reset
+        g ← hypergradient of R_val at the new θ                        `weftlora.search.unroll`, or its direct term only
+        α ← OPT_α(α, g);  gates ← α̂(α)                                 θ, its gradients and its optimiser untouched
+
+Source: Algorithm 1 of Flexora, arXiv 2408.10774, as its released code runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from weftlora.errors import ConfigError, DataError, RunError
+from weftlora.schedule import together
+from weftlora.search import outcome, state
+from weftlora.search.groups import Gates, groups_of
+from weftlora.search.inner import Inner, InnerLoop
+from weftlora.search.passes import Batch, Loss, Passes
+from weftlora.search.rows import Collate, Cycle, Rows, split, stack
+from weftlora.search.rules import check_counts
+from weftlora.search.selection import Selection
+from weftlora.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
+from weftlora.terms.layers.search import Search, weights
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class LayerSearch:
+    """A search in progress, one outer step at a time; `weftlora.search_layers` runs one from its start to its end.
+
+    Args:
+        model: a PeftModel; its adapter `adapter` has layers=`search`, and is the active one.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        search: Search,
+        inner: Inner,
+        train: Rows,
+        validation: Rows | None = None,
+        *,
+        adapter: str = "default",
+        collate: Collate | None = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ):
+        if list(model.active_adapters) != [adapter]:
+            raise ConfigError(
+                f"adapter {adapter!r} is to be searched, but active is {', '.join(model.active_adapters) or 'none'}: the steps "
+                f"would train that; call model.set_adapter({adapter!r}) first."
+            )
+        self.model, self.search, self.seed = model, search, seed
+        optimizer = "sign_sgd" if search.preset == "released" else inner.optimizer
+        self.inner = dataclasses.replace(inner, optimizer=optimizer, lr=search.inner_lr or inner.lr)
+        self.adapter_config: dict[str, Any] = model.peft_config[adapter].to_dict()
+        if search.hypergrad == "direct" and search.inner_steps > 1:
+            log.warning("the direct hypergradient ignores all of the %d inner steps: it is biased", search.inner_steps)
+        self.splits = split(train, validation, search, seed)
+        self._rows = {"train": train, "validation": train if validation is None else validation}
+        self._collate = collate or stack
+        self.sizes = {"train": inner.batch_size, "validation": self._outer_size()}
+        if search.hypergrad == "unrolled_exact":
+            check_exact(model)
+        self.gates = Gates(groups_of(model, adapter, search.granularity))
+        check_counts(len(self.gates.groups), search.top_k, search.min_layers)  # before the search, not after
+        self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.passes = Passes(model, list(self.named.values()), self.gates, loss)
+        held = [b for site in self.gates.sites for b in site.buffers()]
+        together.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
+        self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
+        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
+        self.cycles = {
+            "train": Cycle(len(self.splits.train), seed),
+            "validation": Cycle(len(self.splits.validation), seed + 1),
+        }
+        self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
+        kind = torch.optim.Adam if search.alpha_optimizer == "adam" else torch.optim.SGD
+        self.alpha_optimizer: torch.optim.Optimizer = kind(
+            [self.alpha], lr=search.alpha_lr
+        )  # no decay: it would pull to uniform
+        self.done, self.skipped, self.unlabelled, self.last_move, self.seconds = 0, 0, 0, 0.0, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.norms = torch.zeros_like(self.alpha.detach())
+
+    @property
+    def _rows_per_step(self) -> int:
+        return self.inner.batch_size * self.inner.accumulation * self.search.inner_steps
+
+    def _outer_size(self) -> int:
+        """Rows of a validation micro-batch: batch_size, or as many as one step on α can have without repeating any."""
+        there, count = len(self.splits.validation), self.search.outer_batches
+        if there < count:
+            raise DataError(
+                f"a step on α takes outer_batches={count} validation rows at least, but there are {there}: hold out more "
+                "(val_size), or lower outer_batches."
+            )
+        return min(self.inner.batch_size, there // count)
+
+    # ------------------------------------------------------------------ one outer step
+
+    def step(self) -> dict[str, Any]:
+        """K inner steps and one step on α; what happened, as plain numbers."""
+        started = time.perf_counter()
+        sites = self.gates.sites
+        waiting = [site.awaits_search for site in sites]
+        try:
+            for site in sites:
+                site.awaits_search = False
+            losses, taken = self._inner_steps()
+            loss, moved = self._outer_step(taken)
+        finally:
+            for site, was in zip(sites, waiting, strict=True):
+                site.awaits_search = was
+        self.done += 1
+        self.seconds += time.perf_counter() - started
+        alpha_hat = weights(self.alpha.detach())
+        row = {
+            "step": self.done,
+            "loss": losses[-1],
+            "validation_loss": loss,
+            "skipped": not moved,
+            "alpha": self.alpha.detach().tolist(),
+            "sum_alpha": float(self.alpha.detach().sum()),
+            "max_alpha_hat": float(alpha_hat.max()),
+        }
+        self.history.append(row)
+        return row
+
+    def _inner_steps(self) -> tuple[list[float], list[Taken]]:
+        k, unrolled = self.search.inner_steps, self.search.hypergrad != "direct"
+        window = (self.search.unroll_steps or k) if unrolled else 0
+        losses, taken = [], []
+        for i in range(k):
+            batches = self._batches("train", self.inner.accumulation)
+            passed, kept = self.loop.step(batches, keep=i >= k - window)
+            losses.append(passed.loss)
+            if kept is not None:
+                taken.append(kept)
+            if passed.finite:
+                by_id = {id(p): g for p, g in zip(self.passes.params, passed.theta, strict=True)}
+                self.norms += self.gates.gradient_norms(by_id)
+        return losses, taken
+
+    def _outer_step(self, taken: Sequence[Taken]) -> tuple[float, bool]:
+        loss, gradient = self.hypergradient(taken)
+        if gradient is None:
+            self.skipped += 1
+            return loss, False
+        before = self.alpha.detach().clone()
+        self.alpha.grad = gradient
+        self.alpha_optimizer.step()
+        self.alpha.grad = None
+        self.last_move = float((self.alpha.detach() - before).abs().max())
+        self.gates.write(self.search.gates(self.alpha.detach()))
+        return loss, True
+
+    def hypergradient(self, taken: Sequence[Taken] = ()) -> tuple[float, Tensor | None]:
+        """The validation loss of the next outer batch and its gradient [N] fp64 for α; None where one is no number.
+
+        That is so where all labels of the batch are ignored, too: there is no loss then, which `unlabelled` counts.
+        """
+        batches = self._batches("validation", self.search.outer_batches)
+        passed = self.passes.backward(batches, training=False, summed=self.search.preset == "released")
+        if not passed.labelled:
+            self.unlabelled += 1
+            if self.unlabelled == 1:
+                log.warning(
+                    "all labels of a validation batch are ignored: its step on α is skipped (later ones are counted)"
+                )
+        if not passed.finite:
+            return passed.loss, None
+        gradient = self.search.gradient(passed.h, self.alpha)
+        if taken:
+            exact = self.search.hypergrad == "unrolled_exact"
+            product = (
+                by_double_backward(self.passes, self.search, self.alpha)
+                if exact
+                else by_differences(self.passes, self.search, self.alpha)
+            )
+            gradient = adjoint(taken, passed.theta, gradient, product)
+        return passed.loss, gradient if bool(gradient.isfinite().all()) else None
+
+    def _batches(self, part: str, count: int) -> list[Batch]:
+        """This process's share of the next `count` micro-batches of a split, on the model's device."""
+        size = self.sizes[part]
+        at = self.cycles[part].take(count * size)
+        indices = getattr(self.splits, part)
+        mine = [at[i * size : (i + 1) * size] for i in range(count)][together.rank() :: together.world()]
+        device = self.passes.device
+
+        def collate() -> list[Batch]:
+            return [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
+
+        batches = together.attempt(collate, "collating rows of the search", device)
+        return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+
+    # ------------------------------------------------------------------ the whole search
+
+    def run(self, on_step: Listener | None = None) -> Selection:
+        """The steps that are left, then the selection; `on_step` is called with what each step did."""
+        while self.done < self.steps:
+            row = self.step()
+            if on_step is not None:
+                on_step(row)
+        return self.selection()
+
+    def selection(self) -> Selection:
+        """What the rule selects from α as it is now. Raises RunError as `weftlora.search.outcome.selection` does."""
+        return outcome.selection(self)
+
+    # ------------------------------------------------------------------ resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next outer step depends on; taken between outer steps. All processes call it together."""
+        return state.taken(self)
+
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Continue from `state_dict`. Raises RunError if it is of another model or other rows."""
+        state.restore(self, found)
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict`, from the main process, to a file that holds tensors and plain values only. All call it."""
+        found = self.state_dict()
+        if together.rank() == 0:
+            torch.save(found, path)
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a file that `save` wrote. Raises RunError if it is damaged, or of another model or other rows."""
+        try:
+            found = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(
+                f"{path} is a damaged state of a search ({said}): delete it, and the search starts again."
+            ) from None
+        self.load_state_dict(found)

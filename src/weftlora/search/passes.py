@@ -1,0 +1,177 @@
+"""Forward and backward passes over micro-batches, with nothing left behind.
+
+R = Σ_b (c_b / Σ c) R_b          c_b: what R_b is a mean over (answer tokens; rows of a classifier)
+
+A micro-batch with c_b = 0, all of whose labels are ignored, is left out: its R_b is 0/0, no number. With Σ c = 0 there is no R.
+
+In several processes every one takes its share of the micro-batches, and losses and gradients are summed over all, so the
+result is that of one process with the same micro-batches, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weftlora.errors import ConfigError
+from weftlora.glue.modes import in_mode
+from weftlora.glue.routing import routing
+from weftlora.schedule import together
+from weftlora.search.groups import Gates
+from weftlora.terms.structure.hydra import HydraTerm
+
+Batch = Mapping[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What passes over some micro-batches gave: the loss, ∇_θ in the order of the parameters, and h [N] fp64.
+
+    `labelled`: whether any micro-batch of any process had a label; without one the loss is NaN.
+    """
+
+    loss: float
+    theta: list[Tensor]
+    h: Tensor
+    labelled: bool = True
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything is a number."""
+        return (
+            math.isfinite(self.loss)
+            and bool(self.h.isfinite().all())
+            and all(bool(g.isfinite().all()) for g in self.theta)
+        )
+
+
+class Passes:
+    """Gradients of the mean loss of micro-batches.
+
+    Args:
+        params: the trained parameters θ.
+        loss: (model, batch) → mean loss; None takes the `.loss` that the model returns.
+    """
+
+    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], gates: Gates, loss: Loss | None = None):
+        self.model, self.params, self.gates = model, list(params), gates
+        self._loss = loss or model_loss
+        terms = [site.structure for site in gates.sites]
+        self._balanced = any(isinstance(term, HydraTerm) and term.choice.balance > 0 for term in terms)
+        self._causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """R_b of one micro-batch; in training with the load-balance term of routers that have one."""
+        if not (self._balanced and self.model.training):
+            return self._loss(self.model, batch)
+        with routing(self.model) as record:
+            loss = self._loss(self.model, batch)
+        return loss + record.balance_loss(batch.get("attention_mask"))
+
+    def shares(self, batches: Sequence[Batch], summed: bool = False) -> tuple[list[tuple[Batch, float]], bool]:
+        """The labelled ones of this process's micro-batches, each with its weight in the mean over those of all processes (1
+        each for a sum), and whether any process has one."""
+        counts = [(batch, float(count)) for batch in batches if (count := counted(batch, self._causal))]
+        total = torch.tensor([sum(count for _, count in counts)], dtype=torch.float64)
+        together.sum_up([total], self.device)
+        return [(batch, 1.0 if summed else count / float(total)) for batch, count in counts], bool(total)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first trained parameter lies."""
+        return self.params[0].device
+
+    def backward(self, batches: Sequence[Batch], *, training: bool, summed: bool = False) -> Passed:
+        """Loss and gradients; `.grad` of every parameter, the mode of the model and its state are as they were."""
+        shares, labelled = self.shares(batches, summed)
+        total = torch.zeros(1, dtype=torch.float64)
+        with in_mode(self.model, training), self.without_gradients(), self.gates.watched():
+            together.attempt(lambda: self._accumulate(shares, total), "a pass of the search", self.device)
+            theta = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+            h = self.gates.read()
+        together.sum_up([total, h, *theta], self.device)
+        return Passed(float(total) if labelled else math.nan, theta, h, labelled)
+
+    def _accumulate(self, shares: Sequence[tuple[Batch, float]], total: Tensor) -> None:
+        for batch, share in shares:
+            loss = self.loss(batch)
+            if loss.dim():
+                raise ConfigError(
+                    f"the loss has shape {tuple(loss.shape)}: return one number, the mean over the batch."
+                )
+            (loss * share).backward()
+            total += float(loss.detach()) * share
+
+    @contextmanager
+    def without_gradients(self) -> Iterator[None]:
+        """`.grad` of every parameter is empty at the start of the block, and what it was after it."""
+        held = [p.grad for p in self.params]
+        try:
+            for p in self.params:
+                p.grad = None
+            yield
+        finally:
+            for p, gradient in zip(self.params, held, strict=True):
+                p.grad = gradient
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a transformers model returns for a batch with labels."""
+    loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(
+            "the model returns no loss for this batch: add labels, or give loss=function of (model, batch)."
+        )
+    return loss
+
+
+def counted(batch: Batch, causal: bool) -> int:
+    """How many things the mean loss of a batch is a mean over: labelled tokens, or rows, which −100 takes out too."""
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() in (1, 2) and not labels.is_floating_point():
+        return int((labels[:, 1:] if causal and labels.dim() == 2 else labels).ne(-100).sum())
+    first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
+    return 1 if first is None or not first.dim() else len(first)
+
+
+@dataclass(frozen=True)
+class Random:
+    """The state of the random generators before a pass, so that dropout can be repeated."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @classmethod
+    def now(cls) -> Random:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def set(self) -> None:
+        """Continue from this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Random numbers of this state inside the block, undisturbed ones after it."""
+        outside = Random.now()
+        self.set()
+        try:
+            yield
+        finally:
+            outside.set()
+
+
+def math_attention() -> Any:
+    """Attention whose derivative has a derivative; fused kernels have none."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if hasattr(SDPBackend, "MATH") else nullcontext()

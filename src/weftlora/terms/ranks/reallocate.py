@@ -1,0 +1,212 @@
+"""Reallocate: a fixed budget of rank slots, moved between sites while they train.
+
+    ΔW_m = s Σ_i α_{m,i} B_m[:,i] A_m[i,:]        gates α ∈ {0, 1}; s = lora_alpha / r fixed at the initial rank
+
+    score of a live slot i       [L(M∖i) − L(M)] + [L(∅) − L({i})]      last-in plus first-in; L is cross-entropy
+    prune                        the n slots of lowest score
+    U                            the modules that lost none
+    add                          n new slots over U as evenly as possible, the remainder to the highest mean score
+
+M is the network with all live slots, M∖i without slot i, {i} with slot i alone and every other slot of the network off, ∅
+the base. A new slot has A Kaiming and B = 0, so adding changes nothing.
+
+Source: ALoRA with AB-LoRA scores, arXiv 2403.16187, equation 6 and algorithm 1. Its score S(M) − S(M∖i) + S({i}), with
+S = −L, is the sum above minus a constant. Ours, where the paper is silent: the order among ties, s fixed, capacity, B = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from weftlora.errors import ConfigError, suggest
+from weftlora.numbers import is_whole
+from weftlora.times import Time, check_time
+
+SCORES = ("exact", "shortlist", "taylor", "random", "none")
+NEED_DATA = ("exact", "shortlist", "taylor")
+
+
+@dataclass(frozen=True)
+class Reallocate:
+    """Move rank slots from where removing them costs least to where slots are worth most.
+
+    Args:
+        first: the first round: optimiser steps (int), a fraction of the run, or `weftlora.epochs(x)`. A third of the run is the
+            paper's first of three epochs.
+        every: between rounds, in the same units; a twelfth of the run is the paper's quarter epoch of three.
+        max_rounds: at most so many rounds (paper: 8); 0 never moves anything.
+        move: slots moved per round: "types", as many as a block has kinds of adapted modules (the reading of the paper that
+            fits its parameter counts); "modules", as many as there are adapted modules; or a number.
+        scope: "global", one ranking over the network; "block", each block ranks and moves its own `move` slots.
+        unit: what the budget counts: "ranks" (the paper), or "params", so that new slots never cost more numbers than
+            were freed.
+        score: "exact"; "taylor", a second-order estimate from two backward passes; "shortlist", exact scores of the
+            `shortlist_factor` · n slots of lowest estimate; "random" and "none" are controls.
+        terms: which bracket counts: "both" (the paper), "last_in" or "first_in".
+        rows: validation rows per round (paper: 32).
+        resample: draw new rows each round; False keeps those of the first.
+        shortlist_factor: see `score`.
+        grace_rounds: for so many rounds a new slot cannot be taken away.
+        revive: whether a module without slots may get new ones.
+        max_rank: slots that a module has room for; None is twice its rank. Never more than the smaller side of W.
+        check: measure each round how well the score does: against the exact one, and the exact one against itself on other
+            rows, which there must be. Costs two exact rounds.
+        chunk_tokens: tokens per forward while scoring, where memory is short; None chooses.
+        seed: of the rows, of new slots and of "random".
+    """
+
+    first: Time = 1 / 3
+    every: Time = 1 / 12
+    max_rounds: int = 8
+    move: Literal["types", "modules"] | int = "types"
+    scope: Literal["global", "block"] = "global"
+    unit: Literal["ranks", "params"] = "ranks"
+    score: Literal["exact", "shortlist", "taylor", "random", "none"] = "exact"
+    terms: Literal["both", "last_in", "first_in"] = "both"
+    rows: int = 32
+    resample: bool = True
+    shortlist_factor: int = 4
+    grace_rounds: int = 0
+    revive: bool = False
+    max_rank: int | None = None
+    check: bool = False
+    chunk_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("first", "every"):
+            object.__setattr__(self, name, check_time(getattr(self, name), f"Reallocate({name}=...)"))
+        lowest = {"max_rounds": 0, "rows": 1, "shortlist_factor": 1, "grace_rounds": 0}
+        for name, least in lowest.items():
+            _check_whole(name, getattr(self, name), least)
+        for name in ("max_rank", "chunk_tokens"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 1)
+        if not is_whole(self.seed):
+            raise ConfigError(f"Reallocate(seed={self.seed!r}) is no seed: use a whole number.")
+        if self.move not in ("types", "modules"):
+            if isinstance(self.move, str):
+                raise ConfigError(f"Reallocate(move={self.move!r}): {suggest(self.move, ['types', 'modules'])}")
+            _check_whole("move", self.move, 1)
+        for name, valid in _WORDS.items():
+            if (value := getattr(self, name)) not in valid:
+                raise ConfigError(f"Reallocate({name}={value!r}): {suggest(str(value), valid)}")
+        for name in ("resample", "revive", "check"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"Reallocate({name}={value!r}) is neither true nor false: write one of the two.")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether its rounds need validation rows."""
+        return self.max_rounds > 0 and (self.score in NEED_DATA or (self.check and self.score == "random"))
+
+    def capacity(self, r: int, fan_in: int, out: int) -> int:
+        """Slots to make room for at a site of initial rank r; at least r.
+
+        Raises:
+            ConfigError: max_rank is below r.
+        """
+        if self.max_rank is not None and self.max_rank < r:
+            raise ConfigError(
+                f"Reallocate(max_rank={self.max_rank}) is below the initial rank {r}: raise it to {r} or more."
+            )
+        return max(r, min(self.max_rank or 2 * r, fan_in, out))
+
+
+_WORDS = {
+    "scope": ("global", "block"),
+    "unit": ("ranks", "params"),
+    "score": SCORES,
+    "terms": ("both", "last_in", "first_in"),
+}
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if not is_whole(value, least):
+        raise ConfigError(f"Reallocate({name}={value!r}) is out of range: use a whole number from {least} up.")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A live slot, in plain numbers. `worth` goes into its module's mean; a slot that is not `able` cannot be pruned."""
+
+    module: int
+    slot: int
+    score: float
+    birth: int = 0
+    worth: float | None = None
+    able: bool = True
+
+    @property
+    def order(self) -> tuple[float, int, int, int]:
+        """Pruned first is least: the lower score, then the younger, then the earlier in the network."""
+        return self.score, -self.birth, self.module, self.slot
+
+
+@dataclass(frozen=True)
+class Room:
+    """A module that slots can move into: the free slots it has, and what a slot of it costs."""
+
+    module: int
+    free: tuple[int, ...]
+    cost: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """(module, slot) pairs: taken away, and newly made, both in the order of the decision."""
+
+    pruned: tuple[tuple[int, int], ...] = ()
+    added: tuple[tuple[int, int], ...] = ()
+    receivers: tuple[int, ...] = field(default=())
+    """U, best first: the modules that lost none and could receive."""
+
+
+def decide(
+    slots: Sequence[Slot], rooms: Sequence[Room], count: int, *, budget: int | None = None, revive: bool = False
+) -> Plan:
+    """Which slots go, and where new ones are made.
+
+    Args:
+        slots: all live slots of the modules in `rooms`.
+        count: slots to take away; fewer if fewer are able.
+        budget: the most that all slots may cost after the round. None makes as many as were taken away, whatever they cost.
+        revive: whether a module without a live slot is in U (last).
+    """
+    pruned = sorted((s for s in slots if s.able), key=lambda s: s.order)[:count]
+    lost = {s.module for s in pruned}
+    worth: dict[int, list[float]] = {}
+    for s in slots:
+        worth.setdefault(s.module, []).append(s.score if s.worth is None else s.worth)
+    mean = {module: sum(values) / len(values) for module, values in worth.items()}
+    able = [room for room in rooms if room.module not in lost and (room.module in mean or revive)]
+    receivers = sorted(able, key=lambda room: (-mean.get(room.module, float("-inf")), room.module))
+
+    if budget is None:
+        added = allocate([Room(room.module, room.free) for room in receivers], len(pruned))
+    else:
+        cost = {room.module: room.cost for room in rooms}
+        live = sum(cost[s.module] for s in slots) - sum(cost[s.module] for s in pruned)
+        added = allocate(receivers, budget - live)
+    return Plan(tuple((s.module, s.slot) for s in pruned), tuple(added), tuple(room.module for room in receivers))
+
+
+def allocate(receivers: Sequence[Room], budget: int) -> list[tuple[int, int]]:
+    """Deal new slots to the receivers in turn, one each, while there is room and budget.
+
+    With every cost 1 and no module full this is the paper's division: q each, one more for the first `budget mod |U|`. What a
+    full module cannot take goes on to the next.
+    """
+    free = {room.module: list(room.free) for room in receivers}
+    added: list[tuple[int, int]] = []
+    dealt = True
+    while dealt:
+        dealt = False
+        for room in receivers:
+            if free[room.module] and room.cost <= budget:
+                added.append((room.module, free[room.module].pop(0)))
+                budget -= room.cost
+                dealt = True
+    return added

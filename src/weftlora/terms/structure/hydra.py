@@ -1,0 +1,97 @@
+"""Hydra: one shared A, N heads B₁…B_N, mixed per token by a learned router.
+
+    ω = softmax(x Wgᵀ)                        [T, N], in fp32, on the site's own raw input (no dropout)
+    ΔW(x) = (α/r) (Σ_n ω_n B_n) A             A [r, in], B_n [out, r], Wg [N, in], no bias
+
+Source: HydraLoRA, arXiv 2404.19245, equations 2-4. Equation 4 gives Wg the shape r×N but feeds it x; like the released
+code we take N×in (`router_input="Ax"` is the other reading). Where we knowingly differ from the released code: one
+dropout mask shared by the heads (there, one per head: `per_head_dropout=True`), plain tensors returned, any module can
+be a target. The N heads lie side by side in one B [out, N·r], so no step of the computation is as large as
+tokens × out × N.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from weftlora.errors import ConfigError, suggest
+from weftlora.kernel import Factors, RouterInput
+from weftlora.numbers import is_number, is_whole
+
+
+@dataclass(frozen=True)
+class Hydra:
+    """One shared A, several B heads, mixed per token by a learned router.
+
+    Args:
+        heads: N ≥ 2 (the paper: 3 for one domain, 10 for the ten task clusters of Flan-v2).
+        router_input: "x", the site's raw input (released code), or "Ax", its r-dimensional projection.
+        per_head_dropout: a fresh dropout mask per head, as in the released code, instead of one shared mask.
+        balance: weight of the load-balance term N Σ f_n p̄_n of Switch Transformers; 0, as in the paper, is none.
+            A training forward with balance > 0 must run inside `weftlora.routing(model)`; `weftlora train` does that.
+        router_init: "kaiming" (released code), or "zero". A zero router with one shared mask keeps all heads equal for
+            ever (specs, symmetry), so "zero" is refused unless per_head_dropout breaks the symmetry.
+    """
+
+    heads: int = 3
+    router_input: RouterInput = "x"
+    per_head_dropout: bool = False
+    balance: float = 0.0
+    router_init: str = field(default="kaiming")
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.heads, 2):
+            raise ConfigError(
+                f"Hydra(heads={self.heads!r}) is plain LoRA or nothing: use Plain(), or a whole number of heads from 2 up."
+            )
+        if self.router_input not in ("x", "Ax"):
+            raise ConfigError(
+                f"Hydra(router_input={self.router_input!r}): {suggest(str(self.router_input), ['x', 'Ax'])}"
+            )
+        if not isinstance(self.per_head_dropout, bool):
+            raise ConfigError(
+                f"Hydra(per_head_dropout={self.per_head_dropout!r}) is neither true nor false: write one of the two."
+            )
+        if not is_number(self.balance) or not 0 <= self.balance < math.inf:
+            raise ConfigError(f"Hydra(balance={self.balance!r}) is no weight: use 0 or a small number such as 0.01.")
+        if self.router_init not in ("kaiming", "zero"):
+            raise ConfigError(
+                f"Hydra(router_init={self.router_init!r}): {suggest(str(self.router_init), ['kaiming', 'zero'])}"
+            )
+        if self.router_init == "zero" and not self.per_head_dropout:
+            raise ConfigError(
+                "Hydra(router_init='zero') with one shared dropout mask keeps all heads equal for ever: "
+                "use router_init='kaiming', or per_head_dropout=True with lora_dropout > 0."
+            )
+
+
+class HydraTerm(nn.Module):
+    """Owns A [r, in], B [out, N·r] (head n in columns n·r … n·r+r−1) and the router [N, in] or [N, r] of one site."""
+
+    def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):
+        super().__init__()
+        self.choice = choice
+        self.A = nn.Parameter(a)
+        self.B = nn.Parameter(a.new_zeros(out_features, choice.heads * a.shape[0]))
+        self.router = nn.Parameter(router)
+
+    def factors(self, scale: float) -> Factors:
+        """The letters of the equation that this term contributes."""
+        return Factors(self.A, self.B, scale, router=self.router, router_input=self.choice.router_input)
+
+
+def balance_loss(omega_tn: Tensor) -> Tensor:
+    """Load balance of one router: N Σ_n f_n p̄_n, 1 when uniform, N when one head takes every token.
+
+    omega_tn [T, N] are the router's weights of the tokens to count (leave padding out); f_n is the share of tokens
+    whose largest weight is head n's (ties go to the lowest index) and carries no gradient; p̄_n is the mean weight.
+
+    Source: Switch Transformers, arXiv 2101.03961, equations 4-6; HydraLoRA itself uses none.
+    """
+    heads = omega_tn.shape[-1]
+    top = torch.zeros_like(omega_tn).scatter_(-1, omega_tn.argmax(-1, keepdim=True), 1.0)
+    return heads * (top.mean(0) * omega_tn.mean(0)).sum()

@@ -1,0 +1,132 @@
+"""Train a recipe, evaluate a run, generate from it. Heavy modules load on the first call, not on import."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from weftlora.train.progress import Progress, Tick, ignore
+from weftlora.train.run import Run
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from weftlora.train.evaluation import Evaluation
+    from weftlora.train.generation import Generation
+    from weftlora.train.recipe import Recipe
+
+__all__ = ["Progress", "Run", "Tick", "evaluate", "generate", "newest_checkpoint", "train"]
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    *overrides: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = ignore,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Run:
+    """Train an adapter and return its run; everything is in the run folder `out`.
+
+    Args:
+        recipe: a recipe file, a built-in name, a mapping or a `Recipe`; with `resume`, also a run folder.
+        overrides: `key=value` with dots, such as `train.lr=1e-3`; values are YAML.
+        resume: continue the run in `out` from its newest complete checkpoint. On a CPU the final adapter is the
+            uninterrupted run's, bit for bit. A complete run is returned as it is.
+        overwrite: replace an earlier run in `out`.
+        progress: called with a `Tick` after every optimiser step.
+        callbacks: further transformers callbacks.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was written.
+        RunError: the run folder is in use, cannot be written, or is not one to resume.
+    """
+    from weftlora.train import loop
+
+    return loop.train(recipe, overrides, resume, overwrite, progress, callbacks)
+
+
+def evaluate(
+    run: Run | str | Path | Recipe,
+    *overrides: str,
+    split: str = "test",
+    limit: int | None = None,
+    adapter: str = "trained",
+    base: str | None = None,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    answers: bool = True,
+    progress: Progress = ignore,
+) -> Evaluation:
+    """Measure a run on held-out rows and write `eval-<split>.json` into its folder (not where `limit` cuts the rows).
+
+    Args:
+        run: a run or its folder; with `adapter="none"` also a recipe, whose frozen base is measured.
+        overrides: `key=value` changes to the recipe's data section.
+        split: `test` or `validation`.
+        limit: at most so many rows, the first ones.
+        adapter: `trained`, or `none` for the frozen base of a run (`eval-<split>-base.json`).
+        base: where the base lies now, if not where it was trained on.
+        batch_size: rows at a time; the recipe's by default.
+        max_new_tokens: bound of the answers compared with their references; the longest reference and one more by default.
+        answers: whether to generate answers, which may take far longer than the loss; without them there is no exact match, BLEU
+            or ROUGE-L.
+        progress: called with a `Tick` after every batch.
+
+    Raises:
+        AdapterError: no adapter, a newer format, or another base than the adapter's own.
+        ConfigError, DataError, ModelError, RunError: as their names say.
+    """
+    from weftlora.train import evaluation as module
+
+    return module.evaluate(run, overrides, split, limit, adapter, base, batch_size, max_new_tokens, answers, progress)
+
+
+def generate(
+    run: Run | str | Path,
+    prompt: str | Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    base: str | None = None,
+) -> Generation:
+    """Answer a prompt (or chat messages) with a run, its folder, or a bare adapter folder.
+
+    Args:
+        temperature: 0 is greedy; above, tokens are sampled with `seed`.
+        base: where the base lies now, if not where the adapter says.
+
+    Raises:
+        AdapterError: no adapter, a newer format, or another base than the adapter's own.
+        ModelError: the base is missing, or the run is a classifier.
+    """
+    from weftlora.train import generation as module
+
+    return module.generate(run, prompt, max_new_tokens, temperature, seed, base)
+
+
+def newest_checkpoint(checkpoints: str | Path) -> Path | None:
+    """The newest complete checkpoint below a folder, or None; half-written ones do not count.
+
+    For `trainer.train(resume_from_checkpoint=...)` of your own Trainer with `weftlora.Callback`.
+
+    Raises:
+        RunError: a newer one was written by a Trainer without it, so nobody knows whether it is complete.
+    """
+    from weftlora.train import checkpoint
+
+    return checkpoint.newest(checkpoints)
+
+
+class _Callable(ModuleType):
+    """`weftlora.train` is a package and the public function: importing the first must not hide the second."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Run:
+        return train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,165 @@
+"""From the `train` section to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.training_args import OptimizerNames
+
+from weftlora.errors import ConfigError, suggest
+from weftlora.train.recipe import TrainConfig
+
+OWNED = {
+    "output_dir": "out",
+    "max_steps": "train.steps",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "learning_rate": "train.lr",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_steps": "train.warmup",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "optim": "train.optimizer",
+    "seed": "train.seed",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.save_every",
+    "save_total_limit": "train.keep",
+    "logging_steps": "train.logging_every",
+    "report_to": "train.report_to",
+    "resume_from_checkpoint": "--resume",
+}
+"""Arguments that a key of ours already sets; `train.args` may not set them a second time."""
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what transformers would refuse later, or silently change.
+
+    Raises:
+        ConfigError: an unknown schedule, optimizer or argument name; fp16 without a GPU.
+    """
+    for key, value, kind in (
+        ("schedule", config.schedule, SchedulerType),
+        ("optimizer", config.optimizer, OptimizerNames),
+    ):
+        names = [str(member.value) for member in kind]
+        if value not in names:
+            raise ConfigError(f"train.{key}={value!r} is not known to transformers: {suggest(value, names)}")
+    _check_loggers([config.report_to] if isinstance(config.report_to, str) else config.report_to)
+    valid = {field.name for field in dataclasses.fields(arguments_class(config)) if field.init}
+    for name in config.args:
+        if name in OWNED:
+            raise ConfigError(f"train.args.{name} is already set by {OWNED[name]}: use that.")
+        if name not in valid:
+            raise ConfigError(f"train.args has no key {name!r}: {suggest(name, valid)}")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("train.precision=fp16 needs a GPU: use bf16 or fp32 on this machine.")
+
+
+def _check_loggers(names: list[str]) -> None:
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+            raise ConfigError(
+                f"train.report_to={name!r} is no logger: {suggest(name, ['none', 'all', *INTEGRATION_TO_CALLBACK])}"
+            )
+        if name not in ("none", "all", *installed):
+            raise ConfigError(
+                f"train.report_to={name!r} needs the package of that name, which is not installed: pip install it."
+            )
+
+
+def arguments_class(config: TrainConfig) -> type[TrainingArguments]:
+    """The argument class of the trainer that `config.trainer` names."""
+    if config.trainer == "sft":
+        from trl import SFTConfig
+
+        return SFTConfig
+    return TrainingArguments
+
+
+def device() -> str:
+    """What runs train on: the GPU's name, or cpu."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def total_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
+    """Optimiser steps of the whole run over `rows` training rows."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, math.ceil(steps_per_epoch(config, rows, processes) * (config.epochs or 1.0)))
+
+
+def steps_per_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
+    """Optimiser steps of one pass over `rows` training rows."""
+    batches = math.ceil(rows / (config.batch_size * processes))
+    return max(1, math.ceil(batches / config.accumulation))
+
+
+def save_interval(config: TrainConfig, steps: int) -> int:
+    """Optimiser steps between checkpoints; 0 for none."""
+    return max(1, math.ceil(steps / 5)) if config.save_every is None else config.save_every
+
+
+def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool) -> TrainingArguments:
+    """The trainer's arguments: quiet, deterministic, writing nowhere but below `checkpoints`.
+
+    Raises:
+        ConfigError: a value in `train.args` that transformers refuses.
+    """
+    every = save_interval(config, steps)
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "max_steps": steps,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": config.optimizer,
+        "seed": config.seed,
+        "bf16": config.precision == "bf16",
+        "fp16": config.precision == "fp16",
+        "eval_strategy": "steps" if validate and config.eval_every else "no",
+        "eval_steps": config.eval_every,
+        "save_strategy": "steps" if every else "no",
+        "save_steps": every or 500,
+        "logging_steps": config.logging_every,
+        "logging_first_step": True,
+        "report_to": config.report_to,
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "include_num_input_tokens_seen": "non_padding",
+        "label_names": ["labels"],
+        **_checkpointing(config),
+        **config.args,
+    }
+    if config.trainer == "sft":
+        values = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, **values}
+    try:
+        return arguments_class(config)(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"transformers refuses the train section: {' '.join(str(error).split())}") from None
+
+
+def _checkpointing(config: TrainConfig) -> dict[str, Any]:
+    if config.gradient_checkpointing is False:
+        return {"activation_checkpointing": False}  # trl's own default is on
+    reentrant = config.gradient_checkpointing == "reentrant"
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}

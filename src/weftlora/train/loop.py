@@ -1,0 +1,310 @@
+"""One training run, from a recipe to a run folder.
+
+    prepare (nothing written) → run folder → [search of layers] → Trainer → adapter/ → run.json says complete
+
+Whatever fails before the first step leaves no folder; whatever fails later leaves one that --resume continues.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+
+from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
+from weftlora.glue.attach import warn_of_missing
+from weftlora.train import arguments, checkpoint, figures, layers
+from weftlora.train.adapter import parameters, write_adapter
+from weftlora.train.files import write_lines
+from weftlora.train.fingerprint import Fingerprint, check_same
+from weftlora.train.measure import accuracy, mean_loss
+from weftlora.train.prepare import Prepared, prepare
+from weftlora.train.progress import Progress
+from weftlora.train.recipe import Recipe
+from weftlora.train.run import Made, Run, check_continues, check_free, now
+from weftlora.train.stopwatch import timed
+from weftlora.train.trainer import make_trainer
+
+log = logging.getLogger(__name__)
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+PACKAGES = ("weftlora", "torch", "peft", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
+
+
+def train(
+    source: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback],
+) -> Run:
+    """See `weftlora.train.train`."""
+    recipe, before = _what(source, overrides, resume)
+    if before is not None and before.status == "complete":
+        return before
+    folder = Path(recipe.out).expanduser()
+    main = int(os.environ.get("RANK", "0")) == 0
+    if before is None and main:
+        check_free(folder, overwrite)
+    started = time.monotonic()
+    prepared = prepare(recipe)
+    if prepared.adapter is None:
+        raise ConfigError(
+            "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
+        )
+    run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
+    if before is not None:
+        _check_same_input(before, run)
+        _check_can_resume(before)
+    args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+    with _started(run, before, main):
+        search = layers.begin(prepared, run, args, main)
+        if search is None:
+            trainer = make_trainer(prepared, run, args, progress, callbacks)
+    _announce(run)
+
+    def start() -> tuple[Trainer, Prepared, Run]:
+        if search is None:
+            return trainer, prepared, run
+        selected, described = search.finish(before is not None, progress)
+        return make_trainer(selected, described, args, progress, callbacks), selected, described
+
+    return _run_trainer(start, run, before is not None, main, progress)
+
+
+def _what(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], resume: bool
+) -> tuple[Recipe, Run | None]:
+    """The recipe to train and, when resuming, the run so far; a run folder names its own recipe."""
+    if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
+        before = Run.load(source)
+        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir))
+        recipe = recipe.model_copy(update={"out": str(source)})
+    else:
+        recipe = Recipe.read(source, *overrides)
+        if not resume:
+            return recipe, None
+        before = Run.load(Path(recipe.out).expanduser())
+    check_continues(before, recipe.model_dump(mode="json"))
+    return recipe, before
+
+
+def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_seconds: float) -> Run:
+    recipe, data = prepared.recipe, prepared.data
+    return Run(
+        folder=folder,
+        status="running",
+        recipe=recipe.model_dump(mode="json"),
+        base_dir=str(recipe.base_dir),
+        task=prepared.task,
+        seed=recipe.train.seed,
+        steps=prepared.steps,
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        device=arguments.device(),
+        threads=torch.get_num_threads(),
+        base={"source": prepared.base.source, **dataclasses.asdict(prepared.fingerprint)},
+        adapter=_plain(adapter.to_dict()),
+        parameters=parameters(prepared.model),
+        data={
+            "format": data.format,
+            "max_length": data.max_length,
+            "hashes": data.hashes,
+            "counts": {name: dataclasses.asdict(count) for name, count in data.counts.items()},
+            "domains": data.domains,
+            "labels": data.labels,
+        },
+        time={"started": now(), "load_seconds": load_seconds},
+    )
+
+
+def _announce(run: Run) -> None:
+    """What was read and what is trained, for whoever listens to the `weftlora` logger."""
+    for split, count in run.data["counts"].items():
+        lost = ", ".join(f"{count[key]} {key}" for key in ("truncated", "empty", "dropped", "repeated") if count[key])
+        log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({lost})" if lost else "")
+    trained, total = run.parameters["trainable"], run.parameters["total"]
+    log.info(
+        "training %s of %s parameters (%.2f %%) into %s",
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
+        run.folder,
+    )
+
+
+def version(package: str) -> str:
+    """The installed version of a package, or `missing`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON has it: sets sorted, enums as their values."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(inner) for inner in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return str(getattr(value, "value", value))
+
+
+def _check_same_input(before: Run, run: Run) -> None:
+    if sorted(before.data["hashes"].values()) != sorted(run.data["hashes"].values()):  # a project may have moved
+        raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
+    trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
+    check_same(
+        trained,
+        Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"]),
+        str(run.folder),
+        run.base["source"],
+    )
+
+
+def _check_can_resume(before: Run) -> None:
+    if before.adapter["peft_type"] == "ADALORA" and checkpoint.newest(before.checkpoints):
+        raise RunError(
+            f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: "
+            "start it again with --overwrite."
+        )
+
+
+@contextlib.contextmanager
+def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
+    """The run folder with its first run.json; if the start fails, a new folder is removed again."""
+    if not main:
+        yield
+        return
+    if before is not None:
+        run.save()
+        run.event("resume", steps=run.steps)
+        yield
+        return
+    made = Made(run.folder)
+    try:
+        run.save()
+        run.event("start", steps=run.steps)
+        yield
+    except BaseException:
+        made.undo()
+        raise
+    made.keep()
+
+
+def _run_trainer(
+    start: Callable[[], tuple[Trainer, Prepared, Run]], run: Run, resume: bool, main: bool, progress: Progress
+) -> Run:
+    """Search layers where the recipe does, train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
+    last = _resume_point(run, main) if resume else None
+    trainer = None
+    try:
+        with _sentences(run):
+            trainer, prepared, run = start()
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+            took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
+            if resume:
+                took["resumed_from"] = checkpoint.step_of(last) if last else 0
+            warn_of_missing(prepared.model, over=True)
+            metrics = _final(trainer, prepared, progress)
+            _check_finite(metrics)
+            run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
+            if main:
+                write_adapter(prepared.model, run)
+                run = dataclasses.replace(run, figures=figures.measured(prepared, run, trainer.state))
+                run.event("end", step=trainer.state.global_step)
+                run.save()
+    except BaseException as error:
+        if main:
+            _record_failure(run, error, trainer.state.global_step if trainer is not None else 0)
+        raise
+    return run
+
+
+def _record_failure(run: Run, error: BaseException, step: int) -> None:
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    with contextlib.suppress(RunError):  # a full disk may be why we are here
+        checkpoint.drop_incomplete(run.checkpoints)
+        dataclasses.replace(run, status=status, metrics={}, figures={}).save()
+        run.event(status, step=step)
+
+
+def _resume_point(run: Run, main: bool) -> Path | None:
+    """The newest complete checkpoint; half-written ones and the rows logged after it are dropped."""
+    last = checkpoint.newest(run.checkpoints)
+    if not main:
+        return last
+    checkpoint.drop_incomplete(run.checkpoints)
+    step = checkpoint.step_of(last) if last else 0
+    write_lines(run.folder / "metrics.jsonl", [row for row in run.history() if row["step"] <= step])
+    return last
+
+
+@contextlib.contextmanager
+def _sentences(run: Run) -> Iterator[None]:
+    """Failures of the disk and of memory inside Trainer, as one sentence each."""
+    try:
+        yield
+    except WeftError:
+        raise
+    except torch.OutOfMemoryError:
+        raise RunError(
+            "the GPU is out of memory: lower train.batch_size or set train.gradient_checkpointing=true."
+        ) from None
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        raise RunError(
+            f"cannot write below {run.folder}: {_reason(error)}; free space and continue with --resume."
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+            raise
+        raise RunError(
+            f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0].rstrip(".").lower()
+
+
+def _check_finite(metrics: dict[str, float]) -> None:
+    for name in ("train_loss", "validation_loss"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise DivergedError(
+                f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup."
+            )
+
+
+def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    metrics: dict[str, float] = {"tokens": trainer.state.num_input_tokens_seen}
+    metrics |= {"train_loss": losses[-1]} if losses else {}
+    rows = prepared.data.validation
+    if rows is None or not len(rows):
+        return metrics
+    size = prepared.recipe.train.batch_size
+    measured = mean_loss(prepared.model, rows, prepared.collator, size, progress)
+    metrics |= {"validation_loss": measured.loss}
+    if measured.predicted:
+        return metrics | {"validation_accuracy": accuracy(measured.predicted, rows["labels"])}
+    return metrics | ({"validation_perplexity": measured.perplexity} if math.isfinite(measured.perplexity) else {})

@@ -1,0 +1,214 @@
+"""The frozen base: found, checked against the task, loaded."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from weftlora.data.paths import resolve_path
+from weftlora.errors import ModelError
+from weftlora.train.recipe import ModelConfig, Task
+
+HEADS = ("score", "classifier", "pre_classifier")
+"""What a classification model may be missing: its head is new, trained and saved with the adapter."""
+
+_AUTO = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base before its weights are loaded."""
+
+    config: ModelConfig
+    source: str
+    """Folder or hub id."""
+    settings: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def wants(self) -> Task | None:
+        """The task the recipe names or the architecture implies; None leaves it to the data."""
+        if self.config.task != "auto":
+            return self.config.task
+        return "seq2seq" if self.settings.is_encoder_decoder else None
+
+
+def find(config: ModelConfig, base_dir: Path) -> Base:
+    """Locate a base, read its config and tokenizer.
+
+    Raises:
+        ModelError: no such folder or hub model, or a folder without config, tokenizer or safetensors weights.
+    """
+    source = locate(config.path, base_dir)
+    try:
+        settings = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the model {config.path!r} cannot be used: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of {config.path!r} has no padding, end or unknown token: give it a pad_token.")
+    return Base(config, source, settings, tokenizer)
+
+
+def locate(path: str, base_dir: Path) -> str:
+    """The folder behind `path` (absolute), or `path` itself where it can only be a hub id. Raises ModelError."""
+    if path == "demo":
+        from weftlora.data.demo import demo_model_path
+
+        return str(demo_model_path())
+    folder = _in_package(path) if path.startswith(_PACKAGE) else resolve_path(path, base_dir)
+    if not folder.exists():
+        if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
+            raise ModelError(f"there is no model folder {str(folder)!r}.")
+        return path
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
+    return str(folder.resolve())
+
+
+_PACKAGE = "package:"
+
+
+def _in_package(path: str) -> Path:
+    """The folder that `package:NAME/FOLDER` means: a model that an installed Python package carries."""
+    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"the model {path!r} needs the Python package {name!r}, which is not installed: pip install it."
+        )
+    return Path(found.submodule_search_locations[0]) / inside
+
+
+def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+    """The base with the head that `task` needs; a new classification head is drawn from torch's seed.
+
+    Raises:
+        ModelError: the architecture cannot do `task`, or weights other than a new head are missing.
+    """
+    _check_task(base, task)
+    options: dict[str, Any] = {
+        "dtype": base.config.dtype if base.config.dtype == "auto" else getattr(torch, base.config.dtype)
+    }
+    if base.config.attn_implementation:
+        options["attn_implementation"] = base.config.attn_implementation
+    if task == "classification":
+        options |= {**_named(labels or []), "ignore_mismatched_sizes": True}
+    loading = logging.getLogger("transformers.modeling_utils")
+    level = loading.level
+    loading.setLevel(logging.ERROR)  # it reports the new head, which is meant
+    try:
+        model, report = _AUTO[task].from_pretrained(
+            base.source, use_safetensors=True, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of {base.config.path!r} are damaged ({_first_line(error)}): copy them again."
+        ) from None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"the model {base.config.path!r} cannot be loaded: {_first_line(error)}") from None
+    finally:
+        loading.setLevel(level)
+    _check_complete(base, task, report["missing_keys"], report["mismatched_keys"])
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = base.tokenizer.pad_token_id
+    return model
+
+
+def _named(labels: list[str]) -> dict[str, Any]:
+    """What a config says of the classes."""
+    numbers = {"label2id": {name: index for index, name in enumerate(labels)}}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), **numbers}
+
+
+def skeleton(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+    """The base on the meta device: modules and shapes, no values.
+
+    Raises:
+        ModelError: the architecture cannot do `task`.
+    """
+    _check_task(base, task)
+    settings = copy.deepcopy(base.settings)
+    if task == "classification":
+        for key, value in _named(labels or []).items():
+            setattr(settings, key, value)
+    with torch.device("meta"):
+        return cast(PreTrainedModel, _AUTO[task].from_config(settings))
+
+
+def _check_task(base: Base, task: Task) -> None:
+    kind, name = base.settings.model_type, base.config.path
+    if task == "classification":
+        if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            raise ModelError(f"{name!r} ({kind}) has no classification form in transformers: give another base.")
+        return
+    if base.settings.is_encoder_decoder:
+        if task == "causal":
+            raise ModelError(f"{name!r} ({kind}) is an encoder-decoder: set model.task=seq2seq instead of causal.")
+        if kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise ModelError(f"{name!r} ({kind}) cannot turn text into text: give another base.")
+        return
+    if task == "seq2seq":
+        raise ModelError(f"{name!r} ({kind}) is no encoder-decoder: set model.task=causal or give another base.")
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(base.settings, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{name!r} ({kind}) is an encoder and cannot generate: give text/label rows, or a decoder as the base."
+        )
+
+
+def _check_complete(base: Base, task: Task, missing: set[str], mismatched: Iterable[Any]) -> None:
+    def foreign(keys: Iterable[str]) -> list[str]:
+        new_head = task == "classification"
+        return sorted(key for key in keys if not (new_head and (key.split(".")[0] in HEADS or "pooler" in key)))
+
+    if wrong := foreign(entry if isinstance(entry, str) else entry[0] for entry in mismatched):
+        raise ModelError(
+            f"the weights of {base.config.path!r} do not fit its config.json: {len(wrong)} tensors have another shape, the "
+            f"first is {wrong[0]!r}; put the weights and the config of one model together."
+        )
+    absent = foreign(missing)
+    if absent:
+        raise ModelError(
+            f"the model {base.config.path!r} lacks weights for {task}: {len(absent)} tensors are missing, "
+            f"the first is {absent[0]!r}; give a complete checkpoint or another task."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".") + "."

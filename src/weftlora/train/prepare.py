@@ -1,0 +1,92 @@
+"""Everything that must be right before a run folder exists: recipe, base, data, adapter."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, set_seed
+
+import weftlora
+from weftlora.data import Collator, Loaded
+from weftlora.data import load as load_data
+from weftlora.errors import ConfigError
+from weftlora.glue.ablation.rows import Rows
+from weftlora.spec import WeftConfig
+from weftlora.terms.ranks.reallocate import Reallocate
+from weftlora.train import arguments, model
+from weftlora.train.adapter import adapt, adapter_config, saved_selection
+from weftlora.train.fingerprint import Fingerprint, fingerprint
+from weftlora.train.recipe import Recipe, Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe made real: rows in tokens and a model on its device, adapted unless the recipe says `none`."""
+
+    recipe: Recipe
+    base: model.Base
+    data: Loaded
+    task: Task
+    model: PeftModel | PreTrainedModel
+    adapter: PeftConfig | None
+    fingerprint: Fingerprint
+    collator: Collator
+    steps: int
+    """Optimiser steps of the whole run."""
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Load and adapt what `recipe` names; writes nothing.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
+    """
+    arguments.check(recipe.train)
+    selection = saved_selection(recipe.adapter, recipe.base_dir)
+    # refuse what cannot work before anything is read
+    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection)
+    if recipe.train.num_threads:
+        torch.set_num_threads(recipe.train.num_threads)
+    base = model.find(recipe.model, recipe.base_dir)
+    data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
+    task = data.task
+    if recipe.train.trainer == "sft" and task != "causal":
+        raise ConfigError(f"train.trainer=sft trains causal models, and this task is {task}: use trainer: auto.")
+    set_seed(recipe.train.seed)
+    plain = model.load(base, task, data.labels)
+    mark = fingerprint(plain)
+    steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    config = adapter_config(recipe.adapter, steps, selection)
+    if selection is not None:
+        selection.check(plain)
+    adapted = plain if config is None else adapt(plain, config, task)
+    per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    collator = Collator(base.tokenizer.pad_token_id)
+    rows = _scored_on(config, data, collator)
+    if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
+        weftlora.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
+    _ready_for_checkpointing(plain, recipe)
+    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
+
+
+def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:
+    """The validation rows, where the adapter scores its rank slots on some."""
+    if not (isinstance(config, WeftConfig) and isinstance(config.ranks, Reallocate) and config.ranks.needs_data):
+        return None
+    if data.validation is None or not len(data.validation):
+        raise ConfigError(
+            "this adapter scores its rank slots on validation rows, and the data has none: set data.validation_fraction=0.1, or "
+            "data.validation to a file."
+        )
+    return Rows(data.validation.select_columns(["input_ids", "attention_mask", "labels"]), collator)
+
+
+def _ready_for_checkpointing(plain: Any, recipe: Recipe) -> None:
+    if recipe.train.gradient_checkpointing:
+        plain.config.use_cache = False
+    if recipe.train.gradient_checkpointing == "reentrant":
+        plain.enable_input_require_grads()  # or no gradient reaches an adapter behind a frozen embedding

@@ -1,0 +1,241 @@
+"""A recipe file: which model, which data, which adapter, how to train, where to write.
+
+    model:   demo | path | hub id | {path, dtype, task, attn_implementation}
+    data:    demo | path | the keys of `weftlora.data.DataConfig`
+    adapter: a recipe name | {recipe: name, its fields} | {structure: ..., the other axes, r, ...} | none
+    train:   steps or epochs, batch_size, lr, ...
+    out:     the run folder
+
+An unknown key anywhere is a `ConfigError` that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from weftlora.data import DataConfig, Task
+from weftlora.errors import ConfigError, suggest
+from weftlora.strict import Strict
+from weftlora.train.builtin import BUILTIN, builtin
+
+__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "read_file", "read_yaml"]
+
+Dtype = Literal["float32", "bfloat16", "auto"]
+
+
+class ModelConfig(Strict):
+    """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
+
+    where: ClassVar[str] = "model"
+    path: str = "demo"
+    dtype: Dtype = "float32"
+    task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
+    trust_remote_code: Literal[False] = False
+    attn_implementation: str | None = None
+
+
+class TrainConfig(Strict):
+    """The training section. Give `steps` (optimiser steps) or `epochs`, not both; neither means one epoch."""
+
+    where: ClassVar[str] = "train"
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=16, gt=0)
+    accumulation: int = Field(default=1, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
+    schedule: str = "linear"
+    warmup: float = Field(default=0.0, ge=0)
+    """Optimiser steps; below 1, a fraction of the run."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    optimizer: str = "adamw_torch"
+    seed: int = Field(default=0, ge=0)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool | Literal["reentrant", "non_reentrant"] = False
+    eval_every: int | None = Field(default=None, gt=0)
+    """Optimiser steps between validation losses; none measures it once, at the end."""
+    save_every: int | None = Field(default=None, ge=0)
+    """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
+    keep: int = Field(default=2, gt=0)
+    """How many complete checkpoints stay on disk."""
+    logging_every: int = Field(default=10, gt=0)
+    num_threads: int | None = Field(default=None, gt=0)
+    report_to: str | list[str] = "none"
+    trainer: Literal["auto", "trainer", "sft"] = "auto"
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(f"train has steps={self.steps} and epochs={self.epochs}: keep one of them.")
+        return self
+
+
+class Subject(Strict):
+    """What every recipe begins with: the frozen model, the rows, and the folder that their relative paths count from."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_shorthand(cls, value: Any) -> Any:
+        return value if isinstance(value, DataConfig) else DataConfig.parse(value)
+
+    @property
+    def base_dir(self) -> Path:
+        """What relative model and data paths count from: the recipe file's folder, else the working folder."""
+        return self._base_dir
+
+    @classmethod
+    def _made(
+        cls, content: dict[str, Any], overrides: Iterable[str], base_dir: Path, needed: Mapping[str, str]
+    ) -> Self:
+        """The recipe of `content` with `overrides`; `needed` has the keys that must be there, and what to do where one is not."""
+        for override in overrides:
+            content = apply(content, override)
+        for key, hint in needed.items():
+            if key not in content and set(content) <= set(cls.model_fields):
+                raise ConfigError(f"{cls.where} has no {key!r}: {hint}")
+        recipe = cls.parse(content)
+        recipe._base_dir = base_dir.resolve()
+        return recipe
+
+
+class Recipe(Subject):
+    """A whole recipe. Made by `Recipe.read`; `recipe.model_dump()` is what the run folder keeps."""
+
+    where: ClassVar[str] = "the recipe"
+    adapter: dict[str, Any]
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    out: str = Field(min_length=1)
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapter_shorthand(cls, value: Any) -> Any:
+        return {"recipe": value} if isinstance(value, str) else value
+
+    @classmethod
+    def read(
+        cls, source: str | Path | Mapping[str, Any] | Recipe, *overrides: str, base_dir: Path | None = None
+    ) -> Recipe:
+        """The recipe of a YAML file, a built-in name, a mapping or a recipe, with `key=value` overrides applied.
+
+        Raises:
+            ConfigError: unknown key, name or file; a value of the wrong type; an override that is not `key=value`.
+        """
+        if isinstance(source, Recipe):
+            found, content = source.base_dir, source.model_dump()
+        elif isinstance(source, Mapping):
+            found, content = Path.cwd(), dict(source)
+        else:
+            found, content = _from_file_or_name(source)
+        return cls._made(content, overrides, base_dir or found, _MISSING)
+
+
+_MISSING = {
+    "data": "name a file (data: rows.jsonl) or the built-in tasks (data: demo).",
+    "adapter": "name a method (adapter: hydralora) or the axes (adapter: {structure: ...}).",
+    "out": "name the run folder (out: runs/first).",
+}
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as a string; a learning rate is a number."""
+
+
+def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    """A mapping whose keys are all different; YAML itself would keep the last."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        name = str(loader.construct_object(key, deep=True))
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands there twice", key.start_mark)
+        seen.add(name)
+    content: dict[Any, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return content
+
+
+_Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The value written in `text`. Raises ConfigError naming `where` and the line."""
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from None
+
+
+def read_file(path: Path, what: str, keys: str) -> dict[str, Any]:
+    """The mapping in a YAML file, which should hold a `what` with `keys`. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the {what} {path} cannot be read: {error}.") from None
+    content = read_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no {what}: it must be a mapping with {keys}.")
+    return content
+
+
+def _from_file_or_name(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = Path(source)
+    if path.is_file():
+        return path.parent, read_file(path, "recipe", "model, data, adapter, train and out")
+    name = str(source)
+    if name in BUILTIN:
+        return Path.cwd(), builtin(name)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give a recipe file, or --resume to continue a run folder.")
+    if path.suffix in (".yaml", ".yml") or os.sep in name:
+        raise ConfigError(f"there is no recipe file {name!r}.")
+    raise ConfigError(f"there is no recipe file and no built-in recipe {name!r}: {suggest(name, BUILTIN)}")
+
+
+def apply(content: dict[str, Any], override: str) -> dict[str, Any]:
+    """`content` with one `a.b=value` set; a section written in shorthand is spelled out first.
+
+    Raises:
+        ConfigError: the override is not `key=value`, or names a key below one that is no section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override: write key=value, for instance train.lr=1e-3.")
+    parts = key.split(".")
+    changed = dict(content)
+    at = changed
+    for depth, part in enumerate(parts[:-1]):
+        section = at.get(part)
+        if isinstance(section, str) and depth == 0 and part in _SHORTHAND:
+            section = {_SHORTHAND[part]: section}
+        elif section is not None and not isinstance(section, dict):
+            raise ConfigError(
+                f"{override!r} cannot be set: {'.'.join(parts[: depth + 1])} is {section!r}, not a section."
+            )
+        at[part] = dict(section or {})
+        at = at[part]
+    at[parts[-1]] = read_yaml(text, f"the override {override!r}")
+    return changed
+
+
+_SHORTHAND = {"model": "path", "data": "train", "adapter": "recipe"}

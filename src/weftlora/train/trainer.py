@@ -1,0 +1,177 @@
+"""transformers' Trainer and trl's SFTTrainer, with our loss on validation rows and our record of the run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftType
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import weftlora
+from weftlora.spec import WeftConfig
+from weftlora.terms.structure.hydra import Hydra
+from weftlora.train import checkpoint
+from weftlora.train.callback import Finished, finish
+from weftlora.train.files import append_json
+from weftlora.train.measure import mean_loss
+from weftlora.train.prepare import Prepared
+from weftlora.train.progress import Progress, Tick
+from weftlora.train.run import Run
+from weftlora.train.stopwatch import Stopwatch
+
+_COLUMNS = ["input_ids", "attention_mask", "labels"]
+_NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "eval_loss": "validation_loss"}
+_DROPPED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"}
+
+
+class Recorder(TrainerCallback):
+    """Writes metrics.jsonl, marks and rotates checkpoints, and reports progress; only the main process writes."""
+
+    def __init__(self, run: Run, keep: int, progress: Progress) -> None:
+        self.run, self.keep, self.progress = run, keep, progress
+        self.loss: float | None = None
+        self.rate: float | None = None
+        self.since = (time.monotonic(), 0)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.since = (time.monotonic(), state.num_input_tokens_seen)
+        state.stateful_callbacks[checkpoint.SIGNATURE] = {}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_loss" in logs:  # Trainer's summary; run.json has ours
+            return
+        row = {
+            "step": state.global_step,
+            **{_NAMES.get(key, key): value for key, value in logs.items() if key not in _DROPPED},
+        }
+        if "loss" in logs:
+            before, tokens = self.since
+            self.since = (time.monotonic(), state.num_input_tokens_seen)
+            self.rate = (self.since[1] - tokens) / max(self.since[0] - before, 1e-9)
+            self.loss = logs["loss"]
+            row["tokens_per_s"] = round(self.rate, 1)
+        append_json(self.run.folder / "metrics.jsonl", row)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        finish(args, state, self.keep)
+        if not state.is_world_process_zero:
+            return
+        self.run.event("checkpoint", step=state.global_step)
+
+
+class AdaLoraSteps(TrainerCallback):
+    """Stock AdaLoRA moves its ranks only when told of every step, before gradients are cleared; Trainer does not tell."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+class _Measured:
+    """Mixed into a trainer: the validation loss is a mean over answer tokens, not over batches."""
+
+    prepared: Prepared
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        trainer: Any = self
+        rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        measured = mean_loss(trainer.model, rows, self.prepared.collator, trainer.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": measured.loss}
+        trainer.log(metrics)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+
+class _Grouped:
+    """Mixed into a trainer of a weftlora adapter: its optimiser has the groups that the papers ask for."""
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        trainer: Any = self
+        if trainer.optimizer is None:
+            args = trainer.args
+            kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+            groups = weftlora.param_groups(
+                model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay
+            )
+            trainer.optimizer = kind(groups, **options)
+        return trainer.optimizer
+
+
+class _Balanced:
+    """Mixed into a trainer where routers have a load-balance term: every micro-batch adds its own, padding left out."""
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        trainer: Any = self
+        parent: Any = super()
+        mask = inputs.get("attention_mask")
+        with weftlora.routing(model) as routing:
+            loss, outputs = parent.compute_loss(model, inputs, True, num_items_in_batch)
+        if trainer.model.training:
+            summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None  # Trainer will not divide
+            share = 1 / trainer.current_gradient_accumulation_steps if summed else 1.0
+            loss = loss + share * routing.balance_loss(mask)
+        return (loss, outputs) if return_outputs else loss
+
+
+def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any) -> Trainer:
+    """The trainer that `train.trainer` names, around a prepared model."""
+    kind: Any = Trainer
+    options: dict[str, Any] = {}
+    if prepared.recipe.train.trainer == "sft":
+        from trl import SFTTrainer
+
+        kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
+    own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared.recipe.train.keep, progress)]
+    if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
+        own.append(AdaLoraSteps())
+    mixins: list[type] = [_Measured]
+    if isinstance(prepared.adapter, WeftConfig):
+        mixins.append(_Grouped)
+        weftlora.attach(prepared.model, on_event=_recorded(run))
+    if _has_balance(prepared.adapter):
+        mixins.append(_Balanced)
+    measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
+    validation = prepared.data.validation
+    trainer = measured(
+        model=prepared.model,
+        args=args,
+        train_dataset=prepared.data.train.select_columns(_COLUMNS),
+        eval_dataset=validation.select_columns(_COLUMNS) if validation is not None else None,
+        data_collator=prepared.collator,
+        callbacks=[*own, *extra],
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
+    return trainer
+
+
+def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
+    """Writes what a schedule does into events.jsonl, from the main process."""
+
+    def write(event: dict[str, Any]) -> None:
+        if int(os.environ.get("RANK", "0")) == 0:
+            run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
+
+    return write
+
+
+def _has_balance(adapter: Any) -> bool:
+    structure = getattr(adapter, "structure", None)
+    return isinstance(structure, Hydra) and structure.balance > 0
