@@ -1,4 +1,4 @@
-"""What the page of a comparison says of adapters: means over the seeds of what `weftlora.inspect` finds in each, from folders alone."""
+"""What the page of a comparison says of adapters: means over the seeds of what `weftlora.inspect` finds, from folders alone."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Selection:
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:
-        """Read what `save` wrote. Raises ConfigError, naming file and key, if a value of it cannot be, or it is of a newer weftlora."""
+        """Read what `save` wrote. Raises ConfigError, naming file and key, if a value cannot be, or it is of a newer weftlora."""
         content = saved.read(path)
         given = {f.name: content[f.name] for f in dataclasses.fields(cls)}
         candidates = [Candidate(**{**c, "modules": tuple(c["modules"])}) for c in given.pop("candidates")]
