@@ -1,13 +1,17 @@
 """One central claim per paper, as we test it: which runs are compared, with which control, in which committed file.
 
-Figures of the papers are quoted from their cards in docs/methods, which say where each comes from.
+What makes the committed files is here too. Figures of the papers are quoted from their cards in docs/methods, which say where
+each comes from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Where = Mapping[str, Any]
 """Labels that a run must have; of a tuple one is enough, and a seed's score is then the mean over them."""
@@ -26,7 +30,7 @@ class Contrast:
     """A claim holds where `ours` is better than `control`, paired by seed."""
 
     file: str
-    """A name of `evidence.SOURCES`."""
+    """A name of `SOURCES`."""
     task: str
     setting: str
     ours: Side
@@ -182,3 +186,37 @@ ALORA = Claim(
 )
 
 CLAIMS = (HYDRA, FLEXORA, DASH, TSD, TIED, ALORA)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A committed file evidence/NAME.json: what it has, and the command that writes it."""
+
+    what: str
+    command: str
+    takes_jobs: bool = False
+    alone: str = ""
+    """Why `--all` leaves it out."""
+
+
+SOURCES = {
+    "demo": Source("all recipes and controls on the demo tasks", "weftlora compare evidence/demo.yaml --json", True),
+    "real-runs": Source(
+        "HydraLoRA, Tied-LoRA and stock LoRA on real data", "python scripts/real_runs.py --tasks e2e,sst2", True
+    ),
+    "dash-runs": Source("LoRA-Dash and other directions", "python scripts/dash_runs.py", True),
+    "alora-runs": Source(
+        "moving ranks, LoRA-Init and LoRA-TSD", "python scripts/alora_runs.py --tasks demo,e2e,sst2", True
+    ),
+    "flexora-runs": Source(
+        "selected blocks and other selections", "python scripts/flexora_runs.py --tasks demo,e2e,sst2", True
+    ),
+    "search-accuracy": Source("Flexora's search where the answer is known", "python scripts/search_accuracy.py"),
+    "layer-cost": Source(
+        "what a second stage on some blocks costs",
+        "python scripts/layer_cost.py",
+        alone="it measures time, which wants a quiet machine",
+    ),
+    "interop": Source("an export in llama.cpp", "make interop", alone="it builds llama-cpp-python"),
+    "soak": Source("training killed and resumed", "python scripts/soak.py --minutes 7", alone="it kills for minutes"),
+}

@@ -21,7 +21,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import real_runs
+import real_tasks
 from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "train": {"steps": 100, "batch_size": 16, "schedule": "linear"},
         "rates": [5e-3, 1e-2, 2e-2],
     },
-    **real_runs.TASKS,
+    **real_tasks.TASKS,
 }
 TASKS["sst2"] = {**TASKS["sst2"], "train": {"steps": 60, "batch_size": 16, "schedule": "linear"}}  # 81 runs of it
 TASKS["sst2"]["data"] = {**TASKS["sst2"]["data"], "limit": 4000}
@@ -65,7 +65,7 @@ def adapter(variant: str, rank: int, seed: int) -> dict[str, Any]:
 def job(task: str, variant: str, rank: int, lr: float, seed: int, runs: str, test: bool) -> Job:
     """One run of a variant."""
     labels = {"task": task, "variant": variant, "r": rank, "lr": lr, "seed": seed}
-    data = real_runs.mixture(Path(runs) / "mixture") if task == "mixture" else None
+    data = real_tasks.mixture(Path(runs) / "mixture") if task == "mixture" else None
     return Job.of(labels, TASKS[task], adapter(variant, rank, seed), runs, test, data)
 
 

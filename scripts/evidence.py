@@ -18,46 +18,14 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import evidence_page
+import real_runs
+
+from claims import ROOT, SOURCES
+
 FOLDER = ROOT / "evidence"
 PAGE = ROOT / "docs" / "evidence.md"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A committed file evidence/NAME.json: what it has, and the command that writes it."""
-
-    what: str
-    command: str
-    takes_jobs: bool = False
-    alone: str = ""
-    """Why `--all` leaves it out."""
-
-
-SOURCES = {
-    "demo": Source("all recipes and controls on the demo tasks", "weftlora compare evidence/demo.yaml --json", True),
-    "real-runs": Source(
-        "HydraLoRA, Tied-LoRA and stock LoRA on real data", "python scripts/real_runs.py --tasks e2e,sst2", True
-    ),
-    "dash-runs": Source("LoRA-Dash and other directions", "python scripts/dash_runs.py", True),
-    "alora-runs": Source(
-        "moving ranks, LoRA-Init and LoRA-TSD", "python scripts/alora_runs.py --tasks demo,e2e,sst2", True
-    ),
-    "flexora-runs": Source(
-        "selected blocks and other selections", "python scripts/flexora_runs.py --tasks demo,e2e,sst2", True
-    ),
-    "search-accuracy": Source("Flexora's search where the answer is known", "python scripts/search_accuracy.py"),
-    "layer-cost": Source(
-        "what a second stage on some blocks costs",
-        "python scripts/layer_cost.py",
-        alone="it measures time, which wants a quiet machine",
-    ),
-    "interop": Source("an export in llama.cpp", "make interop", alone="it builds llama-cpp-python"),
-    "soak": Source("training killed and resumed", "python scripts/soak.py --minutes 7", alone="it kills for minutes"),
-}
 
 
 def build(name: str, jobs: int, more: list[str]) -> None:
@@ -89,9 +57,6 @@ def environment() -> dict[str, str]:
 
 def write_pages() -> None:
     """docs/evidence.md and docs/real-runs.md, from evidence/."""
-    import evidence_page
-    import real_runs
-
     PAGE.write_text(evidence_page.page(FOLDER), encoding="utf-8")
     results = json.loads(real_runs.RESULTS.read_text(encoding="utf-8"))
     real_runs.DOCUMENT.write_text(real_runs.report(results), encoding="utf-8")

@@ -12,9 +12,8 @@ from typing import Any
 import dash_runs
 import real_runs
 import yaml
-from evidence import ROOT, SOURCES
 
-from claims import CLAIMS, Claim, Contrast, Side
+from claims import CLAIMS, ROOT, SOURCES, Claim, Contrast, Side
 from weftlora.compare.metrics import METRICS
 from weftlora.compare.record import Interval, Method, Outcome, Row, Verdict
 from weftlora.compare.rows import rows

@@ -21,9 +21,6 @@ from weftlora.errors import (
     TargetError,
     WeftError,
 )
-
-__version__ = "0.1.0.dev0"
-
 from weftlora.glue.attach import attach, load_state_dict, param_groups, state_dict
 from weftlora.glue.official import import_hydralora, import_lora_dash
 from weftlora.glue.register import register
@@ -51,6 +48,7 @@ from weftlora.terms.structure.hydra import Hydra
 from weftlora.terms.structure.plain import Plain
 from weftlora.terms.structure.tied import Tied
 from weftlora.times import epochs
+from weftlora.version import __version__ as __version__
 
 register()
 

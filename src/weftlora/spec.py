@@ -35,6 +35,7 @@ from weftlora.terms.structure.hydra import Hydra
 from weftlora.terms.structure.plain import Plain
 from weftlora.terms.structure.tied import Tied
 from weftlora.times import Epochs
+from weftlora.version import __version__
 
 FORMAT_VERSION = 1
 
@@ -249,7 +250,7 @@ class WeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
         out["peft_type"] = "WEFT"
-        out["weft_version"] = _weft_version()
+        out["weft_version"] = __version__
         return out
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -273,7 +274,7 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise AdapterError(
                 f"this adapter has format {version!r}, written by weftlora {made_by or 'of a later version'}; this is weftlora "
-                f"{_weft_version()}, which reads formats up to {FORMAT_VERSION}: upgrade weftlora."
+                f"{__version__}, which reads formats up to {FORMAT_VERSION}: upgrade weftlora."
             )
         for key in kwargs:
             if key not in valid:
@@ -308,12 +309,6 @@ def _check_names(names: Any, field_name: str) -> None:
 def _check_alpha(alpha: Any, name: str) -> None:
     if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
-
-
-def _weft_version() -> str:
-    from weftlora import __version__
-
-    return __version__
 
 
 LOADING_NOTE = """

@@ -19,14 +19,16 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 
-import weftlora
 from weftlora.compare.methods import RANKS, Contender, about, with_top_k
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError
+from weftlora.glue.attach import attach
 from weftlora.glue.blocks import Blocks
 from weftlora.glue.layer import WeftLinear
+from weftlora.recipes import FlexoraConfig
 from weftlora.search.outcome import cost_of_step
+from weftlora.spec import WeftConfig
 from weftlora.train import model as models
 from weftlora.train.adapter import adapt, adapter_config
 from weftlora.train.recipe import Task
@@ -56,13 +58,13 @@ class Scales:
             ConfigError, TargetError: the adapter cannot be trained on this model in so many steps.
         """
         config = cast(PeftConfig, adapter_config(section, self.steps))
-        if final and isinstance(config, weftlora.WeftConfig):
-            config.ranks = weftlora.Uniform()
+        if final and isinstance(config, WeftConfig):
+            config.ranks = WeftConfig().ranks
         if final and hasattr(config, "target_r"):
             config.init_r = config.target_r
         model = adapt(models.skeleton(self.base, self.task, self.labels), config, self.task)
-        if isinstance(config, weftlora.WeftConfig):
-            weftlora.attach(model, total_steps=self.steps, steps_per_epoch=self.steps_per_epoch)
+        if isinstance(config, WeftConfig):
+            attach(model, total_steps=self.steps, steps_per_epoch=self.steps_per_epoch)
         return model
 
     def trained(self, section: dict[str, Any]) -> int:
@@ -209,7 +211,7 @@ def _on_blocks(section: dict[str, Any], blocks: list[int]) -> dict[str, Any]:
     """The section as it is trained on these blocks."""
     if section.get("recipe") != "flexora":
         return section | {"layers": blocks}
-    searched = {"recipe", "select", "top_k", *vars(weftlora.Search())}
+    searched = {"recipe", "select", "top_k", *vars(FlexoraConfig().layers)}
     return (
         {"recipe": "lora"} | {key: value for key, value in section.items() if key not in searched} | {"layers": blocks}
     )

@@ -13,13 +13,13 @@ import torch
 import transformers
 from peft import LoraConfig
 
-from weftlora import __version__
 from weftlora.export.files import hub_id
 from weftlora.export.folder import MARK
 from weftlora.export.record import LoraExport, Merge, Proof
 from weftlora.export.source import Source
 from weftlora.glue.updates import base_of
 from weftlora.spec import AXES, encode_choice
+from weftlora.version import __version__
 
 
 def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:

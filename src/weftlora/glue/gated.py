@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers import activations
 
 from weftlora.glue.groups import only_adapters
+from weftlora.glue.layer import WeftLinear
 from weftlora.glue.modes import all_watched, watched
 from weftlora.kernel import current, gated_mlp
-
-if TYPE_CHECKING:
-    from weftlora.glue.layer import WeftLinear
 
 CANONICAL = re.compile(
     r"(?:(?P<name>\w+)=)?self\.down_proj\(self\.act_fn\(self\.gate_proj\((?P<x>\w+)\)\)\*self\.up_proj\((?P=x)\)\)"
@@ -116,8 +114,6 @@ def _gated_output(mlp: Any, x: Tensor) -> Tensor | None:
 
 def mlp_layers(mlp: Any) -> tuple[str, list[WeftLinear], list[str]] | None:
     """The activation's name, gate, up and down and the adapter of each, if one node may stand for this MLP as things are."""
-    from weftlora.glue.layer import WeftLinear
-
     activation = activation_of(mlp.act_fn)
     if activation is None or not current().mlp or all_watched() or watched(mlp.act_fn):
         return None

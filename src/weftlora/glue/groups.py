@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weftlora.glue.modes import all_watched
 from weftlora.glue.sharing import QKV_FAMILIES, same_input
 from weftlora.kernel import Linear, draw, linears
-
-if TYPE_CHECKING:
-    from weftlora.glue.layer import WeftLinear
 
 GATE_UP: tuple[tuple[str, str], ...] = (("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"))
 MISSES = 2  # results nobody came for, after which a group is given up
@@ -27,7 +24,23 @@ MISSES = 2  # results nobody came for, after which a group is given up
 logger = logging.getLogger(__name__)
 
 
-def input_groups(parent: str, children: Mapping[str, WeftLinear]) -> Iterator[InputGroup]:
+class Member(Protocol):
+    """What a group asks of an adapted linear; see `weftlora.glue.layer`, which is built on groups."""
+
+    module_name: str
+    training: bool
+    group: InputGroup | None
+
+    def get_base_layer(self) -> nn.Module: ...
+
+    def only_adapter(self) -> str | None: ...
+
+    def why_not(self) -> str | None: ...
+
+    def job(self, name: str, x: Tensor, read: Tensor) -> Linear | None: ...
+
+
+def input_groups(parent: str, children: Mapping[str, Member]) -> Iterator[InputGroup]:
     """Groups of the adapted children, by their last names, of the module called `parent`."""
     for names in _groups(parent, list(children)):
         for members in _of_one_width([children[last] for last in names]):
@@ -37,7 +50,7 @@ def input_groups(parent: str, children: Mapping[str, WeftLinear]) -> Iterator[In
 class InputGroup:
     """Adapted linears of one parent that read one input. Belongs to no module tree; its members hold it."""
 
-    def __init__(self, members: Sequence[WeftLinear]):
+    def __init__(self, members: Sequence[Member]):
         self.members = list(members)
         self.misses = 0
         self.forget()
@@ -53,26 +66,26 @@ class InputGroup:
         """Drop what was computed for members that have not been called, and with it the graph that it holds."""
         self._waiting = Waiting(None, {})
         self._masks: dict[tuple[str, float], tuple[Seen, Tensor]] = {}
-        self._called: set[WeftLinear] = set()
+        self._called: set[Member] = set()
 
     @property
     def waits(self) -> bool:
         """Whether results are kept for members that have not been called yet."""
         return bool(self._waiting.results)
 
-    def called(self, layer: WeftLinear) -> None:
+    def called(self, layer: Member) -> None:
         """Note a forward of `layer`; its second one begins another pass, with masks of its own, also where x is the same."""
         if layer in self._called:
             self._masks, self._called = {}, set()
         self._called.add(layer)
 
-    def fetch(self, layer: WeftLinear, x: Tensor) -> Tensor | None:
+    def fetch(self, layer: Member, x: Tensor) -> Tensor | None:
         """The output of `layer` on x if another member has computed it, and nothing that it depends on has changed since."""
         waiting = self._waiting  # read once: another thread may put its own there at any time
         found = waiting.results.pop(layer, None) if _is(x, waiting.seen) else None
         return found.output if found is not None and found.stamp == _stamp(layer, found.factors) else None
 
-    def output(self, layer: WeftLinear, x: Tensor, read: Tensor) -> Tensor | None:
+    def output(self, layer: Member, x: Tensor, read: Tensor) -> Tensor | None:
         """The output of `layer` on x if the group can compute it, else None. `read` is x as the bases take it."""
         if layer not in self.members:  # a copy that nn.DataParallel made; its group is still that of the original
             return None
@@ -127,10 +140,10 @@ class Waiting(NamedTuple):
     """Results for the members that have not been called yet, of the one input that was seen."""
 
     seen: Seen
-    results: dict[WeftLinear, Result]
+    results: dict[Member, Result]
 
 
-def _stamp(layer: WeftLinear, factors: tuple[Tensor, ...]) -> tuple[object, ...]:
+def _stamp(layer: Member, factors: tuple[Tensor, ...]) -> tuple[object, ...]:
     """What a member's output on a given input depends on: values of its factors, its adapter, its mode, autocast."""
     versions = [0 if t.is_inference() else t._version for t in factors]
     device = factors[0].device.type
@@ -149,7 +162,7 @@ def _is(x: Tensor, seen: Seen) -> bool:
     return x.is_inference() or x._version == seen[1]
 
 
-def _of_one_width(layers: Sequence[WeftLinear]) -> list[list[WeftLinear]]:
+def _of_one_width(layers: Sequence[Member]) -> list[list[Member]]:
     """The layers by their numbers of input features, two or more each: what differs in it reads another tensor."""
     widths = [getattr(layer.get_base_layer(), "in_features", None) for layer in layers]
     found = [[layer for layer, w in zip(layers, widths, strict=True) if w == width] for width in dict.fromkeys(widths)]
@@ -166,7 +179,7 @@ def _groups(parent: str, lasts: list[str]) -> list[list[str]]:
     return [names for names in found if len(names) > 1]
 
 
-def only_adapters(layers: Sequence[WeftLinear]) -> list[str] | None:
+def only_adapters(layers: Sequence[Member]) -> list[str] | None:
     """The one adapter of each of these linears in a forward; None if one has not exactly one, or no node can own it."""
     found = []
     for layer in layers:

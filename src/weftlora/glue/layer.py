@@ -22,14 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora.compat import REFUSED
 from weftlora.errors import ConfigError, MergeError
+from weftlora.glue.groups import InputGroup
 from weftlora.glue.modes import watched
 from weftlora.glue.sharing import refuse_reentrant_checkpointing
 from weftlora.kernel import Linear, current, linears
 from weftlora.site import Site
 from weftlora.terms.structure.tied import TiedTerm
-
-if TYPE_CHECKING:
-    from weftlora.glue.groups import InputGroup
 
 
 class WeftLinear(nn.Module, BaseTunerLayer):

@@ -24,8 +24,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-import weftlora
 from weftlora.errors import ConfigError
+from weftlora.glue.attach import attach
 from weftlora.numbers import is_whole
 from weftlora.search import Selection, Stability, compare
 from weftlora.search.driver import LayerSearch
@@ -171,7 +171,7 @@ class Stage:
         )  # the start of the second stage does not depend on the search's length
         model = second_stage(cast(PeftModel, self.prepared.model), selection)
         config = model.peft_config["default"]
-        weftlora.attach(model, total_steps=self.run.steps)
+        attach(model, total_steps=self.run.steps)
         described = {**self.run.adapter, "layers": config.to_dict()["layers"]}
         took = {"search_seconds": round(selection.seconds, 3), "search_in_steps": selection.record["cost_in_steps"]}
         run = dataclasses.replace(self.run, adapter=described, parameters=parameters(model), time=self.run.time | took)

@@ -10,11 +10,11 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
-import weftlora
 from weftlora.data import Collator, Loaded
 from weftlora.data import load as load_data
 from weftlora.errors import ConfigError
 from weftlora.glue.ablation.rows import Rows
+from weftlora.glue.attach import attach
 from weftlora.spec import WeftConfig
 from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.train import arguments, model
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe) -> Prepared:
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
     if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
-        weftlora.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
+        attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
     _ready_for_checkpointing(plain, recipe)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
 

@@ -10,7 +10,8 @@ from typing import Any
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import weftlora
+from weftlora.glue.attach import attach, param_groups
+from weftlora.glue.routing import routing
 from weftlora.spec import WeftConfig
 from weftlora.terms.structure.hydra import Hydra
 from weftlora.train import checkpoint
@@ -105,9 +106,7 @@ class _Grouped:
         if trainer.optimizer is None:
             args = trainer.args
             kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-            groups = weftlora.param_groups(
-                model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay
-            )
+            groups = param_groups(model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay)
             trainer.optimizer = kind(groups, **options)
         return trainer.optimizer
 
@@ -121,12 +120,12 @@ class _Balanced:
         trainer: Any = self
         parent: Any = super()
         mask = inputs.get("attention_mask")
-        with weftlora.routing(model) as routing:
+        with routing(model) as routers:
             loss, outputs = parent.compute_loss(model, inputs, True, num_items_in_batch)
         if trainer.model.training:
             summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None  # Trainer will not divide
             share = 1 / trainer.current_gradient_accumulation_steps if summed else 1.0
-            loss = loss + share * routing.balance_loss(mask)
+            loss = loss + share * routers.balance_loss(mask)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -144,7 +143,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     mixins: list[type] = [_Measured]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
-        weftlora.attach(prepared.model, on_event=_recorded(run))
+        attach(prepared.model, on_event=_recorded(run))
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
     measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
