@@ -24,8 +24,9 @@ from weftlora.errors import (
 
 __version__ = "0.1.0.dev0"
 
-from weftlora.glue.attach import attach, load_state_dict, param_groups, state_dict
+from weftlora.glue.attach import attach, load_state_dict, state_dict
 from weftlora.glue.official import import_hydralora, import_lora_dash
+from weftlora.glue.optimizer import param_groups
 from weftlora.glue.register import register
 from weftlora.glue.routing import Routing, routing
 from weftlora.recipes import (

@@ -107,7 +107,30 @@ def test_fact_2_the_loading_note_is_written_once_and_for_every_adapter(llama, tm
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     for readme in (tmp_path / "README.md", tmp_path / "other" / "README.md"):
-        assert readme.read_text().count("import weftlora") == 1
+        text = readme.read_text()
+        assert text.count("import weftlora") == 2  # in the first line and in the snippet
+        assert text.count("## Loading this adapter") == 1
+        assert first_line(text).startswith("**`import weftlora` before you load this adapter**")
+
+
+def first_line(card: str) -> str:
+    """What a reader of a model card sees first: below the metadata."""
+    body = card.split("---\n", 2)[2] if card.startswith("---\n") else card
+    return body.lstrip().splitlines()[0]
+
+
+def test_fact_2_a_card_that_a_trainer_wrote_over_ours_says_it_again(llama, tmp_path: Path) -> None:
+    model = get_peft_model(llama, weftlora.PlainLoraConfig())
+    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n\n<!-- made by a trainer -->\n\n# A run\n")
+    model.create_or_update_model_card(str(tmp_path))  # as transformers' Trainer has peft complete the card it pushes
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\n")
+    assert "# A run" in text
+    assert "`weftlora export` makes a stock LoRA" in first_line(text)
+    stock = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    (tmp_path / "README.md").unlink()
+    stock.create_or_update_model_card(str(tmp_path))
+    assert "weftlora" not in (tmp_path / "README.md").read_text()
 
 
 def test_fact_2_a_lora_config_silently_drops_what_it_does_not_know(tmp_path: Path) -> None:

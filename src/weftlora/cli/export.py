@@ -55,7 +55,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr.")] = False,
 ) -> None:
-    """Write an adapter as a stock LoRA folder or as merged weights, and prove it."""
+    """Make of an adapter, which loads only after `import weftlora`, a stock LoRA or merged weights, which need none of it."""
     lora_only = {
         "--uniform": uniform,
         "--server-ranks": server_ranks,

@@ -101,6 +101,12 @@ def _check(source: Source) -> None:
             f"{foreign[0]} has an adapter of another method, and exports are for weftlora adapters: stock LoRA needs none, "
             "save it with save_pretrained."
         )
+    for adapter, config in getattr(source.model, "peft_config", {}).items():
+        if adapter in source.adapters and getattr(config, "trainable_token_indices", None) is not None:
+            raise AdapterError(
+                f"adapter {adapter!r} trains embeddings of single tokens beside its matrices (trainable_token_indices), which servers "
+                "do not read from a LoRA and an export does not carry: serve it with peft, after import weftlora."
+            )
     for layer in source.layers:
         if layer.merged:
             raise AdapterError(

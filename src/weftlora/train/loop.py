@@ -99,7 +99,8 @@ def _what(
         if not resume:
             return recipe, None
         before = Run.load(Path(recipe.out).expanduser())
-    check_continues(before, recipe.model_dump(mode="json"))
+    asked = Recipe.read(before.recipe).model_dump(mode="json")  # with the defaults of keys that are newer than the run
+    check_continues(dataclasses.replace(before, recipe=asked), recipe.model_dump(mode="json"))
     return recipe, before
 
 

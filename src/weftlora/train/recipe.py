@@ -54,6 +54,10 @@ class TrainConfig(Strict):
     warmup: float = Field(default=0.0, ge=0)
     """Optimiser steps; below 1, a fraction of the run."""
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor on the rate of B (LoRA+: 16); none, and 1, train A and B alike."""
+    freeze_down: bool = False
+    """Freeze A and train the rest (LoRA-FA)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     optimizer: str = "adamw_torch"
     seed: int = Field(default=0, ge=0)
