@@ -55,7 +55,10 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr.")] = False,
 ) -> None:
-    """Make of an adapter, which loads only after `import weftlora`, a stock LoRA or merged weights, which need none of it."""
+    """Write an adapter that loads without `import weftlora`, and prove it.
+
+    As a stock LoRA folder, or as the base with the update in its weights.
+    """
     lora_only = {
         "--uniform": uniform,
         "--server-ranks": server_ranks,

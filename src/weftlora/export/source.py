@@ -96,17 +96,17 @@ def read(source: nn.Module | str | Path, adapter: str | Sequence[str] | None, ba
 
 
 def _check(source: Source) -> None:
-    if foreign := foreign_layers(source.model):
-        raise AdapterError(
-            f"{foreign[0]} has an adapter of another method, and exports are for weftlora adapters: stock LoRA needs none, "
-            "save it with save_pretrained."
-        )
     for adapter, config in getattr(source.model, "peft_config", {}).items():
         if adapter in source.adapters and getattr(config, "trainable_token_indices", None) is not None:
             raise AdapterError(
                 f"adapter {adapter!r} trains embeddings of single tokens beside its matrices (trainable_token_indices), which servers "
                 "do not read from a LoRA and an export does not carry: serve it with peft, after import weftlora."
             )
+    if foreign := foreign_layers(source.model):
+        raise AdapterError(
+            f"{foreign[0]} has an adapter of another method, and exports are for weftlora adapters: stock LoRA needs none, "
+            "save it with save_pretrained."
+        )
     for layer in source.layers:
         if layer.merged:
             raise AdapterError(

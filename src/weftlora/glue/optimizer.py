@@ -97,20 +97,19 @@ def param_groups(
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze every trained A of the model's adapters, as LoRA-FA does; what is saved and computed stays the same.
+    """Freeze every A of the model's adapters, as LoRA-FA does; a second time changes nothing, nor does it what is saved.
 
     Nothing else of an adapter needs the gradient of A: Dash and LoRA-Init rank directions on the values of B A, and LoRA-Init
     puts new ones into a frozen A as into a trained one; the scores of ALoRA are losses or gradients of gates, and a new slot
     has a fresh A in any case.
 
     Raises:
-        ConfigError: a site would have nothing left to train, or a product that stays zero, and so does the model: nothing is frozen.
+        ConfigError: no adapter has an A that could be trained, or one starts at zero and would stay so; then nothing is frozen.
     """
     found = [(site, name, p) for _, site in _sites(model) for name, p, role in site.roles() if role == "down"]
-    found = [(site, name, p) for site, name, p in found if p.requires_grad]
-    for site, name, _ in found:
+    for site, name, parameter in found:
         term = site.structure
-        if isinstance(term, TiedTerm) and term.choice.starts_at_zero == name:
+        if parameter.requires_grad and isinstance(term, TiedTerm) and term.choice.starts_at_zero == name:
             raise ConfigError(
                 f"freeze_down freezes A, which Tied(train={term.choice.train!r}) starts at zero, so the update would stay zero: "
                 "train B, u or v as well (train='tl6'), or leave freeze_down out."

@@ -15,7 +15,6 @@ from weftlora.data import Collator, Loaded
 from weftlora.data import load as load_data
 from weftlora.errors import ConfigError
 from weftlora.glue.ablation.rows import Rows
-from weftlora.glue.optimizer import freeze
 from weftlora.spec import WeftConfig
 from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.train import arguments, model
@@ -66,8 +65,8 @@ def prepare(recipe: Recipe) -> Prepared:
         selection.check(plain)
     _check_by_role(recipe, config)
     adapted = plain if config is None else adapt(plain, config, task)
-    if recipe.train.freeze_down:
-        freeze(adapted)  # now, so that what the run says it trains is what it trains
+    if isinstance(config, WeftConfig) and (recipe.train.lora_plus_ratio or recipe.train.freeze_down):
+        _by_role(adapted, recipe)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
@@ -86,6 +85,12 @@ def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
                 f"train.{key}={value!r} is for weftlora's adapters, and {recipe.adapter.get('recipe')} is peft's own: use adapter: "
                 "lora, which computes what peft:lora does, or leave the key out."
             )
+
+
+def _by_role(adapted: torch.nn.Module, recipe: Recipe) -> None:
+    """Refuse now what the optimiser would refuse later, and freeze what it will not train, so that the run counts what it trains."""
+    train = recipe.train
+    weftlora.param_groups(adapted, lr=train.lr, lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down)
 
 
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:
