@@ -25,6 +25,12 @@ NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build", "dist", "site", "runs", "out"
 )
 NAME = f"weftlora-{weftlora.__version__}"
+WHERE = """
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+print(find_spec("weftlora").origin, version("weftlora"), *sys.path, sep="\\n")
+"""
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distribution")]  # one process builds, for all tests here
 
@@ -60,18 +66,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [packages] = folder.glob("lib/python*/site-packages")
     # A folder named in a path file is searched, but path files in it are not read: what is installed there as editable stays out.
     (packages / "others.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(folder / "bin" / "python"),
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-    ]
-    subprocess.run([*command, str(wheel)], check=True, env=environment())
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    subprocess.run([*pip, "install", "--quiet", "--no-index", "--no-deps", str(wheel)], check=True, env=environment())
     return folder
 
 
@@ -127,18 +123,13 @@ def untracked() -> set[str]:
 
 
 def test_an_index_would_take_both(dist: Path, wheel: Path):
-    pytest.importorskip("twine")
     said = called([sys.executable, "-m", "twine", "check", "--strict", wheel, dist / f"{NAME}.tar.gz"], dist)
     assert said.count("PASSED") == 2
 
 
 def test_the_installed_command_trains_the_demo_and_exports_it(installed: Path, tmp_path: Path):
     python, command = installed / "bin" / "python", installed / "bin" / "weftlora"
-    where = called(
-        [python, "-c", "import sys, weftlora; print(weftlora.__file__, weftlora.__version__, *sys.path, sep='\\n')"],
-        tmp_path,
-    )
-    file, version, *path = where.splitlines()
+    file, version, *path = called([python, "-c", WHERE], tmp_path).splitlines()
     assert Path(file).is_relative_to(installed)
     assert version == weftlora.__version__
     assert not [entry for entry in path if entry and Path(entry).resolve() == ROOT / "src"]
