@@ -22,7 +22,7 @@ from weftlora.errors import (
     WeftError,
 )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0rc1"  # the one place; pyproject.toml reads it from here
 
 from weftlora.glue.attach import attach, load_state_dict, state_dict
 from weftlora.glue.official import import_hydralora, import_lora_dash

@@ -5,8 +5,10 @@ Each test shows the fact on peft itself, then that weftlora lives with it.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,11 @@ def test_fact_1_peft_registers_only_names_of_its_enum() -> None:
         register_peft_method(name="unheard", config_cls=weftlora.WeftConfig, model_cls=WeftTuner, prefix="unheard_")
     assert PeftType("WEFT") is PeftType.WEFT
     assert PeftType.WEFT.name == PeftType.WEFT.value == "WEFT"
+    assert (
+        vars(PeftType)["WEFT"] is PeftType.WEFT
+    )  # an attribute of the class, as peft's own: Python 3.12 and later look nowhere else
+    assert pickle.loads(pickle.dumps(PeftType.WEFT)) is copy.deepcopy(PeftType.WEFT) is PeftType.WEFT
+    assert vars(PeftType.WEFT).keys() == vars(PeftType.LORA).keys()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weftlora.WeftConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.WEFT] is WeftTuner
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.WEFT] == "weft_"
@@ -58,6 +65,7 @@ def test_a_taken_name_or_prefix_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         shim.register()
     monkeypatch.setattr(shim, "NAME", "WEFT_TWIN")
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "WEFT_TWIN", LoraConfig)  # as a str subclass would stand there
+    monkeypatch.setattr(PeftType, "WEFT_TWIN", None, raising=False)  # taken away again at the end
     monkeypatch.setattr(PeftType, "_member_names_", list(PeftType._member_names_))
     monkeypatch.setattr(PeftType, "_member_map_", dict(PeftType._member_map_))
     monkeypatch.setattr(PeftType, "_value2member_map_", dict(PeftType._value2member_map_))

@@ -40,6 +40,10 @@ def register() -> None:
         )
     member = str.__new__(PeftType, NAME)
     member._name_, member._value_ = NAME, NAME
+    member.__objclass__, member._sort_order_ = PeftType, len(PeftType._member_names_)
+    setattr(
+        PeftType, NAME, member
+    )  # before the map: an enum refuses to set what is a member. From Python 3.12 on this is what is read
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member

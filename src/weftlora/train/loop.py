@@ -25,6 +25,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora import __version__
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.glue.attach import warn_of_missing
 from weftlora.train import arguments, checkpoint, figures, layers
@@ -148,7 +149,9 @@ def _announce(run: Run) -> None:
 
 
 def version(package: str) -> str:
-    """The installed version of a package, or `missing`."""
+    """The version of a package that runs, or `missing`."""
+    if package == "weftlora":
+        return __version__  # metadata of an editable installation is that of the day it was installed
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
