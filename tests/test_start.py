@@ -88,6 +88,17 @@ def test_a_command_that_has_nothing_to_compute_loads_nothing_heavy(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_recipe_knows_the_fields_of_the_config_without_loading_it() -> None:
+    import dataclasses
+
+    import weftlora
+    from weftlora.recipes import CONFIG_KEYS
+
+    filled_in = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type"}
+    fields = {field.name for field in dataclasses.fields(weftlora.WeftConfig)}
+    assert fields - filled_in - {"inference_mode", "format_version"} == CONFIG_KEYS
+
+
 # ---------------------------------------------------------------------- who tells peft, and when
 
 LOAD = """

@@ -23,7 +23,7 @@ _TRAIN = {
     "yaml": "pyyaml",
 }
 EXTRAS: dict[str, dict[str, str]] = {
-    "cli": {"rich": "rich", "typer": "typer", "yaml": "pyyaml"},
+    "cli": {"pydantic": "pydantic", "rich": "rich", "typer": "typer", "yaml": "pyyaml"},
     "train": _TRAIN,
     "compare": {**_TRAIN, "scipy": "scipy"},
     "report": {

@@ -99,7 +99,6 @@ def check_fields(section: Mapping[str, Any]) -> None:
 
 
 __all__ = [
-    "CONFIG_KEYS",
     "RECIPES",
     "AllocLoraConfig",
     "FlexoraConfig",
@@ -109,8 +108,6 @@ __all__ = [
     "LoraTsdConfig",
     "PlainLoraConfig",
     "TiedLoraConfig",
-    "check_fields",
-    "own_fields",
     "peft_adalora",
     "peft_lora",
 ]

@@ -105,7 +105,9 @@ class Run:
 def check_source(folder: Path) -> None:
     """Refuse a path that cannot be a run folder or an adapter folder. Raises AdapterError."""
     if not folder.exists():
-        raise AdapterError(f"{folder} is no adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder.")
+        raise AdapterError(
+            f"{folder} is no adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder."
+        )
     if not (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
 
