@@ -79,8 +79,8 @@ def main() -> None:
         "command": "python scripts/start_bench.py" + (f" --rounds {given.rounds}" if given.rounds != 7 else ""),
         "unit": "CPU seconds, user and system, of a whole process",
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "peft", "transformers", "trl", "typer")},
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "peft", "transformers", "trl", "typer")},
         "cases": {
             name: {
                 "n": len(values),

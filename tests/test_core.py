@@ -30,6 +30,7 @@ def base():
 tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
 ids = tokenizer(["mill turn kqzv -> vzqk", "loom turn kqzv -> zvkq"], return_tensors="pt")["input_ids"]
 rows = [{"input_ids": row, "labels": row} for row in ids] * 4
+held = [{"input_ids": row.flip(0), "labels": row.flip(0)} for row in ids]
 
 torch.manual_seed(0)
 model = get_peft_model(base(), weftlora.LoraDashConfig(r=4, after=0.5))
@@ -43,15 +44,14 @@ for _ in range(4):
 assert event["event"] == "dash_launch"
 model.eval().save_pretrained("adapter")
 torch.save(model(input_ids=ids).logits, "logits.pt")
-found = weftlora.export_lora(model, "lora")
-print(found.record())
+weftlora.export_lora(model, "lora")  # proved by stock peft, or it would raise
 weftlora.merge(model, "merged")
 assert weftlora.inspect("adapter").record()
 model = get_peft_model(base(), weftlora.PlainLoraConfig(r=2))
 arguments = TrainingArguments("trainer", max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
 Trainer(model, arguments, train_dataset=rows, callbacks=[weftlora.Callback()]).train()
 selection = weftlora.search_layers(
-    base(), rows, rows, config=weftlora.FlexoraConfig(r=2, steps=1, outer_batches=1), accumulation=1
+    base(), rows, held, config=weftlora.FlexoraConfig(r=2, steps=1, outer_batches=1), accumulation=1
 )
 selection.save("selection.json")
 assert selection.blocks
@@ -116,7 +116,10 @@ def test_the_command_says_which_extra_it_needs(tmp_path: Path) -> None:
     assert done.stderr == (
         'weftlora: the command weftlora needs typer, which is not installed: pip install "weftlora[cli]"\n'
     )
-    code = "del sys.modules['rich'], sys.modules['typer'], sys.modules['pydantic']  # typer's own\nfrom weftlora.cli import main\nmain(sys.argv[1:])"
+    code = (
+        "for name in ('rich', 'typer', 'pydantic'): del sys.modules[name]  # typer imports pydantic\n"
+        "from weftlora.cli import main\nmain(sys.argv[1:])"
+    )
     done = python(code, "train", "hydralora", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().endswith('pip install "weftlora[train]"')
