@@ -9,8 +9,9 @@
 An unknown key anywhere is a `ConfigError` that names the nearest valid one.
 """
 
-from __future__ import dataclasses
+from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
