@@ -12,6 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from weftlora.errors import WeftError
+from weftlora.glue.host_versions import bridge_saving
 from weftlora.glue.tuner import PREFIX, WeftTuner
 from weftlora.spec import WeftConfig
 
@@ -43,3 +44,4 @@ def register() -> None:
         raise WeftError(
             f"peft does not accept the type WEFT ({error}): another package uses its name or prefix."
         ) from None
+    bridge_saving()
