@@ -196,9 +196,3 @@ def name_in(arguments_class: type, name: str) -> str:
     """What `arguments_class` calls the argument that is called `name` today; `name` itself where it has none of the names."""
     valid = {field.name for field in dataclasses.fields(arguments_class) if field.init}
     return next((candidate for candidate in (name, *RENAMED.get(name, ())) if candidate in valid), name)
-
-
-def value_of(arguments: Any, name: str) -> Any:
-    """The value of the argument that is called `name` today."""
-    return getattr(arguments, name_in(type(arguments), name))
-

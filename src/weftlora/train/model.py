@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,7 +50,7 @@ class Base:
     config: ModelConfig
     source: str
     """Folder or hub id."""
-    settings: PreTrainedConfig
+    settings: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
     @property
