@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from peft import PeftConfig, PeftType
 
@@ -153,12 +153,19 @@ class WeftConfig(PeftConfig):
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Made, copied or unpickled: peft's tables have the type before there is a config of it."""
+        from weftlora import register
+
+        register()
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:  # peft's own check of task_type
             raise ConfigError(f"peft refuses this config: {error}") from None
-        self.peft_type = PeftType("WEFT")  # a member since `import weftlora`; the host reads its .value
+        self.peft_type = PeftType("WEFT")  # the host reads its .value
         for axis in AXES:
             setattr(self, axis, decode_choice(axis, getattr(self, axis)))
         for axis in ("structure", "start", "ranks", "layers"):
