@@ -35,7 +35,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
         "BaseTuner._get_tied_target_modules",
         "BaseTuner._replace_module",
         "BaseTuner._unload_and_optionally_merge",
-        "BaseTuner.target_module_mapping",
         "BaseTunerLayer._move_adapter_to_device_of_base_layer",
     ),
 }
@@ -108,7 +107,9 @@ def _replace(name: str, original: object, ours: object) -> None:
 
 
 # as torch says it
-_SIZES = re.compile(r"size mismatch for (\S+): copying a param with shape \S+\(\[(.*?)\]\) from .*? model is \S+\(\[(.*?)\]\)")
+_SIZES = re.compile(
+    r"size mismatch for (\S+): copying a param with shape \S+\(\[(.*?)\]\) from .*? model is \S+\(\[(.*?)\]\)"
+)
 
 
 def _saved(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
