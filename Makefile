@@ -21,6 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
+.PHONY: matrix matrix-ci
 .PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak clean
 
 help: ## this list
@@ -40,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## every recipe on the embedded model, compared: a table and demo-report.html (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
-check: lint types test docs-run docs-build ## everything: format, lint, types, tests, the documents' code, the site
+check: lint types test matrix-ci docs-run docs-build ## everything: format, lint, types, tests, the documents' code, the site
 
 lint: $(STAMP) ## formatting and lint, changing nothing
 	$(BIN)/ruff format --check .
@@ -60,6 +61,12 @@ unit: $(STAMP) ## all tests but the grid
 
 grid: $(STAMP) ## every structure on every family of base models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m grid --durations=5
+
+matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; two rows fetch a CUDA torch of several GB (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
+
+matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on (three minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py --ci
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)

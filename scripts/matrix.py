@@ -235,7 +235,7 @@ def write(rows: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> Non
         result["name"]: result for result in results if result["status"] != "not run" or result["name"] not in before
     }
     found = [
-        (ran | {}).get(name) or before.get(name) or {"name": name, "status": "not run", "reason": "not tried yet"}
+        ran.get(name) or before.get(name) or {"name": name, "status": "not run", "reason": "not tried yet"}
         for name in rows
     ]
     for result in found:
@@ -245,8 +245,7 @@ def write(rows: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> Non
             {},
             rows[result["name"]]["versions"],
         ):  # of other versions than the row has now
-            result.clear()
-            result.update(name=result["name"], status="not run", reason="not tried yet")
+            found[found.index(result)] = {"name": result["name"], "status": "not run", "reason": "not tried yet"}
     record = {"command": "make matrix", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "rows": found}
     RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     SHIPPED.write_text(json.dumps({"rows": shipped(rows, found)}, indent=1) + "\n", encoding="utf-8")

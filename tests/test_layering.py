@@ -62,7 +62,9 @@ def test_imports_point_one_way(path: Path):
         elif part_of(module) in LEVEL:
             assert LEVEL[part_of(module)] <= own, f"{name_of(path)} imports {module}, which stands above it"
         else:  # a public name of weftlora itself: its version, what makes peft know it, or all of it for those above
-            assert module in {"weftlora.__version__", "weftlora.register"} or own >= LEVEL["data"], f"{name_of(path)} imports {module}"
+            assert module in {"weftlora.__version__", "weftlora.register"} or own >= LEVEL["data"], (
+                f"{name_of(path)} imports {module}"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if part_of(name_of(p)) == "terms"], ids=name_of)

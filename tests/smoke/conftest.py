@@ -39,6 +39,13 @@ def pytest_report_header() -> list[str]:
     return [f"row {ROW.get('name', 'of this environment')}: python {sys.version.split()[0]}, {', '.join(found)}"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a file's fixtures have trained is used by all of its tests: with several processes they stay in one."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.xdist_group(f"smoke {item.path.stem}"))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny decoder of four layers, so that a search and Only have something to choose."""
