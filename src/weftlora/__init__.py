@@ -18,13 +18,13 @@ from weftlora.errors import (
     DataError,
     DivergedError,
     MergeError,
+    MissingExtraError,
     ModelError,
     RunError,
     TargetError,
     WeftError,
 )
-
-from weftlora.glue.register import register
+from weftlora.glue.register import register as register  # of no use to users: peft is told by itself
 from weftlora.glue.register import watch as _watch
 from weftlora.times import epochs
 
@@ -115,6 +115,7 @@ __all__ = [
     "LoraInitConfig",
     "LoraTsdConfig",
     "MergeError",
+    "MissingExtraError",
     "ModelError",
     "Only",
     "Plain",

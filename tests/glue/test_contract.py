@@ -61,7 +61,7 @@ def test_a_taken_name_or_prefix_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(PeftType, "_member_names_", list(PeftType._member_names_))
     monkeypatch.setattr(PeftType, "_member_map_", dict(PeftType._member_map_))
     monkeypatch.setattr(PeftType, "_value2member_map_", dict(PeftType._value2member_map_))
-    with pytest.raises(weftlora.WeftError, match="another package uses its name"):
+    with pytest.raises(weftlora.WeftError, match="another package has already registered"):
         shim.register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weftlora.WeftConfig
 

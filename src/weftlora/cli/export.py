@@ -12,6 +12,7 @@ from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.errors import ConfigError
+from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.export import LoraExport, Merge
@@ -68,6 +69,7 @@ def export(
         raise ConfigError(
             f"{given[0]} means nothing with --to {to}: leave it out, or use --to {'lora' if to == 'merged' else 'merged'}."
         )
+    check_source(Path(source))
     place = out or _place(Path(source), to)
     with output.calling(as_json, quiet):
         from weftlora.export import export_lora, merge
