@@ -60,7 +60,10 @@ class Diagnosis:
         for name, version in self.packages.items():
             yield name, f"{version}  (tested: {self.windows[name] or 'any'})"
         if self.nearest is not None:
-            yield "nearest tested host", f"{self.nearest['host']} ({self.nearest['name']}): {_differences(self.nearest)}"
+            yield (
+                "nearest tested host",
+                f"{self.nearest['host']} ({self.nearest['name']}): {_differences(self.nearest)}",
+            )
         yield "devices", ", ".join(self.devices)
         yield "cores, torch threads", f"{self.cores}, {self.threads}"
         yield "kernel", self.kernel
