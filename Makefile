@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak dist changelog clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,8 @@ PARTS := \
 	"lint types" 2 \
 	unit 9 \
 	grid 4 \
-	"docs-run docs-build" 4
+	"docs-run docs-build" 4 \
+	matrix-ci 3
 
 check: $(STAMP) ## everything: format, lint, types, tests, the documents' code, the site; minutes of each part at the end
 	@MAKE='$(MAKE)' $(BIN)/python scripts/check.py $(PARTS)
@@ -68,6 +69,12 @@ unit: $(STAMP) ## all tests but the grid
 
 grid: $(STAMP) ## every structure on every family of base models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m grid --durations=5
+
+matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; two rows fetch a CUDA torch of several GB (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
+
+matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on (three minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py --ci
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -172,6 +173,27 @@ def launch() -> str:
     return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {how}."
 
 
+def matrix() -> str:
+    """The hosts of matrix.toml: their versions and what came of them."""
+    rows = tomllib.loads((BENCH.parent / "matrix.toml").read_text(encoding="utf-8"))["row"]
+    record = json.loads((BENCH.parent / "evidence" / "matrix.json").read_text(encoding="utf-8"))
+    found = {result["name"]: result for result in record["rows"]}
+    shown = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
+    lines = []
+    for row in rows:
+        result = found.get(row["name"], {"status": "not run", "reason": "not tried yet"})
+        outcome = result["status"]
+        if outcome == "not run":
+            outcome += f": {result['reason']}"
+        else:
+            outcome += (
+                f", {result['passed']} of {result['passed'] + result['failed']} tests on Python {result['python']}"
+            )
+        versions = (row["versions"].get(name, "none") for name in shown)
+        lines.append((f"`{row['name']}`: {row['host']}", row["python"], *versions, outcome))
+    return _table(("host", "its Python", *shown, "result"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "choices": choices,
@@ -182,6 +204,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "api-weftlora": docs_api.of_weft,
     "api-packages": docs_api.of_packages,
     "launch": launch,
+    "matrix": matrix,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),

@@ -37,11 +37,14 @@ def register() -> None:
     """Put WEFT into peft's types and tables. `WeftConfig` does this before it makes a config, so nobody else needs to.
 
     Raises:
-        WeftError: another package has registered a peft type of this name.
+        WeftError: another package has registered a peft type of this name, or the installed peft lacks what an adapter needs.
     """
     from peft import PeftModel, mapping
     from peft.utils import PeftType
 
+    from weftlora.glue.host_versions import bridge_saving, check_peft
+
+    check_peft()  # before the tuner, which is built on what it looks for
     from weftlora.glue.tuner import PREFIX, WeftTuner
     from weftlora.spec import WeftConfig
 
@@ -55,6 +58,7 @@ def register() -> None:
             raise WeftError(
                 f"another package has already registered a peft type named {NAME}: uninstall it, or do not import both."
             )
+        bridge_saving()
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING[member] = PREFIX
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = WeftTuner
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = WeftConfig  # last: who finds it finds the others

@@ -17,7 +17,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,7 +62,7 @@ class Base:
     config: ModelConfig | Wanted
     source: str
     """Folder or hub id."""
-    settings: PreTrainedConfig
+    settings: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
     @property
