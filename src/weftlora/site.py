@@ -19,7 +19,7 @@ does, bit for bit, at its cost. In a compiled graph the mask is a factor of g in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Protocol, cast
 
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError
-from weftlora.kernel import Factors, Slots, Work, add_low_rank, delta_weight
+from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight
 from weftlora.known import Known
 from weftlora.terms.boost.dash import Dash, DashTerm
 from weftlora.terms.layers.every import All
@@ -88,6 +88,10 @@ class Site(nn.Module):
         self.awaits_search = False  # with layers=Search: training is refused but to `weftlora.search_layers`
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
         self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
+        self.rates: dict[
+            str, tuple[float, float]
+        ] = {}  # rate and decay that `weftlora.param_groups` last gave each tensor
+        self.watch: object | None = None  # on an adapter's first site: what looks at the groups of its optimiser
         self.schedule: object | None = (
             None  # on an adapter's first site: its `weftlora.schedule.Schedule`, if it has one
         )
@@ -145,6 +149,14 @@ class Site(nn.Module):
             meter(omega)
 
         return both
+
+    def roles(self) -> Iterator[tuple[str, nn.Parameter, Role]]:
+        """The parameters that the site's terms own, each with its name in its term and what it does in the equation."""
+        for term in (self.structure, self.boost, self.start):
+            if term is not None:
+                of = cast("Mapping[str, Role]", term.roles)
+                for name, parameter in term.named_parameters(recurse=False):
+                    yield name, parameter, of[name]
 
     def live(self) -> list[int]:
         """The structure's live slots, ascending."""

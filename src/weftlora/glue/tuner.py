@@ -22,11 +22,13 @@ from weftlora.glue.attach import make_schedule, warn_of_missing
 from weftlora.glue.blocks import Blocks
 from weftlora.glue.fusion import forget, fuse, unfuse
 from weftlora.glue.layer import WeftLinear
+from weftlora.glue.optimizer import watch
 from weftlora.glue.sharing import attention_inputs, shared_keys
 from weftlora.glue.targets import (
     by_pattern,
     check_adaptable,
     check_saved_modules,
+    check_tokens,
     expert_parameters,
     inside_adapter,
     is_all_linear,
@@ -120,6 +122,7 @@ class WeftTuner(BaseTuner):
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
         check_saved_modules(peft_config, model)
+        check_tokens(peft_config, model)
         warn_of_unmatched(peft_config, model)
 
     def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
@@ -177,6 +180,7 @@ class WeftTuner(BaseTuner):
             layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
             _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
+            watch(adapter_name, layers)
             fuse(model)
         finally:
             self._owners = {}
@@ -284,7 +288,7 @@ class WeftTuner(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         marked = f".{PREFIX}site.{adapter_name}."
         expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
-        mapped = _count_on_first_site(mapped, expected.keys(), f"{marked}steps")
+        mapped = count_on_first_site(mapped, expected.keys(), f"{marked}steps")
         given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
         wrong = [
             f"{k}: file {tuple(given[k])}, model {tuple(s)}"
@@ -292,14 +296,8 @@ class WeftTuner(BaseTuner):
             if k in given and given[k] != s
         ]
         extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
-        if problem := (
-            (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
-            or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
-            or (f"{len(wrong)} tensors have another shape, such as {wrong[0]}" if wrong else "")
-        ):
-            raise AdapterError(
-                f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
-            )
+        if extra or missing or wrong:
+            raise misfit(extra, missing, wrong)
         return mapped
 
 
@@ -307,7 +305,19 @@ def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
 
 
-def _count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
+def misfit(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
+    """The error for a file whose tensors are not those of this base: some too many, some missing, some of another shape."""
+    problem = (
+        (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
+        or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
+        or f"{len(wrong)} tensors have another shape, such as {wrong[0]}"
+    )
+    return AdapterError(
+        f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
+    )
+
+
+def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
     """The adapter's one step count under the name of this model's first site: converted files may not know which that is."""
     [*wanted] = (key for key in expected if key.endswith(suffix))
     [*found] = (key for key in mapped if key.endswith((suffix, f".{PREFIX}site.steps")))  # peft names known keys only

@@ -10,7 +10,8 @@ from typing import Any
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weftlora.glue.attach import attach, param_groups
+from weftlora.glue.attach import attach
+from weftlora.glue.optimizer import param_groups
 from weftlora.glue.routing import routing
 from weftlora.spec import WeftConfig
 from weftlora.terms.structure.hydra import Hydra
@@ -106,7 +107,14 @@ class _Grouped:
         if trainer.optimizer is None:
             args = trainer.args
             kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-            groups = param_groups(model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay)
+            train = trainer.prepared.recipe.train
+            groups = param_groups(
+                model or trainer.model,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                lora_plus_ratio=train.lora_plus_ratio,
+                freeze_down=train.freeze_down,
+            )
             trainer.optimizer = kind(groups, **options)
         return trainer.optimizer
 

@@ -17,14 +17,15 @@ the launch they contribute exactly 0 and the gradient of g is exactly 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 from weftlora.linalg import SELECT
 from weftlora.numbers import is_number, is_whole
 from weftlora.times import Time, check_time
@@ -63,6 +64,8 @@ class Dash:
 
 class DashTerm(nn.Module):
     """The Dash slots of one site. Saved: gains, directions, which they are, and whether they have been launched."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"gain": "gain"}
 
     down: Tensor
     up: Tensor

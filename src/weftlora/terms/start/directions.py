@@ -24,16 +24,16 @@ The twin slots exist from the start as zeros, so that shapes, optimiser groups a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 from weftlora.linalg import SELECT
 from weftlora.numbers import is_number, is_whole
 from weftlora.times import Time, check_time
@@ -80,6 +80,8 @@ class Directions:
 
 class DirectionsTerm(nn.Module):
     """The frozen twins of one site's slots. Saved: twins, which directions they are, and whether they have been switched on."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
 
     down: Tensor | None
     up: Tensor | None

@@ -13,13 +13,15 @@ tokens × out × N.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, RouterInput
+from weftlora.kernel import Factors, Role, RouterInput
 from weftlora.numbers import is_number, is_whole
 
 
@@ -71,6 +73,8 @@ class Hydra:
 
 class HydraTerm(nn.Module):
     """Owns A [r, in], B [out, N·r] (head n in columns n·r … n·r+r−1) and the router [N, in] or [N, r] of one site."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "router": "router"}
 
     def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):
         super().__init__()

@@ -7,12 +7,14 @@ Source: LoRA, arXiv 2106.09685, equation 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from weftlora.kernel import Factors
+from weftlora.kernel import Factors, Role
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Plain:
 
 class PlainTerm(nn.Module):
     """Owns A [r, in] and B [out, r] of one site."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up"}
 
     def __init__(self, a: torch.Tensor, out_features: int):
         super().__init__()

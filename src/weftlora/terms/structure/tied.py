@@ -13,15 +13,15 @@ LLaMA-2-7B at r = 8 agrees with the headline 12.5 %), TL5 trains A and B. TL1-TL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors
+from weftlora.kernel import Factors, Role
 
 Part = Literal["A", "B", "u", "v"]
 Group = Literal["module_type", "shape", "fused_qkv"]
@@ -105,6 +105,8 @@ class TiedTerm(nn.Module):
     `owner[part]` is the term that holds a shared part, kept out of the module tree so that it is stored, optimised and
     saved once. A part that is 1 and frozen (u or v) does not exist.
     """
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "u": "gain", "v": "gain"}
 
     def __init__(self, choice: Tied, owned: dict[Part, Tensor], owner: dict[Part, TiedTerm]):
         super().__init__()
