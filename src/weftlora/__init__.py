@@ -45,6 +45,7 @@ from weftlora.terms.layers.only import Only
 from weftlora.terms.layers.search import Search
 from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.terms.ranks.uniform import Uniform
+from weftlora.terms.registry import trust_terms
 from weftlora.terms.start.directions import Directions
 from weftlora.terms.start.kaiming import Kaiming
 from weftlora.terms.structure.hydra import Hydra
@@ -132,6 +133,7 @@ __all__ = [
     "state_dict",
     "suggest_heads",
     "train",
+    "trust_terms",
 ]
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from peft import PeftConfig, PeftType
 from weftlora import compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
 from weftlora.numbers import is_number, is_whole
+from weftlora.terms import registry
 from weftlora.terms.boost.dash import Dash
 from weftlora.terms.layers.every import All
 from weftlora.terms.layers.only import Only
 from weftlora.terms.layers.search import Search
 from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.terms.ranks.uniform import Uniform
+from weftlora.terms.registry import AXES, BUILT_IN
 from weftlora.terms.start.directions import Directions
 from weftlora.terms.start.kaiming import Kaiming
 from weftlora.terms.structure.hydra import Hydra
@@ -39,13 +42,6 @@ from weftlora.times import Epochs
 FORMAT_VERSION = 1
 
 DROPOUT_MASKS = ("linear", "input")
-AXES: dict[str, dict[str, type]] = {
-    "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
-    "start": {"kaiming": Kaiming, "directions": Directions},
-    "boost": {"dash": Dash},
-    "ranks": {"uniform": Uniform, "reallocate": Reallocate},
-    "layers": {"all": All, "only": Only, "search": Search},
-}
 
 
 def encode_choice(choice: object | None) -> dict[str, Any] | None:
@@ -55,16 +51,19 @@ def encode_choice(choice: object | None) -> dict[str, Any] | None:
     fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
     plain = {name: dataclasses.asdict(v) if isinstance(v, Epochs) else v for name, v in fields.items()}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
-    return {"kind": type(choice).__name__.lower(), **plain}
+    return {**registry.encoded(choice), **plain}
 
 
 def decode_choice(axis: str, value: Any) -> Any:
     """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
 
-    On the axis layers, a bare list is `Only`.
+    On the axis layers, a bare list is `Only`. A name that is not weftlora's own is looked up among the terms that installed
+    packages offer (`weftlora.terms.registry`).
     """
-    kinds = AXES[axis]
-    if value is None or isinstance(value, tuple(kinds.values())):
+    if value is None:
+        return None
+    if registry.axis_of(type(value)) == axis:
+        registry.adopt(axis, value)
         return value
     if isinstance(value, str):
         value = {"kind": value}
@@ -85,24 +84,14 @@ def decode_choice(axis: str, value: Any) -> Any:
         raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
     if kind == "none":
         return None
-    if kind not in kinds:
-        raise ConfigError(f"{axis} has no choice {kind!r}: {suggest(kind, [*kinds, *([] if kinds else ['none'])])}")
-    valid = [f.name for f in dataclasses.fields(kinds[kind]) if f.init]
-    for key in fields:
-        if key not in valid:
-            raise (
-                unknown_key(str(key), valid, kinds[kind].__name__)
-                if valid
-                else ConfigError(f"{kinds[kind].__name__} takes no fields, but {key!r} was given: leave it out.")
-            )
-    needed = [f.name for f in dataclasses.fields(kinds[kind]) if f.init and f.default is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in fields]:
-        raise ConfigError(f"{axis}={kind!r} needs {missing[0]}: write {{'{kind}': {{'{missing[0]}': ...}}}}.")
-    return kinds[kind](**fields)
+    package, version = (
+        (fields.pop(key, None) for key in ("package", "version")) if kind not in BUILT_IN[axis] else (None, None)
+    )
+    return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
 
 
 def _choices(axis: str) -> str:
-    return f"choose from {', '.join(AXES[axis]) or 'none'}."
+    return f"choose from {', '.join(BUILT_IN[axis])}."
 
 
 @dataclass
@@ -257,6 +246,12 @@ class WeftConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         _write_loading_note(Path(save_directory))
 
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """How the host makes a config of a folder's adapter_config.json."""
+        with registry.from_folder():
+            return super().from_peft_type(**kwargs)
+
     def scale(self, r: int, alpha: float) -> float:
         """What multiplies B A of a site of rank r: α/r, or α/√r with rsLoRA."""
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
@@ -268,6 +263,9 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def strict(self: WeftConfig, *args: Any, **kwargs: Any) -> None:
+        saved = bool(
+            {"peft_type", "weft_version"} & kwargs.keys()
+        )  # only what was saved says so: not the user's own words
         made_by = kwargs.pop("weft_version", None)
         version = kwargs.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -278,7 +276,8 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
         for key in kwargs:
             if key not in valid:
                 raise unknown_key(key, valid, type(self).__name__)
-        init(self, *args, **kwargs)
+        with registry.from_folder() if saved else nullcontext():
+            init(self, *args, **kwargs)
 
     return strict
 
@@ -354,4 +353,5 @@ def read_config(folder: str | Path) -> WeftConfig:
         raise AdapterError(
             f"{path} describes a {data.get('peft_type')} adapter, not a weftlora one: load it with peft."
         )
-    return WeftConfig(**data)
+    with registry.from_folder():
+        return WeftConfig(**data)

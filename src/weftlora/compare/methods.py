@@ -15,17 +15,18 @@ import inspect
 import random
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weftlora.compare.record import NONE
+from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.numbers import is_whole
 from weftlora.recipes import RECIPES
-from weftlora.spec import AXES, decode_choice, encode_choice
+from weftlora.spec import decode_choice, encode_choice
 from weftlora.terms.layers.search import Search
+from weftlora.terms.registry import AXES, foreign_names, from_folder
 from weftlora.train.adapter import adapter_config
 
 CONTROLS = ("random_layers", "random_moves")
@@ -101,6 +102,22 @@ def about(name: str) -> Iterator[None]:
         if str(error).startswith(f"{name} "):
             raise
         raise type(error)(f"the method {name}: {error}") from None
+
+
+def check_saved(found: Sequence[Contender], kept: Sequence[Method], drawing: Collection[str]) -> None:
+    """Refuse the methods that a comparison's folder has kept, where they name terms that neither `found`, which the recipe of the
+    user's own has, names nor the user trusts. The layers of those in `drawing` are no choice yet.
+
+    Raises:
+        AdapterError: a term of a package that is not trusted.
+    """
+    own = {name for each in found for name in foreign_names(each.section.get(axis) for axis in AXES)}
+    with from_folder():
+        for method in kept:
+            drawn = {"layers"} if method.name in drawing else set()
+            for axis, choice in method.adapter.items():
+                if axis in set(AXES) - drawn and set(foreign_names([choice])) - own:
+                    decode_choice(axis, choice)
 
 
 def _contender(entry: str | dict[str, Any]) -> Contender:

@@ -19,7 +19,8 @@ from weftlora.export.folder import MARK
 from weftlora.export.record import LoraExport, Merge, Proof
 from weftlora.export.source import Source
 from weftlora.glue.updates import base_of
-from weftlora.spec import AXES, encode_choice
+from weftlora.spec import encode_choice
+from weftlora.terms.registry import AXES
 
 
 def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:

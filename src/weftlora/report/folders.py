@@ -173,7 +173,8 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
     """
     recipe = recipe_of(run)
     try:
-        config = adapter_config(recipe.adapter, run.steps, saved_selection(recipe.adapter, recipe.base_dir))
+        selection = saved_selection(recipe.adapter, recipe.base_dir)
+        config = adapter_config(recipe.adapter, run.steps, selection, recipe.from_folder)
     except WeftError:  # the selection that it was trained with is no longer where it was
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):

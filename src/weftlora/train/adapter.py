@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from weftlora.errors import ConfigError, TargetError, WeftError, suggest, unknown_key
 from weftlora.recipes import RECIPES
 from weftlora.search import Selection
-from weftlora.spec import AXES, WeftConfig
+from weftlora.spec import WeftConfig
+from weftlora.terms.registry import AXES, from_folder
 from weftlora.train.files import write_folder
 from weftlora.train.recipe import Task
 from weftlora.train.run import Run
@@ -23,15 +25,20 @@ _TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "c
 
 
 def adapter_config(
-    section: dict[str, Any], total_steps: int | None = None, selection: Selection | None = None
+    section: dict[str, Any],
+    total_steps: int | None = None,
+    selection: Selection | None = None,
+    saved: bool = False,
 ) -> PeftConfig | None:
     """The peft config that an `adapter` section describes; None for `recipe: none`, the frozen base.
 
     `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `selection` is what
-    the section's `layers` names, if that is a file (`saved_selection`).
+    the section's `layers` names, if that is a file (`saved_selection`). `saved`: the section comes from a folder, so that the
+    terms of other packages in it need trust (`weftlora.trust_terms`).
 
     Raises:
         ConfigError: an unknown recipe, axis or field, or a value that cannot work.
+        AdapterError: a saved section names a term of a package that is not trusted.
     """
     fields = dict(section)
     name = fields.pop("recipe", None)
@@ -48,7 +55,8 @@ def adapter_config(
     if name == "peft:adalora" and total_steps is not None:
         fields.setdefault("total_step", total_steps)
     try:
-        return make(**fields)
+        with from_folder() if saved else nullcontext():
+            return make(**fields)
     except WeftError:
         raise
     except (ValueError, TypeError) as error:

@@ -51,7 +51,7 @@ def load_run(
         AdapterError: no adapter, a newer format, or another base than it was trained on.
         ModelError: the base is missing or incomplete.
     """
-    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
+    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir), from_folder=True)
     settings = recipe.model.model_copy(update={"path": base}) if base else recipe.model
     found = model.find(settings, Path.cwd() if base else recipe.base_dir)
     task = cast(Task, run.task)
@@ -98,7 +98,7 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
 
 def recipe_of(run: Run, *overrides: str) -> Recipe:
     """The recipe of a run, its rows held to the length that training held them to, which its base may have shortened."""
-    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir))
+    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir), from_folder=True)
     if "max_length" not in run.data or any(text.startswith("data.max_length") for text in overrides):
         return recipe
     data = recipe.data.model_copy(update={"max_length": run.data["max_length"]})

@@ -92,7 +92,7 @@ def _what(
     """The recipe to train and, when resuming, the run so far; a run folder names its own recipe."""
     if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
         before = Run.load(source)
-        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir))
+        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
         recipe = recipe.model_copy(update={"out": str(source)})
     else:
         recipe = Recipe.read(source, *overrides)

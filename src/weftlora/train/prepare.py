@@ -48,7 +48,7 @@ def prepare(recipe: Recipe) -> Prepared:
     arguments.check(recipe.train)
     selection = saved_selection(recipe.adapter, recipe.base_dir)
     # refuse what cannot work before anything is read
-    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection)
+    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection, recipe.from_folder)
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
     base = model.find(recipe.model, recipe.base_dir)
@@ -60,7 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
     plain = model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    config = adapter_config(recipe.adapter, steps, selection)
+    config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
     if selection is not None:
         selection.check(plain)
     adapted = plain if config is None else adapt(plain, config, task)

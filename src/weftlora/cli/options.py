@@ -1,0 +1,26 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def _trust(packages: list[str] | None) -> list[str] | None:
+    from weftlora.terms.registry import trust_terms
+
+    trust_terms(*(packages or []))
+    return packages
+
+
+TrustTerms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-terms",
+        metavar="PACKAGE",
+        callback=_trust,
+        help="Run this package's code for the terms of its that the folder names; may be given several times.",
+    ),
+]
+"""Whose terms a config that comes from a folder may import. Given to a command, it holds for the whole process."""
