@@ -17,12 +17,12 @@ Path(__file__).with_name({IMPORTED!r}).write_text(__name__)
 STRUCTURE = """\
 from dataclasses import dataclass
 
-from weftlora.terms.structure import Structure
+from weftlora.terms.structure.plain import Plain
 
 
 @dataclass(frozen=True)
-class Pair(Structure):
-    \"\"\"Nothing but fields.\"\"\"
+class Pair(Plain):
+    \"\"\"Plain LoRA with fields.\"\"\"
 
     size: int = 2
     mode: str = "soft"

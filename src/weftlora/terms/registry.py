@@ -53,8 +53,6 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 """Axis: name in a config: where its class is."""
 AXES = tuple(BUILT_IN)
-BASES = {"structure": "Structure", "start": "Start", "boost": "Boost", "ranks": "Ranks", "layers": "Layers"}
-"""Axis: the class that its choices inherit from, in `weftlora.terms.AXIS`."""
 ABOUT = ("kind", "package", "version")
 """What a saved choice says beside its fields: its name, and which release of which package offered it."""
 
@@ -226,8 +224,8 @@ def _checked(term: Any, axis: str, name: str, whose: str) -> type:
     """`term`, if it is the class of a choice on `axis`. Raises ConfigError."""
     if not isinstance(term, type) or (own := axis_of(term)) is None:
         raise ConfigError(
-            f"the term {name!r} of {whose} is no choice of any axis: it must be a class that inherits from "
-            f"one of {', '.join(f'weftlora.terms.{a}.{b}' for a, b in BASES.items())}."
+            f"the term {name!r} of {whose} is no choice of any axis: it must be a class that inherits from one of "
+            f"{', '.join(f'weftlora.terms.{axis}.{axis.capitalize()}' for axis in AXES)}."
         )
     if own != axis:
         raise ConfigError(f"{name!r} of {whose} is a choice of the axis {own}, not of {axis}: write {own}: {name}.")
@@ -242,6 +240,8 @@ def check_form(term: type, whose: str = "your code") -> None:
         raise ConfigError(
             f"{term.__name__} of {whose} is no frozen dataclass, so a config cannot hold it: write @dataclass(frozen=True)."
         )
+    if missing := sorted(getattr(term, "__abstractmethods__", ())):
+        raise ConfigError(f"{term.__name__} of {whose} is unfinished: it does not say {', '.join(missing)}.")
     for item in dataclasses.fields(term):
         if item.name in ABOUT:
             raise ConfigError(
@@ -255,11 +255,9 @@ def axis_of(term: type) -> str | None:
     for axis, kinds in BUILT_IN.items():
         if place in kinds.values():
             return axis
-    for axis, base in BASES.items():
-        module = sys.modules.get(f"weftlora.terms.{axis}")
-        if module is not None and issubclass(term, getattr(module, base, ())):
-            return axis
-    return None
+    base: Any = getattr(sys.modules.get("weftlora.terms.choice"), "Choice", None)
+    own = getattr(term, "axis", None) if base is not None and issubclass(term, base) else None
+    return own if own in AXES else None
 
 
 def _axis_of_built_in(name: str) -> str | None:
