@@ -89,11 +89,11 @@ def refused() -> str:
 
 def choices() -> str:
     """The choices of each axis, with their fields and defaults."""
-    from weftlora.terms.registry import AXES, built_in
+    from weftlora.terms.axes import AXES
 
     rows = []
     for axis in AXES:
-        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in built_in(axis).values())
+        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in AXES[axis].values())
         rows.append((f"`{axis}`", shown))
     return _table(("axis", "choices in this release"), rows)
 
@@ -101,7 +101,7 @@ def choices() -> str:
 def config_fields() -> str:
     """The fields of WeftConfig beside the axes, from its docstring."""
     from weftlora.spec import WeftConfig
-    from weftlora.terms.registry import AXES
+    from weftlora.terms.axes import AXES
 
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else (f.default_factory or str)()  # type: ignore[misc]

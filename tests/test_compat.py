@@ -5,7 +5,7 @@ import pytest
 import weftlora
 from weftlora import compat
 from weftlora.errors import CombinationError, ConfigError
-from weftlora.terms.registry import built_in
+from weftlora.terms.axes import AXES
 
 
 def choice(name: str) -> object:
@@ -37,7 +37,7 @@ def test_a_row_says_why_in_one_clause():
 
 
 def test_all_choices_that_exist_today_go_together():
-    for kind in built_in("structure").values():
+    for kind in AXES["structure"].values():
         weftlora.WeftConfig(structure=kind())
 
 

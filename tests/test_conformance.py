@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import weftlora
-from weftlora.terms.registry import AXES, BUILT_IN
+from weftlora.terms.axes import AXES
 from weftlora.testing import check_processes, check_term
 
 METHODS = Path(__file__).parents[1] / "docs" / "methods"
@@ -33,7 +33,7 @@ TERMS: dict[str, tuple[Any, str | None]] = {
 
 
 def test_every_built_in_term_is_here() -> None:
-    assert TERMS.keys() == {name for axis in AXES for name in BUILT_IN[axis]}
+    assert TERMS.keys() == {name for axis in AXES for name in AXES[axis]}
 
 
 @pytest.mark.parametrize("name", TERMS)

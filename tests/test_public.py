@@ -9,7 +9,7 @@ import pytest
 
 import weftlora
 from weftlora.recipes import RECIPES
-from weftlora.terms.registry import AXES, built_in
+from weftlora.terms.axes import AXES
 
 IMPORTS = """
 import json, sys
@@ -63,7 +63,7 @@ def test_a_public_name_resolves_and_says_what_it_is(name: str):
 
 def test_every_choice_and_every_recipe_of_ours_is_public():
     for axis in AXES:
-        for cls in built_in(axis).values():
+        for cls in AXES[axis].values():
             assert getattr(weftlora, cls.__name__) is cls
             assert cls.__name__ in weftlora.__all__
     for name, recipe in RECIPES.items():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftType
 
@@ -25,18 +25,13 @@ from weftlora import compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
 from weftlora.numbers import is_number, is_whole
 from weftlora.terms import registry
-from weftlora.terms.boost.dash import Dash
-from weftlora.terms.layers.every import All
-from weftlora.terms.layers.only import Only
-from weftlora.terms.layers.search import Search
-from weftlora.terms.ranks.reallocate import Reallocate
-from weftlora.terms.ranks.uniform import Uniform
-from weftlora.terms.registry import AXES, BUILT_IN
-from weftlora.terms.start.directions import Directions
-from weftlora.terms.start.kaiming import Kaiming
-from weftlora.terms.structure.hydra import Hydra
-from weftlora.terms.structure.plain import Plain
-from weftlora.terms.structure.tied import Tied
+from weftlora.terms.axes import AXES, PROTOCOLS
+from weftlora.terms.boost import Boost
+from weftlora.terms.choice import Choice
+from weftlora.terms.layers import Layers
+from weftlora.terms.ranks import Ranks
+from weftlora.terms.start import Start
+from weftlora.terms.structure import Structure
 from weftlora.times import Epochs
 
 FORMAT_VERSION = 1
@@ -44,7 +39,7 @@ FORMAT_VERSION = 1
 DROPOUT_MASKS = ("linear", "input")
 
 
-def encode_choice(choice: object | None) -> dict[str, Any] | None:
+def encode_choice(choice: Choice | None) -> dict[str, Any] | None:
     """A choice as plain JSON: {"kind": "hydra", "heads": 3, ...}; None stays None."""
     if choice is None:
         return None
@@ -57,18 +52,20 @@ def encode_choice(choice: object | None) -> dict[str, Any] | None:
 def decode_choice(axis: str, value: Any) -> Any:
     """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
 
-    On the axis layers, a bare list is `Only`. A name that is not weftlora's own is looked up among the terms that installed
-    packages offer (`weftlora.terms.registry`).
+    A plain value that stands for a choice is that: on the axis layers, a bare list is `Only`. A name that is not weftlora's own is
+    looked up among the terms that installed packages offer (`weftlora.terms.registry`).
     """
     if value is None:
         return None
-    if registry.axis_of(type(value)) == axis:
-        registry.adopt(axis, value)
+    if isinstance(value, PROTOCOLS[axis].protocol):
+        registry.adopt(value)
         return value
     if isinstance(value, str):
         value = {"kind": value}
-    if axis == "layers" and isinstance(value, (list, tuple, set, range)):
-        return Only(tuple(value))
+    kinds: dict[str, Any] = dict(AXES[axis])
+    for cls in kinds.values():
+        if isinstance(value, cls.takes):
+            return cls(tuple(value))
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
     if "kind" in value:
@@ -85,13 +82,18 @@ def decode_choice(axis: str, value: Any) -> Any:
     if kind == "none":
         return None
     package, version = (
-        (fields.pop(key, None) for key in ("package", "version")) if kind not in BUILT_IN[axis] else (None, None)
+        (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
     )
     return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
 
 
 def _choices(axis: str) -> str:
-    return f"choose from {', '.join(BUILT_IN[axis])}."
+    return f"choose from {', '.join(AXES[axis])}."
+
+
+def _default(axis: str) -> Callable[[], Any]:
+    """What makes the choice of an axis that a config has unless it says otherwise."""
+    return cast("Callable[[], Any]", PROTOCOLS[axis].default)
 
 
 @dataclass
@@ -123,11 +125,11 @@ class WeftConfig(PeftConfig):
         AdapterError (a ValueError): the config was written by a newer version of weftlora.
     """
 
-    structure: Plain | Hydra | Tied = field(default_factory=Plain)
-    start: Kaiming | Directions = field(default_factory=Kaiming)
-    boost: Dash | None = None
-    ranks: Uniform | Reallocate = field(default_factory=Uniform)
-    layers: All | Only | Search = field(default_factory=All)
+    structure: Structure = field(default_factory=_default("structure"))
+    start: Start = field(default_factory=_default("start"))
+    boost: Boost | None = None
+    ranks: Ranks = field(default_factory=_default("ranks"))
+    layers: Layers = field(default_factory=_default("layers"))
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -150,13 +152,14 @@ class WeftConfig(PeftConfig):
         self.peft_type = PeftType("WEFT")  # a member since `import weftlora`; the host reads its .value
         for axis in AXES:
             setattr(self, axis, decode_choice(axis, getattr(self, axis)))
-        for axis in ("structure", "start", "ranks", "layers"):
-            if getattr(self, axis) is None:
+        for axis, one in PROTOCOLS.items():
+            if one.default is not None and getattr(self, axis) is None:
                 raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")
         compat.check(self.structure, self.start, self.boost, self.ranks, self.layers)
         _check_rank(self.r, "r")
         if self.lora_alpha is None:
-            self.lora_alpha = self.r if isinstance(self.structure, Tied) else 2 * self.r
+            alpha = self.structure.alpha_per_rank * self.r
+            self.lora_alpha = int(alpha) if alpha == int(alpha) else alpha
         _check_alpha(self.lora_alpha, "lora_alpha")
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
@@ -166,10 +169,7 @@ class WeftConfig(PeftConfig):
             raise ConfigError(f"dropout_mask={self.dropout_mask!r}: {suggest(str(self.dropout_mask), DROPOUT_MASKS)}")
         if not isinstance(self.use_rslora, bool):
             raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
-        if isinstance(self.structure, Hydra) and self.structure.router_init == "zero" and not self.lora_dropout:
-            raise ConfigError(
-                "Hydra(router_init='zero') without dropout keeps all heads equal for ever: set lora_dropout > 0."
-            )
+        self.structure.check(self.lora_dropout)
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -202,9 +202,9 @@ class WeftConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        if layers is not None and isinstance(self.layers, Only):
+        if layers is not None and self.layers.named is not None:
             raise ConfigError(
-                f"layers={list(self.layers.blocks)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
+                f"layers={list(self.layers.named)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
             )
         if layers is None:
             if self.layers_pattern:
@@ -251,6 +251,14 @@ class WeftConfig(PeftConfig):
         """How the host makes a config of a folder's adapter_config.json."""
         with registry.from_folder():
             return super().from_peft_type(**kwargs)
+
+    def choices(self) -> dict[str, Choice]:
+        """Axis → its choice; an axis without one is left out."""
+        return {axis: choice for axis in AXES if (choice := getattr(self, axis)) is not None}
+
+    def label(self) -> str:
+        """The choices of the axes in a line; what is the default of an axis is not said."""
+        return " + ".join(said for choice in self.choices().values() if (said := choice.label()) is not None)
 
     def scale(self, r: int, alpha: float) -> float:
         """What multiplies B A of a site of rank r: α/r, or α/√r with rsLoRA."""

@@ -17,7 +17,7 @@ from families import FAMILIES, logits, trainable
 from weftlora import compat
 from weftlora.errors import CombinationError, ConfigError, MergeError
 from weftlora.glue.attach import schedules
-from weftlora.terms.registry import BUILT_IN
+from weftlora.terms.axes import AXES
 
 pytestmark = pytest.mark.grid
 
@@ -80,7 +80,7 @@ def step(model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
 
 def test_every_choice_of_these_axes_is_in_the_grid() -> None:
     for axis, choices in CHOICES.items():
-        assert choices.keys() - {"none"} == BUILT_IN[axis].keys()
+        assert choices.keys() - {"none"} == AXES[axis].keys()
 
 
 @pytest.mark.parametrize("cell", [c for c in CELLS if reason(c)], ids="-".join)

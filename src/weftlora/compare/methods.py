@@ -25,8 +25,9 @@ from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.numbers import is_whole
 from weftlora.recipes import RECIPES
 from weftlora.spec import decode_choice, encode_choice
+from weftlora.terms.axes import AXES
 from weftlora.terms.layers.search import Search
-from weftlora.terms.registry import AXES, foreign_names, from_folder
+from weftlora.terms.registry import foreign_names, from_folder
 from weftlora.train.adapter import adapter_config
 
 CONTROLS = ("random_layers", "random_moves")

@@ -20,7 +20,7 @@ from weftlora.export.record import LoraExport, Merge, Proof
 from weftlora.export.source import Source
 from weftlora.glue.updates import base_of
 from weftlora.spec import encode_choice
-from weftlora.terms.registry import AXES
+from weftlora.terms.axes import AXES
 
 
 def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:

@@ -13,7 +13,6 @@ only after you have said that you trust it: `weftlora.trust_terms("stranger")`, 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import re
 import sys
@@ -26,33 +25,12 @@ from importlib import metadata
 from typing import Any
 
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
+from weftlora.terms.axes import AXES
+from weftlora.terms.choice import Choice
 
 GROUP = "weftlora.terms"
 TRUST_VARIABLE = "WEFT_TRUST_TERMS"
 
-BUILT_IN: dict[str, dict[str, str]] = {
-    "structure": {
-        "plain": "weftlora.terms.structure.plain:Plain",
-        "hydra": "weftlora.terms.structure.hydra:Hydra",
-        "tied": "weftlora.terms.structure.tied:Tied",
-    },
-    "start": {
-        "kaiming": "weftlora.terms.start.kaiming:Kaiming",
-        "directions": "weftlora.terms.start.directions:Directions",
-    },
-    "boost": {"dash": "weftlora.terms.boost.dash:Dash"},
-    "ranks": {
-        "uniform": "weftlora.terms.ranks.uniform:Uniform",
-        "reallocate": "weftlora.terms.ranks.reallocate:Reallocate",
-    },
-    "layers": {
-        "all": "weftlora.terms.layers.every:All",
-        "only": "weftlora.terms.layers.only:Only",
-        "search": "weftlora.terms.layers.search:Search",
-    },
-}
-"""Axis: name in a config: where its class is."""
-AXES = tuple(BUILT_IN)
 ABOUT = ("kind", "package", "version")
 """What a saved choice says beside its fields: its name, and which release of which package offered it."""
 
@@ -75,7 +53,7 @@ class Offer:
 
 _trusted: set[str] = set()
 _own: set[str] = set()  # foreign terms that a config of the user's own has named in this process
-_local: dict[str, type] = {}  # classes that no package offers and the user has handed over, by name
+_local: dict[str, type[Choice]] = {}  # classes that no package offers and the user has handed over, by name
 _loaded: dict[type, Offer] = {}
 _from_folder: ContextVar[bool] = ContextVar("weftlora_from_folder", default=False)
 
@@ -116,11 +94,6 @@ def _normal(package: str) -> str:
 # ---------------------------------------------------------------------- finding a term
 
 
-def built_in(axis: str) -> dict[str, type]:
-    """The classes of weftlora's own choices on an axis, by name."""
-    return {name: _imported(place) for name, place in BUILT_IN[axis].items()}
-
-
 def offers() -> list[Offer]:
     """The terms of installed packages, from their metadata alone; a name of weftlora's own is never another package's."""
     found: dict[tuple[str, str], Offer] = {}
@@ -132,7 +105,7 @@ def offers() -> list[Offer]:
     return sorted(found.values(), key=lambda offer: (offer.name, offer.package))
 
 
-def find(axis: str, name: str, package: str | None = None, version: str | None = None) -> type:
+def find(axis: str, name: str, package: str | None = None, version: str | None = None) -> type[Choice]:
     """The class of the choice `name` on `axis`, imported if need be.
 
     Args:
@@ -142,8 +115,8 @@ def find(axis: str, name: str, package: str | None = None, version: str | None =
         ConfigError: no such choice, one of another axis, one that two packages offer, or one that cannot be imported.
         AdapterError: a config from a folder names a term whose package is not trusted, not installed, or another one.
     """
-    if name in BUILT_IN[axis]:
-        return _imported(BUILT_IN[axis][name])
+    if name in AXES[axis]:
+        return AXES[axis][name]
     if other := _axis_of_built_in(name):
         raise ConfigError(f"{name!r} is a choice of the axis {other}, not of {axis}: write {other}: {name}.")
     if name in _local and not package:
@@ -153,7 +126,7 @@ def find(axis: str, name: str, package: str | None = None, version: str | None =
     if _from_folder.get():
         _check_trust(name, found, package, version)
     if not found:
-        valid = [*BUILT_IN[axis], *(["none"] if axis == "boost" else []), *{offer.name for offer in there}]
+        valid = [*AXES[axis], *(["none"] if axis == "boost" else []), *{offer.name for offer in there}]
         hint = suggest(name, valid).rstrip(".")
         if _from_folder.get():
             hint += "; a class that no package offers is known once a config of yours has used it in this process"
@@ -202,7 +175,7 @@ def _how_to_trust(package: str) -> str:
     return f"call weftlora.trust_terms({package!r}), add --trust-terms {package} to the command, or set {TRUST_VARIABLE}={package}"
 
 
-def _load(offer: Offer, axis: str) -> type:
+def _load(offer: Offer, axis: str) -> type[Choice]:
     try:
         loaded = offer.entry.load()
     except (KeyboardInterrupt, SystemExit):
@@ -220,7 +193,7 @@ def _load(offer: Offer, axis: str) -> type:
     return term
 
 
-def _checked(term: Any, axis: str, name: str, whose: str) -> type:
+def _checked(term: Any, axis: str, name: str, whose: str) -> type[Choice]:
     """`term`, if it is the class of a choice on `axis`. Raises ConfigError."""
     if not isinstance(term, type) or (own := axis_of(term)) is None:
         raise ConfigError(
@@ -251,42 +224,31 @@ def check_form(term: type, whose: str = "your code") -> None:
 
 def axis_of(term: type) -> str | None:
     """The axis that a class of choices serves, said by the class it inherits from; None for any other class."""
-    place = f"{term.__module__}:{term.__qualname__}"
-    for axis, kinds in BUILT_IN.items():
-        if place in kinds.values():
-            return axis
-    base: Any = getattr(sys.modules.get("weftlora.terms.choice"), "Choice", None)
-    own = getattr(term, "axis", None) if base is not None and issubclass(term, base) else None
+    own = term.axis if issubclass(term, Choice) and hasattr(term, "axis") else None
     return own if own in AXES else None
 
 
 def _axis_of_built_in(name: str) -> str | None:
-    return next((axis for axis, kinds in BUILT_IN.items() if name in kinds), None)
-
-
-def _imported(place: str) -> type:
-    module, _, name = place.partition(":")
-    found: type = getattr(importlib.import_module(module), name)
-    return found
+    return next((axis for axis, kinds in AXES.items() if name in kinds), None)
 
 
 # ---------------------------------------------------------------------- choices as plain data
 
 
-def adopt(axis: str, choice: Any) -> None:
+def adopt(choice: Choice) -> None:
     """Take note of a choice that the user's own code made, so that what is saved in this process loads in it.
 
     Raises:
         ConfigError: its class is no frozen dataclass, or has the name of a built-in term.
     """
     term = type(choice)
-    if _built_in_name(term):
+    if _is_built_in(term):
         return
     if (offer := _offer_of(term)) is not None:
         _own.add(offer.name)
         return
     check_form(term)
-    name = term.__name__.lower()
+    name = term.kind
     if _axis_of_built_in(name):
         raise ConfigError(
             f"{term.__name__} of {term.__module__} has the name of a term of weftlora's: rename the class."
@@ -294,19 +256,18 @@ def adopt(axis: str, choice: Any) -> None:
     _local[name] = term
 
 
-def encoded(choice: Any) -> dict[str, Any]:
+def encoded(choice: Choice) -> dict[str, Any]:
     """What a saved config says of a choice beside its fields: its name; for a foreign one, also which release of which package."""
     term = type(choice)
-    if name := _built_in_name(term):
-        return {"kind": name}
+    if _is_built_in(term):
+        return {"kind": choice.kind}
     if (offer := _offer_of(term)) is not None:
         return {"kind": offer.name, "package": offer.package, "version": offer.version}
-    return {"kind": term.__name__.lower(), "package": None}
+    return {"kind": term.kind, "package": None}
 
 
-def _built_in_name(term: type) -> str | None:
-    place = f"{term.__module__}:{term.__qualname__}"
-    return next((name for kinds in BUILT_IN.values() for name, where in kinds.items() if where == place), None)
+def _is_built_in(term: type) -> bool:
+    return any(term is own for kinds in AXES.values() for own in kinds.values())
 
 
 def _offer_of(term: type) -> Offer | None:

@@ -16,7 +16,8 @@ from weftlora.errors import ConfigError, TargetError, WeftError, suggest, unknow
 from weftlora.recipes import RECIPES
 from weftlora.search import Selection
 from weftlora.spec import WeftConfig
-from weftlora.terms.registry import AXES, from_folder
+from weftlora.terms.axes import AXES
+from weftlora.terms.registry import from_folder
 from weftlora.train.files import write_folder
 from weftlora.train.recipe import Task
 from weftlora.train.run import Run

@@ -1,7 +1,7 @@
 """Trim: once, the rank slots whose absence costs least on validation rows are taken away.
 
-    cost of slot i of a module      L(without i) − L          L: loss on `rows` validation rows
-    taken away                      the `slots` cheapest, at most all but one of a module
+cost of slot i of a module      L(without i) − L          L: loss on `rows` validation rows
+taken away                      the `slots` cheapest, at most all but one of a module
 """
 
 from __future__ import annotations
