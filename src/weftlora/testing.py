@@ -293,6 +293,8 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 
 def _check_plain(trial: _Trial, notes: dict[str, str]) -> None:
     registry.check_form(type(trial.term))
+    about = vars(type(trial.term)).get("__doc__") or ""
+    _require(bool(about) and not about.startswith(f"{type(trial.term).__name__}("), "its class says nothing of itself.")
     through = json.loads(json.dumps(trial.encoded))
     _require(
         trial.encoded == through or decode_choice(trial.axis, through) == trial.term,
@@ -498,6 +500,9 @@ def _check_card(trial: _Trial, path: Path) -> None:
     name = type(trial.term).__name__
     _require(name in text, f"{path} does not say how to write the term: {name}.")
     _require("```" in text, f"{path} shows neither the equation nor an example in a code block.")
+    _require(
+        not TO_FILL_IN.search(type(trial.term).__doc__ or ""), "the docstring of its class is still to be filled in."
+    )
     if found := TO_FILL_IN.search(text):
         line = text[: found.start()].count("\n") + 1
         raise AssertionError(f"{path} line {line} is still to be filled in.")

@@ -16,6 +16,7 @@ from weftlora.cli.display import watching
 from weftlora.cli.export import export
 from weftlora.cli.heads import heads
 from weftlora.cli.inspect import inspect
+from weftlora.cli.new_term import new_term
 from weftlora.cli.options import TrustTerms
 from weftlora.cli.report import report
 from weftlora.cli.search import search
@@ -35,6 +36,7 @@ app.command()(export)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
+app.command("new-term")(new_term)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

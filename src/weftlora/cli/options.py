@@ -8,9 +8,10 @@ import typer
 
 
 def _trust(packages: list[str] | None) -> list[str] | None:
-    from weftlora.terms.registry import trust_terms
+    if packages:
+        from weftlora.terms.registry import trust_terms
 
-    trust_terms(*(packages or []))
+        trust_terms(*packages)
     return packages
 
 

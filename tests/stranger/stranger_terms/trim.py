@@ -30,6 +30,7 @@ class Trim(Ranks):
     """
 
     saves: ClassVar[Mapping[str, str]] = {"mask": "0 or 1 per rank slot"}
+    equation_only: ClassVar[str | None] = "a slot that is taken away is a row of A and a column of B"
     counts: ClassVar[Mapping[str, str]] = {"trimmed": "whether it has happened"}
 
     at: int = 100
