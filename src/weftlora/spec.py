@@ -52,14 +52,14 @@ def decode_choice(axis: str, value: Any) -> Any:
 
     A plain value that stands for a choice is that: on the axis layers, a bare list is `Only`.
     """
-    kinds = AXES[axis]
+    kinds: dict[str, Any] = dict(AXES[axis])
     if value is None or isinstance(value, PROTOCOLS[axis].protocol):
         return value
     if isinstance(value, str):
         value = {"kind": value}
     for cls in kinds.values():
         if isinstance(value, cls.takes):
-            return cls(tuple(value))  # type: ignore[call-arg]
+            return cast(Any, cls)(tuple(value))
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
     if "kind" in value:

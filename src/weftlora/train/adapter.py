@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from weftlora.errors import ConfigError, TargetError, WeftError, suggest, unknown_key
 from weftlora.recipes import RECIPES
 from weftlora.search import Selection
-from weftlora.spec import AXES, WeftConfig
+from weftlora.spec import WeftConfig
+from weftlora.terms.axes import AXES
 from weftlora.train.files import write_folder
 from weftlora.train.recipe import Task
 from weftlora.train.run import Run
