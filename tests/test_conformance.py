@@ -18,7 +18,7 @@ TERMS: dict[str, tuple[Any, str | None]] = {
     "hydra": (weftlora.Hydra(heads=2), "hydralora.md"),
     "tied": (weftlora.Tied(group="shape"), "tied_lora.md"),
     "kaiming": (weftlora.Kaiming(), None),
-    "directions": (weftlora.Directions(after=WHEN), "lora_init.md"),
+    "directions": (weftlora.Directions(after=WHEN), "lora_tsd.md"),
     "dash": (weftlora.Dash(directions=2, after=WHEN), "lora_dash.md"),
     "uniform": (weftlora.Uniform(), None),
     "reallocate": (weftlora.Reallocate(first=WHEN, every=1, max_rounds=2, move=1, rows=4), "alora.md"),

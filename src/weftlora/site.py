@@ -102,8 +102,7 @@ class Site(nn.Module):
             f = replace(f, gate=_times(self.mask, f.gate)) if whole else f.only(self._live.read(self.mask))
         extra: list[Slots] = []
         if self.boost is not None:
-            boosted = self.boost.slots(self.scale, self.mask, self.layer_gate)
-            extra += [] if boosted is None else [boosted]
+            extra.append(self.boost.slots(self.scale, self.mask, self.layer_gate))
         if self.start is not None:  # a twin goes where its slot goes
             twins = self.start.slots(self.scale, self.mask, self.layer_gate)
             extra += [] if twins is None else [twins._replace(keep=self.keep)]
@@ -142,9 +141,9 @@ class Site(nn.Module):
             return
         if self.balance and self.recorder is None and torch.is_grad_enabled() and not _in_backward():
             raise ConfigError(
-                f"{self.structure.choice.title}(balance={self.balance:g}) adds its load-balance term to your loss, which this loop does "
-                "not do: run the forward inside `with weftlora.routing(model) as routing` and add routing.balance_loss(), use weftlora "
-                "train, or set balance=0."
+                f"{self.structure.choice.title}(balance={self.balance:g}) adds its load-balance term to your loss, which this loop "
+                "does not do: run the forward inside `with weftlora.routing(model) as routing` and add routing.balance_loss(), use "
+                "weftlora train, or set balance=0."
             )
         if self.awaits_search and torch.is_grad_enabled() and not _in_backward():
             raise ConfigError(self.untrained)

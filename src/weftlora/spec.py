@@ -58,7 +58,7 @@ def decode_choice(axis: str, value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, PROTOCOLS[axis].protocol):
-        registry.adopt(value)
+        registry.adopt(cast(Choice, value))
         return value
     if isinstance(value, str):
         value = {"kind": value}

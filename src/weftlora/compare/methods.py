@@ -18,14 +18,15 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.numbers import is_whole
 from weftlora.recipes import RECIPES
-from weftlora.spec import decode_choice, encode_choice
+from weftlora.spec import WeftConfig, decode_choice, encode_choice
 from weftlora.terms.axes import AXES
+from weftlora.terms.choice import Choice
 from weftlora.terms.layers.search import Search
 from weftlora.terms.registry import foreign_names, from_folder
 from weftlora.train.adapter import adapter_config
@@ -63,8 +64,8 @@ class Contender:
         """The search of its layers, if it has one."""
         if self.frozen:
             return None
-        layers = getattr(_config(self.section), "layers", None)
-        return layers if isinstance(layers, Search) else None
+        config = _config(self.section)
+        return cast("Search | None", config.layers.search) if isinstance(config, WeftConfig) else None
 
     def sized(self, r: int, alpha: float | None) -> dict[str, Any]:
         """The section at rank r, with alpha unless the recipe's own is meant."""
@@ -234,9 +235,9 @@ def seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
     if recipe is not None and "seed" in inspect.signature(recipe).parameters:
         changed.setdefault("seed", seed)
     for axis in AXES:
-        choice: Any = decode_choice(axis, section[axis]) if axis in section else None
-        if getattr(choice, "seed", None) == 0:
-            changed[axis] = encode_choice(replace(choice, seed=seed))
+        choice: Choice | None = decode_choice(axis, section[axis]) if axis in section else None
+        if choice is not None and choice != (drawn := choice.seeded(seed)):
+            changed[axis] = encode_choice(drawn)
     return changed
 
 

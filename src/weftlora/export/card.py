@@ -91,7 +91,7 @@ def _method(source: Source, adapter: str) -> str:
     if source.run is not None and (recipe := source.run.recipe["adapter"].get("recipe")):
         return str(recipe)
     config = _config(source, adapter)
-    return "a weftlora adapter" if config is None else type(config.structure).__name__
+    return "a weftlora adapter" if config is None else config.structure.title
 
 
 def _config(source: Source, adapter: str) -> Any:

@@ -85,10 +85,10 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
         )
         return bare
     subject = live_subject(trained.model, "default", bare.source)
-    subject.settings, subject.steps = bare.settings, bare.steps
+    subject.config, subject.settings, subject.steps = bare.config, bare.settings, bare.steps
     subject.base = trained.base.config.path
     subject.start = drawn[0] if drawn else None
-    if not all(site.mergeable for site in subject.sites.values()):
+    if any(site.routed for site in subject.sites.values()):
         try:
             subject.rows = _rows(run, trained, data, limit)
         except (DataError, ModelError) as error:
@@ -179,8 +179,8 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if isinstance(config.layers, Search):
-        if config.layers.finetune != "restart" or not (run.folder / "selection.json").is_file():
+    if (search := cast("Search | None", config.layers.search)) is not None:
+        if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers
         torch.manual_seed(run.seed)

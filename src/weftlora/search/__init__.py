@@ -86,7 +86,7 @@ def search_layers(
     try:
         search = LayerSearch(
             adapted,
-            given.layers,
+            cast(Search, given.layers.search),
             inner,
             train,
             validation,
@@ -110,14 +110,14 @@ def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tu
             from weftlora.recipes.flexora import FlexoraConfig
 
             config = FlexoraConfig()
-        if not isinstance(config.layers, Search):
+        if config.layers.search is None:
             raise ConfigError(
-                f"a config with layers={type(config.layers).__name__} has no search: give it layers=weftlora.Search()."
+                f"a config with layers={config.layers.title} has no search: give it layers=weftlora.Search()."
             )
         return cast(PeftModel, get_peft_model(model, config, adapter_name=adapter)), True
     if config is not None:
         raise ConfigError("the model has an adapter and a config was given too: search one of the two.")
     given = model.peft_config.get(adapter)
-    if not isinstance(given, WeftConfig) or not isinstance(given.layers, Search):
+    if not isinstance(given, WeftConfig) or given.layers.search is None:
         raise ConfigError(f"adapter {adapter!r} of the model has no search: make it with layers=weftlora.Search().")
     return model, False

@@ -32,7 +32,8 @@ from weftlora.search.driver import LayerSearch
 from weftlora.search.inner import Inner
 from weftlora.search.passes import Batch, model_loss
 from weftlora.search.second import second_stage
-from weftlora.spec import WeftConfig
+from weftlora.spec import WeftConfig, decode_choice
+from weftlora.terms.layers import Layers
 from weftlora.terms.layers.search import Search
 from weftlora.train.adapter import parameters
 from weftlora.train.files import sync, write_lines, writing
@@ -292,8 +293,9 @@ def _with_search(adapter: dict[str, Any]) -> dict[str, Any]:
             f"adapter {name} has no layer gates to search with: use a recipe of weftlora, such as flexora."
         )
     given = adapter.get("layers")
-    kinds = {given.get("kind"), *given} if isinstance(given, dict) else {given if isinstance(given, str) else None}
-    searched = name == "flexora" or "search" in kinds
-    if not searched and given is not None and "all" not in kinds:
+    from_file = isinstance(given, str) and given.endswith(".json")
+    chosen: Layers | None = None if from_file else decode_choice("layers", given)
+    searched = name == "flexora" or (chosen is not None and chosen.search is not None)
+    if not searched and given is not None and chosen != WeftConfig().layers:
         raise ConfigError(f"adapter.layers={given!r} is a choice already, so there is nothing to search: drop it.")
-    return adapter if searched else {**adapter, "layers": "search"}
+    return adapter if searched else {**adapter, "layers": Search.kind}

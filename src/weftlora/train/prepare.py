@@ -16,7 +16,6 @@ from weftlora.data import load as load_data
 from weftlora.errors import ConfigError
 from weftlora.glue.ablation.rows import Rows
 from weftlora.spec import WeftConfig
-from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.train import arguments, model
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.fingerprint import Fingerprint, fingerprint
@@ -75,7 +74,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:
     """The validation rows, where the adapter scores its rank slots on some."""
-    if not (isinstance(config, WeftConfig) and isinstance(config.ranks, Reallocate) and config.ranks.needs_data):
+    if not (isinstance(config, WeftConfig) and config.ranks.needs_data):
         return None
     if data.validation is None or not len(data.validation):
         raise ConfigError(

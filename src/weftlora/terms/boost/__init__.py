@@ -8,9 +8,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from weftlora import linalg
+from weftlora.kernel import Slots
 from weftlora.terms.choice import Choice
 from weftlora.terms.extra import ExtraTerm
 
@@ -27,6 +28,10 @@ class Boost(Choice):
 
 class BoostTerm(ExtraTerm):
     """The boost slots of one site."""
+
+    @abstractmethod
+    def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots:
+        """See `ExtraTerm`; those without a direction yet are zeros."""
 
     @abstractmethod
     def launch(self, directions: linalg.Directions) -> None:

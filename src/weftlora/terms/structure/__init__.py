@@ -72,6 +72,8 @@ class Structure(Choice):
     """What figures of ΔW are taken at where none exists: "uniform gate"."""
     routed: ClassVar[bool] = False
     """Whether its letters have a router, whose mean over data makes an approximate export."""
+    shares: ClassVar[bool] = False
+    """Whether sites may hold one tensor together, as `shared_keys` says."""
     outside: ClassVar[bool] = False
     """Whether it is outside the equation: its terms are `OutsideTerm`s."""
     balance: float = 0.0
@@ -170,6 +172,11 @@ class Unshared(StructureTerm):
     @final
     def hand_over(self) -> None:
         """There is nothing to give."""
+
+
+def sides_of(a: Tensor | None, b: Tensor | None) -> tuple[int | None, int | None]:
+    """(in, out) as A [slots, in] and B [out, slots] have them; None for what is not there."""
+    return None if a is None else a.shape[1], None if b is None else b.shape[0]
 
 
 class OutsideTerm(Unshared):

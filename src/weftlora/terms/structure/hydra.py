@@ -25,7 +25,7 @@ from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Factors, RouterInput
 from weftlora.numbers import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
-from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared
+from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Hydra(Structure):
 
     def sides(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
         """Of A and B."""
-        return tensors["A"].shape[1], tensors["B"].shape[0]
+        return sides_of(tensors.get("A"), tensors.get("B"))
 
     def check(self, dropout: float) -> None:
         """A zero router needs masks that differ by head."""

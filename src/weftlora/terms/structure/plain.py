@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from weftlora.kernel import Factors
 from weftlora.terms.events import Controller, Timeline
-from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared
+from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Plain(Structure):
 
     def sides(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
         """Of A and B."""
-        return tensors["A"].shape[1], tensors["B"].shape[0]
+        return sides_of(tensors.get("A"), tensors.get("B"))
 
     def check(self, dropout: float) -> None:
         """Any will do."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Factors
 from weftlora.terms.events import Controller, Timeline
-from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm
+from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
 Part = Literal["A", "B", "u", "v"]
 Group = Literal["module_type", "shape", "fused_qkv"]
@@ -80,6 +80,7 @@ class Tied(Structure):
         "Directions": "one shared pair cannot start at each site's own directions",
     }
     alpha_per_rank: ClassVar[float] = 1.0
+    shares: ClassVar[bool] = True
     targets: ClassVar[Literal["all-linear", "attention inputs"]] = "attention inputs"
 
     train: str | Collection[str] = "tl6"
@@ -146,8 +147,7 @@ class Tied(Structure):
 
     def sides(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
         """Of whatever of A, B and v is the site's own."""
-        a, b, v = (tensors.get(part) for part in "ABv")
-        return None if a is None else a.shape[1], b.shape[0] if b is not None else None if v is None else v.shape[0]
+        return sides_of(tensors.get("A"), tensors.get("B", tensors.get("v")))
 
     def check(self, dropout: float) -> None:
         """Any will do."""
