@@ -15,7 +15,7 @@ import pytest
 import tiny_bases as tiny
 
 import weftlora
-from weftlora.testing import check_term
+from weftlora.testing import check_processes, check_term
 
 HERE = Path(__file__).parent
 READS = ["recipes", "doctor", "report of runs", "report"]
@@ -45,7 +45,7 @@ def importable(installed: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def life(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """What every command did with runs of these terms, in a process of its own; see stranger/life.py."""
+    """What every command did with runs of these terms, in a process of its own; see stranger_life.py."""
     top = tmp_path_factory.mktemp("life")
     packages = shutil.copytree(installed, top / "packages")
     planted = f"from pathlib import Path\nPath({str(top / 'imported')!r}).write_text('imported')\n"
@@ -59,7 +59,7 @@ def life(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     env.pop("WEFT_TRUST_TERMS", None)
     done = subprocess.run(
-        [sys.executable, str(HERE / "stranger" / "life.py"), str(top)],
+        [sys.executable, "-P", str(HERE / "stranger_life.py"), str(top)],
         env=env, cwd=top, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,7 +72,7 @@ def life(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_its_structure_keeps_the_contract(importable: None) -> None:
     from stranger_terms.top2 import Top2
 
-    found = check_term(Top2(after=3), r=4)
+    found = check_term(Top2(after=3), processes=False)
     assert "every token picks two rank slots of its own" in found.notes["export"]
     assert "every token picks two rank slots of its own" in found.notes["merge"]
     assert found.notes["events"] == "top2_harden"
@@ -81,9 +81,16 @@ def test_its_structure_keeps_the_contract(importable: None) -> None:
 def test_its_ranks_keep_the_contract(importable: None) -> None:
     from stranger_terms.trim import Trim
 
-    found = check_term(Trim(at=3, slots=2, rows=8))
+    found = check_term(Trim(at=3, slots=2, rows=8), processes=False)
     assert "export" not in found.notes
     assert found.notes["events"] == "trim"
+
+
+def test_both_train_in_two_processes(importable: None) -> None:
+    from stranger_terms.top2 import Top2
+    from stranger_terms.trim import Trim
+
+    check_processes([Top2(after=3), Trim(at=3, slots=2, rows=8)])
 
 
 # ---------------------------------------------------------------------- every command

@@ -1,4 +1,4 @@
-"""Every command on runs whose terms another package brings: `life.py FOLDER`; FOLDER/told.json tells what each command did.
+"""Every command on runs whose terms another package brings: `stranger_life.py FOLDER`; FOLDER/told.json tells what each command did.
 
 One process imports weftlora and forks a child for each command, so that what one has imported or trusted is none of the next one's.
 """
@@ -110,7 +110,7 @@ def main() -> None:
         "generate": ("generate", run, "ab ->", "--max-new-tokens", 2),
         "inspect": ("inspect", run, "--json"),
         "inspect alone": ("inspect", run, "--no-base", "--json"),
-        "directions": ("directions", TOP / "base", "--adapter", run),
+        "directions": ("directions", run),
         "export": ("export", run, "--to", "lora"),
         "merge": ("export", run, "--to", "merged"),
         "adapter folder": ("generate", run / "adapter", "ab ->", "--max-new-tokens", 2, "--base", TOP / "base"),
