@@ -76,6 +76,7 @@ def test_its_structure_keeps_the_contract(importable: None) -> None:
     assert "every token picks two rank slots of its own" in found.notes["export"]
     assert "every token picks two rank slots of its own" in found.notes["merge"]
     assert found.notes["events"] == "top2_harden"
+    assert "Top2 is outside the equation" in found.notes["reference"]
 
 
 def test_its_ranks_keep_the_contract(importable: None) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
+from weftlora import site
 from weftlora.errors import ConfigError, MergeError, WeftError
 from weftlora.glue.attach import schedules
 from weftlora.glue.layer import WeftLinear
@@ -233,8 +234,12 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _waits(model: nn.Module) -> bool:
     """Whether training is refused before a search."""
-    sites = [site for layer in model.modules() if isinstance(layer, WeftLinear) for site in layer.weft_site.values()]
-    return any(cast(Any, site).awaits_search for site in sites)
+    return any(found.awaits_search for found in _sites(model))
+
+
+def _sites(model: nn.Module) -> list[site.Site]:
+    layers = [module for module in model.modules() if isinstance(module, WeftLinear)]
+    return [cast(site.Site, found) for layer in layers for found in layer.weft_site.values()]
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -372,10 +377,25 @@ def _check_reference(trial: _Trial, notes: dict[str, str]) -> None:
         grads = {n: p.grad.clone() for n, p in _params(model).items() if p.grad is not None}
         found[name] = (out.logits.detach(), grads)
     model.zero_grad()
+    _check_said_once(model, notes)
     (node, node_grads), (reference, reference_grads) = found["node"], found["reference"]
     _require(_close(node, reference, 2e-5), f"the fast path is {_apart(node, reference):.1e} from the equation.")
     if apart := _differing(node_grads, reference_grads, 2e-5):
         raise AssertionError(f"the gradient of {apart[0]} on the fast path is not that of the equation.")
+
+
+def _check_said_once(model: nn.Module, notes: dict[str, str]) -> None:
+    """What runs beside the kernel says so, once."""
+    site._say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _logits(model)
+        _logits(model)
+    said = [str(w.message) for w in caught if "outside the equation" in str(w.message)]
+    outside = any(s.outside for s in _sites(model))
+    _require(len(said) == int(outside), f"that it runs beside the kernel is said {len(said)} times, not once.")
+    if said:
+        notes["reference"] = said[0]
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

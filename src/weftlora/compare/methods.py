@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
@@ -27,7 +27,7 @@ from weftlora.recipes import RECIPES
 from weftlora.spec import WeftConfig, decode_choice, encode_choice
 from weftlora.terms.axes import AXES
 from weftlora.terms.choice import Choice
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import Search, search_of
 from weftlora.terms.registry import foreign_names, from_folder
 from weftlora.train.adapter import adapter_config
 
@@ -65,7 +65,7 @@ class Contender:
         if self.frozen:
             return None
         config = _config(self.section)
-        return cast("Search | None", config.layers.search) if isinstance(config, WeftConfig) else None
+        return search_of(config.layers) if isinstance(config, WeftConfig) else None
 
     def sized(self, r: int, alpha: float | None) -> dict[str, Any]:
         """The section at rank r, with alpha unless the recipe's own is meant."""

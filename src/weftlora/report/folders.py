@@ -17,7 +17,7 @@ from weftlora.report.subject import Rows, Start, Subject, live_subject
 from weftlora.search import Selection
 from weftlora.site import Site
 from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import search_of
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.checkpoint import marked
 from weftlora.train.files import read_lines
@@ -179,7 +179,7 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if (search := cast("Search | None", config.layers.search)) is not None:
+    if (search := search_of(config.layers)) is not None:
         if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers

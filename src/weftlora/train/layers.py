@@ -34,7 +34,7 @@ from weftlora.search.passes import Batch, model_loss
 from weftlora.search.second import second_stage
 from weftlora.spec import WeftConfig, decode_choice
 from weftlora.terms.layers import Layers
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import Search, search_of
 from weftlora.train.adapter import parameters
 from weftlora.train.files import sync, write_lines, writing
 from weftlora.train.prepare import Prepared
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 def searches(prepared: Prepared) -> bool:
     """Whether the recipe's adapter is to be searched before it is trained."""
-    return isinstance(prepared.adapter, WeftConfig) and isinstance(prepared.adapter.layers, Search)
+    return isinstance(prepared.adapter, WeftConfig) and prepared.adapter.layers.search is not None
 
 
 def make_search(
@@ -86,7 +86,8 @@ def make_search(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    search = cast(Search, config.layers)
+    search = search_of(config.layers)
+    assert search is not None
     return LayerSearch(
         model,
         search if rows is None else dataclasses.replace(search, max_search_samples=rows),

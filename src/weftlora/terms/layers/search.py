@@ -209,6 +209,12 @@ class Search(Layers):
         return []
 
 
+def search_of(layers: Layers) -> Search | None:
+    """The search that a choice of layers asks for before training; None where it asks for none."""
+    found = layers.search
+    return found if isinstance(found, Search) else None
+
+
 def weights(alpha_n: Tensor) -> Tensor:
     """α̂ = N · softmax(α) in fp64, [N] → [N].
 
