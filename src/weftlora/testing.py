@@ -98,6 +98,7 @@ def check_term(
         ConfigError: the term goes into no config.
     """
     trial = _Trial(term, tuple(targets), fields)
+    axis = trial.axis
     held: list[str] = []
     notes: dict[str, str] = {}
     checks: list[tuple[str, Callable[[_Trial, dict[str, str]], None]]] = [
@@ -121,7 +122,7 @@ def check_term(
         with _about(trial, "the card"):
             _check_card(trial, Path(card))
         held.append("the card")
-    return Checked(str(trial.encoded["kind"]), trial.axis, tuple(held), notes)
+    return Checked(str(trial.encoded["kind"]), axis, tuple(held), notes)
 
 
 @contextmanager
@@ -300,13 +301,12 @@ def _check_plain(trial: _Trial, notes: dict[str, str]) -> None:
     registry.check_form(type(trial.term))
     about = vars(type(trial.term)).get("__doc__") or ""
     _require(bool(about) and not about.startswith(f"{type(trial.term).__name__}("), "its class says nothing of itself.")
+    trial.config()  # from now on its name is known here
     through = json.loads(json.dumps(trial.encoded))
     _require(
-        trial.encoded == through or decode_choice(trial.axis, through) == trial.term,
-        f"{trial.term!r} is not the same after JSON: {through}; check and convert fields in __post_init__.",
+        decode_choice(trial.axis, through) == trial.term,
+        f"{trial.term!r} is read back from {through} as another term: convert fields in __post_init__.",
     )
-    trial.config()  # a name that loads in this process
-    _require(decode_choice(trial.axis, through) == trial.term, f"{through} is read back as another {trial.axis}.")
     try:
         decode_choice(trial.axis, {**through, "no_such_field": 1})
     except ConfigError:

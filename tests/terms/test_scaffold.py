@@ -80,7 +80,9 @@ def test_what_cannot_be_a_term_is_refused(tmp_path: Path, name: str, axis: str, 
     assert not (tmp_path / "new").exists()
 
 
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weftlora.cli import main
 
     monkeypatch.chdir(tmp_path)

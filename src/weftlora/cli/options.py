@@ -21,7 +21,7 @@ TrustTerms = Annotated[
         "--trust-terms",
         metavar="PACKAGE",
         callback=_trust,
-        help="Run this package's code for the terms of its that the folder names; may be given several times.",
+        help="Import terms that the folder names from this package; may be given again.",
     ),
 ]
 """Whose terms a config that comes from a folder may import. Given to a command, it holds for the whole process."""
