@@ -72,6 +72,12 @@ def read_updates(
         )
     if merged := next((name for name, layer in mine.items() if layer.merged), None):
         raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
+    for name, layer in mine.items():
+        if isinstance(layer, WeftLinear) and layer.site(adapter).outside:
+            structure = layer.site(adapter).structure.choice
+            raise AdapterError(
+                f"{name} has {structure.method}, and {structure.no_closed_form}: directions are for an update of A and B."
+            )
     gates = _mean_gates(model, mine, adapter, inputs)
     return {
         name: _weft_update(layer, adapter, gates.get(name))

@@ -112,6 +112,8 @@ class StructureTerm(nn.Module, ABC):
     """The tensors of one site: trained ones parameters, frozen ones buffers, named by the letters of the equation."""
 
     choice: Structure
+    zero: str = "B"
+    """The name of the factor that is zero at step 0, which has to be trained."""
 
     @abstractmethod
     def factors(self, scale: float) -> Factors:

@@ -169,6 +169,7 @@ class TiedTerm(StructureTerm):
     def __init__(self, choice: Tied, owned: dict[Part, Tensor], owner: dict[Part, TiedTerm]):
         super().__init__()
         self.choice = choice
+        self.zero = choice.starts_at_zero
         for part, value in owned.items():
             if part in choice.trained:
                 self.register_parameter(part, nn.Parameter(value))
