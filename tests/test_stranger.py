@@ -17,6 +17,7 @@ import tiny_bases as tiny
 import weftlora
 from weftlora.testing import check_processes, check_term
 
+pytestmark = pytest.mark.xdist_group("stranger")  # one process trains the runs that all look at
 HERE = Path(__file__).parent
 READS = ["recipes", "doctor", "report of runs", "report"]
 COMMANDS = ["eval", "generate", "inspect", "inspect alone", "directions", "export", "merge", "adapter folder"]
@@ -87,6 +88,16 @@ def test_its_ranks_keep_the_contract(importable: None) -> None:
     assert found.notes["events"] == "trim"
 
 
+def test_what_does_not_go_with_them_is_refused_with_their_reasons(importable: None) -> None:
+    from stranger_terms.top2 import Top2
+    from stranger_terms.trim import Trim
+
+    for others in ({"boost": weftlora.Dash()}, {"ranks": Trim()}, {"ranks": weftlora.Reallocate()}):
+        with pytest.raises(weftlora.CombinationError, match=r"Top2 with .*: it has a forward of its own, and"):
+            weftlora.WeftConfig(structure=Top2(), **others)
+    assert weftlora.WeftConfig(structure=Top2(), layers=[0]).structure == Top2()
+
+
 def test_both_train_in_two_processes(importable: None) -> None:
     from stranger_terms.top2 import Top2
     from stranger_terms.trim import Trim
@@ -121,6 +132,19 @@ def test_the_run_says_which_package_its_terms_are_of(life) -> None:
             json.loads((top / name / "adapter" / "adapter_config.json").read_text()),
         ):
             assert saved[axis] | {"kind": name, "package": "stranger-terms", "version": "0.3"} == saved[axis]
+
+
+def test_its_adapter_says_how_it_is_loaded(life, installed: Path) -> None:
+    top, _ = life
+    readme = (top / "top2" / "adapter" / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(top / "top2" / "adapter"))
+    script = (
+        f"from transformers import AutoModelForCausalLM as A\nbase = A.from_pretrained({str(top / 'base')!r})\n{code}"
+    )
+    path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(installed)])
+    env = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", ["top2", "trim"])

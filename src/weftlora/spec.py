@@ -244,7 +244,10 @@ class WeftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
         super().save_pretrained(save_directory, **kwargs)
-        _write_loading_note(Path(save_directory))
+        offers = [registry.encoded(choice) for choice in self.choices().values()]
+        _write_loading_note(
+            Path(save_directory), sorted({str(said["package"]) for said in offers if said.get("package")})
+        )
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
@@ -331,17 +334,19 @@ This is a weftlora adapter. peft knows the type once weftlora is imported:
 ```python
 import weftlora  # registers the WEFT type with peft
 from peft import PeftModel
-
+{trust}
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 """
 
 
-def _write_loading_note(folder: Path) -> None:
+def _write_loading_note(folder: Path, packages: list[str]) -> None:
+    """How to load the adapter, into the folder's README.md; `packages` offer terms of it."""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     if "import weftlora" not in text:
-        readme.write_text(text + LOADING_NOTE, encoding="utf-8")
+        trust = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
+        readme.write_text(text + LOADING_NOTE.format(trust=f"{trust}\n" if trust else ""), encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> WeftConfig:

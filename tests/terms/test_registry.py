@@ -15,6 +15,7 @@ import weftlora
 from weftlora.errors import AdapterError, ConfigError
 from weftlora.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.terms import registry
+from weftlora.terms.axes import AXES
 
 UNFINISHED = """\
 from dataclasses import dataclass
@@ -232,6 +233,17 @@ def test_a_term_on_another_axis_than_its_own_is_said(plant):
         WeftConfig(ranks="pair")
 
 
+def test_weftloras_own_choices_ask_no_metadata(monkeypatch: pytest.MonkeyPatch):
+    def asked(**_: object) -> None:
+        raise AssertionError("the metadata of packages was read")
+
+    monkeypatch.setattr(registry.metadata, "entry_points", asked)
+    for axis, kinds in AXES.items():
+        for name in kinds.keys() - {"only"}:
+            assert encode_choice(decode_choice(axis, name))["kind"] == name  # type: ignore[index]
+    assert WeftConfig(structure="hydra", boost="dash", layers=[0]).to_dict()["layers"]["kind"] == "only"
+
+
 def test_an_unknown_field_names_the_nearest_one(plant):
     plant()
     with pytest.raises(ConfigError, match="Pair has no key 'sise': did you mean 'size'"):
@@ -268,6 +280,24 @@ def test_a_class_of_your_own_with_a_name_of_weftloras_is_refused():
 
     with pytest.raises(ConfigError, match="rename the class"):
         WeftConfig(structure=Plain())
+
+
+def test_a_comparison_goes_on_with_what_its_recipe_names_and_no_other_foreign_term(plant):
+    from weftlora.compare.methods import check_saved, contenders
+    from weftlora.compare.record import Method
+
+    planted = plant()
+    kept = [
+        Method(
+            "pair", {"structure": {"kind": "pair", "package": "pair-terms", "version": "1.0"}}, parameters=0, steps=0
+        )
+    ]
+    with pytest.raises(AdapterError, match="runs that package's code"):
+        check_saved(contenders(["lora"]), kept, ())
+    assert not (planted / IMPORTED).exists()
+    check_saved(contenders(["lora", {"structure": "pair"}]), kept, ())
+    drawn = [Method("random_layers", {"recipe": "lora", "layers": {"random": 1}}, parameters=0, steps=0)]
+    check_saved(contenders(["random_layers"]), drawn, ["random_layers"])
 
 
 def test_trusting_something_else_than_a_name_is_refused():

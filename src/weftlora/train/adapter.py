@@ -132,13 +132,22 @@ def write_adapter(model: PeftModel, run: Run) -> None:
 
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_README.format(run=run, method=_method(run)), encoding="utf-8")
+        said = _README.format(run=run, method=_method(run), trust=_trust(run))
+        (folder / "README.md").write_text(said, encoding="utf-8")
 
     write_folder(run.adapter_folder, fill)
 
 
 def _method(run: Run) -> str:
     return run.recipe["adapter"].get("recipe") or "its axes: " + ", ".join(run.recipe["adapter"])
+
+
+def _trust(run: Run) -> str:
+    """The lines that trust the packages whose terms the adapter needs."""
+    choices = [run.adapter.get(axis) for axis in AXES]
+    packages = sorted({choice["package"] for choice in choices if isinstance(choice, dict) and choice.get("package")})
+    lines = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
+    return f"{lines}\n" if lines else ""
 
 
 _README = """\
@@ -149,7 +158,7 @@ Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on `{run.base
 ```python
 import weftlora  # registers the adapter type with peft
 from peft import PeftModel
-
+{trust}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
