@@ -45,12 +45,12 @@ from weftlora.terms.layers.only import Only
 from weftlora.terms.layers.search import Search
 from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.terms.ranks.uniform import Uniform
-from weftlora.terms.registry import trust_terms
 from weftlora.terms.start.directions import Directions
 from weftlora.terms.start.kaiming import Kaiming
 from weftlora.terms.structure.hydra import Hydra
 from weftlora.terms.structure.plain import Plain
 from weftlora.terms.structure.tied import Tied
+from weftlora.terms.trust import trust_terms
 from weftlora.times import epochs
 
 register()

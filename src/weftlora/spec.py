@@ -32,6 +32,7 @@ from weftlora.terms.layers import Layers
 from weftlora.terms.ranks import Ranks
 from weftlora.terms.start import Start
 from weftlora.terms.structure import Structure
+from weftlora.terms.trust import from_folder
 from weftlora.times import Epochs
 
 FORMAT_VERSION = 1
@@ -252,7 +253,7 @@ class WeftConfig(PeftConfig):
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
         """How the host makes a config of a folder's adapter_config.json."""
-        with registry.from_folder():
+        with from_folder():
             return super().from_peft_type(**kwargs)
 
     def choices(self) -> dict[str, Choice]:
@@ -287,7 +288,7 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
         for key in kwargs:
             if key not in valid:
                 raise unknown_key(key, valid, type(self).__name__)
-        with registry.from_folder() if saved else nullcontext():
+        with from_folder() if saved else nullcontext():
             init(self, *args, **kwargs)
 
     return strict
@@ -366,5 +367,5 @@ def read_config(folder: str | Path) -> WeftConfig:
         raise AdapterError(
             f"{path} describes a {data.get('peft_type')} adapter, not a weftlora one: load it with peft."
         )
-    with registry.from_folder():
+    with from_folder():
         return WeftConfig(**data)

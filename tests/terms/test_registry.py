@@ -14,7 +14,7 @@ from peft import PeftConfig
 import weftlora
 from weftlora.errors import AdapterError, ConfigError
 from weftlora.spec import WeftConfig, decode_choice, encode_choice, read_config
-from weftlora.terms import registry
+from weftlora.terms import registry, trust
 from weftlora.terms.axes import AXES
 
 UNFINISHED = """\
@@ -32,9 +32,10 @@ PLANTED = NOTES_ITS_IMPORT + STRUCTURE
 
 @pytest.fixture(autouse=True)
 def _a_process_that_has_seen_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_trusted", set()), ("_own", set()), ("_local", {}), ("_loaded", {})):
+    monkeypatch.setattr(trust, "_trusted", set())
+    for name, value in (("_own", set()), ("_local", {}), ("_loaded", {})):
         monkeypatch.setattr(registry, name, value)
-    monkeypatch.delenv(registry.TRUST_VARIABLE, raising=False)
+    monkeypatch.delenv(trust.VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_it_is_imported_once_its_package_is_trusted(plant, tmp_path: Path, monke
     plant()
     folder = a_folder(tmp_path, package="pair-terms", version="1.0", size=5)
     if way == "variable":
-        monkeypatch.setenv(registry.TRUST_VARIABLE, "another, pair-terms")
+        monkeypatch.setenv(trust.VARIABLE, "another, pair-terms")
     else:
         weftlora.trust_terms("Pair_Terms" if way == "other spelling" else "pair-terms")
     assert read_config(folder).structure.size == 5
@@ -149,9 +150,9 @@ def test_what_your_own_config_has_named_is_read_back_in_that_process(plant, tmp_
 def test_what_a_trusted_folder_has_named_is_not_your_own(plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plant()
     folder = a_folder(tmp_path)
-    monkeypatch.setenv(registry.TRUST_VARIABLE, "pair-terms")
+    monkeypatch.setenv(trust.VARIABLE, "pair-terms")
     read_config(folder)
-    monkeypatch.delenv(registry.TRUST_VARIABLE)
+    monkeypatch.delenv(trust.VARIABLE)
     with pytest.raises(AdapterError, match="runs that package's code"):
         read_config(folder)
 

@@ -9,7 +9,7 @@ import typer
 
 def _trust(packages: list[str] | None) -> list[str] | None:
     if packages:
-        from weftlora.terms.registry import trust_terms
+        from weftlora.terms.trust import trust_terms
 
         trust_terms(*packages)
     return packages

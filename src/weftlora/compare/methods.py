@@ -28,7 +28,8 @@ from weftlora.spec import WeftConfig, decode_choice, encode_choice
 from weftlora.terms.axes import AXES
 from weftlora.terms.choice import Choice
 from weftlora.terms.layers.search import Search, search_of
-from weftlora.terms.registry import foreign_names, from_folder
+from weftlora.terms.registry import foreign_names
+from weftlora.terms.trust import from_folder
 from weftlora.train.adapter import adapter_config
 
 CONTROLS = ("random_layers", "random_moves")

@@ -13,13 +13,9 @@ only after you have said that you trust it: `weftlora.trust_terms("stranger")`, 
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -27,10 +23,9 @@ from typing import Any
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
 from weftlora.terms.axes import AXES
 from weftlora.terms.choice import Choice
+from weftlora.terms.trust import how_to_trust, is_of_folder, is_trusted, normal
 
 GROUP = "weftlora.terms"
-TRUST_VARIABLE = "WEFT_TRUST_TERMS"
-
 ABOUT = ("kind", "package", "version")
 """What a saved choice says beside its fields: its name, and which release of which package offered it."""
 
@@ -48,47 +43,9 @@ class Offer:
         return f"{self.package} {self.version}"
 
 
-# ---------------------------------------------------------------------- trust
-
-
-_trusted: set[str] = set()
 _own: set[str] = set()  # foreign terms that a config of the user's own has named in this process
 _local: dict[str, type[Choice]] = {}  # classes that no package offers and the user has handed over, by name
 _loaded: dict[type, Offer] = {}
-_from_folder: ContextVar[bool] = ContextVar("weftlora_from_folder", default=False)
-
-
-def trust_terms(*packages: str) -> None:
-    """Let configs from folders import the terms of these packages, for the rest of this process.
-
-    Importing a package runs its code, so name those whose code you would run. What your own config names needs no such word.
-
-    >>> trust_terms("a-package-of-terms")
-    """
-    for package in packages:
-        if not isinstance(package, str) or not package.strip():
-            raise ConfigError(f"trust_terms({package!r}): give the name of a package, as pip knows it.")
-        _trusted.add(_normal(package))
-
-
-def is_trusted(package: str) -> bool:
-    """Whether configs from folders may import the terms of this package."""
-    named = re.split(r"[\s,]+", os.environ.get(TRUST_VARIABLE, ""))
-    return _normal(package) in _trusted | {_normal(name) for name in named if name}
-
-
-@contextmanager
-def from_folder() -> Iterator[None]:
-    """While a config that was read from a folder is made: foreign terms in it need trust."""
-    token = _from_folder.set(True)
-    try:
-        yield
-    finally:
-        _from_folder.reset(token)
-
-
-def _normal(package: str) -> str:
-    return re.sub(r"[-_.]+", "-", package.strip()).lower()
 
 
 # ---------------------------------------------------------------------- finding a term
@@ -100,7 +57,7 @@ def offers() -> list[Offer]:
     for entry in metadata.entry_points(group=GROUP):
         if entry.dist is not None and not _axis_of_built_in(entry.name.lower()):
             package = entry.dist.metadata["Name"]
-            key = (entry.name.lower(), _normal(package))  # the first on the path is the one that an import takes
+            key = (entry.name.lower(), normal(package))  # the first on the path is the one that an import takes
             found.setdefault(key, Offer(entry.name.lower(), package, entry.dist.version, entry))
     return sorted(found.values(), key=lambda offer: (offer.name, offer.package))
 
@@ -123,12 +80,12 @@ def find(axis: str, name: str, package: str | None = None, version: str | None =
         return _checked(_local[name], axis, name, "your code")
     there = offers()
     found = [offer for offer in there if offer.name == name]
-    if _from_folder.get():
+    if is_of_folder():
         _check_trust(name, found, package, version)
     if not found:
         valid = [*AXES[axis], *(["none"] if axis == "boost" else []), *{offer.name for offer in there}]
         hint = suggest(name, valid).rstrip(".")
-        if _from_folder.get():
+        if is_of_folder():
             hint += "; a class that no package offers is known once a config of yours has used it in this process"
         elif package:
             hint = f"{package} offers it and is not installed"
@@ -149,12 +106,12 @@ def _check_trust(name: str, found: list[Offer], package: str | None, version: st
             return  # a name of nothing, or a class of somebody's own code
         raise AdapterError(
             f"this config names the term {name!r} of {saved_by}, which is not installed: install {package}, then "
-            f"{_how_to_trust(str(package))}."
+            f"{how_to_trust(str(package))}."
         )
     if len(found) > 1:
         return  # refused for what it is
     [offer] = found
-    if package and _normal(package) != _normal(offer.package):
+    if package and normal(package) != normal(offer.package):
         raise AdapterError(
             f"this config names the term {name!r} of {saved_by}, and here {offer} offers one of that name: install {package}, and "
             f"uninstall {offer.package}."
@@ -162,17 +119,13 @@ def _check_trust(name: str, found: list[Offer], package: str | None, version: st
     if name not in _own and not is_trusted(offer.package):
         raise AdapterError(
             f"this config names the term {name!r} of {saved_by or offer}, and loading it runs that package's code: if you trust "
-            f"it, {_how_to_trust(offer.package)}."
+            f"it, {how_to_trust(offer.package)}."
         )
     if version and version != offer.version:
         warnings.warn(
             f"the term {name!r} was saved by {saved_by}, and {offer} is installed: results can differ where the package changed.",
             stacklevel=2,
         )
-
-
-def _how_to_trust(package: str) -> str:
-    return f"call weftlora.trust_terms({package!r}), add --trust-terms {package} to the command, or set {TRUST_VARIABLE}={package}"
 
 
 def _load(offer: Offer, axis: str) -> type[Choice]:
@@ -188,7 +141,7 @@ def _load(offer: Offer, axis: str) -> type[Choice]:
         ) from error
     term = _checked(loaded, axis, offer.name, str(offer))
     _loaded[term] = offer
-    if not _from_folder.get():
+    if not is_of_folder():
         _own.add(offer.name)
     return term
 

@@ -17,7 +17,7 @@ from weftlora.recipes import RECIPES
 from weftlora.search import Selection
 from weftlora.spec import WeftConfig
 from weftlora.terms.axes import AXES
-from weftlora.terms.registry import from_folder
+from weftlora.terms.trust import from_folder
 from weftlora.train.files import write_folder
 from weftlora.train.recipe import Task
 from weftlora.train.run import Run
