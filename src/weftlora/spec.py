@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from peft import PeftConfig, PeftType
 
@@ -122,6 +122,8 @@ class WeftConfig(PeftConfig):
         layers_pattern: name of the list of blocks, where peft cannot tell.
         rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins.
         modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
+        trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
+            a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
         use_rslora: scale by lora_alpha / √r instead.
 
     Raises:
@@ -145,15 +147,23 @@ class WeftConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Made, copied or unpickled: peft's tables have the type before there is a config of it."""
+        from weftlora import register
+
+        register()
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:  # peft's own check of task_type
             raise ConfigError(f"peft refuses this config: {error}") from None
-        self.peft_type = PeftType("WEFT")  # a member since `import weftlora`; the host reads its .value
+        self.peft_type = PeftType("WEFT")  # the host reads its .value
         for axis in AXES:
             setattr(self, axis, decode_choice(axis, getattr(self, axis)))
         for axis, one in PROTOCOLS.items():
@@ -192,6 +202,8 @@ class WeftConfig(PeftConfig):
                 _check_regex(value, name)
         if self.modules_to_save is not None:
             _check_names(self.modules_to_save, "modules_to_save")
+        if self.trainable_token_indices is not None:
+            _check_tokens(self.trainable_token_indices)
         self._check_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name) or {}, Mapping):
@@ -248,7 +260,7 @@ class WeftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
         super().save_pretrained(save_directory, **kwargs)
-        _write_loading_note(Path(save_directory))
+        write_loading_note(Path(save_directory))
 
     def choices(self) -> dict[str, Choice]:
         """Axis → its choice; an axis without one is left out."""
@@ -306,6 +318,18 @@ def _check_names(names: Any, field_name: str) -> None:
         raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
 
 
+def _check_tokens(value: Any) -> None:
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    good = all(isinstance(tokens, (list, tuple)) and tokens for tokens in lists) and bool(lists)
+    if not good or not all(is_whole(token, 0) for tokens in lists for token in tokens):
+        raise ConfigError(
+            f"trainable_token_indices={value!r} names no tokens: write their numbers, such as [417, 418], or "
+            "{'embed_tokens': [417, 418]}."
+        )
+    if isinstance(value, Mapping):
+        _check_names(list(value), "trainable_token_indices")
+
+
 def _check_alpha(alpha: Any, name: str) -> None:
     if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
@@ -317,6 +341,10 @@ def _weft_version() -> str:
     return __version__
 
 
+FIRST_LINE = (
+    "**`import weftlora` before you load this adapter** (`pip install weftlora`), or peft says `KeyError: 'WEFT'`; "
+    "`weftlora export` makes a stock LoRA of it, which needs neither."
+)
 LOADING_NOTE = """
 ## Loading this adapter
 
@@ -329,13 +357,22 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 """
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def _write_loading_note(folder: Path) -> None:
+def write_loading_note(folder: Path) -> None:
+    """Say in the first line of the folder's README.md, below its metadata, and in a section, what loading needs; once."""
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if "import weftlora" not in text:
-        readme.write_text(text + LOADING_NOTE, encoding="utf-8")
+    said = text
+    if FIRST_LINE not in text:
+        front = _FRONT_MATTER.match(text)
+        head, body = (front[0] + "\n", text[front.end() :]) if front else ("", text)
+        said = f"{head}{FIRST_LINE}\n\n{body.lstrip()}"
+    if LOADING_NOTE.strip() not in said:
+        said = said.rstrip() + "\n" + LOADING_NOTE
+    if said != text:
+        readme.write_text(said, encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> WeftConfig:
