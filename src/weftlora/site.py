@@ -132,7 +132,8 @@ class Site(nn.Module):
         """y + γ · update, of a structure that the kernel does not have."""
         self._check_training()
         term = cast(OutsideTerm, self.structure)
-        _say_once(term.choice.title)
+        if not torch.compiler.is_compiling():
+            _say_once(term.choice.title)
         p = self.dropout if self.training else 0.0
         update = term.update(x, dropped(x, p, mask) if p else x, self.scale)
         if self.layer_gate is not None:
