@@ -63,6 +63,8 @@ MEANING: dict[str, str] = {
     "train.schedule": "a schedule's name in transformers",
     "train.warmup": "optimiser steps; below 1, a fraction of the run",
     "train.weight_decay": "AdamW's, on everything that is trained",
+    "train.lora_plus_ratio": "factor on the rate of B, as in [LoRA+](hosts.md#pefts-own-optimisers) (16 is usual); left out, none",
+    "train.freeze_down": "freeze A and train the rest, as in [LoRA-FA](hosts.md#pefts-own-optimisers)",
     "train.max_grad_norm": "gradients are scaled down to this norm; 0 is no limit",
     "train.optimizer": "an optimiser's name in transformers",
     "train.seed": "of the adapter's start, the order of the rows and dropout",

@@ -9,7 +9,7 @@ import weftlora
 
 SOURCE = Path(weftlora.__file__).parent
 LEVELS = (
-    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known"},
+    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known", "extras"},
     {"terms"},
     {"site", "spec", "compat"},
     {"schedule", "recipes"},
@@ -61,8 +61,10 @@ def test_imports_point_one_way(path: Path):
             assert own >= LEVEL["data"], f"{name_of(path)} imports the whole of weftlora"
         elif part_of(module) in LEVEL:
             assert LEVEL[part_of(module)] <= own, f"{name_of(path)} imports {module}, which stands above it"
-        else:  # a public name of weftlora itself: its version, or all of it for those above
-            assert module == "weftlora.__version__" or own >= LEVEL["data"], f"{name_of(path)} imports {module}"
+        else:  # a public name of weftlora itself: its version, what makes peft know it, or all of it for those above
+            assert module in {"weftlora.__version__", "weftlora.register"} or own >= LEVEL["data"], (
+                f"{name_of(path)} imports {module}"
+            )
 
 
 def choice_files(names: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, MergeError
-from weftlora.kernel import Factors, Slots, Work, add_low_rank, delta_weight
+from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight
 from weftlora.kernel.dropout import dropped
 from weftlora.known import Known
 from weftlora.terms.boost import Boost, BoostTerm
@@ -86,6 +86,10 @@ class Site(nn.Module):
         self.untrained = ""  # the sentence that refuses it
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
         self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
+        self.rates: dict[
+            str, tuple[float, float]
+        ] = {}  # rate and decay that `weftlora.param_groups` last gave each tensor
+        self.watch: object | None = None  # on an adapter's first site: what looks at the groups of its optimiser
         self.schedule: object | None = (
             None  # on an adapter's first site: its `weftlora.schedule.Schedule`, if it has one
         )
@@ -128,7 +132,8 @@ class Site(nn.Module):
         """y + γ · update, of a structure that the kernel does not have."""
         self._check_training()
         term = cast(OutsideTerm, self.structure)
-        _say_once(term.choice.title)
+        if not torch.compiler.is_compiling():
+            _say_once(term.choice.title)
         p = self.dropout if self.training else 0.0
         update = term.update(x, dropped(x, p, mask) if p else x, self.scale)
         if self.layer_gate is not None:
@@ -161,6 +166,14 @@ class Site(nn.Module):
             meter(omega)
 
         return both
+
+    def roles(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
+        """The parameters that the site's terms own, each with its name in its term and what it does in the equation, if its term
+        says so."""
+        for term in (self.structure, self.boost, self.start):
+            if term is not None:
+                for name, parameter in term.named_parameters(recurse=False):
+                    yield name, parameter, term.roles.get(name)
 
     def live(self) -> list[int]:
         """The structure's live slots, ascending."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from peft import PeftConfig, PeftType
 
@@ -119,6 +119,8 @@ class WeftConfig(PeftConfig):
         layers_pattern: name of the list of blocks, where peft cannot tell.
         rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins.
         modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
+        trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
+            a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
         use_rslora: scale by lora_alpha / √r instead.
 
     Raises:
@@ -142,15 +144,23 @@ class WeftConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Made, copied or unpickled: peft's tables have the type before there is a config of it."""
+        from weftlora import register
+
+        register()
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:  # peft's own check of task_type
             raise ConfigError(f"peft refuses this config: {error}") from None
-        self.peft_type = PeftType("WEFT")  # a member since `import weftlora`; the host reads its .value
+        self.peft_type = PeftType("WEFT")  # the host reads its .value
         for axis in AXES:
             setattr(self, axis, decode_choice(axis, getattr(self, axis)))
         for axis, one in PROTOCOLS.items():
@@ -189,6 +199,8 @@ class WeftConfig(PeftConfig):
                 _check_regex(value, name)
         if self.modules_to_save is not None:
             _check_names(self.modules_to_save, "modules_to_save")
+        if self.trainable_token_indices is not None:
+            _check_tokens(self.trainable_token_indices)
         self._check_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name) or {}, Mapping):
@@ -246,7 +258,7 @@ class WeftConfig(PeftConfig):
         """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
         super().save_pretrained(save_directory, **kwargs)
         offers = [registry.encoded(choice) for choice in self.choices().values()]
-        _write_loading_note(
+        write_loading_note(
             Path(save_directory), sorted({str(said["package"]) for said in offers if said.get("package")})
         )
 
@@ -316,6 +328,18 @@ def _check_names(names: Any, field_name: str) -> None:
         raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
 
 
+def _check_tokens(value: Any) -> None:
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    good = all(isinstance(tokens, (list, tuple)) and tokens for tokens in lists) and bool(lists)
+    if not good or not all(is_whole(token, 0) for tokens in lists for token in tokens):
+        raise ConfigError(
+            f"trainable_token_indices={value!r} names no tokens: write their numbers, such as [417, 418], or "
+            "{'embed_tokens': [417, 418]}."
+        )
+    if isinstance(value, Mapping):
+        _check_names(list(value), "trainable_token_indices")
+
+
 def _check_alpha(alpha: Any, name: str) -> None:
     if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
@@ -327,6 +351,10 @@ def _weft_version() -> str:
     return __version__
 
 
+FIRST_LINE = (
+    "**`import weftlora` before you load this adapter** (`pip install weftlora`), or peft says `KeyError: 'WEFT'`; "
+    "`weftlora export` makes a stock LoRA of it, which needs neither."
+)
 LOADING_NOTE = """
 ## Loading this adapter
 
@@ -335,19 +363,39 @@ This is a weftlora adapter. peft knows the type once weftlora is imported:
 ```python
 import weftlora  # registers the WEFT type with peft
 from peft import PeftModel
-{trust}
+
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 """
+TRUST_NOTE = """
+Its terms come from {packages}, whose code it needs. Before you load it:
+
+```python
+weftlora.trust_terms({names})
+```
+"""
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def _write_loading_note(folder: Path, packages: list[str]) -> None:
-    """How to load the adapter, into the folder's README.md; `packages` offer terms of it."""
+def write_loading_note(folder: Path, packages: list[str] | None = None) -> None:
+    """Say in the first line of the folder's README.md, below its metadata, and in a section, what loading needs; once.
+
+    `packages`: those that offer terms of the adapter.
+    """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if "import weftlora" not in text:
-        trust = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
-        readme.write_text(text + LOADING_NOTE.format(trust=f"{trust}\n" if trust else ""), encoding="utf-8")
+    said = text
+    if FIRST_LINE not in text:
+        front = _FRONT_MATTER.match(text)
+        head, body = (front[0] + "\n", text[front.end() :]) if front else ("", text)
+        said = f"{head}{FIRST_LINE}\n\n{body.lstrip()}"
+    if LOADING_NOTE.strip() not in said:
+        said = said.rstrip() + "\n" + LOADING_NOTE
+    if packages:
+        trust = TRUST_NOTE.format(packages=" and ".join(packages), names=", ".join(map(repr, packages)))
+        said += "" if trust in said else trust
+    if said != text:
+        readme.write_text(said, encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> WeftConfig:

@@ -80,7 +80,9 @@ def test_recipes_are_listed_with_their_defaults(weftlora: Weft) -> None:
     listed = {entry["name"]: entry for entry in json.loads(said.out)}
     assert set(listed) == set(BUILTIN)
     assert listed["hydralora"]["defaults"]["heads"] == 3
-    assert listed["tied_lora"]["defaults"]["lora_alpha"] == listed["tied_lora"]["defaults"]["r"]
+    assert listed["lora_dash"]["defaults"] | {"directions": 8, "after": 100} == listed["lora_dash"]["defaults"]
+    assert listed["tied_lora"]["defaults"]["train"] == "tl6"
+    assert listed["none"]["defaults"] == {}
     assert "arXiv" in listed["lora"]["paper"]
     assert "hydralora" in weftlora("recipes").out
 

@@ -192,6 +192,13 @@ def randomised(model: PeftModel) -> PeftModel:
     return model.eval()
 
 
+def test_it_compiles() -> None:
+    torch._dynamo.reset()
+    model = randomised(adapted())
+    expected = logits(model, FAMILY.batch())
+    assert torch.allclose(torch.compile(model, backend="eager")(**FAMILY.batch()).logits, expected, atol=1e-6)
+
+
 def test_it_saves_loads_copies_and_resumes(tmp_path: Path) -> None:
     model = trained(adapted())
     expected = logits(model, FAMILY.batch())

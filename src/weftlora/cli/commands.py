@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weftlora import __version__
 from weftlora.cli import bench, output
 from weftlora.cli.compare import compare
 from weftlora.cli.directions import directions
@@ -28,6 +29,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"weftlora {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def weftlora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune with adaptive low-rank adapters: train, evaluate, generate."""
+
+
 app.add_typer(bench.app, name="bench")
 app.command()(directions)
 app.command()(search)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from weftlora import __version__
+
 WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear": "a node each"}
 
 
@@ -74,7 +76,7 @@ def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
     devices, threads = _devices()
     demo = _demo_problem()
     return Diagnosis(
-        weftlora=_version("weftlora") or "missing",
+        weftlora=__version__,
         python=platform.python_version(),
         packages=packages,
         windows=windows,

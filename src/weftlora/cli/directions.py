@@ -15,7 +15,9 @@ from rich.table import Table
 from weftlora.cli import output
 from weftlora.cli.display import watching
 from weftlora.cli.options import TrustTerms
+from weftlora.data.paths import locate
 from weftlora.errors import RunError
+from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.glue.report import AdapterDirections, DirectionsReport, Hits, Overlap, SiteDirections
@@ -45,6 +47,10 @@ def directions(
     """Which directions of the frozen weights adapters move, and how well they predict where training goes."""
     if out is not None and not os.access(out.parent, os.W_OK):  # before the decompositions, not after
         raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+    for folder in adapter or [model]:
+        check_source(Path(folder))
+    if adapter:
+        locate(model, Path.cwd())
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.train.directions import directions as call
         from weftlora.train.files import write_json

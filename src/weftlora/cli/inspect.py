@@ -18,6 +18,7 @@ from weftlora.cli import output
 from weftlora.cli.display import watching
 from weftlora.cli.options import TrustTerms
 from weftlora.errors import RunError
+from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.report.result import Inspection, Routers
@@ -58,6 +59,7 @@ def inspect(
         )
     if base is not None and no_base:
         raise RunError(f"--base {base} and --no-base: give one of the two.")
+    check_source(Path(adapter))
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.report.inspecting import inspect as call
         from weftlora.report.page import check_extra, write_page

@@ -14,6 +14,7 @@ from rich.table import Table
 from weftlora.cli import output
 from weftlora.cli.display import watching
 from weftlora.errors import RunError
+from weftlora.extras import needs
 
 if TYPE_CHECKING:
     from weftlora.search import Stability
@@ -38,7 +39,11 @@ def search(
             f"cannot write {out}: {Path(out).parent} is no folder that can be written to; choose another --out."
         )
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
-        from weftlora.train.layers import search_recipe
+        with needs("train", "weftlora search"):
+            from weftlora.train.recipe import asked
+
+            asked(recipe, overrides or [])
+            from weftlora.train.layers import search_recipe
 
         found = search_recipe(recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, progress=progress)
     output.show(found.record(), as_json, lambda: _shown(found))

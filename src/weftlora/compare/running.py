@@ -23,6 +23,7 @@ from weftlora.errors import ConfigError, RunError
 from weftlora.numbers import is_whole
 from weftlora.train.files import read_json, write_json, writing
 from weftlora.train.progress import Tick
+from weftlora.train.recipe import TrainConfig
 from weftlora.train.run import differences
 
 RESULT = "comparison.json"
@@ -120,7 +121,9 @@ def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
 def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
-    for key, (before, after) in differences(plan.recipe, given, ""):
+    defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
+    started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
+    for key, (before, after) in differences(started, given, ""):
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
                 f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "

@@ -25,7 +25,6 @@ from weftlora.glue.ablation.scorer import Ablation
 from weftlora.glue.decompose import Decomposer
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.original import Checkpoint, OriginalWeight
-from weftlora.glue.sharing import shared_tensors
 from weftlora.numbers import is_number
 from weftlora.schedule.launch import LaunchController, forget_moments
 from weftlora.schedule.ranking import Ranker
@@ -251,48 +250,3 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         )
         schedule.events = copy.deepcopy(cast("list[Event]", saved["events"]))
         schedule.prepare()
-
-
-VECTORS = frozenset({"u", "v", "gain", "router"})
-
-
-def param_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    router_lr: float | None = None,
-    vector_lr: float | None = None,
-    gain_lr: float | None = None,
-    tied_lr_multiplier: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Optimiser groups as the papers ask: no decay on u, v, gains and routers, own rates where wanted.
-
-    Args:
-        model: an adapted model; what it trains beside the adapter (a head) goes with the factors, biases without decay.
-        lr: rate of A and B and of everything whose own rate is None.
-        weight_decay: for the matrices A, B and modules_to_save.
-        router_lr, vector_lr, gain_lr: rates of the routers, of u and v, of the Dash gains.
-        tied_lr_multiplier: factor on the rate of a shared A or B (first author's code may have had the number of layers).
-
-    Returns:
-        Non-empty groups for any torch optimiser; each parameter once, tied ones too.
-
-    Raises:
-        ConfigError: nothing in the model is trained.
-    """
-    rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    shared = {id(p) for p in shared_tensors(model)}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        last = name.rpartition(".")[2] if ".weft_site." in name else ""
-        rate = rates.get(last)
-        if rate is None:
-            rate = lr * (tied_lr_multiplier if id(parameter) in shared else 1.0)
-        decay = 0.0 if last in VECTORS or (not last and parameter.dim() < 2) else weight_decay
-        groups.setdefault((last if last in VECTORS else "factors", rate, decay), []).append(parameter)
-    if not groups:
-        raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]

@@ -22,11 +22,13 @@ from weftlora.glue.attach import make_schedule, warn_of_missing
 from weftlora.glue.blocks import Blocks
 from weftlora.glue.fusion import forget, fuse, unfuse
 from weftlora.glue.layer import WeftLinear
+from weftlora.glue.optimizer import watch
 from weftlora.glue.sharing import attention_inputs, shared_keys
 from weftlora.glue.targets import (
     by_pattern,
     check_adaptable,
     check_saved_modules,
+    check_tokens,
     expert_parameters,
     inside_adapter,
     is_all_linear,
@@ -120,6 +122,7 @@ class WeftTuner(BaseTuner):
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
         check_saved_modules(peft_config, model)
+        check_tokens(peft_config, model)
         warn_of_unmatched(peft_config, model)
 
     def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
@@ -179,6 +182,7 @@ class WeftTuner(BaseTuner):
             layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
             _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
+            watch(adapter_name, layers)
             fuse(model)
         finally:
             self._owners = {}

@@ -8,11 +8,13 @@ Both the boost and the later start of A and B are such slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Direction:
 
 class ExtraTerm(nn.Module, ABC):
     """The extra slots of one site."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+    """What each of its parameters does in the equation, by name."""
 
     @abstractmethod
     def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots | None:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
-from weftlora.errors import ConfigError, TargetError, WeftError, suggest, unknown_key
-from weftlora.recipes import RECIPES
+from weftlora.errors import ConfigError, TargetError, WeftError
+from weftlora.recipes import RECIPES, check_fields
 from weftlora.search import Selection
 from weftlora.spec import WeftConfig
 from weftlora.terms.axes import AXES
 from weftlora.terms.trust import from_folder
 from weftlora.train.files import write_folder
-from weftlora.train.recipe import Task
 from weftlora.train.run import Run
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
 
 _TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "classification": TaskType.SEQ_CLS}
 
@@ -41,16 +40,12 @@ def adapter_config(
         ConfigError: an unknown recipe, axis or field, or a value that cannot work.
         AdapterError: a saved section names a term of a package that is not trusted.
     """
+    check_fields(section)
     fields = dict(section)
     name = fields.pop("recipe", None)
     if name == "none":
-        if fields:
-            raise ConfigError(f"adapter none takes no fields, but {', '.join(fields)} is given: drop it.")
         return None
-    if name is not None and name not in RECIPES:
-        raise ConfigError(f"adapter.recipe={name!r} is not known: {suggest(str(name), [*RECIPES, 'none'])}")
     make = WeftConfig if name is None else RECIPES[name]
-    _check_fields(name, make, fields)
     if selection is not None:
         fields["layers"] = selection.layers
     if name == "peft:adalora" and total_steps is not None:
@@ -70,36 +65,6 @@ def saved_selection(section: dict[str, Any], base_dir: Path | None = None) -> Se
     if not isinstance(layers, str) or not layers.endswith(".json"):
         return None
     return Selection.load((base_dir or Path()) / Path(layers).expanduser())
-
-
-def _check_fields(name: str | None, make: Callable[..., PeftConfig], fields: dict[str, Any]) -> None:
-    """Refuse a field that neither the recipe nor the config has; for stock peft, the rank it would refuse only later."""
-    if name is not None and name.startswith("peft:"):
-        r = fields.get("r", 1)
-        if not isinstance(r, int) or r < 1:
-            raise ConfigError(f"adapter {name}: r={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
-        return
-    own = inspect.signature(make).parameters
-    named = {key for key, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
-    axes = set(AXES) - {"layers"} if name is not None else set()
-    valid = (named | {field.name for field in dataclasses.fields(WeftConfig)} | {"recipe"}) - _NOT_IN_RECIPES - axes
-    if name == "flexora":
-        valid -= {"layers"}
-        if "layers" in fields:
-            raise ConfigError(
-                f"adapter flexora searches its layers, and layers={fields['layers']!r} is given too: train a choice with another "
-                "recipe, such as lora."
-            )
-    for key in fields:
-        if key not in valid:
-            raise unknown_key(str(key), valid, "adapter" if name is None else f"adapter {name}")
-
-
-_NOT_IN_RECIPES = {
-    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type"),
-    *("inference_mode", "format_version", "args", "kwargs"),
-}
-"""Fields of the config that peft or weftlora fills in."""
 
 
 def adapt(base: PreTrainedModel, config: PeftConfig, task: Task) -> PeftModel:

@@ -26,6 +26,7 @@ from transformers import TrainingArguments, set_seed
 
 import weftlora
 from weftlora.errors import ConfigError
+from weftlora.glue.optimizer import freeze
 from weftlora.numbers import is_whole
 from weftlora.search import Selection, Stability, compare
 from weftlora.search.driver import LayerSearch
@@ -173,6 +174,8 @@ class Stage:
         )  # the start of the second stage does not depend on the search's length
         model = second_stage(cast(PeftModel, self.prepared.model), selection)
         config = model.peft_config["default"]
+        if self.prepared.recipe.train.freeze_down:
+            freeze(model)
         weftlora.attach(model, total_steps=self.run.steps)
         described = {**self.run.adapter, "layers": config.to_dict()["layers"]}
         took = {"search_seconds": round(selection.seconds, 3), "search_in_steps": selection.record["cost_in_steps"]}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -29,9 +28,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from weftlora.data.paths import resolve_path
+from weftlora.data.paths import locate
 from weftlora.errors import ModelError
-from weftlora.train.recipe import ModelConfig, Task
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
+    from weftlora.train.recipe import ModelConfig
 
 HEADS = ("score", "classifier", "pre_classifier")
 """What a classification model may be missing: its head is new, trained and saved with the adapter."""
@@ -44,10 +46,20 @@ _AUTO = {
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which base, and how to load it: what a recipe's `model` section says, for those who have no recipe."""
+
+    path: str
+    dtype: str = "float32"
+    task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
 class Base:
     """What is known of a base before its weights are loaded."""
 
-    config: ModelConfig
+    config: ModelConfig | Wanted
     source: str
     """Folder or hub id."""
     settings: PreTrainedConfig
@@ -61,7 +73,7 @@ class Base:
         return "seq2seq" if self.settings.is_encoder_decoder else None
 
 
-def find(config: ModelConfig, base_dir: Path) -> Base:
+def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
     """Locate a base, read its config and tokenizer.
 
     Raises:
@@ -78,38 +90,6 @@ def find(config: ModelConfig, base_dir: Path) -> Base:
     if tokenizer.pad_token is None:
         raise ModelError(f"the tokenizer of {config.path!r} has no padding, end or unknown token: give it a pad_token.")
     return Base(config, source, settings, tokenizer)
-
-
-def locate(path: str, base_dir: Path) -> str:
-    """The folder behind `path` (absolute), or `path` itself where it can only be a hub id. Raises ModelError."""
-    if path == "demo":
-        from weftlora.data.demo import demo_model_path
-
-        return str(demo_model_path())
-    folder = _in_package(path) if path.startswith(_PACKAGE) else resolve_path(path, base_dir)
-    if not folder.exists():
-        if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
-            raise ModelError(f"there is no model folder {str(folder)!r}.")
-        return path
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
-    return str(folder.resolve())
-
-
-_PACKAGE = "package:"
-
-
-def _in_package(path: str) -> Path:
-    """The folder that `package:NAME/FOLDER` means: a model that an installed Python package carries."""
-    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise ModelError(
-            f"the model {path!r} needs the Python package {name!r}, which is not installed: pip install it."
-        )
-    return Path(found.submodule_search_locations[0]) / inside
 
 
 def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:

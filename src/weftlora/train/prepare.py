@@ -62,7 +62,10 @@ def prepare(recipe: Recipe) -> Prepared:
     config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
     if selection is not None:
         selection.check(plain)
+    _check_by_role(recipe, config)
     adapted = plain if config is None else adapt(plain, config, task)
+    if isinstance(config, WeftConfig) and (recipe.train.lora_plus_ratio or recipe.train.freeze_down):
+        _by_role(adapted, recipe)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
@@ -70,6 +73,23 @@ def prepare(recipe: Recipe) -> Prepared:
         weftlora.attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
     _ready_for_checkpointing(plain, recipe)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
+
+
+def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
+    """Refuse to treat tensors by role in adapters that do not say them."""
+    given = {"lora_plus_ratio": recipe.train.lora_plus_ratio, "freeze_down": recipe.train.freeze_down}
+    for key, value in given.items():
+        if value and config is not None and not isinstance(config, WeftConfig):
+            raise ConfigError(
+                f"train.{key}={value!r} is for weftlora's adapters, and {recipe.adapter.get('recipe')} is peft's own: use adapter: "
+                "lora, which computes what peft:lora does, or leave the key out."
+            )
+
+
+def _by_role(adapted: torch.nn.Module, recipe: Recipe) -> None:
+    """Refuse now what the optimiser would refuse later, and freeze what it will not train, so that the run counts what it trains."""
+    train = recipe.train
+    weftlora.param_groups(adapted, lr=train.lr, lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down)
 
 
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:

@@ -11,6 +11,7 @@ An unknown key anywhere is a `ConfigError` that names the nearest valid one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,12 +21,15 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from weftlora.data import DataConfig, Task
+from weftlora.data.config import DataConfig, Task
+from weftlora.data.paths import locate
 from weftlora.errors import ConfigError, suggest
+from weftlora.recipes import check_fields
 from weftlora.strict import Strict
 from weftlora.train.builtin import BUILTIN, builtin
+from weftlora.train.run import Run, check_continues
 
-__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "read_file", "read_yaml"]
+__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "asked", "read_file", "read_yaml"]
 
 Dtype = Literal["float32", "bfloat16", "auto"]
 
@@ -54,6 +58,10 @@ class TrainConfig(Strict):
     warmup: float = Field(default=0.0, ge=0)
     """Optimiser steps; below 1, a fraction of the run."""
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor on the rate of B (LoRA+: 16); none, and 1, train A and B alike."""
+    freeze_down: bool = False
+    """Freeze A and train the rest (LoRA-FA)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     optimizer: str = "adamw_torch"
     seed: int = Field(default=0, ge=0)
@@ -100,6 +108,11 @@ class Subject(Strict):
     def base_dir(self) -> Path:
         """What relative model and data paths count from: the recipe file's folder, else the working folder."""
         return self._base_dir
+
+    def check_places(self) -> None:
+        """Refuse a model folder or a data file that is not there. Raises ModelError or DataError."""
+        locate(self.model.path, self.base_dir)
+        self.data.check_files(self.base_dir)
 
     @classmethod
     def _made(
@@ -160,6 +173,36 @@ class Recipe(Subject):
         recipe = cls._made(content, overrides, base_dir or found, _MISSING)
         recipe._from_folder = from_folder or (isinstance(source, Recipe) and source.from_folder)
         return recipe
+
+
+def asked(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = (), resume: bool = False
+) -> tuple[Recipe, Run | None]:
+    """The recipe to train and, when resuming, the run so far; a run folder names its own recipe.
+
+    What is wrong with names, keys and places is said here, before anything that takes seconds to load.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as their names say.
+    """
+    before = None
+    if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
+        before = Run.load(source)
+        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
+        recipe = recipe.model_copy(update={"out": str(source)})
+    else:
+        recipe = Recipe.read(source, *overrides)
+        if resume:
+            before = Run.load(Path(recipe.out).expanduser())
+    if before is not None:
+        told = Recipe.read(before.recipe).model_dump(
+            mode="json"
+        )  # with the defaults of keys that are newer than the run
+        check_continues(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
+    if before is None or before.status != "complete":
+        check_fields(recipe.adapter)
+        recipe.check_places()
+    return recipe, before
 
 
 _MISSING = {

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from weftlora.errors import ConfigError, RunError
+from weftlora.errors import AdapterError, ConfigError, RunError
 from weftlora.train.files import append_json, read_json, read_lines, write_json, writing
 
 FORMAT = 1
@@ -100,6 +100,16 @@ class Run:
             return cls(**{key: value for key, value in content.items() if key in names} | {"folder": path})
         except TypeError as error:
             raise RunError(f"{path / 'run.json'} is damaged: {error}.") from None
+
+
+def check_source(folder: Path) -> None:
+    """Refuse a path that cannot be a run folder or an adapter folder. Raises AdapterError."""
+    if not folder.exists():
+        raise AdapterError(
+            f"{folder} is no adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder."
+        )
+    if not (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
 
 
 def now() -> str:

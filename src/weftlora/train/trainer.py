@@ -104,8 +104,13 @@ class _Grouped:
         if trainer.optimizer is None:
             args = trainer.args
             kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+            train = trainer.prepared.recipe.train
             groups = weftlora.param_groups(
-                model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay
+                model or trainer.model,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                lora_plus_ratio=train.lora_plus_ratio,
+                freeze_down=train.freeze_down,
             )
             trainer.optimizer = kind(groups, **options)
         return trainer.optimizer

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from weftlora import linalg
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 from weftlora.linalg import SELECT
 from weftlora.numbers import is_number, is_whole
 from weftlora.terms.boost import Boost, BoostTerm
@@ -91,6 +91,8 @@ class Dash(Boost):
 
 class DashTerm(BoostTerm):
     """The Dash slots of one site. Saved: gains, directions, which they are, and whether they have been launched."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"gain": "gain"}
 
     down: Tensor
     up: Tensor

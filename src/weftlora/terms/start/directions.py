@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from weftlora import linalg
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 from weftlora.linalg import SELECT
 from weftlora.numbers import is_number, is_whole
 from weftlora.terms.events import Applied, Controller, SiteView, Timeline
@@ -116,6 +116,8 @@ class Directions(Start):
 
 class DirectionsTerm(StartTerm):
     """The frozen twins of one site's slots. Saved: twins, which directions they are, and whether they have been switched on."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
 
     down: Tensor | None
     up: Tensor | None

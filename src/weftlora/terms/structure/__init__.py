@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from weftlora.kernel import Factors
+from weftlora.kernel import Factors, Role
 from weftlora.terms.choice import Choice
 
 SlotFirst = Callable[[Tensor], Tensor]
@@ -112,6 +112,8 @@ class StructureTerm(nn.Module, ABC):
     """The tensors of one site: trained ones parameters, frozen ones buffers, named by the letters of the equation."""
 
     choice: Structure
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up"}
+    """What each of its parameters does in the equation, by name, which is all that an optimiser is told."""
     zero: str = "B"
     """The name of the factor that is zero at step 0, which has to be trained."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, RouterInput
+from weftlora.kernel import Factors, Role, RouterInput
 from weftlora.numbers import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
@@ -115,6 +115,7 @@ class Hydra(Structure):
 class HydraTerm(Unshared):
     """Owns A [r, in], B [out, N·r] (head n in columns n·r … n·r+r−1) and the router [N, in] or [N, r] of one site."""
 
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "router": "router"}
     choice: Hydra
 
     def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):

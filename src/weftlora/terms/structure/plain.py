@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weftlora.kernel import Factors
+from weftlora.kernel import Factors, Role
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
 
@@ -54,6 +54,7 @@ class Plain(Structure):
 class PlainTerm(Unshared):
     """Owns A [r, in] and B [out, r] of one site."""
 
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up"}
     choice = Plain()
 
     def __init__(self, a: torch.Tensor, out_features: int):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors
+from weftlora.kernel import Factors, Role
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
@@ -164,6 +164,7 @@ class TiedTerm(StructureTerm):
     saved once. A part that is 1 and frozen (u or v) does not exist.
     """
 
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "u": "gain", "v": "gain"}
     choice: Tied
 
     def __init__(self, choice: Tied, owned: dict[Part, Tensor], owner: dict[Part, TiedTerm]):
