@@ -12,7 +12,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 import weftlora
 from weftlora.spec import WeftConfig
-from weftlora.terms.structure.hydra import Hydra
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
 from weftlora.train.files import append_json
@@ -178,5 +177,4 @@ def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
 
 
 def _has_balance(adapter: Any) -> bool:
-    structure = getattr(adapter, "structure", None)
-    return isinstance(structure, Hydra) and structure.balance > 0
+    return isinstance(adapter, WeftConfig) and adapter.structure.balance > 0
