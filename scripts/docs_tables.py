@@ -92,18 +92,19 @@ def refused() -> str:
 
 def choices() -> str:
     """The choices of each axis, with their fields and defaults."""
-    from weftlora.spec import AXES
+    from weftlora.terms.axes import AXES
 
     rows = []
-    for axis, kinds in AXES.items():
-        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in kinds.values()) or "`None`"
+    for axis in AXES:
+        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in AXES[axis].values())
         rows.append((f"`{axis}`", shown))
     return _table(("axis", "choices in this release"), rows)
 
 
 def config_fields() -> str:
     """The fields of WeftConfig beside the axes, from its docstring."""
-    from weftlora.spec import AXES, WeftConfig
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.axes import AXES
 
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else (f.default_factory or str)()  # type: ignore[misc]
@@ -111,7 +112,7 @@ def config_fields() -> str:
     }
     rows = []
     for names, text in _arguments(inspect.getdoc(WeftConfig) or ""):
-        if not set(names) & AXES.keys():
+        if not set(names) & set(AXES):
             shown = "<br>".join(f"`{name}`" for name in names)
             rows.append((shown, f"`{defaults[names[0]]}`", text))
     return _table(("field", "default", "meaning"), rows)

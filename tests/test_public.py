@@ -8,7 +8,7 @@ import pytest
 
 import weftlora
 from weftlora.recipes import RECIPES
-from weftlora.spec import AXES
+from weftlora.terms.axes import AXES
 
 
 def test_all_is_sorted_and_complete():
@@ -41,8 +41,8 @@ def test_a_public_name_resolves_and_says_what_it_is(name: str):
 
 
 def test_every_choice_and_every_recipe_of_ours_is_public():
-    for kinds in AXES.values():
-        for cls in kinds.values():
+    for axis in AXES:
+        for cls in AXES[axis].values():
             assert getattr(weftlora, cls.__name__) is cls
             assert cls.__name__ in weftlora.__all__
     for name, recipe in RECIPES.items():

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from weftlora.terms.structure.hydra import Hydra
     from weftlora.terms.structure.plain import Plain
     from weftlora.terms.structure.tied import Tied
+    from weftlora.terms.trust import trust_terms
     from weftlora.train import Run, evaluate, generate, train
     from weftlora.train.callback import Callback
     from weftlora.train.directions import directions
@@ -91,6 +92,7 @@ _LAZY = {
     "Hydra": "weftlora.terms.structure.hydra",
     "Plain": "weftlora.terms.structure.plain",
     "Tied": "weftlora.terms.structure.tied",
+    "trust_terms": "weftlora.terms.trust",
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weftlora.train"),
     "Callback": "weftlora.train.callback",
     "directions": "weftlora.train.directions",
@@ -153,6 +155,7 @@ __all__ = [
     "state_dict",
     "suggest_heads",
     "train",
+    "trust_terms",
 ]
 
 

@@ -17,6 +17,8 @@ from weftlora.cli.display import watching
 from weftlora.cli.export import export
 from weftlora.cli.heads import heads
 from weftlora.cli.inspect import inspect
+from weftlora.cli.new_term import new_term
+from weftlora.cli.options import TrustTerms
 from weftlora.cli.report import report
 from weftlora.cli.search import search
 
@@ -52,6 +54,7 @@ app.command()(export)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
+app.command("new-term")(new_term)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -67,6 +70,7 @@ def train(
     out: Annotated[str | None, typer.Option(help="The run folder; short for out=....")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -91,6 +95,7 @@ def evaluate(
     base: Base = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the compared answers.")] = None,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -120,6 +125,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
     base: Base = None,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with a trained adapter."""
@@ -149,6 +155,7 @@ def doctor(
     run: Annotated[
         Path | None, typer.Argument(help="A run or adapter: also say which of its linears the fast path computes.")
     ] = None,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
     """Say what weftlora finds on this machine, and what is missing."""

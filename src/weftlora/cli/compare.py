@@ -17,6 +17,7 @@ from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import LINE_EVERY
+from weftlora.cli.options import TrustTerms
 from weftlora.compare.metrics import metric_of
 from weftlora.extras import needs
 
@@ -37,6 +38,7 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")
     ] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:

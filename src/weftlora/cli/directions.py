@@ -14,6 +14,7 @@ from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
+from weftlora.cli.options import TrustTerms
 from weftlora.data.paths import locate
 from weftlora.errors import RunError
 from weftlora.train.run import check_source
@@ -39,6 +40,7 @@ def directions(
     seed: Annotated[int, typer.Option(help="Of the directions drawn as a control.")] = 0,
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")] = None,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:

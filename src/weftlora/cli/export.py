@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from weftlora.cli import output
+from weftlora.cli.options import TrustTerms
 from weftlora.errors import ConfigError
 from weftlora.train.run import check_source
 
@@ -53,6 +54,7 @@ def export(
         bool, typer.Option("--no-verify", help="Do not prove it; for models that do not fit twice.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr.")] = False,
 ) -> None:

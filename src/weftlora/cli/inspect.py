@@ -16,6 +16,7 @@ from rich.text import Text
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
+from weftlora.cli.options import TrustTerms
 from weftlora.errors import RunError
 from weftlora.train.run import check_source
 
@@ -47,6 +48,7 @@ def inspect(
     rows: Annotated[int, typer.Option(min=1, help="Rows per domain for the routers.")] = 64,
     spectra: Annotated[int, typer.Option(min=0, help="Decompose W of so many sites for change rates.")] = 4,
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:

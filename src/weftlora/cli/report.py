@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from weftlora.cli import output
+from weftlora.cli.options import TrustTerms
 
 
 def report(
@@ -23,6 +24,7 @@ def report(
     routers: Annotated[
         bool, typer.Option("--routers", help="Also run routers over validation rows; loads the base.")
     ] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
     """Write one offline page: which method is better, at what cost, and every run behind it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from weftlora.compare import found, pool
 from weftlora.compare.locks import NAMES, in_charge
+from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import Comparison, Method
@@ -143,6 +144,7 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
     if _has_plan(folder):
         there = Plan.load(folder)
         _check_same(there, recipe, folder)
+        check_saved(contenders(recipe.methods), there.methods, there.draws)
         more = [seed for seed in recipe.all_seeds if seed not in there.seeds]
         asked = there.recipe | ({"seeds": recipe.seeds} if more else {})
         plan = dataclasses.replace(there, recipe=asked, seeds=[*there.seeds, *more])

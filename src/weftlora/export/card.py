@@ -18,7 +18,8 @@ from weftlora.export.folder import MARK
 from weftlora.export.record import LoraExport, Merge, Proof
 from weftlora.export.source import Source
 from weftlora.glue.updates import base_of
-from weftlora.spec import AXES, encode_choice
+from weftlora.spec import encode_choice
+from weftlora.terms.axes import AXES
 from weftlora.version import __version__
 
 
@@ -102,7 +103,7 @@ def _method(source: Source, adapter: str) -> str:
     if source.run is not None and (recipe := source.run.recipe["adapter"].get("recipe")):
         return str(recipe)
     config = _config(source, adapter)
-    return "a weftlora adapter" if config is None else type(config.structure).__name__
+    return "a weftlora adapter" if config is None else config.structure.title
 
 
 def _config(source: Source, adapter: str) -> Any:

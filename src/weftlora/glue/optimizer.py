@@ -25,7 +25,6 @@ from weftlora.kernel import Role
 from weftlora.numbers import is_number
 from weftlora.schedule import clock
 from weftlora.site import Site
-from weftlora.terms.structure.tied import TiedTerm
 
 _UNDECAYED: frozenset[Role] = frozenset({"gain", "router"})
 
@@ -108,11 +107,10 @@ def freeze(model: nn.Module) -> None:
     """
     found = [(site, name, p) for _, site in _sites(model) for name, p, role in site.roles() if role == "down"]
     for site, name, parameter in found:
-        term = site.structure
-        if parameter.requires_grad and isinstance(term, TiedTerm) and term.choice.starts_at_zero == name:
+        if parameter.requires_grad and site.structure.zero == name:
             raise ConfigError(
-                f"freeze_down freezes A, which Tied(train={term.choice.train!r}) starts at zero, so the update would stay zero: "
-                "train B, u or v as well (train='tl6'), or leave freeze_down out."
+                f"freeze_down freezes {name}, which {site.structure.choice.label()} starts at zero, so the update would stay zero: "
+                "train another factor as well (of Tied B, u or v: train='tl6'), or leave freeze_down out."
             )
     if not found:
         raise ConfigError("freeze_down freezes the A of adapters, and none is trained here: leave it out.")
@@ -199,7 +197,7 @@ def _rate(group: dict[str, Any]) -> float:
     return float(group.get("initial_lr", group["lr"]))
 
 
-def _is_ours(held: Sequence[tuple[Role, float, float, tuple[float, float] | None]]) -> bool:
+def _is_ours(held: Sequence[tuple[Role | None, float, float, tuple[float, float] | None]]) -> bool:
     """Whether the groups are those that `param_groups` made last, at these rates or all at one multiple of them."""
     if any(made is None for *_, made in held):
         return False

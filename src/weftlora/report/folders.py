@@ -16,7 +16,7 @@ from weftlora.report.subject import Rows, Start, Subject, live_subject
 from weftlora.search import Selection
 from weftlora.site import Site
 from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import search_of
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.checkpoint import marked
 from weftlora.train.files import read_lines
@@ -86,10 +86,10 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
         )
         return bare
     subject = live_subject(trained.model, "default", bare.source)
-    subject.settings, subject.steps = bare.settings, bare.steps
+    subject.config, subject.settings, subject.steps = bare.config, bare.settings, bare.steps
     subject.base = trained.base.config.path
     subject.start = drawn[0] if drawn else None
-    if not all(site.mergeable for site in subject.sites.values()):
+    if any(site.routed for site in subject.sites.values()):
         try:
             subject.rows = _rows(run, trained, data, limit)
         except (DataError, ModelError, MissingExtraError) as error:
@@ -179,13 +179,14 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
     """
     recipe = recipe_of(run)
     try:
-        config = adapter_config(recipe.adapter, run.steps, saved_selection(recipe.adapter, recipe.base_dir))
+        selection = saved_selection(recipe.adapter, recipe.base_dir)
+        config = adapter_config(recipe.adapter, run.steps, selection, recipe.from_folder)
     except WeftError:  # the selection that it was trained with is no longer where it was
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if isinstance(config.layers, Search):
-        if config.layers.finetune != "restart" or not (run.folder / "selection.json").is_file():
+    if (search := search_of(config.layers)) is not None:
+        if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers
         torch.manual_seed(run.seed)

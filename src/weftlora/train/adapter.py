@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from weftlora.errors import ConfigError, TargetError, WeftError
 from weftlora.recipes import RECIPES, check_fields
 from weftlora.search import Selection
 from weftlora.spec import WeftConfig
+from weftlora.terms.axes import AXES
+from weftlora.terms.trust import from_folder
 from weftlora.train.files import write_folder
 from weftlora.train.run import Run
 
@@ -22,15 +25,20 @@ _TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "c
 
 
 def adapter_config(
-    section: dict[str, Any], total_steps: int | None = None, selection: Selection | None = None
+    section: dict[str, Any],
+    total_steps: int | None = None,
+    selection: Selection | None = None,
+    saved: bool = False,
 ) -> PeftConfig | None:
     """The peft config that an `adapter` section describes; None for `recipe: none`, the frozen base.
 
     `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `selection` is what
-    the section's `layers` names, if that is a file (`saved_selection`).
+    the section's `layers` names, if that is a file (`saved_selection`). `saved`: the section comes from a folder, so that the
+    terms of other packages in it need trust (`weftlora.trust_terms`).
 
     Raises:
         ConfigError: an unknown recipe, axis or field, or a value that cannot work.
+        AdapterError: a saved section names a term of a package that is not trusted.
     """
     check_fields(section)
     fields = dict(section)
@@ -43,7 +51,8 @@ def adapter_config(
     if name == "peft:adalora" and total_steps is not None:
         fields.setdefault("total_step", total_steps)
     try:
-        return make(**fields)
+        with from_folder() if saved else nullcontext():
+            return make(**fields)
     except WeftError:
         raise
     except (ValueError, TypeError) as error:
@@ -88,13 +97,22 @@ def write_adapter(model: PeftModel, run: Run) -> None:
 
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_README.format(run=run, method=_method(run)), encoding="utf-8")
+        said = _README.format(run=run, method=_method(run), trust=_trust(run))
+        (folder / "README.md").write_text(said, encoding="utf-8")
 
     write_folder(run.adapter_folder, fill)
 
 
 def _method(run: Run) -> str:
     return run.recipe["adapter"].get("recipe") or "its axes: " + ", ".join(run.recipe["adapter"])
+
+
+def _trust(run: Run) -> str:
+    """The lines that trust the packages whose terms the adapter needs."""
+    choices = [run.adapter.get(axis) for axis in AXES]
+    packages = sorted({choice["package"] for choice in choices if isinstance(choice, dict) and choice.get("package")})
+    lines = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
+    return f"{lines}\n" if lines else ""
 
 
 _README = """\
@@ -105,7 +123,7 @@ Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on `{run.base
 ```python
 import weftlora  # registers the adapter type with peft
 from peft import PeftModel
-
+{trust}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

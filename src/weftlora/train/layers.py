@@ -33,8 +33,9 @@ from weftlora.search.driver import LayerSearch
 from weftlora.search.inner import Inner
 from weftlora.search.passes import Batch, model_loss
 from weftlora.search.second import second_stage
-from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.spec import WeftConfig, decode_choice
+from weftlora.terms.layers import Layers
+from weftlora.terms.layers.search import Search, search_of
 from weftlora.train.adapter import parameters
 from weftlora.train.files import sync, write_lines, writing
 from weftlora.train.prepare import Prepared
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 def searches(prepared: Prepared) -> bool:
     """Whether the recipe's adapter is to be searched before it is trained."""
-    return isinstance(prepared.adapter, WeftConfig) and isinstance(prepared.adapter.layers, Search)
+    return isinstance(prepared.adapter, WeftConfig) and prepared.adapter.layers.search is not None
 
 
 def make_search(
@@ -86,7 +87,8 @@ def make_search(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    search = cast(Search, config.layers)
+    search = search_of(config.layers)
+    assert search is not None
     return LayerSearch(
         model,
         search if rows is None else dataclasses.replace(search, max_search_samples=rows),
@@ -295,8 +297,9 @@ def _with_search(adapter: dict[str, Any]) -> dict[str, Any]:
             f"adapter {name} has no layer gates to search with: use a recipe of weftlora, such as flexora."
         )
     given = adapter.get("layers")
-    kinds = {given.get("kind"), *given} if isinstance(given, dict) else {given if isinstance(given, str) else None}
-    searched = name == "flexora" or "search" in kinds
-    if not searched and given is not None and "all" not in kinds:
+    from_file = isinstance(given, str) and given.endswith(".json")
+    chosen: Layers | None = None if from_file else decode_choice("layers", given)
+    searched = name == "flexora" or (chosen is not None and chosen.search is not None)
+    if not searched and given is not None and chosen != WeftConfig().layers:
         raise ConfigError(f"adapter.layers={given!r} is a choice already, so there is nothing to search: drop it.")
-    return adapter if searched else {**adapter, "layers": "search"}
+    return adapter if searched else {**adapter, "layers": Search.kind}

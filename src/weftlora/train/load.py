@@ -117,7 +117,7 @@ def recipe_of(run: Run, *overrides: str) -> Recipe:
     """The recipe of a run, its rows held to the length that training held them to, which its base may have shortened."""
     with needs("train", "reading the rows of a run"):
         from weftlora.train.recipe import Recipe
-    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir))
+    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir), from_folder=True)
     if "max_length" not in run.data or any(text.startswith("data.max_length") for text in overrides):
         return recipe
     data = recipe.data.model_copy(update={"max_length": run.data["max_length"]})

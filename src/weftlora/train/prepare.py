@@ -17,7 +17,6 @@ from weftlora.glue.ablation.rows import Rows
 from weftlora.glue.attach import attach
 from weftlora.glue.optimizer import param_groups
 from weftlora.spec import WeftConfig
-from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.train import arguments, model
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.fingerprint import Fingerprint, fingerprint
@@ -49,7 +48,7 @@ def prepare(recipe: Recipe) -> Prepared:
     arguments.check(recipe.train)
     selection = saved_selection(recipe.adapter, recipe.base_dir)
     # refuse what cannot work before anything is read
-    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection)
+    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection, recipe.from_folder)
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
     base = model.find(recipe.model, recipe.base_dir)
@@ -61,7 +60,7 @@ def prepare(recipe: Recipe) -> Prepared:
     plain = model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    config = adapter_config(recipe.adapter, steps, selection)
+    config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
     if selection is not None:
         selection.check(plain)
     _check_by_role(recipe, config)
@@ -96,7 +95,7 @@ def _by_role(adapted: torch.nn.Module, recipe: Recipe) -> None:
 
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:
     """The validation rows, where the adapter scores its rank slots on some."""
-    if not (isinstance(config, WeftConfig) and isinstance(config.ranks, Reallocate) and config.ranks.needs_data):
+    if not (isinstance(config, WeftConfig) and config.ranks.needs_data):
         return None
     if data.validation is None or not len(data.validation):
         raise ConfigError(

@@ -136,17 +136,30 @@ class Recipe(Subject):
     adapter: dict[str, Any]
     train: TrainConfig = Field(default_factory=TrainConfig)
     out: str = Field(min_length=1)
+    _from_folder: bool = PrivateAttr(default=False)
 
     @field_validator("adapter", mode="before")
     @classmethod
     def _adapter_shorthand(cls, value: Any) -> Any:
         return {"recipe": value} if isinstance(value, str) else value
 
+    @property
+    def from_folder(self) -> bool:
+        """Whether it is what a run folder says, and not the user's own: terms of other packages in it need trust."""
+        return self._from_folder
+
     @classmethod
     def read(
-        cls, source: str | Path | Mapping[str, Any] | Recipe, *overrides: str, base_dir: Path | None = None
+        cls,
+        source: str | Path | Mapping[str, Any] | Recipe,
+        *overrides: str,
+        base_dir: Path | None = None,
+        from_folder: bool = False,
     ) -> Recipe:
         """The recipe of a YAML file, a built-in name, a mapping or a recipe, with `key=value` overrides applied.
+
+        Args:
+            from_folder: the mapping is what a run folder has kept.
 
         Raises:
             ConfigError: unknown key, name or file; a value of the wrong type; an override that is not `key=value`.
@@ -157,7 +170,9 @@ class Recipe(Subject):
             found, content = Path.cwd(), dict(source)
         else:
             found, content = _from_file_or_name(source)
-        return cls._made(content, overrides, base_dir or found, _MISSING)
+        recipe = cls._made(content, overrides, base_dir or found, _MISSING)
+        recipe._from_folder = from_folder or (isinstance(source, Recipe) and source.from_folder)
+        return recipe
 
 
 def asked(
@@ -173,7 +188,7 @@ def asked(
     before = None
     if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
         before = Run.load(source)
-        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir))
+        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
         recipe = recipe.model_copy(update={"out": str(source)})
     else:
         recipe = Recipe.read(source, *overrides)

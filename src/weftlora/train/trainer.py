@@ -14,7 +14,6 @@ from weftlora.glue.attach import attach
 from weftlora.glue.optimizer import param_groups
 from weftlora.glue.routing import routing
 from weftlora.spec import WeftConfig
-from weftlora.terms.structure.hydra import Hydra
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
 from weftlora.train.files import append_json
@@ -180,5 +179,4 @@ def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
 
 
 def _has_balance(adapter: Any) -> bool:
-    structure = getattr(adapter, "structure", None)
-    return isinstance(structure, Hydra) and structure.balance > 0
+    return isinstance(adapter, WeftConfig) and adapter.structure.balance > 0
