@@ -46,7 +46,8 @@ def _run(job: dict[str, Any]) -> str | None:
     cls = getattr(transformers, job["model_class"])
     torch.manual_seed(982451653)  # what the base lacks is drawn, and must not be as it was in training by accident
     stored = getattr(torch, job["dtype"])  # first as in training, so that a checkpoint is rounded as it was there
-    model = cls.from_pretrained(job["base"], dtype=stored, use_safetensors=True, **job["load"]).float()
+    load = {"dtype": stored, **job["load"]}
+    model = cls.from_pretrained(job["base"], use_safetensors=True, trust_remote_code=False, **load).float()
     if job["pad_token_id"] is not None:
         model.config.get_text_config().pad_token_id = job["pad_token_id"]
     model.to(job["device"])

@@ -167,11 +167,27 @@ def _read_config(folder: Path) -> PeftConfig:
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give a run folder or an adapter folder.")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except WeftError:
         raise
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise AdapterError(f"the adapter {folder} cannot be read: {_short(error)}") from None
+    _check_runs_nothing(config, folder)
+    return config
+
+
+def _check_runs_nothing(config: PeftConfig, folder: Path) -> None:
+    """Refuse what peft would import, or load from elsewhere, on the word of an adapter's config. Raises AdapterError."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind == "XLORA":
+        raise AdapterError(
+            f"{folder} is an adapter of the kind {kind}, which weftlora does not read: load it with peft itself."
+        )
+    if getattr(config, "megatron_config", None) is not None:
+        raise AdapterError(
+            f"the adapter {folder} names a Python module to import (megatron_config), which weftlora does not do: "
+            "take that out of adapter_config.json."
+        )
 
 
 def _short(error: BaseException) -> str:
