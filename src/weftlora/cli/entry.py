@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 import typer
 
 from weftlora.cli.commands import app
 from weftlora.errors import WeftError
+from weftlora.foreign import shortened, visible
+from weftlora.redaction import redacted
 
 INTERRUPTED = 130
 """What Typer makes of Ctrl-C, as shells do."""
@@ -20,9 +24,11 @@ _UsageError = typer.BadParameter.__base__
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code.
 
-    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted.
+    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted. 143: told to end (SIGTERM).
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(given, prog_name="weftlora", standalone_mode=False)
     except WeftError as error:
@@ -38,6 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, so that a run says that it was interrupted and an export takes away what is unfinished."""
+    raise SystemExit(128 + number)
+
+
 def _say(sentence: str) -> int:
-    sys.stderr.write(f"weftlora: {' '.join(sentence.split())}\n")
+    sys.stderr.write(f"weftlora: {shortened(visible(redacted(' '.join(sentence.split()))))}\n")
     return 1

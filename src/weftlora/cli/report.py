@@ -23,13 +23,18 @@ def report(
     routers: Annotated[
         bool, typer.Option("--routers", help="Also run routers over validation rows; loads the base.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --out even if it is no page of weftlora.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
     """Write one offline page: which method is better, at what cost, and every run behind it."""
     with output.calling(as_json, quiet=True):
         from weftlora.report import report as call
 
-        written = call(*runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers)
+        written = call(
+            *runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers, overwrite=overwrite
+        )
     output.show(
         written.record(), as_json, lambda: "\n".join([written.verdict, *written.warnings, f"written: {written.path}"])
     )

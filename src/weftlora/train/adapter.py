@@ -12,10 +12,12 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from weftlora.errors import ConfigError, TargetError, WeftError, suggest, unknown_key
+from weftlora.foreign import for_markdown, in_code
 from weftlora.recipes import RECIPES
 from weftlora.search import Selection
 from weftlora.spec import AXES, WeftConfig
 from weftlora.train.files import write_folder
+from weftlora.train.ownership import ADAPTER
 from weftlora.train.recipe import Task
 from weftlora.train.run import Run
 
@@ -123,19 +125,24 @@ def write_adapter(model: PeftModel, run: Run) -> None:
 
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_README.format(run=run, method=_method(run)), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(run), encoding="utf-8")
 
-    write_folder(run.adapter_folder, fill)
+    write_folder(run.adapter_folder, fill, lambda name: name.as_posix() in ADAPTER)
 
 
 def _method(run: Run) -> str:
     return run.recipe["adapter"].get("recipe") or "its axes: " + ", ".join(run.recipe["adapter"])
 
 
+def _readme(run: Run) -> str:
+    kind = f"`{in_code(run.base['source'])}` ({for_markdown(run.base['kind'])}), task: {run.task}"
+    return _README.format(run=run, method=for_markdown(_method(run)), base=kind)
+
+
 _README = """\
 # Adapter {method}
 
-Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on `{run.base[source]}` ({run.base[kind]}), task: {run.task}.
+Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on {base}.
 
 ```python
 import weftlora  # registers the adapter type with peft

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from weftlora.errors import RunError
 from weftlora.train.files import sync_tree, write_json, writing
+from weftlora.train.ownership import CHECKPOINT
 
 MARKER = "complete.json"
 SIGNATURE = "weft"
@@ -47,9 +48,12 @@ def newest(checkpoints: str | Path) -> Path | None:
     """The newest complete checkpoint; also for `Trainer.train(resume_from_checkpoint=...)` of your own Trainer.
 
     Raises:
-        RunError: a newer one was written by a Trainer that marks none, so nobody knows whether it is complete.
+        RunError: a newer one was written by a Trainer that marks none, so nobody knows whether it is complete; or it is a link.
     """
     found = marked(Path(checkpoints))
+    for path in sorted(Path(checkpoints).glob("checkpoint-*")):
+        if path.is_symlink() and CHECKPOINT.fullmatch(path.name):
+            raise RunError(f"{path} is a link, which nothing is read or deleted through: put the folder itself there.")
     unknown = [path for path in folders(Path(checkpoints)) if not is_marked(path) and _is_unsigned(path)]
     if unknown and (not found or step_of(unknown[-1]) > step_of(found[-1])):
         raise RunError(
@@ -87,11 +91,9 @@ def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
 
 
 def folders(checkpoints: Path) -> list[Path]:
-    """All checkpoints below a folder by step, complete or not."""
-    found = [
-        path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()
-    ]
-    return sorted(found, key=step_of)
+    """All checkpoints below a folder by step, complete or not; a link is none, and neither is what a user has named after one."""
+    found = [path for path in checkpoints.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def _is_unsigned(folder: Path) -> bool:

@@ -27,20 +27,25 @@ from transformers import Trainer, TrainerCallback
 
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.glue.attach import warn_of_missing
+from weftlora.numbers import is_number
 from weftlora.train import arguments, checkpoint, figures, layers
 from weftlora.train.adapter import parameters, write_adapter
 from weftlora.train.files import write_lines
 from weftlora.train.fingerprint import Fingerprint, check_same
+from weftlora.train.lock import claimed
 from weftlora.train.measure import accuracy, mean_loss
+from weftlora.train.ownership import check_no_links
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.progress import Progress
 from weftlora.train.recipe import Recipe
-from weftlora.train.run import Made, Run, check_continues, check_free, now
+from weftlora.train.run import Made, Run, check_continues, check_free, is_run, now, settle
 from weftlora.train.stopwatch import timed
 from weftlora.train.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+COMMAND = "weftlora train"
+"""What the lock of a run's folder says is at work there."""
 PACKAGES = ("weftlora", "torch", "peft", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
 
@@ -53,13 +58,41 @@ def train(
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
     """See `weftlora.train.train`."""
-    recipe, before = _what(source, overrides, resume)
-    if before is not None and before.status == "complete":
-        return before
+    with contextlib.ExitStack() as held:
+        recipe, before = _what(source, overrides, resume)
+        if before is not None and before.status == "complete":
+            return before
+        folder = Path(recipe.out).expanduser()
+        main = int(os.environ.get("RANK", "0")) == 0
+        there = main and is_run(folder)
+        if there:
+            held.enter_context(claimed(folder, COMMAND))
+            settle(folder)
+        if before is not None:
+            check_no_links(folder)
+            before = Run.load(folder)  # another process may have gone on with it meanwhile
+        elif main:
+            check_free(folder, overwrite)
+
+        def claim() -> None:
+            """Make a new folder, which another process may have done meanwhile."""
+            if main and not there:
+                held.enter_context(claimed(folder, COMMAND))
+                check_free(folder, overwrite)
+
+        return _train(recipe, before, claim, progress, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    before: Run | None,
+    claim: Callable[[], None],
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback],
+) -> Run:
+    """Train, or go on with `before`; `claim` is called once all that can be wrong was looked at, before anything is written."""
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
-    if before is None and main:
-        check_free(folder, overwrite)
     started = time.monotonic()
     prepared = prepare(recipe)
     if prepared.adapter is None:
@@ -71,6 +104,7 @@ def train(
         _check_same_input(before, run)
         _check_can_resume(before)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+    claim()
     with _started(run, before, main):
         search = layers.begin(prepared, run, args, main)
         if search is None:
@@ -239,7 +273,7 @@ def _run_trainer(
 
 
 def _record_failure(run: Run, error: BaseException, step: int) -> None:
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
         checkpoint.drop_incomplete(run.checkpoints)
         dataclasses.replace(run, status=status, metrics={}, figures={}).save()
@@ -253,7 +287,10 @@ def _resume_point(run: Run, main: bool) -> Path | None:
         return last
     checkpoint.drop_incomplete(run.checkpoints)
     step = checkpoint.step_of(last) if last else 0
-    write_lines(run.folder / "metrics.jsonl", [row for row in run.history() if row["step"] <= step])
+    write_lines(
+        run.folder / "metrics.jsonl",
+        [row for row in run.history() if is_number(row.get("step")) and row["step"] <= step],
+    )
     return last
 
 

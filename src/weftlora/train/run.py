@@ -19,7 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.errors import ConfigError, RunError
+from weftlora.redaction import redacted
 from weftlora.train.files import append_json, read_json, read_lines, write_json, writing
+from weftlora.train.lock import NAME, is_held
+from weftlora.train.ownership import (
+    FOLDERS,
+    REPLACED,
+    check_no_links,
+    delete,
+    is_temporary,
+    move,
+    of_run,
+    replaced_runs,
+    temporary,
+    unfinished_files,
+    without_empty,
+)
 
 FORMAT = 1
 """Version of run.json; a newer one is refused by name."""
@@ -34,7 +49,7 @@ class Run:
 
     folder: Path
     status: str
-    """running, complete, interrupted or failed."""
+    """running, which a process then is that holds the folder's lock; complete, interrupted or failed."""
     recipe: dict[str, Any]
     base_dir: str
     task: str
@@ -96,6 +111,8 @@ class Run:
         if content.pop("format", 0) > FORMAT:
             raise RunError(f"{path / 'run.json'} was written by a newer weftlora: update weftlora to read it.")
         names = {item.name for item in dataclasses.fields(cls)}
+        if content.get("status") == "running" and not is_held(path):
+            content["status"] = "interrupted"  # whoever ran it was killed before it could say so
         try:
             return cls(**{key: value for key, value in content.items() if key in names} | {"folder": path})
         except TypeError as error:
@@ -115,14 +132,10 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"the run folder {folder} is a file: choose another folder with out=....")
-    if folder.exists() and any(folder.iterdir()) and not _is_unstarted(folder):
+    if folder.exists() and not _is_empty(folder):
         if overwrite and folder.resolve() == Path.cwd():
             raise RunError(
                 f"--overwrite cannot replace the working folder {str(folder)!r}: choose another out, or start elsewhere."
-            )
-        if (waiting := _beside(folder)).exists():
-            raise RunError(
-                f"{waiting} holds a run that was being replaced when weftlora was stopped: move it away or delete it first."
             )
         if not overwrite:
             raise RunError(f"the run folder {folder} is not empty: continue it with --resume, or use --overwrite.")
@@ -130,6 +143,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
             raise RunError(
                 f"--overwrite replaces run folders only, and {folder} holds other files: choose another out."
             )
+        check_no_links(folder)
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir():
         raise RunError(f"the run folder {folder} cannot be made: {nearest} is a file.")
@@ -143,7 +157,7 @@ def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     Raises:
         ConfigError: the first key that differs, with both values.
     """
-    for key, (before, after) in differences(run.recipe, recipe, ""):
+    for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
         if key not in FREE_ON_RESUME and key != "out":
             raise ConfigError(f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was.")
 
@@ -157,44 +171,69 @@ def differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]
         yield key, (a, b)
 
 
-def _is_unstarted(folder: Path) -> bool:
-    """Whether a kill left a new run folder before its first run.json: there is nothing in it to lose or to resume."""
-    return {path.name for path in folder.rglob("*")} <= {"checkpoints", "run.json.part"}
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in it to lose or to resume: at most what a kill left of a start before its first run.json."""
+    left = [path for path in folder.iterdir() if path.name != NAME and not (is_temporary(path) and path.is_file())]
+    return all(path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()) for path in left)
 
 
-def _beside(folder: Path) -> Path:
-    """Where a run waits while the one that replaces it starts."""
-    return folder.resolve().with_name(folder.resolve().name + ".replaced")
+def is_run(folder: Path) -> bool:
+    """Whether a run lies there, perhaps one that was being replaced when weftlora was killed."""
+    return folder.is_dir() and ((folder / "run.json").is_file() or bool(replaced_runs(folder)))
+
+
+def settle(folder: Path) -> None:
+    """End what a kill interrupted: a run that was being replaced is put back, unless the one that replaces it had begun.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with writing(folder):
+        for aside in replaced_runs(folder):
+            # run.json is moved last: while the rest is being moved, the folder's own is still that of the replaced run
+            if (aside / "run.json").is_file() and (folder / "run.json").is_file():
+                _forget(aside)
+            else:
+                move(of_run(aside, vouched=True), aside, folder)
+                (folder / "checkpoints").mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+        delete(unfinished_files(folder), folder)
+
+
+def _forget(aside: Path) -> None:
+    gone = temporary(aside.parent / "gone")
+    aside.replace(gone)  # half deleted, it must not look like a run to put back
+    shutil.rmtree(gone)
 
 
 class Made:
-    """A new run folder. The run it replaces waits beside it, so that a start that fails changes nothing."""
+    """A new run in a folder. The run it replaces waits in it, hidden, so that a start that fails changes nothing.
+
+    What lies in the folder and was not written by a run stays where it is.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        occupied = folder.exists() and any(folder.iterdir()) and not _is_unstarted(folder)
-        self.replaced = _beside(folder) if occupied else None
+        self.aside = temporary(folder / REPLACED)
         with writing(folder):
-            if self.replaced:
-                folder.replace(self.replaced)
-            self.top = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
             try:
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                move(of_run(folder), folder, self.aside)
+                (folder / "checkpoints").mkdir(exist_ok=True)
             except OSError:
                 self.undo()
                 raise
 
     def undo(self) -> None:
-        """Delete what was made and put back what was replaced; an empty folder that was there before stays."""
-        if self.top is not None:
-            shutil.rmtree(self.top, ignore_errors=True)
-        else:
-            for path in self.folder.iterdir():
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        if self.replaced:
-            self.replaced.replace(self.folder)
+        """Delete what the new run has written and put back what it was to replace."""
+        if (self.aside / "run.json").is_file() or not self.aside.exists():  # else nothing of the new run is there yet
+            delete(of_run(self.folder, vouched=True), self.folder)
+            without_empty({self.folder / name for name in FOLDERS}, self.folder)
+        if self.aside.exists():
+            move(of_run(self.aside, vouched=True), self.aside, self.folder)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            shutil.rmtree(self.aside)
 
     def keep(self) -> None:
         """The new run has started: delete the one it replaces."""
-        if self.replaced:
-            shutil.rmtree(self.replaced, ignore_errors=True)
+        if self.aside.exists():
+            _forget(self.aside)

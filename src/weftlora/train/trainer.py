@@ -40,7 +40,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.since = (time.monotonic(), state.num_input_tokens_seen)
-        state.stateful_callbacks[checkpoint.SIGNATURE] = {}
+        state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -97,6 +97,40 @@ class _Measured:
         return metrics
 
 
+class _Logged:
+    """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
+
+    Trainer itself begins to add up anew when it resumes.
+    """
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        parent: Any = super()
+        mean = trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item()
+        kept = {"sum": mean, "since": trainer._globalstep_last_logged}
+        trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
+        parent._save_checkpoint(model, trial)
+
+
+_LOSS = "loss"
+"""Where the losses that are not logged yet lie in what Trainer saves as its state."""
+
+
+class _GoesOn(TrainerCallback):
+    """Brings the losses back that `_Logged` has kept."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = state.stateful_callbacks[checkpoint.SIGNATURE].pop(_LOSS, None)
+        if kept is not None and state.global_step > 0:
+            self.trainer._tr_loss += kept["sum"]
+            self.trainer._globalstep_last_logged = kept["since"]
+
+
 class _Grouped:
     """Mixed into a trainer of a weftlora adapter: its optimiser has the groups that the papers ask for."""
 
@@ -141,7 +175,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared.recipe.train.keep, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
-    mixins: list[type] = [_Measured]
+    mixins: list[type] = [_Measured, _Logged]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
         weftlora.attach(prepared.model, on_event=_recorded(run))
@@ -158,6 +192,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         callbacks=[*own, *extra],
         **options,
     )
+    trainer.add_callback(_GoesOn(trainer))
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
     return trainer
 
