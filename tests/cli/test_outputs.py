@@ -27,7 +27,10 @@ def test_a_file_that_is_something_else_is_kept(
     given = {
         "report": ("report", run, "-o", out),
         "inspect": ("inspect", run, "--no-base", "--html", out),
-        "search": (*("search", recipe_file, "--out", out, "adapter={recipe: lora, r: 2}"), "adapter.layers=search"),
+        "search": (
+            *("search", recipe_file, "--out", out, "adapter={recipe: lora, r: 2}"),
+            "adapter.layers={search: {steps: 2, val_size: 8, outer_batches: 2}}",
+        ),
         "directions": ("directions", run, "--out", out),
         "bench": ("bench", "launch", "--quick", "--layers", 0, "--out", out),
     }[name]

@@ -79,7 +79,7 @@ class Plan:
     versions: dict[str, str]
     device: str
     hashes: list[str] = field(default_factory=list)
-    """SHA-256 of the files of rows."""
+    """SHA-256 of the files of rows, by split."""
     jobs: list[int] = field(default_factory=list)
     """How many runs there were at once, in every session that had another number."""
 
@@ -237,7 +237,7 @@ def make(recipe: CompareRecipe) -> Plan:
         draws={each.contender.name: each.blocks for each in solved if each.blocks is not None},
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
-        hashes=sorted(data.hashes.values()),
+        hashes=list(data.hashes.values()),
     )
 
 
@@ -250,7 +250,7 @@ def check_rows(plan: Plan, recipe: CompareRecipe) -> None:
     """
     base = models.find(recipe.model, recipe.base_dir)
     data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
-    if plan.hashes != sorted(data.hashes.values()):
+    if plan.hashes != list(data.hashes.values()):
         raise RunError(
             f"the rows of {recipe.data.train} have changed since this comparison began: put them back, choose another folder with "
             "--out, or start anew with --overwrite."

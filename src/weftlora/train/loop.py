@@ -28,7 +28,7 @@ from transformers import Trainer, TrainerCallback
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.glue.attach import warn_of_missing
 from weftlora.numbers import is_number
-from weftlora.train import arguments, checkpoint, figures, layers
+from weftlora.train import arguments, checkpoint, figures, identity, layers
 from weftlora.train.adapter import parameters, write_adapter
 from weftlora.train.files import write_lines
 from weftlora.train.fingerprint import Fingerprint, check_same
@@ -54,6 +54,7 @@ def train(
     overrides: Sequence[str],
     resume: bool,
     overwrite: bool,
+    verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
@@ -80,13 +81,14 @@ def train(
                 held.enter_context(claimed(folder, COMMAND))
                 check_free(folder, overwrite)
 
-        return _train(recipe, before, claim, progress, callbacks)
+        return _train(recipe, before, claim, verify_base, progress, callbacks)
 
 
 def _train(
     recipe: Recipe,
     before: Run | None,
     claim: Callable[[], None],
+    verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
@@ -101,9 +103,17 @@ def _train(
         )
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     if before is not None:
-        _check_same_input(before, run)
+        _check_same_input(before, run, prepared)
         _check_can_resume(before)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+    if main and verify_base:
+        known = None if before is None else before.base.get("weights")
+        expected = known if isinstance(known, dict) else None
+        prepared = dataclasses.replace(
+            prepared, weights=identity.Weights(prepared.base.source, expected, str(run.adapter_folder))
+        )
+    elif not verify_base:
+        run.base["weights"] = identity.NOT_VERIFIED
     claim()
     with _started(run, before, main):
         search = layers.begin(prepared, run, args, main)
@@ -150,7 +160,12 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
         threads=torch.get_num_threads(),
-        base={"source": prepared.base.source, **dataclasses.asdict(prepared.fingerprint)},
+        base={
+            "source": prepared.base.source,
+            **dataclasses.asdict(prepared.fingerprint),
+            "config": identity.config_digest(prepared.base.settings),
+            "tokenizer": identity.tokenizer_digest(prepared.base.source),
+        },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),
         data={
@@ -201,8 +216,8 @@ def _plain(value: Any) -> Any:
     return str(getattr(value, "value", value))
 
 
-def _check_same_input(before: Run, run: Run) -> None:
-    if sorted(before.data["hashes"].values()) != sorted(run.data["hashes"].values()):  # a project may have moved
+def _check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
+    if [*before.data["hashes"].values()] != [*run.data["hashes"].values()]:  # by split; a project may have moved
         raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
     trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
     check_same(
@@ -211,6 +226,7 @@ def _check_same_input(before: Run, run: Run) -> None:
         str(run.folder),
         run.base["source"],
     )
+    identity.check_files(before.base, prepared.base.settings, run.base["source"], str(run.folder))
 
 
 def _check_can_resume(before: Run) -> None:
@@ -261,6 +277,7 @@ def _run_trainer(
             _check_finite(metrics)
             run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
             if main:
+                prepared.name_weights(run)
                 write_adapter(prepared.model, run)
                 run = dataclasses.replace(run, figures=figures.measured(prepared, run, trainer.state))
                 run.event("end", step=trainer.state.global_step)
@@ -285,8 +302,11 @@ def _resume_point(run: Run, main: bool) -> Path | None:
     last = checkpoint.newest(run.checkpoints)
     if not main:
         return last
-    checkpoint.drop_incomplete(run.checkpoints)
     step = checkpoint.step_of(last) if last else 0
+    for path in checkpoint.marked(run.checkpoints):
+        if checkpoint.step_of(path) > step:  # a damaged one
+            checkpoint.unmark(path)
+    checkpoint.drop_incomplete(run.checkpoints)
     write_lines(
         run.folder / "metrics.jsonl",
         [row for row in run.history() if is_number(row.get("step")) and row["step"] <= step],

@@ -58,8 +58,8 @@ class Run:
     versions: dict[str, str]
     device: str
     threads: int
-    base: dict[str, str]
-    """Where the base was found and its fingerprint."""
+    base: dict[str, Any]
+    """Where the base was found, its fingerprint, and the digests of its config, tokenizer and weights."""
     adapter: dict[str, Any]
     """The peft config."""
     parameters: dict[str, int]

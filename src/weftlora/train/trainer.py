@@ -30,8 +30,9 @@ _DROPPED = {"train_runtime", "train_samples_per_second", "train_steps_per_second
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks and rotates checkpoints, and reports progress; only the main process writes."""
 
-    def __init__(self, run: Run, keep: int, progress: Progress) -> None:
-        self.run, self.keep, self.progress = run, keep, progress
+    def __init__(self, run: Run, prepared: Prepared, progress: Progress) -> None:
+        self.run, self.prepared, self.progress = run, prepared, progress
+        self.keep = prepared.recipe.train.keep
         self.loss: float | None = None
         self.rate: float | None = None
         self.since = (time.monotonic(), 0)
@@ -65,6 +66,8 @@ class Recorder(TrainerCallback):
         self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.prepared.name_weights(self.run):  # before the first one counts
+            self.run.save()
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
@@ -172,7 +175,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         from trl import SFTTrainer
 
         kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
-    own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared.recipe.train.keep, progress)]
+    own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
     mixins: list[type] = [_Measured, _Logged]
