@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -17,6 +18,8 @@ from weftlora.redaction import redacted
 INTERRUPTED = 130
 """What Typer makes of Ctrl-C, as shells do."""
 
+_OF_A_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES}
+"""What the operating system has against a name that was given."""
 _UsageError = typer.BadParameter.__base__
 """Typer's base of wrong options and arguments; it has moved between Typer's and click's modules."""
 
@@ -33,7 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = app(given, prog_name="weftlora", standalone_mode=False)
     except WeftError as error:
         sys.exit(_say(str(error)))
+    except OSError as error:
+        if error.errno not in _OF_A_PATH:
+            raise
+        sys.exit(_say(f"{error.filename!r} cannot be a file or folder here: {str(error.strerror).lower()}."))
     except Exception as error:
+        if isinstance(error, ValueError) and "embedded null byte" in str(error):
+            sys.exit(_say("a path holds a NUL, which no path can: write it again."))
         if _UsageError is None or not isinstance(error, _UsageError):
             raise
         sys.exit(_say(f"{error.format_message()} See `weftlora --help`."))  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ def read_saved(folder: Path) -> Source:
 
     try:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{folder} is a folder but not a complete saved Hugging Face dataset ({_first_line(error)}): "
             "write it with Dataset.save_to_disk, or name a file in it."

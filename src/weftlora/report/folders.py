@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from weftlora.data import Collator, DataConfig
 from weftlora.data import load as load_data
-from weftlora.errors import AdapterError, DataError, ModelError, WeftError
+from weftlora.errors import AdapterError, DataError, DivergedError, ModelError, WeftError
 from weftlora.report.bare import bare_subject
 from weftlora.report.subject import Rows, Start, Subject, live_subject
 from weftlora.search import Selection
@@ -77,7 +77,7 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
             trained = load_run(run, base, at_the_start=lambda plain: drawn.extend(_drawn(run, plain)))
         else:
             trained = load_adapter(inside, base)
-    except (ModelError, AdapterError) as error:
+    except (ModelError, AdapterError, DivergedError) as error:
         if base is not None:
             raise
         bare.left_out.append(

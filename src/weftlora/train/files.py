@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The mapping in `path`. Raises RunError when it is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise RunError(f"{path} cannot be read: it holds no mapping.")
@@ -126,7 +126,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 

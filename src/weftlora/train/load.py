@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from weftlora.errors import AdapterError, WeftError
+from weftlora.errors import AdapterError, DivergedError, WeftError
 from weftlora.train import model
 from weftlora.train.fingerprint import Fingerprint, check_same, fingerprint
 from weftlora.train.identity import Weights, check_files
@@ -150,6 +150,7 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises:
         AdapterError: a newer format, missing files, or tensors that are not those of this base.
+        DivergedError: values that are no numbers.
     """
     config = _read_config(folder)
     try:
@@ -162,11 +163,25 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise AdapterError(f"the adapter {folder} does not fit its base: {_short(error)}") from None
+    if sick := _not_finite(folder):
+        raise DivergedError(
+            f"the adapter {folder} holds values that are no numbers, such as in {sick}: its training diverged, or the file is damaged."
+        )
     wanted = set(get_peft_model_state_dict(adapted))
     if differing := sorted(saved ^ wanted):
         what = "has no tensor for" if differing[0] in wanted else "has a tensor that this base has no place for,"
         raise AdapterError(f"the adapter {folder} {what} {differing[0]}: give the base it was trained on.")
     return adapted
+
+
+def _not_finite(folder: Path) -> str:
+    """The first tensor of an adapter with a value that is no number; empty if there is none."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(key)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return str(key)
+    return ""
 
 
 def _read_config(folder: Path) -> PeftConfig:

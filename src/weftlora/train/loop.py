@@ -27,7 +27,6 @@ from transformers import Trainer, TrainerCallback
 
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.glue.attach import warn_of_missing
-from weftlora.numbers import is_number
 from weftlora.train import arguments, checkpoint, figures, identity, layers
 from weftlora.train.adapter import parameters, write_adapter
 from weftlora.train.files import write_lines
@@ -309,7 +308,7 @@ def _resume_point(run: Run, main: bool) -> Path | None:
     checkpoint.drop_incomplete(run.checkpoints)
     write_lines(
         run.folder / "metrics.jsonl",
-        [row for row in run.history() if is_number(row.get("step")) and row["step"] <= step],
+        [row for row in run.history() if row["step"] <= step],
     )
     return last
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -107,7 +108,26 @@ def locate(path: str, base_dir: Path) -> str:
         raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
+    if missing := sorted(name for name in _sharded(folder) if not (folder / name).is_file()):
+        raise ModelError(f"{str(folder)!r} lacks {missing[0]}, one of its weights files: copy it there.")
     return str(folder.resolve())
+
+
+def _sharded(folder: Path) -> set[str]:
+    """The weights files that a folder's index names. Raises ModelError where it is damaged, or names a file elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(
+                f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
+            )
+    return names
 
 
 _PACKAGE = "package:"

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.errors import ConfigError, RunError
+from weftlora.foreign import shortened
+from weftlora.numbers import is_number
 from weftlora.redaction import redacted
 from weftlora.train.files import append_json, read_json, read_lines, write_json, writing
 from weftlora.train.lock import NAME, is_held
@@ -94,8 +96,8 @@ class Run:
         append_json(self.folder / "events.jsonl", {"event": name, "time": now(), **facts})
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
+        """The rows of metrics.jsonl; one without a step is none."""
+        return [row for row in read_lines(self.folder / "metrics.jsonl") if is_number(row.get("step"))]
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -108,8 +110,10 @@ class Run:
         if not (path / "run.json").is_file():
             raise RunError(f"{path} is no run folder: it has no run.json.")
         content = read_json(path / "run.json")
-        if content.pop("format", 0) > FORMAT:
+        written = content.pop("format", 0)
+        if is_number(written) and written > FORMAT:
             raise RunError(f"{path / 'run.json'} was written by a newer weftlora: update weftlora to read it.")
+        _check_types(content, path / "run.json")
         names = {item.name for item in dataclasses.fields(cls)}
         if content.get("status") == "running" and not is_held(path):
             content["status"] = "interrupted"  # whoever ran it was killed before it could say so
@@ -117,6 +121,38 @@ class Run:
             return cls(**{key: value for key, value in content.items() if key in names} | {"folder": path})
         except TypeError as error:
             raise RunError(f"{path / 'run.json'} is damaged: {error}.") from None
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "base_dir", "task", "device"), str),
+    **dict.fromkeys(
+        ("recipe", "versions", "base", "adapter", "parameters", "data", "time", "metrics", "figures"), dict
+    ),
+    **dict.fromkeys(("seed", "steps", "threads"), int),
+    **dict.fromkeys(
+        ("recipe.model", "recipe.data", "recipe.adapter", "recipe.train", "data.hashes", "data.counts"), dict
+    ),
+    **dict.fromkeys(("base.source", "base.kind", "base.shapes", "base.values", "adapter.peft_type"), str),
+    "data.labels": (list, type(None)),
+}
+"""What the values of run.json are, with dots; what is not there is looked for where it is needed."""
+
+
+def _check_types(content: dict[str, Any], file: Path) -> None:
+    """Refuse a record with values that nothing of weftlora's wrote. Raises RunError."""
+    for key, kinds in _KINDS.items():
+        value: Any = content
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+        if value is not _MISSING and not isinstance(value, kinds):
+            raise RunError(f"{file} is damaged: {key} is {shortened(repr(value), 80)}.")
+    for key in ("metrics", "figures"):
+        for name, value in content.get(key, {}).items():
+            if not is_number(value):
+                raise RunError(f"{file} is damaged: {key}.{name} is {shortened(repr(value), 80)}, which is no number.")
+
+
+_MISSING = object()
 
 
 def now() -> str:
