@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import weftlora
 from weftlora.compare.recipe import CompareRecipe
+from weftlora.data.saved import read_saved
 from weftlora.errors import ConfigError, DataError, ModelError, RunError, WeftError
 from weftlora.train.recipe import Recipe, read_yaml
 from weftlora.train.run import Run
@@ -237,3 +238,57 @@ def test_a_missing_weights_file_is_named(recipe: Make, tmp_path: Path) -> None:
     (base / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="is damaged"):
         weftlora.train(recipe() | {"model": str(base)})
+
+
+# ---------------------------------------------------------------------- saved datasets
+
+
+def saved(folder: Path) -> Path:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": "a ->", "completion": "b"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(folder))
+    return folder
+
+
+RECORDS = [
+    "null",
+    "[]",
+    "{}",
+    "3",
+    "",
+    "{",
+    '{"features": null}',
+    '{"features": 3}',
+    '{"features": {"a": null}}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("name", ["train/dataset_info.json", "train/state.json", "dataset_dict.json"])
+def test_a_saved_dataset_with_a_sick_record_is_read_or_refused(tmp_path: Path, name: str) -> None:
+    folder, said = saved(tmp_path / "saved"), []
+    for text in RECORDS:
+        (folder / name).write_text(text)
+        try:
+            assert len(read_saved(folder).rows) == 1
+        except DataError as error:
+            said.append(str(error))
+    assert len(said) >= 6
+    assert all(str(folder) in sentence for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("dataset_dict.json", {"splits": ["train", "../elsewhere"]}),
+        ("dataset_dict.json", {"splits": ["/etc"]}),
+        ("train/state.json", {"_data_files": [{"filename": "../../elsewhere/data.arrow"}]}),
+        ("train/state.json", {"_data_files": [{"filename": 3}]}),
+    ],
+)
+def test_a_saved_dataset_reads_nothing_outside_its_folder(tmp_path: Path, name: str, record: dict[str, Any]) -> None:
+    folder = saved(tmp_path / "saved")
+    (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | record))
+    with pytest.raises(DataError, match="does not lie in its folder"):
+        read_saved(folder)
