@@ -56,13 +56,13 @@ def load_run(
     settings = recipe.model.model_copy(update={"path": base}) if base else recipe.model
     found = model.find(settings, Path.cwd() if base else recipe.base_dir)
     task = cast(Task, run.task)
-    check_files(run.base, found.settings, found.source, str(run.adapter_folder))
     known = run.base.get("weights")
     weights = Weights(found.source, known, str(run.adapter_folder)) if isinstance(known, dict) and known else None
     with _drawing(run.seed):  # a classification head that no adapter brings is drawn as it was in training
         plain = model.load(found, task, run.data["labels"])
         trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
         check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
+        check_files(run.base, found.settings, found.source, str(run.adapter_folder))
         at_the_start(plain)
     if weights is not None:
         weights.verified()
