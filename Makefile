@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +40,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## every recipe on the embedded model, compared: a table and demo-report.html (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
-check: lint types test docs-run docs-build ## everything: format, lint, types, tests, the documents' code, the site
+# The parts of `make check`: targets, and the minutes they may take on the build server (2 cores). A new part is one more line.
+PARTS := \
+	"lint types" 2 \
+	unit 9 \
+	grid 4 \
+	"docs-run docs-build" 4 \
+	matrix-ci 3
+
+check: $(STAMP) ## everything: format, lint, types, tests, the documents' code, the site; minutes of each part at the end
+	@MAKE='$(MAKE)' $(BIN)/python scripts/check.py $(PARTS)
 
 lint: $(STAMP) ## formatting and lint, changing nothing
 	$(BIN)/ruff format --check .
@@ -60,6 +69,12 @@ unit: $(STAMP) ## all tests but the grid
 
 grid: $(STAMP) ## every structure on every family of base models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m grid --durations=5
+
+matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; two rows fetch a CUDA torch of several GB (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
+
+matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on (three minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py --ci
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)
@@ -85,6 +100,16 @@ interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (b
 
 soak: $(STAMP) ## kill `weftlora train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+
+# Both without a network: setuptools is the environment's. What an earlier build left would be packed again, so it goes first.
+dist: $(STAMP) ## the wheel and the source distribution into dist/, checked as an index would
+	rm -rf build dist src/*.egg-info
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+changelog: $(STAMP) ## the fragments of changes/ as a section of CHANGELOG.md, under the version of the package; DRAFT=--draft only prints it
+	$(BIN)/towncrier build $(or $(DRAFT),--yes) \
+		--version $$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/weftlora/__init__.py)
 
 clean: ## delete the environment and all that was built; runs/ stays
 	rm -rf $(VENV) site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Recipes": ("weftlora.recipes",),
     "The general config and its axes": ("weftlora.spec", "weftlora.terms", "weftlora.times"),
     "Train, evaluate, generate": ("weftlora.train",),
-    "In a loop of your own": ("weftlora.glue.attach", "weftlora.glue.routing"),
+    "In a loop of your own": ("weftlora.glue.attach", "weftlora.glue.optimizer", "weftlora.glue.routing"),
     "Select blocks": ("weftlora.search",),
     "Compare and report": ("weftlora.compare", "weftlora.report"),
     "Look inside": ("weftlora.report.heads", "weftlora.report.inspecting", "weftlora.train.directions"),

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -63,6 +64,8 @@ MEANING: dict[str, str] = {
     "train.schedule": "a schedule's name in transformers",
     "train.warmup": "optimiser steps; below 1, a fraction of the run",
     "train.weight_decay": "AdamW's, on everything that is trained",
+    "train.lora_plus_ratio": "factor on the rate of B, as in [LoRA+](hosts.md#pefts-own-optimisers) (16 is usual); left out, none",
+    "train.freeze_down": "freeze A and train the rest, as in [LoRA-FA](hosts.md#pefts-own-optimisers)",
     "train.max_grad_norm": "gradients are scaled down to this norm; 0 is no limit",
     "train.optimizer": "an optimiser's name in transformers",
     "train.seed": "of the adapter's start, the order of the rows and dropout",
@@ -89,18 +92,19 @@ def refused() -> str:
 
 def choices() -> str:
     """The choices of each axis, with their fields and defaults."""
-    from weftlora.spec import AXES
+    from weftlora.terms.axes import AXES
 
     rows = []
-    for axis, kinds in AXES.items():
-        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in kinds.values()) or "`None`"
+    for axis in AXES:
+        shown = "<br>".join(f"`{cls.__name__}({_signature(cls)})`" for cls in AXES[axis].values())
         rows.append((f"`{axis}`", shown))
     return _table(("axis", "choices in this release"), rows)
 
 
 def config_fields() -> str:
     """The fields of WeftConfig beside the axes, from its docstring."""
-    from weftlora.spec import AXES, WeftConfig
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.axes import AXES
 
     defaults = {
         f.name: f.default if f.default is not dataclasses.MISSING else (f.default_factory or str)()  # type: ignore[misc]
@@ -108,7 +112,7 @@ def config_fields() -> str:
     }
     rows = []
     for names, text in _arguments(inspect.getdoc(WeftConfig) or ""):
-        if not set(names) & AXES.keys():
+        if not set(names) & set(AXES):
             shown = "<br>".join(f"`{name}`" for name in names)
             rows.append((shown, f"`{defaults[names[0]]}`", text))
     return _table(("field", "default", "meaning"), rows)
@@ -170,6 +174,27 @@ def launch() -> str:
     return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {how}."
 
 
+def matrix() -> str:
+    """The hosts of matrix.toml: their versions and what came of them."""
+    rows = tomllib.loads((BENCH.parent / "matrix.toml").read_text(encoding="utf-8"))["row"]
+    record = json.loads((BENCH.parent / "evidence" / "matrix.json").read_text(encoding="utf-8"))
+    found = {result["name"]: result for result in record["rows"]}
+    shown = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
+    lines = []
+    for row in rows:
+        result = found.get(row["name"], {"status": "not run", "reason": "not tried yet"})
+        outcome = result["status"]
+        if outcome == "not run":
+            outcome += f": {result['reason']}"
+        else:
+            outcome += (
+                f", {result['passed']} of {result['passed'] + result['failed']} tests on Python {result['python']}"
+            )
+        versions = (row["versions"].get(name, "none") for name in shown)
+        lines.append((f"`{row['name']}`: {row['host']}", row["python"], *versions, outcome))
+    return _table(("host", "its Python", *shown, "result"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "choices": choices,
@@ -180,6 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "api-weftlora": docs_api.of_weft,
     "api-packages": docs_api.of_packages,
     "launch": launch,
+    "matrix": matrix,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),

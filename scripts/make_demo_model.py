@@ -192,6 +192,12 @@ Greedy exact match on fresh rows of the corpus, and on the test split of the tas
 """
 
 
+def readable_by_transformers_4(file: Path) -> None:
+    """Give what transformers 5 writes the names that 4 reads, and 5 too."""
+    text = file.read_text(encoding="utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    file.write_text(text.replace('"extra_special_tokens"', '"additional_special_tokens"'), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_out = Path(__file__).parents[1] / "src" / "weftlora" / "assets" / "demo_model"
@@ -208,6 +214,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(args.out)  # before its first use, which would write that call's padding into the file
+    readable_by_transformers_4(args.out / "tokenizer_config.json")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_model(tokenizer, args.hidden, args.layers).to(device)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, on {device}")

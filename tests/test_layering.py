@@ -9,14 +9,14 @@ import weftlora
 
 SOURCE = Path(weftlora.__file__).parent
 LEVELS = (
-    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known", "redaction", "foreign"},
+    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known", "redaction", "foreign", "extras"},
     {"terms"},
     {"site", "spec", "compat"},
     {"schedule", "recipes"},
     {"glue"},
     {"data", "export", "search", "train"},
     {"bench", "compare"},
-    {"report", "cli"},
+    {"report", "cli", "testing"},
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
@@ -61,21 +61,40 @@ def test_imports_point_one_way(path: Path):
             assert own >= LEVEL["data"], f"{name_of(path)} imports the whole of weftlora"
         elif part_of(module) in LEVEL:
             assert LEVEL[part_of(module)] <= own, f"{name_of(path)} imports {module}, which stands above it"
-        else:  # a public name of weftlora itself: its version, or all of it for those above
-            assert module == "weftlora.__version__" or own >= LEVEL["data"], f"{name_of(path)} imports {module}"
+        else:  # a public name of weftlora itself: its version, what makes peft know it, or all of it for those above
+            assert module in {"weftlora.__version__", "weftlora.register"} or own >= LEVEL["data"], (
+                f"{name_of(path)} imports {module}"
+            )
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if part_of(name_of(p)) == "terms"], ids=name_of)
+def choice_files(names: list[str]) -> list[str]:
+    """Of these modules, the files of one choice: weftlora.terms.AXIS.CHOICE."""
+    return [name for name in names if name.startswith("weftlora.terms.") and name.count(".") == 3]
+
+
+TERMS = [
+    p
+    for p in FILES
+    if part_of(name_of(p)) == "terms" and p.name not in ("axes.py", "registry.py", "scaffold.py", "trust.py")
+]
+
+
+@pytest.mark.parametrize("path", TERMS, ids=name_of)
 def test_terms_never_import_each_other(path: Path):
-    assert not [m for m in imports(path) if part_of(m) == "terms" and m != name_of(path)]
+    """A choice sees the protocol of its own axis and what all axes share; the protocols see no choice."""
+    assert not choice_files(imports(path))
+    shared = {"weftlora.terms.choice", "weftlora.terms.events", "weftlora.terms.extra"}
+    axis = name_of(path).split(".")[2]
+    assert {m for m in imports(path) if part_of(m) == "terms"} <= shared | {f"weftlora.terms.{axis}"}
 
 
-def test_the_site_is_the_only_file_that_puts_terms_together():
-    """The spec and the recipes name their choices; glue asks a term what it is. Only the site sees all of them as modules."""
+def test_one_file_sees_the_choices_of_all_axes():
+    """Recipes, and what reads files of released code, make the choices that they name; everything else asks a choice what it is."""
     for path in FILES:
-        modules = {m for m in imports(path) if m.startswith("weftlora.terms.")}
-        if len({part for m in modules for part in [m.split(".")[2]]}) > 1:
-            assert name_of(path) in {"weftlora.site", "weftlora.spec"} or part_of(name_of(path)) == "recipes"
+        axes = {module.split(".")[2] for module in choice_files(imports(path))}
+        if len(axes) > 1:
+            name = name_of(path)
+            assert name in {"weftlora.terms.axes", "weftlora.glue.official"} or part_of(name) == "recipes", name
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

@@ -1,44 +1,14 @@
-"""What users import: every public name resolves, nothing is missing, and importing weftlora stays light."""
+"""What users import: every public name resolves, and nothing is missing. What importing costs: tests/test_start.py."""
 
+import ast
 import inspect
-import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 import weftlora
 from weftlora.recipes import RECIPES
-from weftlora.spec import AXES
-
-IMPORTS = """
-import json, sys
-import peft
-before = set(sys.modules)
-import weftlora
-print(json.dumps(sorted(m for m in set(sys.modules) - before if m.split(".")[0] != "weftlora")))
-print(json.dumps(sorted(m for m in sys.modules if m.split(".")[0] == "weftlora")))
-"""
-
-
-@pytest.fixture(scope="module")
-def loaded() -> tuple[list[str], list[str]]:
-    """Modules that `import weftlora` loads beyond what `import peft` loads: those of others, and weftlora's own."""
-    out = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    others, own = map(json.loads, out.stdout.strip().splitlines()[-2:])
-    return others, own
-
-
-def test_importing_weft_loads_no_more_of_transformers_or_trl_than_peft_does(loaded):
-    others, _ = loaded
-    assert [m for m in others if m.split(".")[0] in {"transformers", "trl", "datasets", "sklearn", "typer"}] == []
-
-
-def test_importing_weft_does_not_load_the_training_stack(loaded):
-    _, own = loaded
-    assert {"weftlora.kernel", "weftlora.site", "weftlora.glue.tuner"} <= set(own)
-    assert not [m for m in own if m.split(".")[1:2] and m.split(".")[1] in {"train", "data", "export", "bench", "cli"}]
+from weftlora.terms.axes import AXES
 
 
 def test_all_is_sorted_and_complete():
@@ -54,7 +24,16 @@ def test_all_is_sorted_and_complete():
     assert set(weftlora._LAZY) <= set(weftlora.__all__)
 
 
-@pytest.mark.parametrize("name", [n for n in weftlora.__all__ if n not in weftlora._LAZY])
+def test_type_checkers_see_every_name_where_it_is_loaded_from():
+    """Beside the table of names stand the same imports for type checkers: one must not go without the other."""
+    told = {}
+    for node in ast.walk(ast.parse(Path(weftlora.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            told = {alias.name: one.module for one in node.body for alias in one.names}
+    assert told == weftlora._LAZY
+
+
+@pytest.mark.parametrize("name", weftlora.__all__)
 def test_a_public_name_resolves_and_says_what_it_is(name: str):
     value = getattr(weftlora, name)
     assert inspect.getdoc(value), name
@@ -62,8 +41,8 @@ def test_a_public_name_resolves_and_says_what_it_is(name: str):
 
 
 def test_every_choice_and_every_recipe_of_ours_is_public():
-    for kinds in AXES.values():
-        for cls in kinds.values():
+    for axis in AXES:
+        for cls in AXES[axis].values():
             assert getattr(weftlora, cls.__name__) is cls
             assert cls.__name__ in weftlora.__all__
     for name, recipe in RECIPES.items():
@@ -81,6 +60,7 @@ def test_registering_again_changes_nothing():
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    weftlora.register()
     before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)
     weftlora.register()
     assert (dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)) == before

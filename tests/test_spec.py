@@ -11,7 +11,8 @@ from peft import PeftConfig
 
 import weftlora
 from weftlora.errors import AdapterError, ConfigError
-from weftlora.spec import AXES, FORMAT_VERSION, WeftConfig, decode_choice, encode_choice, read_config
+from weftlora.spec import FORMAT_VERSION, WeftConfig, decode_choice, encode_choice, read_config
+from weftlora.terms.axes import AXES
 
 choices_of_structure = st.one_of(
     st.just(weftlora.Plain()),
@@ -80,8 +81,8 @@ def test_every_way_to_write_a_choice(value):
 
 
 def test_every_choice_of_every_axis_can_be_named():
-    for axis, kinds in AXES.items():
-        for name, cls in kinds.items():
+    for axis in AXES:
+        for name, cls in AXES[axis].items():
             made = cls([0, 2]) if name == "only" else cls()
             if name != "only":
                 assert decode_choice(axis, name) == made
@@ -222,13 +223,21 @@ def test_peft_reads_the_saved_config_back(tmp_path):
     assert PeftConfig.from_pretrained(str(tmp_path)) == read_config(tmp_path) == config
 
 
+@pytest.mark.parametrize("tokens", [[], {}, [1.5], [-1], [True], "embed_tokens", {"embed_tokens": []}, {1: [2]}, 7])
+def test_tokens_that_are_none_are_refused(tokens):
+    with pytest.raises(ConfigError, match=r"trainable_token_indices=.*(names no tokens|no list of names)"):
+        WeftConfig(trainable_token_indices=tokens)
+    assert WeftConfig(trainable_token_indices={"embed_tokens": [3]}).to_dict()["trainable_token_indices"]
+
+
 def test_saving_twice_does_not_repeat_the_note(tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n")
     for _ in range(2):
         WeftConfig().save_pretrained(str(tmp_path))
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Mine\n")
-    assert text.count("import weftlora") == 1
+    assert text.startswith("**`import weftlora` before you load this adapter**")
+    assert text.count("# Mine\n") == 1
+    assert text.count("import weftlora") == 2
 
 
 @pytest.mark.parametrize(

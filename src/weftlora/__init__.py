@@ -1,11 +1,13 @@
 """weftlora: adaptive low-rank adapters as one equation with five axes, plugged into peft.
 
-Importing weftlora registers the type WEFT with peft, so that `get_peft_model`, `PeftModel.from_pretrained`, Trainer and trl
-work with its configs; it loads nothing beyond what `import peft` loads.
+Importing weftlora makes the type WEFT known to peft, before or after peft itself is imported, so that `get_peft_model`,
+`PeftModel.from_pretrained`, Trainer and trl work with its configs. It loads neither peft nor torch: every name below is loaded when
+it is first used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -16,51 +18,52 @@ from weftlora.errors import (
     DataError,
     DivergedError,
     MergeError,
+    MissingExtraError,
     ModelError,
     RunError,
     TargetError,
     WeftError,
 )
-
-__version__ = "0.1.0.dev0"
-
-from weftlora.glue.attach import attach, load_state_dict, param_groups, state_dict
-from weftlora.glue.official import import_hydralora, import_lora_dash
-from weftlora.glue.register import register
-from weftlora.glue.routing import Routing, routing
-from weftlora.recipes import (
-    AllocLoraConfig,
-    FlexoraConfig,
-    HydraLoraConfig,
-    LoraDashConfig,
-    LoraInitConfig,
-    LoraTsdConfig,
-    PlainLoraConfig,
-    TiedLoraConfig,
-)
-from weftlora.spec import WeftConfig
-from weftlora.terms.boost.dash import Dash
-from weftlora.terms.layers.every import All
-from weftlora.terms.layers.only import Only
-from weftlora.terms.layers.search import Search
-from weftlora.terms.ranks.reallocate import Reallocate
-from weftlora.terms.ranks.uniform import Uniform
-from weftlora.terms.start.directions import Directions
-from weftlora.terms.start.kaiming import Kaiming
-from weftlora.terms.structure.hydra import Hydra
-from weftlora.terms.structure.plain import Plain
-from weftlora.terms.structure.tied import Tied
+from weftlora.glue.register import register as register  # of no use to users: peft is told by itself
+from weftlora.glue.register import watch as _watch
 from weftlora.times import epochs
 
-register()
+__version__ = "0.1.0rc1"  # the one place; pyproject.toml reads it from here
 
 if TYPE_CHECKING:
     from weftlora.compare import compare
     from weftlora.export import export_lora, merge
+    from weftlora.glue.attach import attach, load_state_dict, state_dict
+    from weftlora.glue.official import import_hydralora, import_lora_dash
+    from weftlora.glue.optimizer import param_groups
+    from weftlora.glue.routing import Routing, routing
+    from weftlora.recipes import (
+        AllocLoraConfig,
+        FlexoraConfig,
+        HydraLoraConfig,
+        LoraDashConfig,
+        LoraInitConfig,
+        LoraTsdConfig,
+        PlainLoraConfig,
+        TiedLoraConfig,
+    )
     from weftlora.report import report
     from weftlora.report.heads import suggest_heads
     from weftlora.report.inspecting import inspect
     from weftlora.search import Selection, search_layers, second_stage
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.boost.dash import Dash
+    from weftlora.terms.layers.every import All
+    from weftlora.terms.layers.only import Only
+    from weftlora.terms.layers.search import Search
+    from weftlora.terms.ranks.reallocate import Reallocate
+    from weftlora.terms.ranks.uniform import Uniform
+    from weftlora.terms.start.directions import Directions
+    from weftlora.terms.start.kaiming import Kaiming
+    from weftlora.terms.structure.hydra import Hydra
+    from weftlora.terms.structure.plain import Plain
+    from weftlora.terms.structure.tied import Tied
+    from weftlora.terms.trust import trust_terms
     from weftlora.train import Run, evaluate, generate, train
     from weftlora.train.callback import Callback
     from weftlora.train.directions import directions
@@ -68,14 +71,34 @@ if TYPE_CHECKING:
 _LAZY = {
     "compare": "weftlora.compare",
     **dict.fromkeys(("export_lora", "merge"), "weftlora.export"),
+    **dict.fromkeys(("attach", "load_state_dict", "state_dict"), "weftlora.glue.attach"),
+    **dict.fromkeys(("import_hydralora", "import_lora_dash"), "weftlora.glue.official"),
+    "param_groups": "weftlora.glue.optimizer",
+    **dict.fromkeys(("Routing", "routing"), "weftlora.glue.routing"),
+    **dict.fromkeys(("AllocLoraConfig", "FlexoraConfig", "HydraLoraConfig", "LoraDashConfig"), "weftlora.recipes"),
+    **dict.fromkeys(("LoraInitConfig", "LoraTsdConfig", "PlainLoraConfig", "TiedLoraConfig"), "weftlora.recipes"),
+    "report": "weftlora.report",
+    "suggest_heads": "weftlora.report.heads",
+    "inspect": "weftlora.report.inspecting",
     **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weftlora.search"),
+    "WeftConfig": "weftlora.spec",
+    "Dash": "weftlora.terms.boost.dash",
+    "All": "weftlora.terms.layers.every",
+    "Only": "weftlora.terms.layers.only",
+    "Search": "weftlora.terms.layers.search",
+    "Reallocate": "weftlora.terms.ranks.reallocate",
+    "Uniform": "weftlora.terms.ranks.uniform",
+    "Directions": "weftlora.terms.start.directions",
+    "Kaiming": "weftlora.terms.start.kaiming",
+    "Hydra": "weftlora.terms.structure.hydra",
+    "Plain": "weftlora.terms.structure.plain",
+    "Tied": "weftlora.terms.structure.tied",
+    "trust_terms": "weftlora.terms.trust",
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weftlora.train"),
     "Callback": "weftlora.train.callback",
     "directions": "weftlora.train.directions",
-    "inspect": "weftlora.report.inspecting",
-    "report": "weftlora.report",
-    "suggest_heads": "weftlora.report.heads",
 }
+"""Public name → the module it is loaded from when it is first used."""
 
 __all__ = [
     "AdapterError",
@@ -96,6 +119,7 @@ __all__ = [
     "LoraInitConfig",
     "LoraTsdConfig",
     "MergeError",
+    "MissingExtraError",
     "ModelError",
     "Only",
     "Plain",
@@ -132,17 +156,25 @@ __all__ = [
     "state_dict",
     "suggest_heads",
     "train",
+    "trust_terms",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:  # the training stack loads transformers models and trl: only when asked for
-        module = importlib.import_module(_LAZY[name])
-        return (
-            module if module.__name__ == f"weftlora.{name}" else getattr(module, name)
-        )  # a package that can be called
-    raise AttributeError(f"module 'weftlora' has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'weftlora' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    # a package that can be called is what its name says
+    value = module if module.__name__ == f"weftlora.{name}" else getattr(module, name)
+    globals()[name] = value
+    if name == "WeftConfig":
+        with contextlib.suppress(WeftError):  # whoever makes a config is told
+            register()
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *_LAZY})
+
+
+_watch()

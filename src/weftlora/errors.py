@@ -57,6 +57,10 @@ class DivergedError(RunError):
     """A training whose losses or scores are no numbers any more."""
 
 
+class MissingExtraError(WeftError, ImportError):
+    """A package that the call needs is in an extra that is not installed; says the `pip install` line."""
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """The tail of an error about an unknown name: the nearest valid one, or all of them.
 

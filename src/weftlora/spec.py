@@ -14,62 +14,59 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 from peft import PeftConfig, PeftType
 
 from weftlora import compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
 from weftlora.numbers import is_number, is_whole
-from weftlora.terms.boost.dash import Dash
-from weftlora.terms.layers.every import All
-from weftlora.terms.layers.only import Only
-from weftlora.terms.layers.search import Search
-from weftlora.terms.ranks.reallocate import Reallocate
-from weftlora.terms.ranks.uniform import Uniform
-from weftlora.terms.start.directions import Directions
-from weftlora.terms.start.kaiming import Kaiming
-from weftlora.terms.structure.hydra import Hydra
-from weftlora.terms.structure.plain import Plain
-from weftlora.terms.structure.tied import Tied
+from weftlora.terms import registry
+from weftlora.terms.axes import AXES, PROTOCOLS
+from weftlora.terms.boost import Boost
+from weftlora.terms.choice import Choice
+from weftlora.terms.layers import Layers
+from weftlora.terms.ranks import Ranks
+from weftlora.terms.start import Start
+from weftlora.terms.structure import Structure
+from weftlora.terms.trust import from_folder
 from weftlora.times import Epochs
 
 FORMAT_VERSION = 1
 
 DROPOUT_MASKS = ("linear", "input")
-AXES: dict[str, dict[str, type]] = {
-    "structure": {"plain": Plain, "hydra": Hydra, "tied": Tied},
-    "start": {"kaiming": Kaiming, "directions": Directions},
-    "boost": {"dash": Dash},
-    "ranks": {"uniform": Uniform, "reallocate": Reallocate},
-    "layers": {"all": All, "only": Only, "search": Search},
-}
 
 
-def encode_choice(choice: object | None) -> dict[str, Any] | None:
+def encode_choice(choice: Choice | None) -> dict[str, Any] | None:
     """A choice as plain JSON: {"kind": "hydra", "heads": 3, ...}; None stays None."""
     if choice is None:
         return None
     fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
     plain = {name: dataclasses.asdict(v) if isinstance(v, Epochs) else v for name, v in fields.items()}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
-    return {"kind": type(choice).__name__.lower(), **plain}
+    return {**registry.encoded(choice), **plain}
 
 
 def decode_choice(axis: str, value: Any) -> Any:
     """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
 
-    On the axis layers, a bare list is `Only`.
+    A plain value that stands for a choice is that: on the axis layers, a bare list is `Only`. A name that is not weftlora's own is
+    looked up among the terms that installed packages offer (`weftlora.terms.registry`).
     """
-    kinds = AXES[axis]
-    if value is None or isinstance(value, tuple(kinds.values())):
+    if value is None:
+        return None
+    if isinstance(value, PROTOCOLS[axis].protocol):
+        registry.adopt(cast(Choice, value))
         return value
     if isinstance(value, str):
         value = {"kind": value}
-    if axis == "layers" and isinstance(value, (list, tuple, set, range)):
-        return Only(tuple(value))
+    kinds: dict[str, Any] = dict(AXES[axis])
+    for cls in kinds.values():
+        if isinstance(value, cls.takes):
+            return cls(tuple(value))
     if not isinstance(value, Mapping) or not value:
         raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
     if "kind" in value:
@@ -85,24 +82,19 @@ def decode_choice(axis: str, value: Any) -> Any:
         raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
     if kind == "none":
         return None
-    if kind not in kinds:
-        raise ConfigError(f"{axis} has no choice {kind!r}: {suggest(kind, [*kinds, *([] if kinds else ['none'])])}")
-    valid = [f.name for f in dataclasses.fields(kinds[kind]) if f.init]
-    for key in fields:
-        if key not in valid:
-            raise (
-                unknown_key(str(key), valid, kinds[kind].__name__)
-                if valid
-                else ConfigError(f"{kinds[kind].__name__} takes no fields, but {key!r} was given: leave it out.")
-            )
-    needed = [f.name for f in dataclasses.fields(kinds[kind]) if f.init and f.default is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in fields]:
-        raise ConfigError(f"{axis}={kind!r} needs {missing[0]}: write {{'{kind}': {{'{missing[0]}': ...}}}}.")
-    return kinds[kind](**fields)
+    package, version = (
+        (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
+    )
+    return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
 
 
 def _choices(axis: str) -> str:
-    return f"choose from {', '.join(AXES[axis]) or 'none'}."
+    return f"choose from {', '.join(AXES[axis])}."
+
+
+def _default(axis: str) -> Callable[[], Any]:
+    """What makes the choice of an axis that a config has unless it says otherwise."""
+    return cast("Callable[[], Any]", PROTOCOLS[axis].default)
 
 
 @dataclass
@@ -127,6 +119,8 @@ class WeftConfig(PeftConfig):
         layers_pattern: name of the list of blocks, where peft cannot tell.
         rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins.
         modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
+        trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
+            a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
         use_rslora: scale by lora_alpha / √r instead.
 
     Raises:
@@ -134,11 +128,11 @@ class WeftConfig(PeftConfig):
         AdapterError (a ValueError): the config was written by a newer version of weftlora.
     """
 
-    structure: Plain | Hydra | Tied = field(default_factory=Plain)
-    start: Kaiming | Directions = field(default_factory=Kaiming)
-    boost: Dash | None = None
-    ranks: Uniform | Reallocate = field(default_factory=Uniform)
-    layers: All | Only | Search = field(default_factory=All)
+    structure: Structure = field(default_factory=_default("structure"))
+    start: Start = field(default_factory=_default("start"))
+    boost: Boost | None = None
+    ranks: Ranks = field(default_factory=_default("ranks"))
+    layers: Layers = field(default_factory=_default("layers"))
     r: int = 8
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -150,24 +144,33 @@ class WeftConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
     format_version: int = FORMAT_VERSION
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Made, copied or unpickled: peft's tables have the type before there is a config of it."""
+        from weftlora import register
+
+        register()
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:  # peft's own check of task_type
             raise ConfigError(f"peft refuses this config: {error}") from None
-        self.peft_type = PeftType("WEFT")  # a member since `import weftlora`; the host reads its .value
+        self.peft_type = PeftType("WEFT")  # the host reads its .value
         for axis in AXES:
             setattr(self, axis, decode_choice(axis, getattr(self, axis)))
-        for axis in ("structure", "start", "ranks", "layers"):
-            if getattr(self, axis) is None:
+        for axis, one in PROTOCOLS.items():
+            if one.default is not None and getattr(self, axis) is None:
                 raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")
         compat.check(self.structure, self.start, self.boost, self.ranks, self.layers)
         _check_rank(self.r, "r")
         if self.lora_alpha is None:
-            self.lora_alpha = self.r if isinstance(self.structure, Tied) else 2 * self.r
+            alpha = self.structure.alpha_per_rank * self.r
+            self.lora_alpha = int(alpha) if alpha == int(alpha) else alpha
         _check_alpha(self.lora_alpha, "lora_alpha")
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(
@@ -177,10 +180,7 @@ class WeftConfig(PeftConfig):
             raise ConfigError(f"dropout_mask={self.dropout_mask!r}: {suggest(str(self.dropout_mask), DROPOUT_MASKS)}")
         if not isinstance(self.use_rslora, bool):
             raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
-        if isinstance(self.structure, Hydra) and self.structure.router_init == "zero" and not self.lora_dropout:
-            raise ConfigError(
-                "Hydra(router_init='zero') without dropout keeps all heads equal for ever: set lora_dropout > 0."
-            )
+        self.structure.check(self.lora_dropout)
         self._check_targets()
 
     def _check_targets(self) -> None:
@@ -199,6 +199,8 @@ class WeftConfig(PeftConfig):
                 _check_regex(value, name)
         if self.modules_to_save is not None:
             _check_names(self.modules_to_save, "modules_to_save")
+        if self.trainable_token_indices is not None:
+            _check_tokens(self.trainable_token_indices)
         self._check_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name) or {}, Mapping):
@@ -213,9 +215,9 @@ class WeftConfig(PeftConfig):
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
-        if layers is not None and isinstance(self.layers, Only):
+        if layers is not None and self.layers.named is not None:
             raise ConfigError(
-                f"layers={list(self.layers.blocks)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
+                f"layers={list(self.layers.named)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
             )
         if layers is None:
             if self.layers_pattern:
@@ -255,7 +257,24 @@ class WeftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
         super().save_pretrained(save_directory, **kwargs)
-        _write_loading_note(Path(save_directory))
+        offers = [registry.encoded(choice) for choice in self.choices().values()]
+        write_loading_note(
+            Path(save_directory), sorted({str(said["package"]) for said in offers if said.get("package")})
+        )
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """How the host makes a config of a folder's adapter_config.json."""
+        with from_folder():
+            return super().from_peft_type(**kwargs)
+
+    def choices(self) -> dict[str, Choice]:
+        """Axis → its choice; an axis without one is left out."""
+        return {axis: choice for axis in AXES if (choice := getattr(self, axis)) is not None}
+
+    def label(self) -> str:
+        """The choices of the axes in a line; what is the default of an axis is not said."""
+        return " + ".join(said for choice in self.choices().values() if (said := choice.label()) is not None)
 
     def scale(self, r: int, alpha: float) -> float:
         """What multiplies B A of a site of rank r: α/r, or α/√r with rsLoRA."""
@@ -268,6 +287,9 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def strict(self: WeftConfig, *args: Any, **kwargs: Any) -> None:
+        saved = bool(
+            {"peft_type", "weft_version"} & kwargs.keys()
+        )  # only what was saved says so: not the user's own words
         made_by = kwargs.pop("weft_version", None)
         version = kwargs.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -278,7 +300,8 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
         for key in kwargs:
             if key not in valid:
                 raise unknown_key(key, valid, type(self).__name__)
-        init(self, *args, **kwargs)
+        with from_folder() if saved else nullcontext():
+            init(self, *args, **kwargs)
 
     return strict
 
@@ -305,6 +328,18 @@ def _check_names(names: Any, field_name: str) -> None:
         raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
 
 
+def _check_tokens(value: Any) -> None:
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    good = all(isinstance(tokens, (list, tuple)) and tokens for tokens in lists) and bool(lists)
+    if not good or not all(is_whole(token, 0) for tokens in lists for token in tokens):
+        raise ConfigError(
+            f"trainable_token_indices={value!r} names no tokens: write their numbers, such as [417, 418], or "
+            "{'embed_tokens': [417, 418]}."
+        )
+    if isinstance(value, Mapping):
+        _check_names(list(value), "trainable_token_indices")
+
+
 def _check_alpha(alpha: Any, name: str) -> None:
     if not is_number(alpha) or not 0 < alpha < math.inf:
         raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
@@ -316,6 +351,10 @@ def _weft_version() -> str:
     return __version__
 
 
+FIRST_LINE = (
+    "**`import weftlora` before you load this adapter** (`pip install weftlora`), or peft says `KeyError: 'WEFT'`; "
+    "`weftlora export` makes a stock LoRA of it, which needs neither."
+)
 LOADING_NOTE = """
 ## Loading this adapter
 
@@ -328,13 +367,35 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 ```
 """
+TRUST_NOTE = """
+Its terms come from {packages}, whose code it needs. Before you load it:
+
+```python
+weftlora.trust_terms({names})
+```
+"""
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 
-def _write_loading_note(folder: Path) -> None:
+def write_loading_note(folder: Path, packages: list[str] | None = None) -> None:
+    """Say in the first line of the folder's README.md, below its metadata, and in a section, what loading needs; once.
+
+    `packages`: those that offer terms of the adapter.
+    """
     readme = folder / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if "import weftlora" not in text:
-        readme.write_text(text + LOADING_NOTE, encoding="utf-8")
+    said = text
+    if FIRST_LINE not in text:
+        front = _FRONT_MATTER.match(text)
+        head, body = (front[0] + "\n", text[front.end() :]) if front else ("", text)
+        said = f"{head}{FIRST_LINE}\n\n{body.lstrip()}"
+    if LOADING_NOTE.strip() not in said:
+        said = said.rstrip() + "\n" + LOADING_NOTE
+    if packages:
+        trust = TRUST_NOTE.format(packages=" and ".join(packages), names=", ".join(map(repr, packages)))
+        said += "" if trust in said else trust
+    if said != text:
+        readme.write_text(said, encoding="utf-8")
 
 
 def read_config(folder: str | Path) -> WeftConfig:
@@ -354,4 +415,5 @@ def read_config(folder: str | Path) -> WeftConfig:
         raise AdapterError(
             f"{path} describes a {data.get('peft_type')} adapter, not a weftlora one: load it with peft."
         )
-    return WeftConfig(**data)
+    with from_folder():
+        return WeftConfig(**data)

@@ -80,7 +80,9 @@ def test_recipes_are_listed_with_their_defaults(weftlora: Weft) -> None:
     listed = {entry["name"]: entry for entry in json.loads(said.out)}
     assert set(listed) == set(BUILTIN)
     assert listed["hydralora"]["defaults"]["heads"] == 3
-    assert listed["tied_lora"]["defaults"]["lora_alpha"] == listed["tied_lora"]["defaults"]["r"]
+    assert listed["lora_dash"]["defaults"] | {"directions": 8, "after": 100} == listed["lora_dash"]["defaults"]
+    assert listed["tied_lora"]["defaults"]["train"] == "tl6"
+    assert listed["none"]["defaults"] == {}
     assert "arXiv" in listed["lora"]["paper"]
     assert "hydralora" in weftlora("recipes").out
 
@@ -101,6 +103,30 @@ def test_doctor_tells_versions_and_what_is_missing(weftlora: Weft) -> None:
         assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "reference"
     with switched(mlp=False):
         assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "fused, without mlp"
+
+
+def test_doctor_names_the_tested_host_that_is_nearest(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weftlora.cli import diagnosis
+
+    rows = {row["name"]: row for row in json.loads(diagnosis.ROWS.read_text(encoding="utf-8"))["rows"]}
+    monkeypatch.setattr(diagnosis, "_version", rows["ms-swift"]["versions"].get)
+    assert diagnosis.nearest_row() == {
+        "name": "ms-swift",
+        "host": "ms-swift 4.6.0",
+        "status": rows["ms-swift"]["status"],
+        "differs": {},
+    }
+    old = {**rows["ms-swift"]["versions"], "peft": "0.18.1"}
+    monkeypatch.setattr(diagnosis, "_version", old.get)
+    found = json.loads(weftlora("doctor", "--json").out)["nearest"]
+    assert (found["name"], found["differs"]) == ("ms-swift", {"peft": {"here": "0.18.1", "row": "0.20.0"}})
+    assert "peft is 0.18.1 here, 0.20.0 there" in weftlora("doctor").out
+
+
+def test_doctor_says_what_an_adapter_would_be_refused_for(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weftlora.cli.diagnosis.why_not", lambda: "peft 0.1 lacks everything.")
+    done = weftlora("doctor", "--json")
+    assert "peft 0.1 lacks everything." in json.loads(done.out)["problems"]
 
 
 def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weftlora: Weft, tmp_path: Path) -> None:

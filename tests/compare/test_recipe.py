@@ -38,6 +38,11 @@ def read(**more: Any) -> CompareRecipe:
         ({"metric": "los"}, "metric"),
         ({"metric": "bleu", "answers": False}, "answers=false generates none"),
         ({"methods": []}, "methods"),
+        ({"train": {"freeze_down": True}}, "freeze_down trains fewer parameters than the budget gives"),
+        (
+            {"methods": ["lora", "peft:lora"], "train": {"lora_plus_ratio": 16.0}},
+            "16 is for weftlora's methods, and peft:lora",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(given: dict[str, Any], sentence: str):

@@ -5,8 +5,10 @@ Each test shows the fact on peft itself, then that weftlora lives with it.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,11 @@ def test_fact_1_peft_registers_only_names_of_its_enum() -> None:
         register_peft_method(name="unheard", config_cls=weftlora.WeftConfig, model_cls=WeftTuner, prefix="unheard_")
     assert PeftType("WEFT") is PeftType.WEFT
     assert PeftType.WEFT.name == PeftType.WEFT.value == "WEFT"
+    assert (
+        vars(PeftType)["WEFT"] is PeftType.WEFT
+    )  # an attribute of the class, as peft's own: Python 3.12 and later look nowhere else
+    assert pickle.loads(pickle.dumps(PeftType.WEFT)) is copy.deepcopy(PeftType.WEFT) is PeftType.WEFT
+    assert vars(PeftType.WEFT).keys() == vars(PeftType.LORA).keys()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weftlora.WeftConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.WEFT] is WeftTuner
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.WEFT] == "weft_"
@@ -58,10 +65,11 @@ def test_a_taken_name_or_prefix_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         shim.register()
     monkeypatch.setattr(shim, "NAME", "WEFT_TWIN")
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, "WEFT_TWIN", LoraConfig)  # as a str subclass would stand there
+    monkeypatch.setattr(PeftType, "WEFT_TWIN", None, raising=False)  # taken away again at the end
     monkeypatch.setattr(PeftType, "_member_names_", list(PeftType._member_names_))
     monkeypatch.setattr(PeftType, "_member_map_", dict(PeftType._member_map_))
     monkeypatch.setattr(PeftType, "_value2member_map_", dict(PeftType._value2member_map_))
-    with pytest.raises(weftlora.WeftError, match="another package uses its name"):
+    with pytest.raises(weftlora.WeftError, match="another package has already registered"):
         shim.register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.WEFT] is weftlora.WeftConfig
 
@@ -107,7 +115,30 @@ def test_fact_2_the_loading_note_is_written_once_and_for_every_adapter(llama, tm
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
     for readme in (tmp_path / "README.md", tmp_path / "other" / "README.md"):
-        assert readme.read_text().count("import weftlora") == 1
+        text = readme.read_text()
+        assert text.count("import weftlora") == 2  # in the first line and in the snippet
+        assert text.count("## Loading this adapter") == 1
+        assert first_line(text).startswith("**`import weftlora` before you load this adapter**")
+
+
+def first_line(card: str) -> str:
+    """What a reader of a model card sees first: below the metadata."""
+    body = card.split("---\n", 2)[2] if card.startswith("---\n") else card
+    return body.lstrip().splitlines()[0]
+
+
+def test_fact_2_a_card_that_a_trainer_wrote_over_ours_says_it_again(llama, tmp_path: Path) -> None:
+    model = get_peft_model(llama, weftlora.PlainLoraConfig())
+    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n\n<!-- made by a trainer -->\n\n# A run\n")
+    model.create_or_update_model_card(str(tmp_path))  # as transformers' Trainer has peft complete the card it pushes
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("---\n")
+    assert "# A run" in text
+    assert "`weftlora export` makes a stock LoRA" in first_line(text)
+    stock = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    (tmp_path / "README.md").unlink()
+    stock.create_or_update_model_card(str(tmp_path))
+    assert "weftlora" not in (tmp_path / "README.md").read_text()
 
 
 def test_fact_2_a_lora_config_silently_drops_what_it_does_not_know(tmp_path: Path) -> None:

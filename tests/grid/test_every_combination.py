@@ -17,7 +17,7 @@ from families import FAMILIES, logits, trainable
 from weftlora import compat
 from weftlora.errors import CombinationError, ConfigError, MergeError
 from weftlora.glue.attach import schedules
-from weftlora.spec import AXES
+from weftlora.terms.axes import AXES
 
 pytestmark = pytest.mark.grid
 

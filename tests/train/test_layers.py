@@ -40,6 +40,17 @@ def test_one_run_searches_selects_and_trains(recipe: Make, finetune: str) -> Non
     assert weftlora.evaluate(run).scores.loss is not None
 
 
+@pytest.mark.parametrize("finetune", ["restart", "continue"])
+def test_a_frozen_a_is_frozen_in_the_search_and_after_it(recipe: Make, tmp_path: Path, finetune: str) -> None:
+    adapter = {**FLEXORA, "finetune": finetune}
+    keys = {"freeze_down": True, "lora_plus_ratio": 4}
+    run = weftlora.train(recipe(adapter=adapter, train=keys))
+    free = weftlora.train(recipe(adapter=adapter, out=str(tmp_path / "free")))
+    assert run.status == "complete"
+    assert 0 < run.parameters["trainable"] < free.parameters["trainable"]
+    assert run.parameters["trainable"] == run.figures["trained"]
+
+
 def _tensors(run: Run) -> list[str]:
     from safetensors import safe_open
 

@@ -42,6 +42,39 @@ def test_a_run_folder_says_what_was_done(recipe: Make, tmp_path: Path) -> None:
     assert not list(run.folder.rglob(".*"))
 
 
+@pytest.mark.parametrize("keys", [{"lora_plus_ratio": 16}, {"freeze_down": True}])
+def test_roles_are_refused_for_pefts_own_adapters_before_anything_is_written(
+    recipe: Make, keys: dict[str, Any]
+) -> None:
+    given = recipe(adapter="peft:lora", train=keys)
+    with pytest.raises(
+        ConfigError, match=r"is for weftlora's adapters, and peft:lora is peft's own: use adapter: lora"
+    ):
+        weftlora.train(given)
+    with pytest.raises(ConfigError, match="starts at zero, so the update would stay zero"):
+        weftlora.train(recipe(adapter={"recipe": "tied_lora", "train": "A"}, train={"freeze_down": True}))
+    with pytest.raises(ConfigError, match="the B of adapters, and none is trained"):
+        weftlora.train(recipe(adapter={"recipe": "tied_lora", "train": "vera"}, train={"lora_plus_ratio": 16}))
+    assert not Path(given["out"]).exists()
+
+
+def test_a_frozen_a_is_what_the_seed_drew_and_is_not_counted(recipe: Make, tmp_path: Path) -> None:
+    def factors(name: str, **train: Any) -> dict[str, torch.Tensor]:
+        run = weftlora.train(recipe(adapter="lora", train=train, out=str(tmp_path / name)))
+        return load_file(run.adapter_folder / "adapter_model.safetensors")
+
+    one, four, free = (
+        factors("one", steps=1, freeze_down=True),
+        factors("four", steps=4, freeze_down=True),
+        factors("free", steps=4),
+    )
+    downs = [name for name in one if name.endswith(".A")]
+    assert downs
+    assert all(torch.equal(one[name], four[name]) and not torch.equal(four[name], free[name]) for name in downs)
+    counted = [Run.load(tmp_path / name).parameters["trainable"] for name in ("four", "free")]
+    assert counted[1] - counted[0] == sum(one[name].numel() for name in downs)
+
+
 def test_nothing_is_written_outside_the_run_folder(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

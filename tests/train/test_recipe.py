@@ -27,6 +27,18 @@ def test_an_unknown_key_names_the_nearest(change: dict[str, object], wrong: str,
     assert f"did you mean {near!r}?" in str(raised.value) or near in str(raised.value)
 
 
+@pytest.mark.parametrize("value", [0, -16, float("inf"), "fast", True])
+def test_a_ratio_that_is_none_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lora_plus_ratio=.* is not valid"):
+        Recipe.read(WHOLE | {"train": {"lora_plus_ratio": value}})
+    with pytest.raises(ConfigError, match=r"train\.freeze_down=.* is not valid"):
+        Recipe.read(WHOLE | {"train": {"freeze_down": "A"}})
+
+
+def test_a_ratio_may_be_whole() -> None:
+    assert Recipe.read(WHOLE, "train.lora_plus_ratio=16").train.lora_plus_ratio == 16
+
+
 def test_overrides_are_yaml_and_spell_out_shorthand() -> None:
     recipe = Recipe.read(
         WHOLE, "train.lr=1e-3", "model.dtype=bfloat16", "adapter.r=4", "data.limit=7", "adapter.targets=[a, b]"

@@ -59,6 +59,39 @@ def test_every_structure_resumes_exactly(recipe: Make, tmp_path: Path, adapter: 
     assert weights(weftlora.train(given, resume=True)) == weights(whole)
 
 
+@pytest.mark.parametrize("keys", [{"lora_plus_ratio": 16.0}, {"freeze_down": True}])
+def test_groups_by_role_resume_exactly(recipe: Make, tmp_path: Path, keys: dict[str, Any]) -> None:
+    section = {"recipe": "lora_dash", "r": 2, "after": 6, "lora_dropout": 0.1}
+    train = LENGTH | {"batch_size": 4, "weight_decay": 0.1, **keys}
+    whole = weftlora.train(recipe(adapter=section, train=train, out=str(tmp_path / "whole")))
+    assert whole.recipe["train"] | keys == whole.recipe["train"]
+    given = recipe(adapter=section, train=train, out=str(tmp_path / "cut"))
+    interrupted(given)
+    assert weights(weftlora.train(given, resume=True)) == weights(whole)
+    plain = weftlora.train(
+        recipe(adapter=section, train={k: v for k, v in train.items() if k not in keys}, out=str(tmp_path / "plain"))
+    )
+    assert weights(plain) != weights(whole)
+    if "freeze_down" in keys:
+        assert whole.parameters["trainable"] < plain.parameters["trainable"]
+        assert whole.figures["trained"] == whole.parameters["trainable"]
+
+
+def test_a_run_of_before_a_key_existed_is_continued(recipe: Make) -> None:
+    given = recipe(adapter="lora", train=LENGTH)
+    interrupted(given)
+    path = Path(given["out"]) / "run.json"
+    record = json.loads(path.read_text())
+    for key in ("lora_plus_ratio", "freeze_down"):
+        del record["recipe"]["train"][key]
+    path.write_text(json.dumps(record))
+    assert weftlora.train(given, resume=True).status == "complete"
+    other = recipe(adapter="lora", train=LENGTH, out=str(path.parent.with_name("other")))
+    interrupted(other)
+    with pytest.raises(ConfigError, match=r"train\.freeze_down=False, not True"):
+        weftlora.train(other, "train.freeze_down=true", resume=True)
+
+
 def test_a_classifier_resumes_exactly(recipe: Make, tmp_path: Path) -> None:
     section = {"recipe": "lora", "r": 2, "lora_dropout": 0.1}
     whole = weftlora.train(recipe("bert", adapter=section, train=LENGTH, out=str(tmp_path / "whole")))

@@ -30,7 +30,6 @@ from weftlora.recipes import (
     peft_lora,
 )
 from weftlora.site import Site
-from weftlora.terms.boost.dash import DashTerm
 
 Dtype = Literal["fp32", "bf16"]
 Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
@@ -206,24 +205,23 @@ def _adapted(case: Case, model: nn.Module) -> nn.Module:
 def leave_the_start(model: nn.Module) -> None:
     """Give every trained tensor that starts at 0 or 1 random values, as after some training."""
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if not p.requires_grad:
                 continue
-            if ".lora_B." in name or name.endswith(".structure.B"):
-                p.normal_(std=0.02)
-            elif name.endswith((".structure.u", ".structure.v")):
+            if not p.any():
+                p.normal_(std=0.02 if p.dim() > 1 else 0.1)
+            elif bool((p == 1).all()):
                 p.normal_(mean=1.0, std=0.1)
-            elif name.endswith(".boost.gain"):
-                p.normal_(std=0.1)
 
 
 def launch_anywhere(model: nn.Module) -> None:
     """Launch every Dash site on random orthonormal directions: a step costs the same along any."""
-    for term in model.modules():
-        if isinstance(term, DashTerm):
-            (out, s), fan_in = term.up.shape, term.down.shape[1]
+    for site in model.modules():
+        if isinstance(site, Site) and site.boost is not None:
+            slots = site.boost.slots(1.0, None, None)
+            (out, s), fan_in = slots.up.shape, slots.down.shape[1]
             up, down = (torch.linalg.qr(torch.randn(n, s)).Q for n in (out, fan_in))
-            term.launch(linalg.Directions(torch.arange(s), torch.ones(s), torch.ones(s), up, down.T))
+            site.boost.launch(linalg.Directions(torch.arange(s), torch.ones(s), torch.ones(s), up, down.T))
 
 
 def move_ranks(model: nn.Module) -> None:

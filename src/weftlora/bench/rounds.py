@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from weftlora import __version__
 from weftlora.bench.agree import TOLERANCE, Agreement, agreement
 from weftlora.bench.cases import (
     CONFIGS,
@@ -216,5 +217,10 @@ def torch_threads(count: int) -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """What was measured, and on what."""
-    found = {name: version(name) for name in ("weftlora", "torch", "peft", "transformers")}
-    return {**found, "python": platform.python_version(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    found = {name: version(name) for name in ("torch", "peft", "transformers")}
+    return {
+        "weftlora": __version__,
+        **found,
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }

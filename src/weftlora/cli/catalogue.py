@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.train.adapter import adapter_config
+from weftlora.recipes import RECIPES, own_fields
 from weftlora.train.builtin import BUILTIN, builtin
-
-_SHOWN = ("r", "target_r", "init_r", "lora_alpha", "lora_dropout", "target_modules")
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Name, one line, paper and the defaults of each recipe's config."""
+    """Name, one line, paper and the defaults of each recipe's own fields."""
     return [
         {"name": entry.name, "about": entry.about, "paper": entry.paper, "defaults": _defaults(entry.name)}
         for entry in BUILTIN.values()
@@ -20,14 +18,10 @@ def catalogue() -> list[dict[str, Any]]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """The fields that a recipe sets when only its name is given."""
-    config = adapter_config({"recipe": name}, total_steps=1000)
-    if config is None:
+    """The fields of a recipe, read from its signature, that have a value when only its name is given."""
+    if name not in RECIPES:
         return {}
-    values = config.to_dict()
-    chosen = {key: values[key] for key in _SHOWN if values.get(key) is not None}
-    structure = values.get("structure") or {}
-    return chosen | {key: value for key, value in structure.items() if key != "kind" and value is not None}
+    return {key: value for key, value in own_fields(name).items() if value is not None}
 
 
 def recipe_file(name: str) -> dict[str, Any]:

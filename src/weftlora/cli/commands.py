@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weftlora import __version__
 from weftlora.cli import bench, output
 from weftlora.cli.compare import compare
 from weftlora.cli.directions import directions
@@ -16,6 +17,8 @@ from weftlora.cli.display import watching
 from weftlora.cli.export import export
 from weftlora.cli.heads import heads
 from weftlora.cli.inspect import inspect
+from weftlora.cli.new_term import new_term
+from weftlora.cli.options import TrustTerms
 from weftlora.cli.report import report
 from weftlora.cli.search import search
 
@@ -26,6 +29,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"weftlora {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def weftlora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune with adaptive low-rank adapters: train, evaluate, generate."""
+
+
 app.add_typer(bench.app, name="bench")
 app.command()(directions)
 app.command()(search)
@@ -34,6 +54,7 @@ app.command()(export)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
+app.command("new-term")(new_term)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -52,6 +73,7 @@ def train(
     no_verify_base: Annotated[
         bool, typer.Option("--no-verify-base", help="Do not read the base's weights to identify them.")
     ] = False,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -78,6 +100,7 @@ def evaluate(
     base: Base = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the compared answers.")] = None,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -107,6 +130,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
     base: Base = None,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt with a trained adapter."""
@@ -136,6 +160,7 @@ def doctor(
     run: Annotated[
         Path | None, typer.Argument(help="A run or adapter: also say which of its linears the fast path computes.")
     ] = None,
+    trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
     """Say what weftlora finds on this machine, and what is missing."""

@@ -16,7 +16,9 @@ from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import LINE_EVERY
+from weftlora.cli.options import TrustTerms
 from weftlora.compare.metrics import metric_of
+from weftlora.extras import needs
 
 if TYPE_CHECKING:
     from weftlora.compare.plan import Plan
@@ -35,6 +37,7 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")
     ] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -45,11 +48,14 @@ def compare(
     """
     given = [*(overrides or []), *([f"out={out}"] if out else [])]
     if dry_run:
-        with output.calling(as_json, quiet=True):
-            from weftlora.compare.plan import make
+        with output.calling(as_json, quiet=True), needs("compare", "weftlora compare"):
             from weftlora.compare.recipe import CompareRecipe
 
-            planned = make(CompareRecipe.read(recipe, *given))
+            read = CompareRecipe.read(recipe, *given)
+            read.check_places()
+            from weftlora.compare.plan import make
+
+            planned = make(read)
         output.show(planned.record(), as_json, lambda: plan_table(planned))
         return
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
+from weftlora import __version__
+from weftlora.glue.host_versions import why_not
+
+ROWS = Path(__file__).resolve().parent.parent / "assets" / "matrix.json"
+"""The rows of matrix.toml and what came of them; `scripts/matrix.py` writes it."""
 WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear": "a node each"}
 
 
@@ -38,6 +45,8 @@ class Diagnosis:
     free_gib: float
     """Free disk space in the working folder."""
     problems: list[str] = field(default_factory=list)
+    nearest: dict[str, Any] | None = None
+    """The row of matrix.toml that has the most of these versions: its name, host, outcome, and what differs from it."""
     nodes: dict[str, str] | None = None
     """For a run or adapter, what computes each adapted linear (`weftlora.glue.fusion.nodes`)."""
 
@@ -51,6 +60,11 @@ class Diagnosis:
         yield "python", self.python
         for name, version in self.packages.items():
             yield name, f"{version}  (tested: {self.windows[name] or 'any'})"
+        if self.nearest is not None:
+            yield (
+                "nearest tested host",
+                f"{self.nearest['host']} ({self.nearest['name']}): {_differences(self.nearest)}",
+            )
         yield "devices", ", ".join(self.devices)
         yield "cores, torch threads", f"{self.cores}, {self.threads}"
         yield "kernel", self.kernel
@@ -68,13 +82,40 @@ class Diagnosis:
         return found
 
 
+COMPARED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
+"""What a row is compared by, the weightiest first."""
+
+
+def nearest_row() -> dict[str, Any]:
+    """The tested row that is nearest to this environment: the fewest packages differ, and those in the least weighty."""
+    here = {name: (_version(name) or "none").partition("+")[0] for name in COMPARED}
+    best: tuple[tuple[int, int, bool], dict[str, Any]] | None = None
+    for row in json.loads(ROWS.read_text(encoding="utf-8"))["rows"]:
+        differs = {
+            name: {"here": here[name], "row": wanted}
+            for name in COMPARED
+            if here[name] != (wanted := row["versions"].get(name, "none"))
+        }
+        weight = sum(2 ** (len(COMPARED) - COMPARED.index(name)) for name in differs)
+        rank = (len(differs), weight, row["status"] != "passed")
+        if best is None or rank < best[0]:
+            best = (rank, {"name": row["name"], "host": row["host"], "status": row["status"], "differs": differs})
+    assert best is not None, "the package ships rows"
+    return best[1]
+
+
+def _differences(row: dict[str, Any]) -> str:
+    differs = [f"{name} is {found['here']} here, {found['row']} there" for name, found in row["differs"].items()]
+    return f"{row['status']}; {', '.join(differs) or 'the same versions'}"
+
+
 def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
     """Look at this machine; `folder` is where runs would be written, `adapted` a run or an adapter to look at too."""
     packages, windows, problems = _packages()
     devices, threads = _devices()
     demo = _demo_problem()
     return Diagnosis(
-        weftlora=_version("weftlora") or "missing",
+        weftlora=__version__,
         python=platform.python_version(),
         packages=packages,
         windows=windows,
@@ -85,7 +126,8 @@ def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
         demo=demo is None,
         data=os.environ.get("WEFT_DATA"),
         free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
-        problems=[*problems, *([demo] if demo else [])],
+        problems=[*problems, *([refused] if (refused := why_not()) else []), *([demo] if demo else [])],
+        nearest=nearest_row(),
         nodes=None if adapted is None else _nodes(adapted),
     )
 

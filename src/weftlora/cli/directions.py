@@ -12,6 +12,9 @@ from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
+from weftlora.cli.options import TrustTerms
+from weftlora.data.paths import locate
+from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.glue.report import AdapterDirections, DirectionsReport, Hits, Overlap, SiteDirections
@@ -35,10 +38,15 @@ def directions(
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Which directions of the frozen weights adapters move, and how well they predict where training goes."""
+    for folder in adapter or [model]:
+        check_source(Path(folder))
+    if adapter:
+        locate(model, Path.cwd())
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.train.directions import directions as call
         from weftlora.train.files import check_output, write_json

@@ -10,7 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from weftlora.cli import output
+from weftlora.cli.options import TrustTerms
 from weftlora.errors import ConfigError
+from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.export import LoraExport, Merge
@@ -51,10 +53,14 @@ def export(
         bool, typer.Option("--no-verify", help="Do not prove it; for models that do not fit twice.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr.")] = False,
 ) -> None:
-    """Write an adapter as a stock LoRA folder or as merged weights, and prove it."""
+    """Write an adapter that loads without `import weftlora`, and prove it.
+
+    As a stock LoRA folder, or as the base with the update in its weights.
+    """
     lora_only = {
         "--uniform": uniform,
         "--server-ranks": server_ranks,
@@ -67,6 +73,7 @@ def export(
         raise ConfigError(
             f"{given[0]} means nothing with --to {to}: leave it out, or use --to {'lora' if to == 'merged' else 'merged'}."
         )
+    check_source(Path(source))
     place = out or _place(Path(source), to)
     with output.calling(as_json, quiet):
         from weftlora.export import export_lora, merge

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weftlora.cli import output
+from weftlora.extras import needs
 
 if TYPE_CHECKING:
     from weftlora.report.heads import HeadSuggestion
@@ -27,16 +28,17 @@ def heads(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
     """Suggest a number of heads for HydraLoRA from the clusters of the training rows."""
-    with output.calling(as_json, quiet=True):
+    with output.calling(as_json, quiet=True), needs("train", "weftlora heads"):
         from weftlora.data import DataConfig, texts
-        from weftlora.report.heads import suggest_heads
         from weftlora.train.recipe import Recipe
 
-        if Path(data).suffix in (".yaml", ".yml"):
-            recipe = Recipe.read(data)
-            held = texts(recipe.data, base_dir=recipe.base_dir)
-        else:
-            held = texts(DataConfig(train=data))
+        recipe = Recipe.read(data) if Path(data).suffix in (".yaml", ".yml") else None
+        config = DataConfig(train=data) if recipe is None else recipe.data
+        base_dir = None if recipe is None else recipe.base_dir
+        config.check_files(base_dir)
+        held = texts(config, base_dir=base_dir)
+        from weftlora.report.heads import suggest_heads
+
         found = suggest_heads(held, largest=largest, rows=rows, seed=seed)
     output.show(found.record(), as_json, lambda: shown(found))
 

@@ -14,7 +14,9 @@ from rich.text import Text
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
+from weftlora.cli.options import TrustTerms
 from weftlora.errors import RunError
+from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.report.result import Inspection, Routers
@@ -47,12 +49,14 @@ def inspect(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --html even if it is no page of weftlora.")
     ] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Look inside an adapter: sizes, ranks, layers, routers, heads, directions, what merges."""
     if base is not None and no_base:
         raise RunError(f"--base {base} and --no-base: give one of the two.")
+    check_source(Path(adapter))
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.report.inspecting import inspect as call
         from weftlora.report.page import check_extra, write_page

@@ -87,11 +87,7 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", module=r"weftlora(\.|$)")
             warnings.showwarning = _warn
-            from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-            disable_progress_bar()
-            if "TRANSFORMERS_VERBOSITY" not in os.environ:
-                set_verbosity_error()
+            _hush_transformers()
             yield
     finally:
         log.removeHandler(handler)
@@ -101,6 +97,18 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(redacted(super().format(record)), lines=True)
+
+
+def _hush_transformers() -> None:
+    """No bars, and errors only; transformers itself is loaded by those commands that need it."""
+    if "transformers" not in sys.modules:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        return
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        set_verbosity_error()
 
 
 def _warn(message: Warning | str, *place: Any, **more: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from weftlora.cli import output
+from weftlora.cli.options import TrustTerms
 
 
 def report(
@@ -26,6 +27,7 @@ def report(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --out even if it is no page of weftlora.")
     ] = False,
+    trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
     """Write one offline page: which method is better, at what cost, and every run behind it."""

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
+from weftlora.extras import needs
 
 if TYPE_CHECKING:
     from weftlora.search import Stability
@@ -31,7 +32,11 @@ def search(
 ) -> None:
     """Select the blocks to adapt, by a search on held-out training rows."""
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
-        from weftlora.train.layers import search_recipe
+        with needs("train", "weftlora search"):
+            from weftlora.train.recipe import asked
+
+            asked(recipe, overrides or [])
+            from weftlora.train.layers import search_recipe
 
         found = search_recipe(
             recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, overwrite=overwrite, progress=progress

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from weftlora.compare.record import Comparison, Interval, Method, Outcome, Rate, Row, Verdict
 from weftlora.errors import RunError
+from weftlora.extras import needs
 
 if TYPE_CHECKING:
     from weftlora.compare.recipe import CompareRecipe
@@ -48,9 +49,14 @@ def compare(
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was trained.
         RunError: the folder is in use by another comparison, holds something else, or cannot be written.
     """
-    from weftlora.compare import running
+    with needs("compare", "weftlora.compare"):
+        from weftlora.compare.recipe import CompareRecipe
 
-    return running.compare(recipe, overrides, jobs, overwrite, watch or running.ignore)
+        read = CompareRecipe.read(recipe, *overrides)
+        read.check_places()
+        from weftlora.compare import running
+
+        return running.compare(read, (), jobs, overwrite, watch or running.ignore)
 
 
 def load(paths: str | Path | Sequence[str | Path]) -> Comparison:

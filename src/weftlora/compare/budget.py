@@ -34,6 +34,9 @@ from weftlora.train.recipe import Task
 CLOSE = 0.05
 """A share of the budget; a method further from it gets a note."""
 
+MOST_NEEDED = 8
+"""The rank up to which a method that refuses lower ones is tried."""
+
 _NOT_COUNTED = re.compile(r"\.(modules_to_save|ranknum)\.")
 """A classifier's head; and the rank that AdaLoRA keeps in a parameter, which on the meta device peft forgets to freeze."""
 
@@ -87,14 +90,29 @@ class Scales:
 
 def nearest_rank(trained: Callable[[int], int], target: int) -> int:
     """The rank whose number is nearest to `target`, the lower one of equals; `trained` grows with the rank."""
-    first, second = trained(1), trained(2)
-    r = max(1, 1 + round((target - first) / max(second - first, 1)))
+    lowest = _lowest_rank(trained)
+    first, second = trained(lowest), trained(lowest + 1)
+    r = max(lowest, lowest + round((target - first) / max(second - first, 1)))
     while True:
-        near = [rank for rank in (r - 1, r, r + 1) if rank >= 1]
+        near = [rank for rank in (r - 1, r, r + 1) if rank >= lowest]
         best = min(near, key=lambda rank: (abs(trained(rank) - target), rank))
         if best == r:
             return r
         r = best
+
+
+def _lowest_rank(trained: Callable[[int], int]) -> int:
+    """The lowest rank that the method has: a structure may need several slots. Raises what rank 1 raised where there is none."""
+    refused: ConfigError | None = None
+    for rank in range(1, 1 + MOST_NEEDED):
+        try:
+            trained(rank)
+        except ConfigError as error:
+            refused = refused or error
+        else:
+            return rank
+    assert refused is not None
+    raise refused
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,21 @@ import inspect
 import random
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weftlora.compare.record import NONE
+from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.numbers import is_whole
 from weftlora.recipes import RECIPES
-from weftlora.spec import AXES, decode_choice, encode_choice
-from weftlora.terms.layers.search import Search
+from weftlora.spec import WeftConfig, decode_choice, encode_choice
+from weftlora.terms.axes import AXES
+from weftlora.terms.choice import Choice
+from weftlora.terms.layers.search import Search, search_of
+from weftlora.terms.registry import foreign_names
+from weftlora.terms.trust import from_folder
 from weftlora.train.adapter import adapter_config
 
 CONTROLS = ("random_layers", "random_moves")
@@ -61,8 +65,8 @@ class Contender:
         """The search of its layers, if it has one."""
         if self.frozen:
             return None
-        layers = getattr(_config(self.section), "layers", None)
-        return layers if isinstance(layers, Search) else None
+        config = _config(self.section)
+        return search_of(config.layers) if isinstance(config, WeftConfig) else None
 
     def sized(self, r: int, alpha: float | None) -> dict[str, Any]:
         """The section at rank r, with alpha unless the recipe's own is meant."""
@@ -101,6 +105,22 @@ def about(name: str) -> Iterator[None]:
         if str(error).startswith(f"{name} "):
             raise
         raise type(error)(f"the method {name}: {error}") from None
+
+
+def check_saved(found: Sequence[Contender], kept: Sequence[Method], drawing: Collection[str]) -> None:
+    """Refuse the methods that a comparison's folder has kept, where they name terms that neither `found`, which the recipe of the
+    user's own has, names nor the user trusts. The layers of those in `drawing` are no choice yet.
+
+    Raises:
+        AdapterError: a term of a package that is not trusted.
+    """
+    own = {name for each in found for name in foreign_names(each.section.get(axis) for axis in AXES)}
+    with from_folder():
+        for method in kept:
+            drawn = {"layers"} if method.name in drawing else set()
+            for axis, choice in method.adapter.items():
+                if axis in set(AXES) - drawn and set(foreign_names([choice])) - own:
+                    decode_choice(axis, choice)
 
 
 def _contender(entry: str | dict[str, Any]) -> Contender:
@@ -216,9 +236,9 @@ def seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
     if recipe is not None and "seed" in inspect.signature(recipe).parameters:
         changed.setdefault("seed", seed)
     for axis in AXES:
-        choice: Any = decode_choice(axis, section[axis]) if axis in section else None
-        if getattr(choice, "seed", None) == 0:
-            changed[axis] = encode_choice(replace(choice, seed=seed))
+        choice: Choice | None = decode_choice(axis, section[axis]) if axis in section else None
+        if choice is not None and choice != (drawn := choice.seeded(seed)):
+            changed[axis] = encode_choice(drawn)
     return changed
 
 

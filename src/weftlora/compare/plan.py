@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.compare.budget import Scales, solve
-from weftlora.compare.methods import contenders, drawn_blocks, seeded
+from weftlora.compare.methods import contenders, drawn_blocks
 from weftlora.compare.metrics import METRICS
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import FORMAT, NONE, Method
@@ -38,7 +38,10 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Job:
-    """One run: which it is, its folder relative to the comparison's, and the recipe to train without `out`."""
+    """One run: which it is, its folder relative to the comparison's, and the recipe to train without `out` and its draws.
+
+    Reading a comparison makes its jobs too, so that nothing here may need the classes of a method's choices.
+    """
 
     method: str
     seed: int
@@ -135,9 +138,9 @@ class Plan:
 
     def _adapter(self, method: Method, seed: int) -> dict[str, Any]:
         if method.name not in self.draws:
-            return seeded(method.adapter, seed)
+            return method.adapter
         count = method.adapter["layers"]["random"]
-        return seeded(method.adapter | {"layers": drawn_blocks(self.draws[method.name], count, seed)}, seed)
+        return method.adapter | {"layers": drawn_blocks(self.draws[method.name], count, seed)}
 
     @property
     def budget_sentence(self) -> str:

@@ -105,6 +105,17 @@ class CompareRecipe(Subject):
         given = self.train.model_fields_set
         if "seed" in given:
             raise ConfigError("train.seed is one seed, and a comparison has several: give seeds instead.")
+        if self.train.freeze_down:
+            raise ConfigError(
+                "train.freeze_down trains fewer parameters than the budget gives a method, so a comparison cannot weigh it: leave it "
+                "out, and compare two runs of weftlora train instead."
+            )
+        named = [method if isinstance(method, str) else str(method.get("recipe")) for method in self.methods]
+        if self.train.lora_plus_ratio and (stock := [name for name in named if name.startswith("peft:")]):
+            raise ConfigError(
+                f"train.lora_plus_ratio={self.train.lora_plus_ratio:g} is for weftlora's methods, and {stock[0]} is peft's own: leave "
+                "one of the two out."
+            )
         if "lr" in given and self.rates is not None:
             raise ConfigError(f"train.lr={self.train.lr:g} and rates are both given: keep one of them.")
         if self.answers is False and self.metric and metrics.METRICS[self.metric].of == "answers":

@@ -14,6 +14,7 @@ from typing import Any
 
 from weftlora.compare import found, pool
 from weftlora.compare.locks import NAMES, in_charge
+from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import Comparison, Method
@@ -23,6 +24,7 @@ from weftlora.numbers import is_whole
 from weftlora.train.files import read_json, write_json, writing
 from weftlora.train.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
 from weftlora.train.progress import Tick
+from weftlora.train.recipe import TrainConfig
 from weftlora.train.run import differences
 
 RESULT = "comparison.json"
@@ -120,7 +122,9 @@ def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
 def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
-    for key, (before, after) in differences(plan.recipe, given, ""):
+    defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
+    started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
+    for key, (before, after) in differences(started, given, ""):
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
                 f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "
@@ -141,6 +145,7 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
     if _has_plan(folder):
         there = Plan.load(folder)
         _check_same(there, recipe, folder)
+        check_saved(contenders(recipe.methods), there.methods, there.draws)
         more = [seed for seed in recipe.all_seeds if seed not in there.seeds]
         asked = there.recipe | ({"seeds": recipe.seeds} if more else {})
         plan = dataclasses.replace(there, recipe=asked, seeds=[*there.seeds, *more])

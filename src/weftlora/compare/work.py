@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import weftlora.train as training
+from weftlora.compare.methods import seeded
 from weftlora.compare.plan import Job
 from weftlora.compare.record import Status
 from weftlora.errors import DivergedError, RunError, WeftError
@@ -73,7 +74,8 @@ def give_up(folder: Path, kind: str, problem: str, trace: str = "") -> None:
 
 
 def _carry_out(job: Job, folder: Path, progress: Progress) -> None:
-    recipe = Recipe.read({**job.recipe, "out": str(folder)}, base_dir=Path(job.base_dir))
+    adapter = seeded(job.recipe["adapter"], job.seed)
+    recipe = Recipe.read({**job.recipe, "adapter": adapter, "out": str(folder)}, base_dir=Path(job.base_dir))
     if job.frozen:
         evaluation = training.evaluate(recipe, adapter="none", answers=job.answers, progress=progress)
         with writing(folder):

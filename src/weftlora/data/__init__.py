@@ -1,12 +1,28 @@
-"""Rows in, tokens out: files, the demo tasks, splits and collation."""
+"""Rows in, tokens out: files, the demo tasks, splits and collation. Each name is loaded when it is first used."""
 
-from weftlora.data.collate import Collator
-from weftlora.data.config import DataConfig, Fields
-from weftlora.data.encode import IGNORE, encode_prompt
-from weftlora.data.loading import Loaded, Task, load, texts
-from weftlora.data.paths import resolve_path
-from weftlora.data.prompts import GenerationPrompt, generation_prompts
-from weftlora.data.tally import Counts
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weftlora.data.collate import Collator
+    from weftlora.data.config import DataConfig, Fields, Task
+    from weftlora.data.encode import IGNORE, encode_prompt
+    from weftlora.data.loading import Loaded, load, texts
+    from weftlora.data.paths import resolve_path
+    from weftlora.data.prompts import GenerationPrompt, generation_prompts
+    from weftlora.data.tally import Counts
+
+_LAZY = {
+    "Collator": "collate",
+    **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
+    **dict.fromkeys(("IGNORE", "encode_prompt"), "encode"),
+    **dict.fromkeys(("Loaded", "load", "texts"), "loading"),
+    "resolve_path": "paths",
+    **dict.fromkeys(("GenerationPrompt", "generation_prompts"), "prompts"),
+    "Counts": "tally",
+}
 
 __all__ = [
     "IGNORE",
@@ -23,3 +39,10 @@ __all__ = [
     "resolve_path",
     "texts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'weftlora.data' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"weftlora.data.{_LAZY[name]}"), name)
+    return value

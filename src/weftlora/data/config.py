@@ -7,15 +7,20 @@ data: {train: "${WEFT_DATA}/tasks/sst2/train.tsv", quoting: none, fields: {text:
 
 from __future__ import annotations
 
+import os
 import string
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from weftlora.errors import ConfigError
+from weftlora.data.paths import resolve_path
+from weftlora.errors import ConfigError, DataError
 from weftlora.strict import Strict
 
 DEMO = "demo"
+Task = Literal["causal", "seq2seq", "classification"]
+"""What a model is trained to do: continue a text, answer another one, or name its class."""
 Format = Literal["prompt_completion", "chat", "text", "classification"]
 
 
@@ -80,6 +85,12 @@ class DataConfig(Strict):
         """As `Strict.parse`; a bare string is short for `{train: <string>}`."""
         return super().parse({"train": data} if isinstance(data, str) else data)
 
+    def check_files(self, base_dir: str | os.PathLike[str] | None = None) -> None:
+        """Refuse a file that is not there. Raises DataError."""
+        for written in (self.train, self.validation, self.test):
+            if written is not None and written != DEMO and not (path := resolve_path(written, base_dir)).exists():
+                raise missing(path)
+
     @field_validator("prompt_template")
     @classmethod
     def _named_columns_only(cls, template: str | None) -> str | None:
@@ -95,6 +106,11 @@ class DataConfig(Strict):
         if self.format == "chat" and self.prompt_template is not None:
             raise ConfigError("data.prompt_template does not go with format: chat, whose text is the chat template's.")
         return self
+
+
+def missing(path: Path) -> DataError:
+    """The error for a data file that is not there."""
+    return DataError(f"the data file {path} does not exist: check the path in the data section.")
 
 
 def template_columns(template: str) -> list[str]:

@@ -18,11 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weftlora.data.examples import Example
 from weftlora.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from weftlora.data.examples import Example
 
 IGNORE = -100
 """The label of a token that the loss leaves out; torch's cross entropy skips it."""
@@ -44,7 +45,7 @@ class Encoded:
     shifted: int = 1
 
 
-Encode = Callable[[Sequence[Example]], list[list[Encoded]]]  # per example its rows; none: dropped
+Encode = Callable[[Sequence["Example"]], list[list[Encoded]]]  # per example its rows; none: dropped
 
 
 @dataclass(frozen=True)

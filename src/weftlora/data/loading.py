@@ -12,10 +12,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from weftlora.data.chat import chat
-from weftlora.data.config import DEMO, DataConfig, Format
+from weftlora.data.config import DEMO, DataConfig, Format, Task
 from weftlora.data.demo import demo_rows
 from weftlora.data.encode import Encode, Frame, causal, classification, seq2seq, text
 from weftlora.data.examples import Example, examples, find_columns, label_names
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-Task = Literal["causal", "seq2seq", "classification"]
-"""What a model is trained to do: continue a text, answer another one, or name its class."""
 TASKS: dict[Task, tuple[Format, ...]] = {
     "causal": ("prompt_completion", "chat", "text"),
     "seq2seq": ("prompt_completion",),

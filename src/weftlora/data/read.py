@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftlora.data.config import DataConfig
+from weftlora.data.config import DataConfig, missing
 from weftlora.data.saved import read_saved
 from weftlora.data.source import Row, Source, bad_row
 from weftlora.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ def read(path: Path, config: DataConfig, blocks: Blocks) -> Source:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"the data file {path} does not exist: check the path in the data section.") from None
+        raise missing(path) from None
     except OSError as error:
         raise DataError(f"the data file {path} cannot be read ({error.strerror}): check its permissions.") from None
     rows, blank = READERS[path.suffix](_decode(path, raw), path, config, blocks)

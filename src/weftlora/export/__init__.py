@@ -1,4 +1,4 @@
-"""Leaving the project: an adapter as a stock LoRA folder, or merged into its base's weights, proved before it is kept."""
+"""An adapter without `import weftlora`: a stock LoRA folder, or the base with its update in the weights, proved before it is kept."""
 
 from __future__ import annotations
 

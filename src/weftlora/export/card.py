@@ -21,7 +21,8 @@ from weftlora.export.record import LoraExport, Merge, Proof
 from weftlora.export.source import Source
 from weftlora.foreign import for_markdown, in_code, visible
 from weftlora.glue.updates import base_of
-from weftlora.spec import AXES, encode_choice
+from weftlora.spec import encode_choice
+from weftlora.terms.axes import AXES
 from weftlora.train.ownership import EXPORTED
 
 
@@ -38,8 +39,14 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
         "in full": ", ".join(export.whole_modules) or None,
     }
     sections = [
-        _head(export.adapters, source, ["lora", "peft", "weftlora"], config.base_model_name_or_path),
-        "A stock LoRA: nothing of weftlora is needed to load it.\n\n" + _table(facts),
+        _head(
+            export.adapters,
+            source,
+            ["lora", "peft", "weftlora"],
+            config.base_model_name_or_path,
+            "A stock LoRA: it loads without `import weftlora`.",
+        ),
+        _table(facts),
         "## Loading it\n\n" + _loading(source, config),
         "## How it was trained\n\n" + _training(source),
         "## What was measured\n\n" + "\n\n".join([_proof(export.proof), *_costs(export)]),
@@ -62,9 +69,14 @@ def merged(export: Merge, source: Source) -> str:
     kind = type(base_of(source.model)).__name__
     snippet = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained('path/to/this/folder')"
     sections = [
-        _head(export.adapters, source, ["weftlora"], None),
-        "The base model with the adapter's update added to its weights: nothing of weftlora or peft is needed to load it.\n\n"
-        + _table(facts),
+        _head(
+            export.adapters,
+            source,
+            ["weftlora"],
+            None,
+            "The base model with the adapter's update added to its weights: it loads without `import weftlora`, and without peft.",
+        ),
+        _table(facts),
         f"## Loading it\n\n```python\n{snippet}\n```",
         "## How it was trained\n\n" + _training(source),
         "## What was measured\n\n" + _proof(export.proof),
@@ -81,12 +93,14 @@ def base_name(source: Source) -> str:
     return hub_id(source.base) or f"{Path(source.base).name} ({kind})"
 
 
-def _head(adapters: tuple[str, ...], source: Source, tags: list[str], base: str | None) -> str:
+def _head(adapters: tuple[str, ...], source: Source, tags: list[str], base: str | None, first: str) -> str:
+    """The metadata, the first line that a reader sees, and the title."""
     front = [f"base_model: {_in_yaml(base)}"] if base else []
     front += ["library_name: peft"] if "peft" in tags else ["library_name: transformers"]
     front += ["tags:", *(f"- {tag}" for tag in tags)]
     what = " + ".join(_method(source, adapter) for adapter in adapters)
-    return "---\n" + "\n".join(front) + f"\n---\n\n# {for_markdown(what)} on {for_markdown(base_name(source))}"
+    title = f"# {for_markdown(what)} on {for_markdown(base_name(source))}"
+    return "---\n" + "\n".join(front) + f"\n---\n\n{first}\n\n{title}"
 
 
 def _in_yaml(text: str) -> str:
@@ -98,7 +112,7 @@ def _method(source: Source, adapter: str) -> str:
     if source.run is not None and (recipe := source.run.recipe["adapter"].get("recipe")):
         return str(recipe)
     config = _config(source, adapter)
-    return "a weftlora adapter" if config is None else type(config.structure).__name__
+    return "a weftlora adapter" if config is None else config.structure.title
 
 
 def _config(source: Source, adapter: str) -> Any:

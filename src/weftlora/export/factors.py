@@ -53,8 +53,10 @@ def closed_form(site: Site, mean_gate: Tensor | None = None) -> Pair:
         mean_gate: [N] for a routed site: the weights at which its heads are fixed.
 
     Raises:
-        MergeError: the site is routed and no gate is given, so no pair exists.
+        MergeError: the site is routed and no gate is given, or outside the equation, so no pair exists.
     """
+    if site.outside:
+        raise MergeError(f"{site.structure.choice.no_closed_form}: there is no pair of matrices.")
     f = site.factors()
     a, b = _plain(f.A), _plain(f.B)
     if f.router is not None:

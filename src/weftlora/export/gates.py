@@ -51,7 +51,7 @@ def mean_gates(own: nn.Module, adapters: Sequence[str], batches: Sequence[Batch]
     heads: dict[tuple[str, str], int] = {}
     for layer in (m for m in own.modules() if isinstance(m, WeftLinear)):
         for adapter in adapters:
-            if adapter in layer.weft_site and not (site := layer.site(adapter)).mergeable:
+            if adapter in layer.weft_site and (site := layer.site(adapter)).routed:
                 key = adapter, layer.module_name
                 meters[key], heads[key] = _Meter(masks, "decoder" in key[1].split(".")), site.factors().heads
                 site.gate_meter = meters[key]

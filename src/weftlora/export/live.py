@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from weftlora.errors import AdapterError
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.updates import base_of
-from weftlora.terms.structure.hydra import HydraTerm
 
 Batch = Mapping[str, Tensor]
 
@@ -151,8 +150,6 @@ def real(logits: Tensor, batch: Batch) -> Tensor:
 def fix_gates(model: nn.Module, adapters: Sequence[str], gates: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Make routed sites use the same weights ω [N] for every token, in place, within the kernel as it is.
 
-    With a router of zeros every head has weight 1/N, so head n times N ω_n has weight ω_n.
-
     Args:
         gates: {adapter: {site: ω}}.
     """
@@ -160,11 +157,7 @@ def fix_gates(model: nn.Module, adapters: Sequence[str], gates: Mapping[str, Map
         for adapter in adapters:
             if (omega := gates.get(adapter, {}).get(layer.module_name)) is None:
                 continue
-            term = cast(HydraTerm, layer.site(adapter).structure)
-            heads = term.B.detach().unflatten(1, (len(omega), -1))
-            weighted = (heads * (len(omega) * omega.to(heads))[:, None]).flatten(1)
-            term.B = nn.Parameter(weighted, requires_grad=False)
-            term.router = nn.Parameter(torch.zeros_like(term.router), requires_grad=False)
+            layer.site(adapter).structure.fix(omega)
 
 
 def seeded_ids(model: nn.Module, rows: int = 2, length: int = 16, seed: int = 0) -> list[dict[str, Tensor]]:

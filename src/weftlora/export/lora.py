@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from weftlora.compat import REFUSED
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.export import card, folder, live
 from weftlora.export.drawn import drawn_parts, in_full
@@ -85,19 +84,24 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
 
 
 def check_routed(source: Source, approximate: bool) -> None:
-    """Refuse a routed adapter without `approximate`, and `approximate` without one.
+    """Refuse an adapter without a closed form, but for `approximate` of a routed one, and `approximate` without one.
 
     Raises:
-        MergeError: exact, and an adapter is routed.
+        MergeError: exact, and an adapter is routed; or no pair of matrices stands for it.
         ConfigError: approximate, and none is.
     """
-    here = [(name, layer) for layer in source.layers for name in source.adapters if name in layer.weft_site]
-    routed = [name for name, layer in here if not layer.site(name).mergeable]
-    if routed and not approximate:
+    here = [(name, layer.site(name)) for layer in source.layers for name in source.adapters if name in layer.weft_site]
+    unpaired = [(name, site.structure.choice) for name, site in here if not site.mergeable]
+    routed = bool(unpaired) and all(structure.routed for _, structure in unpaired)
+    if unpaired and not (approximate and routed):
+        name, structure = next((each for each in unpaired if not each[1].routed), unpaired[0])
+        instead = (
+            f", or take an approximation whose error is measured (approximate={MEAN_GATE!r} with data; --approximate {MEAN_GATE} "
+            "--data FILE)"
+        )
         raise MergeError(
-            f"adapter {routed[0]!r} is HydraLoRA, and {REFUSED['Hydra', 'merge']}, so there is no exact export: serve it with "
-            f"weftlora, or take an approximation whose error is measured (approximate={MEAN_GATE!r} with data; --approximate "
-            f"{MEAN_GATE} --data FILE)."
+            f"adapter {name!r} is {structure.method}, and {structure.no_closed_form}, so there is no exact export: serve it with "
+            f"weftlora{instead if structure.routed else ''}."
         )
     if approximate and not routed:
         raise ConfigError(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weftlora.compat import REFUSED
 from weftlora.errors import MergeError
 from weftlora.export import card, folder, live
 from weftlora.export.files import name_of
@@ -85,9 +84,10 @@ def check(source: Source, choices: Choices) -> None:
     for layer in source.layers:
         for name in source.adapters:
             if name in layer.weft_site and not layer.site(name).mergeable:
+                structure = layer.site(name).structure.choice
+                instead = ", or export its mean-gate approximation as a LoRA" if structure.routed else ""
                 raise MergeError(
-                    f"adapter {name!r} is HydraLoRA, and {REFUSED['Hydra', 'merge']}: serve it with weftlora, or export its mean-gate "
-                    "approximation as a LoRA."
+                    f"adapter {name!r} is {structure.method}, and {structure.no_closed_form}: serve it with weftlora{instead}."
                 )
         check_base(layer, choices.original)
     tied = {id(p) for p in (base.get_input_embeddings().weight,) if base.get_output_embeddings() is not None}

@@ -20,10 +20,14 @@ from weftlora.glue.updates import base_of
 
 
 def lora_bytes(source: Source) -> int | None:
-    """Bytes of the `adapter_model.safetensors` that `export_lora` writes in fp32, a rank per site; None where no site has a slot.
+    """Bytes of the `adapter_model.safetensors` that `export_lora` writes in fp32, a rank per site; None where no site has a slot, or
+    one has no pair of matrices.
 
     For a routed adapter, which has no exact export, those of its export at the mean gate.
     """
+    sites_of = ((layer, name) for layer in source.layers for name in source.adapters if name in layer.weft_site)
+    if any(layer.site(name).outside for layer, name in sites_of):
+        return None
     found = pairs(source, _any_gates(source))
     whole = trained_modules(base_of(source.model), source.adapters) | in_full(drawn_parts(source), found)
     sites = {name: pair for name, pair in found.items() if pair.rank}
@@ -40,7 +44,7 @@ def _any_gates(source: Source) -> Gates:
         (layer, name) for layer in source.layers for name in source.adapters if name in layer.weft_site
     ):
         site = layer.site(name)
-        if not site.mergeable:
+        if site.routed:
             heads = site.factors().heads
             gates.setdefault(name, {})[layer.module_name] = torch.full((heads,), 1 / heads)
     return gates

@@ -12,10 +12,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from weftlora.data import Collator, DataConfig
-from weftlora.data import load as load_data
 from weftlora.errors import AdapterError, ConfigError, WeftError, suggest
 from weftlora.export.live import Batch, seeded_ids
+from weftlora.extras import needs
 from weftlora.glue.attach import warn_of_missing
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.stock import foreign_layers
@@ -96,6 +95,12 @@ def read(source: nn.Module | str | Path, adapter: str | Sequence[str] | None, ba
 
 
 def _check(source: Source) -> None:
+    for adapter, config in getattr(source.model, "peft_config", {}).items():
+        if adapter in source.adapters and getattr(config, "trainable_token_indices", None) is not None:
+            raise AdapterError(
+                f"adapter {adapter!r} trains embeddings of single tokens beside its matrices (trainable_token_indices), which servers "
+                "do not read from a LoRA and an export does not carry: serve it with peft, after import weftlora."
+            )
     if foreign := foreign_layers(source.model):
         raise AdapterError(
             f"{foreign[0]} has an adapter of another method, and exports are for weftlora adapters: stock LoRA needs none, "
@@ -190,9 +195,12 @@ def checked(given: Iterable[Mapping[str, Any]]) -> list[Batch]:
 
 def _rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     recipe = recipe_of(run)
-    data = load_data(
-        recipe.data, tokenizer, base_dir=recipe.base_dir, task=cast(Any, run.task), labels=run.data["labels"]
-    )
+    with needs("train", "reading the rows of a run"):
+        from weftlora.data import load
+
+        data = load(
+            recipe.data, tokenizer, base_dir=recipe.base_dir, task=cast(Any, run.task), labels=run.data["labels"]
+        )
     for split in ("validation", "test", "train"):
         rows = getattr(data, split)
         if rows is not None and len(rows):
@@ -203,6 +211,8 @@ def _rows(run: Run, tokenizer: PreTrainedTokenizerBase) -> Inputs:
 
 def collated(rows: Any, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
     """Tokenised rows as batches of tensors."""
+    from weftlora.data import Collator
+
     collate = Collator(cast(int, tokenizer.pad_token_id))
     plain = rows.select_columns(["input_ids", "attention_mask", "labels"])
     return [cast(Batch, collate(batch)) for batch in in_batches(plain, BATCH)]
@@ -217,12 +227,15 @@ def data_of(source: Source, path: str, limit: int) -> Inputs:
     """
     if source.tokenizer is None:
         raise AdapterError(f"data={path!r} needs the tokenizer of a run or adapter folder: give batches instead.")
-    config, task, labels = DataConfig.parse(path), None, None
-    if source.run is not None:
-        run = source.run
-        config = recipe_of(run).data
-        task, labels = cast(Any, run.task), run.data["labels"]
-    alone = {"train": path, "validation": None, "test": None, "validation_fraction": 0.0}
-    loaded = load_data(config.model_copy(update=alone), source.tokenizer, base_dir=Path.cwd(), task=task, labels=labels)
+    with needs("train", f"reading the rows of {path}"):
+        from weftlora.data import DataConfig, load
+
+        config, task, labels = DataConfig.parse(path), None, None
+        if source.run is not None:
+            run = source.run
+            config = recipe_of(run).data
+            task, labels = cast(Any, run.task), run.data["labels"]
+        alone = {"train": path, "validation": None, "test": None, "validation_fraction": 0.0}
+        loaded = load(config.model_copy(update=alone), source.tokenizer, base_dir=Path.cwd(), task=task, labels=labels)
     rows = loaded.train.select(range(min(limit, len(loaded.train))))
     return Inputs(collated(rows, source.tokenizer), f"{len(rows)} rows of {Path(path).name}")

@@ -11,28 +11,53 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from weftlora.errors import ConfigError
-from weftlora.glue.ablation.rows import rows_of
+from weftlora.glue.ablation.quiet import undisturbed
+from weftlora.glue.ablation.rows import Rows, rows_of
 from weftlora.glue.ablation.scorer import Ablation
 from weftlora.glue.decompose import Decomposer
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.original import Checkpoint, OriginalWeight
-from weftlora.glue.sharing import shared_tensors
 from weftlora.numbers import is_number
-from weftlora.schedule.dash import DashLaunch
-from weftlora.schedule.launch import Launch, LaunchController
+from weftlora.schedule.launch import LaunchController, forget_moments
 from weftlora.schedule.ranking import Ranker
 from weftlora.schedule.reallocate import ReallocateController
-from weftlora.schedule.schedule import Controller, Event, Length, Member, Schedule
-from weftlora.schedule.start import start_switches
+from weftlora.schedule.schedule import Member, Schedule
+from weftlora.schedule.scoring import Scorer
 from weftlora.spec import WeftConfig
+from weftlora.terms.events import Controller, Event, Launch, Length
 from weftlora.terms.ranks.reallocate import Reallocate
+
+
+@dataclass
+class AdapterTimeline:
+    """One adapter over time, as its choices see it when they are asked for their controllers (`weftlora.terms.events.Timeline`)."""
+
+    members: list[Member]
+    ranker: Ranker
+
+    def launch(self, launch: Launch) -> Controller:
+        """See `Timeline`: all launches share one ranking."""
+        return LaunchController(launch, self.ranker)
+
+    def move_slots(self, choice: Reallocate) -> Controller:
+        """See `Timeline`."""
+        return ReallocateController(choice, self.members)
+
+    def forget(self, parameter: nn.Parameter) -> None:
+        """See `Timeline`."""
+        forget_moments(parameter)
+
+
+IN_TURN = ("start", "boost", "ranks", "structure", "layers")
+"""The order in which axes act that are due after the same step."""
 
 
 def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
@@ -40,12 +65,8 @@ def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftC
     members = [
         Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
     ]
-    ranker = Ranker(members, decompose=Decomposer())
-    launches: list[Launch] = [*start_switches(config.start)]
-    launches += [DashLaunch(config.boost)] if config.boost is not None else []
-    controllers: list[Controller] = [LaunchController(launch, ranker) for launch in launches]
-    if isinstance(config.ranks, Reallocate):
-        controllers.append(ReallocateController(config.ranks, members))
+    timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
+    controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
     if controllers:
         members[0].site.schedule = Schedule(adapter_name, members, controllers)
 
@@ -145,24 +166,42 @@ def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> 
     while isinstance(inner := getattr(bare, "_orig_mod", getattr(bare, "module", None)), nn.Module):
         bare = inner  # as compiled or wrapped for several processes: scoring runs on the model itself
     layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
-    controllers = [(name, c) for name, s in found.items() for c in s.controllers if isinstance(c, ReallocateController)]
-    if not controllers:
+    taken = False
+    for name, schedule in found.items():
+        mine = Held(bare, [layers[name, member.name] for member in schedule.members], name, rows)
+        for controller in schedule.controllers:
+            taken |= controller.take_rows(mine)
+    if not taken:
         raise ConfigError("validation is for scoring rank slots, and no adapter has Reallocate: leave it out.")
-    for name, controller in controllers:
-        mine = [layers[name, member.name] for member in controller.members]
-        choice, given = controller.choice, len(rows.items)
-        if choice.check and choice.needs_data and given <= choice.rows:
-            raise ConfigError(
-                f"Reallocate(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
-                "give more, or leave check out."
-            )
-        if choice.needs_data and given < choice.rows:
-            warnings.warn(
-                f"Reallocate(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
-                "on all of them: give more, or lower rows.",
-                stacklevel=3,
-            )
-        controller.scorer = Ablation(bare, mine, name, controller.choice, rows)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The validation rows and the model to measure one adapter on (`weftlora.terms.events.Validation`)."""
+
+    model: nn.Module
+    layers: list[WeftLinear]
+    adapter: str
+    rows: Rows
+
+    @property
+    def count(self) -> int:
+        """See `Validation`."""
+        return len(self.rows.items)
+
+    def draw(self, count: int, seed: str) -> dict[str, Tensor]:
+        """See `Validation`."""
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) for name, value in self.rows.draw(count, seed).items()}
+
+    def loss(self, batch: Mapping[str, Tensor]) -> float:
+        """See `Validation`."""
+        with undisturbed(self.model, [layer.site(self.adapter) for layer in self.layers]):
+            return float(self.model(**batch).loss)
+
+    def slots(self, choice: Reallocate) -> Scorer:
+        """See `Validation`."""
+        return Ablation(self.model, self.layers, self.adapter, choice, self.rows)
 
 
 def state_dict(model: nn.Module) -> dict[str, Any]:
@@ -211,48 +250,3 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
         )
         schedule.events = copy.deepcopy(cast("list[Event]", saved["events"]))
         schedule.prepare()
-
-
-VECTORS = frozenset({"u", "v", "gain", "router"})
-
-
-def param_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    router_lr: float | None = None,
-    vector_lr: float | None = None,
-    gain_lr: float | None = None,
-    tied_lr_multiplier: float = 1.0,
-) -> list[dict[str, Any]]:
-    """Optimiser groups as the papers ask: no decay on u, v, gains and routers, own rates where wanted.
-
-    Args:
-        model: an adapted model; what it trains beside the adapter (a head) goes with the factors, biases without decay.
-        lr: rate of A and B and of everything whose own rate is None.
-        weight_decay: for the matrices A, B and modules_to_save.
-        router_lr, vector_lr, gain_lr: rates of the routers, of u and v, of the Dash gains.
-        tied_lr_multiplier: factor on the rate of a shared A or B (first author's code may have had the number of layers).
-
-    Returns:
-        Non-empty groups for any torch optimiser; each parameter once, tied ones too.
-
-    Raises:
-        ConfigError: nothing in the model is trained.
-    """
-    rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    shared = {id(p) for p in shared_tensors(model)}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        last = name.rpartition(".")[2] if ".weft_site." in name else ""
-        rate = rates.get(last)
-        if rate is None:
-            rate = lr * (tied_lr_multiplier if id(parameter) in shared else 1.0)
-        decay = 0.0 if last in VECTORS or (not last and parameter.dim() < 2) else weight_decay
-        groups.setdefault((last if last in VECTORS else "factors", rate, decay), []).append(parameter)
-    if not groups:
-        raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from weftlora.glue.gated import Gated, gated_class, is_gated_mlp, mlp_layers
-from weftlora.glue.groups import MISSES, InputGroup, input_groups, only_adapters
+from weftlora.glue.groups import MISSES, input_groups, only_adapters
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.modes import all_watched
 from weftlora.kernel import current
@@ -39,9 +39,8 @@ def unfuse(model: nn.Module) -> None:
 def forget(model: nn.Module) -> None:
     """Drop what groups of `model` keep for members that will not be called, after a forward that broke off."""
     for module in model.modules():
-        group = getattr(module, "group", None)
-        if isinstance(group, InputGroup):
-            group.forget()
+        if isinstance(module, WeftLinear) and module.group is not None:
+            module.group.forget()
 
 
 def nodes(model: nn.Module) -> dict[str, str]:

@@ -20,13 +20,12 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from weftlora.compat import REFUSED
 from weftlora.errors import ConfigError, MergeError
 from weftlora.glue.modes import watched
 from weftlora.glue.sharing import refuse_reentrant_checkpointing
 from weftlora.kernel import Linear, current, linears
 from weftlora.site import Site
-from weftlora.terms.structure.tied import TiedTerm
+from weftlora.terms.axes import mergeable_structures
 
 if TYPE_CHECKING:
     from weftlora.glue.groups import InputGroup
@@ -150,8 +149,12 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             return "the base is trained too"
         if watched(base):
             return "hooks on the base"
-        if (names := self._names()) and watched(self.site(names[0])):
-            return "hooks on the adapter"
+        if names := self._names():
+            site = self.site(names[0])
+            if site.outside:
+                return f"{site.structure.choice.title} is outside the equation"
+            if watched(site):
+                return "hooks on the adapter"
         return None
 
     def _mask(self, adapter_name: str, x: Tensor, read: Tensor) -> Tensor | None:
@@ -168,8 +171,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def _check_distributed(self, adapter_name: str) -> None:
         if not (self.training and dist.is_available() and dist.is_initialized()) or torch.compiler.is_compiling():
             return
-        if isinstance(term := self.site(adapter_name).structure, TiedTerm):
-            refuse_reentrant_checkpointing(term)
+        if (term := self.site(adapter_name).structure).trains_shared:
+            refuse_reentrant_checkpointing(term.choice.method)
 
     # ------------------------------------------------------------------ merging
 
@@ -211,9 +214,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """
         for name in names:
             if name in self.weft_site and not self.site(name).mergeable:
+                structure = self.site(name).structure.choice
                 raise MergeError(
-                    f"adapter {name!r} cannot be merged into {self.module_name}: it is HydraLoRA, and {REFUSED['Hydra', 'merge']}; "
-                    "serve it unmerged, or train Plain or Tied where a merge is needed."
+                    f"adapter {name!r} cannot be merged into {self.module_name}: it is {structure.method}, and "
+                    f"{structure.no_closed_form}; serve it unmerged, or train {' or '.join(mergeable_structures())} where a merge is "
+                    "needed."
                 )
         self._plain_weight()
         if finite and not torch.isfinite(self._merged_weight(names)).all():
@@ -279,8 +284,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; shared tensors it owns go to the next site of their group first."""
-        if adapter_name in self.weft_site and isinstance(term := self.site(adapter_name).structure, TiedTerm):
-            term.hand_over()
+        if adapter_name in self.weft_site:
+            self.site(adapter_name).structure.hand_over()
         super().delete_adapter(adapter_name)
 
     def __repr__(self) -> str:

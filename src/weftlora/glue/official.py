@@ -29,6 +29,9 @@ from torch import Tensor
 from weftlora.errors import AdapterError
 from weftlora.glue.tuner import PREFIX
 from weftlora.spec import WeftConfig
+from weftlora.terms.boost.dash import Dash
+from weftlora.terms.structure.hydra import Hydra
+from weftlora.terms.structure.plain import Plain
 
 _KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B(?P<head>\d+)|route)\.weight$")
 _DASH_KEY = re.compile(r"^(?P<site>.+)\.lora_(?P<part>A|B|index|w_u|w_vt)(\.weight)?$")
@@ -53,7 +56,7 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
     tensors, shapes = _converted(sites, _join_heads)
     r, heads = _one(source, shapes, settings, "(rank, heads)")
     dropout = float(settings.get("lora_dropout", 0.0))
-    structure = "plain" if heads == 1 else {"kind": "hydra", "heads": heads, "per_head_dropout": dropout > 0}
+    structure = Plain() if heads == 1 else Hydra(heads=heads, per_head_dropout=dropout > 0)
     return _write(out, tensors, _config(settings, sites, structure=structure, r=r, lora_dropout=dropout))
 
 
@@ -76,10 +79,10 @@ def import_lora_dash(source: str | Path, out: str | Path) -> Path:
     sites = _by_site(_tensors(source), _DASH_KEY, "LoRA-Dash", "lora_A, lora_B, lora_index, lora_w_u, lora_w_vt")
     tensors, shapes = _converted(sites, _dash_site)
     r, s = _one(source, shapes, settings, "(rank, directions)")
-    boost = {"kind": "dash", "directions": s} if s else None
+    boost = Dash(directions=s) if s else None
     config = _config(settings, sites, boost=boost, r=r, lora_dropout=float(settings.get("lora_dropout", 0.0)))
-    if config.boost is not None:
-        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, config.boost.after)))
+    if boost is not None:
+        tensors[f"{next(iter(sites))}.{PREFIX}site.steps"] = torch.tensor(int(cast(int, boost.after)))
     return _write(out, tensors, config)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from weftlora.errors import ConfigError
 from weftlora.glue.layer import WeftLinear
 from weftlora.site import Site
-from weftlora.terms.structure.hydra import HydraTerm, balance_loss
+from weftlora.terms.structure.hydra import balance_loss
 
 
 @dataclass
@@ -75,10 +75,10 @@ def routing(model: nn.Module) -> Iterator[Routing]:
             continue
         for adapter_name in layer.active_adapters:
             site = layer.site(adapter_name) if adapter_name in layer.weft_site else None
-            if site is not None and isinstance(site.structure, HydraTerm):
+            if site is not None and site.routed:
                 name = module_name if len(layer.active_adapters) == 1 else f"{module_name}[{adapter_name}]"
-                trained = site.structure.router.requires_grad
-                record.weight[name] = site.structure.choice.balance if trained else 0.0
+                router = site.structure.factors(site.scale).router
+                record.weight[name] = site.balance if router is not None and router.requires_grad else 0.0
                 before.append((site, site.recorder))
                 site.recorder = partial(_append, record.omega.setdefault(name, []), site.recorder)
     try:

@@ -1,13 +1,4 @@
-"""Which sites share which tensors (Tied): a key per part, equal keys share.
-
-    module_type   A, B: (last name, in, out, r)
-    shape         A, B: (in, out, r)
-    fused_qkv     q, k, v of one attention count as one module: A: (which of q, k, v read one input, in, r) over all layers;
-                  B: (last name, in, out, r) over all layers; u: the attention it stands in, shared by its q, k, v.
-                  Modules outside attention inputs fall back to module_type.
-
-Source: Tied-LoRA, arXiv 2311.09578 (one fused QKV projection per layer) and, for "shape", the baseline of VB-LoRA.
-"""
+"""Which projections of an attention read one input, which of them a model has, and what that means for sites that share tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +8,7 @@ import torch
 from torch import nn
 
 from weftlora.errors import ConfigError
-from weftlora.terms.structure.tied import Part, Tied, TiedTerm
+from weftlora.terms.structure import Place, Size, Structure, StructureTerm
 
 QKV_FAMILIES: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -30,18 +21,10 @@ FUSED_QKV: frozenset[str] = frozenset({"c_attn", "q_attn", "qkv_proj", "query_ke
 CROSS_ATTENTION: tuple[str, ...] = ("cross", "encdec", "encoder_attn", "inter_attention")
 
 
-def shared_keys(choice: Tied, name: str, size: tuple[int, int, int]) -> dict[Part, Hashable]:
-    """The key of every shared part of the module called `name`; `size` is (r, in, out)."""
-    r, fan_in, out = size
+def shared_keys(choice: Structure, name: str, size: tuple[int, int, int]) -> dict[str, Hashable]:
+    """The key of every part that the module called `name` shares; `size` is (r, in, out)."""
     parent, _, last = name.rpartition(".")
-    if choice.group == "shape":
-        pair: Hashable = ("shape", fan_in, out, r)
-        return {"A": pair, "B": pair}
-    kind: Hashable = ("type", last, fan_in, out, r)
-    roles = same_input(parent, last) if choice.group == "fused_qkv" else None
-    if roles is None:
-        return {"A": kind, "B": kind}
-    return {"A": ("fused", roles, fan_in, r), "B": kind, "u": ("instance", parent, roles, fan_in, r)}
+    return choice.shared_keys(Place(name, Size(*size), same_input(parent, last)))
 
 
 def same_input(parent: str, last: str) -> tuple[str, ...] | None:
@@ -65,25 +48,26 @@ def attention_inputs(model: nn.Module) -> set[str]:
 
 
 def shared_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """The A and B of all tied groups in `model`, each where it is owned."""
-    terms = [module for module in model.modules() if isinstance(module, TiedTerm)]
-    return [value for term in terms for part in ("A", "B") if (value := getattr(term, part, None)) is not None]
+    """The A and B of all structures in `model` that sites share."""
+    terms = [module for module in model.modules() if isinstance(module, StructureTerm)]
+    return [value for term in terms for part, value in term.shared().items() if part in ("A", "B")]
 
 
-def refuse_reentrant_checkpointing(term: TiedTerm) -> None:
-    """Raise where gradients of a shared A or B would come out wrong; to be called in a training forward of several processes.
+def refuse_reentrant_checkpointing(method: str) -> None:
+    """Raise where gradients of a tensor that sites share and train would come out wrong; to be called in a training forward of
+    several processes.
 
     Reentrant checkpointing runs one backward per block inside the outer one. DDP counts a parameter as ready after the
     first of them: it raises an obscure error, or (seen with A and B alone) silently averages incomplete gradients.
 
     Raises:
-        ConfigError: this forward is a reentrant recomputation and the term trains a shared factor.
+        ConfigError: this forward is a reentrant recomputation.
     """
     in_backward = torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
     # the other kind recomputes in a backward too, but with hooks for saved tensors in place
-    if in_backward and not term.choice.trained.isdisjoint("AB") and _top_hooks(False) is None:
+    if in_backward and _top_hooks(False) is None:
         raise ConfigError(
-            "Tied-LoRA with reentrant gradient checkpointing gives wrong gradients in distributed training, because one "
+            f"{method} with reentrant gradient checkpointing gives wrong gradients in distributed training, because one "
             "shared tensor would get a gradient from many nested backwards: set gradient_checkpointing_kwargs="
             "{'use_reentrant': False}."
         )

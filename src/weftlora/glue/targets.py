@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -114,6 +114,38 @@ def check_saved_modules(config: WeftConfig, model: nn.Module) -> None:
                 f"modules_to_save names {wanted!r}, which {type(model).__name__} does not have: "
                 f"{suggest(wanted, {_last(name) for name in names} - {''})}"
             )
+
+
+def check_tokens(config: WeftConfig, model: nn.Module) -> None:
+    """Refuse tokens that no embedding has, and an output layer that is trained twice: peft would fail in the first forward.
+
+    Raises:
+        TargetError: names the entry, and what to do.
+    """
+    if (wanted := config.trainable_token_indices) is None:
+        return
+    inputs = cast("nn.Module | None", getattr(model, "get_input_embeddings", lambda: None)())
+    by_name = wanted if isinstance(wanted, Mapping) else None
+    for name, tokens in (by_name or {"the input embeddings": cast("list[int]", wanted)}).items():
+        found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")] if by_name else [inputs]
+        found = [m.original_module if isinstance(m, AuxiliaryTrainingWrapper) else m for m in found]
+        rows = min((len(m.weight) for m in found if isinstance(m, (nn.Embedding, nn.Linear))), default=0)
+        if not rows:
+            names = {_last(n) for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+            raise TargetError(f"trainable_token_indices names {name!r}, which is no embedding: {suggest(name, names)}")
+        if max(tokens) >= rows:
+            raise TargetError(
+                f"trainable_token_indices names token {max(tokens)}, and {name} has {rows} rows: call "
+                "model.resize_token_embeddings(len(tokenizer)) first."
+            )
+    head = cast("nn.Module | None", getattr(model, "get_output_embeddings", lambda: None)())
+    whole = [n for n, m in model.named_modules() if m is head and _last(n) in (config.modules_to_save or [])]
+    if whole and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        raise TargetError(
+            f"trainable_token_indices and modules_to_save={[_last(whole[0])]} train one weight twice, because {type(model).__name__} "
+            "ties its embeddings (trl asks for both where a chat template adds tokens): untie them first, with "
+            "model.config.tie_word_embeddings = False and a copy of the weight in the output layer, or train the tokens alone."
+        )
 
 
 def warn_of_unmatched(config: WeftConfig, model: nn.Module) -> None:

@@ -22,11 +22,13 @@ from weftlora.glue.attach import make_schedule, warn_of_missing
 from weftlora.glue.blocks import Blocks
 from weftlora.glue.fusion import forget, fuse, unfuse
 from weftlora.glue.layer import WeftLinear
+from weftlora.glue.optimizer import watch
 from weftlora.glue.sharing import attention_inputs, shared_keys
 from weftlora.glue.targets import (
     by_pattern,
     check_adaptable,
     check_saved_modules,
+    check_tokens,
     expert_parameters,
     inside_adapter,
     is_all_linear,
@@ -35,14 +37,14 @@ from weftlora.glue.targets import (
 )
 from weftlora.site import Owners, Site, build_site
 from weftlora.spec import WeftConfig
-from weftlora.terms.structure.tied import Part, Tied, TiedTerm
+from weftlora.terms.axes import builtin
+from weftlora.terms.structure import StructureTerm
 
 PREFIX = "weft_"
 # Parts of our tensors' names. peft tells adapters apart by searching these names for ".NAME.", so an adapter called so
 # would silently take tensors out of the other adapters' files.
-RESERVED = frozenset(
-    {"weft_site", "structure", "start", "boost", "mask", "layer_gate", "router", "A", "B", "u", "v"}
-    | {"steps", "gain", "down", "up", "index", "sigma", "rate", "launched", "birth", "score", "rounds", "ended"}
+RESERVED = frozenset({"weft_site", "structure", "start", "boost", "steps"}).union(
+    *(kind.saves.keys() | kind.counts.keys() for kind in builtin())
 )
 
 logger = logging.getLogger(__name__)
@@ -61,11 +63,11 @@ class WeftTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: WeftConfig, model_config: dict[str, Any]) -> WeftConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
-            if isinstance(peft_config.structure, Tied):
+            if peft_config.structure.targets == "attention inputs":
                 if not (found := attention_inputs(self.model)):
                     raise TargetError(
-                        f"no attention input projections found in {type(self.model).__name__}, Tied-LoRA's default target: "
-                        "name target_modules, or use 'all-linear'."
+                        f"no attention input projections found in {type(self.model).__name__}, {peft_config.structure.method}'s "
+                        "default target: name target_modules, or use 'all-linear'."
                     )
                 peft_config.target_modules = found
         if is_all_linear(peft_config) and peft_config.layers_to_transform is not None:
@@ -93,7 +95,7 @@ class WeftTuner(BaseTuner):
         found = super()._check_target_module_exists(peft_config, key)
         if not found:  # an object of peft's that says why, and is false
             return found
-        return found if self._blocks.adapts(peft_config.layers, key) else False
+        return found if peft_config.layers.adapts(self._blocks, key) else False
 
     @cached_property
     def _blocks(self) -> Blocks:
@@ -120,6 +122,7 @@ class WeftTuner(BaseTuner):
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
         check_saved_modules(peft_config, model)
+        check_tokens(peft_config, model)
         warn_of_unmatched(peft_config, model)
 
     def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
@@ -127,7 +130,7 @@ class WeftTuner(BaseTuner):
         names = [name for name, _ in model.named_modules() if name and not inside_adapter(model, name)]
         targeted = [name for name in names if super(WeftTuner, self)._check_target_module_exists(config, name)]
         if targeted:
-            self._blocks.check(config.layers, targeted)
+            config.layers.check(self._blocks, targeted)
 
     def _create_and_replace(
         self,
@@ -143,7 +146,7 @@ class WeftTuner(BaseTuner):
         r = by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
         alpha = by_pattern(peft_config.alpha_pattern, current_key, cast(float, peft_config.lora_alpha))
         size, structure = (r, fan_in, out), peft_config.structure
-        keys: dict[Part, Hashable] = shared_keys(structure, current_key, size) if isinstance(structure, Tied) else {}
+        keys = shared_keys(structure, current_key, size)
         owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
 
         site = build_site(
@@ -159,7 +162,7 @@ class WeftTuner(BaseTuner):
         )
         site.one_mask = peft_config.dropout_mask == "input"
         for part, key in keys.items():
-            self._owners.setdefault((part, key), cast(TiedTerm, site.structure))
+            self._owners.setdefault((part, key), site.structure)
         layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
         layer.add_site(
             adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=peft_config.inference_mode
@@ -170,13 +173,16 @@ class WeftTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter on every target, then say once what a user should know about the sites that came out."""
-        _check_adapter_name(adapter_name)
-        self._owners: dict[tuple[Part, Hashable], TiedTerm] = {}  # who owns a shared part, only while sites are made
+        _check_adapter_name(adapter_name, self.peft_config[adapter_name])
+        self._owners: dict[
+            tuple[str, Hashable], StructureTerm
+        ] = {}  # who owns a shared part, only while sites are made
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
             _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
+            watch(adapter_name, layers)
             fuse(model)
         finally:
             self._owners = {}
@@ -284,7 +290,7 @@ class WeftTuner(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         marked = f".{PREFIX}site.{adapter_name}."
         expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
-        mapped = _count_on_first_site(mapped, expected.keys(), f"{marked}steps")
+        mapped = count_on_first_site(mapped, expected.keys(), f"{marked}steps")
         given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
         wrong = [
             f"{k}: file {tuple(given[k])}, model {tuple(s)}"
@@ -292,14 +298,8 @@ class WeftTuner(BaseTuner):
             if k in given and given[k] != s
         ]
         extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
-        if problem := (
-            (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
-            or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
-            or (f"{len(wrong)} tensors have another shape, such as {wrong[0]}" if wrong else "")
-        ):
-            raise AdapterError(
-                f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
-            )
+        if extra or missing or wrong:
+            raise misfit(extra, missing, wrong)
         return mapped
 
 
@@ -307,7 +307,19 @@ def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
 
 
-def _count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
+def misfit(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
+    """The error for a file whose tensors are not those of this base: some too many, some missing, some of another shape."""
+    problem = (
+        (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
+        or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
+        or f"{len(wrong)} tensors have another shape, such as {wrong[0]}"
+    )
+    return AdapterError(
+        f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
+    )
+
+
+def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
     """The adapter's one step count under the name of this model's first site: converted files may not know which that is."""
     [*wanted] = (key for key in expected if key.endswith(suffix))
     [*found] = (key for key in mapped if key.endswith((suffix, f".{PREFIX}site.steps")))  # peft names known keys only
@@ -316,8 +328,9 @@ def _count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suf
     return mapped
 
 
-def _check_adapter_name(name: str) -> None:
-    if name in RESERVED:
+def _check_adapter_name(name: str, config: WeftConfig) -> None:
+    own = RESERVED.union(*(choice.saves.keys() | choice.counts.keys() for choice in config.choices().values()))
+    if name in own:
         raise ConfigError(
             f"adapter_name={name!r} is also a part of weftlora's tensor names, so other adapters could not be saved beside it: "
             f"choose another name, such as 'adapter_{name}'."
@@ -334,9 +347,8 @@ def _report_sites(sites: dict[str, Site]) -> None:
             "directions; a smaller r, or rank_pattern, would do.",
             stacklevel=4,
         )
-    terms = {name: site.structure for name, site in sites.items() if isinstance(site.structure, TiedTerm)}
-    alone = [name for name, term in terms.items() if term.is_alone]
-    if alone and len(alone) < len(terms):
+    alone = [name for name, site in sites.items() if site.structure.is_alone]
+    if alone and len(alone) < len(sites):
         logger.info(
             "%d tied groups have a single member, such as %s: that is plain LoRA with vectors.", len(alone), alone[0]
         )

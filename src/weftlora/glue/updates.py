@@ -20,9 +20,6 @@ from weftlora.errors import AdapterError
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.modes import in_mode
 from weftlora.schedule.ranking import MeanGate, factor_pair
-from weftlora.schedule.start import start_of
-from weftlora.site import Site
-from weftlora.terms.boost.dash import DashTerm
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,12 @@ def read_updates(
         )
     if merged := next((name for name, layer in mine.items() if layer.merged), None):
         raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
+    for name, layer in mine.items():
+        if isinstance(layer, WeftLinear) and layer.site(adapter).outside:
+            structure = layer.site(adapter).structure.choice
+            raise AdapterError(
+                f"{name} has {structure.method}, and {structure.no_closed_form}: directions are for an update of A and B."
+            )
     gates = _mean_gates(model, mine, adapter, inputs)
     return {
         name: _weft_update(layer, adapter, gates.get(name))
@@ -122,32 +125,22 @@ def _names(layer: BaseTunerLayer) -> list[str]:
 def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Update:
     site = layer.site(adapter)
     a, b, scale = factor_pair(site, gate)
-    term = site.boost
-    if not isinstance(term, DashTerm):
-        return _started(Update(a, scale * b), site)
-    if not term.launched:
-        return Update(a, scale * b, "before the launch")
-    s = int((term.index >= 0).sum())
-    slots = term.slots(1.0, None, site.layer_gate)
+    found = Update(a, scale * b, site.phase)
+    extra = site.boost or site.start
+    if extra is None or not extra.happened:
+        return found
+    chosen = [(each.index, each.sigma) for each in extra.chosen() if each.index is not None and each.sigma is not None]
+    sigma = torch.tensor([value for _, value in chosen], dtype=a.dtype, device=a.device)
+    found = replace(found, index=tuple(index for index, _ in chosen), sigma=sigma)
+    if site.boost is None:
+        return found
+    s, slots = len(chosen), site.boost.slots(1.0, None, site.layer_gate)
     return replace(
-        Update(a, scale * b, "launched"),
+        found,
         up=slots.up[:, :s].detach().double(),
         gain=slots.gate[:s].detach().double(),
         down=slots.down[:s].detach().double(),
-        index=tuple(term.index[:s].tolist()),
-        sigma=term.sigma[:s].double(),
     )
-
-
-def _started(update: Update, site: Site) -> Update:
-    """The update of a site without Dash, with what its start says of it."""
-    if (start := start_of(site)) is None:
-        return update
-    if not start.launched:
-        return replace(update, phase="before the switch")
-    chosen = start.index >= 0
-    index = tuple(start.index[chosen].tolist())
-    return replace(update, phase="switched", index=index, sigma=start.sigma[chosen].double())
 
 
 def _lora_update(name: str, layer: LoraLayer, adapter: str) -> Update:
@@ -174,7 +167,7 @@ def _mean_gates(
 ) -> dict[str, MeanGate]:
     """The mean gate of every routed site over `inputs`, in evaluation mode."""
     sites = {name: layer.site(adapter) for name, layer in layers.items() if isinstance(layer, WeftLinear)}
-    gates: dict[str, MeanGate] = {name: _Watched(site) for name, site in sites.items() if not site.mergeable}
+    gates: dict[str, MeanGate] = {name: _Watched(site) for name, site in sites.items() if site.routed}
     if not gates:
         return {}
     if inputs is None:

@@ -21,12 +21,13 @@ from weftlora.kernel.add import Linear, add_low_rank, gated_mlp, linears
 from weftlora.kernel.branch import Work
 from weftlora.kernel.dropout import draw
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import Factors, RouterInput, Slots, delta_weight
+from weftlora.kernel.factors import Factors, Role, RouterInput, Slots, delta_weight
 from weftlora.kernel.switches import Switches, current, switched, use_reference
 
 __all__ = [
     "Factors",
     "Linear",
+    "Role",
     "RouterInput",
     "Slots",
     "Switches",

@@ -15,6 +15,20 @@ RouterInput = Literal["x", "Ax"]
 """What a router reads: the raw input of its linear, or its projection on A."""
 
 
+Role = Literal["down", "up", "gain", "router"]
+"""What a trained tensor does in the equation, for an optimiser that treats roles differently (`weftlora.param_groups`).
+
+down     A: reads x. Kaiming at the start; what LoRA-FA freezes, and what keeps the base rate in LoRA+.
+up       B: writes to y, zero at the start; what LoRA+ trains faster. All heads of Hydra lie in one.
+gain     scales one rank slot or one row: u and v of Tied, the gains of Dash. Never decayed: 0 is not where they rest
+         (u, v), or is where they have not been launched (Dash).
+router   mixes heads. Never decayed.
+
+A term says them in its `roles`, by the names of its parameters. What is no parameter of a term has none: rank masks and layer
+gates are decided by controllers, the directions of Dash and the twins of LoRA-Init are frozen, so all of these are buffers.
+"""
+
+
 class Slots(NamedTuple):
     """Extra rank slots outside the structure: y += ((x downᵀ) ⊙ gate) upᵀ. No router, no `v`."""
 

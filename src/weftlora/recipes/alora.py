@@ -11,11 +11,12 @@ as many slots per round as a block has kinds of modules (paper; of its readings 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.times import Time
+
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def AllocLoraConfig(
@@ -40,6 +41,9 @@ def AllocLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA with moving ranks; fields as in `Reallocate` and `WeftConfig` (another `structure` composes)."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.ranks.reallocate import Reallocate
+
     ranks = Reallocate(
         first=first,
         every=every,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from typing import TYPE_CHECKING, Any
 
 from weftlora.errors import ConfigError, unknown_key
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 def peft_lora(
     r: int = 8, lora_alpha: float | None = None, target_modules: Any = "all-linear", **fields: Any
 ) -> PeftConfig:
     """peft's own LoraConfig, with weftlora's defaults for what is left out: α = 2r, all linear modules."""
+    from peft import LoraConfig
+
     return _stock(
         LoraConfig, r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, target_modules=target_modules, **fields
     )
@@ -27,6 +30,8 @@ def peft_adalora(
     **fields: Any,
 ) -> PeftConfig:
     """peft's own AdaLoraConfig at target rank r (initial rank 1.5 r as in its paper); needs `total_step`."""
+    from peft import AdaLoraConfig
+
     fields.setdefault("init_r", max(r + 1, round(1.5 * r)))
     fields.setdefault("target_r", r)
     alpha = 2 * r if lora_alpha is None else lora_alpha

@@ -11,10 +11,10 @@ Any other structure searches too: `weftlora.HydraLoraConfig(layers=weftlora.Sear
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def FlexoraConfig(
@@ -42,6 +42,9 @@ def FlexoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA whose blocks are searched; fields as in `Search` and `WeftConfig`. To be trained by `weftlora.search_layers`."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.layers.search import Search
+
     search = Search(
         granularity=granularity,  # type: ignore[arg-type]
         hypergrad=hypergrad,  # type: ignore[arg-type]

@@ -10,10 +10,10 @@ that always sees the undropped input, no constant-zero second output. Its claim 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.structure.hydra import Hydra
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def HydraLoraConfig(
@@ -25,5 +25,8 @@ def HydraLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A, `heads` B heads of rank r each, mixed per token; fields as in `Hydra` and `WeftConfig`."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.structure.hydra import Hydra
+
     structure = Hydra(heads=heads, router_input=router_input, per_head_dropout=per_head_dropout, balance=balance)  # type: ignore[arg-type]
     return WeftConfig(structure=structure, r=r, **fields)

@@ -9,12 +9,15 @@ cast; on a bf16 base peft casts x to fp32.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.structure.plain import Plain
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def PlainLoraConfig(r: int = 8, **fields: Any) -> WeftConfig:
     """Stock LoRA's function on weftlora's kernel; further fields as in `WeftConfig`."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.structure.plain import Plain
+
     return WeftConfig(structure=Plain(), r=r, **fields)

@@ -11,11 +11,12 @@ Where we differ from the released code: see `weftlora.terms.boost.dash`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.boost.dash import Dash
 from weftlora.times import Time
+
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def LoraDashConfig(
@@ -28,5 +29,8 @@ def LoraDashConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA with Dash slots launched after `after`; fields as in `Dash` and `WeftConfig` (another `structure` composes)."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.boost.dash import Dash
+
     boost = Dash(directions=directions, after=after, eps=eps, select=select, seed=seed)  # type: ignore[arg-type]
     return WeftConfig(boost=boost, r=r, **fields)

@@ -11,11 +11,12 @@ guard and the mode "directions" (ours). Which reading was taken where: see `weft
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.start.directions import Directions
 from weftlora.times import Time
+
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def LoraInitConfig(
@@ -30,5 +31,8 @@ def LoraInitConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA that starts anew along directions of W after `after`; fields as in `Directions` and `WeftConfig`."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.start.directions import Directions
+
     start = Directions(after, mode, eps, guard, kappa, select, seed)  # type: ignore[arg-type]
     return WeftConfig(start=start, r=r, **fields)

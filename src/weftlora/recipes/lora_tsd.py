@@ -11,12 +11,13 @@ beside A₀, B₀ that hold σ̄ (the other: g = σ̄ beside a zero product; the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weftlora.recipes.lora_init import LoraInitConfig
-from weftlora.spec import WeftConfig
-from weftlora.terms.boost.dash import Dash
 from weftlora.times import Time
+
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def LoraTsdConfig(
@@ -32,5 +33,7 @@ def LoraTsdConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA-Init with Dash slots launched at the same step; fields as in `Directions`, `Dash` and `WeftConfig`."""
+    from weftlora.terms.boost.dash import Dash
+
     boost = Dash(directions, after, eps, select, seed)  # type: ignore[arg-type]
     return LoraInitConfig(r, after, mode, eps, guard, kappa, select, seed, boost=boost, **fields)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weftlora.spec import WeftConfig
-from weftlora.terms.structure.tied import PRESETS, Tied
+if TYPE_CHECKING:
+    from weftlora.spec import WeftConfig
 
 
 def TiedLoraConfig(
@@ -28,6 +28,9 @@ def TiedLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A and B per group of modules, with vectors u and v per module; fields as in `Tied` and `WeftConfig`."""
+    from weftlora.spec import WeftConfig
+    from weftlora.terms.structure.tied import PRESETS, Tied
+
     config = WeftConfig(structure=Tied(train=train, group=group, zero=zero, init=init), r=r, **fields)  # type: ignore[arg-type]
     if isinstance(train, str) and train.lower() in PRESETS and config.lora_alpha != r:
         warnings.warn(

@@ -13,6 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weftlora.errors import RunError
+from weftlora.extras import needs
+
 if TYPE_CHECKING:
     from weftlora.report.comparison.writing import Report
 
@@ -44,11 +47,15 @@ def report(
 
     Raises:
         RunError: no such folder, a damaged one, runs that cannot be compared, or a file that cannot be written.
-        ConfigError: no such method or metric; the extra `html` is not installed.
+        ConfigError: no such method or metric.
+        MissingExtraError: the extra `report` is not installed.
     """
-    from weftlora.report.comparison.writing import write_report
+    if missing := [str(run) for run in runs if not Path(run).exists()]:
+        raise RunError(f"there is no folder {missing[0]!r}: give a comparison's folder, or run folders.")
+    with needs("report", "weftlora.report"):
+        from weftlora.report.comparison.writing import write_report
 
-    return write_report(runs, out, baseline, metric, title, routers, overwrite)
+        return write_report(runs, out, baseline, metric, title, routers, overwrite)
 
 
 class _Callable(ModuleType):

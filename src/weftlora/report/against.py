@@ -13,7 +13,6 @@ from torch import Tensor
 from weftlora.report import measure
 from weftlora.report.result import Against, SiteAgainst
 from weftlora.report.subject import Start, Subject
-from weftlora.schedule.start import start_of
 from weftlora.site import Site
 
 NOTHING_IN_COMMON = 0.1
@@ -65,13 +64,11 @@ def _beside(subject: Subject, start: Start) -> Against:
 
 def _first_slots(site: Site) -> list[int]:
     """Live slots that were there at the start."""
-    birth = getattr(site, "birth", None)
-    return [slot for slot in site.live() if birth is None or int(birth[slot]) == 0]
+    return [slot for slot in site.live() if site.birth is None or int(site.birth[slot]) == 0]
 
 
 def _started(site: Site) -> bool:
-    term = start_of(site)
-    return term is not None and bool(term.launched)
+    return site.start is not None and site.start.happened
 
 
 def _twins(subject: Subject) -> Start | None:
@@ -79,10 +76,9 @@ def _twins(subject: Subject) -> Start | None:
     A: dict[str, Tensor] = {}
     B: dict[str, Tensor] = {}
     for name, site in subject.sites.items():
-        term = start_of(site)
-        if term is not None and bool(term.launched) and term.down is not None and term.up is not None:
+        if site.start is not None and (stored := site.start.stored()) is not None:
             live = site.live()
-            A[name], B[name] = term.down[live], term.up[:, live].T
+            A[name], B[name] = stored[0][live], stored[1][:, live].T
     return Start("stored start", "the start of A and B, which LoRA-Init keeps as frozen twins", A, B) if A else None
 
 

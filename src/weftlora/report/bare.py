@@ -20,13 +20,15 @@ from weftlora.errors import AdapterError, WeftError
 from weftlora.glue.sharing import shared_keys
 from weftlora.glue.targets import by_pattern
 from weftlora.glue.updates import Update
-from weftlora.report.measure import COUNTERS
 from weftlora.report.subject import Subject, beyond, plain_site
 from weftlora.site import Owners, Site, build_site
 from weftlora.spec import WeftConfig, read_config
-from weftlora.terms.structure.tied import PARTS, Tied, TiedTerm
+from weftlora.terms.structure import Structure, StructureTerm
 
 MARK = ".weft_site."
+STRUCTURE = "structure."
+LETTERS = ("A", "B")
+"""The parts that a site's shape can be told by."""
 Tensors = dict[str, Tensor]
 
 
@@ -48,7 +50,7 @@ def bare_subject(folder: Path, source: str) -> Subject:
     try:
         if kind == "WEFT":
             config = read_config(folder)
-            subject.settings = config.to_dict()
+            subject.config, subject.settings = config, config.to_dict()
             _read_weft(subject, config, named)
         else:
             _read_stock(subject, named)
@@ -108,9 +110,9 @@ def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
             subject.saved_modules += tensor.numel()
     subject.steps = next((int(t["steps"]) for t in by_site.values() if "steps" in t), None)
     sizes = {name: _size(config, name, tensors) for name, tensors in by_site.items()}
-    if isinstance(config.structure, Tied):
-        sizes = _tied_sizes(config.structure, by_site, sizes)
-    owners: dict[Any, TiedTerm] = {}
+    if config.structure.shares:
+        sizes = _shared_sizes(config.structure, by_site, sizes)
+    owners: dict[Any, StructureTerm] = {}
     waiting = {name: (r, n, m) for name, (r, n, m) in sizes.items() if n is not None and m is not None}
     while ready := [name for name, size in waiting.items() if _has_all(config, name, size, by_site[name], owners)]:
         for name in ready:  # whose shared tensors are their own, or read already
@@ -120,7 +122,7 @@ def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
         subject.left_out.append(
             f"{missing} tied sites: their shapes are those of the base's modules, which was not read."
         )
-    if isinstance(config.structure, Tied) and config.structure.trained.isdisjoint("uv"):
+    if config.structure.shares and config.structure.tensors() <= {*LETTERS}:
         subject.left_out.append(
             "Tied sites that only share tensors: they keep none of their own, so the file does not name them; give the base."
         )
@@ -136,12 +138,11 @@ Size = tuple[int, int | None, int | None]
 
 def _size(config: WeftConfig, name: str, tensors: Tensors) -> Size:
     """(r at the start, in, out) as far as the site's own tensors say."""
-    a, b, v = (tensors.get(f"structure.{part}") for part in "ABv")
-    r = by_pattern(config.rank_pattern, name, config.r)
-    return r, None if a is None else a.shape[1], b.shape[0] if b is not None else None if v is None else v.shape[0]
+    own = {key.removeprefix(STRUCTURE): tensor for key, tensor in tensors.items() if key.startswith(STRUCTURE)}
+    return by_pattern(config.rank_pattern, name, config.r), *config.structure.sides(own)
 
 
-def _tied_sizes(structure: Tied, by_site: Mapping[str, Tensors], sizes: Mapping[str, Size]) -> dict[str, Size]:
+def _shared_sizes(structure: Structure, by_site: Mapping[str, Tensors], sizes: Mapping[str, Size]) -> dict[str, Size]:
     """Sizes of sites that lack an A or B of their own: those at which the owners in the file are exactly what they share."""
     ins, outs = (sorted({size[i] for size in sizes.values() if size[i]}) for i in (1, 2))  # type: ignore[type-var]
 
@@ -152,13 +153,17 @@ def _tied_sizes(structure: Tied, by_site: Mapping[str, Tensors], sizes: Mapping[
 
     owned: set[tuple[str, Hashable]] = set()
     for name, size in sizes.items():
-        for part in PARTS[:2]:
-            if f"structure.{part}" in by_site[name]:
-                owned |= {(part, shared_keys(structure, name, able)[part]) for able in possible(size)}
+        for part in LETTERS:
+            if STRUCTURE + part in by_site[name]:
+                owned |= {
+                    (part, key) for able in possible(size) if (key := shared_keys(structure, name, able).get(part))
+                }
 
     def fits(name: str, size: tuple[int, int, int]) -> bool:
         keys = shared_keys(structure, name, size)
-        return all((part, keys[part]) in owned for part in PARTS[:2] if f"structure.{part}" not in by_site[name])
+        return all(
+            (part, keys[part]) in owned for part in LETTERS if part in keys and STRUCTURE + part not in by_site[name]
+        )
 
     found: dict[str, Size] = {}
     for name, size in sizes.items():
@@ -168,29 +173,25 @@ def _tied_sizes(structure: Tied, by_site: Mapping[str, Tensors], sizes: Mapping[
 
 
 def _has_all(
-    config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: Mapping[Any, TiedTerm]
+    config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: Mapping[Any, StructureTerm]
 ) -> bool:
-    structure = config.structure
-    if not isinstance(structure, Tied):
-        return True
-    needed = {"A", "B"} | ({"u"} & structure.trained)
-    keys = shared_keys(structure, name, size).items()
-    return all(f"structure.{part}" in tensors or (part, key) in owners for part, key in keys if part in needed)
+    needed, keys = config.structure.tensors(), shared_keys(config.structure, name, size).items()
+    return all(STRUCTURE + part in tensors or (part, key) in owners for part, key in keys if part in needed)
 
 
 def _site(
-    config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: dict[Any, TiedTerm]
+    config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: dict[Any, StructureTerm]
 ) -> Site:
-    r, structure = size[0], config.structure
-    keys = shared_keys(structure, name, size) if isinstance(structure, Tied) else {}
+    r, keys = size[0], shared_keys(config.structure, name, size)
     theirs: Owners = {part: owners[part, key] for part, key in keys.items() if (part, key) in owners}
     alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
     with torch.device("meta"):
         site = build_site(
-            structure, size, scale=config.scale(r, alpha), dropout=0.0, owners=theirs,
+            config.structure, size, scale=config.scale(r, alpha), dropout=0.0, owners=theirs,
             boost=config.boost, start=config.start, ranks=config.ranks, layers=config.layers,
         )  # fmt: skip
-    site.load_state_dict({k: t for k, t in tensors.items() if k not in COUNTERS}, assign=True)
+    counters = {"steps"}.union(*(choice.counts for choice in config.choices().values()))
+    site.load_state_dict({k: t for k, t in tensors.items() if k not in counters}, assign=True)
     for part, key in keys.items():
-        owners.setdefault((part, key), site.structure)  # type: ignore[arg-type]
+        owners.setdefault((part, key), site.structure)
     return site.eval().requires_grad_(False)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from weftlora.glue.decompose import Decomposer
 from weftlora.linalg import change_rate, moved
 from weftlora.report.result import Chosen, SiteDirections, SiteFacts
 from weftlora.report.subject import Subject
 from weftlora.schedule.ranking import MeanGate, factor_pair
-from weftlora.schedule.start import start_of
 from weftlora.site import Site
-from weftlora.terms.boost.dash import DashTerm
+from weftlora.terms.extra import Direction
 from weftlora.train.progress import Progress, Tick
 
 
@@ -51,19 +49,7 @@ def site_directions(
 
 def _chosen(name: str, site: Site) -> SiteDirections:
     """What the adapter itself says about its directions; those of Dash where it has both."""
-    start, boost = start_of(site), site.boost
-    phase, rows = "plain", []
-    if start is not None:
-        phase = "switched" if bool(start.launched) else "before the switch"
-        rows = [_row(start, k, None) for k, index in enumerate(start.index.tolist()) if index >= 0]
-    if isinstance(boost, DashTerm):
-        phase = "launched" if bool(boost.launched) else "before the launch"
-        gains, used = boost.gain.detach().tolist(), (boost.index >= 0) | boost.up.any(0)
-        rows = [_row(boost, k, gains[k]) for k in used.nonzero().flatten().tolist()] or rows
-    return SiteDirections(name, phase, rows)
-
-
-def _row(term: Any, k: int, gain: float | None) -> Chosen:
-    if int(term.index[k]) < 0:  # imported from the released code, whose files do not say
-        return Chosen(None, None, None, gain)
-    return Chosen(int(term.index[k]), float(term.sigma[k]), float(term.rate[k]), gain)
+    rows: list[Direction] = []
+    for extra in (site.boost, site.start):
+        rows = rows or ([] if extra is None else extra.chosen())
+    return SiteDirections(name, site.phase, [Chosen(row.index, row.sigma, row.rate, row.gain) for row in rows])

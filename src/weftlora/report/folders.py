@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from weftlora.data import Collator, DataConfig
-from weftlora.data import load as load_data
-from weftlora.errors import AdapterError, DataError, DivergedError, ModelError, WeftError
+from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
+from weftlora.extras import needs
 from weftlora.report.bare import bare_subject
 from weftlora.report.subject import Rows, Start, Subject, live_subject
 from weftlora.search import Selection
 from weftlora.site import Site
 from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import search_of
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.checkpoint import marked
 from weftlora.train.files import read_lines
 from weftlora.train.load import Trained, borrowed, load_adapter, load_run, recipe_of
 from weftlora.train.measure import batches
-from weftlora.train.recipe import Task
 from weftlora.train.run import Run
+
+if TYPE_CHECKING:
+    from weftlora.data import DataConfig, Task
 
 BATCH = 8
 """Rows per forward pass."""
@@ -85,13 +86,13 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
         )
         return bare
     subject = live_subject(trained.model, "default", bare.source)
-    subject.settings, subject.steps = bare.settings, bare.steps
+    subject.config, subject.settings, subject.steps = bare.config, bare.settings, bare.steps
     subject.base = trained.base.config.path
     subject.start = drawn[0] if drawn else None
-    if not all(site.mergeable for site in subject.sites.values()):
+    if any(site.routed for site in subject.sites.values()):
         try:
             subject.rows = _rows(run, trained, data, limit)
-        except (DataError, ModelError) as error:
+        except (DataError, ModelError, MissingExtraError) as error:
             if data is not None:
                 raise
             subject.left_out.append(f"Router usage: the run's rows cannot be read ({str(error).rstrip('.')}).")
@@ -125,8 +126,11 @@ def _with_run(subject: Subject, run: Run, inside: Path) -> Subject:
 def _rows(run: Run | None, trained: Trained, data: str | None, limit: int) -> Rows | None:
     if run is None and data is None:
         return None
-    config, base_dir, labels, split, said = _which(run, data)
-    loaded = load_data(config, trained.base.tokenizer, base_dir=base_dir, task=trained.task, labels=labels)
+    with needs("train", "running routers over rows"):
+        from weftlora.data import Collator, load
+
+        config, base_dir, labels, split, said = _which(run, data)
+        loaded = load(config, trained.base.tokenizer, base_dir=base_dir, task=trained.task, labels=labels)
     rows = getattr(loaded, split)
     if rows is None or not len(rows):
         raise DataError(f"there are no {split} rows; give some with data=... (--data).")
@@ -149,6 +153,8 @@ def _rows(run: Run | None, trained: Trained, data: str | None, limit: int) -> Ro
 def _which(run: Run | None, data: str | None) -> tuple[DataConfig, Path | None, list[str] | None, str, str]:
     """(data section, where its paths start, labels, split, how it is called): what is given, else the run's validation rows."""
     given = None if data is None else data if data == "demo" else str(Path(data).resolve())
+    from weftlora.data import DataConfig
+
     if run is None:
         return DataConfig(train=cast(str, given), validation_fraction=0.0), None, None, "train", f"rows of {data}"
     recipe = recipe_of(run)
@@ -173,18 +179,19 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
     """
     recipe = recipe_of(run)
     try:
-        config = adapter_config(recipe.adapter, run.steps, saved_selection(recipe.adapter, recipe.base_dir))
+        selection = saved_selection(recipe.adapter, recipe.base_dir)
+        config = adapter_config(recipe.adapter, run.steps, selection, recipe.from_folder)
     except WeftError:  # the selection that it was trained with is no longer where it was
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if isinstance(config.layers, Search):
-        if config.layers.finetune != "restart" or not (run.folder / "selection.json").is_file():
+    if (search := search_of(config.layers)) is not None:
+        if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers
         torch.manual_seed(run.seed)
     with borrowed(plain) as shell:
-        sites = live_subject(adapt(cast(PreTrainedModel, shell), config, cast(Task, run.task)), "default", "").sites
+        sites = live_subject(adapt(cast(PreTrainedModel, shell), config, cast("Task", run.task)), "default", "").sites
         A = {name: f.A.detach().clone() for name, site in sites.items() for f in [site.structure.factors(1.0)]}
     return [Start("start drawn again", f"the start of A, drawn again from the run's seed {run.seed}", A)]
 

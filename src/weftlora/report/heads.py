@@ -25,6 +25,7 @@ from itertools import pairwise
 from typing import Any
 
 from weftlora.errors import ConfigError, DataError
+from weftlora.extras import needs
 from weftlora.numbers import is_whole
 
 CLEAR = 0.05
@@ -88,7 +89,8 @@ def suggest_heads(texts: Iterable[str], *, largest: int = 10, rows: int = 2000, 
         DataError: fewer than three different texts, or texts without words.
         ConfigError: a setting that cannot work.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    with needs("train", "weftlora.suggest_heads"):
+        from sklearn.feature_extraction.text import TfidfVectorizer
 
     _check(largest, rows, seed)
     given = _listed(texts)

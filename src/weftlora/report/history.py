@@ -15,8 +15,7 @@ def layers(subject: Subject) -> Layers:
         rows = [BlockChoice(c.name, c.selected, c.alpha, c.alpha_hat, c.distance, c.near) for c in selection.candidates]
         return Layers("the search's selection", selection.granularity, rows, selection.margin)
     blocks = dict.fromkeys(split_name(name)[0] or name for name in subject.sites)
-    kind = (subject.settings.get("layers") or {}).get("kind", "all")
-    source = {"only": "named in the config", "search": "not yet searched"}.get(kind, "all that are targeted")
+    source = "all that are targeted" if subject.config is None else subject.config.layers.source
     return Layers(source, "block", [BlockChoice(name, True) for name in blocks], None)
 
 
@@ -33,7 +32,7 @@ def rank_history(subject: Subject) -> RankHistory | None:
         return None
     as_it_went = {each.round: each for each in mine}
     rounds = [as_it_went[number] for number in sorted(as_it_went)]
-    born = {name: birth for name, site in subject.sites.items() if (birth := getattr(site, "birth", None)) is not None}
+    born = {name: site.birth for name, site in subject.sites.items() if site.birth is not None}
     if rounds:
         return RankHistory(subject.events_from, {n: site.initial_rank for n, site in subject.sites.items()}, rounds)
     if born:

@@ -19,8 +19,6 @@ from weftlora.report.result import Inspection, Parameters, Routers, SiteFacts, T
 from weftlora.report.subject import Rows, Subject, live_subject
 from weftlora.report.usage import measure_usage
 from weftlora.schedule.ranking import MeanGate
-from weftlora.terms.structure.hydra import HydraTerm
-from weftlora.terms.structure.tied import PARTS, TiedTerm
 from weftlora.train.progress import Progress, ignore
 from weftlora.train.run import Run
 
@@ -143,14 +141,9 @@ def _given(inputs: Batches | Mapping[str, Batches] | None) -> Rows | None:
 
 def _method(subject: Subject) -> str:
     """The choices of the axes in a line; what is the default of an axis is not said."""
-    s = subject.settings
     if subject.stock:
         return "stock LoRA"
-    kinds = [s.get(axis) or {} for axis in ("structure", "start", "boost", "ranks", "layers")]
-    said = [k["kind"] for k in kinds if k.get("kind") not in (None, "kaiming", "uniform", "all")]
-    detail = {"hydra": "heads", "tied": "train", "dash": "directions"}
-    numbers = {k["kind"]: k.get(detail.get(k["kind"], "")) for k in kinds if k.get("kind")}
-    return " + ".join(f"{n.capitalize()}({detail[n]}={numbers[n]})" if n in detail else n.capitalize() for n in said)
+    return "" if subject.config is None else subject.config.label()
 
 
 def _parameters(subject: Subject) -> Parameters:
@@ -182,7 +175,7 @@ def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[SiteFacts]:
 
 
 def _routers(subject: Subject, progress: Progress) -> tuple[Routers | None, dict[str, MeanGate]]:
-    routed = {name: site for name, site in subject.sites.items() if isinstance(site.structure, HydraTerm)}
+    routed = {name: site for name, site in subject.sites.items() if site.routed}
     if not routed:
         if subject.rows is not None:
             subject.left_out.append("The rows that were given: this adapter has no routers to run over them.")
@@ -200,10 +193,9 @@ def _groups(subject: Subject) -> list[TiedGroup]:
     """Sites whose A or B are one tensor; what the same sites share is one group."""
     members: dict[tuple[str, int], list[str]] = {}
     size: dict[tuple[str, int], int] = {}
-    terms = {name: site.structure for name, site in subject.sites.items() if isinstance(site.structure, TiedTerm)}
-    for name, term in terms.items():
-        for part in PARTS[:2]:
-            if (value := term.part(part)) is not None:
+    for name, site in subject.sites.items():
+        for part, value in site.structure.shared().items():
+            if part in ("A", "B"):
                 members.setdefault((part, id(value)), []).append(name)
                 size[part, id(value)] = value.numel()
     groups: dict[tuple[str, ...], list[tuple[str, int]]] = {}

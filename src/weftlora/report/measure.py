@@ -15,16 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from weftlora.compat import REFUSED
 from weftlora.linalg import principal_angles
 from weftlora.report.result import Alike, HeadSimilarity, SiteFacts
 from weftlora.schedule.ranking import MeanGate, factor_pair
 from weftlora.site import Site
-from weftlora.terms.structure.hydra import HydraTerm
-from weftlora.terms.structure.tied import TiedTerm
-
-COUNTERS = {"steps", "rounds", "ended"}
-NEVER_MERGES = f"{REFUSED['Hydra', 'merge']}"
 
 
 def split_name(site: str) -> tuple[str, str]:
@@ -70,7 +64,8 @@ def facts(
     norm = float(sigma.norm())
     factors, block = site.structure.factors(site.scale), split_name(name)
     rank = len(site.live())
-    reason = why_not if site.mergeable else NEVER_MERGES
+    structure = site.structure.choice
+    reason = why_not if site.mergeable else structure.no_closed_form
     return SiteFacts(
         site=name,
         block=block[0],
@@ -83,7 +78,7 @@ def facts(
         scale=None if stock else site.scale,
         trained=sum(trained_numbers(site).values()),
         norm=norm,
-        norm_at="exact" if site.mergeable else "uniform gate" if gate is None else "mean gate",
+        norm_at=structure.figures_at if gate is None else "mean gate",
         relative=norm / weight_norm if weight_norm else None,
         effective_rank=effective_rank(sigma),
         mergeable=reason is None,
@@ -95,28 +90,19 @@ def trained_numbers(site: Site) -> dict[int, int]:
     """Trained numbers by tensor (its id, so that shared ones can be told): of rank slots, the live ones."""
     room = site.structure.factors(site.scale).A.shape[0]
     live = len(site.live())
-    found = {}
-    for name, parameter in site.named_parameters():
-        per_slot = site.mask is not None and (
-            name in ("structure.A", "structure.B") or (name == "structure.router" and _reads_slots(site))
-        )
-        found[id(parameter)] = parameter.numel() * live // room if per_slot else parameter.numel()
-    return found
-
-
-def _reads_slots(site: Site) -> bool:
-    return isinstance(site.structure, HydraTerm) and site.structure.choice.router_input == "Ax"
+    slotted = set() if site.mask is None else {id(parameter) for parameter, _ in site.structure.by_slot()}
+    return {id(p): p.numel() * live // room if id(p) in slotted else p.numel() for p in site.parameters()}
 
 
 def stored_numbers(site: Site) -> dict[int, int]:
     """All numbers of a site's own tensors, by tensor; not the counters of the adapter as a whole, which the first site carries."""
     named = (*site.named_parameters(), *site.named_buffers())
-    return {id(tensor): tensor.numel() for name, tensor in named if name not in COUNTERS}
+    return {id(tensor): tensor.numel() for name, tensor in named if name not in site.counters}
 
 
 def heads(name: str, site: Site) -> HeadSimilarity | None:
     """How alike the heads of a routed site are; None where there is one B."""
-    if not isinstance(site.structure, HydraTerm):
+    if not site.routed:
         return None
     factors, live = site.structure.factors(site.scale), site.live()
     b_onr = factors.B.detach().double().unflatten(1, (factors.heads, -1))[:, :, live]
@@ -154,16 +140,12 @@ def alike(now_ki: Tensor, then_ki: Tensor) -> Alike:
     )
 
 
-def factor(site: Site, part: str) -> Tensor | None:
+def factor(site: Site, part: str) -> Tensor:
     """A [live, in] or Bᵀ [heads · live, out] of a site, as trained: without scale, gates and masks' dead slots."""
-    term = site.structure
-    value = term.part(part) if isinstance(term, TiedTerm) else getattr(term, part)  # type: ignore[arg-type]
-    if value is None:
-        return None
-    live, f = site.live(), term.factors(site.scale)
+    live, f = site.live(), site.structure.factors(site.scale)
     if part == "A":
-        return value.detach()[live]
-    return value.detach().unflatten(1, (f.heads, -1))[:, :, live].flatten(1).T
+        return f.A.detach()[live]
+    return f.B.detach().unflatten(1, (f.heads, -1))[:, :, live].flatten(1).T
 
 
 def size_of_a_fresh_draw(a_ki: Tensor) -> float:

@@ -15,6 +15,7 @@ from weftlora.glue.layer import WeftLinear
 from weftlora.glue.updates import Update, adapter_names, base_matrix, base_of, read_updates
 from weftlora.search import Selection
 from weftlora.site import Site
+from weftlora.spec import WeftConfig
 from weftlora.terms.structure.plain import PlainTerm
 
 Events = list[dict[str, Any]]
@@ -47,6 +48,8 @@ class Subject:
     adapter: str
     settings: dict[str, Any]
     sites: dict[str, Site]
+    config: WeftConfig | None = None
+    """What the settings are of; None for a stock LoRA."""
     stock: bool = False
     """A stock LoRA: its scale is inside B."""
     model: nn.Module | None = None
@@ -91,7 +94,13 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
     config = getattr(model, "peft_config", {}).get(name)
     settings = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
     subject = Subject(
-        source, name, settings, {n: m.site(name) for n, m in layers.items()}, model=model, base=_kind(model)
+        source,
+        name,
+        settings,
+        {n: m.site(name) for n, m in layers.items()},
+        config if isinstance(config, WeftConfig) else None,
+        model=model,
+        base=_kind(model),
     )
     if not layers:
         subject.sites, subject.stock = {n: plain_site(u) for n, u in read_updates(model, name).items()}, True

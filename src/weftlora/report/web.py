@@ -10,14 +10,14 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from weftlora.errors import ConfigError
+from weftlora.extras import needs
 from weftlora.foreign import visible
 from weftlora.redaction import redacted
 from weftlora.train.files import check_output, write_text
@@ -26,11 +26,10 @@ NEEDED = ("jinja2", "vl_convert")
 
 
 def check_extra() -> None:
-    """Raise ConfigError if the packages that a page needs are not installed."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"a page needs {' and '.join(missing)}, which this environment lacks: pip install 'weftlora[html]'."
-        )
+    """Raise MissingExtraError if the packages that a page needs are not installed."""
+    with needs("report", "an HTML page"):
+        for name in NEEDED:
+            importlib.import_module(name)
 
 
 def render(
@@ -43,7 +42,7 @@ def render(
         content: what the template shows; it is escaped unless the template says otherwise.
 
     Raises:
-        ConfigError: the extra `html` is not installed.
+        MissingExtraError: the extra `report` is not installed.
     """
     check_extra()
     from jinja2 import Environment, FunctionLoader, StrictUndefined

@@ -33,11 +33,22 @@ class Counted(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """What looks at an optimiser once."""
+
+    def first_step(self, optimizer: Optimizer) -> None:
+        """Called before the first step of every optimiser that the process makes."""
+        ...
+
+
 # In the order of their making, which is the same on all processes: what they do may need all of them at once.
 _listeners: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 _optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _hooks: list[Any] = []
+_watchers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_first: list[Any] = []
 
 
 def listen(listener: Counted) -> None:
@@ -46,6 +57,21 @@ def listen(listener: Counted) -> None:
         _hooks.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before_step)))
         _hooks.append(register_optimizer_step_post_hook(torch.compiler.disable(_after_step)))
     _listeners[next(_numbers)] = listener
+
+
+def watch(watcher: Watcher) -> None:
+    """Show `watcher`, for as long as it lives, every optimiser that begins its first step."""
+    if not _first:
+        _first.append(register_optimizer_step_pre_hook(_before_first))
+    _watchers[next(_numbers)] = watcher
+
+
+def _before_first(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling() or optimizer in _seen:  # a step that is traced is left alone: nothing to compile
+        return
+    _seen.add(optimizer)
+    for watcher in list(_watchers.values()):
+        watcher.first_step(optimizer)
 
 
 def holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:

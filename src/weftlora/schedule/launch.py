@@ -14,9 +14,8 @@ import time as clocks
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from weftlora import linalg
@@ -24,57 +23,10 @@ from weftlora.errors import ConfigError
 from weftlora.known import Known
 from weftlora.schedule import clock
 from weftlora.schedule.ranking import Ranked, Ranker, Rule
-from weftlora.schedule.schedule import Event, Length, Member, check_possible
+from weftlora.schedule.schedule import Member
 from weftlora.site import Site
-from weftlora.times import Time, resolve
-
-
-class Choice(Protocol):
-    """What the config says of when, and by which rule directions are ranked."""
-
-    @property
-    def after(self) -> Time: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def select(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
-
-
-class Launch(Protocol):
-    """What is done with the directions of a site, and how it is spoken of."""
-
-    @property
-    def what(self) -> str:
-        """In sentences: "the launch of Dash"."""
-        ...
-
-    @property
-    def event(self) -> str:
-        """In the record of events: "dash_launch"."""
-        ...
-
-    @property
-    def choice(self) -> Choice:
-        """Its part of the config."""
-        ...
-
-    def flag(self, site: Site) -> Tensor:
-        """The site's buffer [] that says whether it has happened there."""
-        ...
-
-    def count(self, site: Site) -> int:
-        """How many directions it has room for there."""
-        ...
-
-    def apply(self, site: Site, found: linalg.Directions, largest: float) -> dict[str, Any]:
-        """Put the directions in, σ_max of W being `largest`; what to tell of it, as plain numbers."""
-        ...
-
-    def gap(self) -> str:
-        """What becomes of slots that no direction is left for, as the end of a sentence."""
-        ...
+from weftlora.terms.events import Event, Launch, Length, Validation, check_possible
+from weftlora.times import resolve
 
 
 @dataclass(eq=False)
@@ -128,6 +80,10 @@ class LaunchController:
         """See `Controller`."""
         self.ranker.before_step(step, length)
 
+    def take_rows(self, rows: Validation) -> bool:
+        """See `Controller`: directions are ranked on weights alone."""
+        return False
+
     def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
         """Measure and decide if step t has been reached; the function that is returned applies."""
         if not self.is_due(step, length):
@@ -147,11 +103,14 @@ class LaunchController:
         started, told = clocks.perf_counter(), {}
         short = [m.name for m, f in zip(self._members, chosen, strict=True) if len(f.index) < self.count(m.site)]
         for member, found, site in zip(self._members, chosen, ranked, strict=True):
+            applied = self.launch.apply(member.site, found, site.largest)
+            for parameter in applied.fresh:
+                forget_moments(parameter)
             told[member.name] = {
                 "index": found.index.tolist(),
                 "sigma": found.sigma.tolist(),
                 "rate": found.rate.tolist(),
-                **self.launch.apply(member.site, found, site.largest),
+                **applied.told,
                 "ranked_on": member.source,
                 "seconds": site.seconds,
             }

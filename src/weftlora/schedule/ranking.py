@@ -16,18 +16,20 @@ from __future__ import annotations
 import time as clocks
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from weftlora import linalg
 from weftlora.errors import ConfigError
 from weftlora.kernel import Slots
 from weftlora.schedule import together
-from weftlora.schedule.schedule import Length, Member
-from weftlora.site import ExtraSlots, Site
+from weftlora.schedule.schedule import Member
+from weftlora.site import Site
+from weftlora.terms.events import Length
+from weftlora.terms.extra import ExtraTerm
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Ranker:
                 member.site.gate_meter = None
         if step is None or any(asker.is_due(step + 1, length) for asker in self.askers):
             for member in self.members:
-                if not member.site.mergeable:  # routed
+                if member.site.routed:
                     gate = self.gates[member.name] = MeanGate(member.site)
                     member.site.gate_meter = gate
 
@@ -215,8 +217,8 @@ def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tup
     return a, b, f.scale
 
 
-def _slots(term: nn.Module | None, site: Site, scale: float) -> Slots | None:
-    return None if term is None else cast(ExtraSlots, term).slots(scale, site.mask, site.layer_gate)
+def _slots(term: ExtraTerm | None, site: Site, scale: float) -> Slots | None:
+    return None if term is None else term.slots(scale, site.mask, site.layer_gate)
 
 
 def _names(due: list[Asker]) -> str:

@@ -30,8 +30,9 @@ from weftlora.known import Known
 from weftlora.schedule import slots as surgery
 from weftlora.schedule import together
 from weftlora.schedule.agreement import by_row, margin
-from weftlora.schedule.schedule import Event, Length, Member, check_possible
+from weftlora.schedule.schedule import Member
 from weftlora.schedule.scoring import Measured, Scorer, Scoring, SlotId
+from weftlora.terms.events import Event, Length, Validation, check_possible
 from weftlora.terms.ranks.reallocate import Plan, Reallocate, Room, decide
 from weftlora.times import rounds
 
@@ -50,8 +51,8 @@ class ReallocateController:
 
     def __post_init__(self) -> None:
         first = self.members[0].site
-        first.register_buffer("rounds", torch.zeros((), dtype=torch.long))
-        first.register_buffer("ended", torch.zeros((), dtype=torch.bool))
+        first.register_counter("rounds", torch.zeros((), dtype=torch.long))
+        first.register_counter("ended", torch.zeros((), dtype=torch.bool))
 
     @property
     def scoring(self) -> Scoring:
@@ -89,6 +90,23 @@ class ReallocateController:
 
     def before_step(self, step: int | None, length: Length) -> None:
         """See `Controller`."""
+
+    def take_rows(self, rows: Validation) -> bool:
+        """See `Controller`: slots are scored on them."""
+        choice, given = self.choice, rows.count
+        if choice.check and choice.needs_data and given <= choice.rows:
+            raise ConfigError(
+                f"Reallocate(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
+                "give more, or leave check out."
+            )
+        if choice.needs_data and given < choice.rows:
+            warnings.warn(
+                f"Reallocate(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
+                "on all of them: give more, or lower rows.",
+                stacklevel=4,
+            )
+        self.scorer = rows.slots(choice)
+        return True
 
     def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
         """Score and decide the next round if its step has been reached; at the first step, refuse what could not work then."""
@@ -191,7 +209,7 @@ class ReallocateController:
             rows = [self._new_row(number, m, slot) for slot in made]
             jobs.append((self.members[m].site, gone, made, rows))
         for slot in found.slots:
-            self.members[slot.module].site.score[slot.slot] = slot.score  # type: ignore[operator]
+            cast(Tensor, self.members[slot.module].site.score)[slot.slot] = slot.score
         for site, gone, made, rows in jobs:
             surgery.move(site, gone, made, rows, number)
         first = self.members[0].site

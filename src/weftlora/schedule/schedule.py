@@ -9,20 +9,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weftlora.errors import ConfigError
 from weftlora.known import Known
 from weftlora.schedule import clock
 from weftlora.site import Site
+from weftlora.terms.events import Controller, Event, Length
 
 logger = logging.getLogger(__name__)
-
-Event = dict[str, Any]
 
 
 @dataclass
@@ -39,46 +37,6 @@ class Member:
     source: str = "in memory"
 
 
-@dataclass
-class Length:
-    """How long the run is, where that is known: optimiser steps in all, and per pass over the data."""
-
-    total_steps: int | None = None
-    steps_per_epoch: float | None = None
-
-
-class Controller(Protocol):
-    """One thing that happens over time: measure reads, decide is a function of plain numbers, apply edits.
-
-    All controllers that are due after the same step have measured and decided before the first of them applies.
-    """
-
-    @property
-    def what(self) -> str:
-        """How sentences call it: "the launch of Dash"."""
-        ...
-
-    def due(self, length: Length) -> int | None:
-        """The step after which it acts; None while the length of the run is needed and unknown."""
-        ...
-
-    def done(self) -> bool:
-        """Whether nothing is left to do."""
-        ...
-
-    def check(self, length: Length) -> None:
-        """Raise `ConfigError` if what it is to do cannot happen in a run of this length, or the length is missing."""
-        ...
-
-    def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
-        """Measure and decide if it is time. The function that is returned applies, and says what happened in plain numbers."""
-        ...
-
-    def before_step(self, step: int | None, length: Length) -> None:
-        """Get ready for what step + 1 needs measured in its forward passes; `step` are taken so far, None if unknown."""
-        ...
-
-
 @dataclass(eq=False)
 class Schedule:
     """Drives the controllers of one adapter by the optimiser steps of the optimiser that trains it."""
@@ -93,7 +51,7 @@ class Schedule:
     _known: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.first.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.first.register_counter("steps", torch.zeros((), dtype=torch.long))
         self.first.register_load_state_dict_post_hook(_prepare_after_load)
         clock.listen(self)
         # A count may still be loaded without anybody being told: transformers' load_adapter assigns tensors by itself.
@@ -192,21 +150,6 @@ class Schedule:
 
 def _when(due: int | None) -> str:
     return "at a time that needs the length of the run" if due is None else f"after step {due}"
-
-
-def check_possible(due: int | None, length: Length, what: str, time: object) -> None:
-    """Raise `ConfigError` if an event due after step `due` cannot happen, or when it is due cannot be known."""
-    if due is None:
-        need = "steps_per_epoch" if length.steps_per_epoch is None and hasattr(time, "epochs") else "total_steps"
-        raise ConfigError(
-            f"{what} is due at {time!r}, which needs the length of the run: call weftlora.attach(model, {need}=...) before training, "
-            "or give your Trainer callbacks=[weftlora.Callback()]."
-        )
-    if length.total_steps is not None and due >= length.total_steps:
-        raise ConfigError(
-            f"{what} is due after step {due}, but the run ends after {length.total_steps}: it would silently stay without it; "
-            "make the run longer or the time earlier."
-        )
 
 
 def _prepare_after_load(site: nn.Module, _: Any) -> None:

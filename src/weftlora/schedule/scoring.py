@@ -90,7 +90,7 @@ class Scoring:
             WeftError: scoring failed on another process.
         """
         ids = self.live()
-        births = [int(self.members[m].site.birth[slot]) for m, slot in ids]  # type: ignore[index]
+        births = [int(cast(Tensor, self.members[m].site.birth)[slot]) for m, slot in ids]
         young = [birth > 0 and number - birth <= self.choice.grace_rounds for birth in births]
         if self.choice.score == "random":
             dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]

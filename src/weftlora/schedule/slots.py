@@ -11,7 +11,7 @@ from 0 again, which is exact. What belongs to surviving slots is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,27 +21,15 @@ from torch.optim import Optimizer
 from weftlora.errors import ConfigError
 from weftlora.schedule import clock
 from weftlora.site import Site
-from weftlora.terms.structure.hydra import HydraTerm
-from weftlora.terms.structure.plain import PlainTerm
+from weftlora.terms.structure import SlotFirst
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
 
-SlotFirst = Callable[[Tensor], Tensor]
-
 
 def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
-    """The parameters that have a part per slot, and how to see a tensor of their shape with the slots first (a view)."""
-    term = site.structure
-    assert isinstance(term, (PlainTerm, HydraTerm))  # the table of refused combinations sees to it
-    slots = term.A.shape[0]
-    found: list[tuple[nn.Parameter, SlotFirst]] = [
-        (term.A, lambda t: t),
-        (term.B, lambda t: t.unflatten(1, (-1, slots)).movedim(2, 0)),
-    ]
-    if isinstance(term, HydraTerm) and term.choice.router_input == "Ax":
-        found.append((term.router, lambda t: t.movedim(1, 0)))
-    return found
+    """The parameters that have a part per slot, A first, and how to see a tensor of their shape with the slots first (a view)."""
+    return site.structure.by_slot()
 
 
 def cost(site: Site) -> int:
@@ -95,8 +83,8 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
     for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
         buffer[pruned] = gone
         buffer[made] = new
-    if (clear := getattr(site.start, "clear", None)) is not None:  # its frozen twins are of the slots that were
-        clear(changed)
+    if site.start is not None:  # its frozen twins are of the slots that were
+        site.start.clear(changed)
 
 
 def _kept(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str, Tensor]]:

@@ -24,7 +24,7 @@ from weftlora.search.rules import Stability, stability
 from weftlora.search.second import second_stage, unload
 from weftlora.search.selection import Candidate, Selection, compare
 from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import Search, search_of
 
 __all__ = [
     "Candidate",
@@ -81,12 +81,11 @@ def search_layers(
     """
     inner = Inner(lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm)
     before = [(p, p.requires_grad) for p in model.parameters()]
-    adapted, own = _searchable(model, config, adapter)
-    given = adapted.peft_config[adapter]
+    adapted, search, own = _searchable(model, config, adapter)
     try:
-        search = LayerSearch(
+        job = LayerSearch(
             adapted,
-            given.layers,
+            search,
             inner,
             train,
             validation,
@@ -95,7 +94,7 @@ def search_layers(
             loss=loss,
             seed=seed,
         )
-        return search.run(on_step)
+        return job.run(on_step)
     finally:
         if own:
             unload(adapted)
@@ -103,21 +102,21 @@ def search_layers(
                 p.requires_grad_(trained)
 
 
-def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, bool]:
-    """The adapted model to search, and whether it was adapted here."""
+def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, Search, bool]:
+    """The adapted model to search, how, and whether it was adapted here."""
     if not isinstance(model, PeftModel):
         if config is None:
             from weftlora.recipes.flexora import FlexoraConfig
 
             config = FlexoraConfig()
-        if not isinstance(config.layers, Search):
+        if (search := search_of(config.layers)) is None:
             raise ConfigError(
-                f"a config with layers={type(config.layers).__name__} has no search: give it layers=weftlora.Search()."
+                f"a config with layers={config.layers.title} has no search: give it layers=weftlora.Search()."
             )
-        return cast(PeftModel, get_peft_model(model, config, adapter_name=adapter)), True
+        return cast(PeftModel, get_peft_model(model, config, adapter_name=adapter)), search, True
     if config is not None:
         raise ConfigError("the model has an adapter and a config was given too: search one of the two.")
     given = model.peft_config.get(adapter)
-    if not isinstance(given, WeftConfig) or not isinstance(given.layers, Search):
+    if not isinstance(given, WeftConfig) or (search := search_of(given.layers)) is None:
         raise ConfigError(f"adapter {adapter!r} of the model has no search: make it with layers=weftlora.Search().")
-    return model, False
+    return model, search, False

@@ -24,7 +24,6 @@ from weftlora.glue.blocks import Blocks
 from weftlora.glue.layer import WeftLinear
 from weftlora.glue.updates import base_of
 from weftlora.site import Site
-from weftlora.terms.structure.tied import PARTS, TiedTerm
 
 
 @dataclass(frozen=True)
@@ -138,18 +137,11 @@ def _inner(p: Tensor) -> Tensor:
 
 
 def shared_between(groups: Sequence[Collection[Site]]) -> set[int]:
-    """By id, the parts of tied sites that more than one of these groups of sites uses: A and B, and where q, k and v count as
+    """By id, the tensors that more than one of these groups of sites uses: A and B of tied sites, and where q, k and v count as
     one module their u, too."""
-    used = [{id(value) for site in sites for value in _tied(site).values()} for sites in groups]
+    used = [{id(value) for site in sites for value in site.structure.shared().values()} for sites in groups]
     counts = Counter(i for each in used for i in each)
     return {i for i, count in counts.items() if count > 1}
-
-
-def _tied(site: Site) -> dict[str, Tensor]:
-    term = site.structure
-    if not isinstance(term, TiedTerm):
-        return {}
-    return {name: value for name in PARTS if (value := term.part(name)) is not None}
 
 
 def own_factors(site: Site, shared: Collection[int]) -> list[Tensor]:
@@ -157,10 +149,7 @@ def own_factors(site: Site, shared: Collection[int]) -> list[Tensor]:
 
     `shared` are those that another group has, as `shared_between` gives them.
     """
-    if not isinstance(site.structure, TiedTerm):
-        return [site.structure.B]
-    parts = _tied(site)
-    return [parts[name] for name in ("v", "u") if name in parts and id(parts[name]) not in shared]
+    return [value for value in site.structure.linear() if id(value) not in shared]
 
 
 def _linear_factors(group: Group, shared: Collection[int]) -> list[nn.Parameter] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.glue.attach import param_groups
+from weftlora.glue.optimizer import param_groups
 from weftlora.numbers import is_number, is_whole
 from weftlora.search.passes import Batch, Passed, Passes, Random
 from weftlora.search.unroll import Taken

@@ -24,7 +24,6 @@ from weftlora.glue.modes import in_mode
 from weftlora.glue.routing import routing
 from weftlora.schedule import together
 from weftlora.search.groups import Gates
-from weftlora.terms.structure.hydra import HydraTerm
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -63,8 +62,7 @@ class Passes:
     def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], gates: Gates, loss: Loss | None = None):
         self.model, self.params, self.gates = model, list(params), gates
         self._loss = loss or model_loss
-        terms = [site.structure for site in gates.sites]
-        self._balanced = any(isinstance(term, HydraTerm) and term.choice.balance > 0 for term in terms)
+        self._balanced = any(site.balance > 0 for site in gates.sites)
         self._causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
     def loss(self, batch: Batch) -> Tensor:

@@ -14,10 +14,9 @@ from pydantic import Field
 
 from weftlora.errors import ConfigError, unknown_key
 from weftlora.search.inner import Inner
+from weftlora.search.selection import FORMAT
 from weftlora.strict import Strict
 from weftlora.terms.layers.search import Search
-
-FORMAT = 1
 
 
 class _Group(Strict):

@@ -27,7 +27,7 @@ from weftlora.search.groups import own_factors, shared_between
 from weftlora.search.selection import Selection
 from weftlora.site import Site
 from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers.search import search_of
 
 
 def second_stage(
@@ -50,9 +50,10 @@ def second_stage(
         ConfigError: the adapter is not one that was searched, or a restart would drop other adapters of the model.
     """
     config = model.peft_config.get(adapter)
-    if not isinstance(config, WeftConfig) or not isinstance(config.layers, Search):
+    search = search_of(config.layers) if isinstance(config, WeftConfig) else None
+    if not isinstance(config, WeftConfig) or search is None:
         raise ConfigError(f"adapter {adapter!r} was not searched: give the model that weftlora.search_layers trained.")
-    finetune = finetune or config.layers.finetune
+    finetune = finetune or search.finetune
     if finetune == "continue":
         _continue(model, selection, adapter)
         return model

@@ -15,9 +15,12 @@ from peft import LoraConfig
 from torch import nn
 
 from weftlora.errors import ConfigError, TargetError
-from weftlora.search import saved
+from weftlora.extras import needs
 from weftlora.search.rules import Stability, stability
 from weftlora.terms.layers.only import Only
+
+FORMAT = 1
+"""Of the file."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class Selection:
             fields: of peft's LoraConfig, over what the search had.
         """
         names = [name for c in self.chosen for name in c.modules]
+        with needs("train", "a stock LoRA of a selection"):
+            from weftlora.search import saved
         kept = {key: self.adapter[key] for key in saved.Lora.model_fields if key in self.adapter}
         return LoraConfig(**{**kept, "target_modules": names, **fields})
 
@@ -139,12 +144,14 @@ class Selection:
 
     def text(self) -> str:
         """The selection as JSON."""
-        content = {"format": saved.FORMAT, "layers": list(self.blocks), **dataclasses.asdict(self)}
+        content = {"format": FORMAT, "layers": list(self.blocks), **dataclasses.asdict(self)}
         return json.dumps(content, indent=1, ensure_ascii=False, default=_json) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:
         """Read what `save` wrote. Raises ConfigError, naming file and key, if a value cannot be, or it is of a newer weftlora."""
+        with needs("train", "reading a saved selection"):
+            from weftlora.search import saved
         content = saved.read(path)
         given = {f.name: content[f.name] for f in dataclasses.fields(cls)}
         candidates = [Candidate(**{**c, "modules": tuple(c["modules"])}) for c in given.pop("candidates")]

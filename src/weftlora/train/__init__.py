@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weftlora.extras import needs
 from weftlora.train.progress import Progress, Tick, ignore
 from weftlora.train.run import Run
 
@@ -47,9 +48,13 @@ def train(
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was written.
         RunError: the run folder is in use, cannot be written, or is not one to resume.
     """
-    from weftlora.train import loop
+    with needs("train", "weftlora.train"):
+        from weftlora.train.recipe import asked
 
-    return loop.train(recipe, overrides, resume, overwrite, verify_base, progress, callbacks)
+        read, before = asked(recipe, overrides, resume)
+        from weftlora.train import loop
+
+        return loop.train(read, before, overwrite, verify_base, progress, callbacks)
 
 
 def evaluate(
@@ -83,9 +88,13 @@ def evaluate(
         AdapterError: no adapter, a newer format, or another base than the adapter's own.
         ConfigError, DataError, ModelError, RunError: as their names say.
     """
-    from weftlora.train import evaluation as module
+    with needs("train", "weftlora.evaluate"):
+        _check_source(run, adapter == "none")
+        from weftlora.train import evaluation as module
 
-    return module.evaluate(run, overrides, split, limit, adapter, base, batch_size, max_new_tokens, answers, progress)
+        return module.evaluate(
+            run, overrides, split, limit, adapter, base, batch_size, max_new_tokens, answers, progress
+        )
 
 
 def generate(
@@ -107,9 +116,26 @@ def generate(
         AdapterError: no adapter, a newer format, or another base than the adapter's own.
         ModelError: the base is missing, or the run is a classifier.
     """
-    from weftlora.train import generation as module
+    if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
+        Run.load(run)  # says what the folder lacks
+    with needs("train", "weftlora.generate"):
+        from weftlora.train import generation as module
 
-    return module.generate(run, prompt, max_new_tokens, temperature, seed, base)
+        return module.generate(run, prompt, max_new_tokens, temperature, seed, base)
+
+
+def _check_source(source: Run | str | Path | Recipe, bare: bool) -> None:
+    """Whether there is a run, or a recipe for its frozen base, before anything that takes seconds to load."""
+    if not isinstance(source, (str, Path)):
+        return
+    if Path(source).is_dir() or (
+        not bare and Path(source).suffix not in (".yaml", ".yml") and not Path(source).exists()
+    ):
+        Run.load(source)
+    elif bare:
+        from weftlora.train.recipe import asked
+
+        asked(source)
 
 
 def newest_checkpoint(checkpoints: str | Path) -> Path | None:

@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
-from weftlora.errors import ConfigError, TargetError, WeftError, suggest, unknown_key
+from weftlora.errors import ConfigError, TargetError, WeftError
 from weftlora.foreign import for_markdown, in_code
-from weftlora.recipes import RECIPES
+from weftlora.recipes import RECIPES, check_fields
 from weftlora.search import Selection
-from weftlora.spec import AXES, WeftConfig
+from weftlora.spec import WeftConfig
+from weftlora.terms.axes import AXES
+from weftlora.terms.trust import from_folder
 from weftlora.train.files import write_folder
 from weftlora.train.ownership import ADAPTER
-from weftlora.train.recipe import Task
 from weftlora.train.run import Run
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
 
 _TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "classification": TaskType.SEQ_CLS}
 
 
 def adapter_config(
-    section: dict[str, Any], total_steps: int | None = None, selection: Selection | None = None
+    section: dict[str, Any],
+    total_steps: int | None = None,
+    selection: Selection | None = None,
+    saved: bool = False,
 ) -> PeftConfig | None:
     """The peft config that an `adapter` section describes; None for `recipe: none`, the frozen base.
 
     `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `selection` is what
-    the section's `layers` names, if that is a file (`saved_selection`).
+    the section's `layers` names, if that is a file (`saved_selection`). `saved`: the section comes from a folder, so that the
+    terms of other packages in it need trust (`weftlora.trust_terms`).
 
     Raises:
         ConfigError: an unknown recipe, axis or field, or a value that cannot work.
+        AdapterError: a saved section names a term of a package that is not trusted.
     """
+    check_fields(section)
     fields = dict(section)
     name = fields.pop("recipe", None)
     if name == "none":
-        if fields:
-            raise ConfigError(f"adapter none takes no fields, but {', '.join(fields)} is given: drop it.")
         return None
-    if name is not None and name not in RECIPES:
-        raise ConfigError(f"adapter.recipe={name!r} is not known: {suggest(str(name), [*RECIPES, 'none'])}")
     make = WeftConfig if name is None else RECIPES[name]
-    _check_fields(name, make, fields)
     if selection is not None:
         fields["layers"] = selection.layers
     if name == "peft:adalora" and total_steps is not None:
         fields.setdefault("total_step", total_steps)
     try:
-        return make(**fields)
+        with from_folder() if saved else nullcontext():
+            return make(**fields)
     except WeftError:
         raise
     except (ValueError, TypeError) as error:
@@ -63,36 +67,6 @@ def saved_selection(section: dict[str, Any], base_dir: Path | None = None) -> Se
     if not isinstance(layers, str) or not layers.endswith(".json"):
         return None
     return Selection.load((base_dir or Path()) / Path(layers).expanduser())
-
-
-def _check_fields(name: str | None, make: Callable[..., PeftConfig], fields: dict[str, Any]) -> None:
-    """Refuse a field that neither the recipe nor the config has; for stock peft, the rank it would refuse only later."""
-    if name is not None and name.startswith("peft:"):
-        r = fields.get("r", 1)
-        if not isinstance(r, int) or r < 1:
-            raise ConfigError(f"adapter {name}: r={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
-        return
-    own = inspect.signature(make).parameters
-    named = {key for key, parameter in own.items() if parameter.kind is not parameter.VAR_KEYWORD} - {"self"}
-    axes = set(AXES) - {"layers"} if name is not None else set()
-    valid = (named | {field.name for field in dataclasses.fields(WeftConfig)} | {"recipe"}) - _NOT_IN_RECIPES - axes
-    if name == "flexora":
-        valid -= {"layers"}
-        if "layers" in fields:
-            raise ConfigError(
-                f"adapter flexora searches its layers, and layers={fields['layers']!r} is given too: train a choice with another "
-                "recipe, such as lora."
-            )
-    for key in fields:
-        if key not in valid:
-            raise unknown_key(str(key), valid, "adapter" if name is None else f"adapter {name}")
-
-
-_NOT_IN_RECIPES = {
-    *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type"),
-    *("inference_mode", "format_version", "args", "kwargs"),
-}
-"""Fields of the config that peft or weftlora fills in."""
 
 
 def adapt(base: PreTrainedModel, config: PeftConfig, task: Task) -> PeftModel:
@@ -136,7 +110,15 @@ def _method(run: Run) -> str:
 
 def _readme(run: Run) -> str:
     kind = f"`{in_code(run.base['source'])}` ({for_markdown(run.base['kind'])}), task: {run.task}"
-    return _README.format(run=run, method=for_markdown(_method(run)), base=kind)
+    return _README.format(run=run, method=for_markdown(_method(run)), base=kind, trust=_trust(run))
+
+
+def _trust(run: Run) -> str:
+    """The lines that trust the packages whose terms the adapter needs."""
+    choices = [run.adapter.get(axis) for axis in AXES]
+    packages = sorted({choice["package"] for choice in choices if isinstance(choice, dict) and choice.get("package")})
+    lines = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
+    return f"{lines}\n" if lines else ""
 
 
 _README = """\
@@ -147,7 +129,7 @@ Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on {base}.
 ```python
 import weftlora  # registers the adapter type with peft
 from peft import PeftModel
-
+{trust}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from weftlora.errors import ConfigError, suggest
+from weftlora.glue.host_versions import named
 from weftlora.redaction import secrets_in
 from weftlora.train.recipe import TrainConfig
 
@@ -133,7 +134,7 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         "max_steps": steps,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.schedule,
-        "warmup_steps": config.warmup,
+        "warmup_steps": int(config.warmup) if config.warmup >= 1 else math.ceil(steps * config.warmup),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optimizer,
@@ -156,10 +157,11 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         **_checkpointing(config),
         **config.args,
     }
+    kind = arguments_class(config)
     if config.trainer == "sft":
         values = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, **values}
     try:
-        return arguments_class(config)(**values)
+        return kind(**named(kind, values))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"transformers refuses the train section: {' '.join(str(error).split())}") from None
 

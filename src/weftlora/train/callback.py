@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weftlora.glue.attach import attach, schedules, warn_of_missing
-from weftlora.schedule.schedule import Event
+from weftlora.terms.events import Event
 from weftlora.train import checkpoint
 
 _LIMIT = "weft_save_total_limit"

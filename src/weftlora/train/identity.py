@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 from weftlora.errors import AdapterError, WeftError
 from weftlora.train.ownership import temporary
@@ -52,7 +52,7 @@ def folder_of(source: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def config_digest(settings: PreTrainedConfig) -> str:
+def config_digest(settings: PretrainedConfig) -> str:
     """Digest of all in a config that decides what the model computes."""
     content = {key: value for key, value in settings.to_dict().items() if key not in _NOT_ITS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -147,7 +147,7 @@ def check_weights(expected: Mapping[str, str] | None, found: Mapping[str, str], 
         )
 
 
-def check_files(base: Mapping[str, Any], settings: PreTrainedConfig, source: str, adapter: str) -> None:
+def check_files(base: Mapping[str, Any], settings: PretrainedConfig, source: str, adapter: str) -> None:
     """Refuse another config or tokenizer than those that a run's record names. Raises AdapterError."""
     for what, known, found in (
         ("config", base.get("config"), config_digest(settings)),

@@ -26,14 +26,16 @@ from transformers import TrainingArguments, set_seed
 
 import weftlora
 from weftlora.errors import ConfigError
+from weftlora.glue.optimizer import freeze
 from weftlora.numbers import is_whole
 from weftlora.search import Selection, Stability, compare
 from weftlora.search.driver import LayerSearch
 from weftlora.search.inner import Inner
 from weftlora.search.passes import Batch, model_loss
 from weftlora.search.second import second_stage
-from weftlora.spec import WeftConfig
-from weftlora.terms.layers.search import Search
+from weftlora.spec import WeftConfig, decode_choice
+from weftlora.terms.layers import Layers
+from weftlora.terms.layers.search import Search, search_of
 from weftlora.train.adapter import parameters
 from weftlora.train.files import check_output, sync, write_lines, write_text, writing
 from weftlora.train.ownership import temporary
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def searches(prepared: Prepared) -> bool:
     """Whether the recipe's adapter is to be searched before it is trained."""
-    return isinstance(prepared.adapter, WeftConfig) and isinstance(prepared.adapter.layers, Search)
+    return isinstance(prepared.adapter, WeftConfig) and prepared.adapter.layers.search is not None
 
 
 def make_search(
@@ -86,7 +88,8 @@ def make_search(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    search = cast(Search, config.layers)
+    search = search_of(config.layers)
+    assert search is not None
     return LayerSearch(
         model,
         search if rows is None else dataclasses.replace(search, max_search_samples=rows),
@@ -171,6 +174,8 @@ class Stage:
         )  # the start of the second stage does not depend on the search's length
         model = second_stage(cast(PeftModel, self.prepared.model), selection)
         config = model.peft_config["default"]
+        if self.prepared.recipe.train.freeze_down:
+            freeze(model)
         weftlora.attach(model, total_steps=self.run.steps)
         described = {**self.run.adapter, "layers": config.to_dict()["layers"]}
         took = {"search_seconds": round(selection.seconds, 3), "search_in_steps": selection.record["cost_in_steps"]}
@@ -296,8 +301,9 @@ def _with_search(adapter: dict[str, Any]) -> dict[str, Any]:
             f"adapter {name} has no layer gates to search with: use a recipe of weftlora, such as flexora."
         )
     given = adapter.get("layers")
-    kinds = {given.get("kind"), *given} if isinstance(given, dict) else {given if isinstance(given, str) else None}
-    searched = name == "flexora" or "search" in kinds
-    if not searched and given is not None and "all" not in kinds:
+    from_file = isinstance(given, str) and given.endswith(".json")
+    chosen: Layers | None = None if from_file else decode_choice("layers", given)
+    searched = name == "flexora" or (chosen is not None and chosen.search is not None)
+    if not searched and given is not None and chosen != WeftConfig().layers:
         raise ConfigError(f"adapter.layers={given!r} is a choice already, so there is nothing to search: drop it.")
-    return adapter if searched else {**adapter, "layers": "search"}
+    return adapter if searched else {**adapter, "layers": Search.kind}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -17,12 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from weftlora.errors import AdapterError, DivergedError, WeftError
+from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
+from weftlora.extras import needs
 from weftlora.train import model
 from weftlora.train.fingerprint import Fingerprint, check_same, fingerprint
 from weftlora.train.identity import Weights, check_files
-from weftlora.train.recipe import ModelConfig, Recipe, Task
 from weftlora.train.run import Run
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
+    from weftlora.train.recipe import Recipe
 
 _TASK_OF = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
 
@@ -52,10 +57,11 @@ def load_run(
         AdapterError: no adapter, a newer format, or another base than it was trained on.
         ModelError: the base is missing or incomplete.
     """
-    recipe = Recipe.read(run.recipe, base_dir=Path(run.base_dir))
-    settings = recipe.model.model_copy(update={"path": base}) if base else recipe.model
-    found = model.find(settings, Path.cwd() if base else recipe.base_dir)
-    task = cast(Task, run.task)
+    wanted = _wanted(run)
+    if base:
+        wanted = dataclasses.replace(wanted, path=base)
+    found = model.find(wanted, Path.cwd() if base else Path(run.base_dir))
+    task = cast("Task", run.task)
     known = run.base.get("weights")
     weights = Weights(found.source, known, str(run.adapter_folder)) if isinstance(known, dict) and known else None
     with _drawing(run.seed):  # a classification head that no adapter brings is drawn as it was in training
@@ -95,16 +101,29 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
     path = base or config.base_model_name_or_path
     if not path:
         raise AdapterError(f"the adapter {folder} names no base model: give it with --base.")
-    found = model.find(ModelConfig(path=path), Path.cwd())
-    task = cast(Task, _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
+    found = model.find(model.Wanted(path), Path.cwd())
+    task = cast("Task", _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
     with _drawing(0):
         plain = model.load(found, task, _labels(folder, found) if task == "classification" else None)
     return Trained(found, plain.eval(), task)
 
 
+def _wanted(run: Run) -> model.Wanted:
+    """The base that a run names. Raises RunError where its record is damaged."""
+    section = run.recipe.get("model")
+    fields = {field.name for field in dataclasses.fields(model.Wanted)}
+    if not isinstance(section, dict) or not isinstance(section.get("path"), str):
+        raise RunError(
+            f"{run.folder}/run.json names no base model: it is damaged; train again, or use the adapter folder."
+        )
+    return model.Wanted(**{key: value for key, value in section.items() if key in fields})
+
+
 def recipe_of(run: Run, *overrides: str) -> Recipe:
     """The recipe of a run, its rows held to the length that training held them to, which its base may have shortened."""
-    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir))
+    with needs("train", "reading the rows of a run"):
+        from weftlora.train.recipe import Recipe
+    recipe = Recipe.read(run.recipe, *overrides, base_dir=Path(run.base_dir), from_folder=True)
     if "max_length" not in run.data or any(text.startswith("data.max_length") for text in overrides):
         return recipe
     data = recipe.data.model_copy(update={"max_length": run.data["max_length"]})

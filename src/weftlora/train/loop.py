@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora import __version__
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.glue.attach import warn_of_missing
 from weftlora.train import arguments, checkpoint, figures, identity, layers
@@ -37,7 +38,7 @@ from weftlora.train.ownership import check_no_links
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.progress import Progress
 from weftlora.train.recipe import Recipe
-from weftlora.train.run import Made, Run, check_continues, check_free, is_run, now, settle
+from weftlora.train.run import Made, Run, check_free, is_run, now, settle
 from weftlora.train.stopwatch import timed
 from weftlora.train.trainer import make_trainer
 
@@ -49,19 +50,17 @@ PACKAGES = ("weftlora", "torch", "peft", "transformers", "trl", "accelerate", "d
 
 
 def train(
-    source: str | Path | Mapping[str, Any] | Recipe,
-    overrides: Sequence[str],
-    resume: bool,
+    recipe: Recipe,
+    before: Run | None,
     overwrite: bool,
     verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
-    """See `weftlora.train.train`."""
+    """See `weftlora.train.train`; `recipe` and `before`, the run to continue, as `recipe.asked` gives them."""
+    if before is not None and before.status == "complete":
+        return before
     with contextlib.ExitStack() as held:
-        recipe, before = _what(source, overrides, resume)
-        if before is not None and before.status == "complete":
-            return before
         folder = Path(recipe.out).expanduser()
         main = int(os.environ.get("RANK", "0")) == 0
         there = main and is_run(folder)
@@ -129,23 +128,6 @@ def _train(
     return _run_trainer(start, run, before is not None, main, progress)
 
 
-def _what(
-    source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str], resume: bool
-) -> tuple[Recipe, Run | None]:
-    """The recipe to train and, when resuming, the run so far; a run folder names its own recipe."""
-    if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
-        before = Run.load(source)
-        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir))
-        recipe = recipe.model_copy(update={"out": str(source)})
-    else:
-        recipe = Recipe.read(source, *overrides)
-        if not resume:
-            return recipe, None
-        before = Run.load(Path(recipe.out).expanduser())
-    check_continues(before, recipe.model_dump(mode="json"))
-    return recipe, before
-
-
 def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_seconds: float) -> Run:
     recipe, data = prepared.recipe, prepared.data
     return Run(
@@ -195,7 +177,9 @@ def _announce(run: Run) -> None:
 
 
 def version(package: str) -> str:
-    """The installed version of a package, or `missing`."""
+    """The version of a package that runs, or `missing`."""
+    if package == "weftlora":
+        return __version__  # metadata of an editable installation is that of the day it was installed
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

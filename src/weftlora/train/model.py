@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +17,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,9 +28,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from weftlora.data.paths import resolve_path
+from weftlora.data.paths import locate
 from weftlora.errors import ModelError
-from weftlora.train.recipe import ModelConfig, Task
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
+    from weftlora.train.recipe import ModelConfig
 
 HEADS = ("score", "classifier", "pre_classifier")
 """What a classification model may be missing: its head is new, trained and saved with the adapter."""
@@ -45,13 +46,23 @@ _AUTO = {
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which base, and how to load it: what a recipe's `model` section says, for those who have no recipe."""
+
+    path: str
+    dtype: str = "float32"
+    task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
 class Base:
     """What is known of a base before its weights are loaded."""
 
-    config: ModelConfig
+    config: ModelConfig | Wanted
     source: str
     """Folder or hub id."""
-    settings: PreTrainedConfig
+    settings: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -62,7 +73,7 @@ class Base:
         return "seq2seq" if self.settings.is_encoder_decoder else None
 
 
-def find(config: ModelConfig, base_dir: Path) -> Base:
+def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
     """Locate a base, read its config and tokenizer.
 
     Raises:
@@ -82,7 +93,7 @@ def find(config: ModelConfig, base_dir: Path) -> Base:
     return Base(config, source, settings, tokenizer)
 
 
-def _check_attention(settings: PreTrainedConfig, path: str) -> None:
+def _check_attention(settings: PretrainedConfig, path: str) -> None:
     """Refuse a config.json that names a kernel of the hub as its attention: transformers would download and run it."""
     for part in (settings, settings.get_text_config()):
         named = part._attn_implementation
@@ -91,57 +102,6 @@ def _check_attention(settings: PreTrainedConfig, path: str) -> None:
                 f"the config.json of {path!r} asks for the attention kernel {named!r}, which is code: set "
                 "model.attn_implementation to eager or sdpa in the recipe, and take it out of config.json."
             )
-
-
-def locate(path: str, base_dir: Path) -> str:
-    """The folder behind `path` (absolute), or `path` itself where it can only be a hub id. Raises ModelError."""
-    if path == "demo":
-        from weftlora.data.demo import demo_model_path
-
-        return str(demo_model_path())
-    folder = _in_package(path) if path.startswith(_PACKAGE) else resolve_path(path, base_dir)
-    if not folder.exists():
-        if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
-            raise ModelError(f"there is no model folder {str(folder)!r}.")
-        return path
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
-    if missing := sorted(name for name in _sharded(folder) if not (folder / name).is_file()):
-        raise ModelError(f"{str(folder)!r} lacks {missing[0]}, one of its weights files: copy it there.")
-    return str(folder.resolve())
-
-
-def _sharded(folder: Path) -> set[str]:
-    """The weights files that a folder's index names. Raises ModelError where it is damaged, or names a file elsewhere."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(
-                f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
-            )
-    return names
-
-
-_PACKAGE = "package:"
-
-
-def _in_package(path: str) -> Path:
-    """The folder that `package:NAME/FOLDER` means: a model that an installed Python package carries."""
-    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
-    found = importlib.util.find_spec(name) if name.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise ModelError(
-            f"the model {path!r} needs the Python package {name!r}, which is not installed: pip install it."
-        )
-    return Path(found.submodule_search_locations[0]) / inside
 
 
 def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:

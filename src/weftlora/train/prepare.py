@@ -16,7 +16,6 @@ from weftlora.data import load as load_data
 from weftlora.errors import ConfigError
 from weftlora.glue.ablation.rows import Rows
 from weftlora.spec import WeftConfig
-from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.train import arguments, model
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.fingerprint import Fingerprint, fingerprint
@@ -63,7 +62,7 @@ def prepare(recipe: Recipe) -> Prepared:
     arguments.check(recipe.train)
     selection = saved_selection(recipe.adapter, recipe.base_dir)
     # refuse what cannot work before anything is read
-    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection)
+    adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection, recipe.from_folder)
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
     base = model.find(recipe.model, recipe.base_dir)
@@ -75,10 +74,13 @@ def prepare(recipe: Recipe) -> Prepared:
     plain = model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    config = adapter_config(recipe.adapter, steps, selection)
+    config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
     if selection is not None:
         selection.check(plain)
+    _check_by_role(recipe, config)
     adapted = plain if config is None else adapt(plain, config, task)
+    if isinstance(config, WeftConfig) and (recipe.train.lora_plus_ratio or recipe.train.freeze_down):
+        _by_role(adapted, recipe)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
@@ -88,9 +90,26 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
 
 
+def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
+    """Refuse to treat tensors by role in adapters that do not say them."""
+    given = {"lora_plus_ratio": recipe.train.lora_plus_ratio, "freeze_down": recipe.train.freeze_down}
+    for key, value in given.items():
+        if value and config is not None and not isinstance(config, WeftConfig):
+            raise ConfigError(
+                f"train.{key}={value!r} is for weftlora's adapters, and {recipe.adapter.get('recipe')} is peft's own: use adapter: "
+                "lora, which computes what peft:lora does, or leave the key out."
+            )
+
+
+def _by_role(adapted: torch.nn.Module, recipe: Recipe) -> None:
+    """Refuse now what the optimiser would refuse later, and freeze what it will not train, so that the run counts what it trains."""
+    train = recipe.train
+    weftlora.param_groups(adapted, lr=train.lr, lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down)
+
+
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:
     """The validation rows, where the adapter scores its rank slots on some."""
-    if not (isinstance(config, WeftConfig) and isinstance(config.ranks, Reallocate) and config.ranks.needs_data):
+    if not (isinstance(config, WeftConfig) and config.ranks.needs_data):
         return None
     if data.validation is None or not len(data.validation):
         raise ConfigError(

@@ -11,6 +11,7 @@ An unknown key anywhere is a `ConfigError` that names the nearest valid one.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,14 +21,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-from weftlora.data import DataConfig, Task
-from weftlora.data.paths import checked_path
+from weftlora.data.config import DataConfig, Task
+from weftlora.data.paths import checked_path, locate
 from weftlora.errors import ConfigError, suggest
 from weftlora.foreign import shortened
+from weftlora.recipes import check_fields
 from weftlora.strict import Strict
 from weftlora.train.builtin import BUILTIN, builtin
+from weftlora.train.run import Run, check_continues
 
-__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "read_file", "read_yaml"]
+__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "asked", "read_file", "read_yaml"]
 
 MOST_OF_ALL, MOST_ROWS, MOST_THREADS = 2**31 - 1, 10**6, 1024
 """Bounds of steps, of rows at a time, and of threads: beyond them libraries fail in ways of their own, or machines hang."""
@@ -58,6 +61,10 @@ class TrainConfig(Strict):
     warmup: float = Field(default=0.0, ge=0)
     """Optimiser steps; below 1, a fraction of the run."""
     weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor on the rate of B (LoRA+: 16); none, and 1, train A and B alike."""
+    freeze_down: bool = False
+    """Freeze A and train the rest (LoRA-FA)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     optimizer: str = "adamw_torch"
     seed: int = Field(default=0, ge=0, lt=2**32)
@@ -105,6 +112,11 @@ class Subject(Strict):
         """What relative model and data paths count from: the recipe file's folder, else the working folder."""
         return self._base_dir
 
+    def check_places(self) -> None:
+        """Refuse a model folder or a data file that is not there. Raises ModelError or DataError."""
+        locate(self.model.path, self.base_dir)
+        self.data.check_files(self.base_dir)
+
     @classmethod
     def _made(
         cls, content: dict[str, Any], overrides: Iterable[str], base_dir: Path, needed: Mapping[str, str]
@@ -127,17 +139,30 @@ class Recipe(Subject):
     adapter: dict[str, Any]
     train: TrainConfig = Field(default_factory=TrainConfig)
     out: Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
+    _from_folder: bool = PrivateAttr(default=False)
 
     @field_validator("adapter", mode="before")
     @classmethod
     def _adapter_shorthand(cls, value: Any) -> Any:
         return {"recipe": value} if isinstance(value, str) else value
 
+    @property
+    def from_folder(self) -> bool:
+        """Whether it is what a run folder says, and not the user's own: terms of other packages in it need trust."""
+        return self._from_folder
+
     @classmethod
     def read(
-        cls, source: str | Path | Mapping[str, Any] | Recipe, *overrides: str, base_dir: Path | None = None
+        cls,
+        source: str | Path | Mapping[str, Any] | Recipe,
+        *overrides: str,
+        base_dir: Path | None = None,
+        from_folder: bool = False,
     ) -> Recipe:
         """The recipe of a YAML file, a built-in name, a mapping or a recipe, with `key=value` overrides applied.
+
+        Args:
+            from_folder: the mapping is what a run folder has kept.
 
         Raises:
             ConfigError: unknown key, name or file; a value of the wrong type; an override that is not `key=value`.
@@ -148,7 +173,39 @@ class Recipe(Subject):
             found, content = Path.cwd(), dict(source)
         else:
             found, content = _from_file_or_name(source)
-        return cls._made(content, overrides, base_dir or found, _MISSING)
+        recipe = cls._made(content, overrides, base_dir or found, _MISSING)
+        recipe._from_folder = from_folder or (isinstance(source, Recipe) and source.from_folder)
+        return recipe
+
+
+def asked(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = (), resume: bool = False
+) -> tuple[Recipe, Run | None]:
+    """The recipe to train and, when resuming, the run so far; a run folder names its own recipe.
+
+    What is wrong with names, keys and places is said here, before anything that takes seconds to load.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as their names say.
+    """
+    before = None
+    if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
+        before = Run.load(source)
+        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
+        recipe = recipe.model_copy(update={"out": str(source)})
+    else:
+        recipe = Recipe.read(source, *overrides)
+        if resume:
+            before = Run.load(Path(recipe.out).expanduser())
+    if before is not None:
+        told = Recipe.read(before.recipe).model_dump(
+            mode="json"
+        )  # with the defaults of keys that are newer than the run
+        check_continues(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
+    if before is None or before.status != "complete":
+        check_fields(recipe.adapter)
+        recipe.check_places()
+    return recipe, before
 
 
 _MISSING = {

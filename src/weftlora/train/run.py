@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from weftlora.errors import ConfigError, RunError
+from weftlora.errors import AdapterError, ConfigError, RunError
 from weftlora.foreign import shortened
 from weftlora.numbers import is_number
 from weftlora.redaction import redacted
@@ -153,6 +153,16 @@ def _check_types(content: dict[str, Any], file: Path) -> None:
 
 
 _MISSING = object()
+
+
+def check_source(folder: Path) -> None:
+    """Refuse a path that cannot be a run folder or an adapter folder. Raises AdapterError."""
+    if not folder.exists():
+        raise AdapterError(
+            f"{folder} is no adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder."
+        )
+    if not (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
 
 
 def now() -> str:

@@ -12,7 +12,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 import weftlora
 from weftlora.spec import WeftConfig
-from weftlora.terms.structure.hydra import Hydra
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
 from weftlora.train.files import append_json
@@ -109,9 +108,10 @@ class _Logged:
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
         parent: Any = super()
-        mean = trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item()
-        kept = {"sum": mean, "since": trainer._globalstep_last_logged}
-        trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
+        if hasattr(trainer, "_tr_loss"):  # transformers 4 adds up in a variable that nobody else can see
+            mean = trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item()
+            kept = {"sum": mean, "since": trainer._globalstep_last_logged}
+            trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
         parent._save_checkpoint(model, trial)
 
 
@@ -129,7 +129,7 @@ class _GoesOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kept = state.stateful_callbacks[checkpoint.SIGNATURE].pop(_LOSS, None)
-        if kept is not None and state.global_step > 0:
+        if kept is not None and state.global_step > 0 and hasattr(self.trainer, "_tr_loss"):
             self.trainer._tr_loss += kept["sum"]
             self.trainer._globalstep_last_logged = kept["since"]
 
@@ -142,8 +142,13 @@ class _Grouped:
         if trainer.optimizer is None:
             args = trainer.args
             kind, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+            train = trainer.prepared.recipe.train
             groups = weftlora.param_groups(
-                model or trainer.model, lr=args.learning_rate, weight_decay=args.weight_decay
+                model or trainer.model,
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                lora_plus_ratio=train.lora_plus_ratio,
+                freeze_down=train.freeze_down,
             )
             trainer.optimizer = kind(groups, **options)
         return trainer.optimizer
@@ -211,5 +216,4 @@ def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
 
 
 def _has_balance(adapter: Any) -> bool:
-    structure = getattr(adapter, "structure", None)
-    return isinstance(structure, Hydra) and structure.balance > 0
+    return isinstance(adapter, WeftConfig) and adapter.structure.balance > 0

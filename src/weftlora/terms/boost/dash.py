@@ -17,21 +17,26 @@ the launch they contribute exactly 0 and the gradient of g is exactly 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from weftlora import linalg
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 from weftlora.linalg import SELECT
 from weftlora.numbers import is_number, is_whole
+from weftlora.terms.boost import Boost, BoostTerm
+from weftlora.terms.events import Applied, Controller, SiteView, Timeline
+from weftlora.terms.extra import Direction
 from weftlora.times import Time, check_time
 
 
 @dataclass(frozen=True)
-class Dash:
+class Dash(Boost):
     """Launch s directions after a while of plain training.
 
     Args:
@@ -42,6 +47,21 @@ class Dash:
         select: "rate" (the paper); "top" (largest σ), "bottom" (smallest σ) and "random" are controls.
         seed: of the directions that "random" draws.
     """
+
+    headline: ClassVar[tuple[str, ...] | None] = ("directions",)
+    saves: ClassVar[Mapping[str, str]] = {
+        "gain": "g [s]",
+        "down": "V̄ᵀ [s, in]",
+        "up": "Ū [out, s]",
+        "index": "which core directions they are",
+        "sigma": "their singular values",
+        "rate": "their change rates at the launch",
+        "launched": "whether the launch has happened",
+    }
+    refuses: ClassVar[Mapping[str, str]] = {
+        "Search": "directions are launched in the training after the search, on the selected blocks"
+    }
+    equation_only: ClassVar[str | None] = "directions are ranked by ΔW, and its slots stand beside those of A and B"
 
     directions: int = 8
     after: Time = 100
@@ -60,9 +80,19 @@ class Dash:
         if not is_whole(self.seed):
             raise ConfigError(f"Dash(seed={self.seed!r}) is no seed: use a whole number.")
 
+    def build(self, fan_in: int, out: int) -> DashTerm:
+        """s empty slots; fewer where W has fewer directions."""
+        return DashTerm(self, fan_in, out)
 
-class DashTerm(nn.Module):
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """The launch."""
+        return [timeline.launch(DashLaunch(self))]
+
+
+class DashTerm(BoostTerm):
     """The Dash slots of one site. Saved: gains, directions, which they are, and whether they have been launched."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"gain": "gain"}
 
     down: Tensor
     up: Tensor
@@ -88,11 +118,68 @@ class DashTerm(nn.Module):
         return Slots(self.down, self.up, self.gain if layer_gate is None else self.gain * layer_gate.to(self.gain))
 
     @torch.no_grad()
-    def launch(self, directions: Any) -> None:
-        """Fix the directions (a `weftlora.linalg.Directions`, possibly fewer than s); gains stay 0, so the function does too."""
+    def launch(self, directions: linalg.Directions) -> None:
+        """Fix the directions, possibly fewer than s; gains stay 0, so the function does too."""
         s = len(directions.index)
         for name in ("down", "up", "index", "sigma", "rate"):
             value, buffer = getattr(directions, name), getattr(self, name)
             place = buffer[:, :s] if name == "up" else buffer[:s]
             place.copy_(value)
         self.launched.fill_(True)
+
+    @torch.no_grad()
+    def rest(self) -> list[nn.Parameter]:
+        """The gains return to 0; the directions are kept."""
+        self.gain.zero_()
+        return [self.gain]
+
+    @property
+    def happened(self) -> bool:
+        """Whether they have been launched."""
+        return bool(self.launched)
+
+    @property
+    def phase(self) -> str:
+        """Before or after the launch."""
+        return "launched" if self.happened else "before the launch"
+
+    def chosen(self) -> list[Direction]:
+        """Those of the slots at work; what a file imported from the released code does not say is None."""
+        gains, used = self.gain.detach().tolist(), (self.index >= 0) | self.up.any(0)
+        return [self._direction(k, gains[k]) for k in used.nonzero().flatten().tolist()]
+
+    def _direction(self, k: int, gain: float) -> Direction:
+        if int(self.index[k]) < 0:
+            return Direction(None, None, None, gain)
+        return Direction(int(self.index[k]), float(self.sigma[k]), float(self.rate[k]), gain)
+
+
+@dataclass(frozen=True)
+class DashLaunch:
+    """What Dash does with directions; see `weftlora.terms.events.Launch`."""
+
+    choice: Dash
+    what: str = "the launch of Dash"
+    event: str = "dash_launch"
+
+    def flag(self, site: SiteView) -> Tensor:
+        """See `Launch`."""
+        return _term(site).launched
+
+    def count(self, site: SiteView) -> int:
+        """See `Launch`."""
+        return len(_term(site).gain)
+
+    def apply(self, site: SiteView, found: linalg.Directions, largest: float) -> Applied:
+        """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""
+        term = _term(site)
+        term.launch(found)
+        return Applied({}, [term.gain])
+
+    def gap(self) -> str:
+        """See `Launch`."""
+        return f"Dash(directions={self.choice.directions}): their other slots stay empty"
+
+
+def _term(site: SiteView) -> DashTerm:
+    return cast(DashTerm, site.boost)

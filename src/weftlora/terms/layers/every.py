@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.layers import Blocks, Layers
 
 
 @dataclass(frozen=True)
-class All:
+class All(Layers):
     """Every targeted module carries an adapter at full strength."""
+
+    headline: ClassVar[tuple[str, ...] | None] = None
+    source: ClassVar[str] = "all that are targeted"
+
+    @property
+    def named(self) -> tuple[int | str, ...] | None:
+        """None."""
+        return None
+
+    @property
+    def search(self) -> Layers | None:
+        """None."""
+        return None
+
+    def adapts(self, blocks: Blocks, module_name: str) -> bool:
+        """Yes."""
+        return True
+
+    def check(self, blocks: Blocks, targeted: Sequence[str]) -> None:
+        """Nothing can be wrong."""
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """Nothing happens."""
+        return []

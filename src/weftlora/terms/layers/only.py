@@ -6,16 +6,18 @@ the encoder's come first (`weftlora.glue.blocks`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from weftlora.errors import ConfigError
+from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.numbers import is_whole
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.layers import Blocks, Layers
 
 
 @dataclass(frozen=True)
-class Only:
+class Only(Layers):
     """Adapt these blocks and nothing else.
 
     Args:
@@ -26,6 +28,10 @@ class Only:
     Raises:
         ConfigError: nothing is named (peft would take an empty list for all blocks), or something that is no block.
     """
+
+    takes: ClassVar[tuple[type, ...]] = (list, tuple, set, range)
+    saves: ClassVar[Mapping[str, str]] = {"layer_gate": "what the site's update is weighed by"}
+    source: ClassVar[str] = "named in the config"
 
     blocks: tuple[int | str, ...]
     gated: bool = False
@@ -46,3 +52,47 @@ class Only:
             raise ConfigError(f"Only(gated={self.gated!r}) is neither true nor false: write one of the two.")
         numbers = sorted({block for block in named if isinstance(block, int)})
         object.__setattr__(self, "blocks", (*numbers, *sorted({block for block in named if isinstance(block, str)})))
+
+    @property
+    def named(self) -> tuple[int | str, ...] | None:
+        """The blocks."""
+        return self.blocks
+
+    @property
+    def search(self) -> Layers | None:
+        """None."""
+        return None
+
+    def adapts(self, blocks: Blocks, module_name: str) -> bool:
+        """Whether it names the module, its block, or a module that it is in."""
+        block = blocks.of(module_name)
+        if block is not None and blocks.number[block] in self.blocks:
+            return True
+        names = (entry for entry in self.blocks if isinstance(entry, str))
+        return any(module_name == name or module_name.startswith(f"{name}.") for name in names)
+
+    def check(self, blocks: Blocks, targeted: Sequence[str]) -> None:
+        """Every entry adapts something."""
+        for entry in self.blocks:
+            _check_entry(entry, blocks, targeted)
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """Nothing happens."""
+        return []
+
+
+def _check_entry(entry: int | str, blocks: Blocks, targeted: Sequence[str]) -> None:
+    names = blocks.names
+    if isinstance(entry, int) and entry >= len(names):
+        range_ = f", {names[0]} (0) to {names[-1]} ({len(names) - 1})" if names else ""
+        raise TargetError(
+            f"layers=Only names block {entry}, but {blocks.model_name} has {len(names)} blocks{range_}: count from 0, "
+            "through all stacks."
+        )
+    if isinstance(entry, str) and entry not in blocks.modules:
+        raise TargetError(f"layers=Only names {entry!r}, which {blocks.model_name} lacks: {suggest(entry, names)}")
+    if not any(Only((entry,)).adapts(blocks, name) for name in targeted):
+        where = repr(names[entry]) if isinstance(entry, int) else repr(entry)
+        raise TargetError(
+            f"layers=Only names {where}, in which no module is targeted: leave it out, or change target_modules."
+        )

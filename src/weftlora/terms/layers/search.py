@@ -16,15 +16,18 @@ optimiser keeps its state (there it is wiped every step, which makes it sign-SGD
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from weftlora.errors import ConfigError, suggest
+from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.numbers import is_number, is_whole
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.layers import Blocks, Layers
 
 Rule = Literal["above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"]
 Fewer = Literal["fill", "error"]
@@ -43,7 +46,7 @@ _COUNTS_OR_NONE = ("unroll_steps", "steps", "top_k")
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Layers):
     """Search which blocks to adapt; `weftlora.search_layers` runs it, and training without it is refused.
 
     Args:
@@ -71,6 +74,14 @@ class Search:
         preset: "released" repeats the released code, for replication studies only: α̂³, sign-SGD inside, raw_zero,
             summed validation losses.
     """
+
+    saves: ClassVar[Mapping[str, str]] = {"layer_gate": "α̂ of the site's block"}
+    source: ClassVar[str] = "not yet searched"
+    untrained: ClassVar[str | None] = (
+        "layers=Search() chooses the blocks before training, which this loop does not do: call weftlora.search_layers first and "
+        "train with its selection (layers=selection.layers), or use layers=All()."
+    )
+    gated = True
 
     granularity: Literal["block", "module"] = "block"
     hypergrad: Literal["direct", "unrolled_fd", "unrolled_exact"] = "direct"
@@ -162,6 +173,46 @@ class Search:
         if self.alpha_hat_max is not None:
             h_n = h_n.where(alpha_hat_n <= self.alpha_hat_max, 0.0)
         return alpha_gradient(h_n, alpha_hat_n, self.power)
+
+    @property
+    def named(self) -> tuple[int | str, ...] | None:
+        """None yet."""
+        return None
+
+    @property
+    def search(self) -> Search | None:
+        """Itself."""
+        return self
+
+    def adapts(self, blocks: Blocks, module_name: str) -> bool:
+        """Whether it is in a block, or modules are searched."""
+        return blocks.of(module_name) is not None or self.granularity == "module"
+
+    def check(self, blocks: Blocks, targeted: Sequence[str]) -> None:
+        """There are two groups to choose between."""
+        groups = {blocks.of(name) if self.granularity == "block" else name for name in targeted} - {None}
+        if len(groups) < 2:
+            raise TargetError(
+                f"layers=Search() has {len(groups)} {self.granularity}s of {blocks.model_name} to choose from, with "
+                f"{len(targeted)} modules targeted: target modules in at least two, or use layers=All()."
+            )
+        outside = [name for name in targeted if not self.adapts(blocks, name)]
+        if outside:
+            warnings.warn(
+                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks "
+                "and are not adapted: name them in exclude_modules, or search with granularity='module'.",
+                stacklevel=2,
+            )
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """Its gates are moved by `weftlora.search_layers`, before there is a run."""
+        return []
+
+
+def search_of(layers: Layers) -> Search | None:
+    """The search that a choice of layers asks for before training; None where it asks for none."""
+    found = layers.search
+    return found if isinstance(found, Search) else None
 
 
 def weights(alpha_n: Tensor) -> Tensor:

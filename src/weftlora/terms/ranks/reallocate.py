@@ -16,12 +16,18 @@ S = −L, is the sum above minus a constant. Ours, where the paper is silent: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
 from weftlora.numbers import is_whole
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.ranks import Ranks
 from weftlora.times import Time, check_time
 
 SCORES = ("exact", "shortlist", "taylor", "random", "none")
@@ -29,7 +35,7 @@ NEED_DATA = ("exact", "shortlist", "taylor")
 
 
 @dataclass(frozen=True)
-class Reallocate:
+class Reallocate(Ranks):
     """Move rank slots from where removing them costs least to where slots are worth most.
 
     Args:
@@ -56,6 +62,17 @@ class Reallocate:
         chunk_tokens: tokens per forward while scoring, where memory is short; None chooses.
         seed: of the rows, of new slots and of "random".
     """
+
+    saves: ClassVar[Mapping[str, str]] = {
+        "mask": "0 or 1 per rank slot",
+        "birth": "the round that made the slot; 0: the start",
+        "score": "of every slot, in the last round that scored it",
+    }
+    counts: ClassVar[Mapping[str, str]] = {"rounds": "rounds done", "ended": "whether every module has lost a slot"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "Search": "ranks move in the training after the search, between the selected blocks"
+    }
+    equation_only: ClassVar[str | None] = "rank slots that move are rows of A and columns of B"
 
     first: Time = 1 / 3
     every: Time = 1 / 12
@@ -113,6 +130,18 @@ class Reallocate:
                 f"Reallocate(max_rank={self.max_rank}) is below the initial rank {r}: raise it to {r} or more."
             )
         return max(r, min(self.max_rank or 2 * r, fan_in, out))
+
+    def state(self, r: int, room: int) -> dict[str, Tensor]:
+        """r live slots, all of the start."""
+        return {
+            "mask": F.pad(torch.ones(r), (0, room)),
+            "birth": torch.zeros(r + room, dtype=torch.long),
+            "score": torch.zeros(r + room, dtype=torch.float64),
+        }
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """The rounds."""
+        return [timeline.move_slots(self)]
 
 
 _WORDS = {

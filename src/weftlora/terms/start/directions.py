@@ -24,25 +24,29 @@ The twin slots exist from the start as zeros, so that shapes, optimiser groups a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from weftlora import linalg
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Slots
+from weftlora.kernel import Role, Slots
 from weftlora.linalg import SELECT
 from weftlora.numbers import is_number, is_whole
+from weftlora.terms.events import Applied, Controller, SiteView, Timeline
+from weftlora.terms.extra import Direction
+from weftlora.terms.start import Start, StartTerm, kaiming_uniform
 from weftlora.times import Time, check_time
 
 MODES = ("residual", "directions")
 
 
 @dataclass(frozen=True)
-class Directions:
+class Directions(Start):
     """Start A and B along the directions of W that a while of plain training moved most (LoRA-Init).
 
     Args:
@@ -55,6 +59,19 @@ class Directions:
         select: "rate" (the paper); "top" (largest σ), "bottom" (smallest σ) and "random" are controls.
         seed: of the directions that "random" draws.
     """
+
+    saves: ClassVar[Mapping[str, str]] = {
+        "down": "A₀ [slots, in]",
+        "up": "B₀ [out, slots]",
+        "index": "which core directions they are",
+        "sigma": "their singular values",
+        "rate": "their change rates at the switch",
+        "launched": "whether the switch has happened",
+    }
+    refuses: ClassVar[Mapping[str, str]] = {
+        "Search": "start directions are taken in the training after the search, on the selected blocks"
+    }
+    equation_only: ClassVar[str | None] = "A and B start along directions of W, each the twin of a frozen slot"
 
     after: Time = 100
     mode: Literal["residual", "directions"] = "residual"
@@ -77,9 +94,30 @@ class Directions:
         if not is_whole(self.seed):
             raise ConfigError(f"Directions(seed={self.seed!r}) is no seed: use a whole number.")
 
+    def draw(
+        self,
+        rows: int,
+        fan_in: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As Kaiming does, until the switch."""
+        return kaiming_uniform(rows, fan_in, device=device, generator=generator)
 
-class DirectionsTerm(nn.Module):
+    def build(self, slots: int, fan_in: int, out: int) -> DirectionsTerm:
+        """Empty twins."""
+        return DirectionsTerm(self, slots, fan_in, out)
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """The switch."""
+        return [timeline.launch(StartSwitch(self))]
+
+
+class DirectionsTerm(StartTerm):
     """The frozen twins of one site's slots. Saved: twins, which directions they are, and whether they have been switched on."""
+
+    roles: ClassVar[Mapping[str, Role]] = {}
 
     down: Tensor | None
     up: Tensor | None
@@ -146,6 +184,71 @@ class DirectionsTerm(nn.Module):
             buffer.zero_()[live[:n]] = getattr(found, name).to(buffer)
         self.launched.fill_(True)
         return frozen
+
+    @property
+    def happened(self) -> bool:
+        """Whether the switch has."""
+        return bool(self.launched)
+
+    @property
+    def phase(self) -> str:
+        """Before or after the switch."""
+        return "switched" if self.happened else "before the switch"
+
+    def chosen(self) -> list[Direction]:
+        """Those that slots started from, in the order of the slots."""
+        index, sigma, rate = self.index.tolist(), self.sigma.tolist(), self.rate.tolist()
+        return [Direction(i, sigma[k], rate[k], None) for k, i in enumerate(index) if i >= 0]
+
+    def stored(self) -> tuple[Tensor, Tensor] | None:
+        """The twins, once they are set."""
+        return (self.down, self.up) if self.happened and self.down is not None and self.up is not None else None
+
+
+@dataclass(frozen=True)
+class StartSwitch:
+    """What LoRA-Init does with directions; see `weftlora.terms.events.Launch`.
+
+    The pre-launch is discarded: right after the switch the function is the pretrained one. Gains of Dash slots that were
+    launched earlier return to 0 with it, and keep their directions.
+    """
+
+    choice: Directions
+    what: str = "the switch of LoRA-Init"
+    event: str = "start_switch"
+
+    def flag(self, site: SiteView) -> Tensor:
+        """See `Launch`."""
+        return _term(site).launched
+
+    def count(self, site: SiteView) -> int:
+        """See `Launch`: as many as the site has live slots."""
+        return len(_live(site))
+
+    @torch.no_grad()
+    def apply(self, site: SiteView, found: linalg.Directions, largest: float) -> Applied:
+        """See `Launch`. "guarded": the chosen directions whose σ̄ was too small to split."""
+        f = site.structure.factors(site.scale)
+        a, b = cast(nn.Parameter, f.A), cast(nn.Parameter, f.B)
+        frozen = _term(site).switch(found, a, b, _live(site), site.scale, largest)
+        gains = [] if site.boost is None else site.boost.rest()
+        split = frozen[: len(found.index)].tolist()
+        guarded = [k for k, able in zip(found.index.tolist(), split, strict=True) if not able]
+        return Applied({"guarded": guarded if self.choice.mode == "residual" else []}, [a, b, *gains])
+
+    def gap(self) -> str:
+        """See `Launch`."""
+        return "rank slots: their other slots start as plain LoRA's do, without a direction"
+
+
+def _live(site: SiteView) -> Tensor:
+    """The numbers of the slots that the rank mask leaves on, all of them without one: [slots] int64."""
+    term = _term(site)
+    return (torch.ones_like(term.index) if site.mask is None else site.mask).nonzero().flatten()
+
+
+def _term(site: SiteView) -> DirectionsTerm:
+    return cast(DirectionsTerm, site.start)
 
 
 def start_values(

@@ -6,25 +6,37 @@ is what the released LoRA and HydraLoRA code and peft use.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.start import Start, StartTerm, kaiming_uniform
+
 
 @dataclass(frozen=True)
-class Kaiming:
+class Kaiming(Start):
     """A Kaiming-uniform, B zero: the adapted model computes exactly what the base does at step 0."""
 
+    headline: ClassVar[tuple[str, ...] | None] = None
 
-def kaiming_uniform(
-    rows: int,
-    fan_in: int,
-    *,
-    device: torch.device | str | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """[rows, fan_in] fp32, uniform on ±1/√fan_in, from torch's global generator or the one given."""
-    bound = 1.0 / math.sqrt(fan_in)
-    return torch.empty(rows, fan_in, device=device).uniform_(-bound, bound, generator=generator)
+    def draw(
+        self,
+        rows: int,
+        fan_in: int,
+        *,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Uniform on ±1/√fan_in."""
+        return kaiming_uniform(rows, fan_in, device=device, generator=generator)
+
+    def build(self, slots: int, fan_in: int, out: int) -> StartTerm | None:
+        """Nothing is kept."""
+        return None
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """Nothing happens."""
+        return []

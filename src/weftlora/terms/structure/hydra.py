@@ -13,18 +13,23 @@ tokens × out × N.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, RouterInput
+from weftlora.kernel import Factors, Role, RouterInput
 from weftlora.numbers import is_number, is_whole
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
 
 
 @dataclass(frozen=True)
-class Hydra:
+class Hydra(Structure):
     """One shared A, several B heads, mixed per token by a learned router.
 
     Args:
@@ -36,6 +41,14 @@ class Hydra:
         router_init: "kaiming" (released code), or "zero". A zero router with one shared mask keeps all heads equal for
             ever (specs, symmetry), so "zero" is refused unless per_head_dropout breaks the symmetry.
     """
+
+    method: ClassVar[str] = "HydraLoRA"
+    headline: ClassVar[tuple[str, ...] | None] = ("heads",)
+    saves: ClassVar[Mapping[str, str]] = {"A": "A [r, in]", "B": "B [out, N·r]", "router": "Wg [N, in] or [N, r]"}
+    refuses: ClassVar[Mapping[str, str]] = {"Directions": "all heads would start equal at B₀, which is unproven"}
+    no_closed_form: ClassVar[str | None] = "the update depends on the token, so no single ΔW exists"
+    figures_at: ClassVar[str] = "uniform gate"
+    routed: ClassVar[bool] = True
 
     heads: int = 3
     router_input: RouterInput = "x"
@@ -68,9 +81,42 @@ class Hydra:
                 "use router_init='kaiming', or per_head_dropout=True with lora_dropout > 0."
             )
 
+    def build(self, size: Size, room: int, owners: Mapping[str, StructureTerm], draw: Draw) -> HydraTerm:
+        """A drawn, B zero; the router drawn or zero."""
+        router = draw(self.heads, size.fan_in if self.router_input == "x" else size.r)
+        router = router if self.router_init == "kaiming" else torch.zeros_like(router)
+        router = F.pad(router, (0, room if self.router_input == "Ax" else 0))
+        return HydraTerm(self, F.pad(draw(size.r, size.fan_in), (0, 0, 0, room)), size.out, router)
 
-class HydraTerm(nn.Module):
+    def tensors(self) -> frozenset[str]:
+        """A, B and the router."""
+        return frozenset(self.saves)
+
+    def shared_keys(self, place: Place) -> dict[str, Hashable]:
+        """Nothing is shared."""
+        return {}
+
+    def sides(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+        """Of A and B."""
+        return sides_of(tensors.get("A"), tensors.get("B"))
+
+    def check(self, dropout: float) -> None:
+        """A zero router needs masks that differ by head."""
+        if self.router_init == "zero" and not dropout:
+            raise ConfigError(
+                "Hydra(router_init='zero') without dropout keeps all heads equal for ever: set lora_dropout > 0."
+            )
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """Nothing happens."""
+        return []
+
+
+class HydraTerm(Unshared):
     """Owns A [r, in], B [out, N·r] (head n in columns n·r … n·r+r−1) and the router [N, in] or [N, r] of one site."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "router": "router"}
+    choice: Hydra
 
     def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):
         super().__init__()
@@ -80,8 +126,30 @@ class HydraTerm(nn.Module):
         self.router = nn.Parameter(router)
 
     def factors(self, scale: float) -> Factors:
-        """The letters of the equation that this term contributes."""
+        """A, B and the router."""
         return Factors(self.A, self.B, scale, router=self.router, router_input=self.choice.router_input)
+
+    def by_slot(self) -> list[tuple[nn.Parameter, SlotFirst]]:
+        """Rows of A, columns of every head of B and, where it reads A x, of the router."""
+        slots = self.A.shape[0]
+        found: list[tuple[nn.Parameter, SlotFirst]] = [
+            (self.A, lambda t: t),
+            (self.B, lambda t: t.unflatten(1, (-1, slots)).movedim(2, 0)),
+        ]
+        if self.choice.router_input == "Ax":
+            found.append((self.router, lambda t: t.movedim(1, 0)))
+        return found
+
+    def linear(self) -> list[Tensor]:
+        """B."""
+        return [self.B]
+
+    def fix(self, omega: Tensor) -> None:
+        """With a router of zeros every head has weight 1/N, so head n times N ω_n has weight ω_n."""
+        heads = self.B.detach().unflatten(1, (len(omega), -1))
+        weighted = (heads * (len(omega) * omega.to(heads))[:, None]).flatten(1)
+        self.B = nn.Parameter(weighted, requires_grad=False)
+        self.router = nn.Parameter(torch.zeros_like(self.router), requires_grad=False)
 
 
 def balance_loss(omega_tn: Tensor) -> Tensor:

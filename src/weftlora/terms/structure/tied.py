@@ -13,15 +13,17 @@ LLaMA-2-7B at r = 8 agrees with the headline 12.5 %), TL5 trains A and B. TL1-TL
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors
+from weftlora.kernel import Factors, Role
+from weftlora.terms.events import Controller, Timeline
+from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
 Part = Literal["A", "B", "u", "v"]
 Group = Literal["module_type", "shape", "fused_qkv"]
@@ -58,7 +60,7 @@ def zero_part(trained: Collection[Part]) -> Part:
 
 
 @dataclass(frozen=True)
-class Tied:
+class Tied(Structure):
     """One A and B shared by a group of sites, with per-site scaling vectors u and v.
 
     Args:
@@ -69,6 +71,17 @@ class Tied:
         zero: the factor that starts at zero; None takes the rule. A frozen one would never move and is refused.
         init: the values of a random A or B: "kaiming", or "normal" (σ = 1, the first author's code).
     """
+
+    method: ClassVar[str] = "Tied-LoRA"
+    headline: ClassVar[tuple[str, ...] | None] = ("train",)
+    saves: ClassVar[Mapping[str, str]] = {"A": "A [r, in]", "B": "B [out, r]", "u": "u [r]", "v": "v [out]"}
+    refuses: ClassVar[Mapping[str, str]] = {
+        "Reallocate": "tied sites share one A and B: a slot cannot move to another site",
+        "Directions": "one shared pair cannot start at each site's own directions",
+    }
+    alpha_per_rank: ClassVar[float] = 1.0
+    shares: ClassVar[bool] = True
+    targets: ClassVar[Literal["all-linear", "attention inputs"]] = "attention inputs"
 
     train: str | Collection[str] = "tl6"
     group: Group = "module_type"
@@ -98,17 +111,66 @@ class Tied:
         """The one factor that is zero at step 0."""
         return self.zero or zero_part(self.trained)
 
+    def build(self, size: Size, room: int, owners: Mapping[str, StructureTerm], draw: Draw) -> TiedTerm:
+        """The parts that no other site owns yet, exactly one kind of which is zero."""
+        values = {part: start_value(self, part, size, draw) for part in PARTS if part not in owners}
+        return TiedTerm(self, {p: value for p, value in values.items() if value is not None}, cast(Any, dict(owners)))
 
-class TiedTerm(nn.Module):
+    def tensors(self) -> frozenset[str]:
+        """A and B; u and v where they are trained: a frozen 1 does not exist."""
+        return frozenset({"A", "B"} | ({"u", "v"} & self.trained))
+
+    def shared_keys(self, place: Place) -> dict[str, Hashable]:
+        """Equal keys share.
+
+        module_type   A, B: (last name, in, out, r)
+        shape         A, B: (in, out, r)
+        fused_qkv     q, k, v of one attention count as one module: A: (which of q, k, v read one input, in, r) over all layers;
+                      B: (last name, in, out, r) over all layers; u: the attention it stands in, shared by its q, k, v.
+                      Modules outside attention inputs fall back to module_type.
+
+        Source: one fused QKV projection per layer in the paper; "shape" is the baseline of VB-LoRA.
+        """
+        r, fan_in, out = place.size
+        parent, _, last = place.name.rpartition(".")
+        if self.group == "shape":
+            pair: Hashable = ("shape", fan_in, out, r)
+            return {"A": pair, "B": pair}
+        kind: Hashable = ("type", last, fan_in, out, r)
+        if place.reads is None or self.group != "fused_qkv":
+            return {"A": kind, "B": kind}
+        return {
+            "A": ("fused", place.reads, fan_in, r),
+            "B": kind,
+            "u": ("instance", parent, place.reads, fan_in, r),
+        }
+
+    def sides(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+        """Of whatever of A, B and v is the site's own."""
+        return sides_of(tensors.get("A"), tensors.get("B", tensors.get("v")))
+
+    def check(self, dropout: float) -> None:
+        """Any will do."""
+
+    def controllers(self, timeline: Timeline) -> list[Controller]:
+        """Nothing happens."""
+        return []
+
+
+class TiedTerm(StructureTerm):
     """The parts of one site: owned ones as parameters (trained) or buffers (frozen), the others looked up in `owner`.
 
     `owner[part]` is the term that holds a shared part, kept out of the module tree so that it is stored, optimised and
     saved once. A part that is 1 and frozen (u or v) does not exist.
     """
 
+    roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "u": "gain", "v": "gain"}
+    choice: Tied
+
     def __init__(self, choice: Tied, owned: dict[Part, Tensor], owner: dict[Part, TiedTerm]):
         super().__init__()
         self.choice = choice
+        self.zero = choice.starts_at_zero
         for part, value in owned.items():
             if part in choice.trained:
                 self.register_parameter(part, nn.Parameter(value))
@@ -126,11 +188,32 @@ class TiedTerm(nn.Module):
         return value
 
     def factors(self, scale: float) -> Factors:
-        """The letters of the equation that this term contributes."""
+        """A, B, u and v, wherever they live."""
         A, B = self.part("A"), self.part("B")
         assert A is not None
         assert B is not None
         return Factors(A, B, scale, gate=self.part("u"), v=self.part("v"))
+
+    def by_slot(self) -> list[tuple[nn.Parameter, SlotFirst]]:
+        """Slots of a shared pair cannot move."""
+        return []
+
+    def linear(self) -> list[Tensor]:
+        """v and u; not B, which would give only the sum over the sites that share it."""
+        parts: tuple[Part, ...] = ("v", "u")
+        return [value for part in parts if (value := self.part(part)) is not None]
+
+    def fix(self, omega: Tensor) -> None:
+        """Nothing is routed."""
+
+    def shared(self) -> dict[str, Tensor]:
+        """All parts: which of them others hold depends on the group."""
+        return {name: value for name in PARTS if (value := self.part(name)) is not None}
+
+    @property
+    def trains_shared(self) -> bool:
+        """Whether A or B is trained."""
+        return not self.choice.trained.isdisjoint("AB")
 
     @property
     def is_alone(self) -> bool:

@@ -1,0 +1,302 @@
+"""weftlora beside what its users run: builds the rows of matrix.toml and runs tests/smoke in each.
+
+    python scripts/matrix.py                 every row
+    python scripts/matrix.py oldest axolotl  these
+    python scripts/matrix.py --ci            those marked `ci`, in a folder of results that is thrown away
+    python scripts/matrix.py --resolve NAME  what the host's own pins resolve to today, beside the row
+
+A row shares this environment and its torch; what it has in other versions is put, without dependencies, into a folder in front of
+the path, kept under .venv/matrix by its content. Rows marked `own` get an environment of their own, which is removed again.
+Results go to evidence/matrix.json, and with the rows' versions into the package, where `weftlora doctor` reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "matrix.toml"
+RESULTS = ROOT / "evidence" / "matrix.json"
+SHIPPED = ROOT / "src" / "weftlora" / "assets" / "matrix.json"
+SHOWN = ("python", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
+BESIDE = ("pytest", "typer", "rich", "pydantic", "packaging", "psutil", "pyyaml", "scipy")
+"""What rows with an environment of their own need beside their versions: the tools of the suite."""
+LIMIT = 600
+"""Seconds after which a row is given up; the suite takes one or two minutes."""
+
+
+def main() -> int:
+    """Exit 1 where a row that was run has failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="rows; all without")
+    parser.add_argument("--ci", action="store_true", help="the rows of `make check`; writes no results")
+    parser.add_argument("--shared", action="store_true", help="only rows that share this environment")
+    parser.add_argument("--resolve", metavar="NAME", help="print what a row's pins resolve to")
+    args = parser.parse_args()
+    rows = {row["name"]: row for row in tomllib.loads(ROWS.read_text(encoding="utf-8"))["row"]}
+    if unknown := [name for name in [*args.names, *([args.resolve] if args.resolve else [])] if name not in rows]:
+        parser.error(f"matrix.toml has no row {unknown[0]!r}: use one of {', '.join(rows)}")
+    if args.resolve:
+        return resolve(rows[args.resolve])
+    wanted = [row for row in rows.values() if (row["name"] in args.names if args.names else True)]
+    wanted = [row for row in wanted if not (args.ci and not row.get("ci")) and not (args.shared and row.get("own"))]
+    results = [run(row) for row in wanted]
+    if not args.ci:
+        write(rows, results)
+    for result in results:
+        print(f"{result['name']:<14} {result['status']:<8} {said(result)}")
+    return int(any(result["status"] == "failed" for result in results))
+
+
+def said(result: dict[str, Any]) -> str:
+    """One line about a row."""
+    if result["status"] == "not run":
+        return result["reason"]
+    counts = f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped"
+    return f"{counts}, {result['cpu_seconds']} CPU s" + "".join(f"\n    {line}" for line in result["failures"])
+
+
+# ---------------------------------------------------------------------- a row
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """Build a row, run the suite in it, and say what came of it."""
+    if reason := row.get("reason") or cannot(row):
+        return {"name": row["name"], "status": "not run", "reason": reason}
+    print(f"--- {row['name']}: {row['host']}", flush=True)
+    folder = None
+    try:
+        python, path, folder = own(row) if row.get("own") else shared(row)
+        return suite(row, python, path)
+    except subprocess.CalledProcessError as error:
+        return {"name": row["name"], "status": "not run", "reason": f"could not be built: {error}"}
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def cannot(row: dict[str, Any]) -> str | None:
+    """Why a row cannot be run on this machine."""
+    if row.get("own"):
+        return None if interpreter(row) else f"no Python {row['python']} on this machine"
+    here = version("torch").partition("+")[0]
+    return None if here == row["versions"]["torch"] else f"this environment has torch {here}"
+
+
+def interpreter(row: dict[str, Any]) -> str | None:
+    """A Python for an environment of the row's own: the host's minor version, where it names one."""
+    found = re.search(r">=3\.(\d+),<3\.(\d+)", row["python"])
+    if not found or int(found[1]) == sys.version_info.minor:
+        return sys.executable
+    for candidate in (
+        shutil.which(f"python3.{found[1]}"),
+        *Path.home().glob(f".pyenv/versions/3.{found[1]}.*/bin/python"),
+    ):
+        if candidate and subprocess.run([str(candidate), "-c", ""], capture_output=True).returncode == 0:
+            return str(candidate)
+    return None
+
+
+def shared(row: dict[str, Any]) -> tuple[str, list[str], None]:
+    """This Python, and a folder in front of the path with what the row has in other versions."""
+    differing = [
+        f"{name}=={wanted}"
+        for name, wanted in sorted(row["versions"].items())
+        if name != "torch" and installed(name) != wanted
+    ]
+    if not differing:
+        return sys.executable, [], None
+    kept = Path(sys.prefix).resolve() / "matrix"
+    content = hashlib.sha256(" ".join([sys.version, *differing]).encode()).hexdigest()[:12]
+    folder = kept / f"{row['name']}-{content}"
+    if not folder.is_dir():
+        kept.mkdir(exist_ok=True)
+        for old in kept.glob(f"{row['name']}-*"):
+            shutil.rmtree(old)
+        making = Path(tempfile.mkdtemp(dir=kept, prefix="making-"))
+        pip(sys.executable, "--no-deps", "--target", str(making), *differing)
+        making.rename(folder)
+    return sys.executable, [str(folder)], None
+
+
+def own(row: dict[str, Any]) -> tuple[str, list[str], Path]:
+    """An environment of the row's own, in a folder to be removed."""
+    folder = Path(tempfile.mkdtemp(prefix="weft-matrix-"))
+    subprocess.run([interpreter(row) or sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin" / "python")
+    pip(python, "--no-cache-dir", *(f"{name}=={wanted}" for name, wanted in row["versions"].items()), *BESIDE)
+    return python, [], folder
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+def pip(python: str, *arguments: str) -> None:
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--ignore-requires-python", *arguments], check=True)
+
+
+def suite(row: dict[str, Any], python: str, path: list[str]) -> dict[str, Any]:
+    """tests/smoke in a row; its versions are checked by the suite itself."""
+    given = {"name": row["name"], "versions": row["versions"], "without": row.get("without", [])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*path, str(ROOT / "src")]),
+        "WEFT_MATRIX_ROW": json.dumps(given),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        out, settings = Path(folder) / "junit.xml", Path(folder) / "pytest.ini"
+        settings.write_text("[pytest]\n", encoding="utf-8")  # the project's own asks for plugins that a row may lack
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=line",
+            "-c",
+            str(settings),
+            f"--rootdir={ROOT / 'tests' / 'smoke'}",
+            "--import-mode=importlib",
+            f"--confcutdir={ROOT / 'tests' / 'smoke'}",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={out}",
+            str(ROOT / "tests" / "smoke"),
+        ]
+        before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+        try:
+            subprocess.run(command, env=env, cwd=folder, timeout=LIMIT, check=False)
+        except subprocess.TimeoutExpired:
+            return {
+                "name": row["name"],
+                "status": "failed",
+                "failures": [f"not done after {LIMIT} s"],
+                "passed": 0,
+                "failed": 0,
+                "skipped": 0,
+                "seconds": LIMIT,
+                "cpu_seconds": LIMIT,
+            }
+        seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+        cases = [*ElementTree.parse(out).getroot().iter("testcase")] if out.is_file() else []
+    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = {c.get("name", ""): skip.get("message", "") for c in cases if (skip := c.find("skipped")) is not None}
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "name": row["name"],
+        "status": "passed" if cases and not bad else "failed",
+        "passed": len(cases) - len(bad) - len(skipped),
+        "failed": len(bad),
+        "skipped": len(skipped),
+        "failures": [str(c.get("name")) for c in bad] or ([] if cases else ["the suite did not start"]),
+        "left_out": sorted({reason for reason in skipped.values() if "by make matrix" not in reason}),
+        "seconds": round(seconds),
+        "cpu_seconds": round(used),
+        "python": subprocess.run(
+            [python, "-c", "import platform; print(platform.python_version())"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip(),
+    }
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+def write(rows: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> None:
+    """Put the results among those that are there, and all of them into the package."""
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"rows": []}
+    before = {result["name"]: result for result in kept["rows"]}
+    ran = {
+        result["name"]: result for result in results if result["status"] != "not run" or result["name"] not in before
+    }
+    found = [
+        ran.get(name) or before.get(name) or {"name": name, "status": "not run", "reason": "not tried yet"}
+        for name in rows
+    ]
+    for result in found:
+        if result["name"] in ran:
+            result["versions"] = rows[result["name"]]["versions"]
+        elif result.get("versions", {}) not in (
+            {},
+            rows[result["name"]]["versions"],
+        ):  # of other versions than the row has now
+            found[found.index(result)] = {"name": result["name"], "status": "not run", "reason": "not tried yet"}
+    record = {"command": "make matrix", "machine": f"{platform.machine()}, {os.cpu_count()} cores", "rows": found}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    SHIPPED.write_text(json.dumps({"rows": shipped(rows, found)}, indent=1) + "\n", encoding="utf-8")
+
+
+def shipped(rows: dict[str, dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as the package has them: who, which versions, what came out."""
+    status = {result["name"]: result["status"] for result in found}
+    return [
+        {
+            "name": name,
+            "host": row["host"],
+            "python": row["python"],
+            "status": status.get(name, "not run"),
+            "versions": row["versions"],
+            "without": row.get("without", []),
+        }
+        for name, row in rows.items()
+    ]
+
+
+def resolve(row: dict[str, Any]) -> int:
+    """What the pins of a row's host resolve to today, for the packages that the row names."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        requirements = row["pins"]
+        if len(requirements) == 1:  # a host: its own requirements of the packages of the row, without the rest of it
+            pip(sys.executable, "--dry-run", "--ignore-installed", "--no-deps", f"--report={out}", *requirements)
+            metadata = json.loads(out.read_text())["install"][0]["metadata"]
+            names = {name.replace("_", "-") for name in row["versions"]}
+            requirements = [
+                line
+                for line in metadata.get("requires_dist", [])
+                if "extra ==" not in line and re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") in names
+            ]
+        pip(
+            sys.executable,
+            "--dry-run",
+            "--ignore-installed",
+            f"--report={out}",
+            f"torch=={row['versions']['torch']}",
+            *requirements,
+        )
+        found = {
+            item["metadata"]["name"].lower().replace("-", "_"): item["metadata"]["version"].partition("+")[0]
+            for item in json.loads(out.read_text())["install"]
+        }
+    for name, wanted in row["versions"].items():
+        print(f"{name:<16} {wanted:<12} {found.get(name, 'none')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def _trust(packages: list[str] | None) -> list[str] | None:
+    if packages:
+        from weftlora.terms.trust import trust_terms
+
+        trust_terms(*packages)
+    return packages
+
+
+TrustTerms = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trust-terms",
+        metavar="PACKAGE",
+        callback=_trust,
+        help="Import terms that the folder names from this package; may be given again.",
+    ),
+]
+"""Whose terms a config that comes from a folder may import. Given to a command, it holds for the whole process."""

@@ -1,0 +1,55 @@
+"""What is installed beside the core, and the one sentence that a call says where its part is missing.
+
+    pip install weftlora              adapt, train in a loop of one's own, save, load, export: torch, peft, transformers, safetensors
+    pip install "weftlora[train]"     and what `weftlora.train` imports
+
+An extra is what pyproject.toml says it is; here are the names under which its packages are imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from weftlora.errors import MissingExtraError
+
+_TRAIN = {
+    "datasets": "datasets",
+    "pydantic": "pydantic",
+    "rouge_score": "rouge-score",
+    "sacrebleu": "sacrebleu",
+    "sklearn": "scikit-learn",
+    "trl": "trl",
+    "yaml": "pyyaml",
+}
+EXTRAS: dict[str, dict[str, str]] = {
+    "cli": {"pydantic": "pydantic", "rich": "rich", "typer": "typer", "yaml": "pyyaml"},
+    "train": _TRAIN,
+    "compare": {**_TRAIN, "scipy": "scipy"},
+    "report": {
+        "jinja2": "jinja2",
+        "pydantic": "pydantic",
+        "scipy": "scipy",
+        "vl_convert": "vl-convert-python",
+        "yaml": "pyyaml",
+    },
+}
+"""Extra → the modules its packages are imported as → their distributions."""
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around imports, or a whole call: `what` is what the user asked for, and a package of `extra` that is not there is named.
+
+    Raises:
+        MissingExtraError: such a package is not installed. Any other failed import passes.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = EXTRAS[extra].get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        raise MissingExtraError(
+            f'{what} needs {package}, which is not installed: pip install "weftlora[{extra}]"'
+        ) from None

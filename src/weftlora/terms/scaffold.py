@@ -1,0 +1,71 @@
+"""A new term to fill in: its file, its claims test, its page, and the package that offers it."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from weftlora.errors import ConfigError, RunError, suggest
+from weftlora.terms.axes import AXES
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Scaffold:
+    """What was written."""
+
+    name: str
+    axis: str
+    folder: str
+    files: tuple[str, ...]
+
+
+def new_term(name: str, axis: str, folder: str | Path | None = None) -> Scaffold:
+    """Write the files of a term called `name` into a folder, by default one of that name here.
+
+    They work as they are: the term can be named in a config once its package is installed (`pip install -e FOLDER`), and keeps the
+    contract (`weftlora.testing.check_term`). Its equation, its claim and its page are yours to fill in, and its tests fail until
+    they are.
+
+    Raises:
+        ConfigError: a name that no term can have, or no such axis.
+        RunError: one of the files is there already (nothing is written), or the folder cannot be written to.
+    """
+    if axis not in AXES:
+        raise ConfigError(f"there is no axis {axis!r}: {suggest(str(axis), AXES)}")
+    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise ConfigError(
+            f"{name!r} is no name of a term: use small letters, digits and _, beginning with a letter, such as top2."
+        )
+    if taken := [own for own, kinds in AXES.items() if name in kinds]:
+        raise ConfigError(f"{name!r} is a term of weftlora's on the axis {taken[0]}: choose another name.")
+    place = Path(name if folder is None else folder)
+    files = {
+        f"{name}.py": f"{axis}.py.txt",
+        f"test_{name}.py": "test.py.txt",
+        f"{name}.md": "card.md.txt",
+        "pyproject.toml": "pyproject.toml.txt",
+    }
+    if there := [file for file in files if (place / file).exists()]:
+        raise RunError(f"{place / there[0]} is there already: choose another name or another folder with --out.")
+    templates = resources.files("weftlora") / "assets" / "new_term"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for file, template in files.items():
+            text = (templates / template).read_text(encoding="utf-8")
+            (place / file).write_text(_filled(text, name, axis), encoding="utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise RunError(f"cannot write into {place}: {reason}; choose another folder with --out.") from None
+    return Scaffold(name, axis, str(place), tuple(files))
+
+
+def _filled(text: str, name: str, axis: str) -> str:
+    cls = "".join(part.capitalize() for part in name.split("_"))
+    package = name.replace("_", "-").strip("-")
+    text = text.replace("weftlora-new-term", f"weftlora-{package}")
+    return text.replace("NewTerm", cls).replace("new_term", name).replace("AXIS", axis)

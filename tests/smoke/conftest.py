@@ -1,0 +1,99 @@
+"""The smoke suite: weftlora on whatever versions it is run with. `make matrix` runs it in every row of matrix.toml.
+
+It uses weftlora, what the row has, and pytest; it imports nothing from other folders of tests, which may need more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROW: dict[str, Any] = json.loads(os.environ.get("WEFT_MATRIX_ROW", "null")) or {}
+"""The row this process stands for, as `scripts/matrix.py` gives it; empty where the suite is run by itself."""
+
+
+def installed(package: str) -> bool:
+    """Whether this row has a package: one that it leaves out may still be in the environment below."""
+    if package in ROW.get("without", ()):
+        return False
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def pytest_report_header() -> list[str]:
+    names = [*ROW.get("versions", ())] or ["torch", "transformers", "peft", "trl", "datasets", "accelerate"]
+    found = (f"{name} {version(name) if installed(name) else 'none'}" for name in names)
+    return [f"row {ROW.get('name', 'of this environment')}: python {sys.version.split()[0]}, {', '.join(found)}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a file's fixtures have trained is used by all of its tests: with several processes they stay in one."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.xdist_group(f"smoke {item.path.stem}"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny decoder of four layers, so that a search and Only have something to choose."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs this Python in a fresh process that sees the row's packages."""
+
+    def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+        assert not check or done.returncode == 0, done.stderr[-3000:] or done.stdout[-3000:]
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def needs() -> Callable[..., None]:
+    """Skips where this row lacks a package."""
+
+    def skip(*packages: str) -> None:
+        if missing := [name for name in packages if not installed(name)]:
+            pytest.skip(f"this row has no {missing[0]}")
+
+    return skip
+
+
+def train_loop(model: Any, steps: int = 3) -> None:
+    """A loop of one's own: three steps of AdamW on a fixed batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.arange(3, 35).reshape(4, 8)
+    model.train()
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., None]:
+    return train_loop

@@ -1,0 +1,29 @@
+"""The row is what was imported: a folder in front of the path that is shadowed, or a package left out by mistake, fails here."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+ROW = json.loads(os.environ.get("WEFT_MATRIX_ROW", "null")) or {}
+MODULES = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers", "numpy"}
+
+
+@pytest.mark.skipif(not ROW, reason="no row of matrix.toml: run by make matrix")
+@pytest.mark.parametrize("package", sorted(ROW.get("versions", ())))
+def test_the_version_that_is_imported_is_the_rows(package: str) -> None:
+    wanted = ROW["versions"][package]
+    assert version(package).partition("+")[0] == wanted
+    if package in MODULES:
+        assert importlib.import_module(package).__version__.partition("+")[0] == wanted
+
+
+@pytest.mark.skipif(not ROW, reason="no row of matrix.toml: run by make matrix")
+@pytest.mark.parametrize("package", sorted(ROW.get("without", ())))
+def test_what_the_row_leaves_out_cannot_be_imported(package: str) -> None:
+    with pytest.raises((ImportError, PackageNotFoundError)):
+        importlib.import_module(package)

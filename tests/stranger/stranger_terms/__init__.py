@@ -1,0 +1,1 @@
+"""Terms for weftlora that another package brings. Nothing of weftlora knows it."""

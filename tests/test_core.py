@@ -1,0 +1,159 @@
+"""The core: what works where torch, peft, transformers and safetensors are installed and no extra is, and what the rest says there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import weftlora
+from weftlora.extras import EXTRAS
+
+BLOCKED = sorted(
+    {name for names in EXTRAS.values() for name in names} - {"yaml", "jinja2"}
+)  # which torch and peft bring
+BLOCK = f"import sys\nfor name in {BLOCKED!r}: sys.modules[name] = None  # as if it were not installed\n"
+
+WORK = """
+import torch, warnings, weftlora
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from weftlora.data.demo import demo_model_path
+
+def base():
+    return AutoModelForCausalLM.from_pretrained(demo_model_path())
+
+tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+ids = tokenizer(["mill turn kqzv -> vzqk", "loom turn kqzv -> zvkq"], return_tensors="pt")["input_ids"]
+rows = [{"input_ids": row, "labels": row} for row in ids] * 4
+held = [{"input_ids": row.flip(0), "labels": row.flip(0)} for row in ids]
+
+torch.manual_seed(0)
+model = get_peft_model(base(), weftlora.LoraDashConfig(r=4, after=0.5))
+weftlora.attach(model, total_steps=4)
+optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=1e-2, weight_decay=0.1))
+for _ in range(4):
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+[event] = weftlora.state_dict(model)["default"]["events"]
+assert event["event"] == "dash_launch"
+model.eval().save_pretrained("adapter")
+torch.save(model(input_ids=ids).logits, "logits.pt")
+weftlora.export_lora(model, "lora")  # proved by stock peft, or it would raise
+weftlora.merge(model, "merged")
+assert weftlora.inspect("adapter").record()
+model = get_peft_model(base(), weftlora.PlainLoraConfig(r=2))
+arguments = TrainingArguments("trainer", max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True)
+Trainer(model, arguments, train_dataset=rows, callbacks=[weftlora.Callback()]).train()
+selection = weftlora.search_layers(
+    base(), rows, held, config=weftlora.FlexoraConfig(r=2, steps=1, outer_batches=1), accumulation=1
+)
+selection.save("selection.json")
+assert selection.blocks
+loaded = [name for name in sys.modules if name.partition(".")[0] in BLOCKED and sys.modules[name] is not None]
+assert not loaded, loaded
+"""
+AGAIN = """
+import torch, weftlora
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from weftlora.data.demo import demo_model_path
+
+tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+ids = tokenizer(["mill turn kqzv -> vzqk", "loom turn kqzv -> zvkq"], return_tensors="pt")["input_ids"]
+wanted = torch.load("logits.pt")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_model_path()), "adapter").eval()
+assert torch.equal(model(input_ids=ids).logits, wanted)
+merged = AutoModelForCausalLM.from_pretrained("merged").eval()
+assert (merged(input_ids=ids).logits - wanted).abs().max() < 1e-3
+weftlora.export_lora("adapter", "lora-of-the-folder", verify=False)
+stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_model_path()), "lora-of-the-folder").eval()
+assert stock.peft_config["default"].peft_type == "LORA"
+assert (stock(input_ids=ids).logits - wanted).abs().max() < 1e-3
+"""
+
+
+def python(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    code = BLOCK + f"BLOCKED = {BLOCKED!r}\n" + code
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.slow
+def test_adapt_train_save_load_export_and_merge_with_the_core_alone(tmp_path: Path) -> None:
+    for code in (WORK, AGAIN):
+        done = python(code, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "lora" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        ("weftlora.train('hydralora')", 'weftlora.train needs pydantic, which is not installed: pip install "weftlora[train]"'),
+        ("weftlora.compare({})", 'weftlora.compare needs pydantic, which is not installed: pip install "weftlora[compare]"'),
+        ("weftlora.report('.')", 'weftlora.report needs scipy, which is not installed: pip install "weftlora[report]"'),
+        (
+            "weftlora.suggest_heads(['a b', 'b c', 'c d'] * 20)",
+            'weftlora.suggest_heads needs scikit-learn, which is not installed: pip install "weftlora[train]"',
+        ),
+    ],
+)  # fmt: skip
+def test_a_call_that_needs_an_extra_says_which(call: str, sentence: str, tmp_path: Path) -> None:
+    code = f"import weftlora\ntry:\n    {call}\nexcept weftlora.MissingExtraError as error:\n    print(error)"
+    done = python(code, cwd=tmp_path)
+    assert done.stdout == sentence + "\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_which_extra_it_needs(tmp_path: Path) -> None:
+    done = python("from weftlora.cli import main\nmain(['train', 'hydralora'])", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        'weftlora: the command weftlora needs typer, which is not installed: pip install "weftlora[cli]"\n'
+    )
+    code = (
+        "for name in ('rich', 'typer', 'pydantic'): del sys.modules[name]  # typer imports pydantic\n"
+        "from weftlora.cli import main\nmain(sys.argv[1:])"
+    )
+    done = python(code, "train", "hydralora", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith('pip install "weftlora[train]"')
+    assert python(code, "recipes", "hydralora", cwd=tmp_path).returncode == 0
+
+
+def test_the_missing_package_of_somebody_else_stays_its_own_error() -> None:
+    from weftlora.extras import needs
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_package") as caught, needs("train", "a call"):
+        import no_such_package  # noqa: F401
+    assert not isinstance(caught.value, weftlora.WeftError)
+
+
+def test_the_extras_are_those_of_the_project_file() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = project["optional-dependencies"]
+
+    def names(lines: list[str]) -> set[str]:
+        found: set[str] = set()
+        for need in map(Requirement, lines):
+            if need.name == "weftlora":
+                found |= {name for extra in need.extras for name in names(groups[extra])}
+            else:
+                found.add(need.name)
+        return found
+
+    core = names(project["dependencies"])
+    assert core == {"torch", "peft", "transformers", "safetensors"}
+    for extra, packages in EXTRAS.items():
+        assert set(packages.values()) == names(groups[extra]) - {"accelerate"}, extra  # which peft brings
+    assert names(groups["all"]) == set().union(*(names(groups[extra]) for extra in EXTRAS))
+    assert names(groups["all"]) <= names(groups["dev"])
+    for extra in EXTRAS:
+        assert not any(
+            ">=" in line and "<" in line and line.startswith(("torch", "transformers")) for line in groups[extra]
+        )
