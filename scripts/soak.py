@@ -96,7 +96,7 @@ def phase(out: Path) -> str:
         return "before run.json"
     if Run.load(out).status == "complete":
         return "after the end"
-    if out.joinpath("adapter.part").exists() or out.joinpath("adapter").exists():
+    if any(out.glob(".adapter.weft-*")) or out.joinpath("adapter").exists():
         return "writing the adapter or run.json"
     every = checkpoint.folders(out / "checkpoints")
     if any(not checkpoint.is_marked(path) for path in every):

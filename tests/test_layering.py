@@ -9,7 +9,7 @@ import weftlora
 
 SOURCE = Path(weftlora.__file__).parent
 LEVELS = (
-    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known", "extras", "version"},
+    {"errors", "strict", "numbers", "times", "linalg", "kernel", "known", "redaction", "foreign", "extras", "version"},
     {"terms"},
     {"site", "spec", "compat"},
     {"schedule", "recipes"},

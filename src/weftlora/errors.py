@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from weftlora.foreign import shortened, visible
+from weftlora.redaction import redacted
+
 
 class WeftError(Exception):
-    """Base of every error weftlora raises on purpose; the command line prints it as one line and exits 1."""
+    """Base of every error weftlora raises on purpose; the command line prints it as one line and exits 1.
+
+    Its message is fit to be shown: no secret is in it, control characters are written out, and a huge value is cut.
+    """
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(
+            *(shortened(visible(redacted(each), lines=True)) if isinstance(each, str) else each for each in given)
+        )
 
 
 class ConfigError(WeftError, ValueError):

@@ -402,7 +402,7 @@ def read_config(folder: str | Path) -> WeftConfig:
         data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError("no object at its top")
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({error}): the folder is damaged, save the adapter again."
         ) from None

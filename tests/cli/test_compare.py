@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from comparing import recipe
-from rich.console import Console
 
 from weftlora.cli import main
 from weftlora.cli.compare import quality_table, result, standing_table, watching
+from weftlora.cli.output import Screen
 from weftlora.compare import Comparison, Interval, Method, Outcome, Row, Verdict
 from weftlora.compare.running import Running, Standing
 from weftlora.train.progress import Tick
@@ -110,7 +110,7 @@ def found(**more: Any) -> Comparison:
 
 
 def test_a_result_says_verdict_interval_edge_failure_and_what_is_false_by_chance(capsys: pytest.CaptureFixture[str]):
-    console = Console(file=io.StringIO(), width=100)
+    console = Screen(file=io.StringIO(), width=100)
     console.print(result(found()))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert shown.index("better by 0.5 nats") < shown.index("loss, n = 5")
@@ -131,7 +131,7 @@ def test_a_result_says_verdict_interval_edge_failure_and_what_is_false_by_chance
 def test_no_number_is_cut_off_where_a_terminal_is_narrow():
     made = found()
     methods = [replace(made.methods[0], parameters=123_456_789), made.methods[1]]
-    console = Console(file=io.StringIO(), width=40)
+    console = Screen(file=io.StringIO(), width=40)
     console.print(result(replace(made, methods=methods)))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in shown
@@ -139,7 +139,7 @@ def test_no_number_is_cut_off_where_a_terminal_is_narrow():
 
 def test_a_share_has_its_unit_once():
     made = found()
-    console = Console(file=io.StringIO(), width=100)
+    console = Screen(file=io.StringIO(), width=100)
     console.print(quality_table(replace(made, metric="accuracy")))
     assert "-50.0 [-60.0, -40.0] %" in console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -147,7 +147,7 @@ def test_a_share_has_its_unit_once():
 def test_what_went_wrong_alike_is_said_once():
     made = found()
     lost = [replace(run, status="diverged", problem="No.") for run in made.outcomes if run.method == "lora"]
-    console = Console(file=io.StringIO(), width=100)
+    console = Screen(file=io.StringIO(), width=100)
     console.print(result(replace(made, outcomes=lost)))
     assert "runs/lora/s0, s1, s2, s3, s4: diverged: No." in console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -162,7 +162,7 @@ def standing(**more: Any) -> Standing:
 
 
 def test_the_live_table_shows_what_is_done_at_work_and_left():
-    console = Console(file=io.StringIO(), width=80)
+    console = Screen(file=io.StringIO(), width=80)
     console.print(standing_table(standing()))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for words in ("0.5000", "lora, seed 1: train 3/10", "1 of 4 runs", "1:15 left"):

@@ -65,7 +65,7 @@ def test_a_trained_run_shows_what_was_selected_what_it_cost_and_what_to_compare_
 
 def test_what_cannot_work_is_one_sentence(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
     for given, message in (
-        (("--out", tmp_path / "no" / "selection.json"), "choose another --out"),
+        (("--out", tmp_path / "no" / "selection.json"), "choose another file"),
         (("adapter={recipe: peft:lora}", "--out", tmp_path / "s.json"), "no layer gates"),
         (("adapter.layers=search", "--out", tmp_path / "s.json"), "val_size"),
     ):

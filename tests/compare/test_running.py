@@ -242,7 +242,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path):
 
 def test_a_second_comparison_in_the_folder_says_so(copied):
     made, folder = copied
-    with in_charge(folder), pytest.raises(RunError, match="another weftlora compare is at work in"):
+    with in_charge(folder), pytest.raises(RunError, match=r"is in use by process \d+ on .* \(weftlora compare, since"):
         compare(made, jobs=0)
 
 

@@ -45,7 +45,7 @@ def test_the_place_of_a_kill(tmp_path: Path) -> None:
     assert (soak.phase(out), soak.newest(out)) == ("training", 4)
     (out / "events.jsonl").write_text('{"event": "dash_launch"}\n')
     assert soak.phase(out) == "training, after a launch"
-    (out / "adapter.part").mkdir()
+    (out / ".adapter.weft-0123456789abcdef").mkdir()
     assert soak.phase(out) == "writing the adapter or run.json"
     assert soak.phase(run_folder(tmp_path / "done", "complete")) == "after the end"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,9 @@ from transformers import AutoModelForCausalLM
 import weftlora
 from weftlora.errors import AdapterError, RunError
 from weftlora.export import files, proof
+from weftlora.train.files import TEMPORARY_FOR
+from weftlora.train.lock import beside, holding
+from weftlora.train.ownership import temporary
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -98,21 +100,13 @@ def test_a_full_disk_is_one_sentence(adapted: Adapted, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
 def test_two_exports_to_one_folder_do_not_mix(adapted: Adapted, tmp_path: Path) -> None:
-    import fcntl
-
-    model, partial = adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora.part"
-    partial.mkdir()
-    (partial / "half").touch()
-    descriptor = os.open(partial, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(RunError, match="another process is exporting to"):
-            weftlora.export_lora(model, tmp_path / "lora", verify=False)
-        assert (partial / "half").exists()
-    finally:
-        os.close(descriptor)
+    model = adapted(weftlora.PlainLoraConfig(r=2))
+    with (
+        holding(tmp_path, "weftlora export", beside(tmp_path / "lora")),
+        pytest.raises(RunError, match=r"is in use by process \d+ on .*weftlora export"),
+    ):
+        weftlora.export_lora(model, tmp_path / "lora", verify=False)
     weftlora.export_lora(model, tmp_path / "lora", verify=False)
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 
@@ -123,10 +117,15 @@ def test_an_export_that_a_kill_left_moved_aside_comes_back_if_the_next_one_fails
     model, out = adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora"
     weftlora.export_lora(model, out, verify=False)
     before = contents(out)
-    out.rename(tmp_path / "lora.replaced")  # killed between the two renames of a replacement
+    aside = temporary(out)  # killed between the two renames of a replacement
+    aside.mkdir()
+    (aside / TEMPORARY_FOR).write_text("lora")
+    out.rename(aside / "old")
     monkeypatch.setattr(proof, "run_jobs", lambda jobs, scratch: ["no" for _ in jobs])
-    with pytest.raises(AdapterError):
+    with pytest.raises(RunError, match="is not empty"):
         weftlora.export_lora(model, out)
+    with pytest.raises(AdapterError):
+        weftlora.export_lora(model, out, overwrite=True)
     assert contents(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 

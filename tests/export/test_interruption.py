@@ -16,6 +16,7 @@ from safetensors import safe_open
 import weftlora
 from weftlora.errors import AdapterError, RunError
 from weftlora.export import folder, proof
+from weftlora.train.ownership import EXPORTED
 
 Adapted = Callable[..., PeftModel]
 
@@ -44,7 +45,7 @@ def killed_at(event: int, work: Callable[[], object], top: Path) -> bool:
 def finished(top: Path) -> list[str]:
     """The folders that look like an export: neither their own name nor one above says that they are unfinished or replaced."""
     found = [path.parent for path in [*top.rglob("adapter_config.json"), *top.rglob("config.json")]]
-    return sorted({p.name for p in found if not any(part.endswith((".part", ".replaced")) for part in p.parts)})
+    return sorted({p.name for p in found if not any(".weft-" in part for part in p.parts)})
 
 
 def whole(out: Path) -> bool:
@@ -82,7 +83,7 @@ def test_killed_anywhere_an_export_that_is_replaced_is_the_old_or_the_new_one(ad
         top = tmp_path / str(stages)
         out = top / "lora"
         weftlora.export_lora(model, out, verify=False, uniform=True)
-        (out / "README.md").write_text(f"the old one\n\n{folder.MARK}")
+        (out / "README.md").write_text(f"the old one\n\n{EXPORTED}")
         if not killed_at(
             stages,
             lambda out=out: weftlora.export_lora(model, out, verify=False, overwrite=True, server_ranks=True),
@@ -93,7 +94,7 @@ def test_killed_anywhere_an_export_that_is_replaced_is_the_old_or_the_new_one(ad
         if out.exists():
             assert whole(out)
             seen.add((out / "README.md").read_text().startswith("the old one"))
-        weftlora.export_lora(model, out, verify=False, overwrite=out.exists())
+        weftlora.export_lora(model, out, verify=False, overwrite=True)
         assert [p.name for p in top.iterdir()] == ["lora"]
     assert stages > 10
     assert seen == {True, False}

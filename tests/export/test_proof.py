@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from torch import nn
 import weftlora
 from families import FAMILIES, randomise
 from weftlora.errors import AdapterError, ConfigError
-from weftlora.export import live, lora, proof
+from weftlora.export import live, lora, proof, stock
 from weftlora.export.live import Outputs
 from weftlora.glue.layer import WeftLinear
 
@@ -137,7 +140,7 @@ def test_another_base_in_memory_than_the_folder_named_is_noticed(
     assert found.proof
     assert found.proof.error < 1e-5
     assert in_process[0]["base"] == str(llama_folder)
-    assert in_process[1]["base"].startswith(str(tmp_path / "lora.part"))
+    assert in_process[1]["base"].startswith(str(tmp_path / ".lora.weft-"))
     assert [p.name for p in tmp_path.iterdir()] == ["lora"]
 
 
@@ -306,3 +309,31 @@ def test_an_adapter_without_what_its_config_names_says_so(adapted: Adapted, tmp_
     optimizer.step()
     with pytest.warns(UserWarning, match="still without the launch of Dash"):
         weftlora.export_lora(model, tmp_path / "lora", verify=False)
+
+
+def test_the_process_that_proves_does_not_outlive_a_killed_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, born = tmp_path / "slow.py", tmp_path / "born"
+    script.write_text(
+        "import os, pathlib, runpy, sys, threading, time\n"
+        f"follow = runpy.run_path({stock.__file__!r})['follow']\n"
+        "threading.Thread(target=follow, args=(int(sys.argv[2]),), daemon=True).start()\n"
+        f"pathlib.Path({str(born)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(stock, "__file__", str(script))
+    child = os.fork()
+    if child == 0:
+        proof.run_jobs([], tmp_path)
+        os._exit(0)
+    end = time.monotonic() + 30
+    while not (born.exists() and born.read_text()) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    process = Path(f"/proc/{born.read_text()}/stat")
+    end = time.monotonic() + 5
+    while process.exists() and process.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not process.exists() or process.read_text().split()[2] == "Z"

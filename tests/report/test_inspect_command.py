@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 import weftlora
 from weftlora.cli import inspect, main
+from weftlora.cli.output import Screen
 from weftlora.report.result import Inspection
 
 
@@ -58,7 +58,7 @@ def test_dash_directions_and_tied_groups_are_shown(
 
 def test_many_kinds_of_modules_fit_too(inspections: dict[str, Inspection]):
     shown = io.StringIO()
-    Console(file=shown, width=80).print(inspect.shown(inspections["t5"]))
+    Screen(file=shown, width=80).print(inspect.shown(inspections["t5"]))
     lines = [line.rstrip() for line in shown.getvalue().splitlines()]
     assert any(line.split() == ["block", *(f"SelfAttention.{part}" for part in "qkvo")] for line in lines)
     assert sum(line.startswith("decoder 1 ") for line in lines) > 2
@@ -77,7 +77,7 @@ def test_the_page_is_written_and_named(
     ("arguments", "sentence"),
     [
         (["inspect", "nowhere"], "there is no folder 'nowhere'"),
-        (["inspect", ".", "--html", "no/such/folder/page.html"], "choose another --html"),
+        (["inspect", ".", "--html", "no/such/folder/page.html"], "choose another file"),
         (["inspect", ".", "--base", "x", "--no-base"], "give one of the two"),
         (["heads", "gone.jsonl"], "gone.jsonl does not exist"),
     ],

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import weftlora
 from weftlora.cli import inspect
+from weftlora.cli.output import Screen
 from weftlora.report.page import tiles
 from weftlora.report.result import Chosen, HeadSimilarity, Inspection, Parameters, SiteDirections, SiteUsage, Usage
 from weftlora.report.verdict import verdict
@@ -87,7 +87,7 @@ def test_gains_are_averaged_by_size_and_merging_is_counted(looked_at: Inspection
 
 def printed(found: Inspection) -> list[list[str]]:
     shown = io.StringIO()
-    Console(file=shown, width=80).print(inspect.shown(found))
+    Screen(file=shown, width=80).print(inspect.shown(found))
     return [line.split() for line in shown.getvalue().splitlines()]
 
 

@@ -154,7 +154,7 @@ def arm(kill: Kill) -> list[Any]:
     def end(original: Any) -> Any:
         def save(self: Run) -> None:
             if self.status == "complete":
-                (self.folder / "run.json.part").write_text('{"format": 1, "fol')
+                (self.folder / ".run.json.weft-0123456789abcdef").write_text('{"format": 1, "fol')
                 die()
             original(self)
 

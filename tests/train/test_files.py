@@ -35,15 +35,21 @@ def test_a_full_disk_leaves_the_old_folder_and_no_half(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").write_text("1")
     with pytest.raises(RunError, match="no space left"):
-        files.write_folder(tmp_path / "adapter", lambda folder: (folder / "new").write_text("2") and None)
+        files.write_folder(tmp_path / "adapter", lambda folder: (folder / "new").write_text("2") and None, ours)
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "old"]
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     for name in ("old", "new"):
-        files.write_folder(tmp_path / "adapter", lambda folder, name=name: (folder / name).write_text("x") and None)
+        files.write_folder(
+            tmp_path / "adapter", lambda folder, name=name: (folder / name).write_text("x") and None, ours
+        )
     assert os.listdir(tmp_path / "adapter") == ["new"]
     assert os.listdir(tmp_path) == ["adapter"]
+
+
+def ours(name: Path) -> bool:
+    return True
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:

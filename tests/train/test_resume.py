@@ -39,7 +39,7 @@ def test_a_killed_run_ends_with_the_adapter_of_an_unkilled_one(recipe: Make, tmp
     assert (half / "optimizer.pt").exists(), "Trainer alone would go on from this one"
     for given in (after_a_step, at_a_checkpoint):
         killed = Run.load(given["out"])
-        assert killed.status == "running"
+        assert killed.status == "interrupted"  # its lock went with its process
         assert not killed.adapter_folder.exists()
         assert [checkpoint.step_of(path) for path in checkpoint.marked(killed.checkpoints)] == [4]
         resumed = weftlora.train(given, resume=True)
@@ -150,10 +150,10 @@ def test_there_must_be_a_run_to_resume(recipe: Make) -> None:
 def test_a_run_killed_before_its_first_record_is_started_again(recipe: Make, tmp_path: Path) -> None:
     """There is nothing to resume, so the same command must do."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "run.json.part").write_text('{"format": 1, "fol')
+    (tmp_path / "run" / ".run.json.weft-0123456789abcdef").write_text('{"format": 1, "fol')
     assert weftlora.train(recipe()).status == "complete"
-    assert not (tmp_path / "run" / "run.json.part").exists()
-    assert not (tmp_path / "run.replaced").exists()
+    assert not (tmp_path / "run" / ".run.json.weft-0123456789abcdef").exists()
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 def test_a_folder_with_anything_else_is_not_taken_for_one(recipe: Make, tmp_path: Path) -> None:
@@ -168,3 +168,26 @@ def test_adalora_says_that_it_cannot_be_resumed(recipe: Make) -> None:
     interrupted(given)
     with pytest.raises(RunError, match="AdaLoRA"):
         weftlora.train(given, resume=True)
+
+
+TIMES = {"time", "figures"}
+"""What a run took; all else in run.json is the same, however often it was interrupted."""
+
+
+@pytest.mark.parametrize("logging", [1, 3, 4, 10])
+def test_numbers_do_not_depend_on_an_interruption(recipe: Make, tmp_path: Path, logging: int) -> None:
+    """Killed between two logged losses, twice: each is the mean since the last one that was logged, not since the resume."""
+    train = LENGTH | {"logging_every": logging, "save_every": 2, "eval_every": 5}
+    found = {}
+    for name, stops in {"whole": [], "cut": [3, 7]}.items():
+        given = recipe(adapter="lora", train=train, out=str(tmp_path / name))
+        for stop in stops:
+            with pytest.raises(KeyboardInterrupt):
+                weftlora.train(given, callbacks=[Interrupt(stop)], resume=(tmp_path / name).exists())
+        run = weftlora.train(given, resume=bool(stops))
+        rows = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in run.history()]
+        record = {key: value for key, value in run.record().items() if key not in TIMES}
+        record["recipe"] = record["recipe"] | {"out": ""}
+        found[name] = (rows, record | {"folder": ""})
+    assert found["cut"] == found["whole"]
+    assert any("loss" in row for row in found["whole"][0])

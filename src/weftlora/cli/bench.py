@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from weftlora.cli import output
@@ -59,6 +58,7 @@ def step(
     seed: Annotated[int, typer.Option(help="Of weights, batch, masks and order.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model and 3 rounds: does it all run?")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -67,7 +67,7 @@ def step(
     Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
     base's step of the same round. Exit code 1 if a gradient of weftlora disagrees with the reference kernel.
     """
-    _check_out(out)
+    _check_out(out, ("cases", "setting"), overwrite)
     if case:
         sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
     lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
@@ -113,6 +113,7 @@ def launch(
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Tiny weights: does it all run?")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
@@ -120,7 +121,7 @@ def launch(
 
     Per weight and for all modules of a model, both ways on the same weights in random order; a ratio is the median over rounds.
     """
-    _check_out(out)
+    _check_out(out, ("directions", "results"), overwrite)
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.bench import launch as call
         from weftlora.train.files import write_json
@@ -143,9 +144,11 @@ def launch(
     output.show(result.to_dict(), as_json, lambda: launch_table(result))
 
 
-def _check_out(out: Path | None) -> None:
-    if out is not None and not os.access(out.parent, os.W_OK):  # before minutes of measuring, not after
-        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
+def _check_out(out: Path | None, keys: tuple[str, ...], overwrite: bool) -> None:
+    if out is not None:  # before minutes of measuring, not after
+        from weftlora.train.files import check_output
+
+        check_output(out, "a record of this command", keys, overwrite)
 
 
 def launch_table(result: LaunchBench) -> Table:
@@ -153,9 +156,7 @@ def launch_table(result: LaunchBench) -> Table:
     table = Table(
         title=f"The launch of LoRA-Dash · r = {result.r}, {result.directions} directions, {result.threads} thread(s), "
         f"{result.clock} time",
-        caption=escape(
-            "seconds: medians · ratio: median [quartiles] · agree: share of the directions that both choose"
-        ),
+        caption="seconds: medians · ratio: median [quartiles] · agree: share of the directions that both choose",
     )
     table.add_column("W, out x in")
     for column in ("n", "modules", "weftlora s", "published s", "ratio", "agree"):
@@ -177,9 +178,7 @@ def step_table(result: StepBench) -> Table:
     table = Table(
         title=f"A training step / the frozen base's · hidden {shape.hidden}, {shape.layers} layers, {shape.batch}×{shape.seq} "
         f"tokens, {setting.threads} thread(s), {setting.clock} time, n = {setting.rounds}",
-        caption=escape(
-            "r rank · p dropout · dtype of the adapter · median [quartiles] · gradients against the reference"
-        ),
+        caption="r rank · p dropout · dtype of the adapter · median [quartiles] · gradients against the reference",
     )
     for column in ("base", "case"):
         table.add_column(column)
@@ -210,4 +209,4 @@ def _figures(row: CaseResult) -> list[str]:
 
 
 def _spread(value: Spread) -> str:
-    return escape(f"{value.median:.3f} [{value.low:.3f}, {value.high:.3f}]")
+    return f"{value.median:.3f} [{value.low:.3f}, {value.high:.3f}]"

@@ -70,6 +70,9 @@ def train(
     out: Annotated[str | None, typer.Option(help="The run folder; short for out=....")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    no_verify_base: Annotated[
+        bool, typer.Option("--no-verify-base", help="Do not read the base's weights to identify them.")
+    ] = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -79,7 +82,9 @@ def train(
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.train import train as call
 
-        run = call(recipe, *given, resume=resume, overwrite=overwrite, progress=progress)
+        run = call(
+            recipe, *given, resume=resume, overwrite=overwrite, verify_base=not no_verify_base, progress=progress
+        )
     output.show(run.record(), as_json, lambda: output.run_summary(run))
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
 from weftlora.cli import output
@@ -77,7 +76,7 @@ def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterato
     if not show:
         yield lambda standing: None
     elif sys.stderr.isatty():
-        with Live(console=Console(stderr=True), transient=True, refresh_per_second=4) as live:
+        with Live(console=output.Screen(stderr=True), transient=True, refresh_per_second=4) as live:
             yield lambda standing: live.update(standing_table(standing))
     else:
         yield _Lines(clock)
@@ -116,10 +115,10 @@ def standing_table(standing: Standing) -> RenderableType:
     """How far a comparison is: each method's runs and mean so far, then what is at work and how long it will take."""
     table = Table("method", "runs", f"{standing.metric} so far", box=SIMPLE_HEAD, highlight=False)
     for name, (runs, mean) in standing.best.items():
-        table.add_row(escape(name), str(runs), "" if mean is None else _number(mean, standing.metric))
+        table.add_row(name, str(runs), "" if mean is None else _number(mean, standing.metric))
     lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
     over = f"{standing.done} of {standing.total} runs  {_left(standing.seconds_left)}"
-    return Group(table, *(escape(line) for line in [*lines, over]))
+    return Group(table, *lines, over)
 
 
 # ---------------------------------------------------------------------- before and after
@@ -135,7 +134,7 @@ def plan_table(plan: Plan) -> RenderableType:
         gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
         alpha = "" if method.alpha is None else f"{method.alpha:g}"
         numbers = (_or_blank(method.rank), alpha, f"{method.parameters or 0:,}", gap, str(method.steps or ""))
-        table.add_row(escape(method.name), *numbers)
+        table.add_row(method.name, *numbers)
     tried = len(plan.rates) * len(plan.tuning_seeds)
     rates = (
         f", {tried} of a method to choose its rate from {_listed(plan.rates)}"
@@ -143,7 +142,7 @@ def plan_table(plan: Plan) -> RenderableType:
         else f", all at lr {plan.rates[0]:g}"
     )
     lines = [plan.budget_sentence, f"{plan.runs} runs: seeds {_listed(plan.seeds)}{rates}.", *_notes(plan.methods)]
-    return Group(table, *(escape(line) for line in lines))
+    return Group(table, *lines)
 
 
 def result(found: Comparison) -> RenderableType:
@@ -151,10 +150,11 @@ def result(found: Comparison) -> RenderableType:
     width = max(len(row.name) for row in found.rows)
     verdicts = [f"{row.name.ljust(width)}  {row.verdict.sentence}" for row in found.rows]
     return Group(
-        *(escape(line) for line in [*verdicts, ""]),
+        *verdicts,
+        "",
         quality_table(found),
         cost_table(found),
-        *(escape(line) for line in _below(found)),
+        *_below(found),
     )
 
 
@@ -164,11 +164,11 @@ def quality_table(found: Comparison) -> Table:
     table = Table(box=SIMPLE_HEAD, highlight=False)
     table.add_column("method", overflow="fold")
     for column in (f"{found.metric.replace('_', ' ')}, n = {n}", f"minus {found.baseline}", "wins"):
-        table.add_column(escape(column), justify="right", overflow="fold")
+        table.add_column(column, justify="right", overflow="fold")
     for row in found.rows:
         wins = f"{row.wins} of {row.gap.n}" if row.gap else ""
         score, gap = _interval(row.score, found.metric, n), _interval(row.gap, found.metric, n, sign=True)
-        table.add_row(*map(escape, (row.name, score, gap, wins)))
+        table.add_row(row.name, score, gap, wins)
     return table
 
 
@@ -182,7 +182,7 @@ def cost_table(found: Comparison) -> Table:
         method = found.method(row.name)
         peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]
         table.add_row(
-            escape(row.name),
+            row.name,
             _or_blank(method.rank),
             f"{method.parameters or 0:,}",
             "" if method.lr is None else f"{method.lr:g}",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
 from weftlora.cli.options import TrustTerms
 from weftlora.data.paths import locate
-from weftlora.errors import RunError
 from weftlora.train.run import check_source
 
 if TYPE_CHECKING:
@@ -40,21 +37,22 @@ def directions(
     seed: Annotated[int, typer.Option(help="Of the directions drawn as a control.")] = 0,
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
     trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Which directions of the frozen weights adapters move, and how well they predict where training goes."""
-    if out is not None and not os.access(out.parent, os.W_OK):  # before the decompositions, not after
-        raise RunError(f"cannot write {out}: {out.parent} is no folder that can be written to; choose another --out.")
     for folder in adapter or [model]:
         check_source(Path(folder))
     if adapter:
         locate(model, Path.cwd())
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.train.directions import directions as call
-        from weftlora.train.files import write_json
+        from weftlora.train.files import check_output, write_json
 
+        if out is not None:  # before the decompositions, not after
+            check_output(out, "a record of directions", ("adapters", "overlaps"), overwrite)
         report = call(
             model,
             list(adapter or []) or None,
@@ -87,7 +85,7 @@ def site_table(adapter: AdapterDirections, count: int) -> Table:
     launched = adapter.phase == "launched"
     common = _common([site.site for site in adapter.sites])
     table = Table(
-        title=escape(f"{adapter.adapter} · {adapter.phase} · {count} directions"),
+        title=f"{adapter.adapter} · {adapter.phase} · {count} directions",
         caption=f"sites in {common or 'the model'} · directions: {CHOSEN.get(adapter.phase, 'of largest δ')}, best first, "
         "0 is the largest σ · δ: largest change rate · "
         + ("Dash: Σ|d| with its slots / without, on these directions · " if launched else "")
@@ -115,7 +113,7 @@ def hits_table(adapter: AdapterDirections, hits: dict[str, Hits], report: Direct
     s = report.directions
     table = Table(
         "chosen by", f"recall: true {(s + 1) // 2} in {s}", f"accuracy: {s} in true {2 * s}",
-        title=escape(f"{adapter.adapter} against {report.against}"),
+        title=f"{adapter.adapter} against {report.against}",
     )  # fmt: skip
     names = {
         "predicted": "the adapter",
@@ -146,7 +144,7 @@ def spectrum_table(site: SiteDirections) -> Table:
 def overlap_table(overlap: Overlap) -> Table:
     """Rank against rank: at how many sites two adapters predict the same direction."""
     table = Table(
-        title=escape(f"{overlap.adapters[0]} (rows) and {overlap.adapters[1]}: sites with the same direction"),
+        title=f"{overlap.adapters[0]} (rows) and {overlap.adapters[1]}: sites with the same direction",
         caption=f"{overlap.shared:.2f} of {len(overlap.grid)} shared per site over {overlap.sites} sites; "
         f"by chance {overlap.chance:.2f}",
     )

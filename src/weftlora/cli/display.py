@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from weftlora.cli.output import Screen
+from weftlora.foreign import visible
 from weftlora.train.progress import Tick, ignore
 
 PATIENCE = 2.0
@@ -58,8 +59,13 @@ class _Bar:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
-    return Progress(*columns, TimeRemainingColumn(compact=True), console=Console(stderr=True), transient=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+    )
+    return Progress(*columns, TimeRemainingColumn(compact=True), console=Screen(stderr=True), transient=True)
 
 
 class _Lines:
@@ -77,7 +83,8 @@ class _Lines:
         self.shown = now
         done = tick.done - self.first
         left = f"{(tick.total - tick.done) * (now - self.began) / done:.0f} s left" if done else ""
-        sys.stderr.write("  ".join(filter(None, [f"{tick.phase} {tick.done}/{tick.total}", _facts(tick), left])) + "\n")
+        line = "  ".join(filter(None, [f"{tick.phase} {tick.done}/{tick.total}", _facts(tick), left]))
+        sys.stderr.write(visible(line) + "\n")
 
     def close(self) -> None:
         """Lines need no ending."""

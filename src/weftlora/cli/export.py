@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from weftlora.cli import output
@@ -148,7 +147,7 @@ def merge_text(found: Merge) -> RenderableType:
     """The sites that lose most to rounding, and what is lost in all."""
     chosen = sorted(found.sites, key=lambda site: -site.lost)[:SHOWN]
     table = Table(
-        title=escape(f"{found.folder}: merged, {found.dtype}"),
+        title=f"{found.folder}: merged, {found.dtype}",
         caption="lost: ‖ΔW that rounding leaves − ΔW‖ / ‖ΔW‖; above 100 % the noise of rounding is larger than the update · "
         "4-bit: if these weights are quantised to NF4",
     )

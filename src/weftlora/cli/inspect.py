@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -48,24 +46,25 @@ def inspect(
     rows: Annotated[int, typer.Option(min=1, help="Rows per domain for the routers.")] = 64,
     spectra: Annotated[int, typer.Option(min=0, help="Decompose W of so many sites for change rates.")] = 4,
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --html even if it is no page of weftlora.")
+    ] = False,
     trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Look inside an adapter: sizes, ranks, layers, routers, heads, directions, what merges."""
-    if html is not None and not os.access(html.parent, os.W_OK):  # before the work, not after
-        raise RunError(
-            f"cannot write {html}: {html.parent} is no folder that can be written to; choose another --html."
-        )
     if base is not None and no_base:
         raise RunError(f"--base {base} and --no-base: give one of the two.")
     check_source(Path(adapter))
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.report.inspecting import inspect as call
         from weftlora.report.page import check_extra, write_page
+        from weftlora.report.web import check_place
 
         if html is not None:
             check_extra()
+            check_place(html, overwrite)  # before the work, not after
         found = call(
             adapter,
             base=False if no_base else base,
@@ -77,7 +76,7 @@ def inspect(
             progress=progress,
         )
         if html is not None:
-            write_page(found, html)
+            write_page(found, html, overwrite)
     output.show(found.record(), as_json, lambda: shown(found, html))
 
 
@@ -111,7 +110,7 @@ def _bullet(sentence: str, style: str = "") -> RenderableType:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for n, column in enumerate(columns):
-        table.add_column(escape(column), justify="right" if n else "left", overflow="fold")
+        table.add_column(column, justify="right" if n else "left", overflow="fold")
     return table
 
 
@@ -128,7 +127,7 @@ def _grid(grid: Grid, text: Callable[[float], str]) -> RenderableType:
         table = _table("block", *part.modules)
         for block, row in zip(part.blocks, part.values, strict=True):
             cells = [Text("") if v is None else Text(text(v), style="bold" if v >= bold and v > 0 else "") for v in row]
-            table.add_row(escape(block), *cells)
+            table.add_row(block, *cells)
         tables += [Text(), table] if tables else [table]
     return Group(*tables)
 
@@ -160,7 +159,7 @@ def _ranks(found: Inspection) -> list[RenderableType]:
     table = _table("after step", "taken", "made", "mostly from", "mostly to")
     for each in found.history.rounds:
         moves = _mostly([site for site, *_ in each.taken]), _mostly([site for site, _ in each.made])
-        table.add_row(str(each.step), str(len(each.taken)), str(len(each.made)), *map(escape, moves))
+        table.add_row(str(each.step), str(len(each.taken)), str(len(each.made)), *moves)
     return [*parts, *_section("ranks over time", table)]
 
 
@@ -178,7 +177,7 @@ def _layers(found: Inspection) -> list[RenderableType]:
     table = _table(layers.granularity, "selected", "α", "α̂", "over threshold")
     for c in layers.candidates:
         over = "" if c.distance is None else f"{c.distance:+.4f}{' ?' if c.near else ''}"
-        table.add_row(escape(c.name), "+" if c.selected else "", _number(c.alpha, 4), _number(c.alpha_hat, 3), over)
+        table.add_row(c.name, "+" if c.selected else "", _number(c.alpha, 4), _number(c.alpha_hat, 3), over)
     near = any(c.near for c in layers.candidates)
     return _section(f"layers, {layers.source}", table, "?: one more step could have turned it" if near else "")
 
@@ -201,7 +200,7 @@ def _routers(found: Inspection) -> list[RenderableType]:
             [max(u.top1) for u in usage],
         ]
         own = [_number(_mean(values)) for values in [*(numbers if used else []), [cosine[name] for name in names]]]
-        table.add_row(escape(labels[block]), *own)
+        table.add_row(labels[block], *own)
     if found.routers is None:
         return _section("heads", table, "mean cosine between the B's of a site, over the block's sites")
     note = "means over the block's sites; entropy and balance: 1 is even; top-1: of the most used head"
@@ -217,7 +216,7 @@ def _domains(routers: Routers) -> list[RenderableType]:
         own = [site.domains[domain] for site in sites]
         numbers = [[u.entropy for u in own], [u.balance for u in own], [site.apart(domain) for site in sites]]
         tokens = f"{max((u.tokens for u in own), default=0):,}"
-        table.add_row(escape(domain), tokens, *(_number(_mean(values)) for values in numbers))
+        table.add_row(domain, tokens, *(_number(_mean(values)) for values in numbers))
     note = "apart: how differently it uses the heads, from 0 (as all rows do) to 1 (quite other ones)"
     return _section("routers by domain", table, note)
 
@@ -257,7 +256,7 @@ def _directions(found: Inspection) -> list[RenderableType]:
         rate = "" if not site.rate else f"{max(site.rate):.2g} at {site.rate.index(max(site.rate))}"
         name = ".".join(site.site.split(".")[-3:])
         chosen = " ".join(str(c.index) for c in site.chosen if c.index is not None) or "not told" * bool(site.chosen)
-        table.add_row(escape(name), chosen, rate, f"{max(gains):.2g}" if gains else "")
+        table.add_row(name, chosen, rate, f"{max(gains):.2g}" if gains else "")
     more = f"; {len(rows) - MOST} more sites in --json and --html" if len(rows) > MOST else ""
     return _section("directions of W", table, f"0 is the direction of the largest σ{more}")
 
@@ -267,6 +266,6 @@ def _groups(found: Inspection) -> list[RenderableType]:
         return []
     table = _table("shared", "sites", "first", "numbers", "instead of")
     for group in found.groups:
-        first = escape(group.sites[0])
+        first = group.sites[0]
         table.add_row(group.parts, str(len(group.sites)), first, f"{group.stored:,}", f"{group.untied:,}")
     return _section("tied groups", table)

@@ -10,10 +10,15 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
+
+from weftlora.foreign import visible
+from weftlora.redaction import redacted
 
 if TYPE_CHECKING:
     from weftlora.cli.diagnosis import Diagnosis
@@ -31,9 +36,25 @@ def show(record: Any, as_json: bool, human: Callable[[], RenderableType]) -> Non
         return
     shown = human()
     if isinstance(shown, str):
-        sys.stdout.write(shown + "\n")
+        sys.stdout.write(visible(redacted(shown), lines=True) + "\n")
     else:
-        Console().print(shown)
+        Screen().print(shown)
+
+
+class Screen(Console):
+    """A console on which foreign text is text: nothing in a name is markup, and nothing in it reaches the terminal as a control."""
+
+    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, file=file, width=width, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """A string as rich lays it out: what is written out counts in the width."""
+        return super().render_str(visible(text, lines=True), **options | {"markup": False, "emoji": False})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """What goes to the terminal; `Text` does not pass through `render_str`."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text, lines=True), style, control)
 
 
 def _first_process() -> bool:
@@ -57,7 +78,7 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log, handler = logging.getLogger("weftlora"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Lines("%(message)s"))
     before = log.level
     log.setLevel(logging.WARNING if as_json or quiet or not _first_process() else logging.INFO)
     log.addHandler(handler)
@@ -73,6 +94,11 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
         log.setLevel(before)
 
 
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(redacted(super().format(record)), lines=True)
+
+
 def _hush_transformers() -> None:
     """No bars, and errors only; transformers itself is loaded by those commands that need it."""
     if "transformers" not in sys.modules:
@@ -86,7 +112,7 @@ def _hush_transformers() -> None:
 
 
 def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
-    sys.stderr.write(f"weftlora: warning: {' '.join(str(message).split())}\n")
+    sys.stderr.write(f"weftlora: warning: {visible(redacted(' '.join(str(message).split())))}\n")
 
 
 def run_summary(run: Run) -> str:

@@ -24,6 +24,9 @@ def report(
     routers: Annotated[
         bool, typer.Option("--routers", help="Also run routers over validation rows; loads the base.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --out even if it is no page of weftlora.")
+    ] = False,
     trust_terms: TrustTerms = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
 ) -> None:
@@ -31,7 +34,9 @@ def report(
     with output.calling(as_json, quiet=True):
         from weftlora.report import report as call
 
-        written = call(*runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers)
+        written = call(
+            *runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers, overwrite=overwrite
+        )
     output.show(
         written.record(), as_json, lambda: "\n".join([written.verdict, *written.warnings, f"written: {written.path}"])
     )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.display import watching
-from weftlora.errors import RunError
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
@@ -30,14 +26,11 @@ def search(
         list[int] | None,
         typer.Option(min=1, help="Search on so many rows too, to see how far that decides; repeatable."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is no selection.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
 ) -> None:
     """Select the blocks to adapt, by a search on held-out training rows."""
-    if not os.access(Path(out).parent, os.W_OK):  # before the search, not after
-        raise RunError(
-            f"cannot write {out}: {Path(out).parent} is no folder that can be written to; choose another --out."
-        )
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         with needs("train", "weftlora search"):
             from weftlora.train.recipe import asked
@@ -45,7 +38,9 @@ def search(
             asked(recipe, overrides or [])
             from weftlora.train.layers import search_recipe
 
-        found = search_recipe(recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, progress=progress)
+        found = search_recipe(
+            recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, overwrite=overwrite, progress=progress
+        )
     output.show(found.record(), as_json, lambda: _shown(found))
 
 
@@ -68,7 +63,7 @@ def _shown(found: Searched) -> RenderableType:
         output.controls(selection),
         f"written: {found.path}  (adapter.layers={found.path} in any recipe)",
     ]
-    return Group(table(found), *(escape(line) for line in text))
+    return Group(table(found), *text)
 
 
 def _agreement(what: str, stability: Stability | None, option: str) -> str:
@@ -102,5 +97,5 @@ def table(found: Searched) -> Table:
             f"{c.distance:+.4f}{' ?' if c.near else ''}",
             f"{c.gradient_norm:.3g}",
         ]
-        shown.add_row(mark, escape(c.name), *numbers, *([] if frequency is None else [f"{frequency[i]:.0%}"]))
+        shown.add_row(mark, c.name, *numbers, *([] if frequency is None else [f"{frequency[i]:.0%}"]))
     return shown

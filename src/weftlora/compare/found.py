@@ -154,7 +154,7 @@ def _check_same_rows(folders: Sequence[Path]) -> None:
         run = Run.load(folder)
         first = first or run
         for what, same in (
-            ("rows", sorted(run.data["hashes"].values()) == sorted(first.data["hashes"].values())),
+            ("rows", [*run.data["hashes"].values()] == [*first.data["hashes"].values()]),
             ("base", (run.base["shapes"], run.base["values"]) == (first.base["shapes"], first.base["values"])),
         ):
             if not same:

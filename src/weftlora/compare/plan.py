@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from weftlora.train import answers, arguments
 from weftlora.train import model as models
 from weftlora.train.files import read_json, write_json
 from weftlora.train.loop import PACKAGES, version
+from weftlora.train.ownership import inside
 
+_SLUG = re.compile(r"(?![.])[\w.-]{1,200}")
+"""What `Contender.slug` makes of a name."""
 TUNING_SEED = 1000
 """The first seed that rates are tried with, unless it is reported."""
 
@@ -78,7 +82,7 @@ class Plan:
     versions: dict[str, str]
     device: str
     hashes: list[str] = field(default_factory=list)
-    """SHA-256 of the files of rows."""
+    """SHA-256 of the files of rows, by split."""
     jobs: list[int] = field(default_factory=list)
     """How many runs there were at once, in every session that had another number."""
 
@@ -171,9 +175,30 @@ class Plan:
                     f"{folder / 'compare.json'} was written by a newer weftlora: update weftlora to read it."
                 )
             content["methods"] = [Method(**method) for method in content["methods"]]
-            return cls(**{key: value for key, value in content.items() if key in names})
-        except (TypeError, KeyError) as error:
-            raise RunError(f"{folder / 'compare.json'} is damaged: {error}.") from None
+            plan = cls(**{key: value for key, value in content.items() if key in names})
+            plan._check_folders(folder)
+        except (AttributeError, TypeError, KeyError, ValueError, StopIteration) as error:
+            raise RunError(f"{folder / 'compare.json'} is damaged: {type(error).__name__}: {error}.") from None
+        return plan
+
+    def _check_folders(self, top: Path) -> None:
+        """Every run must lie in the comparison's folder, whatever the file says and wherever links lead. Raises RunError."""
+        if self.slugs.keys() != {method.name for method in self.methods} or len(set(self.slugs.values())) < len(
+            self.slugs
+        ):
+            raise ValueError("its methods and their folders do not belong together")
+        if not all(isinstance(rate, (int, float)) for rate in self.rates):
+            raise TypeError(f"rates={self.rates!r}")
+        for name, slug in self.slugs.items():
+            if not _SLUG.fullmatch(slug):
+                raise RunError(
+                    f"{top / 'compare.json'} puts the runs of {name!r} into {slug!r}, which is no name of a folder in it: the file is "
+                    "damaged or not to be trusted."
+                )
+        for method in self.methods:
+            tried = [(seed, lr) for lr in self.rates for seed in self.tuning_seeds]
+            for seed, lr in [*((seed, None) for seed in self.reported_seeds(method)), *tried]:
+                inside(top, self.folder(method.name, int(seed), lr))
 
 
 def make(recipe: CompareRecipe) -> Plan:
@@ -215,7 +240,7 @@ def make(recipe: CompareRecipe) -> Plan:
         draws={each.contender.name: each.blocks for each in solved if each.blocks is not None},
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
-        hashes=sorted(data.hashes.values()),
+        hashes=list(data.hashes.values()),
     )
 
 
@@ -228,7 +253,7 @@ def check_rows(plan: Plan, recipe: CompareRecipe) -> None:
     """
     base = models.find(recipe.model, recipe.base_dir)
     data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
-    if plan.hashes != sorted(data.hashes.values()):
+    if plan.hashes != list(data.hashes.values()):
         raise RunError(
             f"the rows of {recipe.data.train} have changed since this comparison began: put them back, choose another folder with "
             "--out, or start anew with --overwrite."

@@ -18,16 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from weftlora.compare import metrics
+from weftlora.data.paths import checked_path
 from weftlora.errors import ConfigError
 from weftlora.numbers import is_number, is_whole
 from weftlora.strict import Strict
 from weftlora.train.recipe import Subject, TrainConfig, read_file
 
+MOST_SEEDS = 1000
 RATES = (5e-4, 2e-3, 8e-3)
 """Learning rates that are tried where a recipe names none: each four times the one before."""
 
@@ -37,7 +39,7 @@ class Budget(Strict):
 
     where: ClassVar[str] = "budget"
     equal: Literal["parameters", "steps"] = "parameters"
-    r: int = Field(default=8, gt=0)
+    r: int = Field(default=8, gt=0, le=2**20)
 
 
 class Rates(Strict):
@@ -45,7 +47,7 @@ class Rates(Strict):
 
     where: ClassVar[str] = "rates"
     values: list[float] = Field(default=list(RATES), min_length=1)
-    seeds: int = Field(default=1, gt=0)
+    seeds: int = Field(default=1, gt=0, le=MOST_SEEDS)
 
     @field_validator("values")
     @classmethod
@@ -72,7 +74,7 @@ class CompareRecipe(Subject):
     metric: metrics.Name | None = None
     answers: bool | None = None
     """Whether test answers are generated, for exact match, BLEU and ROUGE-L, which may take longer than all else; none is yes."""
-    out: str = Field(min_length=1)
+    out: Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
 
     @field_validator("scale", mode="before")
     @classmethod
@@ -84,13 +86,19 @@ class CompareRecipe(Subject):
     @field_validator("seeds", mode="before")
     @classmethod
     def _are_seeds(cls, value: Any) -> Any:
-        if is_whole(value, 1):
+        if is_whole(value, 1) and value <= MOST_SEEDS:
             return value
-        if isinstance(value, list) and value and all(is_whole(seed, 0) and seed < 2**32 for seed in value):
+        if (
+            isinstance(value, list)
+            and 0 < len(value) <= MOST_SEEDS
+            and all(is_whole(seed, 0) and seed < 2**32 for seed in value)
+        ):
             if len(set(value)) == len(value):
                 return value
             raise ConfigError(f"seeds={value} names a seed twice: it would count twice, and is one run.")
-        raise ConfigError(f"seeds={value!r}: give how many, such as 5, or a list of whole numbers from 0 to 2**32 - 1.")
+        raise ConfigError(
+            f"seeds={value!r}: give how many, such as 5 and at most {MOST_SEEDS}, or a list of whole numbers from 0 to 2**32 - 1."
+        )
 
     @model_validator(mode="after")
     def _owned(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,6 +22,7 @@ from weftlora.compare.work import SCORES, status
 from weftlora.errors import ConfigError, RunError
 from weftlora.numbers import is_whole
 from weftlora.train.files import read_json, write_json, writing
+from weftlora.train.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
 from weftlora.train.progress import Tick
 from weftlora.train.recipe import TrainConfig
 from weftlora.train.run import differences
@@ -108,7 +109,7 @@ def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
             _check_same(Plan.load(folder), recipe, folder)
         return
     if folder.is_dir() and (
-        other := [path.name for path in folder.iterdir() if path.name not in (*NAMES, "compare.json.part")]
+        other := [path.name for path in folder.iterdir() if path.name not in NAMES and not is_temporary(path)]
     ):
         raise RunError(f"{folder} holds other files, such as {other[0]}, and no comparison: choose another with --out.")
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -158,12 +159,27 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
 
 
 def _clear(folder: Path) -> None:
-    """Delete a comparison, the plan last, so that what a kill leaves is still one."""
+    """Delete what a comparison has written, the plan last, so that what a kill leaves is still one."""
+    plan = Plan.load(folder)
+    places = (
+        place for slug in plan.slugs.values() for top in ("runs", "tuning") for place in (folder / top / slug).glob("*")
+    )
+    runs = [path for path in places if _RUN.fullmatch(path.name) and not path.is_symlink()]
+    for run in runs:
+        ours = of_run(run, vouched=True)
+        for name in files_of(run):
+            if name.name != NAMES[0] and not any((run / name).is_relative_to(path) for path in ours):
+                raise RunError(f"{run / name} was not written by this comparison: move it away before --overwrite.")
     with writing(folder):
-        for name in ("runs", "tuning"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for run in runs:
+            delete(of_run(run, vouched=True), folder)
+            without_empty({run / name for name in FOLDERS} | {run}, folder)
         (folder / RESULT).unlink(missing_ok=True)
         (folder / "compare.json").unlink()
+
+
+_RUN = re.compile(r"base|(lr[^/]+-)?s[0-9]+")
+"""How a plan calls the folder of a run."""
 
 
 class Queue:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import traceback
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from weftlora.compare.record import Status
 from weftlora.errors import DivergedError, RunError, WeftError
 from weftlora.train.evaluation import Evaluation
 from weftlora.train.files import read_json, write_json, writing
+from weftlora.train.ownership import delete, inside, of_run
 from weftlora.train.progress import Progress
 from weftlora.train.recipe import Recipe
 from weftlora.train.run import Run
@@ -53,7 +53,7 @@ def carry_out(job: Job, top: Path, progress: Progress) -> None:
     Raises:
         RunError: not even the problem could be written.
     """
-    folder = top / job.folder
+    folder = inside(top, job.folder)
     try:
         (folder / PROBLEM).unlink(missing_ok=True)
         _carry_out(job, folder, progress)
@@ -96,7 +96,7 @@ def _can_go_on(folder: Path) -> bool:
         if Run.load(folder).adapter["peft_type"] != "ADALORA":
             return True
     with writing(folder):
-        shutil.rmtree(folder)
+        delete(of_run(folder, vouched=True), folder)
     return False
 
 

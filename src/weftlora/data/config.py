@@ -71,14 +71,14 @@ class DataConfig(Strict):
     quoting: Literal["csv", "none"] = "csv"
     unit: Literal["block", "paragraph", "line"] = "block"
     prompt_template: str | None = None
-    max_length: int = Field(default=512, ge=8)
+    max_length: int = Field(default=512, ge=8, le=2**24)
     truncate: Literal["prompt", "completion", "drop"] = "prompt"
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     split_on: Literal["row", "prompt"] = "row"
-    limit: int | None = Field(default=None, ge=1)
-    validation_limit: int | None = Field(default=None, ge=1)
-    test_limit: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, ge=1, le=2**62)
+    validation_limit: int | None = Field(default=None, ge=1, le=2**62)
+    test_limit: int | None = Field(default=None, ge=1, le=2**62)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @classmethod
     def parse(cls, data: Any) -> Self:

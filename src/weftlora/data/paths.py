@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
 
-from weftlora.errors import DataError, ModelError
+from weftlora.errors import ConfigError, DataError, ModelError
+from weftlora.foreign import shortened
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def checked_path(written: str) -> str:
+    """`written`, if a file could be called so. Raises ConfigError."""
+    if "\0" in written:
+        raise ConfigError(f"the path {written!r} holds a NUL, which no path can: write it again.")
+    if (longest := max(len(os.fsencode(part)) for part in written.split("/"))) > 255 or len(
+        os.fsencode(written)
+    ) > 4000:
+        raise ConfigError(
+            f"the path {shortened(repr(written), 120)} has a name of {longest} bytes, and 255 can be had: shorten it."
+        )
+    if written.startswith("~"):
+        try:
+            Path(written).expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                f"the path {written!r} names a user that this machine does not have: write it out."
+            ) from None
+    return written
 
 
 def resolve_path(written: str, base_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -24,7 +46,7 @@ def resolve_path(written: str, base_dir: str | os.PathLike[str] | None = None) -
             raise DataError(f"the path {written!r} needs the environment variable {name}, which is not set: export it.")
         return found
 
-    path = Path(_VARIABLE.sub(value, written)).expanduser()
+    path = Path(checked_path(_VARIABLE.sub(value, written))).expanduser()
     return Path(os.path.normpath(Path(base_dir or ".").absolute() / path))
 
 
@@ -43,7 +65,26 @@ def locate(path: str, base_dir: Path) -> str:
         raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
+    if missing := sorted(name for name in _sharded(folder) if not (folder / name).is_file()):
+        raise ModelError(f"{str(folder)!r} lacks {missing[0]}, one of its weights files: copy it there.")
     return str(folder.resolve())
+
+
+def _sharded(folder: Path) -> set[str]:
+    """The weights files that a folder's index names. Raises ModelError where it is damaged, or names a file elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return set()
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(
+                f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
+            )
+    return names
 
 
 _PACKAGE = "package:"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ def read_saved(folder: Path) -> Source:
     """
     import datasets
 
+    _check_names(folder)
     try:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{folder} is a folder but not a complete saved Hugging Face dataset ({_first_line(error)}): "
             "write it with Dataset.save_to_disk, or name a file in it."
@@ -38,6 +40,20 @@ def read_saved(folder: Path) -> Source:
         parts["test"] = _source(saved["test"], folder / "test")
     train = _source(saved["train"], folder / "train")
     return Source(train.name, train.rows, train.hashes, unit="row", parts=parts)
+
+
+def _check_names(folder: Path) -> None:
+    """Refuse a saved dataset whose records name files or splits elsewhere: `load_from_disk` would read them. Raises DataError."""
+    records = [folder / "dataset_dict.json", folder / "state.json", *folder.glob("*/state.json")]
+    for path in records:
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+            names = [*said.get("splits", ()), *(file["filename"] for file in said.get("_data_files", ()))]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # what is no record is found by `load_from_disk`, with its reason
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+                raise DataError(f"{path} names {name!r}, which does not lie in its folder: save the dataset again.")
 
 
 def _first_line(error: Exception) -> str:

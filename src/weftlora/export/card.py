@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 import peft
 import torch
 import transformers
+import yaml
 from peft import LoraConfig
 
 from weftlora.export.files import hub_id
-from weftlora.export.folder import MARK
 from weftlora.export.record import LoraExport, Merge, Proof
 from weftlora.export.source import Source
+from weftlora.foreign import for_markdown, in_code, visible
 from weftlora.glue.updates import base_of
 from weftlora.spec import encode_choice
 from weftlora.terms.axes import AXES
+from weftlora.train.ownership import EXPORTED
 from weftlora.version import __version__
 
 
@@ -92,11 +95,17 @@ def base_name(source: Source) -> str:
 
 def _head(adapters: tuple[str, ...], source: Source, tags: list[str], base: str | None, first: str) -> str:
     """The metadata, the first line that a reader sees, and the title."""
-    front = [f"base_model: {base}"] if base else []
+    front = [f"base_model: {_in_yaml(base)}"] if base else []
     front += ["library_name: peft"] if "peft" in tags else ["library_name: transformers"]
     front += ["tags:", *(f"- {tag}" for tag in tags)]
     what = " + ".join(_method(source, adapter) for adapter in adapters)
-    return "---\n" + "\n".join(front) + f"\n---\n\n{first}\n\n# {what} on {base_name(source)}"
+    title = f"# {for_markdown(what)} on {for_markdown(base_name(source))}"
+    return "---\n" + "\n".join(front) + f"\n---\n\n{first}\n\n{title}"
+
+
+def _in_yaml(text: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) is not None
+    return text if plain else yaml.safe_dump(visible(text), default_style='"', width=10**6, allow_unicode=True).strip()
 
 
 def _method(source: Source, adapter: str) -> str:
@@ -159,7 +168,7 @@ def _number(value: float) -> str:
 def _axes(adapter: str, config: Any) -> str:
     facts = {axis: _choice(encode_choice(getattr(config, axis))) for axis in AXES}
     facts |= {"r": str(config.r), "lora_alpha": str(config.lora_alpha), "use_rslora": str(config.use_rslora)}
-    return f"Adapter `{adapter}`:\n\n" + _table(facts)
+    return f"Adapter `{in_code(adapter)}`:\n\n" + _table(facts)
 
 
 def _choice(encoded: Any) -> str:
@@ -173,9 +182,10 @@ def _choice(encoded: Any) -> str:
 def _proof(proof: Proof | None) -> str:
     if proof is None:
         return "Not verified: it was exported with `verify=False`, so nothing compared it with the live adapter."
+    inputs = for_markdown(proof.inputs)
     bound = "" if proof.tolerance is None else f" (allowed: {proof.tolerance:g})"
     return (
-        f"Run by stock libraries in a process without weftlora, in float32, on {proof.inputs}: the largest difference of a logit from "
+        f"Run by stock libraries in a process without weftlora, in float32, on {inputs}: the largest difference of a logit from "
         f"the live adapter is {proof.error:.2g} of the largest logit{bound}. The adapter itself moves logits by {proof.moved:.2g} "
         "of it."
     )
@@ -198,7 +208,7 @@ def _costs(export: LoraExport) -> list[str]:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         parts.append(
             "**An approximation.** The adapter is HydraLoRA, whose heads are mixed anew for every token; here they are fixed at "
-            f"their mean weights over {fixed.gates}. Against the live adapter the largest difference of a logit is "
+            f"their mean weights over {for_markdown(fixed.gates)}. Against the live adapter the largest difference of a logit is "
             f"{fixed.error:.2g} of the largest logit, and {fixed.lost:.1%} of the adapter's change of the logits is lost"
             + (f" (loss: {shown})." if shown else ".")
             + " The measurement above compares the folder with the adapter at these fixed weights."
@@ -213,9 +223,9 @@ def _versions() -> str:
         "torch": torch.__version__,
     }
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{MARK} {__version__}, {shown}, Python {platform.python_version()}."
+    return f"{EXPORTED} {__version__}, {shown}, Python {platform.python_version()}."
 
 
 def _table(facts: Mapping[str, str | None]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    rows = "\n".join(f"| {for_markdown(name)} | {for_markdown(value)} |" for name, value in facts.items() if value)
     return f"| | |\n|---|---|\n{rows}"

@@ -1,21 +1,23 @@
-"""A folder that is there whole or not at all: written as NAME.part beside it, forced to disk, then renamed."""
+"""A folder that is there whole or not at all: written beside it, forced to disk, then renamed.
+
+What lies in a folder that is replaced and is no file of the earlier export is in the new one too.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from weftlora.errors import RunError
-from weftlora.train.files import sync, sync_tree, writing
+from weftlora.train.files import restore, unfinished, write_folder, writing
+from weftlora.train.lock import beside, holding
+from weftlora.train.ownership import is_export, listed, of_export
 
 SCRATCH = ".proof"
 """Folder inside the unfinished one, for what a proof needs; gone before the rename."""
-FINISHED = ("adapter_config.json", "config.json")
-MARK = "Exported with weftlora"
-"""In the card of every export, and in no other."""
 
 
 def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None = None) -> None:
@@ -30,6 +32,9 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
             is exported, its base or the current folder; or it cannot be written.
     """
     place = _real(out)
+    if not place.exists() and unfinished(place):  # killed between two renames
+        with holding(place.parent, "weftlora export", beside(place)):
+            restore(place)
     if place.exists() and not place.is_dir():
         raise RunError(f"cannot export to {out}: it is a file; choose another out.")
     found = base if base is not None and Path(base).exists() else None  # else a hub id
@@ -49,13 +54,6 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
         raise RunError(f"cannot export to {out}: {nearest} cannot be written to; choose another out.")
 
 
-def is_export(folder: Path) -> bool:
-    """Whether an export wrote this folder: a trained adapter or a base model, which look alike, must not be replaced by one."""
-    card = folder / "README.md"
-    whole = card.is_file() and any((folder / name).is_file() for name in FINISHED)
-    return whole and MARK in card.read_text(encoding="utf-8", errors="replace")
-
-
 def write(out: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write the folder; whatever stops it leaves `out` as it was.
 
@@ -63,68 +61,26 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
         RunError: disk full, read-only, or another process is writing the same folder.
     """
     out = _real(out)
-    partial, old = out.with_name(out.name + ".part"), out.with_name(out.name + ".replaced")
     made = [folder for folder in out.parents if not folder.exists()]
-    with writing(out), _claimed(partial, out):
-        try:
-            fill(partial)
-            shutil.rmtree(partial / SCRATCH, ignore_errors=True)
-            sync_tree(partial)
-            _sync_folder(partial)
-            if out.exists():  # moved aside, not deleted: half a folder might look like a whole one
-                shutil.rmtree(old, ignore_errors=True)
-                out.replace(old)
-            partial.replace(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not out.exists():
-                old.replace(out)
-            for folder in made:
-                with suppress(OSError):  # somebody else's files are in it now
-                    folder.rmdir()
-            raise
-        _sync_folder(out.parent)  # the rename itself must be on disk before anybody is told
-        shutil.rmtree(old, ignore_errors=True)
 
+    def whole(place: Path) -> None:
+        fill(place)
+        shutil.rmtree(place / SCRATCH, ignore_errors=True)
+        with (place / "README.md").open("a", encoding="utf-8") as card:
+            card.write(f"\n{listed(place)}\n")
 
-@contextmanager
-def _claimed(partial: Path, out: Path) -> Iterator[None]:
-    """A new folder that is ours alone. The lock goes with the process, so a killed export holds none."""
-    with ExitStack() as held:
-        if partial.exists():
-            _lock(partial, out, held)
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _lock(partial, out, held)
-        yield
-
-
-def _lock(folder: Path, out: Path, held: ExitStack) -> None:
-    if os.name != "posix":
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    held.callback(os.close, descriptor)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunError(
-            f"another process is exporting to {out} at this moment: wait for it, or choose another out."
-        ) from None
-    except OSError:  # a file system without locks
-        return
+        with writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with holding(out.parent, "weftlora export", beside(out)):
+            write_folder(out, whole, {path.relative_to(out) for path in of_export(out)}.__contains__)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else's files are in it now
+                folder.rmdir()
+        raise
 
 
 def _real(path: str | Path) -> Path:
     """The folder itself: what is renamed must have a name (`.` has none) and must not be a link to it."""
     return Path(os.path.realpath(path))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            sync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -216,7 +216,7 @@ def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype, origin
     plain.save_pretrained(place)
     tokenizer = source.tokenizer
     if tokenizer is None and source.base is not None and (Path(source.base) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(source.base)
+        tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
 

@@ -8,6 +8,7 @@ and beside it, so that a small error means something, how far the adapter itself
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -108,9 +109,18 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | Non
     """
     file = scratch / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-I", stock.__file__, str(file)], capture_output=True, text=True, check=False
-    )
+    alive, held = os.pipe()  # nothing is ever written: its end closes with this process, however that ends
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", stock.__file__, str(file), str(alive)],
+            capture_output=True,
+            text=True,
+            check=False,
+            pass_fds=[alive],
+        )
+    finally:
+        os.close(alive)
+        os.close(held)
     try:
         if done.returncode:
             raise ValueError

@@ -1,6 +1,6 @@
 """What stock transformers and peft compute from an exported folder, in a process where weftlora cannot be imported.
 
-    python -I stock.py JOBS.json          (run by `weftlora.export.proof`; imports nothing of weftlora)
+    python -I stock.py JOBS.json PIPE          (run by `weftlora.export.proof`; imports nothing of weftlora)
 
 Every job names a base (`base`, `model_class`, `load`; `dtype` is what it is loaded in before it computes in fp32), perhaps an
 adapter folder with what its sites should be (`sites`: {name: rank}, null to ask nothing), a safetensors file of batches (`inputs`,
@@ -11,10 +11,18 @@ keys "0.input_ids", "1.input_ids", ...) and where to write what comes out (`outp
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
+
+
+def follow(descriptor: int) -> None:
+    """End at once when the process that holds the other end of a pipe has ended: nobody is left to read what comes out."""
+    os.read(descriptor, 1)
+    os._exit(1)
 
 
 def main(path: str) -> None:
@@ -46,7 +54,8 @@ def _run(job: dict[str, Any]) -> str | None:
     cls = getattr(transformers, job["model_class"])
     torch.manual_seed(982451653)  # what the base lacks is drawn, and must not be as it was in training by accident
     stored = getattr(torch, job["dtype"])  # first as in training, so that a checkpoint is rounded as it was there
-    model = cls.from_pretrained(job["base"], dtype=stored, use_safetensors=True, **job["load"]).float()
+    load = {"dtype": stored, **job["load"]}
+    model = cls.from_pretrained(job["base"], use_safetensors=True, trust_remote_code=False, **load).float()
     if job["pad_token_id"] is not None:
         model.config.get_text_config().pad_token_id = job["pad_token_id"]
     model.to(job["device"])
@@ -89,4 +98,5 @@ def _sites(model: Any, wanted: dict[str, int]) -> str | None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=follow, args=(int(sys.argv[2]),), daemon=True).start()
     main(sys.argv[1])

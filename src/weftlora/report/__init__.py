@@ -27,6 +27,7 @@ def report(
     metric: str | None = None,
     title: str | None = None,
     routers: bool = False,
+    overwrite: bool = False,
 ) -> Report:
     """Write one offline page about runs: the verdict first, and every number linked to the run it comes from.
 
@@ -34,11 +35,12 @@ def report(
 
     Args:
         runs: a comparison's folder, or run folders of one model and data set.
-        out: the file, written whole or not at all.
+        out: the file, written whole or not at all; an earlier page is replaced.
         baseline: the method that the others are held against, instead of the comparison's own (plain LoRA).
         metric: what the verdicts are about, instead of the comparison's own: loss, exact_match, accuracy, macro_f1, bleu, rouge_l.
         title: the heading, instead of model and data.
         routers: also show what the routers of HydraLoRA do in each domain, in one run per method. This alone needs the base.
+        overwrite: replace `out` even if it is no page of weftlora.
 
     Returns:
         The path, the sentence over all methods, and the comparison itself.
@@ -53,7 +55,7 @@ def report(
     with needs("report", "weftlora.report"):
         from weftlora.report.comparison.writing import write_report
 
-        return write_report(runs, out, baseline, metric, title, routers)
+        return write_report(runs, out, baseline, metric, title, routers, overwrite)
 
 
 class _Callable(ModuleType):

@@ -56,7 +56,7 @@ def bare_subject(folder: Path, source: str) -> Subject:
             _read_stock(subject, named)
     except WeftError:
         raise
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError, ArithmeticError) as error:
         raise AdapterError(
             f"the tensors of {folder} do not fit its config ({' '.join(str(error).split())[:200]}): save the adapter again."
         ) from None
@@ -70,7 +70,7 @@ def _settings(folder: Path) -> tuple[str, dict[str, Any]]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         kind = str(settings["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise AdapterError(
             f"{folder} has no adapter_config.json of an adapter: give a run or adapter folder."
         ) from None

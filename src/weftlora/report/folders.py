@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from weftlora.errors import AdapterError, DataError, MissingExtraError, ModelError, WeftError
+from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
 from weftlora.extras import needs
 from weftlora.report.bare import bare_subject
 from weftlora.report.subject import Rows, Start, Subject, live_subject
@@ -78,7 +78,7 @@ def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, d
             trained = load_run(run, base, at_the_start=lambda plain: drawn.extend(_drawn(run, plain)))
         else:
             trained = load_adapter(inside, base)
-    except (ModelError, AdapterError) as error:
+    except (ModelError, AdapterError, DivergedError) as error:
         if base is not None:
             raise
         bare.left_out.append(

@@ -33,14 +33,14 @@ def page(found: Inspection) -> str:
     )
 
 
-def write_page(found: Inspection, path: str | Path) -> None:
-    """Write the page to a file, whole or not at all.
+def write_page(found: Inspection, path: str | Path, overwrite: bool = False) -> None:
+    """Write the page to a file, whole or not at all; an earlier page is replaced, anything else with `overwrite` only.
 
     Raises:
         ConfigError: the extra `html` is not installed.
-        RunError: the file cannot be written.
+        RunError: the file cannot be written, or is something else.
     """
-    write(page(found), path)
+    write(page(found), path, overwrite)
 
 
 def tiles(found: Inspection) -> list[tuple[str, str]]:

@@ -17,8 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from weftlora.errors import RunError
 from weftlora.extras import needs
+from weftlora.foreign import visible
+from weftlora.redaction import redacted
+from weftlora.train.files import check_output, write_text
 
 NEEDED = ("jinja2", "vl_convert")
 
@@ -46,7 +48,12 @@ def render(
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(_asset),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     run = [_bundle(), *map(_asset, ("page.js", *scripts))]
     return environment.get_template(template).render(
@@ -58,16 +65,26 @@ def render(
     )
 
 
-def write(text: str, path: str | Path) -> None:
-    """Write a page to a file, whole or not at all. Raises RunError if the file cannot be written."""
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}; choose another file.") from None
+def check_place(path: str | Path, overwrite: bool) -> None:
+    """Refuse a page's place before the work: what is there and is no page of weftlora is kept. Raises RunError."""
+    check_output(Path(path), "a page of weftlora", (), overwrite)
+
+
+def write(text: str, path: str | Path, overwrite: bool = False) -> None:
+    """Write a page to a file, whole or not at all. Raises RunError if the file cannot be written, or is no page."""
+    check_place(path, overwrite)
+    write_text(Path(path), text)
+
+
+def _shown(value: Any) -> Any:
+    """A value as a page shows it; autoescape comes after this. What is marked as safe is ours."""
+    return visible(redacted(value), lines=True) if type(value) is str else value
+
+
+def _all_shown(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_shown(key): _all_shown(inner) for key, inner in value.items()}
+    return [_all_shown(inner) for inner in value] if isinstance(value, (list, tuple)) else _shown(value)
 
 
 def _asset(name: str) -> str:
@@ -88,7 +105,7 @@ def _bundle() -> str:
 
 def _json(value: Any) -> str:
     """JSON that can stand inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_all_shown(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

@@ -140,8 +140,12 @@ class Selection:
 
     def save(self, path: str | Path) -> None:
         """Write the selection as JSON."""
+        Path(path).write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """The selection as JSON."""
         content = {"format": FORMAT, "layers": list(self.blocks), **dataclasses.asdict(self)}
-        Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False, default=_json) + "\n", encoding="utf-8")
+        return json.dumps(content, indent=1, ensure_ascii=False, default=_json) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Selection:

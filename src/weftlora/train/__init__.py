@@ -27,6 +27,7 @@ def train(
     *overrides: str,
     resume: bool = False,
     overwrite: bool = False,
+    verify_base: bool = True,
     progress: Progress = ignore,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Run:
@@ -37,7 +38,9 @@ def train(
         overrides: `key=value` with dots, such as `train.lr=1e-3`; values are YAML.
         resume: continue the run in `out` from its newest complete checkpoint. On a CPU the final adapter is the
             uninterrupted run's, bit for bit. A complete run is returned as it is.
-        overwrite: replace an earlier run in `out`.
+        overwrite: replace an earlier run in `out`; your own files in it stay.
+        verify_base: identify the base's weights by their content, in the background. False on network disks that are slow to read;
+            the run records it, and a base whose values were changed later is then found by a sample of them only.
         progress: called with a `Tick` after every optimiser step.
         callbacks: further transformers callbacks.
 
@@ -51,7 +54,7 @@ def train(
         read, before = asked(recipe, overrides, resume)
         from weftlora.train import loop
 
-        return loop.train(read, before, overwrite, progress, callbacks)
+        return loop.train(read, before, overwrite, verify_base, progress, callbacks)
 
 
 def evaluate(

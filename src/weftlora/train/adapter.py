@@ -10,12 +10,14 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 from weftlora.errors import ConfigError, TargetError, WeftError
+from weftlora.foreign import for_markdown, in_code
 from weftlora.recipes import RECIPES, check_fields
 from weftlora.search import Selection
 from weftlora.spec import WeftConfig
 from weftlora.terms.axes import AXES
 from weftlora.terms.trust import from_folder
 from weftlora.train.files import write_folder
+from weftlora.train.ownership import ADAPTER
 from weftlora.train.run import Run
 
 if TYPE_CHECKING:
@@ -97,14 +99,18 @@ def write_adapter(model: PeftModel, run: Run) -> None:
 
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
-        said = _README.format(run=run, method=_method(run), trust=_trust(run))
-        (folder / "README.md").write_text(said, encoding="utf-8")
+        (folder / "README.md").write_text(_readme(run), encoding="utf-8")
 
-    write_folder(run.adapter_folder, fill)
+    write_folder(run.adapter_folder, fill, lambda name: name.as_posix() in ADAPTER)
 
 
 def _method(run: Run) -> str:
     return run.recipe["adapter"].get("recipe") or "its axes: " + ", ".join(run.recipe["adapter"])
+
+
+def _readme(run: Run) -> str:
+    kind = f"`{in_code(run.base['source'])}` ({for_markdown(run.base['kind'])}), task: {run.task}"
+    return _README.format(run=run, method=for_markdown(_method(run)), base=kind, trust=_trust(run))
 
 
 def _trust(run: Run) -> str:
@@ -118,7 +124,7 @@ def _trust(run: Run) -> str:
 _README = """\
 # Adapter {method}
 
-Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on `{run.base[source]}` ({run.base[kind]}), task: {run.task}.
+Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on {base}.
 
 ```python
 import weftlora  # registers the adapter type with peft

@@ -15,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from weftlora.errors import ConfigError, suggest
 from weftlora.glue.host_versions import named
+from weftlora.redaction import secrets_in
 from weftlora.train.recipe import TrainConfig
 
 OWNED = {
@@ -64,6 +65,11 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"train.args.{name} is already set by {OWNED[name]}: use that.")
         if name not in valid:
             raise ConfigError(f"train.args has no key {name!r}: {suggest(name, valid)}")
+    for name in secrets_in(config.args, "train.args"):
+        raise ConfigError(
+            f"{name} holds a token, key or password, which a run folder would keep: leave it out, and set the variable that its "
+            "library reads, such as HF_TOKEN, or log in with that library's own command."
+        )
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("train.precision=fp16 needs a GPU: use bf16 or fp32 on this machine.")
 

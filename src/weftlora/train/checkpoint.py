@@ -8,13 +8,18 @@ that marks nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from weftlora.errors import RunError
 from weftlora.train.files import sync_tree, write_json, writing
+from weftlora.train.ownership import CHECKPOINT, files_of, inside
 
+log = logging.getLogger(__name__)
 MARKER = "complete.json"
 SIGNATURE = "weft"
 """The key of what weftlora keeps in `TrainerState.stateful_callbacks`: a word in files, so it stays as it is."""
@@ -24,7 +29,33 @@ def mark(folder: Path, step: int) -> None:
     """Declare a checkpoint complete, once all its files are on disk. Raises RunError."""
     with writing(folder):
         sync_tree(folder)
-    write_json(folder / MARKER, {"step": step})
+        files = {name.as_posix(): _digest(folder / name) for name in sorted(files_of(folder)) if name.name != MARKER}
+    write_json(folder / MARKER, {"step": step, "files": files})
+
+
+def _digest(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def problem(folder: Path) -> str:
+    """What is wrong with a checkpoint that is marked complete, against its marker; empty if nothing is."""
+    try:
+        said = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if said["step"] != step_of(folder):
+            return f"its marker is of step {said['step']}"
+        for name, (size, digest) in said.get("files", {}).items():
+            path = inside(folder, name)
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or _digest(path)[1] != digest:
+                return f"{name} has changed since it was written"
+        told = folder / "trainer_state.json"
+        if told.is_file() and (step := json.loads(told.read_text(encoding="utf-8"))["global_step"]) != step_of(folder):
+            return f"its trainer_state.json is of step {step}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RunError) as error:
+        return f"it cannot be read ({type(error).__name__})"
+    return ""
 
 
 def unmark(folder: Path) -> None:
@@ -47,16 +78,28 @@ def newest(checkpoints: str | Path) -> Path | None:
     """The newest complete checkpoint; also for `Trainer.train(resume_from_checkpoint=...)` of your own Trainer.
 
     Raises:
-        RunError: a newer one was written by a Trainer that marks none, so nobody knows whether it is complete.
+        RunError: a newer one was written by a Trainer that marks none, so nobody knows whether it is complete; or it is a link.
     """
     found = marked(Path(checkpoints))
+    for path in sorted(Path(checkpoints).glob("checkpoint-*")):
+        if path.is_symlink() and CHECKPOINT.fullmatch(path.name):
+            raise RunError(f"{path} is a link, which nothing is read or deleted through: put the folder itself there.")
     unknown = [path for path in folders(Path(checkpoints)) if not is_marked(path) and _is_unsigned(path)]
     if unknown and (not found or step_of(unknown[-1]) > step_of(found[-1])):
         raise RunError(
             f"{unknown[-1]} was written without weftlora.Callback, which marks complete checkpoints: resume once from the one you "
             "trust, by its path, with callbacks=[weftlora.Callback()]."
         )
-    return found[-1] if found else None
+    problems: list[str] = []
+    for path in reversed(found):
+        if not (wrong := problem(path)):
+            if problems:
+                log.warning("%s: going on from %s instead", "; ".join(problems), path.name)
+            return path
+        problems.append(f"{path} is damaged: {wrong}")
+    if problems:
+        raise RunError(f"{problems[0]}, and there is no earlier one that is whole: start the run again.")
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -87,11 +130,9 @@ def rotate(checkpoints: Path, keep: int, best: Path | None = None) -> None:
 
 
 def folders(checkpoints: Path) -> list[Path]:
-    """All checkpoints below a folder by step, complete or not."""
-    found = [
-        path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit() and path.is_dir()
-    ]
-    return sorted(found, key=step_of)
+    """All checkpoints below a folder by step, complete or not; a link is none, and neither is what a user has named after one."""
+    found = [path for path in checkpoints.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def _is_unsigned(folder: Path) -> bool:

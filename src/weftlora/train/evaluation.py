@@ -21,6 +21,7 @@ from weftlora.train.answers import bleu, exact_match, rouge_l
 from weftlora.train.files import write_json
 from weftlora.train.generation import complete
 from weftlora.train.load import Trained, load_run, recipe_of
+from weftlora.train.lock import holding
 from weftlora.train.measure import Measured, accuracy, macro_f1, mean_loss
 from weftlora.train.progress import Progress, Tick
 from weftlora.train.recipe import Recipe
@@ -135,7 +136,8 @@ def evaluate(
     )
     if subject.run and limit is None and not overrides:
         suffix = "" if adapter == "trained" else "-base"
-        write_json(subject.run.folder / f"eval-{split}{suffix}.json", evaluation.record())
+        with holding(subject.run.folder, "weftlora eval"):
+            write_json(subject.run.folder / f"eval-{split}{suffix}.json", evaluation.record())
     return evaluation
 
 

@@ -37,7 +37,8 @@ from weftlora.spec import WeftConfig, decode_choice
 from weftlora.terms.layers import Layers
 from weftlora.terms.layers.search import Search, search_of
 from weftlora.train.adapter import parameters
-from weftlora.train.files import sync, write_lines, writing
+from weftlora.train.files import check_output, sync, write_lines, write_text, writing
+from weftlora.train.ownership import temporary
 from weftlora.train.prepare import Prepared
 from weftlora.train.progress import Progress, Tick, ignore
 from weftlora.train.recipe import Recipe, TrainConfig
@@ -140,7 +141,7 @@ class Stage:
         return self._second(selection)
 
     def _save(self) -> None:
-        partial = self._state.with_name("state.pt.part")
+        partial = temporary(self._state)
         with writing(self._state):
             self._state.parent.mkdir(exist_ok=True)
             self.search.save(partial)  # all processes: each has a random state of its own
@@ -157,8 +158,7 @@ class Stage:
         if selection.filled:
             log.warning("not over the threshold, and added for min_layers: %s", ", ".join(selection.filled))
         if self.main:
-            with writing(self.run.folder / "selection.json"):
-                selection.save(self.run.folder / "selection.json")
+            write_text(self.run.folder / "selection.json", selection.text())
             self.run.event(
                 "selection",
                 layers=list(selection.blocks),
@@ -236,6 +236,7 @@ def search_recipe(
     seeds: int = 1,
     rows: Sequence[int] = (),
     out: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = ignore,
 ) -> Searched:
     """Search the layers of a recipe and train nothing else.
@@ -244,11 +245,15 @@ def search_recipe(
         source: a recipe file, a built-in name, a mapping or a `Recipe`. An adapter without a search gets `weftlora.Search()`.
         seeds: how many searches, with seeds counted up from train.seed; they differ in adapter start, splits and order.
         rows: search again with the first seed on so many rows each, to see how far the size of the search set decides.
-        out: file for the first selection.
+        out: file for the first selection; an earlier selection is replaced.
+        overwrite: replace `out` even if it is something else.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work, or it names its layers already.
+        RunError: `out` cannot be written, or is something else than a selection.
     """
+    if out is not None:
+        check_output(Path(out), "a selection", ("layers", "candidates"), overwrite)
     recipe = Recipe.read(source, *overrides)
     for name, counts in (("seeds", [seeds]), ("rows", rows)):
         if not all(is_whole(n, 1) for n in counts):
@@ -258,8 +263,7 @@ def search_recipe(
     sized = {n: _search_once(recipe, first, n, progress, several)[0] for n in dict.fromkeys(rows)}
     found = [_search_once(recipe, seed, None, progress, several) for seed in range(first, first + seeds)]
     if out is not None:
-        with writing(Path(out)):
-            found[0][0].save(out)
+        write_text(Path(out), found[0][0].text())
     return Searched(
         tuple(selection for selection, _ in found),
         tuple(range(first, first + seeds)),

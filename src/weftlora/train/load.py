@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from weftlora.errors import AdapterError, RunError, WeftError
+from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
 from weftlora.extras import needs
 from weftlora.train import model
 from weftlora.train.fingerprint import Fingerprint, check_same, fingerprint
+from weftlora.train.identity import Weights, check_files
 from weftlora.train.run import Run
 
 if TYPE_CHECKING:
@@ -61,11 +62,16 @@ def load_run(
         wanted = dataclasses.replace(wanted, path=base)
     found = model.find(wanted, Path.cwd() if base else Path(run.base_dir))
     task = cast("Task", run.task)
+    known = run.base.get("weights")
+    weights = Weights(found.source, known, str(run.adapter_folder)) if isinstance(known, dict) and known else None
     with _drawing(run.seed):  # a classification head that no adapter brings is drawn as it was in training
         plain = model.load(found, task, run.data["labels"])
         trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
         check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
+        check_files(run.base, found.settings, found.source, str(run.adapter_folder))
         at_the_start(plain)
+    if weights is not None:
+        weights.verified()
     if not adapted:
         return Trained(found, plain.eval(), task)
     if not run.adapter_folder.is_dir():
@@ -163,6 +169,7 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises:
         AdapterError: a newer format, missing files, or tensors that are not those of this base.
+        DivergedError: values that are no numbers.
     """
     config = _read_config(folder)
     try:
@@ -175,6 +182,10 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
         raise
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
         raise AdapterError(f"the adapter {folder} does not fit its base: {_short(error)}") from None
+    if sick := _not_finite(folder):
+        raise DivergedError(
+            f"the adapter {folder} holds values that are no numbers, such as in {sick}: its training diverged, or the file is damaged."
+        )
     wanted = set(get_peft_model_state_dict(adapted))
     if differing := sorted(saved ^ wanted):
         what = "has no tensor for" if differing[0] in wanted else "has a tensor that this base has no place for,"
@@ -182,15 +193,41 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
     return adapted
 
 
+def _not_finite(folder: Path) -> str:
+    """The first tensor of an adapter with a value that is no number; empty if there is none."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(key)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return str(key)
+    return ""
+
+
 def _read_config(folder: Path) -> PeftConfig:
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give a run folder or an adapter folder.")
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except WeftError:
         raise
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise AdapterError(f"the adapter {folder} cannot be read: {_short(error)}") from None
+    _check_runs_nothing(config, folder)
+    return config
+
+
+def _check_runs_nothing(config: PeftConfig, folder: Path) -> None:
+    """Refuse what peft would import, or load from elsewhere, on the word of an adapter's config. Raises AdapterError."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind == "XLORA":
+        raise AdapterError(
+            f"{folder} is an adapter of the kind {kind}, which weftlora does not read: load it with peft itself."
+        )
+    if getattr(config, "megatron_config", None) is not None:
+        raise AdapterError(
+            f"the adapter {folder} names a Python module to import (megatron_config), which weftlora does not do: "
+            "take that out of adapter_config.json."
+        )
 
 
 def _short(error: BaseException) -> str:

@@ -28,20 +28,24 @@ from transformers import Trainer, TrainerCallback
 from weftlora import __version__
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.glue.attach import warn_of_missing
-from weftlora.train import arguments, checkpoint, figures, layers
+from weftlora.train import arguments, checkpoint, figures, identity, layers
 from weftlora.train.adapter import parameters, write_adapter
 from weftlora.train.files import write_lines
 from weftlora.train.fingerprint import Fingerprint, check_same
+from weftlora.train.lock import claimed
 from weftlora.train.measure import accuracy, mean_loss
+from weftlora.train.ownership import check_no_links
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.progress import Progress
 from weftlora.train.recipe import Recipe
-from weftlora.train.run import Made, Run, check_free, now
+from weftlora.train.run import Made, Run, check_free, is_run, now, settle
 from weftlora.train.stopwatch import timed
 from weftlora.train.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+COMMAND = "weftlora train"
+"""What the lock of a run's folder says is at work there."""
 PACKAGES = ("weftlora", "torch", "peft", "transformers", "trl", "accelerate", "datasets", "safetensors", "tokenizers")
 
 
@@ -49,16 +53,46 @@ def train(
     recipe: Recipe,
     before: Run | None,
     overwrite: bool,
+    verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
     """See `weftlora.train.train`; `recipe` and `before`, the run to continue, as `recipe.asked` gives them."""
     if before is not None and before.status == "complete":
         return before
+    with contextlib.ExitStack() as held:
+        folder = Path(recipe.out).expanduser()
+        main = int(os.environ.get("RANK", "0")) == 0
+        there = main and is_run(folder)
+        if there:
+            held.enter_context(claimed(folder, COMMAND))
+            settle(folder)
+        if before is not None:
+            check_no_links(folder)
+            before = Run.load(folder)  # another process may have gone on with it meanwhile
+        elif main:
+            check_free(folder, overwrite)
+
+        def claim() -> None:
+            """Make a new folder, which another process may have done meanwhile."""
+            if main and not there:
+                held.enter_context(claimed(folder, COMMAND))
+                check_free(folder, overwrite)
+
+        return _train(recipe, before, claim, verify_base, progress, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    before: Run | None,
+    claim: Callable[[], None],
+    verify_base: bool,
+    progress: Progress,
+    callbacks: Sequence[TrainerCallback],
+) -> Run:
+    """Train, or go on with `before`; `claim` is called once all that can be wrong was looked at, before anything is written."""
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
-    if before is None and main:
-        check_free(folder, overwrite)
     started = time.monotonic()
     prepared = prepare(recipe)
     if prepared.adapter is None:
@@ -67,9 +101,18 @@ def train(
         )
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     if before is not None:
-        _check_same_input(before, run)
+        _check_same_input(before, run, prepared)
         _check_can_resume(before)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+    if main and verify_base:
+        known = None if before is None else before.base.get("weights")
+        expected = known if isinstance(known, dict) else None
+        prepared = dataclasses.replace(
+            prepared, weights=identity.Weights(prepared.base.source, expected, str(run.adapter_folder))
+        )
+    elif not verify_base:
+        run.base["weights"] = identity.NOT_VERIFIED
+    claim()
     with _started(run, before, main):
         search = layers.begin(prepared, run, args, main)
         if search is None:
@@ -98,7 +141,12 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
         threads=torch.get_num_threads(),
-        base={"source": prepared.base.source, **dataclasses.asdict(prepared.fingerprint)},
+        base={
+            "source": prepared.base.source,
+            **dataclasses.asdict(prepared.fingerprint),
+            "config": identity.config_digest(prepared.base.settings),
+            "tokenizer": identity.tokenizer_digest(prepared.base.source),
+        },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),
         data={
@@ -151,8 +199,8 @@ def _plain(value: Any) -> Any:
     return str(getattr(value, "value", value))
 
 
-def _check_same_input(before: Run, run: Run) -> None:
-    if sorted(before.data["hashes"].values()) != sorted(run.data["hashes"].values()):  # a project may have moved
+def _check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
+    if [*before.data["hashes"].values()] != [*run.data["hashes"].values()]:  # by split; a project may have moved
         raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
     trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
     check_same(
@@ -161,6 +209,7 @@ def _check_same_input(before: Run, run: Run) -> None:
         str(run.folder),
         run.base["source"],
     )
+    identity.check_files(before.base, prepared.base.settings, run.base["source"], str(run.folder))
 
 
 def _check_can_resume(before: Run) -> None:
@@ -211,6 +260,7 @@ def _run_trainer(
             _check_finite(metrics)
             run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
             if main:
+                prepared.name_weights(run)
                 write_adapter(prepared.model, run)
                 run = dataclasses.replace(run, figures=figures.measured(prepared, run, trainer.state))
                 run.event("end", step=trainer.state.global_step)
@@ -223,7 +273,7 @@ def _run_trainer(
 
 
 def _record_failure(run: Run, error: BaseException, step: int) -> None:
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
         checkpoint.drop_incomplete(run.checkpoints)
         dataclasses.replace(run, status=status, metrics={}, figures={}).save()
@@ -235,9 +285,15 @@ def _resume_point(run: Run, main: bool) -> Path | None:
     last = checkpoint.newest(run.checkpoints)
     if not main:
         return last
-    checkpoint.drop_incomplete(run.checkpoints)
     step = checkpoint.step_of(last) if last else 0
-    write_lines(run.folder / "metrics.jsonl", [row for row in run.history() if row["step"] <= step])
+    for path in checkpoint.marked(run.checkpoints):
+        if checkpoint.step_of(path) > step:  # a damaged one
+            checkpoint.unmark(path)
+    checkpoint.drop_incomplete(run.checkpoints)
+    write_lines(
+        run.folder / "metrics.jsonl",
+        [row for row in run.history() if row["step"] <= step],
+    )
     return last
 
 

@@ -81,15 +81,27 @@ def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
     """
     source = locate(config.path, base_dir)
     try:
-        settings = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"the model {config.path!r} cannot be used: {_first_line(error)}") from None
+    _check_attention(settings, config.path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ModelError(f"the tokenizer of {config.path!r} has no padding, end or unknown token: give it a pad_token.")
     return Base(config, source, settings, tokenizer)
+
+
+def _check_attention(settings: PretrainedConfig, path: str) -> None:
+    """Refuse a config.json that names a kernel of the hub as its attention: transformers would download and run it."""
+    for part in (settings, settings.get_text_config()):
+        named = part._attn_implementation
+        if named is not None and "/" in named:
+            raise ModelError(
+                f"the config.json of {path!r} asks for the attention kernel {named!r}, which is code: set "
+                "model.attn_implementation to eager or sdpa in the recipe, and take it out of config.json."
+            )
 
 
 def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
@@ -111,7 +123,7 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
     loading.setLevel(logging.ERROR)  # it reports the new head, which is meant
     try:
         model, report = _AUTO[task].from_pretrained(
-            base.source, use_safetensors=True, output_loading_info=True, **options
+            base.source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except SafetensorError as error:
         raise ModelError(
@@ -147,7 +159,7 @@ def skeleton(base: Base, task: Task, labels: list[str] | None = None) -> PreTrai
         for key, value in _named(labels or []).items():
             setattr(settings, key, value)
     with torch.device("meta"):
-        return cast(PreTrainedModel, _AUTO[task].from_config(settings))
+        return cast(PreTrainedModel, _AUTO[task].from_config(settings, trust_remote_code=False))
 
 
 def _check_task(base: Base, task: Task) -> None:

@@ -20,7 +20,9 @@ from weftlora.spec import WeftConfig
 from weftlora.train import arguments, model
 from weftlora.train.adapter import adapt, adapter_config, saved_selection
 from weftlora.train.fingerprint import Fingerprint, fingerprint
+from weftlora.train.identity import Weights
 from weftlora.train.recipe import Recipe, Task
+from weftlora.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,19 @@ class Prepared:
     collator: Collator
     steps: int
     """Optimiser steps of the whole run."""
+    weights: Weights | None = None
+    """The weights of the base, being looked at; None where nobody asked."""
+
+    def name_weights(self, run: Run) -> bool:
+        """Put the digests of the base's weights into a run's record, and whether they were not there yet.
+
+        Raises:
+            AdapterError: they are not those that the run was started on.
+        """
+        if self.weights is None or "weights" in run.base:
+            return False
+        run.base["weights"] = self.weights.verified()  # in place: every copy of the record shares it
+        return True
 
 
 def prepare(recipe: Recipe) -> Prepared:

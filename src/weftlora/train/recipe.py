@@ -16,14 +16,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import yaml
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from weftlora.data.config import DataConfig, Task
-from weftlora.data.paths import locate
+from weftlora.data.paths import checked_path, locate
 from weftlora.errors import ConfigError, suggest
+from weftlora.foreign import shortened
 from weftlora.recipes import check_fields
 from weftlora.strict import Strict
 from weftlora.train.builtin import BUILTIN, builtin
@@ -31,6 +32,8 @@ from weftlora.train.run import Run, check_continues
 
 __all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "asked", "read_file", "read_yaml"]
 
+MOST_OF_ALL, MOST_ROWS, MOST_THREADS = 2**31 - 1, 10**6, 1024
+"""Bounds of steps, of rows at a time, and of threads: beyond them libraries fail in ways of their own, or machines hang."""
 Dtype = Literal["float32", "bfloat16", "auto"]
 
 
@@ -38,7 +41,7 @@ class ModelConfig(Strict):
     """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
 
     where: ClassVar[str] = "model"
-    path: str = "demo"
+    path: Annotated[str, AfterValidator(checked_path)] = "demo"
     dtype: Dtype = "float32"
     task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
     trust_remote_code: Literal[False] = False
@@ -49,10 +52,10 @@ class TrainConfig(Strict):
     """The training section. Give `steps` (optimiser steps) or `epochs`, not both; neither means one epoch."""
 
     where: ClassVar[str] = "train"
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
     epochs: float | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=16, gt=0)
-    accumulation: int = Field(default=1, gt=0)
+    batch_size: int = Field(default=16, gt=0, le=MOST_ROWS)
+    accumulation: int = Field(default=1, gt=0, le=MOST_ROWS)
     lr: float = Field(default=1e-3, gt=0)
     schedule: str = "linear"
     warmup: float = Field(default=0.0, ge=0)
@@ -64,17 +67,17 @@ class TrainConfig(Strict):
     """Freeze A and train the rest (LoRA-FA)."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     optimizer: str = "adamw_torch"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool | Literal["reentrant", "non_reentrant"] = False
-    eval_every: int | None = Field(default=None, gt=0)
+    eval_every: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
     """Optimiser steps between validation losses; none measures it once, at the end."""
-    save_every: int | None = Field(default=None, ge=0)
+    save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
     """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
-    keep: int = Field(default=2, gt=0)
+    keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
     """How many complete checkpoints stay on disk."""
-    logging_every: int = Field(default=10, gt=0)
-    num_threads: int | None = Field(default=None, gt=0)
+    logging_every: int = Field(default=10, gt=0, le=MOST_OF_ALL)
+    num_threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
     report_to: str | list[str] = "none"
     trainer: Literal["auto", "trainer", "sft"] = "auto"
     args: dict[str, Any] = Field(default_factory=dict)
@@ -135,7 +138,7 @@ class Recipe(Subject):
     where: ClassVar[str] = "the recipe"
     adapter: dict[str, Any]
     train: TrainConfig = Field(default_factory=TrainConfig)
-    out: str = Field(min_length=1)
+    out: Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
     _from_folder: bool = PrivateAttr(default=False)
 
     @field_validator("adapter", mode="before")
@@ -213,14 +216,25 @@ _MISSING = {
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as a string; a learning rate is a number."""
+    """YAML 1.1 reads `1e-3` as a string; a learning rate is a number. What cannot be read is named with its line."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """A value; what Python cannot make of it is an error of YAML's."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+            said = f"this is no {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
+
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
-    """A mapping whose keys are all different; YAML itself would keep the last."""
+    """A mapping whose keys are all different; YAML itself would keep the last. Keys of a merge (`<<`) give way to its own."""
     seen: set[str] = set()
     for key, _ in node.value:
-        name = str(loader.construct_object(key, deep=True))
+        name = "<<" if key.tag == _MERGE else str(loader.construct_object(key, deep=True))
         if name in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands there twice", key.start_mark)
         seen.add(name)
@@ -232,16 +246,58 @@ _Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
+LARGEST, DEEPEST, MOST = 10**6, 30, 10**5
+"""Of a YAML text: characters, sections in sections, and values once every alias is written out."""
+
 
 def read_yaml(text: str, where: str) -> Any:
     """The value written in `text`. Raises ConfigError naming `where` and the line."""
+    if len(text) > LARGEST:
+        raise ConfigError(f"{where} has {len(text):,} characters, and {LARGEST:,} are read: give a shorter one.")
+    loader = None
     try:
-        return yaml.load(text, Loader=_Yaml)
+        _check_depth(text)
+        loader = _Yaml(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size, depth = _size(node, {}, set())
+        if size > MOST or depth > 2 * DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, "its aliases stand for too many values", None)
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
         raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_depth(text: str) -> None:
+    """Refuse what is nested too deep for a reader that calls itself. Raises YAMLError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Yaml):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEEPEST:
+                said = f"it is nested more than {DEEPEST} deep"
+                raise yaml.constructor.ConstructorError(None, None, said, cast(Any, event.start_mark))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _size(node: Any, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
+    """How many values a node stands for, and how deep they lie. Raises YAMLError where it holds itself."""
+    if id(node) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an alias holds itself", node.start_mark)
+    if id(node) not in known:
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        within = inner if isinstance(node, yaml.CollectionNode) else ()
+        sizes = [_size(each, known, above | {id(node)}) for each in within]
+        known[id(node)] = (1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0))
+    return known[id(node)]
 
 
 def read_file(path: Path, what: str, keys: str) -> dict[str, Any]:
@@ -257,7 +313,7 @@ def read_file(path: Path, what: str, keys: str) -> dict[str, Any]:
 
 
 def _from_file_or_name(source: str | Path) -> tuple[Path, dict[str, Any]]:
-    path = Path(source)
+    path = Path(checked_path(str(source)))
     if path.is_file():
         return path.parent, read_file(path, "recipe", "model, data, adapter, train and out")
     name = str(source)

@@ -19,7 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.errors import AdapterError, ConfigError, RunError
+from weftlora.foreign import shortened
+from weftlora.numbers import is_number
+from weftlora.redaction import redacted
 from weftlora.train.files import append_json, read_json, read_lines, write_json, writing
+from weftlora.train.lock import NAME, is_held
+from weftlora.train.ownership import (
+    FOLDERS,
+    REPLACED,
+    check_no_links,
+    delete,
+    is_temporary,
+    move,
+    of_run,
+    replaced_runs,
+    temporary,
+    unfinished_files,
+    without_empty,
+)
 
 FORMAT = 1
 """Version of run.json; a newer one is refused by name."""
@@ -34,7 +51,7 @@ class Run:
 
     folder: Path
     status: str
-    """running, complete, interrupted or failed."""
+    """running, which a process then is that holds the folder's lock; complete, interrupted or failed."""
     recipe: dict[str, Any]
     base_dir: str
     task: str
@@ -43,8 +60,8 @@ class Run:
     versions: dict[str, str]
     device: str
     threads: int
-    base: dict[str, str]
-    """Where the base was found and its fingerprint."""
+    base: dict[str, Any]
+    """Where the base was found, its fingerprint, and the digests of its config, tokenizer and weights."""
     adapter: dict[str, Any]
     """The peft config."""
     parameters: dict[str, int]
@@ -79,8 +96,8 @@ class Run:
         append_json(self.folder / "events.jsonl", {"event": name, "time": now(), **facts})
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
+        """The rows of metrics.jsonl; one without a step is none."""
+        return [row for row in read_lines(self.folder / "metrics.jsonl") if is_number(row.get("step"))]
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -93,13 +110,49 @@ class Run:
         if not (path / "run.json").is_file():
             raise RunError(f"{path} is no run folder: it has no run.json.")
         content = read_json(path / "run.json")
-        if content.pop("format", 0) > FORMAT:
+        written = content.pop("format", 0)
+        if is_number(written) and written > FORMAT:
             raise RunError(f"{path / 'run.json'} was written by a newer weftlora: update weftlora to read it.")
+        _check_types(content, path / "run.json")
         names = {item.name for item in dataclasses.fields(cls)}
+        if content.get("status") == "running" and not is_held(path):
+            content["status"] = "interrupted"  # whoever ran it was killed before it could say so
         try:
             return cls(**{key: value for key, value in content.items() if key in names} | {"folder": path})
         except TypeError as error:
             raise RunError(f"{path / 'run.json'} is damaged: {error}.") from None
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "base_dir", "task", "device"), str),
+    **dict.fromkeys(
+        ("recipe", "versions", "base", "adapter", "parameters", "data", "time", "metrics", "figures"), dict
+    ),
+    **dict.fromkeys(("seed", "steps", "threads"), int),
+    **dict.fromkeys(
+        ("recipe.model", "recipe.data", "recipe.adapter", "recipe.train", "data.hashes", "data.counts"), dict
+    ),
+    **dict.fromkeys(("base.source", "base.kind", "base.shapes", "base.values", "adapter.peft_type"), str),
+    "data.labels": (list, type(None)),
+}
+"""What the values of run.json are, with dots; what is not there is looked for where it is needed."""
+
+
+def _check_types(content: dict[str, Any], file: Path) -> None:
+    """Refuse a record with values that nothing of weftlora's wrote. Raises RunError."""
+    for key, kinds in _KINDS.items():
+        value: Any = content
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+        if value is not _MISSING and not isinstance(value, kinds):
+            raise RunError(f"{file} is damaged: {key} is {shortened(repr(value), 80)}.")
+    for key in ("metrics", "figures"):
+        for name, value in content.get(key, {}).items():
+            if not is_number(value):
+                raise RunError(f"{file} is damaged: {key}.{name} is {shortened(repr(value), 80)}, which is no number.")
+
+
+_MISSING = object()
 
 
 def check_source(folder: Path) -> None:
@@ -125,14 +178,10 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"the run folder {folder} is a file: choose another folder with out=....")
-    if folder.exists() and any(folder.iterdir()) and not _is_unstarted(folder):
+    if folder.exists() and not _is_empty(folder):
         if overwrite and folder.resolve() == Path.cwd():
             raise RunError(
                 f"--overwrite cannot replace the working folder {str(folder)!r}: choose another out, or start elsewhere."
-            )
-        if (waiting := _beside(folder)).exists():
-            raise RunError(
-                f"{waiting} holds a run that was being replaced when weftlora was stopped: move it away or delete it first."
             )
         if not overwrite:
             raise RunError(f"the run folder {folder} is not empty: continue it with --resume, or use --overwrite.")
@@ -140,6 +189,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
             raise RunError(
                 f"--overwrite replaces run folders only, and {folder} holds other files: choose another out."
             )
+        check_no_links(folder)
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir():
         raise RunError(f"the run folder {folder} cannot be made: {nearest} is a file.")
@@ -153,7 +203,7 @@ def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     Raises:
         ConfigError: the first key that differs, with both values.
     """
-    for key, (before, after) in differences(run.recipe, recipe, ""):
+    for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
         if key not in FREE_ON_RESUME and key != "out":
             raise ConfigError(f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was.")
 
@@ -167,44 +217,69 @@ def differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]
         yield key, (a, b)
 
 
-def _is_unstarted(folder: Path) -> bool:
-    """Whether a kill left a new run folder before its first run.json: there is nothing in it to lose or to resume."""
-    return {path.name for path in folder.rglob("*")} <= {"checkpoints", "run.json.part"}
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in it to lose or to resume: at most what a kill left of a start before its first run.json."""
+    left = [path for path in folder.iterdir() if path.name != NAME and not (is_temporary(path) and path.is_file())]
+    return all(path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()) for path in left)
 
 
-def _beside(folder: Path) -> Path:
-    """Where a run waits while the one that replaces it starts."""
-    return folder.resolve().with_name(folder.resolve().name + ".replaced")
+def is_run(folder: Path) -> bool:
+    """Whether a run lies there, perhaps one that was being replaced when weftlora was killed."""
+    return folder.is_dir() and ((folder / "run.json").is_file() or bool(replaced_runs(folder)))
+
+
+def settle(folder: Path) -> None:
+    """End what a kill interrupted: a run that was being replaced is put back, unless the one that replaces it had begun.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with writing(folder):
+        for aside in replaced_runs(folder):
+            # run.json is moved last: while the rest is being moved, the folder's own is still that of the replaced run
+            if (aside / "run.json").is_file() and (folder / "run.json").is_file():
+                _forget(aside)
+            else:
+                move(of_run(aside, vouched=True), aside, folder)
+                (folder / "checkpoints").mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+        delete(unfinished_files(folder), folder)
+
+
+def _forget(aside: Path) -> None:
+    gone = temporary(aside.parent / "gone")
+    aside.replace(gone)  # half deleted, it must not look like a run to put back
+    shutil.rmtree(gone)
 
 
 class Made:
-    """A new run folder. The run it replaces waits beside it, so that a start that fails changes nothing."""
+    """A new run in a folder. The run it replaces waits in it, hidden, so that a start that fails changes nothing.
+
+    What lies in the folder and was not written by a run stays where it is.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        occupied = folder.exists() and any(folder.iterdir()) and not _is_unstarted(folder)
-        self.replaced = _beside(folder) if occupied else None
+        self.aside = temporary(folder / REPLACED)
         with writing(folder):
-            if self.replaced:
-                folder.replace(self.replaced)
-            self.top = next((path for path in reversed((folder, *folder.parents)) if not path.exists()), None)
             try:
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                move(of_run(folder), folder, self.aside)
+                (folder / "checkpoints").mkdir(exist_ok=True)
             except OSError:
                 self.undo()
                 raise
 
     def undo(self) -> None:
-        """Delete what was made and put back what was replaced; an empty folder that was there before stays."""
-        if self.top is not None:
-            shutil.rmtree(self.top, ignore_errors=True)
-        else:
-            for path in self.folder.iterdir():
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-        if self.replaced:
-            self.replaced.replace(self.folder)
+        """Delete what the new run has written and put back what it was to replace."""
+        if (self.aside / "run.json").is_file() or not self.aside.exists():  # else nothing of the new run is there yet
+            delete(of_run(self.folder, vouched=True), self.folder)
+            without_empty({self.folder / name for name in FOLDERS}, self.folder)
+        if self.aside.exists():
+            move(of_run(self.aside, vouched=True), self.aside, self.folder)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            shutil.rmtree(self.aside)
 
     def keep(self) -> None:
         """The new run has started: delete the one it replaces."""
-        if self.replaced:
-            shutil.rmtree(self.replaced, ignore_errors=True)
+        if self.aside.exists():
+            _forget(self.aside)

@@ -31,8 +31,9 @@ _DROPPED = {"train_runtime", "train_samples_per_second", "train_steps_per_second
 class Recorder(TrainerCallback):
     """Writes metrics.jsonl, marks and rotates checkpoints, and reports progress; only the main process writes."""
 
-    def __init__(self, run: Run, keep: int, progress: Progress) -> None:
-        self.run, self.keep, self.progress = run, keep, progress
+    def __init__(self, run: Run, prepared: Prepared, progress: Progress) -> None:
+        self.run, self.prepared, self.progress = run, prepared, progress
+        self.keep = prepared.recipe.train.keep
         self.loss: float | None = None
         self.rate: float | None = None
         self.since = (time.monotonic(), 0)
@@ -41,7 +42,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.since = (time.monotonic(), state.num_input_tokens_seen)
-        state.stateful_callbacks[checkpoint.SIGNATURE] = {}
+        state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -66,6 +67,8 @@ class Recorder(TrainerCallback):
         self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.prepared.name_weights(self.run):  # before the first one counts
+            self.run.save()
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
@@ -96,6 +99,41 @@ class _Measured:
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
         return metrics
+
+
+class _Logged:
+    """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
+
+    Trainer itself begins to add up anew when it resumes.
+    """
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        trainer: Any = self
+        parent: Any = super()
+        if hasattr(trainer, "_tr_loss"):  # transformers 4 adds up in a variable that nobody else can see
+            mean = trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item()
+            kept = {"sum": mean, "since": trainer._globalstep_last_logged}
+            trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
+        parent._save_checkpoint(model, trial)
+
+
+_LOSS = "loss"
+"""Where the losses that are not logged yet lie in what Trainer saves as its state."""
+
+
+class _GoesOn(TrainerCallback):
+    """Brings the losses back that `_Logged` has kept."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = state.stateful_callbacks[checkpoint.SIGNATURE].pop(_LOSS, None)
+        if kept is not None and state.global_step > 0 and hasattr(self.trainer, "_tr_loss"):
+            self.trainer._tr_loss += kept["sum"]
+            self.trainer._globalstep_last_logged = kept["since"]
 
 
 class _Grouped:
@@ -144,10 +182,10 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         from trl import SFTTrainer
 
         kind, options = SFTTrainer, {"processing_class": prepared.base.tokenizer}
-    own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared.recipe.train.keep, progress)]
+    own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
-    mixins: list[type] = [_Measured]
+    mixins: list[type] = [_Measured, _Logged]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
         attach(prepared.model, on_event=_recorded(run))
@@ -164,6 +202,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         callbacks=[*own, *extra],
         **options,
     )
+    trainer.add_callback(_GoesOn(trainer))
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
     return trainer
 

@@ -16,7 +16,7 @@ from weftlora.report.comparison.evidence import gather
 from weftlora.report.comparison.opening import overall, warnings
 from weftlora.report.comparison.page import page
 from weftlora.report.comparison.results import other_metrics
-from weftlora.report.web import check_extra, write
+from weftlora.report.web import check_extra, check_place, write
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def write_report(
     metric: str | None,
     title: str | None,
     routers: bool,
+    overwrite: bool,
 ) -> Report:
     """See `weftlora.report`."""
     check_extra()
-    if not Path(out).resolve().parent.is_dir():  # before the work, not after
-        raise RunError(f"cannot write {out}: {Path(out).parent} is no folder; choose another file.")
+    check_place(out, overwrite)  # before the work, not after
     found = judged(load(_folders(runs)), baseline, metric)
-    write(page(gather(found, routers), title), out)
+    write(page(gather(found, routers), title), out, overwrite)
     return Report(str(out), overall(found), warnings(found), found)
 
 

@@ -1,0 +1,64 @@
+"""Text that somebody else wrote, made fit to be shown: names from data, models, adapters and recipes, and what a model answers.
+
+    visible        for a terminal, an error, a log: what would steer a terminal or hide in a line is written out (\\x1b, \\u202e)
+    for_markdown   for a model card: also, nothing of it is markup
+
+HTML is escaped by the template that it stands in, after `visible`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+LIMIT = 2000
+"""Characters of an error that are shown, however large the value is that it is about."""
+_JOINERS = "\u200c\u200d"
+"""Zero-width joiners: without them scripts and emoji are spelt wrong, and they hide nothing."""
+_HIDDEN = re.compile(
+    # controls; soft hyphen and other format characters, marks of direction, separators of lines, lone surrogates, private and tags
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    r"\ue000-\uf8ff\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff\U000f0000-\U0010ffff]|[^\x00-\x7f]"
+)
+_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+_MARKUP = re.compile(r"([\\`*\[\]|~!#])")
+
+
+def visible(text: str, lines: bool = False) -> str:
+    """`text` with everything written out that a reader could not see, or a terminal would obey.
+
+    Args:
+        lines: leave ends of lines and tabs as they are; otherwise the result is one line.
+
+    >>> visible("a\\x1b[31m\\u202eb")
+    'a\\\\x1b[31m\\\\u202eb'
+    """
+    return _HIDDEN.sub(lambda found: _written(found[0]), text) if lines else visible(text, True).translate(_BREAKS)
+
+
+_BREAKS = {10: "\\n", 9: "\\t"}
+
+
+def _written(character: str) -> str:
+    if unicodedata.category(character) not in _CATEGORIES or character in _JOINERS:
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shortened(text: str, limit: int = LIMIT) -> str:
+    """`text`, or its beginning and its end with a word on how much there is between."""
+    if len(text) <= limit:
+        return text
+    end = limit // 4
+    return f"{text[: limit - end - 40]} … [{len(text) - limit + 40:,} characters] … {text[-end:]}"
+
+
+def for_markdown(text: str) -> str:
+    """`text` as words of a Markdown document: one line, and no link, table, heading or HTML in it."""
+    return html.escape(_MARKUP.sub(r"\\\1", visible(text)), quote=False)
+
+
+def in_code(text: str) -> str:
+    """`text` inside a span of code, which no backtick may end."""
+    return visible(text).replace("`", "'")

@@ -1,0 +1,208 @@
+"""Text of others on every surface: whatever is in it, a terminal obeys none of it and a page shows all of it."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from weftlora.cli import entry, output
+from weftlora.errors import ConfigError, WeftError, suggest, unknown_key
+from weftlora.export.card import _in_yaml, _table
+from weftlora.foreign import LIMIT, for_markdown, in_code, shortened, visible
+
+HOSTILE = [
+    "\x1b[31mred\x1b[0m",
+    "\x1b]0;title\x07",
+    "\x1b]52;c;ZXZpbA==\x07",
+    "[/b]",
+    "[bold]x[/bold]",
+    "[link=http://evil]x[/link]",
+    ":boom:",
+    "\\[/b]",
+    "x\\",
+    "a\rb",
+    "a\x08b",
+    "\u202egnp.exe",
+    "\u2066x\u2069",
+    "a\u200bb",
+    "\x9b31m",
+    "\udcff",
+    "\U000e0041",
+    "a\nb",
+    "a\tb",
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7*7 }}",
+    "`x` | y",
+    "[a](javascript:alert(1))",
+    "![](http://evil/x.png)",
+    "# h",
+    "</script>",
+    "\x00",
+    "\u2028",
+]
+foreign = (
+    st.text(st.characters(), max_size=40)
+    | st.sampled_from(HOSTILE)
+    | st.tuples(st.sampled_from(HOSTILE), st.text(max_size=10), st.sampled_from(HOSTILE)).map("".join)
+)
+many = settings(max_examples=300, deadline=None)
+
+
+def unseen(text: str, *allowed: str) -> list[str]:
+    """The characters of `text` that a terminal would obey or a reader not see."""
+    hidden = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
+    fine = {"\u200c", "\u200d", *allowed}
+    return [c for c in text if unicodedata.category(c) in hidden and c not in fine]
+
+
+@many
+@given(foreign)
+def test_nothing_that_is_hidden_is_left(text: str) -> None:
+    assert unseen(visible(text)) == []
+    assert unseen(visible(text, lines=True), "\n", "\t") == []
+    assert visible(visible(text)) == visible(text)
+
+
+@pytest.mark.parametrize("text", ["Zürich", "日本語", "नमस्ते", "👩‍👩‍👧", "می‌خواهم", "naïve [x] <y> | `z`", "Ω ‖ΔW‖ · ²"])
+def test_what_can_be_read_stays_as_it_is(text: str) -> None:
+    assert visible(text) == text
+
+
+def on_screen(renderable: Any) -> str:
+    screen = output.Screen()
+    screen.file = io.StringIO()
+    screen.width = 200
+    screen.print(renderable)
+    return screen.file.getvalue()
+
+
+@many
+@given(foreign)
+@example("[/b]")
+@example("\x1b]0;x\x07")
+def test_the_screen_shows_it_as_text(text: str) -> None:
+    table = Table(text, title=text, caption=text)
+    table.add_row(text)
+    for renderable in (text, Text(text), table, Group(text, table)):
+        shown = on_screen(renderable)
+        assert unseen(shown, "\n", "\t") == []
+    bare = "".join(visible(text, lines=True).split())
+    assert bare in "".join(on_screen(text).split())
+
+
+@many
+@given(foreign)
+def test_an_error_is_one_line_that_names_it(text: str) -> None:
+    said = io.StringIO()
+    for error in (
+        ConfigError(f"x={text}: no."),
+        unknown_key(text, ["heads"], "train"),
+        WeftError(suggest(text, ["heads"])),
+    ):
+        assert unseen(str(error), "\n", "\t") == []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stderr", said)
+            entry._say(str(error))
+    assert said.getvalue().count("\n") == 3
+    assert unseen(said.getvalue(), "\n") == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 5), st.integers(0, 6))
+def test_an_error_is_short_however_large_the_value(seed: int, size: int) -> None:
+    text = chr(97 + seed) * 10**size
+    assert len(str(ConfigError(f"x={text!r} is no number: give one."))) <= LIMIT
+    assert str(ConfigError(f"x={text!r} is no number: give one.")).endswith("give one.")
+    assert len(shortened(text)) <= LIMIT
+
+
+class Page(html.parser.HTMLParser):
+    """The text and the tags of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: list[tuple[str, Any]] = []
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.append((tag, attributes))
+
+
+def parsed(page: str) -> Page:
+    found = Page()
+    found.feed(page)
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(foreign)
+def test_a_page_shows_it_as_text(text: str) -> None:
+    from weftlora.report import web
+
+    plain, given_ = (web.render("base.html.jinja", {"c": {"title": name}}) for name in ("plain", text))
+    assert unseen(given_.replace("\ufeff", ""), "\n", "\t", *(set(plain) - {"\x1b"})) == []
+    assert [tag for tag, _ in parsed(given_).tags] == [tag for tag, _ in parsed(plain).tags]
+
+
+def test_a_value_in_a_template_is_written_out_and_escaped() -> None:
+    from jinja2 import Environment
+
+    from weftlora.report.web import _shown
+
+    environment = Environment(autoescape=True, finalize=_shown)
+    template = environment.from_string("<p title='{{ x }}'>{{ x }}</p>{{ n }}{{ safe|safe }}")
+    for text in HOSTILE:
+        page = template.render(x=text, n=3, safe="<b>ours</b>")
+        assert unseen(page, "\n", "\t") == []
+        assert [tag for tag, _ in parsed(page).tags] == ["p", "b"]
+        assert parsed(page).tags[0][1] == [("title", visible(text, lines=True))]
+
+
+@many
+@given(foreign, foreign)
+def test_a_card_shows_it_as_words(name: str, value: str) -> None:
+    rows = _table({name: value, "last": "x"}).split("\n")
+    assert len(rows) == 3 + bool(value)
+    for row in rows:
+        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3, row
+    text = for_markdown(value)
+    assert "<" not in text
+    assert "\n" not in text
+    assert not re.search(r"(?<!\\)(?:\\\\)*[\[\]`*]", text)
+    assert "`" not in in_code(value)
+    assert unseen(text) == []
+
+
+@many
+@given(foreign)
+def test_the_head_of_a_card_is_yaml(text: str) -> None:
+    import yaml
+
+    assert yaml.safe_load(f"base_model: {_in_yaml(text)}\ntags: []") == {
+        "base_model": text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else visible(text),
+        "tags": [],
+    }
+
+
+def test_no_console_but_ours_is_made_and_no_markup_is_read() -> None:
+    import weftlora
+
+    for path in Path(weftlora.__file__).parent.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bConsole\(", source.replace("class Screen(Console)", "")), path
+        assert "from_markup" not in source, path
