@@ -174,6 +174,19 @@ def launch() -> str:
     return f"{_table(head, rows)}\nMedians [quartiles] over n rounds, {how}."
 
 
+def extras() -> str:
+    """What can be installed, and what for."""
+    from weftlora.extras import PURPOSES
+
+    core = (
+        "`import weftlora`, `get_peft_model`, a training loop of your own or `Trainer`, save, load, search layers, `inspect`, "
+        "`export_lora`, `merge`"
+    )
+    named = [(f'`"weftlora[{name}]"`', purpose) for name, purpose in PURPOSES.items()]
+    rows = [("`weftlora`", core), *named, ('`"weftlora[all]"`', "everything above")]
+    return _table(("`pip install ...`", "what you can do"), rows)
+
+
 def matrix() -> str:
     """The hosts of matrix.toml: their versions and what came of them."""
     rows = tomllib.loads((BENCH.parent / "matrix.toml").read_text(encoding="utf-8"))["row"]
@@ -190,6 +203,7 @@ def matrix() -> str:
             outcome += (
                 f", {result['passed']} of {result['passed'] + result['failed']} tests on Python {result['python']}"
             )
+            outcome += "".join(f"; left out: {reason}" for reason in result["left_out"])
         versions = (row["versions"].get(name, "none") for name in shown)
         lines.append((f"`{row['name']}`: {row['host']}", row["python"], *versions, outcome))
     return _table(("host", "its Python", *shown, "result"), lines)
@@ -205,6 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "api-weftlora": docs_api.of_weft,
     "api-packages": docs_api.of_packages,
     "launch": launch,
+    "extras": extras,
     "matrix": matrix,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),

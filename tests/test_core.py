@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import weftlora
-from weftlora.extras import EXTRAS
+from weftlora.extras import EXTRAS, PURPOSES
 
 BLOCKED = sorted(
     {name for names in EXTRAS.values() for name in names} - {"yaml", "jinja2"}
@@ -114,8 +115,17 @@ def test_the_command_says_which_extra_it_needs(tmp_path: Path) -> None:
     done = python("from weftlora.cli import main\nmain(['train', 'hydralora'])", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == (
-        'weftlora: the command weftlora needs typer, which is not installed: pip install "weftlora[cli]"\n'
+        'weftlora: the command weftlora needs typer, which is not installed: pip install "weftlora[cli,train]"\n'
     )
+    for command, extras in (
+        ("compare", "cli,compare"),
+        ("report", "cli,report"),
+        ("inspect", "cli"),
+        ("--help", "cli"),
+    ):
+        assert python(f"from weftlora.cli import main\nmain(['{command}'])", cwd=tmp_path).stderr.endswith(
+            f'pip install "weftlora[{extras}]"\n'
+        )
     code = (
         "for name in ('rich', 'typer', 'pydantic'): del sys.modules[name]  # typer imports pydantic\n"
         "from weftlora.cli import main\nmain(sys.argv[1:])"
@@ -153,7 +163,22 @@ def test_the_extras_are_those_of_the_project_file() -> None:
         assert set(packages.values()) == names(groups[extra]) - {"accelerate"}, extra  # which peft brings
     assert names(groups["all"]) == set().union(*(names(groups[extra]) for extra in EXTRAS))
     assert names(groups["all"]) <= names(groups["dev"])
-    for extra in EXTRAS:
-        assert not any(
-            ">=" in line and "<" in line and line.startswith(("torch", "transformers")) for line in groups[extra]
-        )
+    assert PURPOSES.keys() == EXTRAS.keys()
+
+
+def test_the_windows_of_the_project_file_are_those_of_the_matrix() -> None:
+    """Lower bounds are the least version of any host's row, and no row stands outside them; peft alone has an upper one."""
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    rows = tomllib.loads((root / "matrix.toml").read_text(encoding="utf-8"))["row"]
+    tried = [row["versions"] for row in rows if "reason" not in row]
+    core, extra = (
+        [*map(Requirement, lines)] for lines in (project["dependencies"], project["optional-dependencies"]["train"])
+    )
+    for need in [*core, *(need for need in extra if need.name in {"accelerate", "datasets", "trl"})]:
+        bounds = {one.operator: Version(one.version) for one in need.specifier}
+        least = min(Version(versions[need.name]) for versions in tried if need.name in versions)
+        assert least in need.specifier, f"{need}: a row has {least}"
+        assert bounds[">="].release == least.release[: len(bounds[">="].release)], f"{need}: the oldest row has {least}"
+        assert bounds.keys() == ({">=", "<"} if need.name == "peft" else {">="}), need
+        assert all(versions[need.name] in need.specifier for versions in tried if need.name in versions), need

@@ -50,6 +50,7 @@ def test_what_loads_nothing_heavy(code: str) -> None:
         ("--version", 0, "weftlora 0."),
         ("train --help", 0, "Train an adapter"),
         ("bench --help", 0, "Measure speed"),
+        ("export --help", 0, "Write an adapter that loads without `import weftlora`"),
         ("recipes", 0, "hydralora"),
         ("recipes hydralora", 0, "adapter:"),
         ("recipes hydralroa", 1, "did you mean 'hydralora'"),

@@ -36,10 +36,28 @@ EXTRAS: dict[str, dict[str, str]] = {
 }
 """Extra → the modules its packages are imported as → their distributions."""
 
+PURPOSES = {
+    "cli": "the command `weftlora`; with nothing else installed it exports, inspects and measures",
+    "train": "recipes: `train`, `evaluate`, `generate`, `suggest_heads`; brings datasets, trl and the libraries of the scores",
+    "compare": "`compare`, with all of `train`",
+    "report": "HTML pages: `report`, `inspect --html`",
+}
+"""Extra → what you can do with it. The tables of the documents and `weftlora doctor` say these."""
+
+
+def install_line(*extras: str) -> str:
+    """The command that installs them."""
+    return f'pip install "weftlora[{",".join(extras)}]"'
+
 
 @contextmanager
-def needs(extra: str, what: str) -> Iterator[None]:
+def needs(extra: str, what: str, *also: str) -> Iterator[None]:
     """Around imports, or a whole call: `what` is what the user asked for, and a package of `extra` that is not there is named.
+
+    Args:
+        extra: what the packages are in.
+        what: the call or command.
+        also: further extras that the call will need, for the one line that installs all of them.
 
     Raises:
         MissingExtraError: such a package is not installed. Any other failed import passes.
@@ -51,5 +69,5 @@ def needs(extra: str, what: str) -> Iterator[None]:
         if package is None:
             raise
         raise MissingExtraError(
-            f'{what} needs {package}, which is not installed: pip install "weftlora[{extra}]"'
+            f"{what} needs {package}, which is not installed: {install_line(extra, *also)}"
         ) from None

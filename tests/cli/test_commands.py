@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from weftlora import __version__
+from weftlora.extras import EXTRAS
 from weftlora.kernel import switched, use_reference
 from weftlora.train.builtin import BUILTIN
 from weftlora.train.recipe import Recipe
@@ -103,6 +105,22 @@ def test_doctor_tells_versions_and_what_is_missing(weftlora: Weft) -> None:
         assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "reference"
     with switched(mlp=False):
         assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "fused, without mlp"
+
+
+def test_doctor_lists_the_extras_and_how_to_install_what_is_not_there(
+    weftlora: Weft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert json.loads(weftlora("doctor", "--json").out)["extras"] == {name: [] for name in EXTRAS}
+    for module in ("trl", "sacrebleu"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    found = json.loads(weftlora("doctor", "--json").out)
+    assert found["extras"] == {"cli": [], "train": ["sacrebleu", "trl"], "compare": ["sacrebleu", "trl"], "report": []}
+    assert not [problem for problem in found["problems"] if "trl" in problem]
+    said = weftlora("doctor").out
+    assert re.search(
+        r'^extra train +no sacrebleu, trl: pip install "weftlora\[train\]"  \(recipes: `train`', said, re.MULTILINE
+    )
+    assert re.search(r"^extra report +installed ", said, re.MULTILINE)
 
 
 def test_doctor_names_the_tested_host_that_is_nearest(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,9 @@ def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted,
     assert seeded.proof.inputs == "token numbers drawn from seed 0"
     for found in (with_inputs, seeded):
         assert found.proof.error < 1e-5 < 0.1 < found.proof.moved
-        assert f"{found.proof.error:.2g} of the largest logit" in (found.folder / "README.md").read_text()
+        card = (found.folder / "README.md").read_text()
+        assert f"{found.proof.error:.2g} of the largest logit" in card
+        assert card.split("---\n", 2)[2].lstrip().splitlines()[0] == "A stock LoRA: it loads without `import weftlora`."
     assert unproved.proof is None
     assert "Not verified" in (tmp_path / "c" / "README.md").read_text()
     assert json.loads(json.dumps(seeded.record()))["proof"]["tolerance"] == 1e-5

@@ -5,6 +5,7 @@ It uses weftlora, what the row has, and pytest; it imports nothing from other fo
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -33,9 +34,14 @@ def installed(package: str) -> bool:
     return True
 
 
+def imported(package: str) -> str:
+    """The version that the package says itself once it is imported; what its metadata says, where it says none."""
+    return str(getattr(importlib.import_module(package), "__version__", None) or version(package))
+
+
 def pytest_report_header() -> list[str]:
     names = [*ROW.get("versions", ())] or ["torch", "transformers", "peft", "trl", "datasets", "accelerate"]
-    found = (f"{name} {version(name) if installed(name) else 'none'}" for name in names)
+    found = (f"{name} {imported(name) if installed(name) else 'none'}" for name in names)
     return [f"row {ROW.get('name', 'of this environment')}: python {sys.version.split()[0]}, {', '.join(found)}"]
 
 
@@ -44,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.xdist_group(f"smoke {item.path.stem}"))
+    if ROW:  # whether this is the row at all is said before anything else is tried in it
+        items.sort(key=lambda item: item.path.name != "test_versions.py")
 
 
 @pytest.fixture(scope="session")

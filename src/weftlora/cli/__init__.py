@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from weftlora.errors import MissingExtraError
 from weftlora.extras import needs
 
+_ALSO = {
+    **dict.fromkeys(("train", "eval", "generate", "search", "heads"), "train"),
+    "compare": "compare",
+    "report": "report",
+}
+"""Command → the extra that it needs beside `cli`; who has neither is told both at once."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code; see `weftlora.cli.entry`."""
+    command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+    also = [_ALSO[command]] if command in _ALSO else []
     try:
-        with needs("cli", "the command weftlora"):
+        with needs("cli", "the command weftlora", *also):
             from weftlora.cli import entry
     except MissingExtraError as error:
         sys.stderr.write(f"weftlora: {error}\n")

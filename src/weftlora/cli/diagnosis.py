@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from weftlora import __version__
+from weftlora.extras import EXTRAS, PURPOSES, install_line
 from weftlora.glue.host_versions import why_not
 
 ROWS = Path(__file__).resolve().parent.parent / "assets" / "matrix.json"
@@ -47,6 +49,8 @@ class Diagnosis:
     problems: list[str] = field(default_factory=list)
     nearest: dict[str, Any] | None = None
     """The row of matrix.toml that has the most of these versions: its name, host, outcome, and what differs from it."""
+    extras: dict[str, list[str]] = field(default_factory=dict)
+    """Extra → which of its packages are not installed; what is missing here is no problem until a call needs it."""
     nodes: dict[str, str] | None = None
     """For a run or adapter, what computes each adapted linear (`weftlora.glue.fusion.nodes`)."""
 
@@ -60,6 +64,9 @@ class Diagnosis:
         yield "python", self.python
         for name, version in self.packages.items():
             yield name, f"{version}  (tested: {self.windows[name] or 'any'})"
+        for extra, missing in self.extras.items():
+            lacks = f"no {', '.join(missing)}: {install_line(extra)}" if missing else "installed"
+            yield f"extra {extra}", f"{lacks}  ({PURPOSES[extra]})"
         if self.nearest is not None:
             yield (
                 "nearest tested host",
@@ -89,19 +96,20 @@ COMPARED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "h
 def nearest_row() -> dict[str, Any]:
     """The tested row that is nearest to this environment: the fewest packages differ, and those in the least weighty."""
     here = {name: (_version(name) or "none").partition("+")[0] for name in COMPARED}
-    best: tuple[tuple[int, int, bool], dict[str, Any]] | None = None
+    found = []
     for row in json.loads(ROWS.read_text(encoding="utf-8"))["rows"]:
         differs = {
             name: {"here": here[name], "row": wanted}
             for name in COMPARED
             if here[name] != (wanted := row["versions"].get(name, "none"))
         }
-        weight = sum(2 ** (len(COMPARED) - COMPARED.index(name)) for name in differs)
-        rank = (len(differs), weight, row["status"] != "passed")
-        if best is None or rank < best[0]:
-            best = (rank, {"name": row["name"], "host": row["host"], "status": row["status"], "differs": differs})
-    assert best is not None, "the package ships rows"
-    return best[1]
+        found.append({"name": row["name"], "host": row["host"], "status": row["status"], "differs": differs})
+
+    def distance(row: dict[str, Any]) -> tuple[int, int, bool]:
+        weight = sum(2 ** (len(COMPARED) - COMPARED.index(name)) for name in row["differs"])
+        return len(row["differs"]), weight, row["status"] != "passed"
+
+    return min(found, key=distance)
 
 
 def _differences(row: dict[str, Any]) -> str:
@@ -128,6 +136,7 @@ def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
         free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
         problems=[*problems, *([refused] if (refused := why_not()) else []), *([demo] if demo else [])],
         nearest=nearest_row(),
+        extras={extra: _missing(modules) for extra, modules in EXTRAS.items()},
         nodes=None if adapted is None else _nodes(adapted),
     )
 
@@ -149,6 +158,18 @@ def _nodes(adapted: Path) -> dict[str, str]:
     return nodes(open_source(adapted, None).model)
 
 
+def _missing(modules: dict[str, str]) -> list[str]:
+    """Which distributions of an extra cannot be imported; nothing is loaded to find out."""
+    return [package for module, package in modules.items() if not _importable(module)]
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # of a module that somebody blocked, or made by hand
+        return False
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -159,7 +180,11 @@ def _version(package: str) -> str | None:
 def _packages() -> tuple[dict[str, str], dict[str, str], list[str]]:
     """What weftlora's own metadata requires, against what is installed."""
     packages, windows, problems = {}, {}, []
-    for line in importlib.metadata.requires("weftlora") or []:
+    try:
+        lines = importlib.metadata.requires("weftlora") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        lines = []
+    for line in lines:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue

@@ -134,6 +134,7 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         "max_steps": steps,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.schedule,
+        # a fraction of the run is worked out here: transformers before 5 takes whole steps only
         "warmup_steps": int(config.warmup) if config.warmup >= 1 else math.ceil(steps * config.warmup),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
