@@ -92,6 +92,45 @@ def test_adapt_train_save_load_export_and_merge_with_the_core_alone(tmp_path: Pa
     assert (tmp_path / "lora" / "README.md").is_file()
 
 
+TRAIN = """
+import weftlora
+given = ("train.steps=2", "data.limit=8", "data.validation_limit=2", "data.test_limit=2", "train.batch_size=4")
+run = weftlora.train("hydralora", *given, "out=run")
+assert run.status == "complete"
+assert weftlora.evaluate(run, limit=2, max_new_tokens=2).scores.loss
+assert weftlora.generate(run, "mill turn kqzv ->", max_new_tokens=2)
+assert weftlora.suggest_heads(["mill turn", "loom turn", "wheel grain"] * 20).record()
+"""
+COMPARE = """
+import weftlora
+given = {"model": "demo", "data": {"train": "demo", "limit": 12, "test_limit": 2, "max_length": 64}, "methods": ["lora", "hydralora"]}
+given |= {"budget": {"equal": "parameters", "r": 2}, "seeds": 1, "rates": {"values": [1e-3]}, "out": "runs"}
+assert weftlora.compare({**given, "train": {"steps": 2, "batch_size": 4}}, jobs=1).methods
+"""
+REPORT = """
+import sys
+import weftlora
+assert weftlora.report(sys.argv[1], out="page.html").path
+assert open("page.html").read(15)
+"""
+
+
+def alone(extra: str, code: str, *arguments: str, cwd: Path) -> None:
+    """Run code where nothing is installed but the core and one extra."""
+    brought = {"scipy"} if "sklearn" in EXTRAS[extra] else set()  # scikit-learn needs it
+    others = sorted({*BLOCKED} - EXTRAS[extra].keys() - brought)
+    block = f"import sys\nfor name in {others!r}: sys.modules[name] = None\n"
+    done = subprocess.run([sys.executable, "-c", block + code, *arguments], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_an_extra_alone_is_enough_for_what_it_is_for(tmp_path: Path) -> None:
+    alone("train", TRAIN, cwd=tmp_path)
+    alone("compare", COMPARE, cwd=tmp_path)
+    alone("report", REPORT, "runs", cwd=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
