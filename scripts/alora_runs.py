@@ -34,8 +34,7 @@ from typing import Any
 import dash_runs
 from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
 
-from weftlora.schedule.agreement import spearman
-from weftlora.schedule.scoring import kind_of
+from weftlora.schedule.rank_slots import kind_of, spearman
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "alora-runs.json"

@@ -129,7 +129,7 @@ def _bash(code: str, where: str) -> None:
 
 
 def _yaml(code: str) -> None:
-    from weftlora.train.recipe import Recipe, read_yaml
+    from weftlora.runs.recipe import Recipe, read_yaml
 
     content = read_yaml(code, "the block")
     if isinstance(content, dict) and {"adapter", "data"} <= content.keys():

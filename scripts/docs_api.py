@@ -14,13 +14,13 @@ import weftlora
 # nowhere is an error.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Recipes": ("weftlora.recipes",),
-    "The general config and its axes": ("weftlora.spec", "weftlora.terms", "weftlora.times"),
-    "Train, evaluate, generate": ("weftlora.train",),
-    "In a loop of your own": ("weftlora.glue.attach", "weftlora.glue.optimizer", "weftlora.glue.routing"),
+    "The general config and its axes": ("weftlora.adapter.spec", "weftlora.terms", "weftlora.settings"),
+    "Train, evaluate, generate": ("weftlora.train", "weftlora.runs"),
+    "In a loop of your own": ("weftlora.host.attach", "weftlora.host.optimizer", "weftlora.adapted.routing"),
     "Select blocks": ("weftlora.search",),
     "Compare and report": ("weftlora.compare", "weftlora.report"),
-    "Look inside": ("weftlora.report.heads", "weftlora.report.inspecting", "weftlora.train.directions"),
-    "Export and import": ("weftlora.export", "weftlora.glue.official"),
+    "Look inside": ("weftlora.data.suggest_heads", "weftlora.inspection.inspecting", "weftlora.inspection.directions"),
+    "Export and import": ("weftlora.export", "weftlora.host.released_code"),
     "Errors": ("weftlora.errors",),
 }
 
@@ -29,13 +29,13 @@ RETURNED: dict[str, tuple[str, ...]] = {
     "Train, evaluate, generate": (
         "weftlora.train.evaluation.Evaluation",
         "weftlora.train.evaluation.Scores",
-        "weftlora.train.generation.Generation",
+        "weftlora.train.evaluation.Generation",
     ),
-    "Compare and report": ("weftlora.report.comparison.writing.Report",),
+    "Compare and report": ("weftlora.report.comparison.page.Report",),
     "Look inside": (
-        "weftlora.report.result.Inspection",
-        "weftlora.report.heads.HeadSuggestion",
-        "weftlora.glue.report.DirectionsReport",
+        "weftlora.inspection.record.Inspection",
+        "weftlora.data.suggest_heads.HeadSuggestion",
+        "weftlora.inspection.core_directions.DirectionsReport",
     ),
 }
 

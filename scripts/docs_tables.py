@@ -84,7 +84,7 @@ MEANING: dict[str, str] = {
 
 def refused() -> str:
     """Which choices do not go together, and why."""
-    from weftlora.compat import REFUSED
+    from weftlora.adapter.compat import REFUSED
 
     rows = [(f"{one} + {other}", f"{reason}.") for (one, other), reason in REFUSED.items()]
     return _table(("pair", "why"), rows)
@@ -103,7 +103,7 @@ def choices() -> str:
 
 def config_fields() -> str:
     """The fields of WeftConfig beside the axes, from its docstring."""
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.axes import AXES
 
     defaults = {
@@ -120,7 +120,7 @@ def config_fields() -> str:
 
 def recipes() -> str:
     """The recipes that a recipe file can name."""
-    from weftlora.train.builtin import BUILTIN
+    from weftlora.runs.recipe import BUILTIN
 
     rows = [(f"`{e.name}`", e.about, f"[{e.paper}](https://arxiv.org/abs/{e.paper[6:]})" if e.paper else "")
             for e in BUILTIN.values()]  # fmt: skip
@@ -129,7 +129,7 @@ def recipes() -> str:
 
 def recipe_keys() -> str:
     """Every key of a recipe file: type, default, meaning."""
-    from weftlora.train.recipe import Recipe
+    from weftlora.runs.recipe import Recipe
 
     parts, seen = [], set()
     for title, prefix, fields in _sections(Recipe, ""):

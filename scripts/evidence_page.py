@@ -14,11 +14,8 @@ import real_runs
 import yaml
 
 from claims import CLAIMS, ROOT, SOURCES, Claim, Contrast, Side
-from weftlora.compare.metrics import METRICS
-from weftlora.compare.record import Interval, Method, Outcome, Row, Verdict
-from weftlora.compare.rows import rows
-from weftlora.compare.stats import expected_false, interval
-from weftlora.compare.verdict import verdict
+from weftlora.compare.record import METRICS, Interval, Method, Outcome, Row, Verdict
+from weftlora.compare.statistics import expected_false, interval, rows, verdict
 
 DEMO = ROOT / "evidence" / "demo.yaml"
 PLACES = {
@@ -35,7 +32,7 @@ WORDS = {
 HEAD = """# Evidence
 
 What the papers claim, and what our runs say of it. Every row compares a method with a named control on the same seeds. The interval
-holds the true mean difference at 95 %; `weftlora.compare.stats` says how it is made and how often it errs.
+holds the true mean difference at 95 %; `weftlora.compare.statistics` says how it is made and how often it errs.
 
 - *holds here*: the method is better, and the interval leaves out 0;
 - *does not hold here*: the method is worse, and the interval leaves out 0;

@@ -81,7 +81,7 @@ class SearchJob:
     runs: str
 
     def recipe(self) -> dict[str, Any]:
-        """As `weftlora.train.layers.search_recipe` takes it."""
+        """As `weftlora.train.layer_search.search_recipe` takes it."""
         granularity, share = SEARCHES[self.kind]
         adapter = {"recipe": "flexora", "granularity": granularity, "inner_lr": share * self.lr, **SEARCH}
         return described(self.task, "", adapter, self.lr, self.seed, self.runs).recipe | {"out": "unused"}
@@ -92,7 +92,7 @@ def search(job: SearchJob) -> dict[str, Any]:
     import torch
 
     from weftlora.search import Selection
-    from weftlora.train.layers import search_recipe
+    from weftlora.train.layer_search import search_recipe
 
     torch.set_num_threads(1)
     path = Path(job.runs) / job.task / f"search-{job.kind}-lr{job.lr:g}-s{job.seed}.json"

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weftlora
 from weftlora.data.demo import demo_model_path
-from weftlora.train.files import write_json
+from weftlora.disk.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "evidence" / "interop.json"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftlora.compare.stats import interval
+from weftlora.compare.statistics import interval
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def measure(job: Job) -> dict[str, Any]:
     import torch
 
     import weftlora
-    from weftlora.train.run import Run
+    from weftlora.runs.run import Run
 
     torch.set_num_threads(1)
     record, recipe = job.out / "figures.json", digest(job.recipe)
@@ -112,7 +112,7 @@ def spread(values: Sequence[float], digits: int = 4) -> str:
 
 
 def shown_interval(gaps: Sequence[float]) -> str:
-    """The mean with the 95 % interval of `weftlora.compare.stats`."""
+    """The mean with the 95 % interval of `weftlora.compare.statistics`."""
     found = interval(gaps)
     if found.low is None or found.high is None:
         return f"{found.mean:+.4f} (n = 1)"

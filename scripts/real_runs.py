@@ -54,8 +54,8 @@ def job(task: str, method: str, rank: int, lr: float, seed: int, runs: str, test
 
 def budget_ranks(task: str, budget_rank: int, runs: str) -> dict[str, tuple[int, int]]:
     """For each method the rank whose trainable adapter parameters come nearest LoRA's at `budget_rank`, and the count."""
+    from weftlora.runs.recipe import Recipe
     from weftlora.train.prepare import prepare
-    from weftlora.train.recipe import Recipe
 
     def count(method: str, rank: int) -> int:
         made = Recipe.read({**job(task, method, rank, 1e-3, 0, runs, False).recipe, "out": "unused"})
@@ -76,7 +76,7 @@ def budget_ranks(task: str, budget_rank: int, runs: str) -> dict[str, tuple[int,
 def base_score(task: str, runs: str) -> float:
     """What the frozen base scores on the test rows."""
     import weftlora
-    from weftlora.train.recipe import Recipe
+    from weftlora.runs.recipe import Recipe
 
     made = Recipe.read({**job(task, "lora", 1, 1e-3, 0, runs, False).recipe, "out": "unused"})
     return float(getattr(weftlora.evaluate(made, adapter="none", max_new_tokens=1).scores, TASKS[task]["measure"]))
@@ -111,8 +111,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         "Adapters on models and data we did not make, at one parameter budget and one scale (α = 2r), learning rate chosen per",
         "method on validation rows. Paired by seed: the same seed gives every method the same data order. The interval of a",
-        "difference is that of `weftlora.compare.stats`, at 95 %; where it contains 0, the method is not distinguishable from LoRA",
-        "here. What this says of the papers' claims is in [evidence](evidence.md).",
+        "difference is that of `weftlora.compare.statistics`, at 95 %; where it contains 0, the method is not distinguishable from",
+        "LoRA here. What this says of the papers' claims is in [evidence](evidence.md).",
         "",
         f"Made by `{results['command']}` ({results['versions']}); the figures of every run are in `evidence/real-runs.json`.",
     ]

@@ -22,11 +22,11 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
-from weftlora.glue.ablation import reference
-from weftlora.glue.ablation.scorer import Ablation
-from weftlora.glue.attach import schedules
-from weftlora.schedule.agreement import scores
+from weftlora.host.attach import schedules
+from weftlora.schedule.rank_slots import scores
 from weftlora.schedule.reallocate import ReallocateController
+from weftlora.scoring import brackets
+from weftlora.scoring.scorer import Ablation
 
 FACTOR = 4  # candidates of a shortlist per slot that moves
 
@@ -65,7 +65,7 @@ def loop(scorer: Ablation, slots: list[tuple[int, int]], draw: str, own: bool = 
         return scorer.way.loss(scorer.model(**batch).logits, batch["labels"])
 
     with torch.no_grad():
-        return reference.brackets(scorer.sites, slots, loss)
+        return brackets.brackets_by_definition(scorer.sites, slots, loss)
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

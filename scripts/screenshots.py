@@ -16,7 +16,7 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 import weftlora
-from weftlora.report.page import write_page
+from weftlora.report.inspection.page import write_page
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 LARGEST = 150_000

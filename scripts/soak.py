@@ -33,8 +33,8 @@ import weftlora
 import weftlora.train.loop  # imported once, before the first fork
 from weftlora.cli import main as cli
 from weftlora.data.demo import demo_model_path
+from weftlora.runs.run import Run
 from weftlora.train import checkpoint
-from weftlora.train.run import Run
 
 RECIPES = {
     "lora": [],

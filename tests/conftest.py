@@ -15,6 +15,7 @@ import torch
 from families import FAMILIES, Family
 
 torch.set_num_threads(1)
+pytest_plugins = ["looking"]  # adapters that were trained a little, and a browser
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -16,10 +16,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from weftlora.cli import entry, output
+from weftlora.cli import commands, output
 from weftlora.errors import ConfigError, WeftError, suggest, unknown_key
-from weftlora.export.card import _in_yaml, _table
-from weftlora.foreign import LIMIT, for_markdown, in_code, shortened, visible
+from weftlora.export.record import _in_yaml, _table
+from weftlora.foreign_text import LIMIT, for_markdown, in_code, shortened, visible
 
 HOSTILE = [
     "\x1b[31mred\x1b[0m",
@@ -114,7 +114,7 @@ def test_an_error_is_one_line_that_names_it(text: str) -> None:
         assert unseen(str(error), "\n", "\t") == []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.stderr", said)
-            entry._say(str(error))
+            commands._say(str(error))
     assert said.getvalue().count("\n") == 3
     assert unseen(said.getvalue(), "\n") == []
 

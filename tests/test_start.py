@@ -34,7 +34,7 @@ def loaded(done: subprocess.CompletedProcess[str]) -> list[str]:
         "import weftlora; dir(weftlora); weftlora.WeftError, weftlora.epochs(1)",
         "import weftlora.recipes; weftlora.recipes.own_fields('alora')",
         "import weftlora.train, weftlora.compare, weftlora.report, weftlora.data.demo",
-        "import weftlora.train.recipe as r; r.asked('hydralora', ['adapter.heads=4'])",
+        "import weftlora.runs.recipe as r; r.asked('hydralora', ['adapter.heads=4'])",
     ],
 )
 def test_what_loads_nothing_heavy(code: str) -> None:
@@ -109,7 +109,7 @@ warnings.simplefilter("ignore")
 from transformers import AutoModelForCausalLM
 from weftlora.data.demo import demo_model_path
 model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(demo_model_path()), sys.argv[1])
-assert type(model.peft_config["default"]) is sys.modules["weftlora.spec"].WeftConfig
+assert type(model.peft_config["default"]) is sys.modules["weftlora.adapter.spec"].WeftConfig
 assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["WEFT"] is type(model.peft_config["default"])
 assert list(peft.PeftType).count("WEFT") == 1
 """
@@ -157,8 +157,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "import weftlora, peft",
         "import peft, weftlora",
         "import peft.utils.peft_types, weftlora, peft",
-        "import weftlora.spec, peft",
-        "import weftlora.glue.tuner, peft",
+        "import weftlora.adapter.spec, peft",
+        "import weftlora.host.tuner, peft",
         "from weftlora.schedule.schedule import Schedule\nimport peft",
         "import weftlora, importlib, peft\nimportlib.reload(weftlora)\nimportlib.reload(peft)",
         IN_THE_MIDDLE,

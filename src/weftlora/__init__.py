@@ -24,18 +24,22 @@ from weftlora.errors import (
     TargetError,
     WeftError,
 )
-from weftlora.glue.register import register as register  # of no use to users: peft is told by itself
-from weftlora.glue.register import watch as _watch
-from weftlora.times import epochs
+from weftlora.host.registration import register as register  # of no use to users: peft is told by itself
+from weftlora.host.registration import watch as _watch
+from weftlora.settings import epochs
 from weftlora.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from weftlora.adapted.routing import Routing, routing
+    from weftlora.adapter.spec import WeftConfig
     from weftlora.compare import compare
+    from weftlora.data.suggest_heads import suggest_heads
     from weftlora.export import export_lora, merge
-    from weftlora.glue.attach import attach, load_state_dict, state_dict
-    from weftlora.glue.official import import_hydralora, import_lora_dash
-    from weftlora.glue.optimizer import param_groups
-    from weftlora.glue.routing import Routing, routing
+    from weftlora.host.attach import attach, load_state_dict, state_dict
+    from weftlora.host.optimizer import param_groups
+    from weftlora.host.released_code import import_hydralora, import_lora_dash
+    from weftlora.inspection.directions import directions
+    from weftlora.inspection.inspecting import inspect
     from weftlora.recipes import (
         AllocLoraConfig,
         FlexoraConfig,
@@ -47,10 +51,7 @@ if TYPE_CHECKING:
         TiedLoraConfig,
     )
     from weftlora.report import report
-    from weftlora.report.heads import suggest_heads
-    from weftlora.report.inspecting import inspect
     from weftlora.search import Selection, search_layers, second_stage
-    from weftlora.spec import WeftConfig
     from weftlora.terms.boost.dash import Dash
     from weftlora.terms.layers.every import All
     from weftlora.terms.layers.only import Only
@@ -65,22 +66,21 @@ if TYPE_CHECKING:
     from weftlora.terms.trust import trust_terms
     from weftlora.train import Run, evaluate, generate, train
     from weftlora.train.callback import Callback
-    from weftlora.train.directions import directions
 
 _LAZY = {
     "compare": "weftlora.compare",
     **dict.fromkeys(("export_lora", "merge"), "weftlora.export"),
-    **dict.fromkeys(("attach", "load_state_dict", "state_dict"), "weftlora.glue.attach"),
-    **dict.fromkeys(("import_hydralora", "import_lora_dash"), "weftlora.glue.official"),
-    "param_groups": "weftlora.glue.optimizer",
-    **dict.fromkeys(("Routing", "routing"), "weftlora.glue.routing"),
+    **dict.fromkeys(("attach", "load_state_dict", "state_dict"), "weftlora.host.attach"),
+    **dict.fromkeys(("import_hydralora", "import_lora_dash"), "weftlora.host.released_code"),
+    "param_groups": "weftlora.host.optimizer",
+    **dict.fromkeys(("Routing", "routing"), "weftlora.adapted.routing"),
     **dict.fromkeys(("AllocLoraConfig", "FlexoraConfig", "HydraLoraConfig", "LoraDashConfig"), "weftlora.recipes"),
     **dict.fromkeys(("LoraInitConfig", "LoraTsdConfig", "PlainLoraConfig", "TiedLoraConfig"), "weftlora.recipes"),
     "report": "weftlora.report",
-    "suggest_heads": "weftlora.report.heads",
-    "inspect": "weftlora.report.inspecting",
+    "suggest_heads": "weftlora.data.suggest_heads",
+    "inspect": "weftlora.inspection.inspecting",
     **dict.fromkeys(("Selection", "search_layers", "second_stage"), "weftlora.search"),
-    "WeftConfig": "weftlora.spec",
+    "WeftConfig": "weftlora.adapter.spec",
     "Dash": "weftlora.terms.boost.dash",
     "All": "weftlora.terms.layers.every",
     "Only": "weftlora.terms.layers.only",
@@ -95,7 +95,7 @@ _LAZY = {
     "trust_terms": "weftlora.terms.trust",
     **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weftlora.train"),
     "Callback": "weftlora.train.callback",
-    "directions": "weftlora.train.directions",
+    "directions": "weftlora.inspection.directions",
 }
 """Public name → the module it is loaded from when it is first used."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from weftlora.foreign import shortened, visible
+from weftlora.foreign_text import shortened, visible
 from weftlora.redaction import redacted
 
 
@@ -26,7 +26,7 @@ class ConfigError(WeftError, ValueError):
 
 
 class CombinationError(ConfigError):
-    """Two choices that do not go together (see `weftlora.compat`)."""
+    """Two choices that do not go together (see `weftlora.adapter.compat`)."""
 
 
 class TargetError(WeftError, ValueError):

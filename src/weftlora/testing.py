@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
-from weftlora import site
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapter import site
+from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.errors import ConfigError, MergeError, WeftError
-from weftlora.glue.attach import schedules
-from weftlora.glue.layer import WeftLinear
-from weftlora.kernel.switches import use_reference
-from weftlora.spec import WeftConfig, decode_choice, encode_choice, read_config
+from weftlora.host.attach import schedules
+from weftlora.kernel.fast_path import use_reference
 from weftlora.terms import registry
 
 __all__ = ["STEPS", "Checked", "check_processes", "check_term"]

@@ -6,9 +6,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from weftlora import ConfigError
+from weftlora.adapted.layer import WeftLinear
 from weftlora.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, outside_cases, split_rank
 from weftlora.bench.rounds import QUICK
-from weftlora.glue.layer import WeftLinear
 
 ADAPTERS = [Case(kind, 8) for kind in ("peft", "plain", "hydra", "tied", "dash", "flexora")]
 ADAPTERS.append(Case("alora", 12))

@@ -5,9 +5,7 @@ import dataclasses
 import pytest
 
 from weftlora.bench.cases import Case, Shape, table_cases
-from weftlora.bench.goals import Target, goals, targets
-from weftlora.bench.record import CaseResult
-from weftlora.bench.spread import Spread
+from weftlora.bench.record import CaseResult, Spread, Target, goals, targets
 from weftlora.errors import ConfigError
 
 

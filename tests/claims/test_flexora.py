@@ -20,7 +20,7 @@ import weftlora
 from families import FAMILIES, adapter_config, logits, randomise
 from weftlora.search.driver import LayerSearch
 from weftlora.search.groups import Gates, groups_of
-from weftlora.search.inner import Inner
+from weftlora.search.hypergradient import Inner
 from weftlora.search.rules import chance, jaccard
 from weftlora.terms.layers.search import weights
 

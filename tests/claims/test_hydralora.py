@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
+from weftlora.adapter.site import Site, build_site
 from weftlora.errors import ConfigError, MergeError
 from weftlora.kernel import Factors, Work, add_low_rank
 from weftlora.kernel.dropout import dropped as dropout_of
-from weftlora.site import Site, build_site
 from weftlora.terms.structure.hydra import Hydra
 
 IN, OUT, R, N, S = 5, 4, 2, 3, 1.5

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import weftlora
+from weftlora.adapter.site import build_site
 from weftlora.kernel.dropout import dropped
-from weftlora.site import build_site
 from weftlora.terms.structure.plain import Plain
 
 IN, HIDDEN, OUT = 6, 10, 4

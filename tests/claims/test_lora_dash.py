@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
 from families import FAMILIES, adapter_config
-from weftlora.glue.layer import WeftLinear
+from weftlora.adapted.layer import WeftLinear
 from weftlora.terms.structure.hydra import HydraTerm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))

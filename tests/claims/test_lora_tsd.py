@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import weftlora
-from weftlora import linalg
+from weftlora import change_rates
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
 from dashing import adam, batch, dash, events, init, parameters, sites, terms, train
@@ -22,8 +22,8 @@ from switching import T, base_of, defined, pre_launch, weights
 @pytest.mark.parametrize(("r", "s"), [(4, 2), (3, 3), (2, 4)])
 def test_dashs_directions_are_the_first_of_inits_on_one_pre_launch(r: int, s: int, monkeypatch) -> None:
     calls: list[tuple[int, ...]] = []
-    real = linalg.spectrum
-    monkeypatch.setattr(linalg, "spectrum", lambda w, *args: (calls.append(tuple(w.shape)), real(w, *args))[1])
+    real = change_rates.spectrum
+    monkeypatch.setattr(change_rates, "spectrum", lambda w, *args: (calls.append(tuple(w.shape)), real(w, *args))[1])
     model, deltas = init(after=T, r=r, directions=s), pre_launch(r=r)
     train(model, T)
     assert len(calls) == 2  # one decomposition per site, not two

@@ -12,8 +12,8 @@ from peft import VeraConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import weftlora
+from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import ConfigError
-from weftlora.glue.layer import WeftLinear
 from weftlora.terms.structure.tied import PARTS, Tied, TiedTerm
 
 D, OUT, R, L = 5, 7, 3, 3

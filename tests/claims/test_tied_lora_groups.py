@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, RobertaConfig, RobertaModel
 
 import weftlora
-from weftlora.glue.layer import WeftLinear
+from weftlora.adapted.layer import WeftLinear
 from weftlora.terms.structure.tied import TiedTerm
 
 D, KV, R, L = 6, 4, 3, 2

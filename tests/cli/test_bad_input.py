@@ -84,7 +84,7 @@ def test_a_file_where_the_run_folder_would_be(weftlora: Weft, recipe_file: Path,
 def test_a_disk_that_is_full_or_read_only(
     weftlora: Weft, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    from weftlora.train import files
+    from weftlora.disk import files
 
     def sync(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))

@@ -13,8 +13,7 @@ import yaml
 from weftlora import __version__
 from weftlora.extras import EXTRAS
 from weftlora.kernel import switched, use_reference
-from weftlora.train.builtin import BUILTIN
-from weftlora.train.recipe import Recipe
+from weftlora.runs.recipe import BUILTIN, Recipe
 
 Weft = Callable[..., object]
 
@@ -124,25 +123,25 @@ def test_doctor_lists_the_extras_and_how_to_install_what_is_not_there(
 
 
 def test_doctor_names_the_tested_host_that_is_nearest(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weftlora.cli import diagnosis
+    from weftlora.cli import doctor
 
-    rows = {row["name"]: row for row in json.loads(diagnosis.ROWS.read_text(encoding="utf-8"))["rows"]}
-    monkeypatch.setattr(diagnosis, "_version", rows["ms-swift"]["versions"].get)
-    assert diagnosis.nearest_row() == {
+    rows = {row["name"]: row for row in json.loads(doctor.ROWS.read_text(encoding="utf-8"))["rows"]}
+    monkeypatch.setattr(doctor, "_version", rows["ms-swift"]["versions"].get)
+    assert doctor.nearest_row() == {
         "name": "ms-swift",
         "host": "ms-swift 4.6.0",
         "status": rows["ms-swift"]["status"],
         "differs": {},
     }
     old = {**rows["ms-swift"]["versions"], "peft": "0.18.1"}
-    monkeypatch.setattr(diagnosis, "_version", old.get)
+    monkeypatch.setattr(doctor, "_version", old.get)
     found = json.loads(weftlora("doctor", "--json").out)["nearest"]
     assert (found["name"], found["differs"]) == ("ms-swift", {"peft": {"here": "0.18.1", "row": "0.20.0"}})
     assert "peft is 0.18.1 here, 0.20.0 there" in weftlora("doctor").out
 
 
 def test_doctor_says_what_an_adapter_would_be_refused_for(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weftlora.cli.diagnosis.why_not", lambda: "peft 0.1 lacks everything.")
+    monkeypatch.setattr("weftlora.cli.doctor.why_not", lambda: "peft 0.1 lacks everything.")
     done = weftlora("doctor", "--json")
     assert "peft 0.1 lacks everything." in json.loads(done.out)["problems"]
 
@@ -171,9 +170,9 @@ def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weftlora: Wef
 
 
 def test_doctor_names_a_package_outside_the_window(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
-    from weftlora.cli import diagnosis
+    from weftlora.cli import doctor
 
-    monkeypatch.setattr(diagnosis, "_version", lambda name: {"peft": "0.10.0", "trl": None}.get(name, "99"))
+    monkeypatch.setattr(doctor, "_version", lambda name: {"peft": "0.10.0", "trl": None}.get(name, "99"))
     said = weftlora("doctor")
     assert said.code == 1
     assert "missing: peft 0.10.0 is outside the tested window" in said.out

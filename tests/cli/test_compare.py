@@ -18,7 +18,7 @@ from weftlora.cli.compare import quality_table, result, standing_table, watching
 from weftlora.cli.output import Screen
 from weftlora.compare import Comparison, Interval, Method, Outcome, Row, Verdict
 from weftlora.compare.running import Running, Standing
-from weftlora.train.progress import Tick
+from weftlora.progress import Tick
 
 
 def run(*arguments: str) -> int:

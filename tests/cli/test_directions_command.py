@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import weftlora
 from weftlora.cli import main
 from weftlora.data.demo import demo_model_path
-from weftlora.train import directions as module
+from weftlora.inspection import directions as module
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from weftlora.cli import display, output
+from weftlora.cli import output
+from weftlora.cli import output as display
 from weftlora.train import Tick
 
 

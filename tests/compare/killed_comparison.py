@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from comparing import recipe
 
-from weftlora.compare import compare, pool
+from weftlora.compare import compare, workers
 
 
 def begin(made: dict[str, Any]) -> int:
@@ -54,7 +54,7 @@ def main(top: Path, kills: int) -> None:
     torch.set_num_threads(1)
     rates = {"values": [1e-3, 1e-2]}
     made = recipe(top, train={"steps": 6, "save_every": 2, "lr": None}, rates=rates, seeds=2)
-    with pool.Pool(2, top, 0):
+    with workers.Pool(2, top, 0):
         pass
     end(begin(made | {"out": str(top / "whole")}))
     dice, folder, deaths = random.Random(0), top / "killed", []

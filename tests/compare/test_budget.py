@@ -14,11 +14,11 @@ from weftlora.compare.budget import nearest_rank
 from weftlora.compare.plan import Plan, make
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.errors import ConfigError
+from weftlora.runs.adapter import adapter_config
+from weftlora.runs.recipe import Recipe
 from weftlora.search import Search
-from weftlora.train.adapter import adapter_config
-from weftlora.train.figures import trained_numbers
+from weftlora.train.costs import trained_numbers
 from weftlora.train.prepare import prepare
-from weftlora.train.recipe import Recipe
 
 METHODS = [
     "lora",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import get_args
 
-from weftlora.compare.metrics import METRICS, Name, metric_of
+from weftlora.compare.record import METRICS, Name, metric_of
 from weftlora.train.evaluation import Scores
 
 

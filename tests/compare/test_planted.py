@@ -14,8 +14,7 @@ import pytest
 from fabricated import method, runs
 
 from weftlora.compare.record import Row
-from weftlora.compare.rows import rows
-from weftlora.compare.verdict import verdict
+from weftlora.compare.statistics import rows, verdict
 
 SEEDS, REPETITIONS = 5, 200
 SPREAD = 0.02

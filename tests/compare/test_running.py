@@ -20,12 +20,11 @@ import yaml
 from comparing import quality, recipe
 
 from weftlora.compare import Comparison, compare, load
-from weftlora.compare.locks import in_charge
-from weftlora.compare.pool import BEGUN
 from weftlora.compare.running import Standing
+from weftlora.compare.workers import BEGUN, in_charge
+from weftlora.disk.files import read_json, write_json
 from weftlora.errors import ConfigError, DataError, RunError
-from weftlora.train.files import read_json, write_json
-from weftlora.train.run import Run
+from weftlora.runs.run import Run
 
 Tried = tuple[dict[str, Any], Comparison]
 
@@ -146,7 +145,7 @@ def test_a_damaged_file_is_named_in_a_sentence(copied, name: str, content: dict[
 
 def test_a_complete_comparison_is_not_run_again(copied, monkeypatch: pytest.MonkeyPatch):
     made, folder = copied
-    monkeypatch.setattr("weftlora.compare.pool.carry_out", lambda *_: pytest.fail("a run was carried out"))
+    monkeypatch.setattr("weftlora.compare.workers.carry_out", lambda *_: pytest.fail("a run was carried out"))
     before = (folder / "compare.json").read_bytes()
     again = compare(made, jobs=0)
     assert (folder / "compare.json").read_bytes() == before

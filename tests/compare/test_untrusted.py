@@ -14,7 +14,7 @@ from comparing import recipe
 import weftlora
 from weftlora.compare import compare, load
 from weftlora.compare.plan import Plan
-from weftlora.compare.work import carry_out
+from weftlora.compare.workers import carry_out
 from weftlora.errors import RunError
 
 

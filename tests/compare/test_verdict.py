@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from weftlora.compare.stats import interval
-from weftlora.compare.verdict import verdict
+from weftlora.compare.statistics import interval, verdict
 
 LOWER = [-0.031, -0.026, -0.040, -0.022, -0.035]
 

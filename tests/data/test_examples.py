@@ -4,7 +4,7 @@ import pytest
 
 from weftlora.data.config import DataConfig
 from weftlora.data.examples import examples, find_columns, label_names
-from weftlora.data.source import Row, Source
+from weftlora.data.read import Row, Source
 from weftlora.errors import ConfigError, DataError
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weftlora.data.split import carve, sample
+from weftlora.data.loading import carve, sample
 from weftlora.errors import DataError
 
 KEYS = st.lists(st.sampled_from("abcdefghijkl"), min_size=2, max_size=40).filter(lambda keys: len(set(keys)) > 1)

@@ -11,7 +11,7 @@ import pytest
 
 from weftlora.compare.plan import make
 from weftlora.compare.recipe import CompareRecipe
-from weftlora.train.builtin import BUILTIN
+from weftlora.runs.recipe import BUILTIN
 
 
 def test_demo_compares_every_recipe_and_says_that_one_seed_decides_nothing(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import weftlora
-from weftlora.train.adapter import adapter_config
-from weftlora.train.recipe import Recipe
+from weftlora.runs.adapter import adapter_config
+from weftlora.runs.recipe import Recipe
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 

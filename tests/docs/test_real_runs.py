@@ -60,7 +60,7 @@ def test_moving_ranks_stay_on_the_budget_of_lora() -> None:
 
 @pytest.mark.parametrize("variant", alora_runs.VARIANTS)
 def test_a_moving_or_starting_variant_is_a_config_that_works(variant: str) -> None:
-    from weftlora.train.adapter import adapter_config
+    from weftlora.runs.adapter import adapter_config
 
     config = adapter_config(alora_runs.adapter("demo", variant, seed=3, ranks=RANKS), total_steps=100)
     assert config is not None
@@ -73,7 +73,7 @@ def test_a_moving_or_starting_variant_is_a_config_that_works(variant: str) -> No
 
 @pytest.mark.parametrize("variant", [*dash_runs.LINEAR, *dash_runs.ROUTED])
 def test_a_variant_is_a_config_that_works(variant: str) -> None:
-    from weftlora.train.adapter import adapter_config
+    from weftlora.runs.adapter import adapter_config
 
     config = adapter_config(dash_runs.adapter(variant, 4, seed=3))
     assert config is not None
@@ -99,7 +99,7 @@ def test_every_selection_and_control_of_flexora_has_five_paired_seeds() -> None:
 
 @pytest.mark.parametrize("kind", flexora_runs.SEARCHES)
 def test_a_search_of_the_evidence_and_what_it_selects_are_configs_that_work(kind: str) -> None:
-    from weftlora.train.adapter import adapter_config
+    from weftlora.runs.adapter import adapter_config
 
     granularity, share = flexora_runs.SEARCHES[kind]
     config = adapter_config(flexora_runs.SearchJob("demo", kind, 0.01, 3, "").recipe()["adapter"])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import weftlora
 from families import FAMILIES, randomise, trainable
 from weftlora.data.demo import demo_model_path
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
 
 WHEN, STEPS = 2, 4
 TARGETS = ["q_proj", "v_proj", "down_proj"]

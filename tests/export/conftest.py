@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 import weftlora
 from families import FAMILIES, randomise
-from weftlora.export import proof, stock
+from weftlora.export import proof, stock_process
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
 
     def run(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | None]:
         seen.extend(jobs)
-        return [stock._told(dict(job)) for job in jobs]
+        return [stock_process._told(dict(job)) for job in jobs]
 
     monkeypatch.setattr(proof, "run_jobs", run)
     return seen

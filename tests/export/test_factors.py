@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from weftlora.adapter.site import Site, build_site
 from weftlora.errors import AdapterError, MergeError
 from weftlora.export.factors import Pair, closed_form, combined, common_rank
-from weftlora.site import Site, build_site
 from weftlora.terms.boost.dash import Dash
 from weftlora.terms.ranks.reallocate import Reallocate
 from weftlora.terms.start.directions import Directions

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 import weftlora
+from weftlora.disk.files import TEMPORARY_FOR
+from weftlora.disk.lock import beside, holding
+from weftlora.disk.ownership import temporary
 from weftlora.errors import AdapterError, RunError
-from weftlora.export import files, proof
-from weftlora.train.files import TEMPORARY_FOR
-from weftlora.train.lock import beside, holding
-from weftlora.train.ownership import temporary
+from weftlora.export import folder as files
+from weftlora.export import proof
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]

@@ -14,9 +14,9 @@ from peft import PeftModel
 from safetensors import safe_open
 
 import weftlora
+from weftlora.disk.ownership import EXPORTED
 from weftlora.errors import AdapterError, RunError
 from weftlora.export import folder, proof
-from weftlora.train.ownership import EXPORTED
 
 Adapted = Callable[..., PeftModel]
 

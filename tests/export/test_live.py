@@ -17,7 +17,7 @@ from families import FAMILIES
 from weftlora.errors import AdapterError
 from weftlora.export import live
 from weftlora.export.live import Outputs
-from weftlora.export.truth import Truth
+from weftlora.export.proof import Truth
 
 Adapted = Callable[..., PeftModel]
 

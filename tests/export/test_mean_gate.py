@@ -14,10 +14,10 @@ from torch import Tensor
 
 import weftlora
 from families import FAMILIES, randomise
+from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import MergeError
 from weftlora.export import live
-from weftlora.export.gates import mean_gates
-from weftlora.glue.layer import WeftLinear
+from weftlora.export.live import mean_gates
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]

@@ -19,8 +19,7 @@ from families import FAMILIES, logits, randomise
 from weftlora.data.demo import demo_model_path
 from weftlora.errors import ConfigError, MergeError, ModelError
 from weftlora.export import merged
-from weftlora.export.merged import site_loss
-from weftlora.export.rounding import NF4, kept_by, round_nf4
+from weftlora.export.merged import NF4, kept_by, round_nf4, site_loss
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -163,7 +162,7 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
     with pytest.raises(ModelError, match="no model weights"):
         weftlora.merge(model, tmp_path / "merged", original=tmp_path)
     monkeypatch.setattr(
-        "weftlora.glue.layer.dequantize_module_weight", lambda module: module.kept
+        "weftlora.adapted.layer.dequantize_module_weight", lambda module: module.kept
     )  # what the quantiser's own function gives
     found = weftlora.merge(model, tmp_path / "merged", "float32", original=llama_folder, accept_loss=True)
     original = load_file(llama_folder / "model.safetensors")

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from weftlora.errors import AdapterError
-from weftlora.glue.stock import check_resolution, stock_config
+from weftlora.host.stock_lora import check_resolution, stock_config
 
 TRAPS = [
     "h.1.attn", "h.11.attn", "h.1.attn_out", "inner.h.1.attn", "deep.inner.h.1.attn", "hx1.attn", "attn", "h.1.mlp",

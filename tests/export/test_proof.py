@@ -18,10 +18,10 @@ from torch import nn
 
 import weftlora
 from families import FAMILIES, randomise
+from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import AdapterError, ConfigError
-from weftlora.export import live, lora, proof, stock
+from weftlora.export import live, lora, proof, stock_process
 from weftlora.export.live import Outputs
-from weftlora.glue.layer import WeftLinear
 
 Adapted = Callable[..., PeftModel]
 Jobs = list[Mapping[str, Any]]
@@ -319,12 +319,12 @@ def test_the_process_that_proves_does_not_outlive_a_killed_export(
     script, born = tmp_path / "slow.py", tmp_path / "born"
     script.write_text(
         "import os, pathlib, runpy, sys, threading, time\n"
-        f"follow = runpy.run_path({stock.__file__!r})['follow']\n"
+        f"follow = runpy.run_path({stock_process.__file__!r})['follow']\n"
         "threading.Thread(target=follow, args=(int(sys.argv[2]),), daemon=True).start()\n"
         f"pathlib.Path({str(born)!r}).write_text(str(os.getpid()))\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(stock, "__file__", str(script))
+    monkeypatch.setattr(stock_process, "__file__", str(script))
     child = os.fork()
     if child == 0:
         proof.run_jobs([], tmp_path)

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 import weftlora
 from families import FAMILIES, logits, randomise
 from weftlora.errors import ConfigError
-from weftlora.export.files import hub_id
+from weftlora.export.folder import hub_id
 from weftlora.train import train
 
 Jobs = list[Mapping[str, Any]]

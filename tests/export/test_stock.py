@@ -12,7 +12,7 @@ from peft import PeftModel
 
 import weftlora
 from weftlora.errors import AdapterError
-from weftlora.export import proof, stock
+from weftlora.export import proof, stock_process
 
 Adapted = Callable[..., PeftModel]
 
@@ -28,7 +28,7 @@ import weftlora
 
 def test_importing_weft_is_blocked_and_not_only_left_undone(tmp_path: Path) -> None:
     (tmp_path / "jobs.json").write_text("[]")
-    command = [sys.executable, "-I", "-c", AFTERWARDS, stock.__file__, str(tmp_path / "jobs.json")]
+    command = [sys.executable, "-I", "-c", AFTERWARDS, stock_process.__file__, str(tmp_path / "jobs.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]"
     assert done.returncode

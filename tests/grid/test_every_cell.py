@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import weftlora
 from families import FAMILIES, STRUCTURES, Family, adapter_config, logits, randomise, trainable
-from weftlora.compat import REFUSED
-from weftlora.glue.layer import WeftLinear
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapter.compat import REFUSED
 
 pytestmark = pytest.mark.grid
 

@@ -14,9 +14,9 @@ from peft import PeftModel, get_peft_model
 
 import weftlora
 from families import FAMILIES, logits, trainable
-from weftlora import compat
+from weftlora.adapter import compat
 from weftlora.errors import CombinationError, ConfigError, MergeError
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
 from weftlora.terms.axes import AXES
 
 pytestmark = pytest.mark.grid

@@ -349,7 +349,7 @@ def test_a_routed_update_has_no_weight():
 def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     slow = kernel.reference
-    monkeypatch.setattr("weftlora.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
+    monkeypatch.setattr("weftlora.kernel.fast_path.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
 
     def fail() -> None:
@@ -367,7 +367,7 @@ def test_use_reference_is_undone_even_after_an_error(monkeypatch: pytest.MonkeyP
 def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
     slow = kernel.reference
-    monkeypatch.setattr("weftlora.kernel.add.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
+    monkeypatch.setattr("weftlora.kernel.fast_path.reference", lambda *a, **o: (calls.append(1), slow(*a, **o))[1])
     f, x, y = make("x"), tokens(5, IN), tokens(5, OUT)
     with kernel.use_reference():
         with kernel.use_reference(False):

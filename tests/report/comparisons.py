@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.compare.record import Comparison, Method, Outcome, Rate
-from weftlora.compare.rows import rows
-from weftlora.train.run import Run
+from weftlora.compare.statistics import rows
+from weftlora.runs.run import Run
 
 PLANTED = {"lora": 0.0, "hydralora": -0.004, "tied_lora": 0.03, "alora": 0.001, "flexora": 0.0005, "lora_dash": -0.0004}
 """What a method's loss has over the baseline's."""

@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from weftlora.report.result import Inspection
+from weftlora.inspection.record import Inspection
 
 NASTY = "<script>alert('x')</script>&\"'{{ 7 * 7 }}</script><!--"
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1100, "height": 900}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from pages import DESK, MARKS, NASTY, PHONE, Open, contrast, luminance, opening, renamed, style
 
-from weftlora.report.page import write_page
-from weftlora.report.result import Inspection
+from weftlora.inspection.record import Inspection
+from weftlora.report.inspection.page import write_page
 
 NAMES = ["hydralora", "alora", "flexora", "lora_tsd", "tied_lora", "t5"]
 

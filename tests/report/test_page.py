@@ -9,9 +9,9 @@ import re
 import pytest
 from pages import NASTY, Elements, renamed, specs
 
-from weftlora.report.page import page
-from weftlora.report.result import Inspection
-from weftlora.report.sections import sections
+from weftlora.inspection.record import Inspection
+from weftlora.report.inspection.page import page
+from weftlora.report.inspection.sections import sections
 
 
 def test_the_same_record_gives_the_same_page(inspections: dict[str, Inspection]):

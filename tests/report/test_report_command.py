@@ -12,8 +12,8 @@ import pytest
 
 import weftlora
 from weftlora.cli import main
-from weftlora.report.comparison.writing import Report
-from weftlora.train.files import read_json, write_json
+from weftlora.disk.files import read_json, write_json
+from weftlora.report.comparison.page import Report
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -129,7 +129,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(runs: list[Path], tmp_
 
 
 def test_the_name_stays_the_function_when_the_package_is_imported(saved: Callable[[str], Path]):
-    import weftlora.report.page
+    import weftlora.report.inspection.page
 
     assert callable(weftlora.report)
     assert weftlora.inspect(saved("lora"), base=False).sites

@@ -11,8 +11,8 @@ from comparisons import broken, comparison, renamed, write_runs
 from pages import MARKS, NASTY, PHONE, Open, contrast, luminance, opening, style
 
 from weftlora.compare.record import Comparison
-from weftlora.report.comparison.evidence import Evidence, gather
 from weftlora.report.comparison.page import page
+from weftlora.report.comparison.runs import Evidence, gather
 from weftlora.report.web import write
 
 PAPER = {"width": 703, "height": 1000}

@@ -14,10 +14,10 @@ from pages import specs
 
 import weftlora
 from weftlora.compare.record import Outcome
-from weftlora.report.comparison.evidence import Evidence, gather
+from weftlora.inspection.record import Inspection
+from weftlora.report.comparison.adapters import inside
 from weftlora.report.comparison.page import page
-from weftlora.report.comparison.places import inside
-from weftlora.report.result import Inspection
+from weftlora.report.comparison.runs import Evidence, gather
 
 
 @pytest.fixture(scope="module")

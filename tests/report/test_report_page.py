@@ -16,12 +16,11 @@ from comparisons import PLANTED, broken, changed, comparison, judged, renamed, w
 from pages import NASTY, Elements, Node, specs, tree
 
 from weftlora.compare.record import Comparison
-from weftlora.report.comparison.evidence import Evidence, gather
-from weftlora.report.comparison.opening import facts, overall, verdicts, warnings
+from weftlora.report.comparison.page import judged as judged_by
 from weftlora.report.comparison.page import page
-from weftlora.report.comparison.runs import recipes
-from weftlora.report.comparison.writing import judged as judged_by
-from weftlora.train.recipe import apply
+from weftlora.report.comparison.results import facts, overall, verdicts, warnings
+from weftlora.report.comparison.runs import Evidence, gather, recipes
+from weftlora.runs.recipe import apply
 
 
 @pytest.fixture(scope="module")

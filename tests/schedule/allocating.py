@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import weftlora
 from families import FAMILIES
-from weftlora.glue.ablation.scorer import Ablation
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
 from weftlora.schedule.reallocate import ReallocateController
 from weftlora.schedule.schedule import Event
+from weftlora.scoring.scorer import Ablation
 
 TOKENS = torch.randint(3, 64, (64, 7), generator=torch.Generator().manual_seed(5))
 HELD_OUT = [{"input_ids": row, "labels": row} for row in TOKENS[40:]]

@@ -15,9 +15,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import weftlora
-from weftlora.glue.layer import WeftLinear
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapter.site import Site
 from weftlora.schedule.schedule import Schedule
-from weftlora.site import Site
 from weftlora.terms.boost.dash import DashTerm
 from weftlora.terms.start.directions import DirectionsTerm
 

@@ -7,7 +7,7 @@ from dashing import init, sites, train
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weftlora.glue.layer import WeftLinear
+from weftlora.adapted.layer import WeftLinear
 
 T = 3
 

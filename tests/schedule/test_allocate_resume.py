@@ -17,8 +17,8 @@ from transformers import Trainer, TrainingArguments
 
 import weftlora
 from families import FAMILIES, logits
-from weftlora.glue.ablation.reference import only
-from weftlora.schedule import slots as surgery
+from weftlora.schedule import rank_slots as surgery
+from weftlora.scoring.brackets import only
 
 END, ROUNDS = 9, (3, 5)
 CASES = {

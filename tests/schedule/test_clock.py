@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import weftlora
 from families import FAMILIES
-from weftlora.schedule import clock
+from weftlora.schedule import schedule as clock
 
 N = 3
 

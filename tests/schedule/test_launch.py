@@ -31,9 +31,9 @@ from torch.optim import SGD
 
 import weftlora
 from families import FAMILIES, adapter_config
-from weftlora import linalg
+from weftlora import change_rates
+from weftlora.change_rates import decide
 from weftlora.errors import ConfigError
-from weftlora.linalg import decide
 
 T = 2
 
@@ -212,10 +212,12 @@ def test_a_bf16_base_is_ranked_as_its_exact_fp32_copy() -> None:
     for name, site in sites(model).items():
         w = getattr(copied.base_model.model, name).base_layer.weight.detach()
         assert w.dtype == torch.bfloat16
-        spec = linalg.spectrum(w.double())
+        spec = change_rates.spectrum(w.double())
         term, s = site.boost, site.structure
-        rate = linalg.change_rate(spec, linalg.moved(spec, w.double(), s.A.double(), s.B.double(), site.scale))
-        want = linalg.pick(spec, w.double(), rate, 3)
+        rate = change_rates.change_rate(
+            spec, change_rates.moved(spec, w.double(), s.A.double(), s.B.double(), site.scale)
+        )
+        want = change_rates.pick(spec, w.double(), rate, 3)
         assert {t.dtype for t in (term.up, term.down, term.gain)} == {torch.float32}
         assert term.index.tolist() == want.index.tolist()
         assert torch.equal(term.up, want.up.float())
@@ -256,7 +258,7 @@ def test_each_weight_is_decomposed_once_and_one_at_a_time(monkeypatch) -> None:
 
     alive: list[weakref.ref] = []
     most = []
-    real = linalg.spectrum
+    real = change_rates.spectrum
 
     def watched(w, *args):
         gc.collect()
@@ -265,7 +267,7 @@ def test_each_weight_is_decomposed_once_and_one_at_a_time(monkeypatch) -> None:
         alive.append(weakref.ref(spec))
         return spec
 
-    monkeypatch.setattr(linalg, "spectrum", watched)
+    monkeypatch.setattr(change_rates, "spectrum", watched)
     model = dash(after=T)
     train(model, T + 2)
     assert most == [0, 0]

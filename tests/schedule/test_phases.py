@@ -25,7 +25,7 @@ from dashing import (
 from peft import PeftModel
 
 import weftlora
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
 
 T = 2
 OTHER = {"r": 2, "directions": 3, "target_modules": ["first", "second"]}

@@ -30,7 +30,7 @@ from torch.optim import SGD
 import weftlora
 from families import FAMILIES, adapter_config, logits
 from weftlora.errors import ConfigError
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
 
 T = 2
 CASES = {"init": {}, "tsd": {"directions": 3}}

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from switching import T, base_of
 
 import weftlora
-from weftlora import linalg
-from weftlora.recipes import lora_init, lora_tsd
+from weftlora import change_rates
+from weftlora.recipes import task_directions
 
 CASES = {"init": {}, "tsd": {"directions": 3}}
 both = pytest.mark.parametrize("fields", CASES.values(), ids=CASES)
@@ -48,7 +48,7 @@ def test_what_is_loaded_after_the_switch_never_decomposes_a_weight_again(
     model = init(after=T, **fields)
     train(model, T + 1)
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(linalg, "spectrum", lambda *_: pytest.fail("a weight was decomposed"))
+    monkeypatch.setattr(change_rates, "spectrum", lambda *_: pytest.fail("a weight was decomposed"))
     loaded = PeftModel.from_pretrained(init().unload(), tmp_path, is_trainable=True)
     assert torch.equal(loaded(batch(50)), model(batch(50)))
     twins = [copy.deepcopy(term.state_dict()) for term in starts(loaded)]
@@ -99,7 +99,7 @@ def test_more_slots_than_the_weight_has_directions() -> None:
 
 def test_cards_and_recipes_say_that_they_are_reconstructed() -> None:
     docs = Path(__file__).parents[2] / "docs"
-    said = [" ".join(str(module.__doc__).split()) for module in (lora_init, lora_tsd)]
+    said = [" ".join(str(module.__doc__).split()) for module in (task_directions, task_directions)]
     said.append(" ".join((docs / "methods" / "lora_tsd.md").read_text(encoding="utf-8").split()))
     for text in said:
         assert "reconstructed from" in text.lower()

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import weftlora
 from weftlora.errors import WeftError
-from weftlora.schedule import slots as surgery
+from weftlora.schedule import rank_slots as surgery
 
 END = 6
 CASES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from pairing import run_pair
 from torch.nn.parallel import DistributedDataParallel
 
 import weftlora
-from weftlora import linalg
+from weftlora import change_rates
 from weftlora.errors import WeftError
 
 LAUNCH, END, ROWS = 3, 6, 8
@@ -53,8 +53,8 @@ def train(model: torch.nn.Module, adapted: torch.nn.Module, rank: int, world: in
 
 def counted() -> list[int]:
     calls: list[int] = []
-    real = linalg.spectrum
-    linalg.spectrum = lambda w, *a: (calls.append(w.shape[0]), real(w, *a))[1]  # type: ignore[assignment]
+    real = change_rates.spectrum
+    change_rates.spectrum = lambda w, *a: (calls.append(w.shape[0]), real(w, *a))[1]  # type: ignore[assignment]
     return calls
 
 

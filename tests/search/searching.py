@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 import weftlora
 from families import randomise
 from weftlora.search import Selection
+from weftlora.search.batches import Loss
 from weftlora.search.driver import LayerSearch
-from weftlora.search.inner import Inner
-from weftlora.search.passes import Loss
+from weftlora.search.hypergradient import Inner
 
 WIDTH = 6
 

@@ -12,7 +12,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 import weftlora
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.search.driver import LayerSearch
-from weftlora.search.inner import Inner
+from weftlora.search.hypergradient import Inner
 from weftlora.terms.layers.search import weights
 
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}

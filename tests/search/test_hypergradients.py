@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import weftlora
 from weftlora.errors import ConfigError
+from weftlora.search.batches import Loss
 from weftlora.search.driver import LayerSearch
-from weftlora.search.passes import Loss
 from weftlora.terms.layers.search import weights
 
 STRUCTURES = {

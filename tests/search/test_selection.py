@@ -16,7 +16,7 @@ from families import FAMILIES, adapter_config, logits, randomise
 from weftlora.errors import ConfigError, RunError
 from weftlora.search import Selection, compare
 from weftlora.search.driver import LayerSearch
-from weftlora.search.inner import Inner
+from weftlora.search.hypergradient import Inner
 from weftlora.terms.layers.search import weights
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import weftlora
 from families import FAMILIES, adapter_config, llama, logits, randomise
+from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import ConfigError
-from weftlora.glue.layer import WeftLinear
 from weftlora.search.driver import LayerSearch
-from weftlora.search.inner import Inner
+from weftlora.search.hypergradient import Inner
 from weftlora.terms.layers.search import weights
 
 

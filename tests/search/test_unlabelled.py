@@ -15,9 +15,9 @@ from searching import adapted, labelled_mse, planted, stack, unlabelled
 import weftlora
 from families import FAMILIES, adapter_config, randomise
 from weftlora.errors import RunError
+from weftlora.search.batches import counted
 from weftlora.search.driver import LayerSearch
-from weftlora.search.inner import Inner
-from weftlora.search.passes import counted
+from weftlora.search.hypergradient import Inner
 
 ALL = range(1000)
 SMALL = {"outer_batches": 2, "steps": 4}

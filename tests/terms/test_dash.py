@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import weftlora
+from weftlora.adapter.site import Site, build_site
+from weftlora.change_rates import Directions
 from weftlora.errors import ConfigError
-from weftlora.linalg import Directions
-from weftlora.site import Site, build_site
 from weftlora.terms.boost.dash import Dash, DashTerm
 from weftlora.terms.structure.hydra import Hydra
 from weftlora.terms.structure.plain import Plain

@@ -12,8 +12,8 @@ from offering import IMPORTED, NOTES_ITS_IMPORT, STRUCTURE, offer
 from peft import PeftConfig
 
 import weftlora
+from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.errors import AdapterError, ConfigError
-from weftlora.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.terms import registry, trust
 from weftlora.terms.axes import AXES
 

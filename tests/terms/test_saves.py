@@ -9,8 +9,8 @@ from peft import get_peft_model
 
 import weftlora
 from families import FAMILIES
-from weftlora.glue.attach import schedules
-from weftlora.site import Site, build_site
+from weftlora.adapter.site import Site, build_site
+from weftlora.host.attach import schedules
 from weftlora.terms.axes import AXES
 
 SIZE = (2, 6, 5)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from weftlora.train.run import Run
+from weftlora.runs.run import Run
 
 
 def weights(run: Run) -> bytes:

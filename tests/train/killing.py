@@ -49,9 +49,9 @@ class Killed:
 
 LAUNCH = Event(4, ("weftlora.terms.boost.dash:DashTerm.launch",))
 SWITCH = Event(4, ("weftlora.terms.start.directions:DirectionsTerm.switch",))
-SCORING = "weftlora.glue.ablation.exact:_each"  # one chunk of slots has been scored
+SCORING = "weftlora.scoring.brackets:_each"  # one chunk of slots has been scored
 DECIDING = "weftlora.schedule.reallocate:ReallocateController._room"  # all have
-MOVING = "weftlora.schedule.slots:move"  # one site has lost or got slots, another has not: no site does both
+MOVING = "weftlora.schedule.rank_slots:move"  # one site has lost or got slots, another has not: no site does both
 ROUNDS = (Event(4, (SCORING, DECIDING, MOVING)), Event(6))
 RECIPES = {
     "lora": Killed({"r": 4}),
@@ -128,10 +128,10 @@ def arm(kill: Kill) -> list[Any]:
     import transformers
     from peft.config import PeftConfigMixin
 
+    from weftlora.runs.run import Run
     from weftlora.search.driver import LayerSearch
     from weftlora.train import checkpoint
-    from weftlora.train.layers import Stage
-    from weftlora.train.run import Run
+    from weftlora.train.layer_search import Stage
 
     class Deadly(transformers.TrainerCallback):
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -307,7 +307,7 @@ def shorten_lives() -> None:
     """Leave out what takes most of a short life and no kill can tell: the disk's word, model cards."""
     from peft import PeftModel
 
-    from weftlora.train import files
+    from weftlora.disk import files
 
     files.sync = lambda descriptor: None
     PeftModel.create_or_update_model_card = lambda self, folder: None

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from weftlora.errors import ConfigError
+from weftlora.runs.recipe import TrainConfig
 from weftlora.train.arguments import OWNED, arguments, check, save_interval, total_steps
-from weftlora.train.recipe import TrainConfig
 
 
 def config(**fields: Any) -> TrainConfig:

@@ -7,10 +7,10 @@ import torch
 from transformers import Trainer
 
 import weftlora
+from weftlora.progress import ignore
+from weftlora.runs.recipe import Recipe
 from weftlora.train.arguments import arguments
 from weftlora.train.prepare import prepare
-from weftlora.train.progress import ignore
-from weftlora.train.recipe import Recipe
 from weftlora.train.trainer import make_trainer
 
 HYDRA = {"recipe": "hydralora", "heads": 3, "r": 2, "balance": 0.5}

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weftlora
 from weftlora.errors import AdapterError, ConfigError, DataError, RunError
+from weftlora.runs.run import Run
 from weftlora.train import Tick, evaluation
-from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 

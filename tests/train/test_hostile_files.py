@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import weftlora
 from weftlora.compare.recipe import CompareRecipe
-from weftlora.data.saved import read_saved
+from weftlora.data.read import read_saved
 from weftlora.errors import ConfigError, DataError, ModelError, RunError, WeftError
-from weftlora.train.recipe import Recipe, read_yaml
-from weftlora.train.run import Run
+from weftlora.runs.recipe import Recipe, read_yaml
+from weftlora.runs.run import Run
 
 Make = Callable[..., dict[str, Any]]
 

@@ -16,9 +16,10 @@ from interrupting import Interrupt, weights
 from safetensors.torch import load_file, save_file
 
 import weftlora
+from weftlora.disk.files import read_json
 from weftlora.errors import WeftError
-from weftlora.train import checkpoint, identity
-from weftlora.train.files import read_json
+from weftlora.runs import identity
+from weftlora.train import checkpoint
 
 Make = Callable[..., dict[str, Any]]
 LENGTH = {"steps": 6, "save_every": 2}

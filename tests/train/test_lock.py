@@ -20,10 +20,10 @@ from interrupting import Interrupt
 from transformers import TrainerCallback
 
 import weftlora
+from weftlora.disk import lock
+from weftlora.disk.files import read_json, read_lines
 from weftlora.errors import RunError
-from weftlora.train import lock
-from weftlora.train.files import read_json, read_lines
-from weftlora.train.run import Run
+from weftlora.runs.run import Run
 
 Make = Callable[..., dict[str, Any]]
 

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import weftlora
+from weftlora.disk import files
 from weftlora.errors import ConfigError, ModelError, RunError, TargetError, WeftError
-from weftlora.train import Tick, files
-from weftlora.train.run import Run
+from weftlora.runs.run import Run
+from weftlora.train import Tick
 
 Make = Callable[..., dict[str, Any]]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import weftlora
+from weftlora.disk import files, ownership
 from weftlora.errors import RunError, WeftError
-from weftlora.train import files, ownership
-from weftlora.train.run import Made, Run, is_run, settle
+from weftlora.runs.run import Made, Run, is_run, settle
 
 Make = Callable[..., dict[str, Any]]
 

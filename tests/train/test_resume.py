@@ -12,8 +12,8 @@ from interrupting import Interrupt, weights
 
 import weftlora
 from weftlora.errors import AdapterError, ConfigError, RunError
+from weftlora.runs.run import Run
 from weftlora.train import checkpoint
-from weftlora.train.run import Run
 
 Make = Callable[..., dict[str, Any]]
 LENGTH = {"steps": 10, "save_every": 4, "num_threads": 1}  # six steps an epoch: the run goes on into a second one

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import weftlora
-from weftlora.train.recipe import Recipe, read_yaml
+from weftlora.runs.recipe import Recipe, read_yaml
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dashing import sites
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 import weftlora
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
 
 
 def trainer(

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import weftlora
-from weftlora.glue.attach import schedules
+from weftlora.host.attach import schedules
+from weftlora.runs.recipe import Recipe
 from weftlora.train.prepare import prepare
-from weftlora.train.recipe import Recipe
 
 Make = Callable[..., dict[str, Any]]
 ALORA = {"recipe": "alora", "r": 2, "first": 1, "every": 1, "max_rounds": 1, "rows": 4}

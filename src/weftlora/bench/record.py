@@ -1,17 +1,152 @@
-"""The record of a speed measurement, and the targets it is held against."""
+"""Median and quartiles.
+
+The figures the project promises: what must be reached, and what is aimed at.
+
+Each is the median over rounds of one case's time over another's in the same round, or the bytes a case saves over the floor's.
+
+The record of a speed measurement, and the targets it is held against.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
-from weftlora.bench.agree import Agreement
-from weftlora.bench.cases import DTYPES, Case, Dtype, Shape
-from weftlora.bench.goals import Target
-from weftlora.bench.spread import Spread
+from weftlora.bench.cases import DTYPES, Agreement, Case, Dtype, Shape
 from weftlora.errors import ConfigError, suggest
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of one ratio over the rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Spread:
+        """Of one value per round; quartiles interpolate between rounds."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+P = 0.05
+FLOOR = Case("floor")
+SAVED = (1.37, 1.00)
+
+
+class Measured(Protocol):
+    """What is needed of one case's result."""
+
+    @property
+    def dtype(self) -> Dtype: ...
+    @property
+    def case(self) -> Case: ...
+    @property
+    def seconds(self) -> list[float]: ...
+    @property
+    def saved_ratio(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The time of `case` over that of `over`. Without `must` it is shown and not judged."""
+
+    name: str
+    dtype: Dtype
+    case: Case
+    over: Case = FLOOR
+    must: float | None = None
+    aim: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal and what was measured. `verdict`: "aim", "must" (reached, but not the aim), "missed", or "" if it is not judged."""
+
+    name: str
+    dtype: Dtype
+    value: Spread
+    must: float | None
+    aim: float | None
+    verdict: str
+
+
+def goals() -> Iterator[Goal]:
+    """All of them, in the order of the table."""
+    plain, hydra, dash, peft = Case("plain", 16), Case("hydra", 8), Case("dash", 8), Case("peft", 16)
+    low = replace(peft, adapter="bf16")
+    yield Goal("LoRA r=16", "fp32", plain, must=1.07, aim=1.05)
+    yield Goal("LoRA r=16", "bf16", plain, must=1.12, aim=1.07)
+    yield Goal("LoRA r=16, p=0.05, a mask per linear", "bf16", replace(plain, p=P), must=1.24, aim=1.15)
+    yield Goal("LoRA r=16, p=0.05, a mask per input", "bf16", replace(plain, p=P, mask="input"), must=1.18, aim=1.12)
+    yield Goal("HydraLoRA N=3 r=8", "fp32", hydra, must=1.08, aim=1.06)
+    yield Goal("HydraLoRA N=3 r=8", "bf16", hydra, must=1.16, aim=1.10)
+    yield Goal("HydraLoRA N=3 r=8, p=0.05, a mask per linear", "bf16", replace(hydra, p=P), must=1.28, aim=1.18)
+    yield Goal(
+        "HydraLoRA N=3 r=8, p=0.05, a mask per input", "bf16", replace(hydra, p=P, mask="input"), must=1.28, aim=1.18
+    )
+    yield Goal("LoRA-Dash r=8 + 8 directions", "fp32", dash, must=1.08, aim=1.06)
+    yield Goal("LoRA-Dash r=8 + 8 directions", "bf16", dash, must=1.12, aim=1.08)
+    equal_slots = {"Tied-LoRA r=16": Case("tied", 16), "ALoRA r=12, room for 16": Case("alora", 12)}
+    for dtype, must, aim in (("fp32", 1.07, 1.05), ("bf16", 1.12, 1.07)):
+        for name, case in {**equal_slots, "Flexora-gated r=16": Case("flexora", 16)}.items():
+            yield Goal(name, dtype, case, must=must, aim=aim)  # type: ignore[arg-type]
+            yield Goal(f"{name} / LoRA r=16", dtype, case, plain, must=1.02, aim=1.00)  # type: ignore[arg-type]
+    for dtype in ("fp32", "bf16"):
+        compiled = replace(plain, compiled=True)
+        yield Goal("compiled / compiled floor", dtype, compiled, replace(FLOOR, compiled=True), must=1.12, aim=1.06)  # type: ignore[arg-type]
+        yield Goal("compiled, p=0.05 / eager", dtype, replace(compiled, p=P), replace(plain, p=P), must=1.00, aim=0.95)  # type: ignore[arg-type]
+    for p, must, aim in ((0.0, 0.87, 0.82), (P, 0.78, 0.72)):
+        of = "" if not p else f", p={p:g}"
+        yield Goal(
+            f"LoRA r=16{of} / stock peft as shipped",
+            "bf16",
+            replace(plain, p=p),
+            replace(peft, p=p),
+            must=must,
+            aim=aim,
+        )
+        yield Goal(f"LoRA r=16{of} / stock peft with bf16 adapters", "bf16", replace(plain, p=p), replace(low, p=p))
+        yield Goal(f"LoRA r=16{of} / stock peft", "fp32", replace(plain, p=p), replace(peft, p=p))
+
+
+def targets(results: Sequence[Measured]) -> list[Target]:
+    """The goals whose cases were measured, and per dtype the largest saved ratio of a weftlora case."""
+    found = {(r.dtype, r.case): r for r in results}
+    times = [
+        _timed(goal, found) for goal in goals() if {(goal.dtype, goal.case), (goal.dtype, goal.over)} <= found.keys()
+    ]
+    return [*times, *_saved(results)]
+
+
+def _timed(goal: Goal, found: Mapping[tuple[Dtype, Case], Measured]) -> Target:
+    own, other = found[goal.dtype, goal.case].seconds, found[goal.dtype, goal.over].seconds
+    value = Spread.over([a / b for a, b in zip(own, other, strict=True)])
+    return Target(goal.name, goal.dtype, value, goal.must, goal.aim, _verdict(value.median, goal.must, goal.aim))
+
+
+def _saved(results: Sequence[Measured]) -> Iterator[Target]:
+    for dtype in dict.fromkeys(r.dtype for r in results):
+        own = [r.saved_ratio for r in results if r.dtype == dtype and r.case.is_weft and not r.case.compiled]
+        if own:
+            value = Spread(max(own), min(own), max(own))
+            verdict = _verdict(value.median, *SAVED)
+            yield Target("saved activations, largest of all weftlora cases [range]", dtype, value, *SAVED, verdict)
+
+
+def _verdict(value: float, must: float | None, aim: float | None) -> str:
+    if must is None or aim is None:
+        return ""
+    return "aim" if value <= aim else "must" if value <= must else "missed"
+
 
 Clock = Literal["cpu", "wall"]
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
@@ -24,7 +159,7 @@ class CaseResult:
     `saved_bytes` are kept from forward to backward. `exact` says that the gradients agree with the reference kernel's
     within tolerance and that none of them is zero; both it and `agreement` are None for a model without weftlora sites, and for
     dropout in compiled blocks, which draw their masks in another order (tests hold their gradients against differences).
-    `nodes`: how many adapted linears each kind of node computes (`weftlora.glue.fusion.nodes`).
+    `nodes`: how many adapted linears each kind of node computes (`weftlora.adapted.fusion.nodes`).
     """
 
     dtype: Dtype

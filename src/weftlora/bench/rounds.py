@@ -1,4 +1,6 @@
-"""Training steps of all cases, interleaved, as ratios to the frozen base's step.
+"""Bytes that a forward keeps for its backward: distinct storages seen by saved-tensor hooks, weights left out.
+
+Training steps of all cases, interleaved, as ratios to the frozen base's step.
 
     ratio = median over rounds of  time(case, round) / time(floor, round)
 
@@ -11,24 +13,26 @@ from __future__ import annotations
 import platform
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from weftlora import __version__
-from weftlora.bench.agree import TOLERANCE, Agreement, agreement
+from weftlora.adapted.fusion import nodes
 from weftlora.bench.cases import (
     CONFIGS,
+    TOLERANCE,
+    Agreement,
     Batch,
     Build,
     Case,
     Dtype,
     Shape,
+    agreement,
     build,
     cases,
     frozen_base,
@@ -36,16 +40,36 @@ from weftlora.bench.cases import (
     outside_cases,
     table_cases,
 )
-from weftlora.bench.goals import targets
-from weftlora.bench.record import CLOCKS, CaseResult, Clock, Setting, StepBench
-from weftlora.bench.saved import saved_bytes
-from weftlora.bench.spread import Spread
-from weftlora.glue.fusion import nodes
+from weftlora.bench.record import CLOCKS, CaseResult, Clock, Setting, Spread, StepBench, targets
 from weftlora.kernel import switched
-from weftlora.train.progress import Progress, Tick, ignore
+from weftlora.progress import Progress, Tick, ignore
+from weftlora.version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+def saved_bytes(loss: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes of all storages that `loss()` saves for backward, each once, without those of `weights`.
+
+    A storage counts in full even if only a view of it is saved, as it is kept alive in full. `backward` cannot be run.
+    """
+    own = {t.untyped_storage().data_ptr() for t in weights}
+    seen: dict[int, torch.UntypedStorage] = {}  # held, so that no address is given to a second one
+
+    def pack(t: Tensor) -> None:  # returning t itself would tie tensor and graph into a cycle that is never freed
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _no_backward):
+        loss()
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+def _no_backward(_: None) -> NoReturn:
+    raise RuntimeError("a graph whose saved tensors were only counted has no backward")
+
 
 QUICK = Shape(hidden=64, layers=1, vocab=64, batch=2, seq=16)
 

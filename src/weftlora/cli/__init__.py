@@ -17,16 +17,16 @@ _ALSO = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code; see `weftlora.cli.entry`."""
+    """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code; see `weftlora.cli.commands`."""
     command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
     also = [_ALSO[command]] if command in _ALSO else []
     try:
         with needs("cli", "the command weftlora", *also):
-            from weftlora.cli import entry
+            from weftlora.cli import commands
     except MissingExtraError as error:
         sys.stderr.write(f"weftlora: {error}\n")
         sys.exit(1)
-    entry.main(arguments)
+    commands.main(arguments)
 
 
 __all__ = ["main"]

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.display import watching
+from weftlora.cli.output import watching
 from weftlora.errors import RunError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def step(
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.bench import Shape
         from weftlora.bench import step as call
-        from weftlora.train.files import write_json
+        from weftlora.disk.files import write_json
 
         result = call(
             Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
@@ -124,7 +124,7 @@ def launch(
     _check_out(out, ("directions", "results"), overwrite)
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         from weftlora.bench import launch as call
-        from weftlora.train.files import write_json
+        from weftlora.disk.files import write_json
 
         result = call(
             **({"shapes": shape} if shape else {}),
@@ -146,7 +146,7 @@ def launch(
 
 def _check_out(out: Path | None, keys: tuple[str, ...], overwrite: bool) -> None:
     if out is not None:  # before minutes of measuring, not after
-        from weftlora.train.files import check_output
+        from weftlora.disk.files import check_output
 
         check_output(out, "a record of this command", keys, overwrite)
 

@@ -1,26 +1,34 @@
-"""The commands. What they do is in `weftlora.train`; here it is called and shown."""
+"""The commands. What they do is in `weftlora.train`; here it is called and shown.
+
+From the shell to a command and back: one sentence and exit code 1 for whatever the user can put right.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import signal
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from weftlora import __version__
 from weftlora.cli import bench, output
-from weftlora.cli.compare import compare
-from weftlora.cli.directions import directions
-from weftlora.cli.display import watching
+from weftlora.cli.compare import compare, report
+from weftlora.cli.directions import directions, heads
 from weftlora.cli.export import export
-from weftlora.cli.heads import heads
 from weftlora.cli.inspect import inspect
 from weftlora.cli.new_term import new_term
 from weftlora.cli.options import TrustTerms
-from weftlora.cli.report import report
+from weftlora.cli.output import watching
 from weftlora.cli.search import search
+from weftlora.errors import WeftError
+from weftlora.foreign_text import shortened, visible
+from weftlora.redaction import redacted
+from weftlora.version import __version__
 
 app = typer.Typer(
     name="weftlora",
@@ -148,7 +156,7 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the built-in recipes, or print one."""
-    from weftlora.cli.catalogue import catalogue, recipe_file
+    from weftlora.cli.recipes import catalogue, recipe_file
 
     with output.calling(as_json, quiet=True):
         record: Any = catalogue() if name is None else recipe_file(name)
@@ -165,9 +173,57 @@ def doctor(
 ) -> None:
     """Say what weftlora finds on this machine, and what is missing."""
     with output.calling(as_json, quiet=True):
-        from weftlora.cli.diagnosis import diagnose
+        from weftlora.cli.doctor import diagnose
 
         found = diagnose(Path.cwd(), run)
     output.show(found.record(), as_json, lambda: output.diagnosis_text(found))
     if found.problems:
         raise typer.Exit(1)
+
+
+INTERRUPTED = 130
+"""What Typer makes of Ctrl-C, as shells do."""
+
+_OF_A_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES}
+"""What the operating system has against a name that was given."""
+_UsageError = typer.BadParameter.__base__
+"""Typer's base of wrong options and arguments; it has moved between Typer's and click's modules."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code.
+
+    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted. 143: told to end (SIGTERM).
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(given, prog_name="weftlora", standalone_mode=False)
+    except WeftError as error:
+        sys.exit(_say(str(error)))
+    except OSError as error:
+        if error.errno not in _OF_A_PATH:
+            raise
+        sys.exit(_say(f"{error.filename!r} cannot be a file or folder here: {str(error.strerror).lower()}."))
+    except Exception as error:
+        if isinstance(error, ValueError) and "embedded null byte" in str(error):
+            sys.exit(_say("a path holds a NUL, which no path can: write it again."))
+        if _UsageError is None or not isinstance(error, _UsageError):
+            raise
+        sys.exit(_say(f"{error.format_message()} See `weftlora --help`."))  # type: ignore[attr-defined]
+    if code == INTERRUPTED:
+        _say(
+            "interrupted; `weftlora train ... --resume` continues a run, and `weftlora compare`, given again, a comparison."
+        )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(number: int, frame: object) -> None:
+    """End as Ctrl-C does, so that a run says that it was interrupted and an export takes away what is unfinished."""
+    raise SystemExit(128 + number)
+
+
+def _say(sentence: str) -> int:
+    sys.stderr.write(f"weftlora: {shortened(visible(redacted(' '.join(sentence.split()))))}\n")
+    return 1

@@ -1,4 +1,7 @@
-"""`weftlora compare`: which of these adapters helps on my data, and at what cost."""
+"""`weftlora compare`: which of these adapters helps on my data, and at what cost.
+
+`weftlora report`: one offline page about runs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,9 +19,9 @@ from rich.live import Live
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.display import LINE_EVERY
 from weftlora.cli.options import TrustTerms
-from weftlora.compare.metrics import metric_of
+from weftlora.cli.output import LINE_EVERY
+from weftlora.compare.record import metric_of
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
@@ -193,7 +197,7 @@ def cost_table(found: Comparison) -> Table:
 
 
 def _below(found: Comparison) -> list[str]:
-    from weftlora.compare.stats import expected_false
+    from weftlora.compare.statistics import expected_false
 
     lines = [found.budget, f"{found.machine}; n = {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}."]
     judged = [row.gap for row in found.rows if row.gap is not None and row.gap.low is not None]
@@ -253,3 +257,34 @@ def _or_blank(value: int | None) -> str:
 
 def _listed(values: list[int] | list[float]) -> str:
     return ", ".join(f"{value:g}" for value in values)
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUNS...", help="A comparison's folder, or run folders.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page; it needs no network.")] = Path("report.html"),
+    baseline: Annotated[
+        str | None, typer.Option(help="What the others are held against; plain LoRA if not given.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What the verdicts are about, such as loss or exact_match.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="The heading; the model and its data if not given.")] = None,
+    routers: Annotated[
+        bool, typer.Option("--routers", help="Also run routers over validation rows; loads the base.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --out even if it is no page of weftlora.")
+    ] = False,
+    trust_terms: TrustTerms = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+) -> None:
+    """Write one offline page: which method is better, at what cost, and every run behind it."""
+    with output.calling(as_json, quiet=True):
+        from weftlora.report import report as call
+
+        written = call(
+            *runs, out=out, baseline=baseline, metric=metric, title=title, routers=routers, overwrite=overwrite
+        )
+    output.show(
+        written.record(), as_json, lambda: "\n".join([written.verdict, *written.warnings, f"written: {written.path}"])
+    )

@@ -1,4 +1,7 @@
-"""`weftlora directions`: what adapters do along the core directions of the frozen weights."""
+"""`weftlora directions`: what adapters do along the core directions of the frozen weights.
+
+`weftlora heads`: how many heads the rows of a file suggest.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from weftlora.cli import output
-from weftlora.cli.display import watching
 from weftlora.cli.options import TrustTerms
-from weftlora.data.paths import locate
-from weftlora.train.run import check_source
+from weftlora.cli.output import watching
+from weftlora.data.config import locate
+from weftlora.extras import needs
+from weftlora.runs.run import check_source
 
 if TYPE_CHECKING:
-    from weftlora.glue.report import AdapterDirections, DirectionsReport, Hits, Overlap, SiteDirections
+    from weftlora.data.suggest_heads import HeadSuggestion
+    from weftlora.inspection.core_directions import AdapterDirections, DirectionsReport, Hits, Overlap, SiteDirections
+
 
 CHOSEN = {"launched": "launched", "switched": "those that A and B started along"}
 """What the directions in the table are, by phase."""
@@ -48,8 +55,8 @@ def directions(
     if adapter:
         locate(model, Path.cwd())
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
-        from weftlora.train.directions import directions as call
-        from weftlora.train.files import check_output, write_json
+        from weftlora.disk.files import check_output, write_json
+        from weftlora.inspection.directions import directions as call
 
         if out is not None:  # before the decompositions, not after
             check_output(out, "a record of directions", ("adapters", "overlaps"), overwrite)
@@ -176,3 +183,44 @@ def _numbers(adapter: AdapterDirections, site: SiteDirections, judged: bool) -> 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
+
+
+BAR = 30
+"""Characters of the longest bar."""
+
+
+def heads(
+    data: Annotated[str, typer.Argument(help="A data file, a recipe file (its data section), or demo.")],
+    largest: Annotated[int, typer.Option(min=3, help="The largest number tried.")] = 10,
+    rows: Annotated[int, typer.Option(min=10, help="Draw so many rows of a larger file.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+) -> None:
+    """Suggest a number of heads for HydraLoRA from the clusters of the training rows."""
+    with output.calling(as_json, quiet=True), needs("train", "weftlora heads"):
+        from weftlora.data import DataConfig, texts
+        from weftlora.runs.recipe import Recipe
+
+        recipe = Recipe.read(data) if Path(data).suffix in (".yaml", ".yml") else None
+        config = DataConfig(train=data) if recipe is None else recipe.data
+        base_dir = None if recipe is None else recipe.base_dir
+        config.check_files(base_dir)
+        held = texts(config, base_dir=base_dir)
+        from weftlora.data.suggest_heads import suggest_heads
+
+        found = suggest_heads(held, largest=largest, rows=rows, seed=seed)
+    output.show(found.record(), as_json, lambda: shown(found))
+
+
+def shown(found: HeadSuggestion) -> RenderableType:
+    """The suggestion and the curve it was read from."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("k", "SSE", "", "bend"):
+        table.add_column(column, justify="left" if not column else "right")
+    span = found.sse[0] - found.sse[-1]
+    for k, (sse, bend) in enumerate(zip(found.sse, found.bend, strict=True), 1):
+        bar = "█" * round(BAR * (sse - found.sse[-1]) / span) if span > 0 else ""
+        mark = " ← elbow" if k == found.heads and found.clear else ""
+        table.add_row(str(k), f"{sse:.4g}", Text(bar + mark, style="bold" if mark else ""), f"{bend:.3f}")
+    sizes = f"clusters at {found.heads}: {', '.join(f'{size:,}' for size in found.sizes)} texts"
+    return Group(Text(str(found), style="bold"), Text(), table, Text(sizes, style="dim"))

@@ -12,7 +12,7 @@ from rich.table import Table
 from weftlora.cli import output
 from weftlora.cli.options import TrustTerms
 from weftlora.errors import ConfigError
-from weftlora.train.run import check_source
+from weftlora.runs.run import check_source
 
 if TYPE_CHECKING:
     from weftlora.export import LoraExport, Merge

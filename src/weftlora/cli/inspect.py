@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from weftlora.cli import output
-from weftlora.cli.display import watching
 from weftlora.cli.options import TrustTerms
+from weftlora.cli.output import watching
 from weftlora.errors import RunError
-from weftlora.train.run import check_source
+from weftlora.runs.run import check_source
 
 if TYPE_CHECKING:
-    from weftlora.report.result import Inspection, Routers
-    from weftlora.report.views import Grid
+    from weftlora.inspection.record import Inspection, Routers
+    from weftlora.report.inspection.elements import Grid
 
 WIDTH = 78
 """Characters that tables keep to."""
@@ -58,8 +58,8 @@ def inspect(
         raise RunError(f"--base {base} and --no-base: give one of the two.")
     check_source(Path(adapter))
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
-        from weftlora.report.inspecting import inspect as call
-        from weftlora.report.page import check_extra, write_page
+        from weftlora.inspection.inspecting import inspect as call
+        from weftlora.report.inspection.page import check_extra, write_page
         from weftlora.report.web import check_place
 
         if html is not None:
@@ -82,7 +82,7 @@ def inspect(
 
 def shown(found: Inspection, html: Path | None = None) -> RenderableType:
     """Everything there is, most important first, within 80 columns."""
-    from weftlora.report.views import movement, settings_line
+    from weftlora.report.inspection.elements import movement, settings_line
 
     what = f"{found.source}" + (f" · {found.trained_by}" if found.trained_by else "")
     head = [
@@ -150,7 +150,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _ranks(found: Inspection) -> list[RenderableType]:
-    from weftlora.report.views import grid
+    from weftlora.report.inspection.elements import grid
 
     ranks = grid(found, lambda site: site.rank)
     parts = _section("rank by block", _grid(ranks, lambda v: f"{v:.0f}")) if len(set(ranks.flat)) > 1 else []
@@ -183,7 +183,7 @@ def _layers(found: Inspection) -> list[RenderableType]:
 
 
 def _routers(found: Inspection) -> list[RenderableType]:
-    from weftlora.report.views import labels_of, sites_by_block
+    from weftlora.report.inspection.elements import labels_of, sites_by_block
 
     if not found.heads:
         return []

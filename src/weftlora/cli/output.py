@@ -1,4 +1,7 @@
-"""What commands put on the screen. Results go to stdout, all else to stderr."""
+"""Progress on stderr: a bar on a terminal, now and then a line elsewhere, nothing for what ends within two seconds.
+
+What commands put on the screen. Results go to stdout, all else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,110 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from weftlora.foreign import visible
+from weftlora.foreign_text import visible
+from weftlora.progress import Tick, ignore
 from weftlora.redaction import redacted
 
 if TYPE_CHECKING:
-    from weftlora.cli.diagnosis import Diagnosis
+    from weftlora.cli.doctor import Diagnosis
+    from weftlora.runs.run import Run
     from weftlora.search import Selection
     from weftlora.train.evaluation import Evaluation, Scores
-    from weftlora.train.run import Run
+
+
+PATIENCE = 2.0
+"""Seconds before anything is shown."""
+LINE_EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+@contextmanager
+def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[Tick], None]]:
+    """What a library call may tell its progress to."""
+    if not show:
+        yield ignore
+        return
+    watcher = _Bar(clock) if sys.stderr.isatty() else _Lines(clock)
+    try:
+        yield watcher
+    finally:
+        watcher.close()
+
+
+class _Bar:
+    """A bar per phase with loss, tokens per second and time left."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.phase, self.began, self.task = clock, "", 0.0, TaskID(0)
+        self.bar: Progress | None = None
+
+    def __call__(self, tick: Tick) -> None:
+        if tick.phase != self.phase:
+            self.close()
+            self.phase, self.began = tick.phase, self.clock()
+        if self.bar is None:
+            if self.clock() - self.began < PATIENCE:
+                return
+            self.bar = _progress()
+            self.task = self.bar.add_task(tick.phase, total=tick.total, facts="")
+            self.bar.start()
+        self.bar.update(self.task, completed=tick.done, facts=_facts(tick))
+
+    def close(self) -> None:
+        """End the bar of the present phase."""
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = None
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[facts]}", markup=False),
+    )
+    return Progress(*columns, TimeRemainingColumn(compact=True), console=Screen(stderr=True), transient=True)
+
+
+class _Lines:
+    """A line every few seconds, for logs."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock, self.phase, self.began, self.shown, self.first = clock, "", 0.0, 0.0, 0
+
+    def __call__(self, tick: Tick) -> None:
+        now = self.clock()
+        if tick.phase != self.phase:
+            self.phase, self.began, self.shown, self.first = tick.phase, now, now + PATIENCE - LINE_EVERY, tick.done
+        if now - self.shown < LINE_EVERY:
+            return
+        self.shown = now
+        done = tick.done - self.first
+        left = f"{(tick.total - tick.done) * (now - self.began) / done:.0f} s left" if done else ""
+        line = "  ".join(filter(None, [f"{tick.phase} {tick.done}/{tick.total}", _facts(tick), left]))
+        sys.stderr.write(visible(line) + "\n")
+
+    def close(self) -> None:
+        """Lines need no ending."""
+
+
+def _facts(tick: Tick) -> str:
+    loss = f"loss {tick.loss:.4f}" if tick.loss is not None else ""
+    rate = f"{tick.tokens_per_s:,.0f} tokens/s" if tick.tokens_per_s is not None else ""
+    return "  ".join(filter(None, (loss, rate)))
 
 
 def show(record: Any, as_json: bool, human: Callable[[], RenderableType]) -> None:
@@ -78,7 +168,7 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     log, handler = logging.getLogger("weftlora"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Lines("%(message)s"))
+    handler.setFormatter(_OneLine("%(message)s"))
     before = log.level
     log.setLevel(logging.WARNING if as_json or quiet or not _first_process() else logging.INFO)
     log.addHandler(handler)
@@ -94,7 +184,7 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
         log.setLevel(before)
 
 
-class _Lines(logging.Formatter):
+class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(redacted(super().format(record)), lines=True)
 

@@ -9,12 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.display import watching
+from weftlora.cli.output import watching
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
     from weftlora.search import Stability
-    from weftlora.train.layers import Searched
+    from weftlora.train.layer_search import Searched
 
 
 def search(
@@ -33,10 +33,10 @@ def search(
     """Select the blocks to adapt, by a search on held-out training rows."""
     with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
         with needs("train", "weftlora search"):
-            from weftlora.train.recipe import asked
+            from weftlora.runs.recipe import asked
 
             asked(recipe, overrides or [])
-            from weftlora.train.layers import search_recipe
+            from weftlora.train.layer_search import search_recipe
 
         found = search_recipe(
             recipe, *(overrides or []), seeds=seeds, rows=rows or (), out=out, overwrite=overwrite, progress=progress

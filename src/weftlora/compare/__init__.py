@@ -70,16 +70,16 @@ def load(paths: str | Path | Sequence[str | Path]) -> Comparison:
         RunError: a folder is neither, is damaged, or its runs are of other rows or another base than the rest.
         ConfigError: two runs of one method and seed.
     """
-    from weftlora.compare import found
+    from weftlora.compare import results
 
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not given:
         raise RunError("there is nothing to compare: give a comparison's folder, or run folders.")
     if len(given) == 1 and (given[0] / "compare.json").is_file():
-        return found.read(given[0])
+        return results.read(given[0])
     if mixed := [path for path in given if (path / "compare.json").is_file()]:
         raise RunError(f"{mixed[0]} is a comparison: give it alone, or run folders only.")
-    return found.gather(given)
+    return results.gather(given)
 
 
 class _Callable(ModuleType):

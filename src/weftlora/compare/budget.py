@@ -19,19 +19,19 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.targets import Blocks
+from weftlora.adapter.spec import WeftConfig
 from weftlora.compare.methods import RANKS, Contender, about, with_top_k
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError
-from weftlora.glue.attach import attach
-from weftlora.glue.blocks import Blocks
-from weftlora.glue.layer import WeftLinear
+from weftlora.host.attach import attach
 from weftlora.recipes import FlexoraConfig
-from weftlora.search.outcome import cost_of_step
-from weftlora.spec import WeftConfig
-from weftlora.train import model as models
-from weftlora.train.adapter import adapt, adapter_config
-from weftlora.train.recipe import Task
+from weftlora.runs import base_model as models
+from weftlora.runs.adapter import adapt, adapter_config
+from weftlora.runs.recipe import Task
+from weftlora.search.driver import cost_of_step
 
 CLOSE = 0.05
 """A share of the budget; a method further from it gets a note."""

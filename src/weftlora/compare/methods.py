@@ -20,17 +20,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
-from weftlora.numbers import is_whole
 from weftlora.recipes import RECIPES
-from weftlora.spec import WeftConfig, decode_choice, encode_choice
+from weftlora.runs.adapter import adapter_config
+from weftlora.settings import is_whole
 from weftlora.terms.axes import AXES
 from weftlora.terms.choice import Choice
 from weftlora.terms.layers.search import Search, search_of
 from weftlora.terms.registry import foreign_names
 from weftlora.terms.trust import from_folder
-from weftlora.train.adapter import adapter_config
 
 CONTROLS = ("random_layers", "random_moves")
 RANKS = ("r", "init_r", "target_r")

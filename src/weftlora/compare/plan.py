@@ -18,17 +18,17 @@ from typing import Any
 
 from weftlora.compare.budget import Scales, solve
 from weftlora.compare.methods import contenders, drawn_blocks
-from weftlora.compare.metrics import METRICS
 from weftlora.compare.recipe import CompareRecipe
-from weftlora.compare.record import FORMAT, NONE, Method
+from weftlora.compare.record import FORMAT, METRICS, NONE, Method
 from weftlora.data import generation_prompts
 from weftlora.data import load as load_data
+from weftlora.disk.files import read_json, write_json
+from weftlora.disk.ownership import inside
 from weftlora.errors import ConfigError, DataError, RunError, suggest
-from weftlora.train import answers, arguments
-from weftlora.train import model as models
-from weftlora.train.files import read_json, write_json
+from weftlora.runs import base_model as models
+from weftlora.runs import scores
+from weftlora.train import arguments
 from weftlora.train.loop import PACKAGES, version
-from weftlora.train.ownership import inside
 
 _SLUG = re.compile(r"(?![.])[\w.-]{1,200}")
 """What `Contender.slug` makes of a name."""
@@ -288,7 +288,7 @@ def _check_countable(metric: str, data: Any) -> None:
     references = [prompt.reference for prompt in generation_prompts(data.test)]
     if not references:
         raise ConfigError(f"metric={metric} is of answers, and the test rows have none: use loss.")
-    count = {"bleu": answers.bleu, "rouge_l": answers.rouge_l}.get(metric)
+    count = {"bleu": scores.bleu, "rouge_l": scores.rouge_l}.get(metric)
     if count is not None and count(references, references) is None:
         raise ConfigError(
             f"metric={metric} counts nothing in the answers of the test rows, such as {references[0]!r}: use loss."

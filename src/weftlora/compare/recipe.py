@@ -22,12 +22,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from weftlora.compare import metrics
-from weftlora.data.paths import checked_path
+from weftlora.compare import record
+from weftlora.data.config import checked_path
 from weftlora.errors import ConfigError
-from weftlora.numbers import is_number, is_whole
-from weftlora.strict import Strict
-from weftlora.train.recipe import Subject, TrainConfig, read_file
+from weftlora.runs.recipe import Subject, TrainConfig, read_file
+from weftlora.sections import Strict
+from weftlora.settings import is_number, is_whole
 
 MOST_SEEDS = 1000
 RATES = (5e-4, 2e-3, 8e-3)
@@ -71,7 +71,7 @@ class CompareRecipe(Subject):
     scale: float | Literal["own"] = 2.0
     seeds: int | list[int] = 5
     rates: Rates | None = None
-    metric: metrics.Name | None = None
+    metric: record.Name | None = None
     answers: bool | None = None
     """Whether test answers are generated, for exact match, BLEU and ROUGE-L, which may take longer than all else; none is yes."""
     out: Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
@@ -118,7 +118,7 @@ class CompareRecipe(Subject):
             )
         if "lr" in given and self.rates is not None:
             raise ConfigError(f"train.lr={self.train.lr:g} and rates are both given: keep one of them.")
-        if self.answers is False and self.metric and metrics.METRICS[self.metric].of == "answers":
+        if self.answers is False and self.metric and record.METRICS[self.metric].of == "answers":
             raise ConfigError(
                 f"metric={self.metric} is of answers, and answers=false generates none: drop one of the two."
             )

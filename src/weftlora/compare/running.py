@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftlora.compare import found, pool
-from weftlora.compare.locks import NAMES, in_charge
+from weftlora.compare import results, workers
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import Comparison, Method
-from weftlora.compare.work import SCORES, status
+from weftlora.compare.workers import NAMES, SCORES, in_charge, status
+from weftlora.disk.files import read_json, write_json, writing
+from weftlora.disk.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
 from weftlora.errors import ConfigError, RunError
-from weftlora.numbers import is_whole
-from weftlora.train.files import read_json, write_json, writing
-from weftlora.train.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
-from weftlora.train.progress import Tick
-from weftlora.train.recipe import TrainConfig
-from weftlora.train.run import differences
+from weftlora.progress import Tick
+from weftlora.runs.recipe import TrainConfig
+from weftlora.runs.run import differences
+from weftlora.settings import is_whole
 
 RESULT = "comparison.json"
 TRAINING = 0.8
@@ -87,11 +86,11 @@ def compare(
             at_once = max(jobs, 1)
             dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
             if jobs == 0:
-                pool.here(folder, queue.following, queue.told)
+                workers.here(folder, queue.following, queue.told)
             else:
-                with pool.Pool(at_once, folder, lock) as processes:
+                with workers.Pool(at_once, folder, lock) as processes:
                     processes.run(queue.following, queue.told)
-        comparison = found.read(folder)
+        comparison = results.read(folder)
         write_json(folder / RESULT, comparison.record())
     return comparison
 
@@ -252,7 +251,7 @@ class Queue:
 
     def _reported(self, method: Method) -> list[Job]:
         """The reported runs of a method whose rate is settled; none where every rate diverged."""
-        lr = found.with_rate(self.plan, method, self.folder).lr
+        lr = results.with_rate(self.plan, method, self.folder).lr
         if lr is None and self.plan.tuning(method):
             self.done += len(self.plan.seeds)
             return []

@@ -7,21 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weftlora.data.collate import Collator
-    from weftlora.data.config import DataConfig, Fields, Task
-    from weftlora.data.encode import IGNORE, encode_prompt
-    from weftlora.data.loading import Loaded, load, texts
-    from weftlora.data.paths import resolve_path
-    from weftlora.data.prompts import GenerationPrompt, generation_prompts
-    from weftlora.data.tally import Counts
+    from weftlora.data.config import DataConfig, Fields, Task, resolve_path
+    from weftlora.data.encode import IGNORE, GenerationPrompt, encode_prompt, generation_prompts
+    from weftlora.data.loading import Counts, Loaded, load, texts
 
 _LAZY = {
     "Collator": "collate",
     **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
     **dict.fromkeys(("IGNORE", "encode_prompt"), "encode"),
     **dict.fromkeys(("Loaded", "load", "texts"), "loading"),
-    "resolve_path": "paths",
-    **dict.fromkeys(("GenerationPrompt", "generation_prompts"), "prompts"),
-    "Counts": "tally",
+    "resolve_path": "config",
+    **dict.fromkeys(("GenerationPrompt", "generation_prompts"), "encode"),
+    "Counts": "loading",
 }
 
 __all__ = [

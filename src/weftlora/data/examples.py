@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weftlora.data.config import DataConfig, Format, template_columns
-from weftlora.data.source import Row, Source, bad_row
+from weftlora.data.read import Row, Source, bad_row
 from weftlora.errors import ConfigError, DataError, suggest
 
 # Columns that stand for a role when the role's own name is absent. Two that fit are an error, never a guess.

@@ -1,4 +1,11 @@
-"""A `data:` section into tokenised splits.
+"""Deterministic, disjoint splits.
+
+Each distinct row has a place in an order drawn from the seed and the row's own content, so the split depends neither on
+the order of the file nor on Python's hash seed, and copies of a row always stand together.
+
+Encoded rows into a dataset, and the account of every row that went in.
+
+A `data:` section into tokenised splits.
 
 read ─ rows ─ roles ─ examples ─┬─ carve ── train       ─ limit ─ encode ─ count
                                 └────────── validation  ─ limit ─ encode ─ count
@@ -6,29 +13,157 @@ read ─ rows ─ roles ─ examples ─┬─ carve ── train       ─ limi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from random import Random
+from typing import TYPE_CHECKING, Any
 
-from weftlora.data.chat import chat
-from weftlora.data.config import DEMO, DataConfig, Format, Task
+from weftlora.data.config import DEMO, DataConfig, Format, Task, resolve_path
 from weftlora.data.demo import demo_rows
-from weftlora.data.encode import Encode, Frame, causal, classification, seq2seq, text
+from weftlora.data.encode import IGNORE, Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
 from weftlora.data.examples import Example, examples, find_columns, label_names
-from weftlora.data.paths import resolve_path
-from weftlora.data.read import Blocks, read
-from weftlora.data.source import Row, Source, bad_row
-from weftlora.data.split import carve
-from weftlora.data.tally import Counts, Split, tally
-from weftlora.errors import ConfigError, ModelError
+from weftlora.data.read import Blocks, Row, Source, bad_row, read
+from weftlora.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+def carve(keys: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of the training rows and of the validation rows, both in file order.
+
+    Rows with equal keys are on the same side. Validation gets `round(fraction * len(keys))` rows, at least one; where
+    groups of equal rows do not fit that number, it gets fewer, or the smallest group. Raises DataError without two
+    different rows, since nothing would be left to train on.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    if len(groups) < 2:
+        raise DataError(
+            f"a validation split cannot be carved from {len(keys)} row(s), as it takes two that differ: "
+            "give data.validation, or set data.validation_fraction: 0."
+        )
+    order = sorted(groups, key=lambda key: (_draw(seed, key), key))
+    wanted = max(1, round(fraction * len(keys)))
+    held: list[int] = []
+    taken = 0
+    for key in order:
+        if len(held) + len(groups[key]) <= wanted and taken < len(groups) - 1:
+            held += groups[key]
+            taken += 1
+    if not held:
+        held = groups[min(order, key=lambda key: len(groups[key]))]
+    chosen = set(held)
+    return [index for index in range(len(keys)) if index not in chosen], sorted(chosen)
+
+
+def _draw(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+
+
+def sample(count: int, limit: int | None, seed: int) -> list[int]:
+    """`limit` of the indices 0 … count-1, drawn with `seed`, in order; all of them without a limit."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(Random(seed).sample(range(count), limit))
+
+
+def repeats(keys: Sequence[Hashable]) -> int:
+    """How many of `keys` have been seen before."""
+    return len(keys) - len(set(keys))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows of one split: `read = unused + empty + dropped + kept`.
+
+    `rows` are the dataset's rows: `kept`, or more where long documents of plain text became several. `unused` rows are
+    beyond the limit, `empty` ones have no answer or no text (blank lines among them), `dropped` ones no answer within
+    the length. Of the kept rows, `truncated` ones lost tokens and `repeated` ones are copies of an earlier row;
+    `in_train` counts the rows of a given validation or test file that are copies of a training row. `tokens` are those
+    of `input_ids`, `answer_tokens` those the loss is averaged over (0 for classification, which has one class a row).
+    """
+
+    read: int
+    unused: int
+    empty: int
+    dropped: int
+    kept: int
+    rows: int
+    truncated: int
+    repeated: int
+    in_train: int
+    tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split before encoding: its examples, the empty lines passed on the way, and how errors call it."""
+
+    name: str
+    rows: list[Example]
+    blank: int = 0
+    in_train: int = 0
+
+
+def tally(split: Split, encode: Encode, limit: int | None, seed: int) -> tuple[Dataset, Counts]:
+    """Draw, encode and count the rows of `split`. Raises DataError when none is left."""
+    drawn = [split.rows[index] for index in sample(len(split.rows), limit, seed)]
+    filled = [row for row in drawn if not row.empty]
+    encoded = encode(filled)
+    kept = [(row, parts) for row, parts in zip(filled, encoded, strict=True) if parts]
+    flat = [(row, part) for row, parts in kept for part in parts]
+    counts = Counts(
+        read=len(split.rows) + split.blank,
+        unused=len(split.rows) - len(drawn),
+        empty=len(drawn) - len(filled) + split.blank,
+        dropped=len(filled) - len(kept),
+        kept=len(kept),
+        rows=len(flat),
+        truncated=sum(any(part.truncated for part in parts) for _, parts in kept),
+        repeated=repeats([row.key() for row, _ in kept]),
+        in_train=split.in_train,
+        tokens=sum(len(part.input_ids) for _, part in flat),
+        answer_tokens=sum(_answer_tokens(part) for _, part in flat),
+    )
+    if not flat:
+        raise DataError(
+            f"no row of {split.name} is left to use: of {counts.read}, {counts.empty} are empty and {counts.dropped} "
+            "have no answer within data.max_length; raise it, or set data.truncate: completion."
+        )
+    return _dataset(flat), counts
+
+
+def _answer_tokens(row: Encoded) -> int:
+    """Labels of a decoder's first token bear no loss; those of a decoder that has its own input all do."""
+    if isinstance(row.labels, int):
+        return 0
+    return sum(label != IGNORE for label in row.labels[row.shifted :])
+
+
+def _dataset(flat: Sequence[tuple[Example, Encoded]]) -> Dataset:
+    from datasets import Dataset
+
+    columns: dict[str, list[Any]] = {
+        "input_ids": [part.input_ids for _, part in flat],
+        "attention_mask": [[1] * len(part.input_ids) for _, part in flat],
+        "labels": [part.labels for _, part in flat],
+    }
+    if flat[0][1].prompt is not None:
+        columns["prompt"] = [part.prompt for _, part in flat]
+        columns["completion"] = [part.answer for _, part in flat]
+    if flat[0][0].domain is not None:
+        columns["domain"] = [row.domain for row, _ in flat]
+    return Dataset.from_dict(columns)
+
 
 TASKS: dict[Task, tuple[Format, ...]] = {
     "causal": ("prompt_completion", "chat", "text"),

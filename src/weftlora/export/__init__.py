@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from weftlora.adapted.frozen_weights import Checkpoint
 from weftlora.errors import ConfigError, suggest
 from weftlora.export import lora as _lora
 from weftlora.export import merged as _merged
-from weftlora.export.files import dtype_of
-from weftlora.export.folder import check_out
+from weftlora.export.folder import check_out, dtype_of
 from weftlora.export.record import LoraExport, Merge
 from weftlora.export.source import Inputs, checked, data_of, inputs_of, read
-from weftlora.glue.original import Checkpoint
 
 __all__ = ["LoraExport", "Merge", "export_lora", "merge"]
 

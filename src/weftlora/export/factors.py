@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, MergeError
-from weftlora.site import Site
 
 SERVER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that servers reserve room for (the values of vLLM's max_lora_rank from 8 up)."""

@@ -2,10 +2,15 @@
 
 read ─ closed forms ─ layout ─ config resolved again ─┬─ written beside ─ proved by stock peft ─ card ─ renamed
                     └─ the live adapter's logits ─────┘
+
+How large an adapter would be as a stock LoRA, without writing it: from the ranks and shapes of its sites.
+
+Σ 4 · R (in + out) bytes over the sites, 4 a number of what leaves in full, and the header of the file
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,17 +20,16 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError, ConfigError, MergeError
-from weftlora.export import card, folder, live
-from weftlora.export.drawn import drawn_parts, in_full
+from weftlora.export import folder, live, record
 from weftlora.export.factors import Pair, closed_form, combined, common_rank
-from weftlora.export.files import config_of, name_of, save
-from weftlora.export.gates import Gates, mean_gates
+from weftlora.export.folder import config_of, name_of, save
+from weftlora.export.live import Gates, mean_gates
+from weftlora.export.proof import Truth
 from weftlora.export.record import LoraExport, Rounding
-from weftlora.export.source import Inputs, Source, inputs_of
-from weftlora.export.truth import Truth
-from weftlora.glue.stock import trained_modules
-from weftlora.glue.updates import base_of
+from weftlora.export.source import Inputs, Source, drawn_parts, in_full, inputs_of
+from weftlora.host.stock_lora import HOST, trained_modules
 
 MEAN_GATE = "mean-gate"
 
@@ -77,7 +81,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             done.append(write(place, bare, config, sites, heads, choices.dtype, truth))
             if truth is not None and gates is not None:
                 done.append(replace(done[-1], approximation=truth.approximation(gates, measured)))
-            (place / "README.md").write_text(card.lora(done[-1], source, config), encoding="utf-8")
+            (place / "README.md").write_text(record.lora(done[-1], source, config), encoding="utf-8")
 
         folder.write(out, fill)
     return done[-1]
@@ -168,3 +172,45 @@ def lost_to(dtype: torch.dtype, sites: Mapping[str, Pair]) -> float:
         lost += float((less.delta() - exact).square().sum())
         whole += float(exact.square().sum())
     return math.sqrt(lost / whole) if whole else 0.0
+
+
+def lora_bytes(source: Source) -> int | None:
+    """Bytes of the `adapter_model.safetensors` that `export_lora` writes in fp32, a rank per site; None where no site has a slot, or
+    one has no pair of matrices.
+
+    For a routed adapter, which has no exact export, those of its export at the mean gate.
+    """
+    sites_of = ((layer, name) for layer in source.layers for name in source.adapters if name in layer.weft_site)
+    if any(layer.site(name).outside for layer, name in sites_of):
+        return None
+    found = pairs(source, _any_gates(source))
+    whole = trained_modules(base_of(source.model), source.adapters) | in_full(drawn_parts(source), found)
+    sites = {name: pair for name, pair in found.items() if pair.rank}
+    shapes = {f"{HOST}{name}": tuple(value.shape) for name, value in whole.items()}
+    for name, pair in sites.items():
+        shapes |= {f"{HOST}{name}.lora_{part}.weight": tuple(getattr(pair, part.lower()).shape) for part in "AB"}
+    return file_bytes(shapes) if sites else None
+
+
+def _any_gates(source: Source) -> Gates:
+    """Weights for the heads of every routed site: which ones does not matter to its rank."""
+    gates: Gates = {}
+    for layer, name in (
+        (layer, name) for layer in source.layers for name in source.adapters if name in layer.weft_site
+    ):
+        site = layer.site(name)
+        if site.routed:
+            heads = site.factors().heads
+            gates.setdefault(name, {})[layer.module_name] = torch.full((heads,), 1 / heads)
+    return gates
+
+
+def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes of a safetensors file with fp32 tensors of these shapes: the length of its header, the header, the numbers."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(shapes):
+        start, end = end, end + 4 * math.prod(shapes[name])
+        header[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + 8 * math.ceil(len(text) / 8) + end

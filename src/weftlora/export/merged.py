@@ -1,4 +1,11 @@
-"""A weftlora adapter merged into its base's weights, as a folder that transformers loads.
+"""What a narrower number format leaves of an update.
+
+    lost = ‖(round(W + ΔW) − round(W)) − ΔW‖_F / ‖ΔW‖_F
+
+0 keeps all of it, 1 is as far off as no update at all, and above 1 the noise of rounding is larger than the update. Where W is
+stored in the format itself, an update below half a step is gone entirely (round(W + ΔW) = W).
+
+A weftlora adapter merged into its base's weights, as a folder that transformers loads.
 
     W' = round(W + ΔW)        W the original weight, the sum in fp32, one rounding into the dtype of the folder
 
@@ -15,24 +22,55 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.updates import base_of
 from weftlora.errors import MergeError
-from weftlora.export import card, folder, live
-from weftlora.export.files import name_of
+from weftlora.export import folder, live, record
+from weftlora.export.folder import name_of
 from weftlora.export.live import Outputs
 from weftlora.export.lora import pairs
-from weftlora.export.proof import TOLERANCE
+from weftlora.export.proof import TOLERANCE, Truth
 from weftlora.export.record import Merge, SiteLoss
-from weftlora.export.rounding import kept_by, kept_by_nf4, round_nf4
 from weftlora.export.source import Inputs, Source, inputs_of
-from weftlora.export.truth import Truth
-from weftlora.glue.layer import WeftLinear
-from weftlora.glue.original import Checkpoint, OriginalWeight
-from weftlora.glue.stock import put, without_adapters
-from weftlora.glue.updates import base_of
+from weftlora.host.stock_lora import put, without_adapters
+
+# The 16 values of NF4: quantiles of a normal distribution scaled to [−1, 1], with an exact zero.
+# Source: QLoRA, arXiv 2305.14314, appendix E.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 64
+
+
+def round_nf4(w: Tensor) -> Tensor:
+    """W after NF4 in blocks of 64 with fp32 block maxima, fp32: what 4 bits keep (without double quantisation)."""
+    flat = w.detach().float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    values = torch.tensor(NF4, device=w.device)
+    nearest = torch.bucketize(blocks / largest, (values[1:] + values[:-1]) / 2)
+    return (values[nearest] * largest).flatten()[: len(flat)].view_as(w)
+
+
+def kept_by(dtype: torch.dtype, w: Tensor, delta: Tensor) -> Tensor:
+    """The update that is left when both W + ΔW and W are rounded to `dtype`, fp64."""
+    w64, delta64 = w.double(), delta.double()
+    return (w64 + delta64).float().to(dtype).double() - w64.float().to(dtype).double()
+
+
+def kept_by_nf4(w: Tensor, delta: Tensor) -> Tensor:
+    """The update that is left in NF4, fp64."""
+    return (round_nf4(w.float() + delta.float()) - round_nf4(w)).double()
+
 
 LIMIT = 0.1
 """The share of the adapter's change of the logits (or, unverified, of ‖ΔW‖) that rounding may lose without being told so."""
@@ -63,7 +101,7 @@ def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) ->
             save(own, source, place, dtype, choices.original)
             bare = replace(bare_record(out, source, sites, dtype, choices), lost_logits_nf4=nf4)
             done.append(measured(place, bare, choices, truth))
-            (place / "README.md").write_text(card.merged(done[0], source), encoding="utf-8")
+            (place / "README.md").write_text(record.merged(done[0], source), encoding="utf-8")
 
         folder.write(out, fill)
     return done[0]

@@ -1,4 +1,10 @@
-"""What is exported: an adapted model in memory, a run folder or an adapter folder, brought to one form."""
+"""What is exported: an adapted model in memory, a run folder or an adapter folder, brought to one form.
+
+Parts of a classifier that its base's checkpoint does not have: a pooler, a head. Loading draws them from the seed of the moment.
+
+An adapter of stock LoRA would then stand on other numbers in every process. So these parts leave in full with it, as what was
+trained in full does, and an update on one of them is added to its weight.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +15,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from weftlora.errors import AdapterError, ConfigError, WeftError, suggest
+from weftlora.adapted.frozen_weights import Checkpoint
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.updates import adapter_names, base_of
+from weftlora.errors import AdapterError, ConfigError, ModelError, WeftError, suggest
+from weftlora.export.factors import Pair
 from weftlora.export.live import Batch, seeded_ids
 from weftlora.extras import needs
-from weftlora.glue.attach import warn_of_missing
-from weftlora.glue.layer import WeftLinear
-from weftlora.glue.stock import foreign_layers
-from weftlora.glue.updates import adapter_names, base_of
-from weftlora.train.load import Trained, load_adapter, load_run, recipe_of
-from weftlora.train.measure import batches as in_batches
-from weftlora.train.run import Run
+from weftlora.host.attach import warn_of_missing
+from weftlora.host.stock_lora import foreign_layers
+from weftlora.runs.base_model import HEADS
+from weftlora.runs.load import Trained, load_adapter, load_run, recipe_of
+from weftlora.runs.run import Run
+from weftlora.runs.scores import batches as in_batches
 
 ROWS, BATCH = 8, 4
 """How many rows of a run's own data an export is proved on, and how many at a time."""
@@ -239,3 +250,51 @@ def data_of(source: Source, path: str, limit: int) -> Inputs:
         loaded = load(config.model_copy(update=alone), source.tokenizer, base_dir=Path.cwd(), task=task, labels=labels)
     rows = loaded.train.select(range(min(limit, len(loaded.train))))
     return Inputs(collated(rows, source.tokenizer), f"{len(rows)} rows of {Path(path).name}")
+
+
+PARTS = frozenset({*HEADS, "pooler"})
+
+
+def drawn_parts(source: Source) -> dict[str, nn.Module]:
+    """{name: base module} of the modules with weights that the checkpoint lacks, or is not known to have; classifiers only."""
+    base = base_of(source.model)
+    if not type(base).__name__.endswith("Classification"):
+        return {}
+    stored = _stored(source)
+    found: dict[str, nn.Module] = {}
+    above: list[str] = []  # what is inside of these is a part of them
+    for name, module in base.named_modules():
+        if PARTS.isdisjoint(name.split(".")) or any(name.startswith(f"{top}.") for top in above):
+            continue
+        if isinstance(module, (ModulesToSaveWrapper, WeftLinear)):
+            above.append(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            continue
+        plain = module.get_base_layer() if isinstance(module, WeftLinear) else module
+        if any(True for _ in plain.parameters(recurse=False)) and not _has(stored, f"{name}.weight"):
+            found[name] = plain
+    return found
+
+
+def _stored(source: Source) -> set[str]:
+    """The names in the checkpoint; none where it cannot be looked into."""
+    try:
+        return set() if source.base is None else set(Checkpoint(Path(source.base)).where)
+    except ModelError:
+        return set()
+
+
+def _has(stored: set[str], wanted: str) -> bool:
+    return any(key == wanted or wanted.endswith(f".{key}") or key.endswith(f".{wanted}") for key in stored)
+
+
+def in_full(drawn: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, Tensor]:
+    """{name in the base model: value} of the drawn parts, with the update of those that carry one; they leave `pairs`."""
+    values: dict[str, Tensor] = {}
+    for name, module in drawn.items():
+        values |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        if (pair := pairs.pop(name, None)) is not None:
+            w = values[f"{name}.weight"]
+            delta = pair.delta().T if isinstance(module, Conv1D) else pair.delta()
+            values[f"{name}.weight"] = (w.detach().cpu().double() + delta).float()
+    return values

@@ -13,16 +13,23 @@ Letters of the einsums: t token, i in, o out, r rank slot, n head, e extra slot.
 
 `reference` is the equation in einsums and autograd's own derivatives. `linears` and `add_low_rank` are the same function as
 one autograd node (`weftlora.kernel.node`), which every structure, Dash and the frozen slots share; what differs between
-them is two matrices and f (`weftlora.kernel.branch`, `weftlora.kernel.latent`). `WEFT_REFERENCE=1` in the environment makes every
+them is two matrices and f (`weftlora.kernel.factors`, `weftlora.kernel.factors`). `WEFT_REFERENCE=1` in the environment makes every
 site use `reference`.
 """
 
-from weftlora.kernel.add import Linear, add_low_rank, gated_mlp, linears
-from weftlora.kernel.branch import Work
 from weftlora.kernel.dropout import draw
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import Factors, Role, RouterInput, Slots, delta_weight
-from weftlora.kernel.switches import Switches, current, switched, use_reference
+from weftlora.kernel.factors import Factors, Role, RouterInput, Slots, Work, delta_weight
+from weftlora.kernel.fast_path import (
+    Linear,
+    Switches,
+    add_low_rank,
+    current,
+    gated_mlp,
+    linears,
+    switched,
+    use_reference,
+)
 
 __all__ = [
     "Factors",

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weftlora.kernel.branch import Work
 from weftlora.kernel.dropout import dropped
-from weftlora.kernel.factors import by_part, like
-from weftlora.kernel.latent import softmax
+from weftlora.kernel.factors import Work, by_part, like, softmax
 
 
 def reference(x: Tensor, work: Work) -> Tensor:

@@ -1,4 +1,10 @@
-"""The one autograd node: linears that read one input, each with its low-rank update, forward and backward by hand.
+"""What a node is made of: what of its linears is no tensor, their tensors, and what they read of x; flat lists of these.
+
+Autograd takes and saves tensors in one flat row; `flat` makes it, `split` and `latents_of` read it.
+
+Small products in the shapes that GEMMs are fast in.
+
+The one autograd node: linears that read one input, each with its low-rank update, forward and backward by hand.
 
     forward     u = x̂ Ãᵀ (one GEMM for all members that read x through the same mask)
                 y = x Wᵀ + b;  y += s · f(u) B̃ᵀ
@@ -23,10 +29,111 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from weftlora.kernel.dropout import masked
-from weftlora.kernel.factors import without_autocast
-from weftlora.kernel.latent import mixture, mixture_backward, softmax
-from weftlora.kernel.plan import Latents, Member, Parts, Plan, flat, latents_of, split, spread
-from weftlora.kernel.shapes import fast_width, padded_columns, padded_rows, scaled, side_by_side, stacked, taken_apart
+from weftlora.kernel.factors import mixture, mixture_backward, softmax, without_autocast
+
+
+class Member(NamedTuple):
+    """What of one linear is no tensor. `mask`: which mask its slots read x through, -1 for x itself."""
+
+    scale: float  # 1/(1 − p) of its mask included
+    heads: int
+    r: int
+    mask: int
+    told: bool  # whether ω is handed out
+
+
+class Parts(NamedTuple):
+    """The tensors of one linear: either `weight` [out, in] and `bias`, or `base` [..., out], the output it is added to."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    base: Tensor | None
+    down: Tensor
+    up: Tensor
+    route: Tensor | None
+    mix: Tensor | None
+
+
+class Plan(NamedTuple):
+    """A node's members and masks; p is the masks' probability."""
+
+    members: tuple[Member, ...]
+    masks: int
+    p: float
+
+
+class Latents(NamedTuple):
+    """What one member reads: u [t, R'] (padded) and, routed, ω [t, N] and, where the router reads through mix, q."""
+
+    u: Tensor
+    q: Tensor | None
+    omega: Tensor | None
+
+
+def split(tensors: Sequence[Tensor | None]) -> list[Parts]:
+    """The flat tensors of a node, member by member."""
+    n = len(Parts._fields)
+    return [Parts(*tensors[i : i + n]) for i in range(0, len(tensors), n)]  # type: ignore[arg-type]
+
+
+def flat(each: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """All tensors, one member after the other."""
+    return [t for own in each for t in own]
+
+
+def latents_of(tensors: Sequence[Tensor]) -> list[Latents]:
+    """The flat latents of a node, member by member."""
+    n = len(Latents._fields)
+    return [Latents(*tensors[i : i + n]) for i in range(0, len(tensors), n)]
+
+
+def spread(members: Sequence[Member], told: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """ω's gradients by member, None for those whose ω was not handed out."""
+    given = iter(told)
+    return [next(given) if m.told else None for m in members]
+
+
+def scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale · a b, without a pass of its own for the scale."""
+    return a @ b if scale == 1.0 else torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale)
+
+
+def fast_width(n: int, t: Tensor) -> int:
+    """Columns to compute with where n are needed: this CPU's GEMMs are slower with fewer than 16 columns, and in 16-bit
+    dtypes with other numbers than multiples of 16 (measured: docs/lab-log.md)."""
+    if t.device.type != "cpu" or t.dtype == torch.float64:
+        return n
+    unit = 8 if t.dtype == torch.float32 and n > 16 else 16
+    return -(-n // unit) * unit
+
+
+def padded_rows(t: Tensor, x: Tensor) -> Tensor:
+    """t [R, in] with zero rows up to a fast width, in its own dtype."""
+    missing = fast_width(t.shape[0], x) - t.shape[0]
+    return F.pad(t, (0, 0, 0, missing)) if missing else t
+
+
+def padded_columns(t: Tensor, width: int, x: Tensor) -> Tensor:
+    """t [out, M] with zero columns up to `width`, in x's dtype."""
+    t = t.to(x.dtype)
+    return F.pad(t, (0, width - t.shape[1])) if t.shape[1] < width else t
+
+
+def stacked(rows: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The rows below one another in x's dtype, with zero rows up to a fast width."""
+    whole = rows[0].to(x.dtype) if len(rows) == 1 else torch.cat([t.to(x.dtype) for t in rows])
+    return padded_rows(whole, x)
+
+
+def side_by_side(columns: Sequence[Tensor], width: int) -> Tensor:
+    """The gradients [t, k] beside one another, with zero columns up to `width`."""
+    whole = columns[0] if len(columns) == 1 else torch.cat(list(columns), 1)
+    return F.pad(whole, (0, width - whole.shape[1])) if whole.shape[1] < width else whole
+
+
+def taken_apart(whole: Tensor, sizes: Sequence[int], dim: int) -> tuple[Tensor, ...]:
+    """The blocks of these sizes along `dim`, without the padding behind them."""
+    return whole.split_with_sizes([*sizes, whole.shape[dim] - sum(sizes)], dim)[:-1]
 
 
 class Reading(NamedTuple):

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from weftlora.errors import ConfigError, suggest, unknown_key
 from weftlora.recipes.alora import AllocLoraConfig
-from weftlora.recipes.controls import peft_adalora, peft_lora
 from weftlora.recipes.flexora import FlexoraConfig
 from weftlora.recipes.hydralora import HydraLoraConfig
-from weftlora.recipes.lora import PlainLoraConfig
-from weftlora.recipes.lora_dash import LoraDashConfig
-from weftlora.recipes.lora_init import LoraInitConfig
-from weftlora.recipes.lora_tsd import LoraTsdConfig
+from weftlora.recipes.lora import PlainLoraConfig, peft_adalora, peft_lora
+from weftlora.recipes.task_directions import LoraDashConfig, LoraInitConfig, LoraTsdConfig
 from weftlora.recipes.tied_lora import TiedLoraConfig
 
 if TYPE_CHECKING:

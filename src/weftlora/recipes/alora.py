@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weftlora.times import Time
+from weftlora.settings import Time
 
 if TYPE_CHECKING:
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
 
 
 def AllocLoraConfig(
@@ -41,7 +41,7 @@ def AllocLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA with moving ranks; fields as in `Reallocate` and `WeftConfig` (another `structure` composes)."""
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.ranks.reallocate import Reallocate
 
     ranks = Reallocate(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
 
 
 def FlexoraConfig(
@@ -42,7 +42,7 @@ def FlexoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA whose blocks are searched; fields as in `Search` and `WeftConfig`. To be trained by `weftlora.search_layers`."""
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.layers.search import Search
 
     search = Search(

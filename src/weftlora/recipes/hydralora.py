@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
 
 
 def HydraLoraConfig(
@@ -25,7 +25,7 @@ def HydraLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A, `heads` B heads of rank r each, mixed per token; fields as in `Hydra` and `WeftConfig`."""
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.structure.hydra import Hydra
 
     structure = Hydra(heads=heads, router_input=router_input, per_head_dropout=per_head_dropout, balance=balance)  # type: ignore[arg-type]

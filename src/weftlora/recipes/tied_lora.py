@@ -16,7 +16,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
 
 
 def TiedLoraConfig(
@@ -28,7 +28,7 @@ def TiedLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A and B per group of modules, with vectors u and v per module; fields as in `Tied` and `WeftConfig`."""
-    from weftlora.spec import WeftConfig
+    from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.structure.tied import PRESETS, Tied
 
     config = WeftConfig(structure=Tied(train=train, group=group, zero=zero, init=init), r=r, **fields)  # type: ignore[arg-type]

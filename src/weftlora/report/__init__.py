@@ -17,7 +17,7 @@ from weftlora.errors import RunError
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
-    from weftlora.report.comparison.writing import Report
+    from weftlora.report.comparison.page import Report
 
 
 def report(
@@ -53,7 +53,7 @@ def report(
     if missing := [str(run) for run in runs if not Path(run).exists()]:
         raise RunError(f"there is no folder {missing[0]!r}: give a comparison's folder, or run folders.")
     with needs("report", "weftlora.report"):
-        from weftlora.report.comparison.writing import write_report
+        from weftlora.report.comparison.page import write_report
 
         return write_report(runs, out, baseline, metric, title, routers, overwrite)
 

@@ -17,10 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from weftlora.disk.files import check_output, write_text
 from weftlora.extras import needs
-from weftlora.foreign import visible
+from weftlora.foreign_text import visible
 from weftlora.redaction import redacted
-from weftlora.train.files import check_output, write_text
 
 NEEDED = ("jinja2", "vl_convert")
 

@@ -18,15 +18,15 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.optim import Optimizer
 
-from weftlora import linalg
+from weftlora import change_rates
+from weftlora.adapter.buffers import Known
+from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
-from weftlora.known import Known
-from weftlora.schedule import clock
+from weftlora.schedule import schedule
 from weftlora.schedule.ranking import Ranked, Ranker, Rule
 from weftlora.schedule.schedule import Member
-from weftlora.site import Site
+from weftlora.settings import resolve
 from weftlora.terms.events import Event, Launch, Length, Validation, check_possible
-from weftlora.times import resolve
 
 
 @dataclass(eq=False)
@@ -99,7 +99,7 @@ class LaunchController:
         measured = clocks.perf_counter() - started
         return lambda: self._apply(chosen, ranked, measured)
 
-    def _apply(self, chosen: Sequence[linalg.Directions], ranked: Sequence[Ranked], measured: float) -> Event:
+    def _apply(self, chosen: Sequence[change_rates.Directions], ranked: Sequence[Ranked], measured: float) -> Event:
         started, told = clocks.perf_counter(), {}
         short = [m.name for m, f in zip(self._members, chosen, strict=True) if len(f.index) < self.count(m.site)]
         for member, found, site in zip(self._members, chosen, ranked, strict=True):
@@ -125,7 +125,7 @@ class LaunchController:
 
 def forget_moments(parameter: nn.Parameter) -> None:
     """Let a parameter start fresh: moments of what it was before would shape, or stretch, its first steps."""
-    for optimizer in clock.owners(parameter):
+    for optimizer in schedule.owners(parameter):
         optimizer.state.pop(parameter, None)
 
 

@@ -22,19 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weftlora import linalg
+from weftlora import change_rates
+from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.kernel import Slots
-from weftlora.schedule import together
+from weftlora.schedule import processes
 from weftlora.schedule.schedule import Member
-from weftlora.site import Site
 from weftlora.terms.events import Length
 from weftlora.terms.extra import ExtraTerm
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How directions are ranked; see `weftlora.linalg.decide`."""
+    """How directions are ranked; see `weftlora.change_rates.decide`."""
 
     eps: float
     select: str
@@ -45,14 +45,16 @@ class Rule:
 class Ranked:
     """What was found at one site."""
 
-    found: dict[Rule, linalg.Directions]
+    found: dict[Rule, change_rates.Directions]
     largest: float  # σ_max of W
     seconds: float  # for reading, decomposing and ranking; 0 on the processes that were sent it
 
-    def first(self, rule: Rule, count: int) -> linalg.Directions:
+    def first(self, rule: Rule, count: int) -> change_rates.Directions:
         """The best `count` directions by that rule; fewer where there are no more."""
         d = self.found[rule]
-        return linalg.Directions(d.index[:count], d.sigma[:count], d.rate[:count], d.up[:, :count], d.down[:count])
+        return change_rates.Directions(
+            d.index[:count], d.sigma[:count], d.rate[:count], d.up[:, :count], d.down[:count]
+        )
 
 
 class Asker(Protocol):
@@ -109,9 +111,9 @@ class MeanGate:
         self.total, self.tokens = seen[:-1], int(seen[-1])
 
 
-def decompose(name: str, w: Tensor) -> linalg.Spectrum:
-    """The spectrum of the weight W [out, in] of module `name`; glue puts a service with a cache in its place."""
-    return linalg.spectrum(w)
+def decompose(name: str, w: Tensor) -> change_rates.Spectrum:
+    """The spectrum of the weight W [out, in] of module `name`; `weftlora.host.attach` puts a service with a cache in its place."""
+    return change_rates.spectrum(w)
 
 
 @dataclass(eq=False)
@@ -120,7 +122,7 @@ class Ranker:
 
     members: list[Member]
     askers: list[Asker] = field(default_factory=list)
-    decompose: Callable[[str, Tensor], linalg.Spectrum] = decompose
+    decompose: Callable[[str, Tensor], change_rates.Spectrum] = decompose
     gates: dict[str, MeanGate] = field(default_factory=dict)
     _last: tuple[int, list[Ranked]] | None = field(default=None, init=False)
 
@@ -150,14 +152,14 @@ class Ranker:
 
     def _rank_all(self, due: list[Asker]) -> list[Ranked]:
         numbers = range(len(self.members))
-        if together.world() == 1:
+        if processes.world() == 1:
             return [self._rank_one(n, due) for n in numbers]
         for gate in self.gates.values():
             gate.share()
-        world, rank = together.world(), together.rank()
+        world, rank = processes.world(), processes.rank()
         rules = list(dict.fromkeys(asker.rule for asker in due))
         device = next(self.members[0].site.parameters()).device
-        mine = together.attempt(
+        mine = processes.attempt(
             lambda: {n: self._rank_one(n, due) for n in numbers if n % world == rank}, _names(due), device
         )
         return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
@@ -181,13 +183,13 @@ class Ranker:
         for asker in due:
             counts[asker.rule] = max(counts.get(asker.rule, 0), asker.count(member.site))
         spectrum = self.decompose(member.name, w)
-        moved = linalg.moved(spectrum, w, a, b, scale)
-        sigma, lowest = spectrum.sigma.tolist(), linalg.floor(spectrum.sigma, (w.shape[0], w.shape[1]))
+        moved = change_rates.moved(spectrum, w, a, b, scale)
+        sigma, lowest = spectrum.sigma.tolist(), change_rates.floor(spectrum.sigma, (w.shape[0], w.shape[1]))
         found = {}
         for rule, count in counts.items():
-            rate = linalg.change_rate(spectrum, moved, rule.eps)
-            chosen = linalg.decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
-            found[rule] = linalg.take(spectrum, w, rate, chosen)
+            rate = change_rates.change_rate(spectrum, moved, rule.eps)
+            chosen = change_rates.decide(rate.tolist(), sigma, lowest, count, rule.select, f"{rule.seed}/{number}")
+            found[rule] = change_rates.take(spectrum, w, rate, chosen)
         return Ranked(found, sigma[0], clocks.perf_counter() - started)
 
 
@@ -241,5 +243,5 @@ def _share(ranked: Ranked | None, rules: list[Rule], site: Site, device: torch.d
             here = getattr(ranked.found[rule], name) if ranked else torch.empty(shape, dtype=dtype)
             tensors[name] = here.to(device).contiguous()
             dist.broadcast(tensors[name], source)
-        found[rule] = linalg.Directions(**tensors)
+        found[rule] = change_rates.Directions(**tensors)
     return Ranked(found, float(head[0]), ranked.seconds if ranked else 0.0)

@@ -25,16 +25,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from weftlora.adapter.buffers import Known
 from weftlora.errors import ConfigError
-from weftlora.known import Known
-from weftlora.schedule import slots as surgery
-from weftlora.schedule import together
-from weftlora.schedule.agreement import by_row, margin
+from weftlora.schedule import processes
+from weftlora.schedule import rank_slots as surgery
+from weftlora.schedule.rank_slots import Measured, Scorer, Scoring, SlotId, by_row, margin
 from weftlora.schedule.schedule import Member
-from weftlora.schedule.scoring import Measured, Scorer, Scoring, SlotId
+from weftlora.settings import rounds
 from weftlora.terms.events import Event, Length, Validation, check_possible
 from weftlora.terms.ranks.reallocate import Plan, Reallocate, Room, decide
-from weftlora.times import rounds
 
 
 @dataclass(eq=False)
@@ -145,7 +144,7 @@ class ReallocateController:
             found = scoring.measure(number)
             return found, scoring.check(number, found) if self.choice.check else {}, self._plan(found)
 
-        found, checked, plan = together.attempt(decide_here, "a round of moving ranks", self._device)
+        found, checked, plan = processes.attempt(decide_here, "a round of moving ranks", self._device)
         plan = self._shared(plan)
         if len(found.slots) - len(plan.pruned) + len(plan.added) <= 0:
             raise ConfigError("moving ranks would leave no live slot in the network: move fewer, or do fewer rounds.")
@@ -168,7 +167,7 @@ class ReallocateController:
         }
 
     def _check_same_masks(self) -> None:
-        together.check_same([cast(Tensor, member.site.mask) for member in self.members], "rank masks", self._device)
+        processes.check_same([cast(Tensor, member.site.mask) for member in self.members], "rank masks", self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -197,8 +196,8 @@ class ReallocateController:
     def _shared(self, plan: Plan) -> Plan:
         """The main process' plan."""
         parts = [torch.tensor(part, dtype=torch.long).reshape(-1, 2) for part in (plan.pruned, plan.added)]
-        pruned, added = (together.from_main(part, self._device).tolist() for part in parts)
-        receivers = together.from_main(torch.tensor(plan.receivers, dtype=torch.long), self._device).tolist()
+        pruned, added = (processes.from_main(part, self._device).tolist() for part in parts)
+        receivers = processes.from_main(torch.tensor(plan.receivers, dtype=torch.long), self._device).tolist()
         return Plan(tuple(map(tuple, pruned)), tuple(map(tuple, added)), tuple(receivers))
 
     def _apply(self, number: int, found: Measured, plan: Plan) -> None:
@@ -248,7 +247,7 @@ class ReallocateController:
         if (cut := margin(found.brackets, self.choice.terms, len(plan.pruned))) is None:
             return {}
         gap, noise = cut
-        if gap < noise and together.rank() == 0:
+        if gap < noise and processes.rank() == 0:
             warnings.warn(
                 f"which rank slots move is within the noise of {by_row(found.brackets, 'both').shape[1]} validation rows: give "
                 "Reallocate(rows=...) more of them, or take the moves as partly random.",

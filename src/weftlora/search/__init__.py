@@ -15,15 +15,14 @@ from typing import Any, Literal, cast
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
+from weftlora.search.batches import Collate, Loss, Rows
 from weftlora.search.driver import LayerSearch
-from weftlora.search.inner import Inner
-from weftlora.search.passes import Loss
-from weftlora.search.rows import Collate, Rows
+from weftlora.search.finetuning_stage import second_stage, unload
+from weftlora.search.hypergradient import Inner
 from weftlora.search.rules import Stability, stability
-from weftlora.search.second import second_stage, unload
 from weftlora.search.selection import Candidate, Selection, compare
-from weftlora.spec import WeftConfig
 from weftlora.terms.layers.search import Search, search_of
 
 __all__ = [
@@ -69,7 +68,7 @@ def search_layers(
         collate: a list of rows → the keyword arguments of a forward; None stacks rows of equal shapes.
         loss: (model, batch) → mean loss; None takes the `.loss` that the model returns.
         lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm: of the inner steps, see
-            `weftlora.search.inner.Inner`. Validation micro-batches have at most `batch_size` rows too.
+            `weftlora.search.hypergradient.Inner`. Validation micro-batches have at most `batch_size` rows too.
         seed: of the splits and the order of rows (of dropout and the adapter's start: torch's own).
         on_step: called after every step on α with "step", "loss", "validation_loss", "alpha", "skipped" and more.
 

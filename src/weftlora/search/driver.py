@@ -1,8 +1,14 @@
-"""The search loop.
+"""The state of a search between two of its outer steps: what the next one depends on, as tensors and plain values.
+
+Random states are those of every process, because each draws its own dropout; everything else is the same on all.
+
+What a search has found so far: its rule applied to α, and the numbers that go with it.
+
+The search loop.
 
     for t in range(T):
         for k in range(K):   θ ← OPT_θ(θ, ∇_θ R_train(θ, α))          α stands still; θ is never reset
-        g ← hypergradient of R_val at the new θ                        `weftlora.search.unroll`, or its direct term only
+        g ← hypergradient of R_val at the new θ                        `weftlora.search.hypergradient`, or its direct term only
         α ← OPT_α(α, g);  gates ← α̂(α)                                 θ, its gradients and its optimiser untouched
 
 Source: Algorithm 1 of Flexora, arXiv 2408.10774, as its released code runs it.
@@ -12,8 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,16 +31,182 @@ from peft import PeftModel
 from torch import Tensor
 
 from weftlora.errors import ConfigError, DataError, RunError
-from weftlora.schedule import together
-from weftlora.search import outcome, state
+from weftlora.schedule import processes
+from weftlora.search.batches import Batch, Collate, Cycle, Loss, Passes, Random, Rows, split, stack
 from weftlora.search.groups import Gates, groups_of
-from weftlora.search.inner import Inner, InnerLoop
-from weftlora.search.passes import Batch, Loss, Passes
-from weftlora.search.rows import Collate, Cycle, Rows, split, stack
-from weftlora.search.rules import check_counts
-from weftlora.search.selection import Selection
-from weftlora.search.unroll import Taken, adjoint, by_differences, by_double_backward, check_exact
+from weftlora.search.hypergradient import (
+    Inner,
+    InnerLoop,
+    Taken,
+    adjoint,
+    by_differences,
+    by_double_backward,
+    check_exact,
+)
+from weftlora.search.rules import check_counts, choose
+from weftlora.search.selection import Candidate, Selection
 from weftlora.terms.layers.search import Search, weights
+
+
+def taken(search: LayerSearch) -> dict[str, Any]:
+    """The state; all processes call it together and get the same."""
+    return {
+        "alpha": search.alpha.detach().clone(),
+        "alpha_optimizer": search.alpha_optimizer.state_dict(),
+        "theta": {name: p.detach().clone() for name, p in search.named.items()},
+        "inner": search.loop.state_dict(),
+        "positions": {name: cycle.position for name, cycle in search.cycles.items()},
+        "splits": _splits(search),
+        "random": _random(search),
+        "norms": search.norms.clone(),
+        "done": search.done,
+        "skipped": search.skipped,
+        "unlabelled": search.unlabelled,
+        "last_move": search.last_move,
+        "seconds": search.seconds,
+        "history": [dict(row) for row in search.history],
+    }
+
+
+def restore(search: LayerSearch, state: dict[str, Any]) -> None:
+    """Continue from `taken`.
+
+    Raises:
+        RunError: it is of another model or other rows.
+    """
+    if state["theta"].keys() != search.named.keys() or len(state["alpha"]) != len(search.alpha):
+        raise RunError("the saved search is of another adapter: resume it with the config that it was started with.")
+    if state["splits"] != _splits(search):
+        raise RunError(
+            "the rows or the seed of the search have changed since it was saved: resume it on the same rows."
+        )
+    with torch.no_grad():
+        search.alpha.copy_(state["alpha"])
+        for name, p in search.named.items():
+            p.copy_(state["theta"][name])
+    search.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+    search.loop.load_state_dict(state["inner"])
+    for name, cycle in search.cycles.items():
+        cycle.position = state["positions"][name]
+    search.norms = state["norms"].clone()
+    for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
+        setattr(search, name, state[name])
+    search.history = [dict(row) for row in state["history"]]
+    search.gates.write(search.search.gates(search.alpha.detach()))
+    if len(state["random"]) == processes.world():
+        mine = state["random"][processes.rank()]
+        Random(mine["cpu"], mine["cuda"]).set()
+    else:
+        warnings.warn(
+            f"the search was saved by {len(state['random'])} processes and goes on in {processes.world()}: its rows are the same, "
+            "its dropout is drawn anew.",
+            stacklevel=3,
+        )
+
+
+def _splits(search: LayerSearch) -> dict[str, list[int]]:
+    return {name: list(getattr(search.splits, name)) for name in ("train", "validation")}
+
+
+def _random(search: LayerSearch) -> list[dict[str, Any]]:
+    now, device = Random.now(), search.passes.device
+    cpu, cuda = processes.gathered(now.cpu, device), [processes.gathered(state, device) for state in now.cuda]
+    return [{"cpu": mine, "cuda": [each[rank] for each in cuda]} for rank, mine in enumerate(cpu)]
+
+
+def selection(search: LayerSearch) -> Selection:
+    """What the rule selects from α as it is now.
+
+    Raises:
+        RunError: no step on α or none on θ was ever possible, or fewer are selected than `min_layers` and that is to be an
+            error.
+    """
+    _check_learned(search)
+    alpha = search.alpha.detach().clone()
+    processes.take_over([alpha], search.passes.device)
+    asked = search.search
+    assert asked.select is not None
+    chosen = choose(
+        alpha.tolist(),
+        asked.select,
+        top_k=asked.top_k,
+        min_layers=asked.min_layers,
+        when_fewer=asked.when_fewer,
+        step=search.last_move,
+    )
+    alpha_hat, norms = weights(alpha).tolist(), (search.norms / max(1, search.loop.taken)).tolist()
+    candidates = [
+        Candidate(
+            name=group.name,
+            block=group.block,
+            modules=tuple(group.sites),
+            alpha=float(alpha[i]),
+            alpha_hat=alpha_hat[i],
+            distance=chosen.distance[i],
+            selected=i in chosen.selected,
+            near=i in chosen.near,
+            filled=i in chosen.filled,
+            gradient_norm=norms[i],
+        )
+        for i, group in enumerate(search.gates.groups)
+    ]
+    settings = dataclasses.asdict(asked), dataclasses.asdict(search.inner)
+    return Selection(
+        tuple(candidates), asked.granularity, search.adapter_config, *settings, _record(search), search.seconds
+    )
+
+
+def _check_learned(search: LayerSearch) -> None:
+    """Refuse to select from an α that no step has moved, or that moved beside a θ that none has."""
+    for what, steps, skipped, unlabelled in (
+        ("validation", search.done, search.skipped, search.unlabelled),
+        ("training", search.loop.taken, search.loop.skipped, search.loop.unlabelled),
+    ):
+        if steps and skipped == steps:
+            advice = (
+                "none of their rows has a label that counts: look at how they are labelled and cut to length"
+                if unlabelled == steps
+                else f"lower lr, or look at the {what} rows"
+            )
+            raise RunError(
+                f"none of the {steps} {what} losses of the search was a number, so nothing was learned of the layers: {advice}."
+            )
+
+
+def _record(search: LayerSearch) -> dict[str, Any]:
+    return {
+        "steps": search.done,
+        "cost_in_steps": round(search.done * _cost(search), 3),
+        "skipped_steps": search.skipped,
+        "skipped_inner_steps": search.loop.skipped,
+        "unlabelled_steps": search.unlabelled,
+        "unlabelled_inner_steps": search.loop.unlabelled,
+        "seed": search.seed,
+        "rows": {name: len(getattr(search.splits, name)) for name in ("train", "validation")},
+        "repeated_rows": search.splits.repeated,
+        **{name: _last(search, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
+    }
+
+
+def _last(search: LayerSearch, name: str) -> float | None:
+    """The last value that is a number: a step that was skipped has no loss."""
+    return next((row[name] for row in reversed(search.history) if math.isfinite(row[name])), None)
+
+
+def _cost(search: LayerSearch) -> float:
+    inner = search.inner
+    return cost_of_step(search.search, inner.batch_size * inner.accumulation, search.sizes["validation"])
+
+
+def cost_of_step(search: Search, rows: int, outer_rows: int) -> float:
+    """Of one step on α, in training steps of `rows` rows: rows through forward and backward, and twice those of a double backward.
+
+    Args:
+        outer_rows: rows of an outer micro-batch.
+    """
+    unrolled = 0 if search.hypergrad == "direct" else 2 * (search.unroll_steps or search.inner_steps)
+    return search.inner_steps + unrolled + outer_rows * search.outer_batches / rows
+
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +255,7 @@ class LayerSearch:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
-        together.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
+        processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
         self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
         self.cycles = {
@@ -200,13 +374,13 @@ class LayerSearch:
         size = self.sizes[part]
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
-        mine = [at[i * size : (i + 1) * size] for i in range(count)][together.rank() :: together.world()]
+        mine = [at[i * size : (i + 1) * size] for i in range(count)][processes.rank() :: processes.world()]
         device = self.passes.device
 
         def collate() -> list[Batch]:
             return [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
 
-        batches = together.attempt(collate, "collating rows of the search", device)
+        batches = processes.attempt(collate, "collating rows of the search", device)
         return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
 
     # ------------------------------------------------------------------ the whole search
@@ -220,23 +394,23 @@ class LayerSearch:
         return self.selection()
 
     def selection(self) -> Selection:
-        """What the rule selects from α as it is now. Raises RunError as `weftlora.search.outcome.selection` does."""
-        return outcome.selection(self)
+        """What the rule selects from α as it is now. Raises RunError as `weftlora.search.driver.selection` does."""
+        return selection(self)
 
     # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next outer step depends on; taken between outer steps. All processes call it together."""
-        return state.taken(self)
+        return taken(self)
 
     def load_state_dict(self, found: dict[str, Any]) -> None:
         """Continue from `state_dict`. Raises RunError if it is of another model or other rows."""
-        state.restore(self, found)
+        restore(self, found)
 
     def save(self, path: str | Path) -> None:
         """Write `state_dict`, from the main process, to a file that holds tensors and plain values only. All call it."""
         found = self.state_dict()
-        if together.rank() == 0:
+        if processes.rank() == 0:
             torch.save(found, path)
 
     def load(self, path: str | Path) -> None:

@@ -19,11 +19,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.targets import Blocks
+from weftlora.adapted.updates import base_of
+from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
-from weftlora.glue.blocks import Blocks
-from weftlora.glue.layer import WeftLinear
-from weftlora.glue.updates import base_of
-from weftlora.site import Site
 
 
 @dataclass(frozen=True)

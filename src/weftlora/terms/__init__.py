@@ -22,6 +22,6 @@ Every paper's method is a point in that space:
 What does not follow from these choices is a new choice: a class that implements the protocol of its axis (`structure`, `start`,
 `boost`, `ranks`, `layers`: the protocol is the package's own file, the choices stand beside it). A choice answers for itself (what
 it builds and saves, how it exports or why not, what it refuses, what happens over time because of it), and nothing outside of
-this package asks which choice it is. Choices never import each other; `weftlora.terms.axes` lists them, `weftlora.site` puts one
-of each together.
+this package asks which choice it is. Choices never import each other; `weftlora.terms.axes` lists them, `weftlora.adapter.site`
+puts one of each together.
 """

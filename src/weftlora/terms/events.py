@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weftlora import linalg
+from weftlora import change_rates
 from weftlora.errors import ConfigError
 from weftlora.kernel import Factors
-from weftlora.times import Time
+from weftlora.settings import Time
 
 Event = dict[str, Any]
 """What happened, in plain numbers: "event", and whatever there is to tell."""
@@ -116,7 +116,7 @@ class Validation(Protocol):
         ...
 
     def slots(self, choice: Any) -> Any:
-        """What scores rank slots on these rows by the rule of `choice`: a `weftlora.schedule.scoring.Scorer`."""
+        """What scores rank slots on these rows by the rule of `choice`: a `weftlora.schedule.rank_slots.Scorer`."""
         ...
 
 
@@ -204,7 +204,7 @@ class Launch(Protocol):
         """How many directions it has room for there."""
         ...
 
-    def apply(self, site: SiteView, found: linalg.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
         """Put the directions in, σ_max of W being `largest`."""
         ...
 

@@ -9,15 +9,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from weftlora.extras import needs
-from weftlora.train.progress import Progress, Tick, ignore
-from weftlora.train.run import Run
+from weftlora.progress import Progress, Tick, ignore
+from weftlora.runs.run import Run
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from weftlora.train.evaluation import Evaluation
-    from weftlora.train.generation import Generation
-    from weftlora.train.recipe import Recipe
+    from weftlora.runs.recipe import Recipe
+    from weftlora.train.evaluation import Evaluation, Generation
 
 __all__ = ["Progress", "Run", "Tick", "evaluate", "generate", "newest_checkpoint", "train"]
 
@@ -49,7 +48,7 @@ def train(
         RunError: the run folder is in use, cannot be written, or is not one to resume.
     """
     with needs("train", "weftlora.train"):
-        from weftlora.train.recipe import asked
+        from weftlora.runs.recipe import asked
 
         read, before = asked(recipe, overrides, resume)
         from weftlora.train import loop
@@ -119,7 +118,7 @@ def generate(
     if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
         Run.load(run)  # says what the folder lacks
     with needs("train", "weftlora.generate"):
-        from weftlora.train import generation as module
+        from weftlora.train import evaluation as module
 
         return module.generate(run, prompt, max_new_tokens, temperature, seed, base)
 
@@ -133,7 +132,7 @@ def _check_source(source: Run | str | Path | Recipe, bare: bool) -> None:
     ):
         Run.load(source)
     elif bare:
-        from weftlora.train.recipe import asked
+        from weftlora.runs.recipe import asked
 
         asked(source)
 

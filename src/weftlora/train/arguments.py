@@ -14,9 +14,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.glue.host_versions import named
+from weftlora.host.versions import named
 from weftlora.redaction import secrets_in
-from weftlora.train.recipe import TrainConfig
+from weftlora.runs.recipe import TrainConfig
 
 OWNED = {
     "output_dir": "out",

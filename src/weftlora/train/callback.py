@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weftlora.glue.attach import attach, schedules, warn_of_missing
+from weftlora.host.attach import attach, schedules, warn_of_missing
 from weftlora.terms.events import Event
 from weftlora.train import checkpoint
 

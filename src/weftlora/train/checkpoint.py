@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from weftlora.disk.files import sync_tree, write_json, writing
+from weftlora.disk.ownership import CHECKPOINT, files_of, inside
 from weftlora.errors import RunError
-from weftlora.train.files import sync_tree, write_json, writing
-from weftlora.train.ownership import CHECKPOINT, files_of, inside
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"

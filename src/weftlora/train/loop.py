@@ -25,22 +25,23 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from weftlora import __version__
+from weftlora.disk.files import write_lines
+from weftlora.disk.lock import claimed
+from weftlora.disk.ownership import check_no_links
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
-from weftlora.glue.attach import warn_of_missing
-from weftlora.train import arguments, checkpoint, figures, identity, layers
-from weftlora.train.adapter import parameters, write_adapter
-from weftlora.train.files import write_lines
-from weftlora.train.fingerprint import Fingerprint, check_same
-from weftlora.train.lock import claimed
-from weftlora.train.measure import accuracy, mean_loss
-from weftlora.train.ownership import check_no_links
+from weftlora.host.attach import warn_of_missing
+from weftlora.progress import Progress
+from weftlora.runs import identity
+from weftlora.runs.adapter import parameters, write_adapter
+from weftlora.runs.base_model import Fingerprint, check_same
+from weftlora.runs.recipe import Recipe
+from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
+from weftlora.runs.scores import accuracy, mean_loss
+from weftlora.train import arguments, checkpoint, costs, layer_search
+from weftlora.train.costs import timed
 from weftlora.train.prepare import Prepared, prepare
-from weftlora.train.progress import Progress
-from weftlora.train.recipe import Recipe
-from weftlora.train.run import Made, Run, check_free, is_run, now, settle
-from weftlora.train.stopwatch import timed
 from weftlora.train.trainer import make_trainer
+from weftlora.version import __version__
 
 log = logging.getLogger(__name__)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
@@ -114,7 +115,7 @@ def _train(
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
     with _started(run, before, main):
-        search = layers.begin(prepared, run, args, main)
+        search = layer_search.begin(prepared, run, args, main)
         if search is None:
             trainer = make_trainer(prepared, run, args, progress, callbacks)
     _announce(run)
@@ -262,7 +263,7 @@ def _run_trainer(
             if main:
                 prepared.name_weights(run)
                 write_adapter(prepared.model, run)
-                run = dataclasses.replace(run, figures=figures.measured(prepared, run, trainer.state))
+                run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
                 run.event("end", step=trainer.state.global_step)
                 run.save()
     except BaseException as error:

@@ -10,19 +10,20 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from weftlora.adapter.spec import WeftConfig
 from weftlora.data import Collator, Loaded
 from weftlora.data import load as load_data
 from weftlora.errors import ConfigError
-from weftlora.glue.ablation.rows import Rows
-from weftlora.glue.attach import attach
-from weftlora.glue.optimizer import param_groups
-from weftlora.spec import WeftConfig
-from weftlora.train import arguments, model
-from weftlora.train.adapter import adapt, adapter_config, saved_selection
-from weftlora.train.fingerprint import Fingerprint, fingerprint
-from weftlora.train.identity import Weights
-from weftlora.train.recipe import Recipe, Task
-from weftlora.train.run import Run
+from weftlora.host.attach import attach
+from weftlora.host.optimizer import param_groups
+from weftlora.runs import base_model
+from weftlora.runs.adapter import adapt, adapter_config, saved_selection
+from weftlora.runs.base_model import Fingerprint, fingerprint
+from weftlora.runs.identity import Weights
+from weftlora.runs.recipe import Recipe, Task
+from weftlora.runs.run import Run
+from weftlora.scoring.rows import Rows
+from weftlora.train import arguments
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Prepared:
     """A recipe made real: rows in tokens and a model on its device, adapted unless the recipe says `none`."""
 
     recipe: Recipe
-    base: model.Base
+    base: base_model.Base
     data: Loaded
     task: Task
     model: PeftModel | PreTrainedModel
@@ -66,13 +67,13 @@ def prepare(recipe: Recipe) -> Prepared:
     adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection, recipe.from_folder)
     if recipe.train.num_threads:
         torch.set_num_threads(recipe.train.num_threads)
-    base = model.find(recipe.model, recipe.base_dir)
+    base = base_model.find(recipe.model, recipe.base_dir)
     data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
     task = data.task
     if recipe.train.trainer == "sft" and task != "causal":
         raise ConfigError(f"train.trainer=sft trains causal models, and this task is {task}: use trainer: auto.")
     set_seed(recipe.train.seed)
-    plain = model.load(base, task, data.labels)
+    plain = base_model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)

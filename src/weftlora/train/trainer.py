@@ -10,18 +10,18 @@ from typing import Any
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weftlora.glue.attach import attach
-from weftlora.glue.optimizer import param_groups
-from weftlora.glue.routing import routing
-from weftlora.spec import WeftConfig
+from weftlora.adapted.routing import routing
+from weftlora.adapter.spec import WeftConfig
+from weftlora.disk.files import append_json
+from weftlora.host.attach import attach
+from weftlora.host.optimizer import param_groups
+from weftlora.progress import Progress, Tick
+from weftlora.runs.run import Run
+from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
-from weftlora.train.files import append_json
-from weftlora.train.measure import mean_loss
+from weftlora.train.costs import Stopwatch
 from weftlora.train.prepare import Prepared
-from weftlora.train.progress import Progress, Tick
-from weftlora.train.run import Run
-from weftlora.train.stopwatch import Stopwatch
 
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
 _NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "eval_loss": "validation_loss"}

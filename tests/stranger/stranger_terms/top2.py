@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 
 from weftlora.errors import ConfigError
 from weftlora.kernel import Factors
+from weftlora.settings import Time, check_time
 from weftlora.terms.events import Controller, Event, Length, Timeline, Validation, check_possible
 from weftlora.terms.structure import Draw, OutsideTerm, Place, Size, SlotFirst, Structure, StructureTerm
-from weftlora.times import Time, check_time
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import random
 import pytest
 
 import weftlora
+from weftlora.settings import epochs, rounds
 from weftlora.terms.ranks.reallocate import Plan, Reallocate, Room, Slot, allocate, decide
-from weftlora.times import epochs, rounds
 
 
 def counts(added: list[tuple[int, int]]) -> list[int]:

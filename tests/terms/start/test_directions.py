@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import weftlora
-from weftlora import linalg
+from weftlora import change_rates
+from weftlora.adapter.site import Site, build_site
 from weftlora.errors import CombinationError, ConfigError
-from weftlora.site import Site, build_site
 from weftlora.terms.start.directions import Directions, DirectionsTerm, start_values
 from weftlora.terms.structure.plain import Plain
 
 IN, OUT, R, SCALE = 6, 5, 3, 2.0
 
 
-def found(sigma: list[float]) -> linalg.Directions:
+def found(sigma: list[float]) -> change_rates.Directions:
     s = len(sigma)
     up = torch.linalg.qr(torch.randn(OUT, OUT, dtype=torch.float64))[0][:, :s]
     down = torch.linalg.qr(torch.randn(IN, IN, dtype=torch.float64))[0][:s]
-    return linalg.Directions(torch.arange(s) + 7, torch.tensor(sigma).double(), torch.rand(s).double(), up, down)
+    return change_rates.Directions(torch.arange(s) + 7, torch.tensor(sigma).double(), torch.rand(s).double(), up, down)
 
 
 def site_of(**fields) -> Site:
@@ -31,7 +31,7 @@ def site_of(**fields) -> Site:
     return site
 
 
-def switch(site: Site, directions: linalg.Directions, live: list[int] | None = None) -> torch.Tensor:
+def switch(site: Site, directions: change_rates.Directions, live: list[int] | None = None) -> torch.Tensor:
     slots = torch.tensor(list(range(R)) if live is None else live)
     return site.start.switch(directions, site.structure.A, site.structure.B, slots, SCALE, 1.0)
 

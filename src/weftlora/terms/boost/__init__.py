@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from weftlora import linalg
+from weftlora import change_rates
 from weftlora.kernel import Slots
 from weftlora.terms.choice import Choice
 from weftlora.terms.extra import ExtraTerm
@@ -34,7 +34,7 @@ class BoostTerm(ExtraTerm):
         """See `ExtraTerm`; those without a direction yet are zeros."""
 
     @abstractmethod
-    def launch(self, directions: linalg.Directions) -> None:
+    def launch(self, directions: change_rates.Directions) -> None:
         """Fix the directions; the function stays what it is."""
 
     @abstractmethod

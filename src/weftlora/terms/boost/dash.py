@@ -4,7 +4,7 @@
     after it             ΔW = (α/r) B A + Ū diag(g) V̄ᵀ       Ū [out, s], V̄ᵀ [s, in] fixed, g [s] learned
 
 Ū and V̄ are the s core directions of W with the largest change rate under the ΔW of the moment of the launch
-(`weftlora.linalg`). Dash slots have scale 1, not α/r.
+(`weftlora.change_rates`). Dash slots have scale 1, not α/r.
 
 Source: LoRA-Dash, arXiv 2409.01035. Where we knowingly differ from the released code: the launch is counted in optimiser
 steps (there, in forward calls of the layer, evaluation and recomputation included), ε and a rank floor, directions are
@@ -24,15 +24,14 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from weftlora import linalg
+from weftlora import change_rates
+from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Role, Slots
-from weftlora.linalg import SELECT
-from weftlora.numbers import is_number, is_whole
+from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.boost import Boost, BoostTerm
 from weftlora.terms.events import Applied, Controller, SiteView, Timeline
 from weftlora.terms.extra import Direction
-from weftlora.times import Time, check_time
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class DashTerm(BoostTerm):
         return Slots(self.down, self.up, self.gain if layer_gate is None else self.gain * layer_gate.to(self.gain))
 
     @torch.no_grad()
-    def launch(self, directions: linalg.Directions) -> None:
+    def launch(self, directions: change_rates.Directions) -> None:
         """Fix the directions, possibly fewer than s; gains stay 0, so the function does too."""
         s = len(directions.index)
         for name in ("down", "up", "index", "sigma", "rate"):
@@ -170,7 +169,7 @@ class DashLaunch:
         """See `Launch`."""
         return len(_term(site).gain)
 
-    def apply(self, site: SiteView, found: linalg.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
         """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""
         term = _term(site)
         term.launch(found)

@@ -10,7 +10,7 @@ from weftlora.terms.choice import Choice
 
 
 class Blocks(Protocol):
-    """The transformer blocks of a model (`weftlora.glue.blocks`)."""
+    """The transformer blocks of a model (`weftlora.adapted.targets`)."""
 
     @property
     def model_name(self) -> str:

@@ -1,7 +1,7 @@
 """Only: the named blocks (or modules) carry an adapter, all others carry none: no tensor, no gate, no gradient.
 
 Blocks are numbered in the order in which the model lists them, from 0 and through all of its stacks: in an encoder-decoder
-the encoder's come first (`weftlora.glue.blocks`).
+the encoder's come first (`weftlora.adapted.targets`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from weftlora.errors import ConfigError, TargetError, suggest
-from weftlora.numbers import is_whole
+from weftlora.settings import is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.layers import Blocks, Layers
 

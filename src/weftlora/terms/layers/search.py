@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from weftlora.errors import ConfigError, TargetError, suggest
-from weftlora.numbers import is_number, is_whole
+from weftlora.settings import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.layers import Blocks, Layers
 

@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.numbers import is_whole
+from weftlora.settings import Time, check_time, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.ranks import Ranks
-from weftlora.times import Time, check_time
 
 SCORES = ("exact", "shortlist", "taylor", "random", "none")
 NEED_DATA = ("exact", "shortlist", "taylor")

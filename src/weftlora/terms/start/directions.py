@@ -8,7 +8,7 @@
     directions           B₀ = 0,  A₀ = κ V̄ᵀ                               nothing to freeze
 
 Ū [out, r], V̄ᵀ [r, in] and σ̄ [r] are the r core directions of W with the largest change rate under the ΔW of the pre-launch
-(`weftlora.linalg`), so A and B carry the part of W along them while W − c B₀ A₀ stays fixed. W itself is never touched: the
+(`weftlora.change_rates`), so A and B carry the part of W along them while W − c B₀ A₀ stays fixed. W itself is never touched: the
 removed part would mostly be lost in a 16-bit W and could not be taken out of a quantised one. A twin is the same bits as
 the slot it cancels, so the function at the switch is the pretrained one to rounding.
 
@@ -32,15 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weftlora import linalg
+from weftlora import change_rates
+from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Role, Slots
-from weftlora.linalg import SELECT
-from weftlora.numbers import is_number, is_whole
+from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.events import Applied, Controller, SiteView, Timeline
 from weftlora.terms.extra import Direction
 from weftlora.terms.start import Start, StartTerm, kaiming_uniform
-from weftlora.times import Time, check_time
 
 MODES = ("residual", "directions")
 
@@ -162,7 +161,7 @@ class DirectionsTerm(StartTerm):
         """Start the live slots of A [r, in] and B [out, r] along `found` and set their twins, in place.
 
         Args:
-            found: a `weftlora.linalg.Directions`, no more than there are live slots.
+            found: a `weftlora.change_rates.Directions`, no more than there are live slots.
             live: [slots] int64, the numbers of the slots to start, best direction first; the others are left alone.
             scale: c = α/r.
             largest: σ_max of W.
@@ -226,7 +225,7 @@ class StartSwitch:
         return len(_live(site))
 
     @torch.no_grad()
-    def apply(self, site: SiteView, found: linalg.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
         """See `Launch`. "guarded": the chosen directions whose σ̄ was too small to split."""
         f = site.structure.factors(site.scale)
         a, b = cast(nn.Parameter, f.A), cast(nn.Parameter, f.B)
@@ -257,7 +256,7 @@ def start_values(
     """A₀ [r, in] and B₀ [out, r] in fp64, and which slots have a non-zero product [r].
 
     Args:
-        found: a `weftlora.linalg.Directions` of s ≤ r directions: the first s slots.
+        found: a `weftlora.change_rates.Directions` of s ≤ r directions: the first s slots.
         rows_ri: the rows of A before the switch; the slots beyond s keep their direction.
         largest: σ_max of W.
     """

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Factors, Role, RouterInput
-from weftlora.numbers import is_number, is_whole
+from weftlora.settings import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
 

@@ -1,0 +1,290 @@
+"""The one adapted layer: a base module, and a `Site` per adapter name.
+
+    y = base(x);  for each active adapter:  y ← y + h B̃ᵀ
+
+The base layer is called, never re-implemented, so any module with in and out features can carry adapters (quantised
+ones too); merging needs a plain weight. A merge keeps the original W (as many bytes as W, for as long as it is merged)
+and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from weftlora.adapted.hooks import watched
+from weftlora.adapted.input_groups import InputGroup
+from weftlora.adapted.sharing import refuse_reentrant_checkpointing
+from weftlora.adapter.site import Site
+from weftlora.errors import ConfigError, MergeError
+from weftlora.kernel import Linear, current, linears
+from weftlora.terms.axes import mergeable_structures
+
+
+class WeftLinear(nn.Module, BaseTunerLayer):
+    """A linear module and the adapters on it. Input [..., in], output [..., out] in the base's dtype.
+
+    All state of an adapter lives in `weft_site[name]`, keyed by adapter name first, as peft's saving needs.
+    """
+
+    adapter_layer_names = ("weft_site",)
+    other_param_names = ()
+    if TYPE_CHECKING:  # the host's mixin is untyped; these are what is used of it
+        active_adapters: list[str]
+        set_adapter: Callable[..., None]
+        get_base_layer: Callable[[], nn.Module]
+        _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
+    def __init__(self, base_layer: nn.Module, module_name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.weft_site = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self.keep_base = True
+        self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
+        self._kept: Tensor | None = None
+        self._disable_adapters = False
+        self._active_adapter: list[str] | str = []
+
+    def add_site(self, adapter_name: str, site: Site, *, active: bool, inference_mode: bool) -> None:
+        """Put an adapter on this module, on the base weight's device and in its dtype (peft upcasts it afterwards)."""
+        self.weft_site[adapter_name] = site
+        site.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if active:
+            self.set_adapter([*self.active_adapters, adapter_name], inference_mode=inference_mode)
+        else:
+            site.requires_grad_(False)
+
+    def site(self, adapter_name: str) -> Site:
+        """The adapter called `adapter_name`; KeyError if this module has none."""
+        return cast(Site, self.weft_site[adapter_name])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        names = self._names()
+        spanned = bool(names) and not (args or kwargs)
+        if self.group is not None and not torch.compiler.is_compiling():
+            self.group.called(self)
+            y = self.group.fetch(self, x) if spanned and current().groups else None
+            if y is not None:
+                return y
+        read = self.cast_input(x)
+        y = self._by_node(names, x, read) if spanned else None
+        if y is None:
+            y, rest = self.base_layer(read, *args, **kwargs), names
+        else:
+            rest = names[1:]
+        for name in rest:
+            self._check_distributed(name)
+            y = self.weft_site[name](read, y, self._mask(name, x, read))
+        return cast(Tensor, y)
+
+    def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
+        """The base's output with the first active adapter's update, if one node can compute both."""
+        if self.group is not None and current().groups and not torch.compiler.is_compiling():
+            y = self.group.output(self, x, read)
+            if y is not None:
+                return y
+        job = self.job(names[0], x, read) if self.why_not() is None else None
+        return None if job is None else linears(read, [job])[0]
+
+    def _names(self) -> list[str]:
+        sites = self.weft_site
+        return [name for name in self.active_adapters if name in sites]
+
+    def cast_input(self, x: Tensor) -> Tensor:
+        """x as the base will compute with it: under autocast cast once, for the base and every adapter."""
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32 and type(self.base_layer) is nn.Linear:
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def only_adapter(self) -> str | None:
+        """The adapter that takes part in a forward, if exactly one does."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        names = self._names()
+        return names[0] if len(names) == 1 else None
+
+    def job(self, name: str, x: Tensor, read: Tensor) -> Linear | None:
+        """What a node needs to compute this linear with the adapter `name`; None where it must be left to the modules.
+
+        To be asked where `why_not` is None: that looks at the modules, this at the input. `read` is x as the base takes
+        it (`cast_input`).
+        """
+        base, device = self.base_layer, read.device.type
+        weight = cast(Tensor, base.weight)
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if weight.device != read.device or read.dtype != computed:
+            return None
+        self._check_distributed(name)
+        work = self.site(name).work()
+        if work.plain or work.scored:
+            return None
+        mask = self._mask(name, x, read)
+        return weight, cast("Tensor | None", base.bias), work if mask is None else replace(work, mask=mask)
+
+    def why_not(self) -> str | None:
+        """Why no node can own this linear: its base must be called and the update added to what it gives; None if one can."""
+        if current().reference:
+            return "WEFT_REFERENCE is set"
+        base = self.base_layer
+        if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
+            return f"{type(base).__name__} is no plain Linear"
+        if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
+            return "the base is trained too"
+        if watched(base):
+            return "hooks on the base"
+        if names := self._names():
+            site = self.site(names[0])
+            if site.outside:
+                return f"{site.structure.choice.title} is outside the equation"
+            if watched(site):
+                return "hooks on the adapter"
+        return None
+
+    def _mask(self, adapter_name: str, x: Tensor, read: Tensor) -> Tensor | None:
+        """The dropout mask that this linear shares with those that read x too; None where it draws its own."""
+        site = self.site(adapter_name)
+        if (
+            not (site.one_mask and site.training and site.dropout)
+            or self.group is None
+            or torch.compiler.is_compiling()
+        ):
+            return None
+        return self.group.mask(x, read, adapter_name, site.dropout)
+
+    def _check_distributed(self, adapter_name: str) -> None:
+        if not (self.training and dist.is_available() and dist.is_initialized()) or torch.compiler.is_compiling():
+            return
+        if (term := self.site(adapter_name).structure).trains_shared:
+            refuse_reentrant_checkpointing(term.choice.method)
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
+
+        Raises:
+            MergeError: an adapter is routed, the base is not x Wᵀ with a plain floating-point W, or `safe_merge` and the
+                merged weight has a value that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
+        if not names:
+            return
+        self.check_mergeable(names, finite=safe_merge)
+        merged, weight = self._merged_weight(names), self._plain_weight()
+        if self._kept is None and self.keep_base:
+            self._kept = weight.detach().clone()
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original W back, bit for bit."""
+        if not self.merged_adapters:
+            return
+        if self._kept is None:
+            raise MergeError(
+                f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
+            )
+        weight = self._plain_weight()
+        weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
+        self._kept = None
+        self.merged_adapters.clear()
+
+    def check_mergeable(self, names: list[str], *, finite: bool = False) -> None:
+        """Raise `MergeError` with the reason if one of these adapters has no weight-space form here.
+
+        Args:
+            finite: also refuse if a value of the merged weight would not be finite (computes it once more).
+        """
+        for name in names:
+            if name in self.weft_site and not self.site(name).mergeable:
+                structure = self.site(name).structure.choice
+                raise MergeError(
+                    f"adapter {name!r} cannot be merged into {self.module_name}: it is {structure.method}, and "
+                    f"{structure.no_closed_form}; serve it unmerged, or train {' or '.join(mergeable_structures())} where a merge is "
+                    "needed."
+                )
+        self._plain_weight()
+        if finite and not torch.isfinite(self._merged_weight(names)).all():
+            raise MergeError(
+                f"merging {', '.join(names)} into {self.module_name} gives values that are not finite, so nothing was merged: "
+                "the adapter has diverged, use an earlier checkpoint."
+            )
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
+        delta = self.site(adapter_name).delta_weight()
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def base_matrix(self) -> Tensor:
+        """W [out, in] as it is in memory: transposed from Conv1D's layout, dequantised where the base is quantised.
+
+        Raises:
+            ConfigError: the base keeps no weight that can be read.
+        """
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if weight is None:
+            raise ConfigError(
+                f"{self.module_name} is a {type(base).__name__} without a readable weight: do not target it."
+            )
+        if not weight.is_floating_point():
+            weight = dequantize_module_weight(base)
+        return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
+
+    @property
+    def base_source(self) -> str:
+        """What `base_matrix` reads: "in memory" (the weight itself), or "dequantised" where the base keeps fewer bits."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return "in memory" if weight is None or weight.is_floating_point() else "dequantised"
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weftlora's own export does not)."""
+        return adapter_name in self.weft_site and self.site(adapter_name).mergeable
+
+    def _merged_weight(self, names: list[str]) -> Tensor:
+        """W plus the updates of those adapters that are here and not merged yet, in W's dtype."""
+        weight = self._plain_weight()
+        new = [name for name in names if name in self.weft_site and name not in self.merged_adapters]
+        delta = sum((self.get_delta_weight(name) for name in new), torch.zeros((), device=weight.device))
+        return (weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
+
+    def _plain_weight(self) -> nn.Parameter:
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if (
+            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            and isinstance(weight, nn.Parameter)
+            and type(weight.detach()) is Tensor
+            and weight.is_floating_point()
+        ):
+            return weight
+        raise MergeError(
+            f"{self.module_name} is a {type(base).__name__}, which is not x Wᵀ with a plain matrix W, so ΔW cannot be added: "
+            "load the base model unquantised and unsharded to merge, or serve the adapter unmerged."
+        )
+
+    # ------------------------------------------------------------------ adapters come and go
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; shared tensors it owns go to the next site of their group first."""
+        if adapter_name in self.weft_site:
+            self.site(adapter_name).structure.hand_over()
+        super().delete_adapter(adapter_name)
+
+    def __repr__(self) -> str:
+        return "weftlora." + super().__repr__()

@@ -1,0 +1,250 @@
+"""What can carry an adapter, and the sentence for what cannot.
+
+The transformer blocks of a model, found by object: no naming scheme is assumed.
+
+A stack is an outermost `nn.ModuleList` whose entries hold linear modules without being one; its entries are blocks. Blocks
+are numbered in the order in which the model lists them, through all of its stacks:
+
+    Llama   model.layers.0 … n−1                      0 … n−1
+    GPT-2   transformer.h.0 …                         0 …
+    BERT    bert.encoder.layer.0 …                    0 …
+    T5      encoder.block.0 …, decoder.block.0 …      0 … n−1, n … n+m−1
+
+Lists inside a block (T5's sublayers, experts) belong to the block. A block that is listed twice counts once.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from weftlora.adapter.spec import WeftConfig
+from weftlora.errors import TargetError, suggest
+
+T = TypeVar("T")
+
+
+def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[int, int]:
+    """(in, out) features of a module that can carry an adapter.
+
+    Raises:
+        TargetError: an embedding, a convolution, 3-D expert parameters, a module whose caller reads its weight instead of
+            calling it, or anything else without in and out features; says what to do.
+    """
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    kind = type(base).__name__
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TargetError(
+            f"{name} belongs to a torch MultiheadAttention, which reads its weight without calling it: exclude it."
+        )
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{name} belongs to a torch TransformerEncoderLayer, whose fast path skips adapters in evaluation: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first."
+        )
+    if isinstance(base, Conv1D):
+        fan_in, out = base.weight.shape
+        return fan_in, out
+    if isinstance(base, nn.Linear):
+        return base.in_features, base.out_features
+    if isinstance(base, nn.Embedding):
+        raise TargetError(
+            f"{name} is an embedding, which has no low-rank site: "
+            f"train it in full with modules_to_save=[{_last(name)!r}]."
+        )
+    if isinstance(base, nn.modules.conv._ConvNd):
+        raise TargetError(
+            f"{name} is a {kind}; weftlora adapts linear modules only: leave it out, or train it with modules_to_save."
+        )
+    if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
+        raise TargetError(
+            f"{name} holds 3-D expert parameters ({cubes[0]}), which are no linear modules: target attention and dense "
+            "modules instead, or use peft's LoraConfig(target_parameters=...)."
+        )
+    fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if isinstance(fan_in, int) and isinstance(out, int):
+        return fan_in, out
+    raise TargetError(
+        f"{name} is a {kind}, which is no linear module: name linear modules in target_modules, or use 'all-linear'."
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def is_all_linear(config: WeftConfig) -> bool:
+    """Whether target_modules is the short form for every linear module but the output layer."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The names of the 3-D parameters in which a mixture of experts holds its matrices."""
+    return [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and not name.endswith("conv.weight") and "expert" in name
+    ]
+
+
+def inside_adapter(model: nn.Module, name: str) -> bool:
+    """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
+    parts = name.split(".")
+    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last names of the model's linear modules, adapted ones included."""
+    found = {
+        _last(name)
+        for name, module in model.named_modules()
+        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
+        and not inside_adapter(model, name)
+    }
+    return sorted(found - {""})
+
+
+def check_saved_modules(config: WeftConfig, model: nn.Module) -> None:
+    """Refuse a name in modules_to_save that no module has; it would be left untrained without a word.
+
+    "classifier" and "score" may be absent: peft names both for every classification model.
+
+    Raises:
+        TargetError: names the entry and the nearest module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for wanted in set(config.modules_to_save or []) - {"classifier", "score"}:
+        if not any(re.match(rf"(^|.*\.){wanted}($|\..*)", name) for name in names):
+            raise TargetError(
+                f"modules_to_save names {wanted!r}, which {type(model).__name__} does not have: "
+                f"{suggest(wanted, {_last(name) for name in names} - {''})}"
+            )
+
+
+def check_tokens(config: WeftConfig, model: nn.Module) -> None:
+    """Refuse tokens that no embedding has, and an output layer that is trained twice: peft would fail in the first forward.
+
+    Raises:
+        TargetError: names the entry, and what to do.
+    """
+    if (wanted := config.trainable_token_indices) is None:
+        return
+    inputs = cast("nn.Module | None", getattr(model, "get_input_embeddings", lambda: None)())
+    by_name = wanted if isinstance(wanted, Mapping) else None
+    for name, tokens in (by_name or {"the input embeddings": cast("list[int]", wanted)}).items():
+        found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")] if by_name else [inputs]
+        found = [m.original_module if isinstance(m, AuxiliaryTrainingWrapper) else m for m in found]
+        rows = min((len(m.weight) for m in found if isinstance(m, (nn.Embedding, nn.Linear))), default=0)
+        if not rows:
+            names = {_last(n) for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+            raise TargetError(f"trainable_token_indices names {name!r}, which is no embedding: {suggest(name, names)}")
+        if max(tokens) >= rows:
+            raise TargetError(
+                f"trainable_token_indices names token {max(tokens)}, and {name} has {rows} rows: call "
+                "model.resize_token_embeddings(len(tokenizer)) first."
+            )
+    head = cast("nn.Module | None", getattr(model, "get_output_embeddings", lambda: None)())
+    whole = [n for n, m in model.named_modules() if m is head and _last(n) in (config.modules_to_save or [])]
+    if whole and getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        raise TargetError(
+            f"trainable_token_indices and modules_to_save={[_last(whole[0])]} train one weight twice, because {type(model).__name__} "
+            "ties its embeddings (trl asks for both where a chat template adds tokens): untie them first, with "
+            "model.config.tie_word_embeddings = False and a copy of the weight in the output layer, or train the tokens alone."
+        )
+
+
+def warn_of_unmatched(config: WeftConfig, model: nn.Module) -> None:
+    """Name the entries of target_modules that no module is called while others adapt: often a misspelt name."""
+    targets = config.target_modules
+    if not isinstance(targets, set):
+        return
+    names = [name for name, _ in model.named_modules()]
+    unused = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    if unused:
+        warnings.warn(
+            f"target_modules={_few(unused)} match no module of {type(model).__name__} and adapt nothing: "
+            f"{suggest(unused[0], linear_names(model))}",
+            stacklevel=5,
+        )
+
+
+def _few(names: list[str]) -> str:
+    return f"{names[:4]}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+
+
+def no_match(config: WeftConfig, model: nn.Module) -> str:
+    """Why nothing matched: 3-D expert parameters, a misspelt name, or a filter that leaves nothing."""
+    targets = config.target_modules
+    linear = linear_names(model)
+    wanted = sorted(targets) if isinstance(targets, set) else [str(targets)]
+    hit = [n for n in expert_parameters(model) if _last(n) in wanted]
+    if hit:
+        return (
+            f"{hit[0]} is a 3-D expert parameter, not a linear module: target attention and dense modules instead, or use peft's "
+            "LoraConfig(target_parameters=...)."
+        )
+    if not linear:
+        return f"{type(model).__name__} has no linear module, so there is nothing that weftlora could adapt."
+    names = {n for n, _ in model.named_modules()}
+    found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in names)]
+    if isinstance(targets, str):
+        if any(re.fullmatch(targets, n) for n in names):
+            return f"target_modules={targets!r} matches only modules that exclude_modules or modules_to_save take away."
+        return f"target_modules={targets!r} matches no module of {type(model).__name__}, which has {', '.join(linear)}."
+    if found:
+        return (
+            f"target_modules={_few(wanted)} match only modules that exclude_modules={config.exclude_modules}, modules_to_save="
+            f"{config.modules_to_save} or layers_to_transform={config.layers_to_transform} leave out: relax one of them."
+        )
+    return f"target_modules={_few(wanted)} match no module of {type(model).__name__}: {suggest(wanted[0], linear)}"
+
+
+def by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
+    """What rank_pattern or alpha_pattern says of the module `name`, as the host reads it: the first regex that matches."""
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
+class Blocks:
+    """Names of the blocks of one model, in order; `number[name]` is a block's number."""
+
+    def __init__(self, model: nn.Module):
+        self.model_name = type(model).__name__
+        self.modules = {name for name, _ in model.named_modules()}
+        outer: list[str] = []
+        names: dict[int, str] = {}
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{before}.") for before in outer):
+                continue
+            outer.append(name)
+            for i, entry in enumerate(module):
+                if _is_block(entry):
+                    names.setdefault(id(entry), f"{name}.{i}" if name else str(i))
+        self.names = list(names.values())
+        self.number = {name: i for i, name in enumerate(self.names)}
+
+    def of(self, module_name: str) -> str | None:
+        """The block that a module is in, by name; None outside of all blocks."""
+        parts = module_name.split(".")
+        prefixes = (".".join(parts[: i + 1]) for i in range(len(parts)))
+        return next((prefix for prefix in prefixes if prefix in self.number), None)
+
+
+def _is_block(entry: nn.Module) -> bool:
+    return not _is_linear(entry) and any(_is_linear(module) for module in entry.modules())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a site could stand here: a linear module of any kind, plain, quantised or adapted already."""
+    if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)):
+        return True
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )

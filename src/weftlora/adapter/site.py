@@ -1,0 +1,274 @@
+"""A site: the equation of one adapted module, one choice of every axis put together.
+
+    y = x Wᵀ + b + h B̃ᵀ      with h, g, ω, B̃ as in `weftlora.kernel`
+
+    structure   owns A, B and, where they exist, the router ω and the vectors u, v
+    boost       extra slots along directions of W, with learned gains
+    start       extra frozen slots, each the twin of a slot of the structure
+    ranks       room for more slots than are live: 0/1 per slot of the structure, `mask`
+    layers      one number for all of the site's slots, `layer_gate`, while layers are searched (or kept from a search that goes on)
+
+g is the product of what exists: α/r × mask × layer gate × u for the slots of the structure; the learned gain × layer
+gate for boost slots; −(α/r) × mask × layer gate for the frozen twin slots. What the axes of a config do not need is
+None: it is neither allocated nor saved, and costs nothing in the forward.
+
+Slots whose mask is 0 are left out of the products, so that a site with r live slots computes what plain LoRA of rank r
+does, bit for bit, at its cost. In a compiled graph the mask is a factor of g instead, and shapes never change.
+
+A structure outside of the equation is a plain function of x, which is added beside the kernel:
+
+    y = x Wᵀ + b + γ · update(x, drop(x))        γ the layer gate
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from weftlora.adapter.buffers import Known
+from weftlora.errors import ConfigError, MergeError
+from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight
+from weftlora.kernel.dropout import dropped
+from weftlora.terms.boost import Boost, BoostTerm
+from weftlora.terms.layers import Layers
+from weftlora.terms.ranks import Ranks
+from weftlora.terms.start import Start, StartTerm, kaiming_uniform
+from weftlora.terms.structure import Draw, OutsideTerm, Size, Structure, StructureTerm
+
+Owners = Mapping[str, StructureTerm]
+
+
+def _live_slots(mask: Tensor) -> slice | Tensor:
+    """A slice where the live slots come first, as at the start, else their indices [k]."""
+    found = mask.nonzero().flatten()
+    return slice(len(found)) if found.tolist() == list(range(len(found))) else found
+
+
+class Site(nn.Module):
+    """One adapter on one module.
+
+    Args:
+        structure: the term that owns A and B.
+        scale: α/r (α/√r with rsLoRA), fixed at the initial rank: surviving slots are not rescaled when slots move.
+        dropout: probability of dropping an element of the adapter's input in training.
+    """
+
+    mask: Tensor | None
+    layer_gate: Tensor | None
+    birth: Tensor | None
+    score: Tensor | None
+
+    def __init__(self, structure: StructureTerm, *, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.structure = structure
+        self.scale = scale
+        self.dropout = dropout
+        self.outside = structure.choice.outside
+        self.balance = structure.choice.balance
+        self.per_head_dropout = structure.choice.per_head_dropout
+        self.one_mask = False  # whether linears that read one input also drop the same of its elements
+        self.boost: BoostTerm | None = None
+        self.start: StartTerm | None = None
+        self.draw: Draw = kaiming_uniform
+        for name in ("mask", "layer_gate", "birth", "score"):
+            self.register_buffer(name, None)
+        self.counters: set[str] = set()  # buffers of the adapter as a whole, which its first site carries
+        self.keep: Tensor | None = None  # [K, slots], set while slots are scored; see `Factors.keep`
+        self._live = Known(_live_slots)
+        self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
+        self.awaits_search = False  # training is refused but to what comes before it
+        self.untrained = ""  # the sentence that refuses it
+        self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
+        self.gate_meter: Callable[[Tensor], None] | None = None  # set by a controller for the forwards of one step
+        self.rates: dict[
+            str, tuple[float, float]
+        ] = {}  # rate and decay that `weftlora.param_groups` last gave each tensor
+        self.watch: object | None = None  # on an adapter's first site: what looks at the groups of its optimiser
+        self.schedule: object | None = (
+            None  # on an adapter's first site: its `weftlora.schedule.Schedule`, if it has one
+        )
+
+    def factors(self) -> Factors:
+        """All terms of the site put together, as the kernel takes them."""
+        f = self.structure.factors(self.scale)
+        if self.layer_gate is not None:
+            f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[0]), f.gate))
+        if self.keep is not None:
+            f = replace(f, keep=self.keep)
+        if self.mask is not None:
+            whole = self.mask.is_meta or torch.compiler.is_compiling()
+            f = replace(f, gate=_times(self.mask, f.gate)) if whole else f.only(self._live.read(self.mask))
+        extra: list[Slots] = []
+        if self.boost is not None:
+            extra.append(self.boost.slots(self.scale, self.mask, self.layer_gate))
+        if self.start is not None:  # a twin goes where its slot goes
+            twins = self.start.slots(self.scale, self.mask, self.layer_gate)
+            extra += [] if twins is None else [twins._replace(keep=self.keep)]
+        if extra:
+            f = replace(f, extra=tuple(extra))
+        return f
+
+    def work(self, mask: Tensor | None = None) -> Work:
+        """What this site asks of one forward; `mask`: bits of a dropout mask already drawn.
+
+        Raises:
+            ConfigError: a training forward that would silently leave out what the config asks for.
+        """
+        self._check_training()
+        dropout = self.dropout if self.training else 0.0
+        return Work(self.factors(), dropout, self.per_head_dropout, self._listener(), mask if dropout else None)
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`."""
+        return self._beside(x, y, mask) if self.outside else add_low_rank(y, x, self.work(mask))
+
+    def _beside(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+        """y + γ · update, of a structure that the kernel does not have."""
+        self._check_training()
+        term = cast(OutsideTerm, self.structure)
+        if not torch.compiler.is_compiling():
+            _say_once(term.choice.title)
+        p = self.dropout if self.training else 0.0
+        update = term.update(x, dropped(x, p, mask) if p else x, self.scale)
+        if self.layer_gate is not None:
+            update = update * self.layer_gate.to(update)
+        return y + update.to(y.dtype)
+
+    def _check_training(self) -> None:
+        """Refuse a training forward that would silently leave out what the config asks for."""
+        if not self.training:
+            return
+        if self.balance and self.recorder is None and torch.is_grad_enabled() and not _in_backward():
+            raise ConfigError(
+                f"{self.structure.choice.title}(balance={self.balance:g}) adds its load-balance term to your loss, which this loop "
+                "does not do: run the forward inside `with weftlora.routing(model) as routing` and add routing.balance_loss(), use "
+                "weftlora train, or set balance=0."
+            )
+        if self.awaits_search and torch.is_grad_enabled() and not _in_backward():
+            raise ConfigError(self.untrained)
+
+    def _listener(self) -> Callable[[Tensor], None] | None:
+        """Who wants to see the router's weights in this forward; nobody in a recomputation."""
+        recorder, meter = self.recorder, self.gate_meter
+        if (recorder is None and meter is None) or _in_backward():
+            return None
+        if recorder is None or meter is None:
+            return recorder or meter
+
+        def both(omega: Tensor) -> None:
+            recorder(omega)
+            meter(omega)
+
+        return both
+
+    def roles(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
+        """The parameters that the site's terms own, each with its name in its term and what it does in the equation, if its term
+        says so."""
+        for term in (self.structure, self.boost, self.start):
+            if term is not None:
+                for name, parameter in term.named_parameters(recurse=False):
+                    yield name, parameter, term.roles.get(name)
+
+    def live(self) -> list[int]:
+        """The structure's live slots, ascending."""
+        slots = range(self.structure.factors(self.scale).A.shape[0])
+        return list(slots) if self.mask is None else self.mask.nonzero().flatten().tolist()
+
+    def fresh_row(self, generator: torch.Generator) -> Tensor:
+        """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
+        return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+
+    def register_counter(self, name: str, value: Tensor) -> None:
+        """Keep a buffer of the adapter as a whole on this site, its first: it is saved and loaded with it."""
+        self.register_buffer(name, value)
+        self.counters.add(name)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW [out, in] in fp32; raises `MergeError` where there is none."""
+        if self.outside:
+            raise MergeError(f"{self.structure.choice.no_closed_form}; keep the adapter unmerged.")
+        with torch.no_grad():
+            return delta_weight(self.factors())
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the update is the same for every token, so that it can be added to W."""
+        return self.structure.choice.no_closed_form is None
+
+    @property
+    def routed(self) -> bool:
+        """Whether a router mixes heads, whose weights can be listened to."""
+        return self.structure.choice.routed
+
+    @property
+    def phase(self) -> str:
+        """Where what starts along directions is in time; "plain" where nothing does."""
+        extra = self.boost or self.start
+        return "plain" if extra is None else extra.phase
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def build_site(
+    structure: Structure,
+    size: tuple[int, int, int],
+    *,
+    scale: float,
+    dropout: float,
+    owners: Owners | None = None,
+    boost: Boost | None = None,
+    start: Start | None = None,
+    ranks: Ranks | None = None,
+    layers: Layers | None = None,
+) -> Site:
+    """A fresh site whose function is exactly the base's; values come from torch's global generator.
+
+    Args:
+        size: (r, in, out).
+        owners: the terms that already own a shared part of this site's groups; parts not named are owned here.
+        boost: extra slots, empty until their launch.
+        start: what draws A, and what it keeps for later (None is Kaiming).
+        ranks: may make room for more slots, which are dead (all zero) until they are made.
+        layers: gives the site a layer gate, 1 at first, if the choice has one.
+    """
+    r, fan_in, out = size
+    room = 0 if ranks is None else ranks.capacity(r, fan_in, out) - r
+    draw = kaiming_uniform if start is None else start.draw
+    site = Site(structure.build(Size(r, fan_in, out), room, owners or {}, draw), scale=scale, dropout=dropout)
+    site.initial_rank = r
+    site.draw = draw
+    for name, value in ({} if ranks is None else ranks.state(r, room)).items():
+        site.register_buffer(name, value)
+    if boost is not None:
+        site.boost = boost.build(fan_in, out)
+    if start is not None:
+        site.start = start.build(r + room, fan_in, out)
+    if layers is not None and layers.gated:
+        site.register_buffer("layer_gate", torch.ones((), dtype=torch.float64))
+    if layers is not None and layers.untrained is not None:
+        site.awaits_search, site.untrained = True, layers.untrained
+    return site
+
+
+@functools.cache
+def _say_once(title: str) -> None:
+    warnings.warn(
+        f"{title} is outside the equation of weftlora's kernel: its modules run on its own forward, beside the base's.",
+        stacklevel=4,
+    )
+
+
+def _times(gate: Tensor, other: Tensor | None) -> Tensor:
+    return gate if other is None else other * gate.to(other)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: a forward now is gradient checkpointing's recomputation, not another step."""
+    return torch._C._current_graph_task_id() != -1

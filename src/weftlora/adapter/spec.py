@@ -1,0 +1,412 @@
+"""What an adapter is: the five choices, rank, scale, dropout and targets, as one peft config.
+
+    WeftConfig(structure=Hydra(heads=3), start=Kaiming(), boost=None, ranks=Uniform(), layers=All(), r=8, ...)
+
+A config that exists is valid: every choice checks itself, and `weftlora.adapter.compat` checks the pairs. The saved form is
+versioned; a folder written by a newer format is refused by name instead of being misread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, cast
+
+from peft import PeftConfig, PeftType
+
+from weftlora.adapter import before_configs, compat
+from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
+from weftlora.settings import Epochs, is_number, is_whole
+from weftlora.terms import registry
+from weftlora.terms.axes import AXES, PROTOCOLS
+from weftlora.terms.boost import Boost
+from weftlora.terms.choice import Choice
+from weftlora.terms.layers import Layers
+from weftlora.terms.ranks import Ranks
+from weftlora.terms.start import Start
+from weftlora.terms.structure import Structure
+from weftlora.terms.trust import from_folder
+from weftlora.version import __version__
+
+FORMAT_VERSION = 1
+
+DROPOUT_MASKS = ("linear", "input")
+
+
+def encode_choice(choice: Choice | None) -> dict[str, Any] | None:
+    """A choice as plain JSON: {"kind": "hydra", "heads": 3, ...}; None stays None."""
+    if choice is None:
+        return None
+    fields = {f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.init}  # type: ignore[arg-type]
+    plain = {name: dataclasses.asdict(v) if isinstance(v, Epochs) else v for name, v in fields.items()}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in plain.items()}
+    return {**registry.encoded(choice), **plain}
+
+
+def decode_choice(axis: str, value: Any) -> Any:
+    """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
+
+    A plain value that stands for a choice is that: on the axis layers, a bare list is `Only`. A name that is not weftlora's own is
+    looked up among the terms that installed packages offer (`weftlora.terms.registry`).
+    """
+    if value is None:
+        return None
+    if isinstance(value, PROTOCOLS[axis].protocol):
+        registry.adopt(cast(Choice, value))
+        return value
+    if isinstance(value, str):
+        value = {"kind": value}
+    kinds: dict[str, Any] = dict(AXES[axis])
+    for cls in kinds.values():
+        if isinstance(value, cls.takes):
+            return cls(tuple(value))
+    if not isinstance(value, Mapping) or not value:
+        raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
+    if "kind" in value:
+        kind, fields = str(value["kind"]).lower(), {k: v for k, v in value.items() if k != "kind"}
+    elif len(value) == 1:
+        [(name, inner)] = value.items()
+        if not (inner is None or isinstance(inner, Mapping)):
+            raise ConfigError(
+                f"{axis}={dict(value)!r}: give the fields of {name!r} by name, as {{{name!r}: {{field: value}}}}."
+            )
+        kind, fields = str(name).lower(), dict(inner or {})
+    else:
+        raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
+    if kind == "none":
+        return None
+    package, version = (
+        (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
+    )
+    return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
+
+
+def _choices(axis: str) -> str:
+    return f"choose from {', '.join(AXES[axis])}."
+
+
+def _default(axis: str) -> Callable[[], Any]:
+    """What makes the choice of an axis that a config has unless it says otherwise."""
+    return cast("Callable[[], Any]", PROTOCOLS[axis].default)
+
+
+@dataclass
+class WeftConfig(PeftConfig):
+    """The configuration of a weftlora adapter; fields named as in peft's LoraConfig mean what they mean there.
+
+    Args:
+        structure: who owns A and B: `Plain()`, `Hydra(heads=3)`, `Tied(train="tl6")`.
+        start: where A and B start: `Kaiming()`, or, after some steps, along W's own directions: `Directions(after=100)`.
+        boost: extra slots along directions of W: None or `Dash(directions=8, after=100)`.
+        ranks: which slots are live: `Uniform()`, or `Reallocate(max_rounds=8)`, which moves them between modules.
+        layers: which blocks are adapted: `All()`, `Only([0, 3])` (a bare list will do) or `Search()`.
+        r: rank, a whole number ≥ 1 (per head for Hydra).
+        lora_alpha: the update is scaled by lora_alpha / r. None takes 2·r (Tied: r, as its paper does).
+        lora_dropout: probability of dropping an input element of the adapter in training, 0 ≤ p < 1.
+        dropout_mask: "linear", a mask per module as in peft, or "input", one for the modules that read one tensor (q, k, v of
+            one attention, gate and up of one MLP), which is faster. Under torch.compile it is always "linear".
+        target_modules: names (suffixes), one regex, or "all-linear". None takes "all-linear"; for Tied the attention
+            input projections, as its paper does.
+        exclude_modules: names or one regex of modules to leave alone.
+        layers_to_transform: block index or indices to adapt; not together with a regex.
+        layers_pattern: name of the list of blocks, where peft cannot tell.
+        rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins.
+        modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
+        trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
+            a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
+        use_rslora: scale by lora_alpha / √r instead.
+
+    Raises:
+        ConfigError (a ValueError): a value that cannot work, an unknown key, or two choices that do not go together.
+        AdapterError (a ValueError): the config was written by a newer version of weftlora.
+    """
+
+    structure: Structure = field(default_factory=_default("structure"))
+    start: Start = field(default_factory=_default("start"))
+    boost: Boost | None = None
+    ranks: Ranks = field(default_factory=_default("ranks"))
+    layers: Layers = field(default_factory=_default("layers"))
+    r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    dropout_mask: str = "linear"
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_rslora: bool = False
+    format_version: int = FORMAT_VERSION
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Made, copied or unpickled: peft's tables have the type before there is a config of it."""
+        for told in before_configs:
+            told()
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ValueError as error:  # peft's own check of task_type
+            raise ConfigError(f"peft refuses this config: {error}") from None
+        self.peft_type = PeftType("WEFT")  # the host reads its .value
+        for axis in AXES:
+            setattr(self, axis, decode_choice(axis, getattr(self, axis)))
+        for axis, one in PROTOCOLS.items():
+            if one.default is not None and getattr(self, axis) is None:
+                raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")
+        compat.check(self.structure, self.start, self.boost, self.ranks, self.layers)
+        _check_rank(self.r, "r")
+        if self.lora_alpha is None:
+            alpha = self.structure.alpha_per_rank * self.r
+            self.lora_alpha = int(alpha) if alpha == int(alpha) else alpha
+        _check_alpha(self.lora_alpha, "lora_alpha")
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(
+                f"lora_dropout={self.lora_dropout!r} is not a probability below 1: use 0 for none, or 0.05."
+            )
+        if self.dropout_mask not in DROPOUT_MASKS:
+            raise ConfigError(f"dropout_mask={self.dropout_mask!r}: {suggest(str(self.dropout_mask), DROPOUT_MASKS)}")
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
+        self.structure.check(self.lora_dropout)
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set)):
+                if not value:
+                    raise ConfigError(f"{name}=[] names no module: name some, or leave it out.")
+                _check_names(value, name)
+                setattr(self, name, set(value))
+            elif not (value is None or isinstance(value, str)):
+                raise ConfigError(
+                    f"{name}={value!r} is neither a list of names nor a regex: write names such as ['q_proj']."
+                )
+            elif isinstance(value, str):
+                _check_regex(value, name)
+        if self.modules_to_save is not None:
+            _check_names(self.modules_to_save, "modules_to_save")
+        if self.trainable_token_indices is not None:
+            _check_tokens(self.trainable_token_indices)
+        self._check_layers()
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(pattern := getattr(self, name) or {}, Mapping):
+                raise ConfigError(f"{name}={pattern!r} is no table: write {{regex of a module's name: value}}.")
+            setattr(self, name, dict(pattern))
+        for regex in (*self.rank_pattern, *self.alpha_pattern):
+            _check_regex(regex, "rank_pattern" if regex in self.rank_pattern else "alpha_pattern")
+        for regex, rank in self.rank_pattern.items():
+            _check_rank(rank, f"rank_pattern[{regex!r}]")
+        for regex, alpha in self.alpha_pattern.items():
+            _check_alpha(alpha, f"alpha_pattern[{regex!r}]")
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is not None and self.layers.named is not None:
+            raise ConfigError(
+                f"layers={list(self.layers.named)} and layers_to_transform={layers!r} both choose blocks: keep one of the two."
+            )
+        if layers is None:
+            if self.layers_pattern:
+                raise ConfigError(
+                    f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform: name block numbers too, "
+                    "or leave it out."
+                )
+            return
+        if isinstance(layers, (list, tuple, set, range)):
+            self.layers_to_transform = list(layers)
+            if not layers:
+                raise ConfigError(
+                    "layers_to_transform=[] would adapt every layer in peft: name block numbers, or leave it out."
+                )
+        for number in layers if isinstance(layers, (list, tuple, set, range)) else [layers]:
+            if not is_whole(number, 0):
+                raise ConfigError(
+                    f"layers_to_transform={layers!r}: {number!r} is not a block number; use whole numbers from 0 up."
+                )
+        if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+            raise ConfigError(
+                f"layers_to_transform={layers!r} does not work with the regex target_modules={self.target_modules!r}: "
+                "write the block numbers into the regex, or list module names."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain JSON values, choices as {"kind": ...}, names in sorted order."""
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for axis in AXES:
+            out[axis] = encode_choice(out[axis])
+        for name in ("target_modules", "exclude_modules"):
+            out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
+        out["peft_type"] = "WEFT"
+        out["weft_version"] = __version__
+        return out
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
+        super().save_pretrained(save_directory, **kwargs)
+        offers = [registry.encoded(choice) for choice in self.choices().values()]
+        write_loading_note(
+            Path(save_directory), sorted({str(said["package"]) for said in offers if said.get("package")})
+        )
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """How the host makes a config of a folder's adapter_config.json."""
+        with from_folder():
+            return super().from_peft_type(**kwargs)
+
+    def choices(self) -> dict[str, Choice]:
+        """Axis → its choice; an axis without one is left out."""
+        return {axis: choice for axis in AXES if (choice := getattr(self, axis)) is not None}
+
+    def label(self) -> str:
+        """The choices of the axes in a line; what is the default of an axis is not said."""
+        return " + ".join(said for choice in self.choices().values() if (said := choice.label()) is not None)
+
+    def scale(self, r: int, alpha: float) -> float:
+        """What multiplies B A of a site of rank r: α/r, or α/√r with rsLoRA."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+def _strict(init: Callable[..., None]) -> Callable[..., None]:
+    """The dataclass's own __init__, after refusing what it does not know: peft would drop such keys with a warning."""
+    valid = [f.name for f in dataclasses.fields(WeftConfig) if f.init]
+
+    @functools.wraps(init)
+    def strict(self: WeftConfig, *args: Any, **kwargs: Any) -> None:
+        saved = bool(
+            {"peft_type", "weft_version"} & kwargs.keys()
+        )  # only what was saved says so: not the user's own words
+        made_by = kwargs.pop("weft_version", None)
+        version = kwargs.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise AdapterError(
+                f"this adapter has format {version!r}, written by weftlora {made_by or 'of a later version'}; this is weftlora "
+                f"{__version__}, which reads formats up to {FORMAT_VERSION}: upgrade weftlora."
+            )
+        for key in kwargs:
+            if key not in valid:
+                raise unknown_key(key, valid, type(self).__name__)
+        with from_folder() if saved else nullcontext():
+            init(self, *args, **kwargs)
+
+    return strict
+
+
+WeftConfig.__init__ = _strict(WeftConfig.__init__)  # type: ignore[method-assign]
+
+
+def _check_regex(regex: str, name: str) -> None:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ConfigError(
+            f"{name}={regex!r} is no regular expression ({error}): escape its special characters."
+        ) from None
+
+
+def _check_rank(r: Any, name: str) -> None:
+    if not is_whole(r, 1):
+        raise ConfigError(f"{name}={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
+
+
+def _check_names(names: Any, field_name: str) -> None:
+    if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
+
+
+def _check_tokens(value: Any) -> None:
+    lists = list(value.values()) if isinstance(value, Mapping) else [value]
+    good = all(isinstance(tokens, (list, tuple)) and tokens for tokens in lists) and bool(lists)
+    if not good or not all(is_whole(token, 0) for tokens in lists for token in tokens):
+        raise ConfigError(
+            f"trainable_token_indices={value!r} names no tokens: write their numbers, such as [417, 418], or "
+            "{'embed_tokens': [417, 418]}."
+        )
+    if isinstance(value, Mapping):
+        _check_names(list(value), "trainable_token_indices")
+
+
+def _check_alpha(alpha: Any, name: str) -> None:
+    if not is_number(alpha) or not 0 < alpha < math.inf:
+        raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
+
+
+FIRST_LINE = (
+    "**`import weftlora` before you load this adapter** (`pip install weftlora`), or peft says `KeyError: 'WEFT'`; "
+    "`weftlora export` makes a stock LoRA of it, which needs neither."
+)
+LOADING_NOTE = """
+## Loading this adapter
+
+This is a weftlora adapter. peft knows the type once weftlora is imported:
+
+```python
+import weftlora  # registers the WEFT type with peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+TRUST_NOTE = """
+Its terms come from {packages}, whose code it needs. Before you load it:
+
+```python
+weftlora.trust_terms({names})
+```
+"""
+_FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+
+
+def write_loading_note(folder: Path, packages: list[str] | None = None) -> None:
+    """Say in the first line of the folder's README.md, below its metadata, and in a section, what loading needs; once.
+
+    `packages`: those that offer terms of the adapter.
+    """
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    said = text
+    if FIRST_LINE not in text:
+        front = _FRONT_MATTER.match(text)
+        head, body = (front[0] + "\n", text[front.end() :]) if front else ("", text)
+        said = f"{head}{FIRST_LINE}\n\n{body.lstrip()}"
+    if LOADING_NOTE.strip() not in said:
+        said = said.rstrip() + "\n" + LOADING_NOTE
+    if packages:
+        trust = TRUST_NOTE.format(packages=" and ".join(packages), names=", ".join(map(repr, packages)))
+        said += "" if trust in said else trust
+    if said != text:
+        readme.write_text(said, encoding="utf-8")
+
+
+def read_config(folder: str | Path) -> WeftConfig:
+    """The weftlora config saved in `folder`; raises `AdapterError` where there is none or it is not a weftlora adapter."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise AdapterError(f"{folder} has no adapter_config.json: give the folder that save_pretrained wrote.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(data, dict):
+            raise ValueError("no object at its top")
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{path} is not valid JSON ({error}): the folder is damaged, save the adapter again."
+        ) from None
+    if data.get("peft_type") != "WEFT":
+        raise AdapterError(
+            f"{path} describes a {data.get('peft_type')} adapter, not a weftlora one: load it with peft."
+        )
+    with from_folder():
+        return WeftConfig(**data)

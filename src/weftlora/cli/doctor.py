@@ -1,0 +1,219 @@
+"""What a machine has for weftlora, and what it lacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from weftlora.extras import EXTRAS, PURPOSES, install_line
+from weftlora.host.versions import why_not
+from weftlora.version import __version__
+
+ROWS = Path(__file__).resolve().parent.parent / "assets" / "matrix.json"
+"""The rows of matrix.toml and what came of them; `scripts/matrix.py` writes it."""
+WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear": "a node each"}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Versions, devices and settings; `problems` is empty where weftlora can run."""
+
+    weftlora: str
+    python: str
+    packages: dict[str, str]
+    """Required package → version, or "missing"."""
+    windows: dict[str, str]
+    """Required package → the versions weftlora is tested with."""
+    devices: list[str]
+    cores: int
+    threads: int
+    kernel: str
+    """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off."""
+    demo: bool
+    """Whether the embedded model is there."""
+    data: str | None
+    """WEFT_DATA, where the real models and data lie."""
+    free_gib: float
+    """Free disk space in the working folder."""
+    problems: list[str] = field(default_factory=list)
+    nearest: dict[str, Any] | None = None
+    """The row of matrix.toml that has the most of these versions: its name, host, outcome, and what differs from it."""
+    extras: dict[str, list[str]] = field(default_factory=dict)
+    """Extra → which of its packages are not installed; what is missing here is no problem until a call needs it."""
+    nodes: dict[str, str] | None = None
+    """For a run or adapter, what computes each adapted linear (`weftlora.adapted.fusion.nodes`)."""
+
+    def record(self) -> dict[str, object]:
+        """The diagnosis as plain data."""
+        return dataclasses.asdict(self)
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Name and value of everything found, to show."""
+        yield "weftlora", self.weftlora
+        yield "python", self.python
+        for name, version in self.packages.items():
+            yield name, f"{version}  (tested: {self.windows[name] or 'any'})"
+        for extra, missing in self.extras.items():
+            lacks = f"no {', '.join(missing)}: {install_line(extra)}" if missing else "installed"
+            yield f"extra {extra}", f"{lacks}  ({PURPOSES[extra]})"
+        if self.nearest is not None:
+            yield (
+                "nearest tested host",
+                f"{self.nearest['host']} ({self.nearest['name']}): {_differences(self.nearest)}",
+            )
+        yield "devices", ", ".join(self.devices)
+        yield "cores, torch threads", f"{self.cores}, {self.threads}"
+        yield "kernel", self.kernel
+        yield "demo model", "present" if self.demo else "absent"
+        yield "WEFT_DATA", self.data or "not set"
+        yield "free disk", f"{self.free_gib:.1f} GiB"
+        for node, names in self._by_node().items():
+            examples = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+            yield f"{len(names)} linears", f"{WHAT.get(node, node)}: {examples}"
+
+    def _by_node(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, node in (self.nodes or {}).items():
+            found.setdefault(node, []).append(name)
+        return found
+
+
+COMPARED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
+"""What a row is compared by, the weightiest first."""
+
+
+def nearest_row() -> dict[str, Any]:
+    """The tested row that is nearest to this environment: the fewest packages differ, and those in the least weighty."""
+    here = {name: (_version(name) or "none").partition("+")[0] for name in COMPARED}
+    found = []
+    for row in json.loads(ROWS.read_text(encoding="utf-8"))["rows"]:
+        differs = {
+            name: {"here": here[name], "row": wanted}
+            for name in COMPARED
+            if here[name] != (wanted := row["versions"].get(name, "none"))
+        }
+        found.append({"name": row["name"], "host": row["host"], "status": row["status"], "differs": differs})
+
+    def distance(row: dict[str, Any]) -> tuple[int, int, bool]:
+        weight = sum(2 ** (len(COMPARED) - COMPARED.index(name)) for name in row["differs"])
+        return len(row["differs"]), weight, row["status"] != "passed"
+
+    return min(found, key=distance)
+
+
+def _differences(row: dict[str, Any]) -> str:
+    differs = [f"{name} is {found['here']} here, {found['row']} there" for name, found in row["differs"].items()]
+    return f"{row['status']}; {', '.join(differs) or 'the same versions'}"
+
+
+def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
+    """Look at this machine; `folder` is where runs would be written, `adapted` a run or an adapter to look at too."""
+    packages, windows, problems = _packages()
+    devices, threads = _devices()
+    demo = _demo_problem()
+    return Diagnosis(
+        weftlora=__version__,
+        python=platform.python_version(),
+        packages=packages,
+        windows=windows,
+        devices=devices,
+        cores=os.cpu_count() or 1,
+        threads=threads,
+        kernel=_kernel(),
+        demo=demo is None,
+        data=os.environ.get("WEFT_DATA"),
+        free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
+        problems=[*problems, *([refused] if (refused := why_not()) else []), *([demo] if demo else [])],
+        nearest=nearest_row(),
+        extras={extra: _missing(modules) for extra, modules in EXTRAS.items()},
+        nodes=None if adapted is None else _nodes(adapted),
+    )
+
+
+def _kernel() -> str:
+    from weftlora.kernel import current
+
+    switches = current()
+    if switches.reference:
+        return "reference"
+    off = [name for name, on in (("groups", switches.groups), ("mlp", switches.mlp)) if not on]
+    return f"fused, without {' and '.join(off)}" if off else "fused"
+
+
+def _nodes(adapted: Path) -> dict[str, str]:
+    from weftlora.adapted.fusion import nodes
+    from weftlora.train.evaluation import open_source
+
+    return nodes(open_source(adapted, None).model)
+
+
+def _missing(modules: dict[str, str]) -> list[str]:
+    """Which distributions of an extra cannot be imported; nothing is loaded to find out."""
+    return [package for module, package in modules.items() if not _importable(module)]
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # of a module that somebody blocked, or made by hand
+        return False
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """What weftlora's own metadata requires, against what is installed."""
+    packages, windows, problems = {}, {}, []
+    try:
+        lines = importlib.metadata.requires("weftlora") or []
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        lines = []
+    for line in lines:
+        needed = Requirement(line)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(needed.name)
+        packages[needed.name], windows[needed.name] = found or "missing", str(needed.specifier)
+        if found is None:
+            problems.append(f"{needed.name} is not installed: pip install '{needed.name}{needed.specifier}'.")
+        elif not needed.specifier.contains(found, prereleases=True):
+            problems.append(
+                f"{needed.name} {found} is outside the tested window: pip install '{needed.name}{needed.specifier}'."
+            )
+    return packages, windows, problems
+
+
+def _devices() -> tuple[list[str], int]:
+    import torch
+
+    found = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return [*found, "cpu"], torch.get_num_threads()
+
+
+def _demo_problem() -> str | None:
+    from weftlora.data.demo import demo_model_path
+    from weftlora.errors import WeftError
+
+    try:
+        demo_model_path()
+    except WeftError as error:
+        return str(error)
+    return None

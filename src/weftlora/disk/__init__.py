@@ -1,0 +1,1 @@
+"""Folders that weftlora writes: whole files or none, whose they are, one process at a time."""

@@ -1,0 +1,222 @@
+"""Writing a run folder so that a reader never finds half a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from safetensors import SafetensorError
+
+from weftlora.disk.ownership import is_temporary, keep_foreign, temporary
+from weftlora.errors import RunError
+from weftlora.redaction import redacted
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write below `path` into one sentence.
+
+    Raises:
+        RunError: disk full, read-only, or something in the way.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+        raise RunError(f"cannot write {path}: {reason}; free space or choose another folder with out=....") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` once it is whole and on disk; a link there is replaced, not followed.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    partial = temporary(path)
+    with writing(path):
+        try:
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+PAGE = '<meta name="generator" content="weftlora">'
+"""In the head of every page."""
+
+
+def check_output(path: Path, what: str, keys: Collection[str], overwrite: bool) -> None:
+    """Refuse an output file that cannot be written, or that would replace something else than an earlier one, before the work.
+
+    Args:
+        what: what is to be written, as in "a selection".
+        keys: what a JSON file must have to be one; none for a page.
+        overwrite: whether anything may be replaced.
+
+    Raises:
+        RunError: a folder, a link or a foreign file is there, or the folder of the file cannot be written to.
+    """
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RunError(f"cannot write {path}: {path.parent} is no folder that can be written to; choose another file.")
+    if path.is_dir():
+        raise RunError(f"cannot write {path}: it is a folder; choose another file.")
+    if path.is_symlink():
+        raise RunError(f"cannot write {path}: it is a link; choose another file, or remove the link.")
+    if path.exists() and not overwrite and not _is_earlier(path, keys):
+        raise RunError(
+            f"{path} is there already and is not {what}: choose another file, or replace it with overwrite (--overwrite)."
+        )
+
+
+def _is_earlier(path: Path, keys: Collection[str]) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return all(key in json.loads(text) for key in keys) if keys else PAGE in text[:4000]
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all. Raises RunError."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all. Raises RunError."""
+    write_text(path, json.dumps(redacted(value), indent=2, default=str) + "\n")
+
+
+def append_json(path: Path, row: dict[str, Any]) -> None:
+    """Append one line, below one that a kill cut short. Raises RunError."""
+    with writing(path), open(path, "ab+", opener=_not_through_a_link) as file:
+        cut = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(("\n" * bool(cut) + json.dumps(redacted(row), default=str) + "\n").encode())
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in `path`. Raises RunError when it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path} cannot be read: it holds no mapping.")
+    return cast("dict[str, Any]", redacted(value))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; none if it does not exist. Lines that a kill cut short are left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace a JSON lines file as a whole. Raises RunError."""
+    write_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+def write_folder(path: Path, fill: Callable[[Path], None], ours: Callable[[Path], bool]) -> None:
+    """Let `fill` write a new folder, then put it in place of `path`; whatever stops it leaves `path` as it was.
+
+    Args:
+        ours: whether a file of the present `path`, by its name in it, is one that may go. All others are in the new folder too.
+
+    Raises:
+        RunError: disk full, read-only, or something in the way.
+    """
+    with writing(path):
+        restore(path)
+        if path.is_symlink():
+            raise RunError(f"{path} is a link, which nothing is written through: put the folder itself there.")
+        aside = temporary(path)
+        new, old = aside / "new", aside / "old"
+        try:
+            aside.mkdir()
+            (aside / TEMPORARY_FOR).write_text(path.name, encoding="utf-8")
+            new.mkdir()
+            fill(new)
+            if path.exists():
+                keep_foreign(path, new, ours)
+            sync_tree(new)
+            sync_folder(new)
+            if path.exists():  # moved aside, not deleted: half a folder might look like a whole one
+                path.replace(old)
+            new.replace(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.replace(path)
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        sync_folder(path.parent)  # the rename itself must be on disk before anybody is told
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+TEMPORARY_FOR = "weft-temporary"
+"""The file in an unfinished folder that says which folder it was to become."""
+
+
+def restore(path: Path) -> None:
+    """Clear away what a killed `write_folder` has left, and put back what it had moved aside."""
+    for aside in unfinished(path):
+        if (aside / "old").is_dir() and not os.path.lexists(path):
+            (aside / "old").replace(path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def unfinished(path: Path) -> list[Path]:
+    """The folders that a killed `write_folder` of `path` has left."""
+
+    def is_ours(found: Path) -> bool:
+        if not found.is_dir() or not is_temporary(found) or not found.name.startswith(f".{path.name[:40]}.weft-"):
+            return False
+        if {inner.name for inner in found.iterdir()} <= {TEMPORARY_FOR}:  # killed as it was made
+            return True
+        try:
+            return (found / TEMPORARY_FOR).read_text(encoding="utf-8") == path.name
+        except OSError:
+            return False
+
+    return [found for found in path.parent.glob(".*.weft-*") if is_ours(found)] if path.parent.is_dir() else []
+
+
+def sync(descriptor: int) -> None:
+    """Force an open file to disk."""
+    os.fsync(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file below `folder` to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                sync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's own entries to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,1 +1,0 @@
-"""Where weftlora meets peft: registration, the tuner, sharing between sites."""

@@ -1,1 +1,0 @@
-"""Measuring rank slots on validation rows: the model with a slot off, and with a slot alone."""

@@ -1,0 +1,250 @@
+"""Giving an adapter its schedule, and telling a schedule what it cannot see: the length of the run, validation rows.
+
+    weftlora.attach(model, total_steps=1000, steps_per_epoch=250, validation=rows, original="path/to/unquantised", cache="kept")
+
+A bare loop, Trainer, SFTTrainer and accelerate need no call where times are optimiser steps. Times in fractions or epochs, and
+scores of rank slots, need this one, before training; `weftlora train` makes it, and `weftlora.Callback` does in a Trainer of your own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapter.spec import WeftConfig
+from weftlora.errors import ConfigError
+from weftlora.schedule.launch import LaunchController, forget_moments
+from weftlora.schedule.rank_slots import Scorer
+from weftlora.schedule.ranking import Ranker
+from weftlora.schedule.reallocate import ReallocateController
+from weftlora.schedule.schedule import Member, Schedule
+from weftlora.scoring.rows import Rows, rows_of
+from weftlora.scoring.scorer import Ablation, undisturbed
+from weftlora.settings import is_number
+from weftlora.terms.events import Controller, Event, Launch, Length
+from weftlora.terms.ranks.reallocate import Reallocate
+
+
+@dataclass
+class AdapterTimeline:
+    """One adapter over time, as its choices see it when they are asked for their controllers (`weftlora.terms.events.Timeline`)."""
+
+    members: list[Member]
+    ranker: Ranker
+
+    def launch(self, launch: Launch) -> Controller:
+        """See `Timeline`: all launches share one ranking."""
+        return LaunchController(launch, self.ranker)
+
+    def move_slots(self, choice: Reallocate) -> Controller:
+        """See `Timeline`."""
+        return ReallocateController(choice, self.members)
+
+    def forget(self, parameter: nn.Parameter) -> None:
+        """See `Timeline`."""
+        forget_moments(parameter)
+
+
+IN_TURN = ("start", "boost", "ranks", "structure", "layers")
+"""The order in which axes act that are due after the same step."""
+
+
+def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
+    """Hang a schedule on the first of the adapter's sites, if its config has anything that happens over time."""
+    members = [
+        Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
+    ]
+    timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
+    controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
+    if controllers:
+        members[0].site.schedule = Schedule(adapter_name, members, controllers)
+
+
+def schedules(model: nn.Module) -> dict[str, Schedule]:
+    """The schedules of all adapters in `model`, by adapter name."""
+    found: dict[str, Schedule] = {}
+    for layer in model.modules():
+        if isinstance(layer, WeftLinear):
+            for name, site in layer.weft_site.items():
+                if isinstance(schedule := getattr(site, "schedule", None), Schedule):
+                    found[name] = schedule
+    return found
+
+
+def warn_of_missing(model: nn.Module, adapter_name: str | None = None, *, over: bool = False) -> None:
+    """Warn if an adapter (all, without a name) is saved or has ended before its schedule did what its config asks for."""
+    for name, schedule in schedules(model).items():
+        if adapter_name in (None, name) and (sentence := schedule.missing(over=over)):
+            warnings.warn(sentence, stacklevel=3)
+
+
+def attach(
+    model: nn.Module,
+    *,
+    total_steps: int | None = None,
+    steps_per_epoch: float | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    original: str | Path | None = None,
+    cache: str | Path | None = None,
+    validation: Any = None,
+) -> None:
+    """Tell the adapters of `model` what they cannot see: how long the run is, what to measure on, where the unquantised
+    weights are.
+
+    Args:
+        total_steps: optimiser steps of the whole run, a resumed part included.
+        steps_per_epoch: optimiser steps per pass over the training data.
+        on_event: called with every event (a plain dict with "event", "step", "adapter" and its numbers).
+        original: folder of the checkpoint that the base was made from. Directions are then ranked on its weights, read one
+            at a time, instead of on those in memory, whose small singular values quantisation has overwritten.
+        cache: folder that keeps the decompositions of weights for later runs; without it, the one that WEFT_CACHE names.
+        validation: what rank slots are scored on, tokenised and not trained on: a sequence or dataset of rows (dicts with
+            `labels`), a DataLoader (its dataset and collate_fn), or a list of batches.
+
+    Raises:
+        ConfigError: the model has no weftlora adapter, a length is not a positive number, an event cannot happen in a run of
+            this length (or, where a length is given, cannot be placed in it), or no adapter has directions to launch, or rank
+            slots to score.
+        DataError: `validation` has no rows.
+        ModelError: `original` is not the checkpoint of this base.
+    """
+    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+        if value is not None and not (is_number(value) and 0 < value < math.inf):
+            raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
+    if total_steps is not None and int(total_steps) != total_steps:
+        raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")
+    if on_event is not None and not callable(on_event):
+        raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
+    if not any(isinstance(layer, WeftLinear) for layer in model.modules()):
+        raise ConfigError("the model has no weftlora adapter to attach to: call weftlora.attach after get_peft_model.")
+    found = schedules(model)
+    if original is not None or cache is not None:
+        _decompose(model, found, original, cache)
+    if validation is not None:
+        _score_on(model, found, validation)
+    for schedule in found.values():
+        before = schedule.length
+        length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
+        schedule.check(length, may_grow=total_steps is None and steps_per_epoch is None)
+        schedule.length = length
+        schedule.on_event = on_event or schedule.on_event
+        schedule.prepare()
+
+
+def _decompose(
+    model: nn.Module, found: dict[str, Schedule], original: str | Path | None, cache: str | Path | None
+) -> None:
+    rankers = [c.ranker for schedule in found.values() for c in schedule.controllers if isinstance(c, LaunchController)]
+    if not rankers:
+        raise ConfigError("original and cache are for launching directions, and no adapter does: leave them out.")
+    if cache is not None:
+        for ranker in rankers:
+            ranker.decompose = Decomposer(Path(cache))
+    if original is not None:
+        checkpoint = Checkpoint(original)
+        layers = {(n, m.module_name): m for m in model.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+        members = [(name, member) for name, schedule in found.items() for member in schedule.members]
+        weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
+        for (_, member), weight in zip(members, weights, strict=True):
+            member.weight, member.source = weight, "original"
+
+
+def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> None:
+    rows = rows_of(validation)
+    bare = model
+    while isinstance(inner := getattr(bare, "_orig_mod", getattr(bare, "module", None)), nn.Module):
+        bare = inner  # as compiled or wrapped for several processes: scoring runs on the model itself
+    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+    taken = False
+    for name, schedule in found.items():
+        mine = Held(bare, [layers[name, member.name] for member in schedule.members], name, rows)
+        for controller in schedule.controllers:
+            taken |= controller.take_rows(mine)
+    if not taken:
+        raise ConfigError("validation is for scoring rank slots, and no adapter has Reallocate: leave it out.")
+
+
+@dataclass(frozen=True)
+class Held:
+    """The validation rows and the model to measure one adapter on (`weftlora.terms.events.Validation`)."""
+
+    model: nn.Module
+    layers: list[WeftLinear]
+    adapter: str
+    rows: Rows
+
+    @property
+    def count(self) -> int:
+        """See `Validation`."""
+        return len(self.rows.items)
+
+    def draw(self, count: int, seed: str) -> dict[str, Tensor]:
+        """See `Validation`."""
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) for name, value in self.rows.draw(count, seed).items()}
+
+    def loss(self, batch: Mapping[str, Tensor]) -> float:
+        """See `Validation`."""
+        with undisturbed(self.model, [layer.site(self.adapter) for layer in self.layers]):
+            return float(self.model(**batch).loss)
+
+    def slots(self, choice: Reallocate) -> Scorer:
+        """See `Validation`."""
+        return Ablation(self.model, self.layers, self.adapter, choice, self.rows)
+
+
+def state_dict(model: nn.Module) -> dict[str, Any]:
+    """What a bare loop saves beside the adapter folder and the optimiser's state: plain numbers, safe to write as JSON."""
+    return {
+        name: {
+            "steps": schedule.steps,
+            "total_steps": schedule.length.total_steps,
+            "steps_per_epoch": schedule.length.steps_per_epoch,
+            "events": copy.deepcopy(schedule.events),
+        }
+        for name, schedule in schedules(model).items()
+    }
+
+
+_SAVED = {"steps", "total_steps", "steps_per_epoch", "events"}
+
+
+def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
+    """Continue from `state_dict`, after the adapter itself has been loaded.
+
+    Raises:
+        ConfigError: the state is none, belongs to other adapters, or was taken at another step than the loaded adapter.
+    """
+    found = schedules(model)
+    if not isinstance(state, dict) or not all(isinstance(s, dict) and s.keys() >= _SAVED for s in state.values()):
+        raise ConfigError(
+            "this is no state of schedules: give what weftlora.state_dict returned, read back as it was written."
+        )
+    if found.keys() != state.keys():
+        raise ConfigError(
+            f"the state is of adapters {sorted(state)}, the model's schedules are of {sorted(found)}: load the adapter that was "
+            "saved with it, under the same name."
+        )
+    for name, schedule in found.items():  # all are right before one is changed
+        saved = state[name]
+        if saved["steps"] != schedule.steps:
+            raise ConfigError(
+                f"the state was taken after step {saved['steps']}, the adapter {name!r} after step {schedule.steps}: load the "
+                "adapter folder that was saved together with this state."
+            )
+    for name, schedule in found.items():
+        saved, now = state[name], schedule.length
+        schedule.length = Length(
+            saved["total_steps"] or now.total_steps, saved["steps_per_epoch"] or now.steps_per_epoch
+        )
+        schedule.events = copy.deepcopy(cast("list[Event]", saved["events"]))
+        schedule.prepare()

@@ -1,0 +1,150 @@
+"""Stock peft LoRA as what leaves the project: its config, with every name in it resolved again by peft's own rules.
+
+peft reads names in ways that go wrong on their own:
+
+    target_modules, a list    a name also matches what ends with ".name": `layers.0.q` hits `inner.layers.0.q`
+    rank_pattern's keys       regexes, `(.*\\.)?(key)$`; the first match wins, and the file sorts them
+    what neither names        takes r and lora_alpha of the whole config, and the scale is lora_alpha / rank
+
+So keys are escaped full names, those that another site's name ends with are anchored, and what peft makes of the result is
+compared with what was meant before anything is written.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from weftlora.adapted.layer import WeftLinear
+from weftlora.errors import AdapterError
+
+HOST = "base_model.model."
+"""What peft puts in front of the names of a model that it wraps."""
+
+
+def stock_config(modules: Collection[str], ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
+    """The LoraConfig under which exactly the sites in `ranks` have a LoRA, each of its rank and of scale 1.
+
+    r and lora_alpha are the largest rank: a reader that knows no patterns and divides one by the other finds scale 1, and one that
+    reserves room for r has enough. One that divides lora_alpha by the rank of each tensor (llama.cpp) is right only if all ranks
+    are equal.
+
+    Args:
+        modules: the names of all modules of the base model.
+        ranks: {full name of a site: its rank}, all ≥ 1.
+        fields: further fields of LoraConfig.
+
+    Raises:
+        AdapterError: peft would adapt other modules, or read another rank or scale.
+    """
+    largest = max(ranks.values())
+    pattern = {_key(name, ranks): r for name, r in ranks.items() if r != largest}
+    sites = set(ranks)
+    targets: Any = sites
+    if any(name.endswith(f".{site}") for name in modules if name not in sites for site in sites):
+        targets = "|".join(re.escape(name) for name in sorted(sites))  # a regex must match the whole name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the base model's name is not known
+        config = LoraConfig(
+            r=largest,
+            lora_alpha=largest,
+            rank_pattern=dict(sorted(pattern.items())),
+            alpha_pattern=dict(sorted(pattern.items())),
+            target_modules=targets,
+            use_rslora=False,
+            lora_dropout=0.0,
+            bias="none",
+            inference_mode=True,
+            **fields,
+        )
+    check_resolution(config, modules, ranks)
+    return config
+
+
+def check_resolution(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> None:
+    """Refuse a config that peft resolves to other sites, ranks or scales than `ranks` and 1.
+
+    Raises:
+        AdapterError: the first site that comes out wrong.
+    """
+    found = {name for name in modules if name and check_target_module_exists(config, name)}
+    if wrong := sorted(found ^ ranks.keys()):
+        verb = "would adapt" if wrong[0] in found else "would not adapt"
+        raise AdapterError(
+            f"stock peft {verb} {wrong[0]} with this config, so the export would be another adapter: report this name to weftlora."
+        )
+    for name, rank in ranks.items():
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+        if (r, alpha) != (rank, rank):
+            raise AdapterError(
+                f"stock peft would read r={r} and alpha={alpha} for {name}, which has rank {rank}: report this name to weftlora, and "
+                "export with uniform=True, which needs no patterns."
+            )
+
+
+def _key(name: str, sites: Collection[str]) -> str:
+    """A regex for one site; anchored where peft would take it for the end of another site's name too."""
+    anchored = any(other.endswith(f".{name}") for other in sites)
+    return f"^{re.escape(name)}" if anchored else re.escape(name)
+
+
+def trained_modules(model: nn.Module, adapters: Sequence[str]) -> dict[str, Tensor]:
+    """{name in the base model: value} of what the adapters trained in full (modules_to_save).
+
+    Raises:
+        AdapterError: two of the adapters trained one module, of which only one value can be used.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        mine = [adapter for adapter in adapters if adapter in module.modules_to_save]
+        if len(mine) > 1:
+            raise AdapterError(
+                f"adapters {' and '.join(mine)} each trained {name} in full, and an export has room for one: export them one by "
+                "one."
+            )
+        for adapter in mine:
+            values = module.modules_to_save[adapter].state_dict()
+            found |= {f"{name}.{key}": value for key, value in values.items()}
+    return found
+
+
+def foreign_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that carry an adapter of another method than weftlora's."""
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+    return [name for name, layer in layers if not isinstance(layer, WeftLinear)]
+
+
+def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
+    """The base model itself, its adapters taken out in place.
+
+    Args:
+        trained: put in the modules that the active adapter trained in full, instead of the base's own.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            kept = module.modules_to_save[module.active_adapter] if trained and module.active_adapters else None
+            put(model, name, module.original_module if kept is None else kept)
+        elif isinstance(module, WeftLinear):
+            put(model, name, module.get_base_layer())
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # transformers' own load_adapter: it would now save the adapters instead of the model, under the adapter's prefix
+        host = cast(Any, model)
+        host._hf_peft_config_loaded, host._weight_conversions = False, None
+    return model
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule `name` of `model`."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,354 @@
+"""The one tuner: turns a `WeftConfig` and a model into sites. With `layer`, the only place that touches peft internals.
+
+What peft does to third parties and what follows from it is written down, fact by fact, in tests/host/test_contract.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+
+from weftlora.adapted.fusion import forget, fuse, unfuse
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.sharing import attention_inputs, shared_keys
+from weftlora.adapted.targets import (
+    Blocks,
+    by_pattern,
+    check_adaptable,
+    check_saved_modules,
+    check_tokens,
+    expert_parameters,
+    inside_adapter,
+    is_all_linear,
+    no_match,
+    warn_of_unmatched,
+)
+from weftlora.adapter.site import Owners, Site, build_site
+from weftlora.adapter.spec import WeftConfig
+from weftlora.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
+from weftlora.host.attach import make_schedule, warn_of_missing
+from weftlora.host.optimizer import watch
+from weftlora.terms.axes import builtin
+from weftlora.terms.structure import StructureTerm
+
+PREFIX = "weft_"
+# Parts of our tensors' names. peft tells adapters apart by searching these names for ".NAME.", so an adapter called so
+# would silently take tensors out of the other adapters' files.
+RESERVED = frozenset({"weft_site", "structure", "start", "boost", "steps"}).union(
+    *(kind.saves.keys() | kind.counts.keys() for kind in builtin())
+)
+
+logger = logging.getLogger(__name__)
+
+
+class WeftTuner(BaseTuner):
+    """Adapts the targeted linear modules of a model; built by `peft.get_peft_model(model, WeftConfig(...))`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = WeftLinear
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    uses_shared_state = False  # the owner site of a tied group holds the pair, so every loading path of the host works
+
+    # ------------------------------------------------------------------ config and targets
+
+    def _prepare_adapter_config(self, peft_config: WeftConfig, model_config: dict[str, Any]) -> WeftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+            if peft_config.structure.targets == "attention inputs":
+                if not (found := attention_inputs(self.model)):
+                    raise TargetError(
+                        f"no attention input projections found in {type(self.model).__name__}, {peft_config.structure.method}'s "
+                        "default target: name target_modules, or use 'all-linear'."
+                    )
+                peft_config.target_modules = found
+        if is_all_linear(peft_config) and peft_config.layers_to_transform is not None:
+            peft_config.target_modules = self._linear_of_blocks(peft_config)
+        return peft_config
+
+    def _linear_of_blocks(self, config: WeftConfig) -> set[str]:
+        """all-linear within layers_to_transform: peft matches full names without looking at the block number."""
+        names = _maybe_include_all_linear_layers(copy.copy(config), self.model).target_modules
+        one = copy.copy(config)
+        found = set()
+        for name in names:
+            one.target_modules = {name.rpartition(".")[2]}
+            if self._check_target_module_exists(one, name):
+                found.add(name)
+        if not found:
+            raise TargetError(
+                f"layers_to_transform={config.layers_to_transform!r} names no block of {type(self.model).__name__} with linear "
+                "modules: count blocks from 0, or leave it out."
+            )
+        return found
+
+    def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
+        """peft's own match of names, and the axis `layers` on top of it."""
+        found = super()._check_target_module_exists(peft_config, key)
+        if not found:  # an object of peft's that says why, and is false
+            return found
+        return found if peft_config.layers.adapts(self._blocks, key) else False
+
+    @cached_property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.model)
+
+    def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
+        """Refuse up front what cannot work, while the model is still untouched."""
+        if is_all_linear(peft_config):
+            if experts := expert_parameters(model):
+                warnings.warn(
+                    f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
+                    "weftlora adapts linear modules only.",
+                    stacklevel=2,
+                )
+            peft_config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        matched = [
+            name
+            for name, _ in model.named_modules()
+            if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
+        ]
+        self._check_layers(peft_config, model)
+        if not matched:
+            raise TargetError(no_match(peft_config, model))
+        for name in matched:
+            check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+        check_saved_modules(peft_config, model)
+        check_tokens(peft_config, model)
+        warn_of_unmatched(peft_config, model)
+
+    def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
+        """Refuse block numbers and names that adapt nothing, and a search with nothing to choose between."""
+        names = [name for name, _ in model.named_modules() if name and not inside_adapter(model, name)]
+        targeted = [name for name in names if super(WeftTuner, self)._check_target_module_exists(config, name)]
+        if targeted:
+            config.layers.check(self._blocks, targeted)
+
+    def _create_and_replace(
+        self,
+        peft_config: WeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        fan_in, out = check_adaptable(current_key, target, parent)
+        r = by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
+        alpha = by_pattern(peft_config.alpha_pattern, current_key, cast(float, peft_config.lora_alpha))
+        size, structure = (r, fan_in, out), peft_config.structure
+        keys = shared_keys(structure, current_key, size)
+        owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
+
+        site = build_site(
+            structure,
+            size,
+            scale=peft_config.scale(r, alpha),
+            dropout=peft_config.lora_dropout,
+            owners=owners,
+            boost=peft_config.boost,
+            start=peft_config.start,
+            ranks=peft_config.ranks,
+            layers=peft_config.layers,
+        )
+        site.one_mask = peft_config.dropout_mask == "input"
+        for part, key in keys.items():
+            self._owners.setdefault((part, key), site.structure)
+        layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
+        layer.add_site(
+            adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=peft_config.inference_mode
+        )
+        if layer is not target:
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter on every target, then say once what a user should know about the sites that came out."""
+        _check_adapter_name(adapter_name, self.peft_config[adapter_name])
+        self._owners: dict[
+            tuple[str, Hashable], StructureTerm
+        ] = {}  # who owns a shared part, only while sites are made
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
+            _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
+            make_schedule(layers, adapter_name, self.peft_config[adapter_name])
+            watch(adapter_name, layers)
+            fuse(model)
+        finally:
+            self._owners = {}
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
+        """Called by PeftModel around a forward; without this, it would drop `adapter_names` and use the active adapter."""
+        if adapter_names is not None:
+            raise AdapterError(
+                "adapter_names=[...] (another adapter for every row of a batch) works with stock LoRA only: call the model once "
+                "per adapter after set_adapter, or export the adapters to stock LoRA."
+            )
+        try:
+            yield
+        except BaseException:
+            forget(
+                self.model
+            )  # what waits there holds the graph of all layers before, which a retry may need the room of
+            raise
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            for layer in self._layers():
+                if adapter_name in layer.weft_site:
+                    for module in layer.weft_site[adapter_name].modules():
+                        for name, buffer in list(module.named_buffers(recurse=False)):
+                            if buffer.dtype in (torch.float16, torch.bfloat16):
+                                setattr(module, name, buffer.float())
+
+    # ------------------------------------------------------------------ merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge everywhere or nowhere; see `WeftLinear.merge`."""
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if not merge:
+            for layer in self._layers():
+                layer.unmerge()
+            unfuse(self.model)
+            return cast(nn.Module, super()._unload_and_optionally_merge(merge=False, progressbar=progressbar))
+        self._check_mergeable(adapter_names, safe_merge)
+        layers = self._layers()
+        for layer in layers:
+            layer.keep_base = False  # the model is handed out merged for good: keep no second copy of W
+        unfuse(self.model)
+        try:
+            return cast(
+                nn.Module,
+                super()._unload_and_optionally_merge(
+                    merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+                ),
+            )
+        finally:
+            for layer in layers:
+                layer.keep_base = True
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise MergeError(f"there is no adapter {unknown[0]!r} to merge: {suggest(unknown[0], self.peft_config)}")
+        for layer in self._layers():
+            layer.check_mergeable(names, finite=safe_merge)
+        if tied := self._get_tied_target_modules(self.model):
+            raise MergeError(
+                f"{tied[0]} shares its weight with the other embedding (tie_word_embeddings), so a merge would change both: "
+                "untie the model's embeddings first, or leave this module out of target_modules."
+            )
+
+    def _layers(self) -> list[WeftLinear]:
+        return [layer for _, layer in _sites(self.model)]
+
+    # ------------------------------------------------------------------ saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: WeftConfig, adapter_name: str, **options: Any
+    ) -> dict[str, Tensor]:
+        """What peft saves, with a warning if the adapter is still without something that its config asks for."""
+        warn_of_missing(model, adapter_name)
+        return cast("dict[str, Tensor]", super()._get_adapter_state_dict(model, config, adapter_name, **options))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`…q_proj.weft_site.NAME.structure.A` → `…q_proj.weft_site.structure.A`; other keys as peft does."""
+        marked = f".{PREFIX}site.{adapter_name}."
+        if marked in key:
+            return key.replace(marked, f".{PREFIX}site.")
+        return cast(str, super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: WeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Add the adapter name to the keys, after checking that file and model agree name by name and shape by shape."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        marked = f".{PREFIX}site.{adapter_name}."
+        expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
+        mapped = count_on_first_site(mapped, expected.keys(), f"{marked}steps")
+        given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
+        wrong = [
+            f"{k}: file {tuple(given[k])}, model {tuple(s)}"
+            for k, s in expected.items()
+            if k in given and given[k] != s
+        ]
+        extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
+        if extra or missing or wrong:
+            raise misfit(extra, missing, wrong)
+        return mapped
+
+
+def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
+
+
+def misfit(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
+    """The error for a file whose tensors are not those of this base: some too many, some missing, some of another shape."""
+    problem = (
+        (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
+        or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
+        or f"{len(wrong)} tensors have another shape, such as {wrong[0]}"
+    )
+    return AdapterError(
+        f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
+    )
+
+
+def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
+    """The adapter's one step count under the name of this model's first site: converted files may not know which that is."""
+    [*wanted] = (key for key in expected if key.endswith(suffix))
+    [*found] = (key for key in mapped if key.endswith((suffix, f".{PREFIX}site.steps")))  # peft names known keys only
+    if len(wanted) == len(found) == 1 and wanted != found:
+        return {wanted[0] if key == found[0] else key: value for key, value in mapped.items()}
+    return mapped
+
+
+def _check_adapter_name(name: str, config: WeftConfig) -> None:
+    own = RESERVED.union(*(choice.saves.keys() | choice.counts.keys() for choice in config.choices().values()))
+    if name in own:
+        raise ConfigError(
+            f"adapter_name={name!r} is also a part of weftlora's tensor names, so other adapters could not be saved beside it: "
+            f"choose another name, such as 'adapter_{name}'."
+        )
+
+
+def _report_sites(sites: dict[str, Site]) -> None:
+    """Warn of ranks above a module's size; log tied groups of one, which are plain LoRA with two vectors."""
+    factors = {name: site.factors() for name, site in sites.items()}
+    wide = [name for name, f in factors.items() if f.A.shape[0] > min(f.A.shape[1], f.B.shape[0])]
+    if wide:
+        warnings.warn(
+            f"the rank is larger than a side of {len(wide)} modules such as {wide[0]}: the extra rank adds parameters, not "
+            "directions; a smaller r, or rank_pattern, would do.",
+            stacklevel=4,
+        )
+    alone = [name for name, site in sites.items() if site.structure.is_alone]
+    if alone and len(alone) < len(sites):
+        logger.info(
+            "%d tied groups have a single member, such as %s: that is plain LoRA with vectors.", len(alone), alone[0]
+        )

@@ -1,0 +1,1 @@
+"""Looking inside one adapter: everything that can be measured of it, as a record."""

@@ -1,0 +1,168 @@
+"""What the fast path may do, for the whole process: from the environment at the start, and within a `with` block.
+
+WEFT_REFERENCE=1    every site computes the equation in einsums, after its base layer
+WEFT_GROUPS=0       no node spans several linears that read one input
+WEFT_MLP=0          no node spans a gated MLP
+
+The ways into the node: onto the output of another module, or with the linears themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weftlora.kernel.dropout import draw, dropped
+from weftlora.kernel.equation import reference
+from weftlora.kernel.factors import Work, branch, by_part, joined, like, mixture, softmax, without_autocast
+from weftlora.kernel.gated_mlp_node import run_gated
+from weftlora.kernel.node import Member, Parts, Plan, run
+
+
+@dataclass(frozen=True)
+class Switches:
+    """`reference`: the plain equation everywhere. `groups`, `mlp`: nodes that span several linears."""
+
+    reference: bool = False
+    groups: bool = True
+    mlp: bool = True
+
+
+_current = Switches(
+    reference=os.environ.get("WEFT_REFERENCE") == "1",
+    groups=os.environ.get("WEFT_GROUPS") != "0",
+    mlp=os.environ.get("WEFT_MLP") != "0",
+)
+
+
+def current() -> Switches:
+    """The switches as they are now. Under `torch.jit.trace` the reference, as its files hold no Python functions."""
+    return replace(_current, reference=True) if torch._C._get_tracing_state() is not None else _current
+
+
+@contextmanager
+def switched(**to: bool) -> Iterator[None]:
+    """Within the block the switches named have these values; nested blocks and errors leave what was before."""
+    global _current
+    before, _current = _current, replace(_current, **to)
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def use_reference(on: bool = True) -> AbstractContextManager[None]:
+    """Within the block every site computes with `reference` (or, with False, with the fast path)."""
+    return switched(reference=on)
+
+
+def add_low_rank(y: Tensor, x: Tensor, work: Work) -> Tensor:
+    """y + h B̃ᵀ: the base output y [..., out] plus the low-rank update of x [..., in]; y is not written to.
+
+    Under autocast the GEMMs run in x's dtype and the router's softmax in fp32. The result has y's dtype.
+    """
+    if current().reference or work.plain:
+        return y + reference(x, work).to(y.dtype)
+    if work.scored:
+        return _scored(y, x, work)
+    plan, masks, tensors = _planned(x, [(None, y, work)])
+    [result], omegas = run(x, plan, masks, tensors)
+    _tell([work], omegas)
+    return result
+
+
+Linear = tuple[Tensor, Tensor | None, Work]
+"""A member of a node: W [out, in], its bias, and what its site asks for."""
+
+
+def linears(x: Tensor, members: Sequence[Linear]) -> list[Tensor]:
+    """x Wᵀ + b + h B̃ᵀ of every member that reads x [..., in], as one node; dropout is the same for all.
+
+    Values are those of the members one by one, with the same masks, which are drawn in the members' order. Members whose works
+    hold the very same mask read x through it together.
+    """
+    plan, masks, tensors = _planned(x, members)
+    outputs, omegas = run(x, plan, masks, tensors)
+    _tell([work for _, _, work in members], omegas)
+    return outputs
+
+
+def gated_mlp(x: Tensor, activation: str, gate: Linear, up: Linear, down: Linear) -> Tensor:
+    """down(act(gate x) ⊙ up x) of x [..., in] with all three updates, as one node.
+
+    Args:
+        activation: "silu", "gelu" or "gelu_tanh".
+    """
+    inner, first, tensors = _planned(x, [gate, up])
+    outer, second, last = _planned(x, [down], width=down[0].shape[1])
+    y, omegas = run_gated(x, activation, inner, outer, (first, second), [*tensors, *last])
+    _tell([gate[2], up[2], down[2]], omegas)
+    return y
+
+
+def _planned(
+    x: Tensor, members: Sequence[tuple[Tensor | None, Tensor | None, Work]], width: int | None = None
+) -> tuple[Plan, list[Tensor], list[Parts]]:
+    """What a node over these members takes; a member without W adds to an output, which stands in b's place.
+
+    Args:
+        width: of the input that the members read, where it is not x.
+    """
+    p = members[0][2].dropout
+    found: list[Member] = []
+    masks: list[Tensor] = []
+    tensors: list[Parts] = []
+    for weight, other, work in members:
+        b = branch(work.factors, x.device, p > 0)
+        if p and not (masks and work.mask is masks[-1]):
+            masks.append(draw(x, p, width) if work.mask is None else work.mask)
+        told = work.on_mix is not None and b.heads > 0
+        found.append(Member(b.scale / (1 - p), b.heads, b.r, len(masks) - 1, told))
+        tensors.append(
+            Parts(
+                weight,
+                None if weight is None else other,
+                other if weight is None else None,
+                b.down,
+                b.up,
+                b.route,
+                b.mix,
+            )
+        )
+    return Plan(tuple(found), len(masks), p), masks, tensors
+
+
+def _tell(works: Sequence[Work], omegas: Sequence[Tensor]) -> None:
+    """Hand ω of the routed members to those who listen, in order."""
+    listeners = [work.on_mix for work in works if work.on_mix is not None and work.factors.router is not None]
+    for tell, omega in zip(listeners, omegas, strict=True):
+        tell(omega)
+
+
+def _scored(y: Tensor, x: Tensor, work: Work) -> Tensor:
+    """`add_low_rank` with gates per part of the batch (`Factors.keep`), left to autograd: scores may ask for their gradient."""
+    f = work.factors
+    x_ti = x.reshape(-1, x.shape[-1])
+    dropped_ti = dropped(x_ti, work.dropout, work.mask) if work.dropout else x_ti
+    u = F.linear(dropped_ti, like(joined([f.A, *(s.down for s in f.extra)], 0), x))
+    keeps = [f.keep, *(s.keep for s in f.extra)]
+    seen = [
+        by_part(t, keep) for t, keep in zip(u.split([len(f.A), *(len(s.down) for s in f.extra)], 1), keeps, strict=True)
+    ]
+    b = branch(f, x.device, work.dropout > 0)
+    h = torch.cat(seen, 1) if f.extra else seen[0]
+    if f.router is not None:
+        plain = seen[0] if not work.dropout else by_part(F.linear(x_ti, like(f.A, x)), f.keep)
+        omega = softmax(F.linear(x_ti if f.router_input == "x" else plain, like(f.router, x)))
+        if work.on_mix is not None:
+            work.on_mix(omega.view(*x.shape[:-1], omega.shape[1]))
+        h = mixture(h, omega, b.r)
+    with without_autocast(y):
+        out = torch.addmm(y.reshape(-1, y.shape[-1]), h.to(y.dtype), like(b.up, y).T, alpha=b.scale)
+    return out.view(y.shape)

@@ -1,0 +1,1 @@
+"""A run is a folder: its recipe, its base, its adapter, its record."""

@@ -1,0 +1,135 @@
+"""From the `adapter` section to an adapted model, and back to its folder."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedModel
+
+from weftlora.adapter.spec import WeftConfig
+from weftlora.disk.files import write_folder
+from weftlora.disk.ownership import ADAPTER
+from weftlora.errors import ConfigError, TargetError, WeftError
+from weftlora.foreign_text import for_markdown, in_code
+from weftlora.recipes import RECIPES, check_fields
+from weftlora.runs.run import Run
+from weftlora.search import Selection
+from weftlora.terms.axes import AXES
+from weftlora.terms.trust import from_folder
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
+
+_TASK_TYPE = {"causal": TaskType.CAUSAL_LM, "seq2seq": TaskType.SEQ_2_SEQ_LM, "classification": TaskType.SEQ_CLS}
+
+
+def adapter_config(
+    section: dict[str, Any],
+    total_steps: int | None = None,
+    selection: Selection | None = None,
+    saved: bool = False,
+) -> PeftConfig | None:
+    """The peft config that an `adapter` section describes; None for `recipe: none`, the frozen base.
+
+    `total_steps` goes to stock AdaLoRA, whose schedule needs the length of the run. `selection` is what
+    the section's `layers` names, if that is a file (`saved_selection`). `saved`: the section comes from a folder, so that the
+    terms of other packages in it need trust (`weftlora.trust_terms`).
+
+    Raises:
+        ConfigError: an unknown recipe, axis or field, or a value that cannot work.
+        AdapterError: a saved section names a term of a package that is not trusted.
+    """
+    check_fields(section)
+    fields = dict(section)
+    name = fields.pop("recipe", None)
+    if name == "none":
+        return None
+    make = WeftConfig if name is None else RECIPES[name]
+    if selection is not None:
+        fields["layers"] = selection.layers
+    if name == "peft:adalora" and total_steps is not None:
+        fields.setdefault("total_step", total_steps)
+    try:
+        with from_folder() if saved else nullcontext():
+            return make(**fields)
+    except WeftError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the adapter section cannot work: {_sentence(error)}") from None
+
+
+def saved_selection(section: dict[str, Any], base_dir: Path | None = None) -> Selection | None:
+    """The saved selection that the section's `layers` names. Raises ConfigError if that file is none."""
+    layers = section.get("layers")
+    if not isinstance(layers, str) or not layers.endswith(".json"):
+        return None
+    return Selection.load((base_dir or Path()) / Path(layers).expanduser())
+
+
+def adapt(base: PreTrainedModel, config: PeftConfig, task: Task) -> PeftModel:
+    """Put a new adapter into `base`, in place; the head of a classifier is trained and saved with it.
+
+    Raises:
+        TargetError: the targets match nothing, or something that cannot be adapted.
+    """
+    config.task_type = _TASK_TYPE[task]
+    try:
+        return get_peft_model(base, config)
+    except WeftError:
+        raise
+    except ValueError as error:
+        raise TargetError(f"the adapter does not fit the model: {_sentence(error)}") from None
+
+
+def _sentence(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") + "."
+
+
+def parameters(model: PeftModel) -> dict[str, int]:
+    """How many numbers are trained, and how many there are with the base; a tensor shared by sites counts once."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return {"trainable": trainable, "total": total}
+
+
+def write_adapter(model: PeftModel, run: Run) -> None:
+    """Save the adapter into the run folder, with a README that says how to load it. Raises RunError."""
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        (folder / "README.md").write_text(_readme(run), encoding="utf-8")
+
+    write_folder(run.adapter_folder, fill, lambda name: name.as_posix() in ADAPTER)
+
+
+def _method(run: Run) -> str:
+    return run.recipe["adapter"].get("recipe") or "its axes: " + ", ".join(run.recipe["adapter"])
+
+
+def _readme(run: Run) -> str:
+    kind = f"`{in_code(run.base['source'])}` ({for_markdown(run.base['kind'])}), task: {run.task}"
+    return _README.format(run=run, method=for_markdown(_method(run)), base=kind, trust=_trust(run))
+
+
+def _trust(run: Run) -> str:
+    """The lines that trust the packages whose terms the adapter needs."""
+    choices = [run.adapter.get(axis) for axis in AXES]
+    packages = sorted({choice["package"] for choice in choices if isinstance(choice, dict) and choice.get("package")})
+    lines = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
+    return f"{lines}\n" if lines else ""
+
+
+_README = """\
+# Adapter {method}
+
+Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on {base}.
+
+```python
+import weftlora  # registers the adapter type with peft
+from peft import PeftModel
+{trust}
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""

@@ -1,0 +1,259 @@
+"""The frozen base: found, checked against the task, loaded.
+
+Is this the base the adapter was trained on? A fingerprint that costs no read of the whole checkpoint.
+
+Architecture: type and sizes in the config. Weights: the shape of every tensor and 32 evenly spaced values of it,
+rounded to bfloat16, so that loading in fp32 or bf16 gives the same fingerprint.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from weftlora.data.config import locate
+from weftlora.errors import AdapterError, ModelError
+
+if TYPE_CHECKING:
+    from weftlora.data import Task
+    from weftlora.runs.recipe import ModelConfig
+
+
+HEADS = ("score", "classifier", "pre_classifier")
+"""What a classification model may be missing: its head is new, trained and saved with the adapter."""
+
+_AUTO = {
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which base, and how to load it: what a recipe's `model` section says, for those who have no recipe."""
+
+    path: str
+    dtype: str = "float32"
+    task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base before its weights are loaded."""
+
+    config: ModelConfig | Wanted
+    source: str
+    """Folder or hub id."""
+    settings: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def wants(self) -> Task | None:
+        """The task the recipe names or the architecture implies; None leaves it to the data."""
+        if self.config.task != "auto":
+            return self.config.task
+        return "seq2seq" if self.settings.is_encoder_decoder else None
+
+
+def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
+    """Locate a base, read its config and tokenizer.
+
+    Raises:
+        ModelError: no such folder or hub model, or a folder without config, tokenizer or safetensors weights.
+    """
+    source = locate(config.path, base_dir)
+    try:
+        settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"the model {config.path!r} cannot be used: {_first_line(error)}") from None
+    _check_attention(settings, config.path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"the tokenizer of {config.path!r} has no padding, end or unknown token: give it a pad_token.")
+    return Base(config, source, settings, tokenizer)
+
+
+def _check_attention(settings: PretrainedConfig, path: str) -> None:
+    """Refuse a config.json that names a kernel of the hub as its attention: transformers would download and run it."""
+    for part in (settings, settings.get_text_config()):
+        named = part._attn_implementation
+        if named is not None and "/" in named:
+            raise ModelError(
+                f"the config.json of {path!r} asks for the attention kernel {named!r}, which is code: set "
+                "model.attn_implementation to eager or sdpa in the recipe, and take it out of config.json."
+            )
+
+
+def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+    """The base with the head that `task` needs; a new classification head is drawn from torch's seed.
+
+    Raises:
+        ModelError: the architecture cannot do `task`, or weights other than a new head are missing.
+    """
+    _check_task(base, task)
+    options: dict[str, Any] = {
+        "dtype": base.config.dtype if base.config.dtype == "auto" else getattr(torch, base.config.dtype)
+    }
+    if base.config.attn_implementation:
+        options["attn_implementation"] = base.config.attn_implementation
+    if task == "classification":
+        options |= {**_named(labels or []), "ignore_mismatched_sizes": True}
+    loading = logging.getLogger("transformers.modeling_utils")
+    level = loading.level
+    loading.setLevel(logging.ERROR)  # it reports the new head, which is meant
+    try:
+        model, report = _AUTO[task].from_pretrained(
+            base.source, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise ModelError(
+            f"the weights of {base.config.path!r} are damaged ({_first_line(error)}): copy them again."
+        ) from None
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"the model {base.config.path!r} cannot be loaded: {_first_line(error)}") from None
+    finally:
+        loading.setLevel(level)
+    _check_complete(base, task, report["missing_keys"], report["mismatched_keys"])
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = base.tokenizer.pad_token_id
+    return model
+
+
+def _named(labels: list[str]) -> dict[str, Any]:
+    """What a config says of the classes."""
+    numbers = {"label2id": {name: index for index, name in enumerate(labels)}}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), **numbers}
+
+
+def skeleton(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedModel:
+    """The base on the meta device: modules and shapes, no values.
+
+    Raises:
+        ModelError: the architecture cannot do `task`.
+    """
+    _check_task(base, task)
+    settings = copy.deepcopy(base.settings)
+    if task == "classification":
+        for key, value in _named(labels or []).items():
+            setattr(settings, key, value)
+    with torch.device("meta"):
+        return cast(PreTrainedModel, _AUTO[task].from_config(settings, trust_remote_code=False))
+
+
+def _check_task(base: Base, task: Task) -> None:
+    kind, name = base.settings.model_type, base.config.path
+    if task == "classification":
+        if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+            raise ModelError(f"{name!r} ({kind}) has no classification form in transformers: give another base.")
+        return
+    if base.settings.is_encoder_decoder:
+        if task == "causal":
+            raise ModelError(f"{name!r} ({kind}) is an encoder-decoder: set model.task=seq2seq instead of causal.")
+        if kind not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+            raise ModelError(f"{name!r} ({kind}) cannot turn text into text: give another base.")
+        return
+    if task == "seq2seq":
+        raise ModelError(f"{name!r} ({kind}) is no encoder-decoder: set model.task=causal or give another base.")
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(base.settings, "is_decoder", False)
+    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"{name!r} ({kind}) is an encoder and cannot generate: give text/label rows, or a decoder as the base."
+        )
+
+
+def _check_complete(base: Base, task: Task, missing: set[str], mismatched: Iterable[Any]) -> None:
+    def foreign(keys: Iterable[str]) -> list[str]:
+        new_head = task == "classification"
+        return sorted(key for key in keys if not (new_head and (key.split(".")[0] in HEADS or "pooler" in key)))
+
+    if wrong := foreign(entry if isinstance(entry, str) else entry[0] for entry in mismatched):
+        raise ModelError(
+            f"the weights of {base.config.path!r} do not fit its config.json: {len(wrong)} tensors have another shape, the "
+            f"first is {wrong[0]!r}; put the weights and the config of one model together."
+        )
+    absent = foreign(missing)
+    if absent:
+        raise ModelError(
+            f"the model {base.config.path!r} lacks weights for {task}: {len(absent)} tensors are missing, "
+            f"the first is {absent[0]!r}; give a complete checkpoint or another task."
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__).rstrip(".") + "."
+
+
+_SIZES = ("hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers", "n_layer", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a base is: `kind` to show a person, the hashes to compare."""
+
+    kind: str
+    shapes: str
+    values: str
+
+
+def fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """The fingerprint of a base, taken before any adapter is put into it; a new classification head is left out."""
+
+    shapes, values = hashlib.sha256(), hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.split(".")[0] in HEADS or "pooler" in name:
+            continue
+        shapes.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 32)][:32]
+        values.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    sizes = [f"{key}={value}" for key in _SIZES if (value := getattr(model.config, key, None)) is not None]
+    return Fingerprint(" ".join([model.config.model_type, *sizes]), shapes.hexdigest()[:16], values.hexdigest()[:16])
+
+
+def check_same(trained: Fingerprint, given: Fingerprint, adapter: str, base: str) -> None:
+    """Refuse a base other than the adapter's own.
+
+    Raises:
+        AdapterError: another architecture, or the same one with other weights.
+    """
+    if given.shapes != trained.shapes:
+        raise AdapterError(
+            f"the adapter {adapter} was trained on another base ({trained.kind}) than {base} ({given.kind}): "
+            "give the base it was trained on."
+        )
+    if given.values != trained.values:
+        raise AdapterError(
+            f"the adapter {adapter} was trained on other weights than those of {base} (same architecture, {given.kind}): "
+            "give the base it was trained on."
+        )

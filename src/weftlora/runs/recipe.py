@@ -1,0 +1,406 @@
+"""The recipes `weftlora train NAME` runs without a file: one method on the embedded model and tasks.
+
+A recipe file: which model, which data, which adapter, how to train, where to write.
+
+    model:   demo | path | hub id | {path, dtype, task, attn_implementation}
+    data:    demo | path | the keys of `weftlora.data.DataConfig`
+    adapter: a recipe name | {recipe: name, its fields} | {structure: ..., the other axes, r, ...} | none
+    train:   steps or epochs, batch_size, lr, ...
+    out:     the run folder
+
+An unknown key anywhere is a `ConfigError` that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import yaml
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
+
+from weftlora.data.config import DataConfig, Task, checked_path, locate
+from weftlora.errors import ConfigError, suggest
+from weftlora.foreign_text import shortened
+from weftlora.recipes import check_fields
+from weftlora.runs.run import Run, check_continues
+from weftlora.sections import Strict
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A method that a recipe can name, and the training it gets on the demo."""
+
+    name: str
+    about: str
+    paper: str | None
+    adapter: dict[str, Any]
+    lr: float
+
+
+BUILTIN = {
+    entry.name: entry
+    for entry in (
+        Builtin("lora", "plain LoRA on our kernel: the baseline", "arXiv:2106.09685", {"r": 16}, 5e-3),
+        Builtin("hydralora", "one A, several B heads mixed per token by a router", "arXiv:2404.19245", {"r": 8}, 5e-3),
+        Builtin("tied_lora", "one A and B shared by all layers, own vectors per layer", "arXiv:2311.09578", {}, 1e-2),
+        Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
+        Builtin(
+            "lora_init",
+            "LoRA, begun anew along the directions of W it moved most",
+            "arXiv:2409.01035",
+            {"after": 10},
+            5e-3,
+        ),
+        Builtin("lora_tsd", "LoRA-Init and LoRA-Dash at once", "arXiv:2409.01035", {"after": 10}, 5e-3),
+        Builtin("alora", "LoRA whose rank slots move to where they are worth most", "arXiv:2403.16187", {}, 5e-3),
+        Builtin(
+            "flexora", "LoRA on the blocks that a search on held-out rows selects", "arXiv:2408.10774", {"r": 16}, 5e-3
+        ),
+        Builtin("peft:lora", "stock peft LoRA, as a control", "arXiv:2106.09685", {"r": 16}, 5e-3),
+        Builtin("peft:adalora", "stock peft AdaLoRA, as a control", "arXiv:2303.10512", {}, 5e-3),
+        Builtin("none", "no adapter: the frozen base, to evaluate only", None, {}, 1e-3),
+    )
+}
+
+
+def builtin(name: str) -> dict[str, Any]:
+    """The recipe behind a built-in name, as a recipe file would hold it."""
+    entry = BUILTIN[name]
+    return {
+        "model": "demo",
+        "data": {"train": "demo", "max_length": 64},
+        "adapter": {"recipe": entry.name, **entry.adapter},
+        "train": {"steps": 150, "batch_size": 32, "lr": entry.lr},
+        "out": f"runs/{name.replace(':', '-')}",
+    }
+
+
+MOST_OF_ALL, MOST_ROWS, MOST_THREADS = 2**31 - 1, 10**6, 1024
+"""Bounds of steps, of rows at a time, and of threads: beyond them libraries fail in ways of their own, or machines hang."""
+Dtype = Literal["float32", "bfloat16", "auto"]
+
+
+class ModelConfig(Strict):
+    """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
+
+    where: ClassVar[str] = "model"
+    path: Annotated[str, AfterValidator(checked_path)] = "demo"
+    dtype: Dtype = "float32"
+    task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
+    trust_remote_code: Literal[False] = False
+    attn_implementation: str | None = None
+
+
+class TrainConfig(Strict):
+    """The training section. Give `steps` (optimiser steps) or `epochs`, not both; neither means one epoch."""
+
+    where: ClassVar[str] = "train"
+    steps: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=16, gt=0, le=MOST_ROWS)
+    accumulation: int = Field(default=1, gt=0, le=MOST_ROWS)
+    lr: float = Field(default=1e-3, gt=0)
+    schedule: str = "linear"
+    warmup: float = Field(default=0.0, ge=0)
+    """Optimiser steps; below 1, a fraction of the run."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    lora_plus_ratio: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Factor on the rate of B (LoRA+: 16); none, and 1, train A and B alike."""
+    freeze_down: bool = False
+    """Freeze A and train the rest (LoRA-FA)."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    optimizer: str = "adamw_torch"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool | Literal["reentrant", "non_reentrant"] = False
+    eval_every: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
+    """Optimiser steps between validation losses; none measures it once, at the end."""
+    save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
+    """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
+    keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
+    """How many complete checkpoints stay on disk."""
+    logging_every: int = Field(default=10, gt=0, le=MOST_OF_ALL)
+    num_threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
+    report_to: str | list[str] = "none"
+    trainer: Literal["auto", "trainer", "sft"] = "auto"
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(f"train has steps={self.steps} and epochs={self.epochs}: keep one of them.")
+        return self
+
+
+class Subject(Strict):
+    """What every recipe begins with: the frozen model, the rows, and the folder that their relative paths count from."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    _base_dir: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_shorthand(cls, value: Any) -> Any:
+        return value if isinstance(value, DataConfig) else DataConfig.parse(value)
+
+    @property
+    def base_dir(self) -> Path:
+        """What relative model and data paths count from: the recipe file's folder, else the working folder."""
+        return self._base_dir
+
+    def check_places(self) -> None:
+        """Refuse a model folder or a data file that is not there. Raises ModelError or DataError."""
+        locate(self.model.path, self.base_dir)
+        self.data.check_files(self.base_dir)
+
+    @classmethod
+    def _made(
+        cls, content: dict[str, Any], overrides: Iterable[str], base_dir: Path, needed: Mapping[str, str]
+    ) -> Self:
+        """The recipe of `content` with `overrides`; `needed` has the keys that must be there, and what to do where one is not."""
+        for override in overrides:
+            content = apply(content, override)
+        for key, hint in needed.items():
+            if key not in content and set(content) <= set(cls.model_fields):
+                raise ConfigError(f"{cls.where} has no {key!r}: {hint}")
+        recipe = cls.parse(content)
+        recipe._base_dir = base_dir.resolve()
+        return recipe
+
+
+class Recipe(Subject):
+    """A whole recipe. Made by `Recipe.read`; `recipe.model_dump()` is what the run folder keeps."""
+
+    where: ClassVar[str] = "the recipe"
+    adapter: dict[str, Any]
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    out: Annotated[str, Field(min_length=1), AfterValidator(checked_path)]
+    _from_folder: bool = PrivateAttr(default=False)
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapter_shorthand(cls, value: Any) -> Any:
+        return {"recipe": value} if isinstance(value, str) else value
+
+    @property
+    def from_folder(self) -> bool:
+        """Whether it is what a run folder says, and not the user's own: terms of other packages in it need trust."""
+        return self._from_folder
+
+    @classmethod
+    def read(
+        cls,
+        source: str | Path | Mapping[str, Any] | Recipe,
+        *overrides: str,
+        base_dir: Path | None = None,
+        from_folder: bool = False,
+    ) -> Recipe:
+        """The recipe of a YAML file, a built-in name, a mapping or a recipe, with `key=value` overrides applied.
+
+        Args:
+            from_folder: the mapping is what a run folder has kept.
+
+        Raises:
+            ConfigError: unknown key, name or file; a value of the wrong type; an override that is not `key=value`.
+        """
+        if isinstance(source, Recipe):
+            found, content = source.base_dir, source.model_dump()
+        elif isinstance(source, Mapping):
+            found, content = Path.cwd(), dict(source)
+        else:
+            found, content = _from_file_or_name(source)
+        recipe = cls._made(content, overrides, base_dir or found, _MISSING)
+        recipe._from_folder = from_folder or (isinstance(source, Recipe) and source.from_folder)
+        return recipe
+
+
+def asked(
+    source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str] = (), resume: bool = False
+) -> tuple[Recipe, Run | None]:
+    """The recipe to train and, when resuming, the run so far; a run folder names its own recipe.
+
+    What is wrong with names, keys and places is said here, before anything that takes seconds to load.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as their names say.
+    """
+    before = None
+    if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
+        before = Run.load(source)
+        recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
+        recipe = recipe.model_copy(update={"out": str(source)})
+    else:
+        recipe = Recipe.read(source, *overrides)
+        if resume:
+            before = Run.load(Path(recipe.out).expanduser())
+    if before is not None:
+        told = Recipe.read(before.recipe).model_dump(
+            mode="json"
+        )  # with the defaults of keys that are newer than the run
+        check_continues(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
+    if before is None or before.status != "complete":
+        check_fields(recipe.adapter)
+        recipe.check_places()
+    return recipe, before
+
+
+_MISSING = {
+    "data": "name a file (data: rows.jsonl) or the built-in tasks (data: demo).",
+    "adapter": "name a method (adapter: hydralora) or the axes (adapter: {structure: ...}).",
+    "out": "name the run folder (out: runs/first).",
+}
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as a string; a learning rate is a number. What cannot be read is named with its line."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """A value; what Python cannot make of it is an error of YAML's."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+            said = f"this is no {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
+    """A mapping whose keys are all different; YAML itself would keep the last. Keys of a merge (`<<`) give way to its own."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        name = "<<" if key.tag == _MERGE else str(loader.construct_object(key, deep=True))
+        if name in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands there twice", key.start_mark)
+        seen.add(name)
+    content: dict[Any, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+    return content
+
+
+_Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+LARGEST, DEEPEST, MOST = 10**6, 30, 10**5
+"""Of a YAML text: characters, sections in sections, and values once every alias is written out."""
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The value written in `text`. Raises ConfigError naming `where` and the line."""
+    if len(text) > LARGEST:
+        raise ConfigError(f"{where} has {len(text):,} characters, and {LARGEST:,} are read: give a shorter one.")
+    loader = None
+    try:
+        _check_depth(text)
+        loader = _Yaml(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size, depth = _size(node, {}, set())
+        if size > MOST or depth > 2 * DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, "its aliases stand for too many values", None)
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{where}{line} is not valid YAML: {problem}.") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_depth(text: str) -> None:
+    """Refuse what is nested too deep for a reader that calls itself. Raises YAMLError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Yaml):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEEPEST:
+                said = f"it is nested more than {DEEPEST} deep"
+                raise yaml.constructor.ConstructorError(None, None, said, cast(Any, event.start_mark))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _size(node: Any, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
+    """How many values a node stands for, and how deep they lie. Raises YAMLError where it holds itself."""
+    if id(node) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an alias holds itself", node.start_mark)
+    if id(node) not in known:
+        inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
+        within = inner if isinstance(node, yaml.CollectionNode) else ()
+        sizes = [_size(each, known, above | {id(node)}) for each in within]
+        known[id(node)] = (1 + sum(size for size, _ in sizes), 1 + max((depth for _, depth in sizes), default=0))
+    return known[id(node)]
+
+
+def read_file(path: Path, what: str, keys: str) -> dict[str, Any]:
+    """The mapping in a YAML file, which should hold a `what` with `keys`. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the {what} {path} cannot be read: {error}.") from None
+    content = read_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no {what}: it must be a mapping with {keys}.")
+    return content
+
+
+def _from_file_or_name(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    path = Path(checked_path(str(source)))
+    if path.is_file():
+        return path.parent, read_file(path, "recipe", "model, data, adapter, train and out")
+    name = str(source)
+    if name in BUILTIN:
+        return Path.cwd(), builtin(name)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give a recipe file, or --resume to continue a run folder.")
+    if path.suffix in (".yaml", ".yml") or os.sep in name:
+        raise ConfigError(f"there is no recipe file {name!r}.")
+    raise ConfigError(f"there is no recipe file and no built-in recipe {name!r}: {suggest(name, BUILTIN)}")
+
+
+def apply(content: dict[str, Any], override: str) -> dict[str, Any]:
+    """`content` with one `a.b=value` set; a section written in shorthand is spelled out first.
+
+    Raises:
+        ConfigError: the override is not `key=value`, or names a key below one that is no section.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not an override: write key=value, for instance train.lr=1e-3.")
+    parts = key.split(".")
+    changed = dict(content)
+    at = changed
+    for depth, part in enumerate(parts[:-1]):
+        section = at.get(part)
+        if isinstance(section, str) and depth == 0 and part in _SHORTHAND:
+            section = {_SHORTHAND[part]: section}
+        elif section is not None and not isinstance(section, dict):
+            raise ConfigError(
+                f"{override!r} cannot be set: {'.'.join(parts[: depth + 1])} is {section!r}, not a section."
+            )
+        at[part] = dict(section or {})
+        at = at[part]
+    at[parts[-1]] = read_yaml(text, f"the override {override!r}")
+    return changed
+
+
+_SHORTHAND = {"model": "path", "data": "train", "adapter": "recipe"}
+
+__all__ = ["ModelConfig", "Recipe", "Subject", "Task", "TrainConfig", "apply", "asked", "read_file", "read_yaml"]

@@ -1,0 +1,285 @@
+"""A run is a folder.
+
+run.json        what was asked and what came out; written whole or not at all
+metrics.jsonl   one line per logged step: loss, rate, tokens
+events.jsonl    what happened when: start, checkpoints, resume, end
+adapter/        the trained adapter, as peft saves it
+checkpoints/    what --resume continues from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from weftlora.disk.files import append_json, read_json, read_lines, write_json, writing
+from weftlora.disk.lock import NAME, is_held
+from weftlora.disk.ownership import (
+    FOLDERS,
+    REPLACED,
+    check_no_links,
+    delete,
+    is_temporary,
+    move,
+    of_run,
+    replaced_runs,
+    temporary,
+    unfinished_files,
+    without_empty,
+)
+from weftlora.errors import AdapterError, ConfigError, RunError
+from weftlora.foreign_text import shortened
+from weftlora.redaction import redacted
+from weftlora.settings import is_number
+
+FORMAT = 1
+"""Version of run.json; a newer one is refused by name."""
+
+FREE_ON_RESUME = {"train.report_to", "train.keep", "train.logging_every"}
+"""Keys that may differ when a run is resumed: they do not touch the adapter."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what `run.json` holds, and the folder it lies in."""
+
+    folder: Path
+    status: str
+    """running, which a process then is that holds the folder's lock; complete, interrupted or failed."""
+    recipe: dict[str, Any]
+    base_dir: str
+    task: str
+    seed: int
+    steps: int
+    versions: dict[str, str]
+    device: str
+    threads: int
+    base: dict[str, Any]
+    """Where the base was found, its fingerprint, and the digests of its config, tokenizer and weights."""
+    adapter: dict[str, Any]
+    """The peft config."""
+    parameters: dict[str, int]
+    data: dict[str, Any]
+    """Hashes of the files, counts of rows, domains and labels."""
+    time: dict[str, Any] = field(default_factory=dict)
+    """Seconds of each phase, and when they began (UTC)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    """What it cost and how large its adapter is, see `weftlora.train.costs`; empty until it is complete."""
+
+    @property
+    def adapter_folder(self) -> Path:
+        """Where the trained adapter lies, as peft saved it."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a resumed training continues from."""
+        return self.folder / "checkpoints"
+
+    def record(self) -> dict[str, Any]:
+        """The run as plain data, as `run.json` and `--json` show it."""
+        return {"format": FORMAT, **dataclasses.asdict(self), "folder": str(self.folder)}
+
+    def save(self) -> None:
+        """Write run.json. Raises RunError."""
+        write_json(self.folder / "run.json", self.record())
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Append to events.jsonl. Raises RunError."""
+        append_json(self.folder / "events.jsonl", {"event": name, "time": now(), **facts})
+
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; one without a step is none."""
+        return [row for row in read_lines(self.folder / "metrics.jsonl") if is_number(row.get("step"))]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            RunError: no run.json, a damaged one, or one of a newer format.
+        """
+        path = Path(folder)
+        if not (path / "run.json").is_file():
+            raise RunError(f"{path} is no run folder: it has no run.json.")
+        content = read_json(path / "run.json")
+        written = content.pop("format", 0)
+        if is_number(written) and written > FORMAT:
+            raise RunError(f"{path / 'run.json'} was written by a newer weftlora: update weftlora to read it.")
+        _check_types(content, path / "run.json")
+        names = {item.name for item in dataclasses.fields(cls)}
+        if content.get("status") == "running" and not is_held(path):
+            content["status"] = "interrupted"  # whoever ran it was killed before it could say so
+        try:
+            return cls(**{key: value for key, value in content.items() if key in names} | {"folder": path})
+        except TypeError as error:
+            raise RunError(f"{path / 'run.json'} is damaged: {error}.") from None
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("status", "base_dir", "task", "device"), str),
+    **dict.fromkeys(
+        ("recipe", "versions", "base", "adapter", "parameters", "data", "time", "metrics", "figures"), dict
+    ),
+    **dict.fromkeys(("seed", "steps", "threads"), int),
+    **dict.fromkeys(
+        ("recipe.model", "recipe.data", "recipe.adapter", "recipe.train", "data.hashes", "data.counts"), dict
+    ),
+    **dict.fromkeys(("base.source", "base.kind", "base.shapes", "base.values", "adapter.peft_type"), str),
+    "data.labels": (list, type(None)),
+}
+"""What the values of run.json are, with dots; what is not there is looked for where it is needed."""
+
+
+def _check_types(content: dict[str, Any], file: Path) -> None:
+    """Refuse a record with values that nothing of weftlora's wrote. Raises RunError."""
+    for key, kinds in _KINDS.items():
+        value: Any = content
+        for part in key.split("."):
+            value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
+        if value is not _MISSING and not isinstance(value, kinds):
+            raise RunError(f"{file} is damaged: {key} is {shortened(repr(value), 80)}.")
+    for key in ("metrics", "figures"):
+        for name, value in content.get(key, {}).items():
+            if not is_number(value):
+                raise RunError(f"{file} is damaged: {key}.{name} is {shortened(repr(value), 80)}, which is no number.")
+
+
+_MISSING = object()
+
+
+def check_source(folder: Path) -> None:
+    """Refuse a path that cannot be a run folder or an adapter folder. Raises AdapterError."""
+    if not folder.exists():
+        raise AdapterError(
+            f"{folder} is no adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder."
+        )
+    if not (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a run folder that cannot be made, before anything slow begins.
+
+    Raises:
+        RunError: something is there already, or the place cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"the run folder {folder} is a file: choose another folder with out=....")
+    if folder.exists() and not _is_empty(folder):
+        if overwrite and folder.resolve() == Path.cwd():
+            raise RunError(
+                f"--overwrite cannot replace the working folder {str(folder)!r}: choose another out, or start elsewhere."
+            )
+        if not overwrite:
+            raise RunError(f"the run folder {folder} is not empty: continue it with --resume, or use --overwrite.")
+        if not (folder / "run.json").is_file():
+            raise RunError(
+                f"--overwrite replaces run folders only, and {folder} holds other files: choose another out."
+            )
+        check_no_links(folder)
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise RunError(f"the run folder {folder} cannot be made: {nearest} is a file.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"the run folder {folder} cannot be made: {nearest} is read-only; choose another with out=....")
+
+
+def check_continues(run: Run, recipe: dict[str, Any]) -> None:
+    """Refuse to resume a run with another recipe: it would be neither run.
+
+    Raises:
+        ConfigError: the first key that differs, with both values.
+    """
+    for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
+        if key not in FREE_ON_RESUME and key != "out":
+            raise ConfigError(f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was.")
+
+
+def differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]]]:
+    """Every key, with dots, at which two mappings differ, and both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in sorted(a.keys() | b.keys()):
+            yield from differences(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+    elif a != b:
+        yield key, (a, b)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether there is nothing in it to lose or to resume: at most what a kill left of a start before its first run.json."""
+    left = [path for path in folder.iterdir() if path.name != NAME and not (is_temporary(path) and path.is_file())]
+    return all(path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()) for path in left)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run lies there, perhaps one that was being replaced when weftlora was killed."""
+    return folder.is_dir() and ((folder / "run.json").is_file() or bool(replaced_runs(folder)))
+
+
+def settle(folder: Path) -> None:
+    """End what a kill interrupted: a run that was being replaced is put back, unless the one that replaces it had begun.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    with writing(folder):
+        for aside in replaced_runs(folder):
+            # run.json is moved last: while the rest is being moved, the folder's own is still that of the replaced run
+            if (aside / "run.json").is_file() and (folder / "run.json").is_file():
+                _forget(aside)
+            else:
+                move(of_run(aside, vouched=True), aside, folder)
+                (folder / "checkpoints").mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+        delete(unfinished_files(folder), folder)
+
+
+def _forget(aside: Path) -> None:
+    gone = temporary(aside.parent / "gone")
+    aside.replace(gone)  # half deleted, it must not look like a run to put back
+    shutil.rmtree(gone)
+
+
+class Made:
+    """A new run in a folder. The run it replaces waits in it, hidden, so that a start that fails changes nothing.
+
+    What lies in the folder and was not written by a run stays where it is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.aside = temporary(folder / REPLACED)
+        with writing(folder):
+            try:
+                move(of_run(folder), folder, self.aside)
+                (folder / "checkpoints").mkdir(exist_ok=True)
+            except OSError:
+                self.undo()
+                raise
+
+    def undo(self) -> None:
+        """Delete what the new run has written and put back what it was to replace."""
+        if (self.aside / "run.json").is_file() or not self.aside.exists():  # else nothing of the new run is there yet
+            delete(of_run(self.folder, vouched=True), self.folder)
+            without_empty({self.folder / name for name in FOLDERS}, self.folder)
+        if self.aside.exists():
+            move(of_run(self.aside, vouched=True), self.aside, self.folder)
+            (self.folder / "checkpoints").mkdir(exist_ok=True)
+            shutil.rmtree(self.aside)
+
+    def keep(self) -> None:
+        """The new run has started: delete the one it replaces."""
+        if self.aside.exists():
+            _forget(self.aside)

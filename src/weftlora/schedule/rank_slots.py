@@ -1,0 +1,372 @@
+"""How far two ways of scoring slots agree, and whether a decision stands above the noise of the rows it was taken on.
+
+Brackets are [slots, 2, rows] fp64: what each validation row adds to a slot's last-in (0) and first-in (1) term.
+
+Taking rank slots of a site away and making new ones, with what optimisers keep about them.
+
+    prune    A_i = 0, B_i = 0, their moments 0, mask 0           nothing of a dead slot moves again: its gradient is exactly 0
+    make     A_i given, B_i = 0, mask 1                          the function stays what it is
+             first moments 0; second moments the mean of the surviving slots' of the same tensor
+
+With β = 0.9, 0.999 and the step count that all slots of a tensor share, a second moment of 0 would give a new slot first steps
+of 2.5 to 4.6 times the learning rate; seeded, they are a tenth of it and grow to it. A site without survivors counts its steps
+from 0 again, which is exact. What belongs to surviving slots is not touched.
+
+What rank slots are worth now: the live slots of an adapter, scored as its choice says, and how far to trust the scores.
+
+    exact        both brackets of every live slot                             (`Scorer`)
+    taylor       both brackets of every live slot, estimated                  (`Scorer`)
+    shortlist    the slots of lowest estimate exactly; what every slot is worth to its module by the estimate
+    random       numbers drawn by name, slot and round
+
+Nothing is changed here. With several processes each scores its share of the slots and all hold the same brackets.
+
+Source: ALoRA with AB-LoRA scores, arXiv 2403.16187.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from weftlora.adapter.site import Site
+from weftlora.errors import ConfigError
+from weftlora.schedule import processes, schedule
+from weftlora.schedule.schedule import Member
+from weftlora.terms.ranks.reallocate import Reallocate, Slot
+from weftlora.terms.structure import SlotFirst
+
+TERMS = {"both": (0, 1), "last_in": (0,), "first_in": (1,)}
+
+
+def by_row(brackets: Tensor, terms: str) -> Tensor:
+    """[slots, rows]: the scores before they are summed over rows."""
+    return brackets[:, list(TERMS[terms])].sum(1)
+
+
+def scores(brackets: Tensor, terms: str) -> list[float]:
+    """One score per slot."""
+    return by_row(brackets, terms).sum(1).tolist()
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation, ties sharing their mean rank; nan where one side is constant."""
+    a, b = (_ranks(torch.tensor(values, dtype=torch.float64)) for values in (one, other))
+    a, b = a - a.mean(), b - b.mean()
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if scale else math.nan
+
+
+def kendall(one: Sequence[float], other: Sequence[float]) -> float:
+    """Kendall's τ_b: agreeing minus disagreeing pairs over all pairs, pairs tied on a side taken out; nan if one is constant."""
+    a, b = (_order(torch.tensor(values, dtype=torch.float64)) for values in (one, other))
+    scale = float(a.abs().sum() * b.abs().sum()) ** 0.5
+    return float((a * b).sum()) / scale if scale else math.nan
+
+
+def _order(values: Tensor) -> Tensor:
+    return torch.sign(values[:, None] - values[None, :])
+
+
+def _ranks(values: Tensor) -> Tensor:
+    less = (values[None, :] < values[:, None]).sum(1)
+    equal = (values[None, :] == values[:, None]).sum(1)
+    return less.double() + (equal.double() - 1) / 2
+
+
+def lowest(values: Sequence[float], count: int) -> list[int]:
+    """The positions of the `count` lowest values, ties by position."""
+    return sorted(range(len(values)), key=lambda i: (values[i], i))[:count]
+
+
+def agreement(guess: Sequence[float], truth: Sequence[float], count: int) -> dict[str, Any]:
+    """Spearman's and Kendall's correlation; overlap of the `count` lowest; regret.
+
+    Regret is what the choice by `guess` loses in truth, relative to the sum over the truly lowest.
+    """
+    chosen, right = lowest(guess, count), lowest(truth, count)
+    best = sum(truth[i] for i in right)
+    lost = sum(truth[i] for i in chosen) - best
+    rho, tau = spearman(guess, truth), kendall(guess, truth)
+    return {
+        "spearman": rho if math.isfinite(rho) else None,
+        "kendall": tau if math.isfinite(tau) else None,
+        "overlap": len(set(chosen) & set(right)) / max(count, 1),
+        "regret": lost / abs(best) if best else None,
+    }
+
+
+def margin(brackets: Tensor, terms: str, count: int) -> tuple[float, float] | None:
+    """The gap in score between the last slot below the cut and the first above it, and the gap's standard error over rows.
+
+    None where nothing is above the cut. The error is nan on a single row.
+    """
+    rows = by_row(brackets, terms)
+    order = lowest(rows.sum(1).tolist(), count + 1)
+    if not 0 < count < len(rows):
+        return None
+    gap = rows[order[count]] - rows[order[count - 1]]
+    noise = float(gap.std() * math.sqrt(len(gap))) if len(gap) > 1 else math.nan
+    return float(gap.sum()), noise
+
+
+FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
+
+
+def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
+    """The parameters that have a part per slot, A first, and how to see a tensor of their shape with the slots first (a view)."""
+    return site.structure.by_slot()
+
+
+def cost(site: Site) -> int:
+    """How many trained numbers one slot of the site has."""
+    return sum(view(p).numel() for p, view in by_slot(site)) // by_slot(site)[0][0].shape[0]
+
+
+def are_silent(site: Site, slots: Sequence[int]) -> list[bool]:
+    """Which of the slots contribute exactly nothing: B is 0, and no router reads them."""
+    parts = [view(p.detach())[list(slots)].flatten(1) for p, view in by_slot(site)[1:]]
+    return (torch.cat(parts, 1) == 0).all(1).tolist() if slots else []
+
+
+def check_sliceable(sites: Sequence[Site]) -> None:
+    """Raise `ConfigError`, naming the optimiser, if what it keeps about A or B is not known to lie slot by slot."""
+    for site in sites:
+        for parameter, _ in by_slot(site):
+            for optimizer, name, value in _kept(parameter):
+                if name not in FIRST | SECOND or type(value) is not Tensor or value.shape != parameter.shape:
+                    raise ConfigError(
+                        f"{type(optimizer).__name__} keeps {name!r} ({type(value).__name__} {list(value.shape)}) about a matrix "
+                        f"{list(parameter.shape)}, which does not fall into rank slots, so slots cannot move: train with AdamW, "
+                        "Adam or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
+                    )
+
+
+@torch.no_grad()
+def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[Tensor], birth: int) -> None:
+    """Take slots away and make others, in this order.
+
+    Args:
+        rows: the new row of A [in] of each slot in `made`.
+        birth: number of the round, kept for the new slots.
+    """
+    mask, births, score = (getattr(site, name) for name in ("mask", "birth", "score"))
+    survivors = sorted(set(site.live()) - set(pruned))
+    changed = [*pruned, *made]
+    for parameter, view in by_slot(site):
+        view(parameter)[changed] = 0
+        if parameter.grad is not None:
+            view(parameter.grad)[changed] = 0
+        for optimizer, name, value in _kept(parameter):
+            seed = view(value)[survivors].mean(0) if survivors and name in SECOND else 0
+            view(value)[pruned] = 0
+            view(value)[made] = seed
+            if made and not survivors:
+                _count_anew(optimizer.state[parameter])
+    a = by_slot(site)[0][0]
+    for slot, row in zip(made, rows, strict=True):
+        a[slot] = row.to(a)
+    for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
+        buffer[pruned] = gone
+        buffer[made] = new
+    if site.start is not None:  # its frozen twins are of the slots that were
+        site.start.clear(changed)
+
+
+def _kept(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str, Tensor]]:
+    """What optimisers keep about `parameter` that is more than one number."""
+    for optimizer in schedule.owners(parameter):
+        if parameter in optimizer.state:
+            for name, value in optimizer.state[parameter].items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    yield optimizer, name, value
+
+
+def _count_anew(state: dict[str, Any]) -> None:
+    if isinstance(step := state.get("step"), Tensor):
+        step.zero_()
+    elif step is not None:
+        state["step"] = 0
+    if isinstance(product := state.get("mu_product"), Tensor):  # NAdam's running product
+        product.fill_(1)
+
+
+T = TypeVar("T")
+SlotId = tuple[int, int]
+"""(number of the member, slot)."""
+
+
+class Scorer(Protocol):
+    """What measures slots; `weftlora.host.attach` makes it from the model and its validation rows."""
+
+    def drawn(self, draw: str, *, other: bool = False) -> Mapping[str, Tensor]:
+        """The rows that `draw` seeds; with `other`, as many that it does not take."""
+        ...
+
+    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False) -> Tensor:
+        """Brackets [slots, 2, rows] by switching each slot off, and on alone, on these rows."""
+        ...
+
+    def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """Brackets [slots, 2, rows] to second order, from gradients with respect to the gates."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Live slots with what the decision needs, and the brackets of those that were scored exactly, or by estimate."""
+
+    slots: list[Slot]
+    scored: list[int] = field(default_factory=list)  # positions in `slots`
+    brackets: Tensor | None = None  # [len(scored), 2, rows]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Measures the slots of one adapter. All processes must call `measure`, `check` and `exact`."""
+
+    choice: Reallocate
+    members: list[Member]
+    scorer: Scorer | None
+
+    def live(self) -> list[SlotId]:
+        """The live slots, in the order of the network."""
+        return [(m, slot) for m, member in enumerate(self.members) for slot in member.site.live()]
+
+    def groups(self) -> list[tuple[list[int], int]]:
+        """Members that are ranked together, and how many slots move among them per round."""
+        blocks: dict[str, list[int]] = {}
+        for m, member in enumerate(self.members):
+            blocks.setdefault(block_of(member.name), []).append(m)
+        kinds = {block: len({kind_of(self.members[m].name) for m in group}) for block, group in blocks.items()}
+        if self.choice.scope == "block":
+            return [(group, self._count(kinds[block], len(group))) for block, group in blocks.items()]
+        everything = list(range(len(self.members)))
+        return [(everything, self._count(max(kinds.values()), len(everything)))]
+
+    def measure(self, number: int) -> Measured:
+        """Every live slot in round `number`.
+
+        Raises:
+            ConfigError: a score is not finite.
+            WeftError: scoring failed on another process.
+        """
+        ids = self.live()
+        births = [int(cast(Tensor, self.members[m].site.birth)[slot]) for m, slot in ids]
+        young = [birth > 0 and number - birth <= self.choice.grace_rounds for birth in births]
+        if self.choice.score == "random":
+            dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]
+            values, scored, brackets = [die.random() for die in dice], list[int](), None
+            worth = values
+        else:
+            scored, brackets, worth = self._brackets(ids, young, self._draw(number))
+            values = list(worth)
+            for position, value in zip(scored, scores(brackets, self.choice.terms), strict=True):
+                values[position] = value
+        able = set(range(len(ids))) if brackets is None else set(scored)
+        if not all(map(math.isfinite, [*values, *worth])):
+            raise ConfigError(
+                "the scores of rank slots are not finite: the training has diverged, lower the learning rate."
+            )
+        return Measured(
+            [
+                Slot(m, slot, value, birth, w, n in able and not new)
+                for n, ((m, slot), value, birth, w, new) in enumerate(
+                    zip(ids, values, births, worth, young, strict=True)
+                )
+            ],
+            scored,
+            brackets,
+        )
+
+    def check(self, number: int, found: Measured) -> dict[str, Any]:
+        """The score in use against the exact one, and the exact one against itself on other rows: plain numbers to tell."""
+        ids, terms = [(slot.module, slot.slot) for slot in found.slots], self.choice.terms
+        count = sum(count for _, count in self.groups())
+        exact = self.choice.score == "exact" and found.brackets is not None
+        truth = scores(found.brackets if exact else self.exact(ids, self._draw(number)), terms)  # type: ignore[arg-type]
+        other = scores(self.exact(ids, self._draw(number), other=True), terms)
+        told = {"exact_on_other_rows": agreement(other, truth, count)}
+        if not exact:
+            worst = max(slot.score for slot in found.slots) + 1
+            guess = [slot.score if slot.able else worst for slot in found.slots]
+            told["score_in_use"] = agreement(guess, truth, count)
+        return {"agreement": told}
+
+    def exact(self, ids: list[SlotId], draw: str, *, other: bool = False) -> Tensor:
+        """Exact brackets [slots, 2, rows] fp64; those of slots that contribute nothing are exactly 0 and cost nothing."""
+        self._check_same_rows(draw, other=other)
+        silent: set[SlotId] = set()
+        for m in {m for m, _ in ids}:
+            mine = [slot for module, slot in ids if module == m]
+            quiet = are_silent(self.members[m].site, mine)
+            silent |= {(m, slot) for slot, still in zip(mine, quiet, strict=True) if still}
+        loud = [n for n, each in enumerate(ids) if each not in silent]
+        mine = loud[processes.rank() :: processes.world()]
+        scorer = cast(Scorer, self.scorer)
+        found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw, other=other))
+        out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
+        out[mine] = found
+        processes.sum_up([out], self._device)
+        return out
+
+    def _brackets(self, ids: list[SlotId], young: list[bool], draw: str) -> tuple[list[int], Tensor, list[float]]:
+        """Positions of the slots that may be pruned on their score, their brackets, and what every slot is worth."""
+        everything, terms = list(range(len(ids))), self.choice.terms
+        if self.choice.score == "exact":
+            found = self.exact(ids, draw)
+            return everything, found, scores(found, terms)
+        scorer = cast(Scorer, self.scorer)
+        estimate = processes.from_main(self._together(lambda: scorer.estimate(ids, draw)), self._device)
+        worth = scores(estimate, terms)
+        if self.choice.score == "taylor":
+            return everything, estimate, worth
+        short: list[int] = []
+        for group, count in self.groups():
+            mine = [n for n in everything if ids[n][0] in group and not young[n]]
+            short += sorted(mine, key=lambda n: (worth[n], n))[: self.choice.shortlist_factor * count]
+        short.sort()
+        return short, self.exact([ids[n] for n in short], draw), worth
+
+    def _check_same_rows(self, draw: str, *, other: bool) -> None:
+        """Scores of other rows than a neighbour's cannot be ranked with its own."""
+        if processes.world() > 1:
+            scorer = cast(Scorer, self.scorer)
+            rows = self._together(lambda: scorer.drawn(draw, other=other))
+            what = "the validation rows that rank slots are scored on"
+            processes.check_same([rows[name] for name in sorted(rows)], what, self._device)
+
+    def _draw(self, number: int) -> str:
+        return f"{self.choice.seed}/{number if self.choice.resample else 1}"
+
+    def _count(self, kinds: int, modules: int) -> int:
+        move = self.choice.move
+        return {"types": kinds, "modules": modules}[move] if isinstance(move, str) else move
+
+    def _together(self, measure: Callable[[], T]) -> T:
+        """What this process measures, or an error on all of them: the next thing is that they exchange it."""
+        return processes.attempt(measure, "scoring rank slots", self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return cast(Tensor, self.members[0].site.mask).device
+
+
+def block_of(name: str) -> str:
+    """The block that a module stands in: its name up to the first number; "" without one."""
+    found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", name)
+    return found.group() if found else ""
+
+
+def kind_of(name: str) -> str:
+    """The name with its numbers left open: equal for the same module of all blocks."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", name)

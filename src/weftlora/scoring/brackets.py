@@ -1,0 +1,209 @@
+"""The definition: for every slot two full forward passes, one with it off and one with it alone. Slow and plain.
+
+    last-in   L(M∖i) − L(M)        first-in   L(∅) − L({i})
+
+The other ways of this package are held against it. Slots of a boost (Dash) belong to the base: they stay on.
+
+Exact brackets, fast: replicas with gates of their own, the prefix kept, and a control in every forward pass.
+
+Per trajectory (the whole model for last-in, the base for first-in) and share of the rows: one pass keeps what every block
+gives; then, block by block, passes that start there, whose first replica is not ablated and whose others are, each in one slot.
+A bracket is a difference within one pass, so the drift between kernels of different shapes is not in it.
+
+Brackets to second order, for all slots from two forward and backward passes.
+
+    last-in    −∂L/∂α_i + ½ F_i        at all gates 1
+    first-in   −∂L/∂α_i                at all gates 0
+    F_i = N Σ_rows (∂L_row/∂α_i)²      empirical Fisher of the gate; L_row is the row's share of L, N the labels that count
+
+Every row has gates of its own, so one backward pass gives the gradients of all rows. After training ∂L/∂α at gate 1 is near 0,
+which is why last-in needs the curvature. Source: ours; the paper has exact scores only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapter.site import Site
+from weftlora.scoring.network import Network
+from weftlora.scoring.rows import Batch
+
+SlotId = tuple[int, int]
+
+
+def brackets_by_definition(sites: Sequence[Site], slots: Sequence[SlotId], loss: Callable[[], Tensor]) -> Tensor:
+    """[slots, 2, rows] fp64.
+
+    Args:
+        slots: (number of the site, slot).
+        loss: one forward pass; [rows] fp64, which sum to the loss.
+    """
+    whole = loss()
+    with only(sites, []):
+        base = loss()
+    found = torch.zeros(len(slots), 2, len(whole), dtype=torch.float64)
+    live = [(m, slot) for m, site in enumerate(sites) for slot in site.live()]
+    for n, each in enumerate(slots):
+        with only(sites, [other for other in live if other != each]):
+            found[n, 0] = (loss() - whole).cpu()
+        with only(sites, [each]):
+            found[n, 1] = (base - loss()).cpu()
+    return found
+
+
+@contextmanager
+def only(sites: Sequence[Site], slots: Sequence[SlotId]) -> Iterator[None]:
+    """These slots and no others, for the length of the block."""
+    before = [cast(Tensor, site.mask) for site in sites]
+    try:
+        for m, site in enumerate(sites):
+            site.mask = torch.zeros_like(before[m])
+            site.mask[[slot for module, slot in slots if module == m]] = 1
+        yield
+    finally:
+        for site, mask in zip(sites, before, strict=True):
+            site.mask = mask
+
+
+REPLICAS = 32  # fewer would spend more than a thirty-second on the control
+ENOUGH = {"cpu": 1024}  # tokens per pass: on a CPU, more fall out of its caches (measured: 3 tenths slower at 16384)
+
+
+def exact_brackets(
+    network: Network,
+    layers: Sequence[WeftLinear],
+    sites: Sequence[Site],
+    slots: Sequence[SlotId],
+    batch: Batch,
+    *,
+    chunk_tokens: int | None = None,
+    terms: Sequence[int] = (0, 1),
+) -> Tensor:
+    """[slots, 2, rows] fp64; terms that are not wanted (0 last-in, 1 first-in) stay 0.
+
+    Args:
+        layers, sites: the adapted modules and their sites, in one order.
+        slots: (number of the site, slot).
+    """
+    found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
+    blocks = [network.block_of(layer) for layer in layers]
+    by_block: dict[int, list[int]] = {}
+    for n, (m, _) in enumerate(slots):
+        by_block.setdefault(blocks[m] or 0, []).append(n)
+    size, replicas = shares(batch, chunk_tokens)
+    for rows in torch.arange(len(batch["labels"])).split(size):
+        part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+        for term in terms:
+            with base_of(sites) if term else whole_of(sites):
+                prefix = network.prefix(part)
+            for block, positions in sorted(by_block.items()):
+                for chunk in _even(positions, replicas - 1):
+                    ablated = [slots[n] for n in chunk]
+                    with _each(sites, ablated, alone=bool(term)):
+                        losses = network.losses(part, len(chunk) + 1, prefix[:block])
+                    change = (losses[1:] - losses[:1]).cpu()
+                    for n, row in zip(chunk, -change if term else change, strict=True):
+                        found[n, term, rows] = row
+    return found
+
+
+def shares(batch: Batch, chunk_tokens: int | None) -> tuple[int, int]:
+    """Rows per pass, and replicas of them: `chunk_tokens` in all, at least two replicas of one row; None chooses."""
+    rows, tokens = len(batch["labels"]), max([v.shape[1] for v in batch.values() if v.dim() > 1], default=1)
+    if chunk_tokens is None:
+        chunk_tokens = max(ENOUGH.get(batch["labels"].device.type, 16384), tokens * REPLICAS // 4)
+    size = min(rows, max(1, chunk_tokens // (tokens * REPLICAS)))
+    return size, max(2, chunk_tokens // (tokens * size))
+
+
+def _even(positions: list[int], most: int) -> Iterator[list[int]]:
+    """As few chunks as possible, of equal size."""
+    size = math.ceil(len(positions) / math.ceil(len(positions) / most))
+    for start in range(0, len(positions), size):
+        yield positions[start : start + size]
+
+
+@contextmanager
+def whole_of(sites: Sequence[Site]) -> Iterator[None]:
+    """All live slots on."""
+    yield
+
+
+@contextmanager
+def base_of(sites: Sequence[Site]) -> Iterator[None]:
+    """All slots off."""
+    with only(sites, []):
+        yield
+
+
+@contextmanager
+def _each(sites: Sequence[Site], slots: Sequence[SlotId], *, alone: bool) -> Iterator[None]:
+    """Replica 0 as the trajectory is, replica k + 1 with slots[k] off, or it alone on."""
+    mine = sorted({m for m, _ in slots})
+    masks = {m: sites[m].mask for m in mine}
+    with ExitStack() as stack:
+        if alone:
+            stack.enter_context(base_of(sites))
+        try:
+            for m in mine:
+                site, mask = sites[m], masks[m]
+                assert mask is not None
+                site.mask = mask
+                keep = torch.full(
+                    (len(slots) + 1, len(mask)), float(not alone), dtype=torch.float64, device=mask.device
+                )
+                for k, (module, slot) in enumerate(slots):
+                    if module == m:
+                        keep[k + 1, slot] = float(alone)
+                site.keep = keep
+            yield
+        finally:
+            for m in mine:
+                sites[m].keep = None
+
+
+def estimated_brackets(
+    network: Network, sites: Sequence[Site], slots: Sequence[SlotId], batch: Batch, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """[slots, 2, rows] fp64."""
+    found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
+    size, replicas = shares(batch, chunk_tokens)
+    size = size * replicas  # one replica of more rows
+    for rows in torch.arange(len(batch["labels"])).split(size):
+        part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+        for term, gate in enumerate((1.0, 0.0)):
+            slope = gate_gradients(network, sites, part, gate)
+            for n, (m, slot) in enumerate(slots):
+                found[n, term, rows] = -slope[m][:, slot]
+                if term == 0:
+                    found[n, term, rows] += 0.5 * network.loss.count * slope[m][:, slot] ** 2
+    return found
+
+
+def gate_gradients(network: Network, sites: Sequence[Site], batch: Batch, gate: float) -> list[Tensor]:
+    """∂L_row/∂α per site, [rows, slots] fp64 on the CPU, with every gate at `gate`."""
+    leaves = []
+    for site in sites:
+        mask = cast(Tensor, site.mask)
+        dtype = torch.promote_types(site.structure.factors(1.0).A.dtype, torch.float32)
+        leaves.append(torch.full((len(batch["labels"]), len(mask)), gate, dtype=dtype, device=mask.device))
+    try:
+        with torch.enable_grad():
+            for site, leaf in zip(sites, leaves, strict=True):
+                site.keep = leaf.requires_grad_()
+            loss = network.losses(batch).sum()
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+    finally:
+        for site in sites:
+            site.keep = None
+    return [
+        torch.zeros(leaf.shape, dtype=torch.float64) if slope is None else slope.double().cpu()
+        for leaf, slope in zip(leaves, slopes, strict=True)
+    ]

@@ -1,0 +1,86 @@
+"""What counts as a number in a setting: True and False do not, although Python has them as 1 and 0.
+
+When something happens in a run: optimiser steps, a fraction of the run, or epochs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from weftlora.errors import ConfigError
+
+
+def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
+    """Whether `value` is an int, and no smaller than `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether `value` is an int or a float, which may be infinite or no number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """A time in passes over the training data; made by `weftlora.epochs`."""
+
+    epochs: float
+
+
+Time = int | float | Epochs
+
+
+def epochs(x: float) -> Epochs:
+    """A time in epochs: `Dash(after=weftlora.epochs(0.5))`. Needs to be told how many optimiser steps an epoch has."""
+    if not is_number(x) or not 0 < x < math.inf:
+        raise ConfigError(f"weftlora.epochs({x!r}) is no time: use a positive number of passes over the data.")
+    return Epochs(float(x))
+
+
+def check_time(time: Any, where: str) -> Time:
+    """A valid time: an int ≥ 1 (optimiser steps), a float in (0, 1) (fraction of the run), `weftlora.epochs(x)` or its saved form."""
+    if isinstance(time, Mapping) and set(time) == {"epochs"}:
+        return epochs(time["epochs"])
+    if isinstance(time, Epochs):
+        return epochs(time.epochs)
+    if is_whole(time, 1):
+        return time
+    if isinstance(time, float) and 0 < time < 1:
+        return time
+    raise ConfigError(
+        f"{where}: {time!r} is no time: use optimiser steps (100), a fraction of the run (0.1) or weftlora.epochs(0.5)."
+    )
+
+
+def resolve(time: Time, total_steps: int | None, steps_per_epoch: float | None) -> int | None:
+    """The optimiser step that `time` means, at least 1; None while the length of the run or of an epoch is unknown."""
+    if isinstance(time, Epochs):
+        return None if steps_per_epoch is None else max(1, round(time.epochs * steps_per_epoch))
+    if isinstance(time, float):
+        return None if total_steps is None else max(1, round(time * total_steps))
+    return time
+
+
+def rounds(
+    first: Time, every: Time, count: int, total_steps: int | None, steps_per_epoch: float | None
+) -> list[int] | None:
+    """The optimiser steps round(first + n·every), n < count, each at least one after the one before; None where unknown."""
+    start, gap = (_in_steps(time, total_steps, steps_per_epoch) for time in (first, every))
+    gap = 0.0 if count < 2 else gap  # which nobody needs to know then
+    if start is None or gap is None:
+        return None
+    found: list[int] = []
+    for n in range(count):
+        found.append(max(round(start + n * gap), found[-1] + 1 if found else 1))
+    return found
+
+
+def _in_steps(time: Time, total_steps: int | None, steps_per_epoch: float | None) -> float | None:
+    if isinstance(time, Epochs):
+        return None if steps_per_epoch is None else time.epochs * steps_per_epoch
+    if isinstance(time, float):
+        return None if total_steps is None else time * total_steps
+    return float(time)

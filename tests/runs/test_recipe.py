@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from weftlora.errors import ConfigError
+from weftlora.runs.recipe import Recipe, read_yaml
+
+WHOLE = {"model": "demo", "data": "rows.jsonl", "adapter": "lora", "train": {"steps": 10}, "out": "runs/a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong", "near"),
+    [
+        ({"modle": "demo"}, "modle", "model"),
+        ({"train": {"lr_rate": 1}}, "lr_rate", "lr"),
+        ({"train": {"batchsize": 4}}, "batchsize", "batch_size"),
+        ({"model": {"path": "demo", "dytpe": "auto"}}, "dytpe", "dtype"),
+        ({"data": {"train": "a.jsonl", "max_lenght": 5}}, "max_lenght", "max_length"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(change: dict[str, object], wrong: str, near: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Recipe.read(WHOLE | change)
+    assert repr(wrong) in str(raised.value)
+    assert f"did you mean {near!r}?" in str(raised.value) or near in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [0, -16, float("inf"), "fast", True])
+def test_a_ratio_that_is_none_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lora_plus_ratio=.* is not valid"):
+        Recipe.read(WHOLE | {"train": {"lora_plus_ratio": value}})
+    with pytest.raises(ConfigError, match=r"train\.freeze_down=.* is not valid"):
+        Recipe.read(WHOLE | {"train": {"freeze_down": "A"}})
+
+
+def test_a_ratio_may_be_whole() -> None:
+    assert Recipe.read(WHOLE, "train.lora_plus_ratio=16").train.lora_plus_ratio == 16
+
+
+def test_overrides_are_yaml_and_spell_out_shorthand() -> None:
+    recipe = Recipe.read(
+        WHOLE, "train.lr=1e-3", "model.dtype=bfloat16", "adapter.r=4", "data.limit=7", "adapter.targets=[a, b]"
+    )
+    assert recipe.train.lr == 1e-3
+    assert recipe.train.steps == 10
+    assert (recipe.model.path, recipe.model.dtype) == ("demo", "bfloat16")
+    assert recipe.adapter == {"recipe": "lora", "r": 4, "targets": ["a", "b"]}
+    assert (recipe.data.train, recipe.data.limit) == ("rows.jsonl", 7)
+    assert WHOLE["train"] == {"steps": 10}, "overrides must not change what was given"
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "5E4", "-2e+1", ".5e1"])
+def test_exponents_are_numbers(text: str) -> None:
+    assert read_yaml(text, "here") == float(text)
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=3", "model.path.deeper=3", "train.lr=[1"])
+def test_a_bad_override_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"override|section|YAML"):
+        Recipe.read(WHOLE | {"model": {"path": "demo"}}, override)
+
+
+@pytest.mark.parametrize("missing", ["data", "adapter", "out"])
+def test_a_missing_section_says_what_to_write(missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"no '{missing}': name"):
+        Recipe.read({key: value for key, value in WHOLE.items() if key != missing})
+
+
+def test_steps_and_epochs_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="keep one"):
+        Recipe.read(WHOLE, "train.epochs=2")
+
+
+@pytest.mark.parametrize("override", ["train.steps=0", "train.lr=-1", "train.batch_size=two", "train.precision=fp8"])
+def test_a_value_that_cannot_work_names_the_field(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        Recipe.read(WHOLE, override)
+
+
+def test_remote_code_is_never_trusted() -> None:
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        Recipe.read(WHOLE, "model.trust_remote_code=true")
+
+
+def test_a_file_gives_its_folder_as_the_start_of_paths(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: demo\ndata: rows.jsonl\nadapter: lora\nout: runs/a\n")
+    recipe = Recipe.read(file)
+    assert recipe.base_dir == tmp_path
+    assert Recipe.read(recipe, "train.seed=3").base_dir == tmp_path
+
+
+def test_broken_yaml_is_named_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: demo\ntrain: {steps: 3\nout: x\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml line 3"):
+        Recipe.read(file)
+
+
+def test_a_built_in_name_is_a_recipe_and_a_misspelt_one_names_it() -> None:
+    assert Recipe.read("hydralora").adapter["recipe"] == "hydralora"
+    with pytest.raises(ConfigError, match="did you mean 'hydralora'"):
+        Recipe.read("hydra_lora")
+    with pytest.raises(ConfigError, match="no recipe file"):
+        Recipe.read("missing.yaml")
+
+
+def test_a_dump_reads_back_the_same() -> None:
+    recipe = Recipe.read(WHOLE, "train.args.adam_beta2=0.98")
+    assert Recipe.read(recipe.model_dump(mode="json")).model_dump() == recipe.model_dump()
