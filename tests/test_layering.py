@@ -10,7 +10,8 @@ import weftlora
 
 SOURCE = Path(weftlora.__file__).parent
 ROOMS = (
-    {"errors", "version", "progress", "change_rates", "foreign_text", "redaction"},
+    {"version", "progress", "change_rates", "foreign_text", "redaction"},
+    {"errors"},
     {"extras", "settings", "sections", "disk", "kernel"},
     {"terms", "data"},
     {"adapter"},
