@@ -59,6 +59,11 @@ def test_the_value_of_a_secret_variable_is_masked_wherever_it_stands(monkeypatch
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     monkeypatch.setenv("DB_PASSWORD", "short")
     monkeypatch.setenv("ORDINARY", "nothing-secret")
+    monkeypatch.setenv("PWD", "/home/me/project")  # the shell's own, and no password
+    monkeypatch.setenv("OLDPWD", "project-of-mine")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json")
+    plain = ["/home/me/project/rows.jsonl", "project-of-mine", "/home/me/key.json"]
+    assert redacted(plain) == plain
     found: Any = redacted({"a": ["x/0123456789abcdef/y", "short", "nothing-secret"], "0123456789abcdef": 1})
     assert found == {"a": [f"x/{MASK}/y", "short", "nothing-secret"], MASK: 1}
 

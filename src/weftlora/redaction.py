@@ -13,7 +13,7 @@ from typing import Any
 
 MASK = "[secret]"
 
-_ALONE = {"token", "password", "passwd", "passphrase", "pwd", "secret", "credential", "credentials", "apikey"}
+_ALONE = {"token", "password", "passwd", "passphrase", "secret", "credential", "credentials", "apikey"}
 """A name that is, or ends in, one of these words is of a secret, unless the word before says otherwise."""
 _PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("account", "key"), ("auth", "key")}
 _NO_SECRET = {
@@ -124,4 +124,6 @@ def secrets_in(value: Any, where: str) -> Iterator[str]:
 
 
 def _of_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= _LEAST and is_secret_name(name)}
+    """The values of secret variables; a path, such as that of a file of credentials, is none."""
+    named = {value for name, value in os.environ.items() if len(value) >= _LEAST and is_secret_name(name)}
+    return {value for value in named if not os.path.isabs(value)}
