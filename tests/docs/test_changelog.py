@@ -19,8 +19,10 @@ def towncrier(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_the_newest_section_is_of_this_version() -> None:
-    assert SECTION.findall((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))[0] == weftlora.__version__
+def test_the_newest_section_is_of_this_version_and_every_version_has_one() -> None:
+    versions = SECTION.findall((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert versions[0] == weftlora.__version__
+    assert len(versions) == len(set(versions)), "towncrier adds a second section where the version was not raised"
 
 
 def test_every_fragment_is_of_a_kind() -> None:
