@@ -95,6 +95,10 @@ def test_adapt_train_save_load_export_and_merge_with_the_core_alone(tmp_path: Pa
     ("call", "sentence"),
     [
         ("weftlora.train('hydralora')", 'weftlora.train needs pydantic, which is not installed: pip install "weftlora[train]"'),
+        (
+            "from weftlora.data import DataConfig",
+            'weftlora.data.DataConfig needs pydantic, which is not installed: pip install "weftlora[train]"',
+        ),
         ("weftlora.compare({})", 'weftlora.compare needs pydantic, which is not installed: pip install "weftlora[compare]"'),
         ("weftlora.report('.')", 'weftlora.report needs scipy, which is not installed: pip install "weftlora[report]"'),
         (

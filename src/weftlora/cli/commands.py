@@ -19,6 +19,7 @@ from weftlora.cli.heads import heads
 from weftlora.cli.inspect import inspect
 from weftlora.cli.report import report
 from weftlora.cli.search import search
+from weftlora.train.run import check_source
 
 app = typer.Typer(
     name="weftlora",
@@ -152,6 +153,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what weftlora finds on this machine, and what is missing."""
+    if run is not None:
+        check_source(run)
     with output.calling(as_json, quiet=True):
         from weftlora.cli.diagnosis import diagnose
 
