@@ -135,6 +135,10 @@ def test_an_extra_alone_is_enough_for_what_it_is_for(tmp_path: Path) -> None:
     ("call", "sentence"),
     [
         ("weftlora.train('hydralora')", 'weftlora.train needs pydantic, which is not installed: pip install "weftlora[train]"'),
+        (
+            "from weftlora.data import DataConfig",
+            'weftlora.data.DataConfig needs pydantic, which is not installed: pip install "weftlora[train]"',
+        ),
         ("weftlora.compare({})", 'weftlora.compare needs pydantic, which is not installed: pip install "weftlora[compare]"'),
         ("weftlora.report('.')", 'weftlora.report needs scipy, which is not installed: pip install "weftlora[report]"'),
         (

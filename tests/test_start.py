@@ -76,6 +76,8 @@ def test_what_loads_nothing_heavy(code: str) -> None:
         ("directions nowhere", 1, "no folder 'nowhere'"),
         ("report nowhere", 1, "no folder 'nowhere'"),
         ("heads nowhere.jsonl", 1, "nowhere.jsonl does not exist"),
+        ("doctor nowhere", 1, "no folder 'nowhere'"),
+        ("train . --resume", 1, "is no run folder"),
     ],
 )
 def test_a_command_that_has_nothing_to_compute_loads_nothing_heavy(
@@ -222,6 +224,25 @@ def test_a_name_that_is_taken_is_refused_where_a_config_is_made(place: str) -> N
         done.stdout.splitlines()
         == ["another package has already registered a peft type named WEFT: uninstall it, or do not import both."] * 2
     )
+
+
+AGAIN = """
+import sys
+import peft
+import weftlora
+{first}
+for name in [name for name in sys.modules if name.partition(".")[0] == "weftlora"]:
+    del sys.modules[name]
+import weftlora
+config = weftlora.WeftConfig(r=3)
+print(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING["WEFT"] is type(config), type(peft.get_peft_config(config.to_dict())).__name__)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "weftlora.WeftConfig(r=4)"])
+def test_weftlora_imported_a_second_time_takes_its_own_place(first: str) -> None:
+    done = python(AGAIN.format(first=first))  # as notebooks and servers do that reload code
+    assert done.stdout.split() == ["True", "WeftConfig"], done.stderr
 
 
 def test_a_config_made_in_another_process_is_known_to_peft(tmp_path: Path) -> None:

@@ -142,9 +142,27 @@ def test_a_ratio_that_is_none_is_refused(ratio) -> None:
         weftlora.param_groups(adapted(), lr=1e-3, lora_plus_ratio=ratio)
 
 
+@pytest.mark.parametrize("field", ["lr", "weight_decay", "router_lr", "vector_lr", "gain_lr", "tied_lr_multiplier"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-3, "1e-3", True])
+def test_a_rate_that_is_no_number_is_refused_before_anything_is_frozen(field: str, value: Any) -> None:
+    model = adapted()
+    with pytest.raises(ConfigError, match=f"{field}=.* does not work in an optimiser"):
+        weftlora.param_groups(model, **{"lr": 1e-3, field: value}, freeze_down=True)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "weft_" in n)
+
+
+def test_stock_lora_is_told_that_the_roles_are_of_weftloras_adapters() -> None:
+    from peft import LoraConfig
+
+    stock = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    for fields in ({"lora_plus_ratio": 16}, {"freeze_down": True}):
+        with pytest.raises(ConfigError, match="of weftlora's adapters"):
+            weftlora.param_groups(stock, lr=1e-3, **fields)
+
+
 def test_a_ratio_without_any_b_is_refused() -> None:
     model = adapted("tied_lora", train="vera")
-    with pytest.raises(ConfigError, match="is for the B of adapters, and none is trained"):
+    with pytest.raises(ConfigError, match="is for the B of weftlora's adapters, and none is trained"):
         weftlora.param_groups(model, lr=1e-3, lora_plus_ratio=16)
 
 
@@ -214,7 +232,7 @@ def test_freezing_an_a_that_is_zero_is_refused_and_freezes_nothing(fields: dict)
 
 
 def test_freezing_what_is_frozen_or_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="freeze_down freezes the A of adapters, and none is trained"):
+    with pytest.raises(ConfigError, match="freeze_down freezes the A of weftlora's adapters, and none is trained"):
         weftlora.param_groups(adapted("tied_lora", train="vera"), lr=1e-3, freeze_down=True)
     with pytest.raises(ConfigError, match="freeze_down='yes' is neither true nor false"):
         weftlora.param_groups(adapted(), lr=1e-3, freeze_down="yes")  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from weftlora.cli.search import search
 from weftlora.errors import WeftError
 from weftlora.foreign_text import shortened, visible
 from weftlora.redaction import redacted
+from weftlora.runs.run import check_source
 from weftlora.version import __version__
 
 app = typer.Typer(
@@ -172,6 +173,8 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what weftlora finds on this machine, and what is missing."""
+    if run is not None:
+        check_source(run)
     with output.calling(as_json, quiet=True):
         from weftlora.cli.doctor import diagnose
 

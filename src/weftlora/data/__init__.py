@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from weftlora.extras import needs
+
 if TYPE_CHECKING:
     from weftlora.data.collate import Collator
     from weftlora.data.config import DataConfig, Fields, Task, resolve_path
@@ -41,5 +43,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'weftlora.data' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"weftlora.data.{_LAZY[name]}"), name)
+    with needs("train", f"weftlora.data.{name}"):
+        value = globals()[name] = getattr(importlib.import_module(f"weftlora.data.{_LAZY[name]}"), name)
     return value

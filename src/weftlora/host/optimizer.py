@@ -57,7 +57,7 @@ def param_groups(
         Non-empty groups for any torch optimiser; each parameter once, tied ones too.
 
     Raises:
-        ConfigError: nothing in the model is trained, the ratio is no positive number, or there is no B for it.
+        ConfigError: nothing in the model is trained, a rate or the ratio is no number that works, or there is no B for the ratio.
     """
     if lora_plus_ratio is not None and not (is_number(lora_plus_ratio) and 0 < lora_plus_ratio < math.inf):
         raise ConfigError(
@@ -65,13 +65,28 @@ def param_groups(
         )
     if not isinstance(freeze_down, bool):
         raise ConfigError(f"freeze_down={freeze_down!r} is neither true nor false: write one of the two.")
+    for key, value in {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "router_lr": 0.0 if router_lr is None else router_lr,
+        "vector_lr": 0.0 if vector_lr is None else vector_lr,
+        "gain_lr": 0.0 if gain_lr is None else gain_lr,
+        "tied_lr_multiplier": tied_lr_multiplier,
+    }.items():
+        if not (is_number(value) and 0 <= value < math.inf):
+            raise ConfigError(f"{key}={value!r} does not work in an optimiser: use a number from 0 up, such as 1e-4.")
+    roles = {id(p): (site, name, role) for _, site in _sites(model) for name, p, role in site.roles()}
+    if lora_plus_ratio not in (None, 1) and not any(
+        p.requires_grad and roles.get(id(p), (None, "", None))[2] == "up" for p in model.parameters()
+    ):
+        raise ConfigError(
+            f"lora_plus_ratio={lora_plus_ratio} is for the B of weftlora's adapters, and none is trained here: leave it out."
+        )
     if freeze_down:
         freeze(model)
     rates = {"router": router_lr, "u": vector_lr, "v": vector_lr, "gain": gain_lr}
-    roles = {id(p): (site, name, role) for _, site in _sites(model) for name, p, role in site.roles()}
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     shared = {id(p) for p in shared_tensors(model)}
-    fast = False
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -81,17 +96,13 @@ def param_groups(
         if rate is None:
             rate = lr * (tied_lr_multiplier if id(parameter) in shared else 1.0)
             if role == "up" and lora_plus_ratio is not None:
-                rate, fast = rate * lora_plus_ratio, True
+                rate *= lora_plus_ratio
         decay = 0.0 if own or (role is None and parameter.dim() < 2) else weight_decay
         groups.setdefault((name if own else "factors", rate, decay), []).append(parameter)
         if site is not None:
             site.rates[name] = rate, decay
     if not groups:
         raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
-    if lora_plus_ratio not in (None, 1) and not fast:
-        raise ConfigError(
-            f"lora_plus_ratio={lora_plus_ratio} is for the B of adapters, and none is trained here: leave it out."
-        )
     return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
 
 
@@ -113,7 +124,7 @@ def freeze(model: nn.Module) -> None:
                 "train another factor as well (of Tied B, u or v: train='tl6'), or leave freeze_down out."
             )
     if not found:
-        raise ConfigError("freeze_down freezes the A of adapters, and none is trained here: leave it out.")
+        raise ConfigError("freeze_down freezes the A of weftlora's adapters, and none is trained here: leave it out.")
     for _, _, parameter in found:
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -55,7 +55,7 @@ def register() -> None:
         found = [table.get(member) for table in tables]
         if found == [WeftConfig, WeftTuner]:
             return
-        if found[0] not in (None, WeftConfig, Later) or found[1] not in (None, WeftTuner):
+        if not all(entry is None or _is_ours(entry) for entry in found):
             raise WeftError(
                 f"another package has already registered a peft type named {NAME}: uninstall it, or do not import both."
             )
@@ -101,6 +101,14 @@ def _extended(types: Any) -> Any:
     types._member_map_[NAME] = member
     types._value2member_map_[NAME] = member
     return member
+
+
+def _is_ours(entry: Any) -> bool:
+    """Whether a class in peft's tables is weftlora's: today's, the stand-in, or that of a module that has been imported again since.
+
+    Notebooks and servers that reload code import weftlora a second time into a process whose peft has kept the first.
+    """
+    return str(getattr(entry, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
 def _with_note(card: Any) -> Any:

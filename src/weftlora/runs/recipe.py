@@ -238,7 +238,7 @@ def asked(
         ConfigError, DataError, ModelError, RunError: as their names say.
     """
     before = None
-    if resume and isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
+    if resume and isinstance(source, (str, Path)) and _is_folder(Path(source)):
         before = Run.load(source)
         recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
         recipe = recipe.model_copy(update={"out": str(source)})
@@ -255,6 +255,11 @@ def asked(
         check_fields(recipe.adapter)
         recipe.check_places()
     return recipe, before
+
+
+def _is_folder(source: Path) -> bool:
+    """Whether a folder is meant, and not the built-in recipe of the same name."""
+    return source.is_dir() and (str(source) not in BUILTIN or (source / "run.json").is_file())
 
 
 _MISSING = {
