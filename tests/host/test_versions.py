@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import weftlora
 from families import FAMILIES, adapter_config, logits, randomise
 from weftlora.host import versions
-from weftlora.host.versions import name_in, named, why_not
+from weftlora.host.versions import name_in, named, why_no_sft, why_not
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +155,14 @@ def test_arguments_have_the_name_that_the_class_has_for_them() -> None:
     assert named(Old, {"activation_checkpointing": True, "lr": 1.0}) == {"gradient_checkpointing": True, "lr": 1.0}
     assert named(New, {"activation_checkpointing": True}) == {"activation_checkpointing": True}
     assert name_in(Old, "unheard") == "unheard"
+
+
+def test_a_trl_that_cannot_compute_its_loss_is_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert why_no_sft() is None
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", None)
+    recipe = {"model": "demo", "data": "demo", "adapter": "lora", "train": {"trainer": "sft", "steps": 1}}
+    with pytest.raises(weftlora.ConfigError, match="Triton, which is not installed here"):
+        weftlora.train({**recipe, "out": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -277,10 +277,17 @@ def tokenizer(*more: str) -> PreTrainedTokenizerFast:
     return made
 
 
+@pytest.fixture(autouse=True)
+def _trl(request: pytest.FixtureRequest, needs: Callable[..., None]) -> None:
+    if "sft" in request.function.__code__.co_names:
+        needs("trl", "datasets")
+
+
 def sft(model: LlamaForCausalLM, out: Path, adapter: weftlora.WeftConfig) -> Any:
     """trl's trainer, told to take its chat template and tokens from another tokenizer."""
-    trl = pytest.importorskip("trl", reason="this row has no trl")
-    datasets = pytest.importorskip("datasets", reason="this row has no datasets")
+    import datasets
+    import trl
+
     if "chat_template_path" not in trl.SFTConfig.__dataclass_fields__:
         pytest.skip("this trl does not clone chat templates in SFTTrainer")
     source = tokenizer("<|im_start|>", "<|im_end|>")

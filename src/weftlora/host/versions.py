@@ -46,6 +46,19 @@ SUPPORTED = "peft>=0.18,<0.22"
 # ---------------------------------------------------------------------- peft
 
 
+def why_no_sft() -> str | None:
+    """Why trl's SFTTrainer cannot compute its loss here, with any adapter, in one sentence; None if it can.
+
+    trl 1.15 has its loss as a Triton kernel alone, and None in its place where Triton is not installed.
+    """
+    import trl
+    from trl.trainer import utils
+
+    if getattr(utils, "_ChunkedLogProbFunction", True) is not None:
+        return None
+    return f"trl {trl.__version__} computes its loss by Triton, which is not installed here"
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why the installed peft cannot carry weftlora's adapters, in one sentence; None if it can."""

@@ -16,6 +16,7 @@ from weftlora.data import load as load_data
 from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
+from weftlora.host.versions import why_no_sft
 from weftlora.runs import base_model
 from weftlora.runs.adapter import adapt, adapter_config, saved_selection
 from weftlora.runs.base_model import Fingerprint, fingerprint
@@ -62,6 +63,8 @@ def prepare(recipe: Recipe) -> Prepared:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
     """
     arguments.check(recipe.train)
+    if recipe.train.trainer == "sft" and (reason := why_no_sft()):
+        raise ConfigError(f"train.trainer=sft cannot train: {reason}. Use trainer: auto, or another version of trl.")
     selection = saved_selection(recipe.adapter, recipe.base_dir)
     # refuse what cannot work before anything is read
     adapter_config(recipe.adapter, recipe.train.steps or 10**6, selection, recipe.from_folder)
