@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from weftlora.errors import ConfigError, TargetError, WeftError
 from weftlora.recipes import RECIPES, check_fields
 from weftlora.search import Selection
-from weftlora.spec import WeftConfig
+from weftlora.spec import WeftConfig, write_loading_note
 from weftlora.train.files import write_folder
 from weftlora.train.run import Run
 
@@ -89,6 +89,8 @@ def write_adapter(model: PeftModel, run: Run) -> None:
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
         (folder / "README.md").write_text(_README.format(run=run, method=_method(run)), encoding="utf-8")
+        if isinstance(model.active_peft_config, WeftConfig):  # stock peft's own load anywhere
+            write_loading_note(folder)
 
     write_folder(run.adapter_folder, fill)
 
@@ -101,11 +103,4 @@ _README = """\
 # Adapter {method}
 
 Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on `{run.base[source]}` ({run.base[kind]}), task: {run.task}.
-
-```python
-import weftlora  # registers the adapter type with peft
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
 """
