@@ -146,6 +146,49 @@ def test_doctor_says_what_an_adapter_would_be_refused_for(weftlora: Weft, monkey
     assert "peft 0.1 lacks everything." in json.loads(done.out)["problems"]
 
 
+BROKEN = """
+import importlib.metadata, sys
+without, how = sys.argv.pop(1), sys.argv.pop(1)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == without:
+            if how == "broken":
+                raise OSError("libcudart.so: cannot open")
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+if how == "missing" or without == "weftlora":
+    real = importlib.metadata.distribution
+    def distribution(name):
+        if name == without:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+    importlib.metadata.distribution = distribution
+if without != "weftlora":
+    sys.meta_path.insert(0, Finder())
+from weftlora.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("without", "how", "says"),
+    [
+        ("torch", "missing", "torch is not installed"),
+        ("torch", "broken", "import torch fails with OSError: libcudart.so: cannot open."),
+        ("peft", "missing", "peft is not installed"),
+        ("transformers", "broken", "import transformers fails with OSError"),
+        ("weftlora", "missing", "weftlora is on the path and not installed"),
+    ],
+)
+def test_doctor_says_what_is_wrong_where_hardly_anything_works(without: str, how: str, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, without, how, "doctor", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    assert [problem for problem in found["problems"] if says in problem], found["problems"]
+    assert (found["kernel"] is None) == (found["devices"] == []) == (without == "torch")
+
+
 def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weftlora: Weft, tmp_path: Path) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -175,7 +218,7 @@ def test_doctor_names_a_package_outside_the_window(weftlora: Weft, monkeypatch: 
     monkeypatch.setattr(doctor, "_version", lambda name: {"peft": "0.10.0", "trl": None}.get(name, "99"))
     said = weftlora("doctor")
     assert said.code == 1
-    assert "missing: peft 0.10.0 is outside the tested window" in said.out
+    assert "missing: peft 0.10.0 is not a version that weftlora runs with" in said.out
     assert "missing: trl is not installed" in said.out
 
 

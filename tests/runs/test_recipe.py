@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from weftlora.errors import ConfigError
-from weftlora.runs.recipe import Recipe, read_yaml
+from weftlora.errors import ConfigError, RunError
+from weftlora.runs.recipe import Recipe, asked, read_yaml
 
 WHOLE = {"model": "demo", "data": "rows.jsonl", "adapter": "lora", "train": {"steps": 10}, "out": "runs/a"}
 
@@ -110,3 +110,14 @@ def test_a_built_in_name_is_a_recipe_and_a_misspelt_one_names_it() -> None:
 def test_a_dump_reads_back_the_same() -> None:
     recipe = Recipe.read(WHOLE, "train.args.adam_beta2=0.98")
     assert Recipe.read(recipe.model_dump(mode="json")).model_dump() == recipe.model_dump()
+
+
+def test_resume_takes_a_folder_for_a_run_unless_a_recipe_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("lora", "other"):
+        Path(name).mkdir()
+    for given, folder in (("other", "other"), ("lora", "runs/lora")):
+        with pytest.raises(RunError, match=f"^{folder} is no run folder: it has no run.json"):
+            asked(given, resume=True)

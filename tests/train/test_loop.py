@@ -39,7 +39,9 @@ def test_a_run_folder_says_what_was_done(recipe: Make, tmp_path: Path) -> None:
     events = [json.loads(line)["event"] for line in (run.folder / "events.jsonl").read_text().splitlines()]
     assert events == ["start", "checkpoint", "checkpoint", "checkpoint", "end"]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
-    assert "import weftlora" in (run.adapter_folder / "README.md").read_text()
+    readme = (run.adapter_folder / "README.md").read_text()
+    assert "`import weftlora`" in readme.splitlines()[0]
+    assert "Trained by weftlora" in readme
     assert not list(run.folder.rglob(".*"))
 
 

@@ -22,6 +22,7 @@ from weftlora.version import __version__
 
 ROWS = Path(__file__).resolve().parent.parent / "assets" / "matrix.json"
 """The rows of matrix.toml and what came of them; `scripts/matrix.py` writes it."""
+UNKNOWN = "unknown, because torch does not load"
 WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear": "a node each"}
 
 
@@ -34,12 +35,15 @@ class Diagnosis:
     packages: dict[str, str]
     """Required package → version, or "missing"."""
     windows: dict[str, str]
-    """Required package → the versions weftlora is tested with."""
+    """Required package → the versions that weftlora needs."""
+    extras: dict[str, list[str]]
+    """Extra → which of its packages are not installed; what is missing here is no problem until a call needs it."""
     devices: list[str]
+    """Empty where torch does not load."""
     cores: int
-    threads: int
-    kernel: str
-    """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off."""
+    threads: int | None
+    kernel: str | None
+    """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off; None where torch does not load."""
     demo: bool
     """Whether the embedded model is there."""
     data: str | None
@@ -49,8 +53,6 @@ class Diagnosis:
     problems: list[str] = field(default_factory=list)
     nearest: dict[str, Any] | None = None
     """The row of matrix.toml that has the most of these versions: its name, host, outcome, and what differs from it."""
-    extras: dict[str, list[str]] = field(default_factory=dict)
-    """Extra → which of its packages are not installed; what is missing here is no problem until a call needs it."""
     nodes: dict[str, str] | None = None
     """For a run or adapter, what computes each adapted linear (`weftlora.adapted.fusion.nodes`)."""
 
@@ -63,18 +65,18 @@ class Diagnosis:
         yield "weftlora", self.weftlora
         yield "python", self.python
         for name, version in self.packages.items():
-            yield name, f"{version}  (tested: {self.windows[name] or 'any'})"
-        for extra, missing in self.extras.items():
-            lacks = f"no {', '.join(missing)}: {install_line(extra)}" if missing else "installed"
-            yield f"extra {extra}", f"{lacks}  ({PURPOSES[extra]})"
+            yield name, f"{version}  (needs {self.windows[name] or 'any'})"
         if self.nearest is not None:
             yield (
                 "nearest tested host",
                 f"{self.nearest['host']} ({self.nearest['name']}): {_differences(self.nearest)}",
             )
-        yield "devices", ", ".join(self.devices)
-        yield "cores, torch threads", f"{self.cores}, {self.threads}"
-        yield "kernel", self.kernel
+        for extra, lacks in self.extras.items():
+            found = f"no {', '.join(lacks)}: {install_line(extra)}" if lacks else "installed"
+            yield f"extra {extra}", f"{found}  ({PURPOSES[extra]})"
+        yield "devices", ", ".join(self.devices) or UNKNOWN
+        yield "cores, torch threads", f"{self.cores}, {self.threads or UNKNOWN}"
+        yield "kernel", self.kernel or UNKNOWN
         yield "demo model", "present" if self.demo else "absent"
         yield "WEFT_DATA", self.data or "not set"
         yield "free disk", f"{self.free_gib:.1f} GiB"
@@ -120,25 +122,56 @@ def _differences(row: dict[str, Any]) -> str:
 def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
     """Look at this machine; `folder` is where runs would be written, `adapted` a run or an adapter to look at too."""
     packages, windows, problems = _packages()
-    devices, threads = _devices()
-    demo = _demo_problem()
+    fails, reason = _failing_import()
+    if fails and packages.get(fails) != "missing":
+        problems.append(reason)
+    devices, threads = ([], None) if fails == "torch" else _devices()
+    if not fails and (refused := why_not()):
+        problems.append(refused)
+    if demo := _demo_problem():
+        problems.append(demo)
     return Diagnosis(
         weftlora=__version__,
         python=platform.python_version(),
         packages=packages,
         windows=windows,
+        extras=_extras(),
         devices=devices,
         cores=os.cpu_count() or 1,
         threads=threads,
-        kernel=_kernel(),
+        kernel=None if fails == "torch" else _kernel(),
         demo=demo is None,
         data=os.environ.get("WEFT_DATA"),
         free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
-        problems=[*problems, *([refused] if (refused := why_not()) else []), *([demo] if demo else [])],
+        problems=problems,
         nearest=nearest_row(),
-        extras={extra: _missing(modules) for extra, modules in EXTRAS.items()},
-        nodes=None if adapted is None else _nodes(adapted),
+        nodes=None if adapted is None or fails else _nodes(adapted),
     )
+
+
+def _failing_import() -> tuple[str, str]:
+    """The first of what weftlora is built on that does not load here, and how it fails; two empty texts where all do."""
+    for name in ("torch", "transformers", "peft"):  # each loads the one before
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a package that is broken may raise anything
+            reason = " ".join(str(error).split()).rstrip(".")
+            return name, f"import {name} fails with {type(error).__name__}: {reason}."
+    return "", ""
+
+
+def _extras() -> dict[str, list[str]]:
+    return {
+        extra: [package for module, package in packages.items() if not _is_there(module)]
+        for extra, packages in EXTRAS.items()
+    }
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _kernel() -> str:
@@ -158,18 +191,6 @@ def _nodes(adapted: Path) -> dict[str, str]:
     return nodes(open_source(adapted, None).model)
 
 
-def _missing(modules: dict[str, str]) -> list[str]:
-    """Which distributions of an extra cannot be imported; nothing is loaded to find out."""
-    return [package for module, package in modules.items() if not _importable(module)]
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # of a module that somebody blocked, or made by hand
-        return False
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -181,10 +202,11 @@ def _packages() -> tuple[dict[str, str], dict[str, str], list[str]]:
     """What weftlora's own metadata requires, against what is installed."""
     packages, windows, problems = {}, {}, []
     try:
-        lines = importlib.metadata.requires("weftlora") or []
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-        lines = []
-    for line in lines:
+        required = importlib.metadata.requires("weftlora") or []
+    except importlib.metadata.PackageNotFoundError:
+        none = "weftlora is on the path and not installed, so what it needs cannot be compared: pip install it."
+        return {name: _version(name) or "missing" for name in COMPARED}, dict.fromkeys(COMPARED, ""), [none]
+    for line in required:
         needed = Requirement(line)
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
@@ -194,7 +216,7 @@ def _packages() -> tuple[dict[str, str], dict[str, str], list[str]]:
             problems.append(f"{needed.name} is not installed: pip install '{needed.name}{needed.specifier}'.")
         elif not needed.specifier.contains(found, prereleases=True):
             problems.append(
-                f"{needed.name} {found} is outside the tested window: pip install '{needed.name}{needed.specifier}'."
+                f"{needed.name} {found} is not a version that weftlora runs with: pip install '{needed.name}{needed.specifier}'."
             )
     return packages, windows, problems
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
-from weftlora.adapter.spec import WeftConfig
+from weftlora.adapter.spec import WeftConfig, write_loading_note
 from weftlora.disk.files import write_folder
 from weftlora.disk.ownership import ADAPTER
 from weftlora.errors import ConfigError, TargetError, WeftError
@@ -100,6 +100,8 @@ def write_adapter(model: PeftModel, run: Run) -> None:
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
         (folder / "README.md").write_text(_readme(run), encoding="utf-8")
+        if isinstance(model.active_peft_config, WeftConfig):  # stock peft's own load anywhere
+            write_loading_note(folder, _packages(run))
 
     write_folder(run.adapter_folder, fill, lambda name: name.as_posix() in ADAPTER)
 
@@ -110,26 +112,17 @@ def _method(run: Run) -> str:
 
 def _readme(run: Run) -> str:
     kind = f"`{in_code(run.base['source'])}` ({for_markdown(run.base['kind'])}), task: {run.task}"
-    return _README.format(run=run, method=for_markdown(_method(run)), base=kind, trust=_trust(run))
+    return _README.format(run=run, method=for_markdown(_method(run)), base=kind)
 
 
-def _trust(run: Run) -> str:
-    """The lines that trust the packages whose terms the adapter needs."""
+def _packages(run: Run) -> list[str]:
+    """The packages whose terms the adapter needs."""
     choices = [run.adapter.get(axis) for axis in AXES]
-    packages = sorted({choice["package"] for choice in choices if isinstance(choice, dict) and choice.get("package")})
-    lines = "".join(f"\nweftlora.trust_terms({name!r})  # whose code the adapter needs" for name in packages)
-    return f"{lines}\n" if lines else ""
+    return sorted({str(choice["package"]) for choice in choices if isinstance(choice, dict) and choice.get("package")})
 
 
 _README = """\
 # Adapter {method}
 
 Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on {base}.
-
-```python
-import weftlora  # registers the adapter type with peft
-from peft import PeftModel
-{trust}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
 """
