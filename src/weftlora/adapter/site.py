@@ -91,7 +91,7 @@ class Site(nn.Module):
         ] = {}  # rate and decay that `weftlora.param_groups` last gave each tensor
         self.watch: object | None = None  # on an adapter's first site: what looks at the groups of its optimiser
         self.schedule: object | None = (
-            None  # on an adapter's first site: its `weftlora.schedule.Schedule`, if it has one
+            None  # on an adapter's first site: its `weftlora.schedule.schedule.Schedule`, if it has one
         )
 
     def factors(self) -> Factors:

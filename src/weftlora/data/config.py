@@ -1,8 +1,6 @@
-"""Paths as recipe files write them: `~`, `${ENV}`, relative to the recipe's folder.
+"""The `data:` section of a recipe file, with paths as people write them: `~`, `${ENV}`, relative to the recipe's folder.
 
-The `data:` section of a recipe file.
-
-data: demo                                  # the embedded tasks
+data: demo                                  # the bundled tasks
 data: rows.jsonl                            # format and columns found from the first row
 data: {train: "${WEFT_DATA}/tasks/sst2/train.tsv", quoting: none, fields: {text: sentence}}
 """

@@ -1,11 +1,9 @@
-"""A weftlora adapter as a stock LoRA folder.
+"""A weftlora adapter as a stock LoRA folder, and how large it would be without writing it.
 
 read ─ closed forms ─ layout ─ config resolved again ─┬─ written beside ─ proved by stock peft ─ card ─ renamed
                     └─ the live adapter's logits ─────┘
 
-How large an adapter would be as a stock LoRA, without writing it: from the ranks and shapes of its sites.
-
-Σ 4 · R (in + out) bytes over the sites, 4 a number of what leaves in full, and the header of the file
+bytes = Σ over sites of 4 · R (in + out) + 4 · the parameters that leave in full + the header of the file
 """
 
 from __future__ import annotations

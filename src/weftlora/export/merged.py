@@ -1,15 +1,13 @@
-"""What a narrower number format leaves of an update.
-
-    lost = ‖(round(W + ΔW) − round(W)) − ΔW‖_F / ‖ΔW‖_F
-
-0 keeps all of it, 1 is as far off as no update at all, and above 1 the noise of rounding is larger than the update. Where W is
-stored in the format itself, an update below half a step is gone entirely (round(W + ΔW) = W).
-
-A weftlora adapter merged into its base's weights, as a folder that transformers loads.
+"""A weftlora adapter merged into its base's weights, as a folder that transformers loads.
 
     W' = round(W + ΔW)        W the original weight, the sum in fp32, one rounding into the dtype of the folder
 
-What the rounding loses is measured per site and on the logits, and a merge that loses too much is refused unless told to go on.
+What the rounding loses is measured per site and on the logits, and a merge that loses too much is refused unless told to go on:
+
+    lost = ‖(round(W + ΔW) − round(W)) − ΔW‖_F / ‖ΔW‖_F
+
+0 keeps all of the update, 1 is as far off as no update at all, and above 1 the noise of rounding is larger than the update. Where W is
+stored in the format itself, an update below half a step is gone entirely (round(W + ΔW) = W).
 """
 
 from __future__ import annotations

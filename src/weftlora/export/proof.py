@@ -3,8 +3,6 @@
     error = max |logit of the folder − logit of the live adapter| / max |logit of the live adapter|      fp32, over all batches
 
 and beside it, so that a small error means something, how far the adapter itself moves the logits from the base, same measure.
-
-The live adapter's outputs on some inputs, and a folder's held against them.
 """
 
 from __future__ import annotations

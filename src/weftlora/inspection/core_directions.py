@@ -1,6 +1,4 @@
-"""The record of `weftlora.directions`: plain numbers per site, and their means.
-
-What adapters do along the core directions of W, site by site: measured here, shown elsewhere.
+"""What adapters do along the core directions of W, site by site: measured here into the record of `weftlora.directions`.
 
     δ_k = |u_kᵀ ΔW v_k| / (σ_k + ε)                change rate (`weftlora.change_rates`)
     predicted                                       those launched or started along, else the s of largest δ under the adapter's ΔW

@@ -1,6 +1,6 @@
-"""The core directions that an adapter chose, and how far it moves every direction of some W by now.
+"""`weftlora.inspect`: everything there is to see of one adapter, in memory or in a folder, with or without its base.
 
-`weftlora.inspect`: everything there is to see of one adapter, in memory or in a folder, with or without its base.
+Also along core directions: those that the adapter chose, and how far it moves every direction of some W by now.
 """
 
 from __future__ import annotations

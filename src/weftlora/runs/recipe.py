@@ -1,6 +1,4 @@
-"""The recipes `weftlora train NAME` runs without a file: one method on the embedded model and tasks.
-
-A recipe file: which model, which data, which adapter, how to train, where to write.
+"""A recipe: which model, which data, which adapter, how to train, where to write; from a file, or by its built-in name.
 
     model:   demo | path | hub id | {path, dtype, task, attn_implementation}
     data:    demo | path | the keys of `weftlora.data.DataConfig`
@@ -8,7 +6,8 @@ A recipe file: which model, which data, which adapter, how to train, where to wr
     train:   steps or epochs, batch_size, lr, ...
     out:     the run folder
 
-An unknown key anywhere is a `ConfigError` that names the nearest valid one.
+A built-in recipe, which `weftlora train NAME` runs without a file, is one method on the bundled model and tasks. An unknown key
+anywhere is a `ConfigError` that names the nearest valid one.
 """
 
 from __future__ import annotations

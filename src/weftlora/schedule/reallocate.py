@@ -1,9 +1,9 @@
 """Moving rank slots between sites: after each due step, score the live slots, decide, move.
 
     measure   the model on one fixed batch of validation rows, a slot off or alone      → two brackets per slot and row
-              (`schedule.scoring`)
+              (`schedule.rank_slots`)
     decide    scores, births, free slots → slots to take away and to make               (plain numbers; `terms.ranks.reallocate`)
-    apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.slots`)
+    apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.rank_slots`)
 
 With several processes the main one decides, and all hold the same masks or stop. A plan is applied as a whole between two optimiser
 steps, so no checkpoint can hold half of one.

@@ -1,8 +1,7 @@
-"""What a saved selection may hold: every value is checked when its file is read, so that none fails later on.
+"""The result of a search: a small JSON file that any config takes as `layers`, and that stock peft can use without weftlora.
 
-The file is JSON that people read, and edit: what they may choose by hand belongs into a recipe (`layers: [0, 3]`).
-
-The result of a search: a small JSON file that any config takes as `layers`, and that stock peft can use without weftlora.
+Every value is checked when the file is read, so that none fails later on. People read the file, and edit it: what they choose by
+hand belongs into a recipe (`layers: [0, 3]`).
 """
 
 from __future__ import annotations
