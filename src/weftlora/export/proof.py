@@ -147,7 +147,7 @@ def outputs(file: Path, batches: Sequence[Batch]) -> Outputs:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Prover:
     """What a shell computes: the live adapter, its base, and the adapter as it can leave (its gates fixed, if it is routed)."""
 
     own: nn.Module
@@ -158,7 +158,7 @@ class Truth:
     exact: Outputs
 
     @classmethod
-    def of(cls, own: nn.Module, source: Source, inputs: Inputs, gates: Gates) -> Truth:
+    def of(cls, own: nn.Module, source: Source, inputs: Inputs, gates: Gates) -> Prover:
         """Run the shell; afterwards its gates are fixed.
 
         Raises:

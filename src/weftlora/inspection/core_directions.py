@@ -179,7 +179,7 @@ def _mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 Updates = Mapping[str, Update]
-Truth = Callable[[str], Update | Tensor]  # a site's true update, in factors or dense [out, in]
+TrueUpdate = Callable[[str], Update | Tensor]  # a site's true update, in factors or dense [out, in]
 Tick = Callable[[int, int], None]
 
 STRANGE = 0.02
@@ -230,7 +230,7 @@ def measure(
     adapters: Mapping[str, Updates],
     question: Question,
     decompose: Callable[[str, Tensor], change_rates.Spectrum],
-    truth: Truth | None = None,
+    truth: TrueUpdate | None = None,
     against: str | None = None,
     tick: Tick = lambda done, total: None,
 ) -> DirectionsReport:

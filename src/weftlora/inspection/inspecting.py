@@ -24,7 +24,7 @@ from weftlora.inspection.routers import measure_usage
 from weftlora.inspection.subject import Rows, Subject, live_subject
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
-from weftlora.schedule.ranking import MeanGate, factor_pair
+from weftlora.schedule.direction_ranking import MeanGate, factor_pair
 from weftlora.settings import is_whole
 from weftlora.terms.extra import Direction
 

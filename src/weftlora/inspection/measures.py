@@ -34,7 +34,7 @@ from weftlora.inspection.record import (
     SiteFacts,
 )
 from weftlora.inspection.subject import Start, Subject
-from weftlora.schedule.ranking import MeanGate, factor_pair
+from weftlora.schedule.direction_ranking import MeanGate, factor_pair
 
 
 def split_name(site: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from weftlora.adapter.buffers import Known
+from weftlora.adapter.buffers import Remembered
 from weftlora.adapter.site import Site
 from weftlora.terms.events import Controller, Event, Length
 
@@ -150,7 +150,7 @@ class Schedule:
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
     _anchor: nn.Parameter | None = field(default=None, init=False)
-    _known: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
+    _known: Remembered[int] = field(default_factory=lambda: Remembered(int), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first.register_counter("steps", torch.zeros((), dtype=torch.long))
