@@ -23,12 +23,12 @@ from weftlora.errors import ConfigError, TargetError, unknown_key
 from weftlora.extras import needs
 from weftlora.search.hypergradient import Inner
 from weftlora.search.rules import Stability, stability
-from weftlora.sections import Strict
+from weftlora.sections import RecipeSection
 from weftlora.terms.layers.only import Only
 from weftlora.terms.layers.search import Search
 
 
-class _Group(Strict):
+class _Group(RecipeSection):
     where: ClassVar[str] = "a group"
 
     name: Annotated[str, Field(min_length=1)]
@@ -43,7 +43,7 @@ class _Group(Strict):
     gradient_norm: float
 
 
-class _File(Strict):
+class _File(RecipeSection):
     where: ClassVar[str] = "a selection"
 
     format: Annotated[int, Field(ge=1)]
@@ -57,7 +57,7 @@ class _File(Strict):
     seconds: Annotated[float, Field(ge=0)]
 
 
-class Lora(Strict):
+class Lora(RecipeSection):
     """What a stock LoRA takes over from the searched adapter; the other settings of the adapter are for people to read."""
 
     where: ClassVar[str] = "adapter"
