@@ -1,4 +1,4 @@
-"""What users import: every public name resolves, and nothing is missing. What importing costs: tests/test_start.py."""
+"""What users import: every public name resolves, and nothing is missing. What importing costs: tests/test_import_cost.py."""
 
 import ast
 import inspect

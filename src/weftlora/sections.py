@@ -1,4 +1,4 @@
-"""Pydantic models that refuse unknown keys and name the nearest valid one."""
+"""Sections of recipe files: pydantic models that refuse unknown keys and name the nearest valid one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from weftlora.errors import ConfigError, unknown_key
 
 
-class Strict(BaseModel):
+class RecipeSection(BaseModel):
     """Base of every section of a recipe file: frozen, no unknown keys, no silent coercion of strings to numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)

@@ -1,6 +1,7 @@
-"""What counts as a number in a setting: True and False do not, although Python has them as 1 and 0.
+"""Values of settings: what counts as a number, and when something happens in a run.
 
-When something happens in a run: optimiser steps, a fraction of the run, or epochs.
+True and False are no numbers here, although Python has them as 1 and 0. A time is in optimiser steps, a fraction of the run, or
+epochs.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from dashing import adam, batch, dash, init, loss_of, parameters, steps, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weftlora
-from weftlora.adapter.buffers import Known
+from weftlora.adapter.buffers import Remembered
 from weftlora.host.attach import schedules
 
 T = 2
@@ -52,7 +52,7 @@ def test_a_step_without_an_event_reads_no_tensor(taken: int, build: Any) -> None
     ids=["in place", "copied", "loaded"],
 )
 def test_a_change_by_anybody_is_seen(change: Any) -> None:
-    tensor, known = torch.tensor(5), Known(int)
+    tensor, known = torch.tensor(5), Remembered(int)
     assert known.read(tensor) == 5
     change(tensor)
     assert known.read(tensor) == 8
@@ -66,7 +66,7 @@ def holder(tensor: torch.Tensor) -> torch.nn.Module:
 
 
 def test_a_tensor_of_inference_mode_is_read_every_time() -> None:
-    known = Known(int)
+    known = Remembered(int)
     with torch.inference_mode():
         tensor = torch.tensor(1)
         assert known.read(tensor) == 1

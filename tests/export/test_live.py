@@ -1,4 +1,4 @@
-"""The truth that exports are held against: every logit, in full fp32, whatever its caller has switched on."""
+"""The outputs that exports are compared with: every logit, in full fp32, whatever its caller has switched on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from families import FAMILIES
 from weftlora.errors import AdapterError
 from weftlora.export import live
 from weftlora.export.live import Outputs
-from weftlora.export.proof import Truth
+from weftlora.export.proof import Prover
 
 Adapted = Callable[..., PeftModel]
 
@@ -33,10 +33,10 @@ def test_a_value_that_is_no_number_is_a_difference_in_any_batch(where: int) -> N
 def test_a_folder_that_computes_no_numbers_on_a_later_batch_is_not_kept(
     adapted: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stock(self: Truth, *_: Any) -> Outputs:
+    def stock(self: Prover, *_: Any) -> Outputs:
         return Outputs([self.exact.logits[0], torch.full_like(self.exact.logits[1], math.nan)], [])
 
-    monkeypatch.setattr(Truth, "of_adapter", stock)
+    monkeypatch.setattr(Prover, "of_adapter", stock)
     batch = FAMILIES["llama"].batch()
     with pytest.raises(AdapterError, match="differs from the live one by nan"):
         weftlora.export_lora(adapted(weftlora.PlainLoraConfig(r=2)), tmp_path / "lora", inputs=[batch, batch])

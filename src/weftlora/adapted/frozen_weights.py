@@ -1,16 +1,15 @@
-"""Decompositions of frozen weights: timed, and kept in a folder where there is one to keep them in.
+"""Frozen weights one matrix at a time: read out of a checkpoint folder, and decomposed, each once where a folder keeps the result.
 
-A decomposition depends on W alone, not on training, so runs that launch directions on the same base can share it. The key
-is the SHA-256 of W's bytes, dtype and shape. Nothing is written unless a folder is named: by `weftlora.attach(model, cache=...)`,
-or by WEFT_CACHE in the environment. Kept are fp64 values, so a run with the cache is bit for bit the run without it.
+    matrix          a single weight of a folder by its module's name: never the whole model
+    decomposition   one side of the thin SVD in fp64, timed; 134 MB where the smaller side of W is 4096
 
-One file per weight, [small, k] + [k] numbers: 134 MB where the smaller side of W is 4096. It carries its key and a
-checksum of its content; a file that is damaged, foreign or of another format is computed anew and replaced.
+A matrix from a folder is what directions are ranked on where the base in memory is quantised (its noise owns the small end of the
+spectrum, where task-specific directions lie), and what a model that was fine-tuned in full is compared with.
 
-Single matrices out of a checkpoint folder, by module name: never the whole model.
-
-Two things need them: ranking directions on the original W where the base in memory is quantised (its noise owns the small
-end of the spectrum, where task-specific directions lie), and comparing with a model that was fine-tuned in full.
+A decomposition depends on W alone, not on training, so runs that launch directions on the same base can share it. Nothing is
+written unless a folder is named: by `weftlora.attach(model, cache=...)`, or by WEFT_CACHE in the environment. The key is the SHA-256
+of W's bytes, dtype and shape; a file carries its key and a checksum of its content, and one that is damaged, foreign or of another
+format is computed again and replaced. A run with the cache is bit for bit the run without it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Gated MLPs as one node under an unmodified model: where a forward is, word for word, down(act(gate(x)) * up(x)).
+"""Which adapted modules of an unmodified model are computed as one node: groups that read one input, and gated MLPs.
 
-Which adapted linears one node spans under an unmodified model: groups of one input, gated MLPs.
+    q, k, v of an attention; gate and up of an MLP      one input        `weftlora.adapted.input_groups`
+    down(act(gate(x)) * up(x))                          a gated MLP      where a forward is, word for word, this
 
 Both step aside, per forward, for whatever they cannot do: another base than a plain frozen Linear, hooks on a module
 inside, several active adapters, gates per part of the batch, `torch.compile` (which fuses by itself, and in which tensors have no

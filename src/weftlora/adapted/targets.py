@@ -1,9 +1,7 @@
-"""What can carry an adapter, and the sentence for what cannot.
+"""What can carry an adapter, the sentence for what cannot, and the transformer blocks that the targets lie in.
 
-The transformer blocks of a model, found by object: no naming scheme is assumed.
-
-A stack is an outermost `nn.ModuleList` whose entries hold linear modules without being one; its entries are blocks. Blocks
-are numbered in the order in which the model lists them, through all of its stacks:
+Blocks are found by object: no naming scheme is assumed. A stack is an outermost `nn.ModuleList` whose entries hold linear modules
+without being one; its entries are blocks. Blocks are numbered in the order in which the model lists them, through all of its stacks:
 
     Llama   model.layers.0 … n−1                      0 … n−1
     GPT-2   transformer.h.0 …                         0 …

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from weftlora.adapted.hooks import in_mode
 from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import AdapterError
-from weftlora.schedule.ranking import MeanGate, factor_pair
+from weftlora.schedule.direction_ranking import MeanGate, factor_pair
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Known(Generic[T]):
+class Remembered(Generic[T]):
     """Remembers what `look` found in one tensor. A copy starts without a memory: it has a tensor of its own to read."""
 
     def __init__(self, look: Callable[[Tensor], T]) -> None:
@@ -37,5 +37,5 @@ class Known(Generic[T]):
         self._held = tensor, version, value
         return value
 
-    def __reduce__(self) -> tuple[type[Known[Any]], tuple[Callable[[Tensor], T]]]:
-        return Known, (self._look,)
+    def __reduce__(self) -> tuple[type[Remembered[Any]], tuple[Callable[[Tensor], T]]]:
+        return Remembered, (self._look,)

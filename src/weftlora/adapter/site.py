@@ -31,7 +31,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from weftlora.adapter.buffers import Known
+from weftlora.adapter.buffers import Remembered
 from weftlora.errors import ConfigError, MergeError
 from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight
 from weftlora.kernel.dropout import dropped
@@ -80,7 +80,7 @@ class Site(nn.Module):
             self.register_buffer(name, None)
         self.counters: set[str] = set()  # buffers of the adapter as a whole, which its first site carries
         self.keep: Tensor | None = None  # [K, slots], set while slots are scored; see `Factors.keep`
-        self._live = Known(_live_slots)
+        self._live = Remembered(_live_slots)
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
         self.awaits_search = False  # training is refused but to what comes before it
         self.untrained = ""  # the sentence that refuses it
@@ -91,7 +91,7 @@ class Site(nn.Module):
         ] = {}  # rate and decay that `weftlora.param_groups` last gave each tensor
         self.watch: object | None = None  # on an adapter's first site: what looks at the groups of its optimiser
         self.schedule: object | None = (
-            None  # on an adapter's first site: its `weftlora.schedule.Schedule`, if it has one
+            None  # on an adapter's first site: its `weftlora.schedule.schedule.Schedule`, if it has one
         )
 
     def factors(self) -> Factors:

@@ -1,13 +1,12 @@
-"""What is measured: one frozen base, and the same base under each adapter.
+"""What is measured: one frozen base, the same base under each adapter, and how exact each of them is.
 
 Every model of one measurement holds the very same frozen weight tensors. Every adapter sits on all linear modules but
 the head, at its recipe's α, with all of its factors away from zero, so that no gradient vanishes for a trivial reason.
 
-Does the fast path compute the gradients of the equation? The same step on `weftlora.kernel.reference`, compared.
+Exact is a case whose gradients are those of the equation. The same step is taken on `weftlora.kernel.reference`, in the dtype
+that is measured and with the same dropout masks (same seed):
 
     error = max over tensors of ‖g − g_ref‖ / ‖g_ref‖      over the input's gradient and every trained tensor's
-
-Both run in the dtype that is measured and draw the same dropout masks (same seed).
 """
 
 from __future__ import annotations

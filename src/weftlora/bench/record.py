@@ -1,10 +1,7 @@
-"""Median and quartiles.
+"""The record of a speed measurement: medians with quartiles, beside what the project promises.
 
-The figures the project promises: what must be reached, and what is aimed at.
-
-Each is the median over rounds of one case's time over another's in the same round, or the bytes a case saves over the floor's.
-
-The record of a speed measurement, and the targets it is held against.
+A target is what must be reached and what is aimed at. Each is the median over rounds of one case's time over another's in the same
+round, or the bytes a case saves over the floor's.
 """
 
 from __future__ import annotations

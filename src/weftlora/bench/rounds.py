@@ -1,8 +1,7 @@
-"""Bytes that a forward keeps for its backward: distinct storages seen by saved-tensor hooks, weights left out.
-
-Training steps of all cases, interleaved, as ratios to the frozen base's step.
+"""Training steps of all cases, interleaved: their time as ratios to the frozen base's step, and the bytes they keep.
 
     ratio = median over rounds of  time(case, round) / time(floor, round)
+    bytes = Σ over distinct storages that a forward keeps for its backward (saved-tensor hooks), weights left out
 
 Each round steps every case once in a fresh random order, so that what slows the machine down for a while slows all cases
 alike. The clock is process CPU time by default: another process's load stretches wall time, hardly CPU time.

@@ -1,6 +1,7 @@
-"""The commands. What they do is in `weftlora.train`; here it is called and shown.
+"""The commands `train`, `eval`, `generate`, `recipes` and `doctor`, the list of all, and the way of each from the shell and back.
 
-From the shell to a command and back: one sentence and exit code 1 for whatever the user can put right.
+What a command does is in the library; here it is called and shown. Whatever the user can put right ends as one sentence and exit
+code 1.
 """
 
 from __future__ import annotations

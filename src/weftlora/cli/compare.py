@@ -1,7 +1,4 @@
-"""`weftlora compare`: which of these adapters helps on my data, and at what cost.
-
-`weftlora report`: one offline page about runs.
-"""
+"""`weftlora compare` and `weftlora report`: which of these adapters helps on my data, at what cost; one offline page about runs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`weftlora directions`: what adapters do along the core directions of the frozen weights.
-
-`weftlora heads`: how many heads the rows of a file suggest.
-"""
+"""`weftlora directions` and `weftlora heads`: what adapters do along core directions; how many heads a file's rows suggest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Progress on stderr: a bar on a terminal, now and then a line elsewhere, nothing for what ends within two seconds.
+"""What commands put on the screen: results on stdout, all else on stderr.
 
-What commands put on the screen. Results go to stdout, all else to stderr.
+Progress is a bar on a terminal, now and then a line elsewhere, and nothing for what ends within two seconds.
 """
 
 from __future__ import annotations

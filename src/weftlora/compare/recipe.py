@@ -26,7 +26,7 @@ from weftlora.compare import record
 from weftlora.data.config import checked_path
 from weftlora.errors import ConfigError
 from weftlora.runs.recipe import Subject, TrainConfig, read_file
-from weftlora.sections import Strict
+from weftlora.sections import RecipeSection
 from weftlora.settings import is_number, is_whole
 
 MOST_SEEDS = 1000
@@ -34,7 +34,7 @@ RATES = (5e-4, 2e-3, 8e-3)
 """Learning rates that are tried where a recipe names none: each four times the one before."""
 
 
-class Budget(Strict):
+class Budget(RecipeSection):
     """What is equal: trained numbers, as plain LoRA of rank `r` has them, or optimiser steps, a search's cost included."""
 
     where: ClassVar[str] = "budget"
@@ -42,7 +42,7 @@ class Budget(Strict):
     r: int = Field(default=8, gt=0, le=2**20)
 
 
-class Rates(Strict):
+class Rates(RecipeSection):
     """The learning rates that are tried for every method alike, on validation loss, over `seeds` that are not reported."""
 
     where: ClassVar[str] = "rates"

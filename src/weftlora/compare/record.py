@@ -1,8 +1,7 @@
-"""The scores that methods can be compared by: what each is of, which way is better, and how it is called.
+"""What a comparison found, as plain data: its settings, its methods, one outcome per run, and what the runs say together.
 
-What a comparison found, as plain data: its settings, its methods, one outcome per run, and what the runs say together.
-
-Everything here is read from run folders and from `compare.json`, the plan beside them; nothing is measured here.
+Everything here is read from run folders and from `compare.json`, the plan beside them; nothing is measured here. A metric says what
+it is of, which way is better, and how it is called.
 """
 
 from __future__ import annotations

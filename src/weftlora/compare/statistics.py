@@ -1,4 +1,7 @@
-"""A mean over few seeds and an interval that is honest about it.
+"""What the runs of a comparison say together: means over few seeds, intervals that are honest about it, verdicts.
+
+Runs become rows: the scores of each method over its seeds, and its differences to the baseline by seed. What may be said of paired
+differences is a sentence: better, worse, not distinguishable, or nothing. The interval that decides it:
 
     low = m − w L / (L + U)      high = m + w U / (L + U)      w = 2 t s / √n · 1.005
 
@@ -37,10 +40,6 @@ have equal means.
 
 Sources: Hesterberg, What Teachers Should Know About the Bootstrap, arXiv:1411.5279 (narrowness bias, expanded percentile and
 bootstrap t intervals); Efron and Tibshirani, An Introduction to the Bootstrap, 1993 (smoothed bootstrap). The scaling is ours.
-
-What may be said of paired differences, in a sentence: better, worse, not distinguishable, or nothing.
-
-From runs to rows: the scores of each method over its seeds, its differences to the baseline by seed, and the verdict.
 """
 
 from __future__ import annotations

@@ -1,24 +1,18 @@
-"""Two locks on a comparison's folder, so that no two processes ever write one run.
+"""The runs of a comparison, several at once: each in a process of its own, from wherever a kill has left it to its scores.
+
+A server process imports everything once and forks a process for every run, with one torch thread, so that a run begins at once,
+finds a memory that no other run has used, and takes none but itself with it when it dies. None lives longer than the comparison.
+The parent hears of a run's progress; what came out is in its folder, and a run looks at no other:
+
+    complete   run.json says so, and a reported run has eval-test.json
+    begun      it goes on from its newest checkpoint; what cannot go on starts again
+    problem    problem.json says why there will be no scores: diverged (final), or failed (tried again the next time)
+
+Two locks on the comparison's folder keep two processes from ever writing one run. What counts is who holds them:
 
     .weft-lock     held by the `weftlora compare` that is in charge, as in every folder; a second one is refused
     workers.lock   handed on to its workers: it is free only when the last of them has gone, which a comparison that goes on
                    after a kill waits for
-
-What counts is who holds them.
-
-One run of a comparison, from wherever a kill has left it to its scores.
-
-    complete.  run.json says so, and a reported run has eval-test.json
-    begun      it goes on from its newest checkpoint; what cannot go on starts anew
-    problem    problem.json says why there will be no scores: diverged (final), or failed (tried again the next time)
-
-Nothing here looks at other runs.
-
-Runs, several at once: each in a process of its own, with one torch thread, that lives no longer than the comparison.
-
-A server process imports everything once and forks a process for every run, so that a run begins at once, finds a memory that no
-other run has used, and takes none but itself with it when it dies. The parent hears of a run's progress; what came out lies in
-its folder.
 """
 
 from __future__ import annotations

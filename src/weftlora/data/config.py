@@ -1,8 +1,6 @@
-"""Paths as recipe files write them: `~`, `${ENV}`, relative to the recipe's folder.
+"""The `data:` section of a recipe file, with paths as people write them: `~`, `${ENV}`, relative to the recipe's folder.
 
-The `data:` section of a recipe file.
-
-data: demo                                  # the embedded tasks
+data: demo                                  # the bundled tasks
 data: rows.jsonl                            # format and columns found from the first row
 data: {train: "${WEFT_DATA}/tasks/sst2/train.tsv", quoting: none, fields: {text: sentence}}
 """
@@ -21,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.foreign_text import shortened
-from weftlora.sections import Strict
+from weftlora.sections import RecipeSection
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -119,7 +117,7 @@ Task = Literal["causal", "seq2seq", "classification"]
 Format = Literal["prompt_completion", "chat", "text", "classification"]
 
 
-class Fields(Strict):
+class Fields(RecipeSection):
     """Role → column name. A role left out is looked for under its own name, then under the names of `rows.ALIASES`."""
 
     where: ClassVar[str] = "data.fields"
@@ -132,7 +130,7 @@ class Fields(Strict):
     domain: str | None = None
 
 
-class DataConfig(Strict):
+class DataConfig(RecipeSection):
     """Which rows to read, how to turn them into tokens, and how to split them.
 
     Paths are read relative to the recipe file's folder, with `~` and `${ENV}` expanded; `demo` is the embedded data
@@ -177,7 +175,7 @@ class DataConfig(Strict):
 
     @classmethod
     def parse(cls, data: Any) -> Self:
-        """As `Strict.parse`; a bare string is short for `{train: <string>}`."""
+        """As `RecipeSection.parse`; a bare string is short for `{train: <string>}`."""
         return super().parse({"train": data} if isinstance(data, str) else data)
 
     def check_files(self, base_dir: str | os.PathLike[str] | None = None) -> None:

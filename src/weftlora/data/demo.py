@@ -1,4 +1,4 @@
-"""The embedded default: what the demo model was trained on, and the fine-tuning tasks that it cannot do.
+"""The bundled tasks: what the demo model was trained on, and the fine-tuning tasks that it cannot do.
 
     row      prompt "mill turn kqzv ->"  completion " vzqk"  domain "mill"
     rule     (domain, instruction) ↦ a chain of skills; completion = chain(payload)

@@ -1,9 +1,10 @@
-"""Examples into tokens and labels.
+"""Examples into tokens and labels, for training and for generating from.
 
     causal           [prefix] prompt | answer [eos]       labels: −100 … −100 | answer [eos]
     text             [prefix] text [eos]                  labels: all tokens (no eos on a block of a file)
     seq2seq          [prefix] prompt [suffix]             labels: answer [eos]
     classification   [prefix] text [suffix]               labels: the class number
+    chat             what the tokenizer's chat template makes of messages; labels: what the assistant says
 
 prefix and suffix are what the tokenizer puts around a text (BOS; CLS and SEP). Prompt and answer are tokenised apart
 and joined as tokens, so no token ever straddles the boundary: the loss covers the answer's tokens exactly, and the
@@ -11,15 +12,12 @@ prompt's tokens in training are those of generation. With a tokenizer that marks
 therefore starts with such a mark whether or not the text has a space there; write " answer" only for tokenizers that
 keep the space themselves (byte-level BPE).
 
-Conversations through the tokenizer's chat template, with the loss on what the assistant says.
+A conversation is cut the same way, before and after every message of the assistant:
 
     render(messages[:i], open_answer)      everything up to the assistant's i-th message, its header included: no loss
     render(messages[:i+1]) − the above     the message and whatever the template ends it with: loss
 
-The pieces are tokenised apart and joined as tokens, as prompt and answer are (see `encode`). A template that rewrites
-earlier turns when later ones follow has no such pieces; that is an error, since its masks would be wrong.
-
-What an evaluation generates from, and what it compares with.
+A template that rewrites earlier turns when later ones follow has no such pieces; that is an error, since its masks would be wrong.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Deterministic, disjoint splits.
+"""A `data:` section into tokenised splits, with an account of every row that went in.
 
-Each distinct row has a place in an order drawn from the seed and the row's own content, so the split depends neither on
-the order of the file nor on Python's hash seed, and copies of a row always stand together.
+    read ─ rows ─ roles ─ examples ─┬─ carve ── train       ─ limit ─ encode ─ count
+                                    └────────── validation  ─ limit ─ encode ─ count
 
-Encoded rows into a dataset, and the account of every row that went in.
-
-A `data:` section into tokenised splits.
-
-read ─ rows ─ roles ─ examples ─┬─ carve ── train       ─ limit ─ encode ─ count
-                                └────────── validation  ─ limit ─ encode ─ count
+Carving is deterministic and disjoint: each distinct row has a place in an order drawn from the seed and the row's own content, so
+the split depends neither on the order of the file nor on Python's hash seed, and copies of a row always stand together.
 """
 
 from __future__ import annotations

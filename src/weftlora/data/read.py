@@ -1,12 +1,10 @@
-"""What every reader returns: the rows of one file, each with the line it came from, and the file's hash.
+"""Files into rows, each with the line it came from, and the file's hash.
 
-A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, read into memory.
+    .jsonl   one JSON object a line          .csv .tsv   a header line, then one record each
+    .json    one list of objects             .txt        plain text, see `DataConfig.unit` and `separator`
+    folder   saved by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, read into memory
 
-Files into rows. A row that cannot be read is named by file and line and stops the load; nothing is skipped silently.
-
-.jsonl        one JSON object a line          .csv .tsv   a header line, then one record each
-.json         one list of objects             .txt        plain text, see `DataConfig.unit` and `separator`
-folder        saved by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`
+A row that cannot be read is named by file and line and stops the load; nothing is skipped silently.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A folder that is there whole or not at all: written beside it, forced to disk, then renamed.
+"""The folder of an export: the files of a stock LoRA, the number formats they may have, and that it is there whole or not at all.
 
-What lies in a folder that is replaced and is no file of the earlier export is in the new one too.
-
-The two files of a stock LoRA folder, and the number formats they may have.
+It is written beside its place, forced to disk, then renamed. What is in a folder that is replaced and is no file of the earlier
+export is in the new one too.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the live adapter computes: the truth that every export is held against, in fp32.
+"""What the live adapter computes: its outputs, which every export is compared with in fp32, and what its routers do on average.
 
 A shell has modules of its own around the very tensors of the model (around fp32 copies, where the model is not in fp32), so that
 choosing adapters and taking them out leaves the model itself as it was.
 
-The mean router output of every routed site over data: at these fixed weights a routed update becomes one ΔW.
+At a router's mean output over data, a routed update becomes one ΔW:
 
     ω̄ = mean over tokens of softmax(x Wgᵀ)        ΔW ≈ s (Σ_n ω̄_n B_n) A
 

@@ -1,11 +1,9 @@
-"""A weftlora adapter as a stock LoRA folder.
+"""A weftlora adapter as a stock LoRA folder, and how large it would be without writing it.
 
 read ─ closed forms ─ layout ─ config resolved again ─┬─ written beside ─ proved by stock peft ─ card ─ renamed
                     └─ the live adapter's logits ─────┘
 
-How large an adapter would be as a stock LoRA, without writing it: from the ranks and shapes of its sites.
-
-Σ 4 · R (in + out) bytes over the sites, 4 a number of what leaves in full, and the header of the file
+bytes = Σ over sites of 4 · R (in + out) + 4 · the parameters that leave in full + the header of the file
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from weftlora.export import folder, live, record
 from weftlora.export.factors import Pair, closed_form, combined, common_rank
 from weftlora.export.folder import config_of, name_of, save
 from weftlora.export.live import Gates, mean_gates
-from weftlora.export.proof import Truth
+from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
 from weftlora.export.source import Inputs, Source, drawn_parts, in_full, inputs_of
 from weftlora.host.stock_lora import HOST, trained_modules
@@ -75,12 +73,12 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             parameters=sum(pair.a.numel() + pair.b.numel() for pair in sites.values()),
             whole_modules=sorted({name.rpartition(".")[0] for name in heads}),
         )
-        truth = Truth.of(own, source, inputs or inputs_of(source, None), measured) if choices.verify else None
+        prover = Prover.of(own, source, inputs or inputs_of(source, None), measured) if choices.verify else None
 
         def fill(place: Path) -> None:
-            done.append(write(place, bare, config, sites, heads, choices.dtype, truth))
-            if truth is not None and gates is not None:
-                done.append(replace(done[-1], approximation=truth.approximation(gates, measured)))
+            done.append(write(place, bare, config, sites, heads, choices.dtype, prover))
+            if prover is not None and gates is not None:
+                done.append(replace(done[-1], approximation=prover.approximation(gates, measured)))
             (place / "README.md").write_text(record.lora(done[-1], source, config), encoding="utf-8")
 
         folder.write(out, fill)
@@ -147,7 +145,7 @@ def write(
     sites: Mapping[str, Pair],
     heads: Mapping[str, Tensor],
     dtype: torch.dtype,
-    truth: Truth | None,
+    prover: Prover | None,
 ) -> LoraExport:
     """The two files, and what was measured of them: in fp32 first, whatever they are to be in the end.
 
@@ -155,11 +153,11 @@ def write(
         AdapterError: stock peft does not compute what the live adapter does; a value does not fit into the dtype.
     """
     save(place, config, sites, heads, torch.float32)
-    proof = None if truth is None else truth.prove(place, bare.ranks)
+    proof = None if prover is None else prover.prove(place, bare.ranks)
     if dtype == torch.float32:
         return replace(bare, proof=proof)
     save(place, config, sites, heads, dtype)
-    error = None if truth is None else truth.compared(truth.of_adapter(place, bare.ranks), None).error
+    error = None if prover is None else prover.compared(prover.of_adapter(place, bare.ranks), None).error
     return replace(bare, proof=proof, rounding=Rounding(name_of(dtype), lost_to(dtype, sites), error))
 
 

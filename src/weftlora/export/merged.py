@@ -1,15 +1,13 @@
-"""What a narrower number format leaves of an update.
-
-    lost = ‖(round(W + ΔW) − round(W)) − ΔW‖_F / ‖ΔW‖_F
-
-0 keeps all of it, 1 is as far off as no update at all, and above 1 the noise of rounding is larger than the update. Where W is
-stored in the format itself, an update below half a step is gone entirely (round(W + ΔW) = W).
-
-A weftlora adapter merged into its base's weights, as a folder that transformers loads.
+"""A weftlora adapter merged into its base's weights, as a folder that transformers loads.
 
     W' = round(W + ΔW)        W the original weight, the sum in fp32, one rounding into the dtype of the folder
 
-What the rounding loses is measured per site and on the logits, and a merge that loses too much is refused unless told to go on.
+What the rounding loses is measured per site and on the logits, and a merge that loses too much is refused unless told to go on:
+
+    lost = ‖(round(W + ΔW) − round(W)) − ΔW‖_F / ‖ΔW‖_F
+
+0 keeps all of the update, 1 is as far off as no update at all, and above 1 the noise of rounding is larger than the update. Where W is
+stored in the format itself, an update below half a step is gone entirely (round(W + ΔW) = W).
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from weftlora.export import folder, live, record
 from weftlora.export.folder import name_of
 from weftlora.export.live import Outputs
 from weftlora.export.lora import pairs
-from weftlora.export.proof import TOLERANCE, Truth
+from weftlora.export.proof import TOLERANCE, Prover
 from weftlora.export.record import Merge, SiteLoss
 from weftlora.export.source import Inputs, Source, inputs_of
 from weftlora.host.stock_lora import put, without_adapters
@@ -93,14 +91,14 @@ def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) ->
     done: list[Merge] = []
 
     with live.shell(source.model, source.adapters) as own:
-        truth = Truth.of(own, source, inputs or inputs_of(source, None), {}) if choices.verify else None
-        nf4 = None if truth is None else logits_lost_to_nf4(own, source, choices.original, truth)
+        prover = Prover.of(own, source, inputs or inputs_of(source, None), {}) if choices.verify else None
+        nf4 = None if prover is None else logits_lost_to_nf4(own, source, choices.original, prover)
         sites = add_updates(own, source, choices.original, dtype)
 
         def fill(place: Path) -> None:
             save(own, source, place, dtype, choices.original)
             bare = replace(bare_record(out, source, sites, dtype, choices), lost_logits_nf4=nf4)
-            done.append(measured(place, bare, choices, truth))
+            done.append(measured(place, bare, choices, prover))
             (place / "README.md").write_text(record.merged(done[0], source), encoding="utf-8")
 
         folder.write(out, fill)
@@ -193,13 +191,13 @@ def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iter
         yield layer, w, updates[layer.module_name].delta().to(w.device, torch.float32)
 
 
-def logits_lost_to_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: Truth) -> float:
+def logits_lost_to_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: Prover) -> float:
     """‖(merged − base, both with the adapted weights in NF4) − (live − base)‖ / ‖live − base‖ over logits: 0 keeps the change."""
-    after = in_nf4(own, source, original, truth, merged=True)
-    return truth.lost_change(after, in_nf4(own, source, original, truth, merged=False))
+    after = in_nf4(own, source, original, prover, merged=True)
+    return prover.lost_change(after, in_nf4(own, source, original, prover, merged=False))
 
 
-def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: Truth, *, merged: bool) -> Outputs:
+def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: Prover, *, merged: bool) -> Outputs:
     """What the shell computes with its adapted weights in NF4: with the update in them, or as its base without any adapter."""
     replaced: list[tuple[Any, nn.Module]] = []
     try:
@@ -209,7 +207,7 @@ def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, truth: T
             layer.base_layer = linear(base, round_nf4(w + delta if merged else w))
             replaced[-1][0].enable_adapters(False)
         with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
-            return live.run(own, truth.inputs.batches)
+            return live.run(own, prover.inputs.batches)
     finally:
         for layer, base in replaced:
             layer.base_layer = base
@@ -279,7 +277,7 @@ def bare_record(out: Path, source: Source, sites: list[SiteLoss], dtype: torch.d
     return Merge(out, source.adapters, name_of(dtype), weights, sites, lost, lost_nf4)
 
 
-def measured(place: Path, bare: Merge, choices: Choices, truth: Truth | None) -> Merge:
+def measured(place: Path, bare: Merge, choices: Choices, prover: Prover | None) -> Merge:
     """What the written folder computes against the live adapter, and what was lost.
 
     Raises:
@@ -287,15 +285,15 @@ def measured(place: Path, bare: Merge, choices: Choices, truth: Truth | None) ->
     """
     exact = bare.dtype == "float32" and choices.original is None
     found = bare
-    if truth is not None:
-        outputs = truth.of_model(place)
-        proof = truth.compared(outputs, TOLERANCE if exact else None)
+    if prover is not None:
+        outputs = prover.of_model(place)
+        proof = prover.compared(outputs, TOLERANCE if exact else None)
         if exact and not proof.error <= TOLERANCE:
             raise MergeError(
                 f"the merged model differs from the live adapter by {proof.error:.2g} of the largest logit (allowed: "
                 f"{TOLERANCE:g}), so it was not kept: please report it."
             )
-        found = replace(bare, proof=proof, lost_logits=truth.lost(outputs))
+        found = replace(bare, proof=proof, lost_logits=prover.lost(outputs))
     share, of = (found.lost, "‖ΔW‖") if found.lost_logits is None else (found.lost_logits, "the change of the logits")
     if exact or share <= LIMIT:
         return found

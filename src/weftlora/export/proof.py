@@ -3,8 +3,6 @@
     error = max |logit of the folder − logit of the live adapter| / max |logit of the live adapter|      fp32, over all batches
 
 and beside it, so that a small error means something, how far the adapter itself moves the logits from the base, same measure.
-
-The live adapter's outputs on some inputs, and a folder's held against them.
 """
 
 from __future__ import annotations
@@ -149,7 +147,7 @@ def outputs(file: Path, batches: Sequence[Batch]) -> Outputs:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Prover:
     """What a shell computes: the live adapter, its base, and the adapter as it can leave (its gates fixed, if it is routed)."""
 
     own: nn.Module
@@ -160,7 +158,7 @@ class Truth:
     exact: Outputs
 
     @classmethod
-    def of(cls, own: nn.Module, source: Source, inputs: Inputs, gates: Gates) -> Truth:
+    def of(cls, own: nn.Module, source: Source, inputs: Inputs, gates: Gates) -> Prover:
         """Run the shell; afterwards its gates are fixed.
 
         Raises:

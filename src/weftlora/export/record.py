@@ -1,6 +1,6 @@
-"""What an export says of itself: plain numbers, for the screen, for `--json` and for the card in the folder.
+"""What an export says of itself: plain numbers for the screen and `--json`, and the model card of its folder.
 
-The model card of an exported folder: how it was trained, how to load it, what was measured. No path of this machine.
+The card says how the adapter was trained, how to load it and what was measured. No path of this machine.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What is exported: an adapted model in memory, a run folder or an adapter folder, brought to one form.
 
-Parts of a classifier that its base's checkpoint does not have: a pooler, a head. Loading draws them from the seed of the moment.
-
-An adapter of stock LoRA would then stand on other numbers in every process. So these parts leave in full with it, as what was
-trained in full does, and an update on one of them is added to its weight.
+A classifier has parts that its base's checkpoint does not have (a pooler, a head), and loading draws them from the seed of the
+moment: an adapter of stock LoRA would then stand on other weights in every process. So these parts leave in full with the adapter,
+as what was trained in full does, and an update on one of them is added to its weight.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What stock transformers and peft compute from an exported folder, in a process where weftlora cannot be imported.
 
-    python -I stock.py JOBS.json PIPE          (run by `weftlora.export.proof`; imports nothing of weftlora)
+    python -I stock_process.py JOBS.json PIPE          (run by `weftlora.export.proof`; imports nothing of weftlora)
 
 Every job names a base (`base`, `model_class`, `load`; `dtype` is what it is loaded in before it computes in fp32), perhaps an
 adapter folder with what its sites should be (`sites`: {name: rank}, null to ask nothing), a safetensors file of batches (`inputs`,

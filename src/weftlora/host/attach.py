@@ -22,9 +22,9 @@ from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeig
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
+from weftlora.schedule.direction_ranking import Ranker
 from weftlora.schedule.launch import LaunchController, forget_moments
 from weftlora.schedule.rank_slots import Scorer
-from weftlora.schedule.ranking import Ranker
 from weftlora.schedule.reallocate import ReallocateController
 from weftlora.schedule.schedule import Member, Schedule
 from weftlora.scoring.rows import Rows, rows_of

@@ -1,6 +1,4 @@
-"""The record of `weftlora.directions`: plain numbers per site, and their means.
-
-What adapters do along the core directions of W, site by site: measured here, shown elsewhere.
+"""What adapters do along the core directions of W, site by site: measured here into the record of `weftlora.directions`.
 
     δ_k = |u_kᵀ ΔW v_k| / (σ_k + ε)                change rate (`weftlora.change_rates`)
     predicted                                       those launched or started along, else the s of largest δ under the adapter's ΔW
@@ -181,7 +179,7 @@ def _mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 Updates = Mapping[str, Update]
-Truth = Callable[[str], Update | Tensor]  # a site's true update, in factors or dense [out, in]
+TrueUpdate = Callable[[str], Update | Tensor]  # a site's true update, in factors or dense [out, in]
 Tick = Callable[[int, int], None]
 
 STRANGE = 0.02
@@ -232,7 +230,7 @@ def measure(
     adapters: Mapping[str, Updates],
     question: Question,
     decompose: Callable[[str, Tensor], change_rates.Spectrum],
-    truth: Truth | None = None,
+    truth: TrueUpdate | None = None,
     against: str | None = None,
     tick: Tick = lambda done, total: None,
 ) -> DirectionsReport:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer
 from weftlora.adapted.updates import adapter_names, base_matrix, base_of, is_transposed, read_updates
 from weftlora.errors import AdapterError, ModelError
-from weftlora.inspection.core_directions import DirectionsReport, Question, Truth, Updates, measure
+from weftlora.inspection.core_directions import DirectionsReport, Question, TrueUpdate, Updates, measure
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
 from weftlora.runs.load import borrowed, load_base, load_run, put_in
@@ -105,7 +105,7 @@ def _stored(base: nn.Module, name: str, checkpoint: Checkpoint) -> Tensor:
 
 def _in_memory(
     model: nn.Module, given: list[Folder], against: Folder | None, inputs: Inputs | None
-) -> tuple[nn.Module, dict[str, Updates], Truth | None]:
+) -> tuple[nn.Module, dict[str, Updates], TrueUpdate | None]:
     names, active = adapter_names(model)
     batches = None if inputs is None else list(inputs)
 
@@ -148,7 +148,7 @@ class _Saved:
 
 def _in_folders(
     model: nn.Module | Folder, given: list[Folder], against: Folder | None, inputs: Inputs | None
-) -> tuple[nn.Module, dict[str, Updates], Truth | None]:
+) -> tuple[nn.Module, dict[str, Updates], TrueUpdate | None]:
     if not given:
         if isinstance(model, nn.Module):
             raise AdapterError("the model has no adapter: give the folder of one as the second argument.")
@@ -179,7 +179,7 @@ def _in_folders(
 # ---------------------------------------------------------------------- what the prediction is held against
 
 
-def _later(updates: Updates, label: str) -> Truth:
+def _later(updates: Updates, label: str) -> TrueUpdate:
     def truth(name: str) -> Any:
         if name not in updates:
             raise AdapterError(
@@ -190,7 +190,7 @@ def _later(updates: Updates, label: str) -> Truth:
     return truth
 
 
-def _full(base: nn.Module, folder: Path) -> Truth:
+def _full(base: nn.Module, folder: Path) -> TrueUpdate:
     """ΔW of a full fine-tune: its weights less the base's, a site at a time."""
     own, kind = getattr(base_of(base), "config", None), _model_type(folder)
     if kind is not None and own is not None and own.model_type != kind:

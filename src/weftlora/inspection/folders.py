@@ -1,8 +1,7 @@
-"""The sites of an adapter folder without its base: shapes come from the tensors, all else from the config beside them.
+"""A run or adapter folder as what is inspected: with its base where that can be loaded, else from the adapter's files alone.
 
-Only a tied site that keeps no tensor of its own has a shape that no file knows; such sites are counted, not shown.
-
-A run or adapter folder as a subject: with its base where that can be loaded, else from the adapter's files alone.
+Without a base, shapes come from the tensors and all else from the config beside them. Only a tied site that keeps no tensor of its
+own has a shape that no file knows; such sites are counted, not shown.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The core directions that an adapter chose, and how far it moves every direction of some W by now.
+"""`weftlora.inspect`: everything there is to see of one adapter, in memory or in a folder, with or without its base.
 
-`weftlora.inspect`: everything there is to see of one adapter, in memory or in a folder, with or without its base.
+Also along core directions: those that the adapter chose, and how far it moves every direction of some W by now.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weftlora.inspection.routers import measure_usage
 from weftlora.inspection.subject import Rows, Subject, live_subject
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
-from weftlora.schedule.ranking import MeanGate, factor_pair
+from weftlora.schedule.direction_ranking import MeanGate, factor_pair
 from weftlora.settings import is_whole
 from weftlora.terms.extra import Direction
 

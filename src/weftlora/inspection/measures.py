@@ -1,18 +1,15 @@
-"""Numbers of one site from its factors alone; ΔW [out, in] is never formed.
+"""What is measured of one site: its update, its heads and its factors beside others; and what happened to the adapter on its way.
 
-    ΔW = B A              ‖ΔW‖_F and its singular values from the QR of both factors
+    ΔW = B A              ‖ΔW‖_F and its singular values from the QR of both factors; ΔW [out, in] is never formed
     cos(B_m, B_n)         of the flattened heads; 1: the same update, 0: unrelated ones
     overlap(X, Y)         mean cos² of the principal angles = ‖P_X P_Y‖²_F / min(dim)      by chance dim / in
 
-Source: the similarity of A and the difference of the Bs is observation II of HydraLoRA, arXiv 2404.19245, figure 3 (there, t-SNE
-plots). Ours: numbers in place of plots, and the start of A beside it, because adapters of one seed have one start.
-
-A and B of an adapter beside something else: their start, another adapter, or, where neither is known, a fresh draw's size.
-
-The start is known where it is stored (the frozen twins of LoRA-Init) or can be drawn again from a run's seed. A draw that has no
+A and B are compared with another adapter's, with their own start, or, where neither is known, with the size of a fresh draw. The
+start is known where it is stored (the frozen twins of LoRA-Init) or can be drawn again from a run's seed; a draw that has no
 more in common with A than chance is not its start, and is not shown as one.
 
-What happened to an adapter on its way: which layers were selected, and where rank slots went.
+Source: the similarity of A and the difference of the Bs is observation II of HydraLoRA, arXiv 2404.19245, figure 3 (there, t-SNE
+plots). Ours: numbers in place of plots, and the start of A beside it, because adapters of one seed have one start.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from weftlora.inspection.record import (
     SiteFacts,
 )
 from weftlora.inspection.subject import Start, Subject
-from weftlora.schedule.ranking import MeanGate, factor_pair
+from weftlora.schedule.direction_ranking import MeanGate, factor_pair
 
 
 def split_name(site: str) -> tuple[str, str]:

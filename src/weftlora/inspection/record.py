@@ -1,6 +1,6 @@
-"""The record of `weftlora.inspect`: plain numbers, no tensors. What could not be known is None, and `left_out` says why.
+"""The record of `weftlora.inspect`: plain numbers, no tensors, and the few sentences that they come to, most important first.
 
-What an inspection comes to: a few sentences, most important first; a pure function of the record.
+What could not be known is None, and `left_out` says why.
 """
 
 from __future__ import annotations

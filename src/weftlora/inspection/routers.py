@@ -28,7 +28,7 @@ from weftlora.inspection.record import Routers, SiteUsage, Usage
 from weftlora.inspection.subject import Rows
 from weftlora.progress import Progress, Tick
 from weftlora.runs.scores import evaluating
-from weftlora.schedule.ranking import MeanGate
+from weftlora.schedule.direction_ranking import MeanGate
 
 
 class Seen:

@@ -13,7 +13,7 @@ Letters of the einsums: t token, i in, o out, r rank slot, n head, e extra slot.
 
 `reference` is the equation in einsums and autograd's own derivatives. `linears` and `add_low_rank` are the same function as
 one autograd node (`weftlora.kernel.node`), which every structure, Dash and the frozen slots share; what differs between
-them is two matrices and f (`weftlora.kernel.factors`, `weftlora.kernel.factors`). `WEFT_REFERENCE=1` in the environment makes every
+them is two matrices and f (`weftlora.kernel.factors`). `WEFT_REFERENCE=1` in the environment makes every
 site use `reference`.
 """
 

@@ -1,7 +1,7 @@
 """Dropout that keeps one bit per element, and on a GPU a seed, instead of floats.
 
-    draw(x, p)          the bits of a mask, 1 = dropped, P(1) = p
-    apply_(x, bits, p)  x ⊙ (1 − bits), not scaled: 1/(1 − p) rides in a GEMM's α
+    draw(x, p)            the bits of a mask, 1 = dropped, P(1) = p
+    masked(x, bits, p)    x ⊙ (1 − bits), not scaled: 1/(1 − p) rides in a GEMM's α
 
 On a CPU the bits are packed, eight to a byte. p is written in binary, 0.d₁d₂…d₈ plus a rest below 2⁻⁸; with random words w
 (64 lanes each) Horner's rule from the last digit,

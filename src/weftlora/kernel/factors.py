@@ -1,20 +1,16 @@
-"""What the terms of a site add up to: the letters of the equation, and ΔW where it exists.
-
-f of the equation, h = f(u): the identity, or the router's mixture of N heads; and its derivative.
+"""What the terms of a site add up to: the letters of the equation, the update in the form that a node takes, and ΔW where it exists.
 
     u = [u_r | u_e]        [t, r + E]     what the slots read; extra slots last
     q                      [t, N or r]    what the router reads, of x without dropout
     ω = softmax(q) or softmax(q mixᵀ)     in fp32 or wider
-    h = [ω ⊗ u_r | u_e]    [t, N·r + E]
+    h = f(u) = [ω ⊗ u_r | u_e]            [t, N·r + E]; without a router f is the identity
 
-All static gates are folded into B̃ beforehand, so an unrouted site has h = u.
+One site's update is two matrices, and f between them:
 
-One site's update as the node takes it: two matrices, and what stands between them.
-
-    y += scale · f(drop(x) downᵀ) upᵀ        down = Ã [R, in],  up = B̃ diag(g) [out, M]
+    y += scale · f(drop(x) downᵀ) upᵀ     down = Ã [R, in],  up = B̃ diag(g) [out, M]
 
 Static gates, v and unequal scales are folded into `up` here, in fp32 or wider, with autograd's derivatives: they are
-out × M numbers, nothing per token.
+out × M elements, nothing per token. So an unrouted site has h = u.
 """
 
 from __future__ import annotations

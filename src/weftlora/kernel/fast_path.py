@@ -1,10 +1,11 @@
-"""What the fast path may do, for the whole process: from the environment at the start, and within a `with` block.
+"""The ways into the autograd node, and the switches that close them.
 
-WEFT_REFERENCE=1    every site computes the equation in einsums, after its base layer
-WEFT_GROUPS=0       no node spans several linears that read one input
-WEFT_MLP=0          no node spans a gated MLP
+A site's update goes onto the output of another module, or is computed with the linears themselves. What may be done holds for the
+whole process, from the environment at the start, and within a `with` block:
 
-The ways into the node: onto the output of another module, or with the linears themselves.
+    WEFT_REFERENCE=1    every site computes the equation in einsums, after its base layer
+    WEFT_GROUPS=0       no node spans several linears that read one input
+    WEFT_MLP=0          no node spans a gated MLP
 """
 
 from __future__ import annotations

@@ -1,10 +1,4 @@
-"""What a node is made of: what of its linears is no tensor, their tensors, and what they read of x; flat lists of these.
-
-Autograd takes and saves tensors in one flat row; `flat` makes it, `split` and `latents_of` read it.
-
-Small products in the shapes that GEMMs are fast in.
-
-The one autograd node: linears that read one input, each with its low-rank update, forward and backward by hand.
+"""The one autograd node: linears that read one input, each with its low-rank update, forward and backward by hand.
 
     forward     u = x̂ Ãᵀ (one GEMM for all members that read x through the same mask)
                 y = x Wᵀ + b;  y += s · f(u) B̃ᵀ
@@ -12,6 +6,9 @@ The one autograd node: linears that read one input, each with its low-rank updat
 
 Saved are x once, the masks' bits and u; nothing of size tokens × out, no dropped copy of x, no cast one. Small factors
 are cast to x's dtype inside, W only under autocast. Where another module computes x Wᵀ + b, its output takes the place of W.
+
+A plan holds what of the linears is no tensor. Autograd takes and saves their tensors in one flat row: `flat` makes it, `split` and
+`latents_of` read it. Small products are brought into the shapes that GEMMs are fast in.
 
 The backward is no formula of differentiable steps: a second one raises (`once_differentiable`). What needs it uses
 `weftlora.kernel.reference`.

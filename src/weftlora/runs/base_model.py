@@ -1,9 +1,8 @@
-"""The frozen base: found, checked against the task, loaded.
+"""The frozen base: found, checked against the task, loaded, and known again by a fingerprint.
 
-Is this the base the adapter was trained on? A fingerprint that costs no read of the whole checkpoint.
-
-Architecture: type and sizes in the config. Weights: the shape of every tensor and 32 evenly spaced values of it,
-rounded to bfloat16, so that loading in fp32 or bf16 gives the same fingerprint.
+The fingerprint answers whether this is the base that an adapter was trained on, and costs no read of the whole checkpoint: type and
+sizes in the config, and of the weights the shape of every tensor and 32 evenly spaced values of it, rounded to bfloat16, so that
+loading in fp32 or bf16 gives the same fingerprint.
 """
 
 from __future__ import annotations

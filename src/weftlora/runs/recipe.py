@@ -1,6 +1,4 @@
-"""The recipes `weftlora train NAME` runs without a file: one method on the embedded model and tasks.
-
-A recipe file: which model, which data, which adapter, how to train, where to write.
+"""A recipe: which model, which data, which adapter, how to train, where to write; from a file, or by its built-in name.
 
     model:   demo | path | hub id | {path, dtype, task, attn_implementation}
     data:    demo | path | the keys of `weftlora.data.DataConfig`
@@ -8,7 +6,8 @@ A recipe file: which model, which data, which adapter, how to train, where to wr
     train:   steps or epochs, batch_size, lr, ...
     out:     the run folder
 
-An unknown key anywhere is a `ConfigError` that names the nearest valid one.
+A built-in recipe, which `weftlora train NAME` runs without a file, is one method on the bundled model and tasks. An unknown key
+anywhere is a `ConfigError` that names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from weftlora.errors import ConfigError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
 from weftlora.runs.run import Run, check_continues
-from weftlora.sections import Strict
+from weftlora.sections import RecipeSection
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ MOST_OF_ALL, MOST_ROWS, MOST_THREADS = 2**31 - 1, 10**6, 1024
 Dtype = Literal["float32", "bfloat16", "auto"]
 
 
-class ModelConfig(Strict):
+class ModelConfig(RecipeSection):
     """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
 
     where: ClassVar[str] = "model"
@@ -97,7 +96,7 @@ class ModelConfig(Strict):
     attn_implementation: str | None = None
 
 
-class TrainConfig(Strict):
+class TrainConfig(RecipeSection):
     """The training section. Give `steps` (optimiser steps) or `epochs`, not both; neither means one epoch."""
 
     where: ClassVar[str] = "train"
@@ -139,7 +138,7 @@ class TrainConfig(Strict):
         return self
 
 
-class Subject(Strict):
+class Subject(RecipeSection):
     """What every recipe begins with: the frozen model, the rows, and the folder that their relative paths count from."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)

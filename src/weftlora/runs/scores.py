@@ -1,17 +1,14 @@
-"""How near generated answers are to their references; one reference per answer.
+"""Scores of predictions on rows that no training has seen: losses, classes, generated answers.
 
-exact match   share of answers equal to the reference after stripping outer blanks
-BLEU          sacrebleu's corpus BLEU with its defaults (tokens 13a, exponential smoothing), 0-100; counts of n-grams are pooled
-              over all answers, so it is no mean over rows or domains
-ROUGE-L       rouge-score's F-measure of the longest common subsequence, without stemming, mean over rows, 0-100
+    loss          Σ −log p(answer token) / number of answer tokens        perplexity = e^loss
+    macro-F1      mean over classes of 2·tp / (2·tp + fp + fn); a class that neither occurs nor is predicted is left out
+    exact match   share of answers equal to the reference after stripping outer blanks
+    BLEU          sacrebleu's corpus BLEU with its defaults (tokens 13a, exponential smoothing), 0-100; counts of n-grams are pooled
+                  over all answers, so it is no mean over rows or domains
+    ROUGE-L       rouge-score's F-measure of the longest common subsequence, without stemming, mean over rows, 0-100
 
-BLEU counts up to four tokens in a row, and ROUGE-L knows the letters a-z and the digits only. Where the references have nothing
-that could be counted, no answer could score above 0, and there is no score.
-
-Losses and scores on held-out rows.
-
-loss        Σ −log p(answer token) / number of answer tokens        perplexity = e^loss
-macro-F1    mean over classes of 2·tp / (2·tp + fp + fn); a class that neither occurs nor is predicted is left out
+An answer has one reference. BLEU counts up to four tokens in a row, and ROUGE-L knows the letters a-z and the digits only: where the
+references have nothing that could be counted, no answer could score above 0, and there is no score.
 """
 
 from __future__ import annotations

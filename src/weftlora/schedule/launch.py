@@ -1,6 +1,6 @@
 """The one controller of what starts along directions of W: LoRA-Dash's gains and LoRA-Init's A and B.
 
-    measure, decide   `weftlora.schedule.ranking`, once per site and step for everybody who is due
+    measure, decide   `weftlora.schedule.direction_ranking`, once per site and step for everybody who is due
     apply             each launch puts its directions into the sites; moments of what starts anew are dropped
 
 All that are due after a step have decided before the first is applied, so LoRA-TSD, which is both at once, ranks both on the
@@ -19,11 +19,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from weftlora import change_rates
-from weftlora.adapter.buffers import Known
+from weftlora.adapter.buffers import Remembered
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.schedule import schedule
-from weftlora.schedule.ranking import Ranked, Ranker, Rule
+from weftlora.schedule.direction_ranking import Ranked, Ranker, Rule
 from weftlora.schedule.schedule import Member
 from weftlora.settings import resolve
 from weftlora.terms.events import Event, Launch, Length, Validation, check_possible
@@ -35,7 +35,7 @@ class LaunchController:
 
     launch: Launch
     ranker: Ranker
-    _happened: Known[bool] = field(default_factory=lambda: Known(bool), init=False, repr=False)
+    _happened: Remembered[bool] = field(default_factory=lambda: Remembered(bool), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.ranker.askers.append(self)

@@ -1,8 +1,17 @@
-"""How far two ways of scoring slots agree, and whether a decision stands above the noise of the rows it was taken on.
+"""Rank slots of an adapter: scored, taken away and made, with what optimisers keep about them.
 
-Brackets are [slots, 2, rows] fp64: what each validation row adds to a slot's last-in (0) and first-in (1) term.
+Scores come as brackets [slots, 2, rows] fp64: what each validation row adds to a slot's last-in (0) and first-in (1) term. Which
+slots have them, and by which of the `Scorer`'s ways, is the choice's word:
 
-Taking rank slots of a site away and making new ones, with what optimisers keep about them.
+    exact        both brackets of every live slot
+    taylor       both brackets of every live slot, estimated
+    shortlist    the slots of lowest estimate exactly; what every slot is worth to its module by the estimate
+    random       numbers drawn by name, slot and round
+
+Beside them stands how far to trust them: how well two ways agree, and whether a decision is above the noise of its rows. Scoring
+changes nothing. With several processes each scores its share of the slots and all hold the same brackets.
+
+Moving slots changes tensors and moments:
 
     prune    A_i = 0, B_i = 0, their moments 0, mask 0           nothing of a dead slot moves again: its gradient is exactly 0
     make     A_i given, B_i = 0, mask 1                          the function stays what it is
@@ -11,15 +20,6 @@ Taking rank slots of a site away and making new ones, with what optimisers keep 
 With β = 0.9, 0.999 and the step count that all slots of a tensor share, a second moment of 0 would give a new slot first steps
 of 2.5 to 4.6 times the learning rate; seeded, they are a tenth of it and grow to it. A site without survivors counts its steps
 from 0 again, which is exact. What belongs to surviving slots is not touched.
-
-What rank slots are worth now: the live slots of an adapter, scored as its choice says, and how far to trust the scores.
-
-    exact        both brackets of every live slot                             (`Scorer`)
-    taylor       both brackets of every live slot, estimated                  (`Scorer`)
-    shortlist    the slots of lowest estimate exactly; what every slot is worth to its module by the estimate
-    random       numbers drawn by name, slot and round
-
-Nothing is changed here. With several processes each scores its share of the slots and all hold the same brackets.
 
 Source: ALoRA with AB-LoRA scores, arXiv 2403.16187.
 """

@@ -1,9 +1,9 @@
 """Moving rank slots between sites: after each due step, score the live slots, decide, move.
 
     measure   the model on one fixed batch of validation rows, a slot off or alone      → two brackets per slot and row
-              (`schedule.scoring`)
+              (`schedule.rank_slots`)
     decide    scores, births, free slots → slots to take away and to make               (plain numbers; `terms.ranks.reallocate`)
-    apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.slots`)
+    apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.rank_slots`)
 
 With several processes the main one decides, and all hold the same masks or stop. A plan is applied as a whole between two optimiser
 steps, so no checkpoint can hold half of one.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from weftlora.adapter.buffers import Known
+from weftlora.adapter.buffers import Remembered
 from weftlora.errors import ConfigError
 from weftlora.schedule import processes
 from weftlora.schedule import rank_slots as surgery
@@ -45,8 +45,8 @@ class ReallocateController:
     scorer: Scorer | None = None
     what: str = field(default="moving ranks", init=False)
     _begun: bool = field(default=False, init=False)
-    _rounds: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
-    _ended: Known[bool] = field(default_factory=lambda: Known(bool), init=False, repr=False)
+    _rounds: Remembered[int] = field(default_factory=lambda: Remembered(int), init=False, repr=False)
+    _ended: Remembered[bool] = field(default_factory=lambda: Remembered(bool), init=False, repr=False)
 
     def __post_init__(self) -> None:
         first = self.members[0].site

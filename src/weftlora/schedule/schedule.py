@@ -1,15 +1,13 @@
-"""Counting optimiser steps where nobody can forget to: torch's global hook after `optimizer.step`.
+"""The schedule of one adapter: its sites, its controllers, its events, and its step count, which nobody can forget to take.
 
-A schedule counts a step if the optimiser that took it holds the schedule's anchor parameter, looked up by identity at
-that moment, because hosts replace parameters. Skipped steps do not count: without fused kernels a GradScaler does not
-call `step` at all; with them it does and leaves a non-zero `found_inf` on the optimiser. Nor does a step count that finds
-no gradient: it changes nothing. Forward calls, evaluation, accumulation and recomputation take no optimiser step and so
+A step is counted by torch's global hook after `optimizer.step`, if the optimiser that took it holds the schedule's anchor
+parameter, looked up by identity at that moment, because hosts replace parameters. Skipped steps do not count: without fused kernels
+a GradScaler does not call `step` at all; with them it does and leaves a non-zero `found_inf` on the optimiser. Nor does a step count
+that finds no gradient: it changes nothing. Forward calls, evaluation, accumulation and recomputation take no optimiser step and so
 cannot count. An optimiser that steps within another's step (ZeroRedundancyOptimizer, Lookahead) holds the same
 parameters: the outer step is the one that counts, because only after it are the weights what the next forward sees.
 
-The schedule of one adapter: its sites, its step count, its controllers, its events.
-
-It hangs on the adapter's first site, because nothing else survives every way a host puts adapters into a model. The step
+The schedule hangs on the adapter's first site, because nothing else survives every way a host puts adapters into a model. The step
 count is that site's buffer `steps`, so it is saved and loaded with the adapter.
 """
 
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from weftlora.adapter.buffers import Known
+from weftlora.adapter.buffers import Remembered
 from weftlora.adapter.site import Site
 from weftlora.terms.events import Controller, Event, Length
 
@@ -152,7 +150,7 @@ class Schedule:
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
     _anchor: nn.Parameter | None = field(default=None, init=False)
-    _known: Known[int] = field(default_factory=lambda: Known(int), init=False, repr=False)
+    _known: Remembered[int] = field(default_factory=lambda: Remembered(int), init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.first.register_counter("steps", torch.zeros((), dtype=torch.long))

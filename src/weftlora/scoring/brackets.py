@@ -1,16 +1,16 @@
-"""The definition: for every slot two full forward passes, one with it off and one with it alone. Slow and plain.
+"""Brackets of rank slots, three ways: by definition, exact and fast, and to second order.
 
     last-in   L(M∖i) − L(M)        first-in   L(∅) − L({i})
 
-The other ways of this package are held against it. Slots of a boost (Dash) belong to the base: they stay on.
+By definition: for every slot two full forward passes, one with it off and one with it alone. Slow and plain; the other ways are
+compared with it. Slots of a boost (Dash) belong to the base: they stay on.
 
-Exact brackets, fast: replicas with gates of their own, the prefix kept, and a control in every forward pass.
+Exact, fast: replicas with gates of their own, the prefix kept, and a control in every forward pass. Per trajectory (the whole model
+for last-in, the base for first-in) and share of the rows, one pass keeps what every block gives; then, block by block, passes that
+start there, whose first replica is not ablated and whose others are, each in one slot. A bracket is a difference within one
+pass, so the drift between kernels of different shapes is not in it.
 
-Per trajectory (the whole model for last-in, the base for first-in) and share of the rows: one pass keeps what every block
-gives; then, block by block, passes that start there, whose first replica is not ablated and whose others are, each in one slot.
-A bracket is a difference within one pass, so the drift between kernels of different shapes is not in it.
-
-Brackets to second order, for all slots from two forward and backward passes.
+To second order, for all slots from two forward and backward passes:
 
     last-in    −∂L/∂α_i + ½ F_i        at all gates 1
     first-in   −∂L/∂α_i                at all gates 0

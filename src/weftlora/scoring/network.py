@@ -1,12 +1,4 @@
-"""Cross-entropy by row, from logits, in the way that the model itself computes its loss.
-
-    token models     ℓ = Σ over label tokens of −log p, divided by the number of label tokens of the whole batch
-    classifiers      ℓ = −log p(label), divided by the number of rows
-
-log p in fp32 (fp64 for fp64 logits), sums in fp64, so that neither chunks nor processes show in it. Whether labels are
-shifted by one token is found by comparing with the model's own loss.
-
-Many ablations in one forward pass, and no block of the network computed twice for nothing.
+"""The network under many ablations at once, with no block computed twice for nothing, and its loss by row.
 
 - Replicas: the batch is repeated K times, and each repetition has gates of its own (`Factors.keep`).
 - Kept prefix: without a slot of block l, or with it alone, blocks before l compute what the whole model, or the base, does. What
@@ -15,6 +7,14 @@ Many ablations in one forward pass, and no block of the network computed twice f
 
 Which list of modules the blocks are, and whether they hand one tensor from each to the next, is seen in a forward pass.
 A model of another form is run in full.
+
+The loss is cross-entropy from logits, in the way that the model itself computes its own:
+
+    token models     ℓ = Σ over label tokens of −log p, divided by the number of label tokens of the whole batch
+    classifiers      ℓ = −log p(label), divided by the number of rows
+
+log p in fp32 (fp64 for fp64 logits), sums in fp64, so that neither chunks nor processes show in it. Whether labels are
+shifted by one token is found by comparing with the model's own loss.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Scoring leaves no trace: modes, random state, gates, listeners and cache flags are put back, also after an error.
-
-What a controller asks for scores: draws the rows, finds the fastest way that is right for this model, leaves no trace.
+"""What a controller asks for scores: draws the rows, finds the fastest way that is right for this model, leaves no trace.
 
 A way is right if it gives the reference's losses for the whole model and for the model without the slots of one module. That is
 looked at once per run; the next slower way takes over where it is not so, and says so in the log.
+
+No trace: modes, random state, gates, listeners and cache flags are put back, also after an error.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     selection = weftlora.search_layers(model, train, validation)         model: base, or adapted with layers=weftlora.Search(...)
     model = get_peft_model(base, weftlora.HydraLoraConfig(layers=selection.layers))
 
-`passes` runs forwards and backwards that leave nothing behind, `unroll` differentiates inner steps, `driver` is the loop,
-`rules` turns α into a set, `second` is the stage after it.
+`batches` runs forwards and backwards that leave nothing behind, `groups` are the sites that α weighs, `hypergradient` differentiates
+inner steps, `driver` is the loop, `rules` turns α into a set, `selection` is that set as a file, `finetuning_stage` comes after it.
 """
 
 from __future__ import annotations

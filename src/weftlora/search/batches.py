@@ -1,8 +1,8 @@
-"""The rows of a search: two disjoint splits, and the endless seeded order in which each is read.
+"""The rows of a search, and passes over them that leave nothing behind.
 
-Forward and backward passes over micro-batches, with nothing left behind.
+Rows are two disjoint splits, each read in an endless seeded order. Over micro-batches,
 
-R = Σ_b (c_b / Σ c) R_b          c_b: what R_b is a mean over (answer tokens; rows of a classifier)
+    R = Σ_b (c_b / Σ c) R_b          c_b: what R_b is a mean over (answer tokens; rows of a classifier)
 
 A micro-batch with c_b = 0, all of whose labels are ignored, is left out: its R_b is 0/0, no number. With Σ c = 0 there is no R.
 

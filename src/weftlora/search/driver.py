@@ -1,15 +1,12 @@
-"""The state of a search between two of its outer steps: what the next one depends on, as tensors and plain values.
-
-Random states are those of every process, because each draws its own dropout; everything else is the same on all.
-
-What a search has found so far: its rule applied to α, and the numbers that go with it.
-
-The search loop.
+"""The search loop, its state between two outer steps, and what it comes to so far.
 
     for t in range(T):
         for k in range(K):   θ ← OPT_θ(θ, ∇_θ R_train(θ, α))          α stands still; θ is never reset
         g ← hypergradient of R_val at the new θ                        `weftlora.search.hypergradient`, or its direct term only
         α ← OPT_α(α, g);  gates ← α̂(α)                                 θ, its gradients and its optimiser untouched
+
+The state is all that the next outer step depends on, as tensors and plain values. Random states are those of every process,
+because each draws its own dropout; everything else is the same on all.
 
 Source: Algorithm 1 of Flexora, arXiv 2408.10774, as its released code runs it.
 """

@@ -1,8 +1,7 @@
-"""What a saved selection may hold: every value is checked when its file is read, so that none fails later on.
+"""The result of a search: a small JSON file that any config takes as `layers`, and that stock peft can use without weftlora.
 
-The file is JSON that people read, and edit: what they may choose by hand belongs into a recipe (`layers: [0, 3]`).
-
-The result of a search: a small JSON file that any config takes as `layers`, and that stock peft can use without weftlora.
+Every value is checked when the file is read, so that none fails later on. People read the file, and edit it: what they choose by
+hand belongs into a recipe (`layers: [0, 3]`).
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from weftlora.errors import ConfigError, TargetError, unknown_key
 from weftlora.extras import needs
 from weftlora.search.hypergradient import Inner
 from weftlora.search.rules import Stability, stability
-from weftlora.sections import Strict
+from weftlora.sections import RecipeSection
 from weftlora.terms.layers.only import Only
 from weftlora.terms.layers.search import Search
 
 
-class _Group(Strict):
+class _Group(RecipeSection):
     where: ClassVar[str] = "a group"
 
     name: Annotated[str, Field(min_length=1)]
@@ -44,7 +43,7 @@ class _Group(Strict):
     gradient_norm: float
 
 
-class _File(Strict):
+class _File(RecipeSection):
     where: ClassVar[str] = "a selection"
 
     format: Annotated[int, Field(ge=1)]
@@ -58,7 +57,7 @@ class _File(Strict):
     seconds: Annotated[float, Field(ge=0)]
 
 
-class Lora(Strict):
+class Lora(RecipeSection):
     """What a stock LoRA takes over from the searched adapter; the other settings of the adapter are for people to read."""
 
     where: ClassVar[str] = "adapter"

@@ -1,27 +1,24 @@
-"""What the steps of a training cost: CPU and wall seconds, tokens, peak memory.
+"""What a run costs: its steps measured as they are taken, its adapter's size as it ends, kept in run.json.
 
 Timed is what lies between the start of a step's first forward and the end of its optimiser step, so neither loading rows nor
 evaluation nor checkpoints. The first step of a process pays for what is loaded and allocated on first use: it is not timed.
 The sums are part of every checkpoint, so those of a resumed run are over each of its steps once: a kill loses the steps after
 its checkpoint with their times, and they are done and timed again.
 
-What a run cost and how large its adapter is: measured as the run ends, kept in run.json.
+    trained          parameters that were trained, a head that is trained in full (of a classifier) left out
+    stored           values in adapter/adapter_model.safetensors, a head included
+    stored_bytes     bytes of that file
+    export_bytes     bytes of the same file as a stock LoRA in fp32, as `weftlora.export_lora` writes it (HydraLoRA: at its mean gate);
+                     of a stock peft adapter those of its own file
+    peak_bytes       most memory in use during a step: allocated on a GPU, else resident in the process, libraries included (Linux)
+    train_seconds    wall seconds of the training, with its evaluations and checkpoints, without a search
+    cpu_per_step     CPU seconds of the main process per step, all threads, without loading rows, evaluations and checkpoints
+    tokens_per_s     tokens of the steps, padding left out, per wall second of the steps
+    timed_steps      how many steps the last two are means over: not the first of a process
+    search_steps     cost of a search of layers, in training steps
+    search_seconds   its wall seconds
 
-trained          numbers that were trained, a head that is trained in full (of a classifier) left out
-stored           numbers in adapter/adapter_model.safetensors, a head included
-stored_bytes     bytes of that file
-export_bytes     bytes of the same file as a stock LoRA in fp32, as `weftlora.export_lora` writes it (HydraLoRA: at its mean gate);
-                 of a stock peft adapter those of its own file
-peak_bytes       most memory in use during a step: allocated on a GPU, else resident in the process, libraries included (Linux)
-train_seconds    wall seconds of the training, with its evaluations and checkpoints, without a search
-cpu_per_step     CPU seconds of the main process per step, all threads, without loading rows, evaluations and checkpoints
-tokens_per_s     tokens of the steps, padding left out, per wall second of the steps
-timed_steps      how many steps the last two are means over: not the first of a process
-search_steps     cost of a search of layers, in training steps
-search_seconds   its wall seconds
-
-What a run has none of, or the machine cannot tell, is absent. A resumed run's are over each of its steps once
-(`weftlora.train.costs`).
+What a run has none of, or the machine cannot tell, is absent.
 """
 
 from __future__ import annotations

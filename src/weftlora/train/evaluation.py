@@ -1,8 +1,7 @@
-"""Text from a trained run: greedy or sampled, in batches, with the KV cache.
+"""How good is a run on held-out rows, and what it answers: scores overall and per domain, and generated text.
 
-How good is a run on held-out rows: its loss, its classes or its answers; overall and per domain.
-
-What is scored over all rows is counted anew from everything that was predicted, since BLEU and F1 are no means over domains.
+Text is greedy or sampled, in batches, with the KV cache. What is scored over all rows is counted again from everything that was
+predicted, since BLEU and F1 are no means over domains.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from weftlora.disk.files import write_lines
 from weftlora.disk.lock import claimed
 from weftlora.disk.ownership import check_no_links
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
@@ -33,13 +32,13 @@ from weftlora.host.attach import warn_of_missing
 from weftlora.progress import Progress
 from weftlora.runs import identity
 from weftlora.runs.adapter import parameters, write_adapter
-from weftlora.runs.base_model import Fingerprint, check_same
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
 from weftlora.train import arguments, checkpoint, costs, layer_search
 from weftlora.train.costs import timed
 from weftlora.train.prepare import Prepared, prepare
+from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
 from weftlora.train.trainer import make_trainer
 from weftlora.version import __version__
 
@@ -102,8 +101,8 @@ def _train(
         )
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     if before is not None:
-        _check_same_input(before, run, prepared)
-        _check_can_resume(before)
+        check_same_input(before, run, prepared)
+        check_can_resume(before)
     args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
@@ -200,27 +199,6 @@ def _plain(value: Any) -> Any:
     return str(getattr(value, "value", value))
 
 
-def _check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
-    if [*before.data["hashes"].values()] != [*run.data["hashes"].values()]:  # by split; a project may have moved
-        raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
-    trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
-    check_same(
-        trained,
-        Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"]),
-        str(run.folder),
-        run.base["source"],
-    )
-    identity.check_files(before.base, prepared.base.settings, run.base["source"], str(run.folder))
-
-
-def _check_can_resume(before: Run) -> None:
-    if before.adapter["peft_type"] == "ADALORA" and checkpoint.newest(before.checkpoints):
-        raise RunError(
-            f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: "
-            "start it again with --overwrite."
-        )
-
-
 @contextlib.contextmanager
 def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
     """The run folder with its first run.json; if the start fails, a new folder is removed again."""
@@ -247,7 +225,7 @@ def _run_trainer(
     start: Callable[[], tuple[Trainer, Prepared, Run]], run: Run, resume: bool, main: bool, progress: Progress
 ) -> Run:
     """Search layers where the recipe does, train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
-    last = _resume_point(run, main) if resume else None
+    last = resume_point(run, main) if resume else None
     trainer = None
     try:
         with _sentences(run):
@@ -279,23 +257,6 @@ def _record_failure(run: Run, error: BaseException, step: int) -> None:
         checkpoint.drop_incomplete(run.checkpoints)
         dataclasses.replace(run, status=status, metrics={}, figures={}).save()
         run.event(status, step=step)
-
-
-def _resume_point(run: Run, main: bool) -> Path | None:
-    """The newest complete checkpoint; half-written ones and the rows logged after it are dropped."""
-    last = checkpoint.newest(run.checkpoints)
-    if not main:
-        return last
-    step = checkpoint.step_of(last) if last else 0
-    for path in checkpoint.marked(run.checkpoints):
-        if checkpoint.step_of(path) > step:  # a damaged one
-            checkpoint.unmark(path)
-    checkpoint.drop_incomplete(run.checkpoints)
-    write_lines(
-        run.folder / "metrics.jsonl",
-        [row for row in run.history() if row["step"] <= step],
-    )
-    return last
 
 
 @contextlib.contextmanager

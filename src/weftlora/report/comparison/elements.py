@@ -1,8 +1,7 @@
-"""What the page of a comparison is made of: parts with charts and tables, whose cells know what to sort by and where they lead.
+"""What the page of a comparison is made of: parts with charts and tables, numbers as people read them, and means over seeds.
 
-Numbers as people read them: metrics with their units, means with their intervals, sizes and counts.
-
-Means over seeds with intervals, for what a comparison's own record has none: curves, domains, further metrics, costs.
+Cells of a table know what to sort by and where they lead. Metrics have their units, means their intervals. Means are taken here of
+what a comparison's own record has none of: curves, domains, further metrics, costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A comparison as one HTML file, a pure function of its run folders.
-
-From run folders to a page on disk.
-"""
+"""A comparison as one HTML file: from run folders to a page on disk, a pure function of the folders."""
 
 from __future__ import annotations
 

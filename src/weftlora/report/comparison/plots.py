@@ -1,7 +1,4 @@
-"""Charts of a comparison as Vega-Lite specifications: plain data in, plain data out.
-
-How methods learn: training and validation loss over steps, with intervals over seeds.
-"""
+"""Charts of a comparison as Vega-Lite specifications, plain data in and plain data out; with the page's part on how methods learn."""
 
 from __future__ import annotations
 

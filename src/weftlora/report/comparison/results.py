@@ -1,10 +1,9 @@
-"""What a comparison comes to, and what it was: the sentences and facts at the top of its page.
+"""The results on the page of a comparison: what it comes to, in sentences, and the tables and charts that say so.
 
-The table of results: a row per method, its scores and costs with their intervals, each leading to the runs behind it.
-
-Results by domain, where the rows have domains.
-
-Quality against what it costs: trained numbers, and CPU seconds of training; with the front of what nothing beats in both.
+facts, verdicts, warnings   what was compared, and what may be said of it: the top of the page
+results                     a row per method, its scores and costs with their intervals, each leading to the runs behind it
+domains                     the same by domain, where the rows have domains
+quality                     scores against trainable parameters and CPU seconds, with the front of what nothing beats in both
 """
 
 from __future__ import annotations

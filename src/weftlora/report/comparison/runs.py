@@ -1,7 +1,4 @@
-"""What the page is made of: the comparison, and what its run folders hold beyond it.
-
-All runs, one row each, and the exact recipe and commands of every method.
-"""
+"""The runs on the page of a comparison: what their folders hold beyond its record, a row for each, and every method's exact recipe."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The parts of the page, each a pure function from the record to sections."""
+"""The page of an inspection: parts that are pure functions from the record to sections."""

@@ -1,6 +1,6 @@
-"""Arrangements of a record that the terminal and the page share: short names, and numbers by block × module.
+"""What the page of an inspection is made of: sections, short names of sites, and numbers by block × module.
 
-What a part of the page is made of, and how its sites are named.
+The terminal arranges a record by the same names and tables.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""How far every site moved, its rank, and what was selected, shared and can be merged.
+"""The sections of an inspection's page, in reading order.
 
-What the routers do, and how alike the heads are that they mix.
-
-A and B beside what they started from or another adapter, and the directions of W that they move.
-
-The page's sections, in reading order.
+How far every site moved, its rank, and what was selected, shared and can be merged; what the routers do, and how alike the heads are
+that they mix; A and B beside what they started from or another adapter, and the directions of W that they move.
 """
 
 from __future__ import annotations

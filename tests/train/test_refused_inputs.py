@@ -1,4 +1,4 @@
-"""Inputs a first user got past us: each is one sentence now, and nothing is written."""
+"""Inputs that cannot mean what they say: each is one sentence, and nothing is written."""
 
 import json
 import shutil

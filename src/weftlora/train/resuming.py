@@ -1,0 +1,65 @@
+"""Whether a run that has begun may be continued, and from where.
+
+    recipe       the one that it was started with, but for keys that leave the adapter as it is (`weftlora.runs.run.check_continues`)
+    input        the same rows and the same base
+    checkpoint   the newest complete one; what was written after it is dropped
+
+A peft method that keeps something in no checkpoint is started again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weftlora.disk.files import write_lines
+from weftlora.errors import RunError
+from weftlora.runs import identity
+from weftlora.runs.base_model import Fingerprint, check_same
+from weftlora.runs.run import Run
+from weftlora.train import checkpoint
+from weftlora.train.prepare import Prepared
+
+
+def check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
+    """Refuse other rows and another base than those that the run has begun with.
+
+    Raises:
+        RunError: the rows have changed.
+        AdapterError: the base has.
+    """
+    if [*before.data["hashes"].values()] != [*run.data["hashes"].values()]:  # by split; a project may have moved
+        raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
+    trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
+    check_same(
+        trained,
+        Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"]),
+        str(run.folder),
+        run.base["source"],
+    )
+    identity.check_files(before.base, prepared.base.settings, run.base["source"], str(run.folder))
+
+
+def check_can_resume(before: Run) -> None:
+    """Refuse a method whose checkpoints lack something that it needs. Raises RunError."""
+    if before.adapter["peft_type"] == "ADALORA" and checkpoint.newest(before.checkpoints):
+        raise RunError(
+            f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: "
+            "start it again with --overwrite."
+        )
+
+
+def resume_point(run: Run, main: bool) -> Path | None:
+    """The newest complete checkpoint; half-written ones and the rows logged after it are dropped."""
+    last = checkpoint.newest(run.checkpoints)
+    if not main:
+        return last
+    step = checkpoint.step_of(last) if last else 0
+    for path in checkpoint.marked(run.checkpoints):
+        if checkpoint.step_of(path) > step:  # a damaged one
+            checkpoint.unmark(path)
+    checkpoint.drop_incomplete(run.checkpoints)
+    write_lines(
+        run.folder / "metrics.jsonl",
+        [row for row in run.history() if row["step"] <= step],
+    )
+    return last
