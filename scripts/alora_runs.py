@@ -1,23 +1,23 @@
 """Measure moving ranks (ALoRA), LoRA-Init and LoRA-TSD against LoRA and their controls; write evidence/alora-runs.json.
 
-    python scripts/alora_runs.py --jobs 2               # runs what is missing; then scripts/real_runs.py --report
+    python scripts/alora_runs.py --jobs 2               # runs what is missing; then scripts/evidence.py --page
     python scripts/alora_runs.py --tasks demo --seeds 2 # a quick look
 
-Variants at one budget of rank slots, α = 2r, batch, steps, seed and data order:
+The runs are those of the recipes evidence/alora-*.yaml and, at rates of its own, adalora-*.yaml, which `weftlora compare` takes.
+A script is needed for what a recipe cannot say: `final` trains plain LoRA from the start at the ranks that `shortlist` ended with
+in the run of the same seed; and what the rounds of a run say of their scores is in its events, which a comparison's record has not.
 
     lora        plain LoRA; the same bit for bit as moving no ranks (score="none")
     exact, shortlist, taylor    AB-LoRA scores, eight rounds from a third of the run on
     random      as many moves in the same rounds, slots chosen at random
     early       as shortlist, with rounds from a tenth of the run on, every fortieth: the paper's quarter epochs of ten
     early-random                as many moves in those rounds, at random
-    final       plain LoRA from the start at the ranks that `shortlist` ended with
     adalora     stock peft AdaLoRA, from 1.5 r down to r
     init, tsd   LoRA-Init and LoRA-TSD, switched after a fifth of the steps
     init-random, init-top       as init, along directions drawn at random, or those of largest σ
 
-Rates are chosen on validation rows over two seeds that are not reported: with plain LoRA for all whose values start as its
-do, with LoRA-Init for those that start along directions, and for AdaLoRA its own; each from as many rates. On the demo
-`taylor` also measures, every round, how far its scores and exact ones on other rows are from exact ones.
+On the demo `taylor` also measures, every round, how far its scores and exact ones on other rows are from exact ones. What is left
+out on E2E and SST-2 would take hours: eight rounds of exact scores of 140 slots and more, and controls.
 """
 
 from __future__ import annotations
@@ -31,59 +31,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import dash_runs
-from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
+import compared
+from compared import TASKS, paired_gap, section_head, spread
 
 from weftlora.schedule.rank_slots import kind_of, spearman
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "evidence" / "alora-runs.json"
+RESULTS = compared.FOLDER / "alora-runs.json"
 RANK = 4
-TUNING_SEEDS = (1000, 1001)
 
 MOVING = ("exact", "shortlist", "taylor", "random", "early", "early-random")
 STARTING = ("init", "init-random", "init-top", "tsd")
 VARIANTS = ("lora", *MOVING, "final", "adalora", *STARTING)
-TASKS = {name: dash_runs.TASKS[name] for name in ("demo", "e2e", "sst2")}
-LEFT_OUT = {"e2e": ("exact",), "sst2": ("exact", "taylor", "early", "early-random", "init-top")}
-"""What would take hours: eight rounds of exact scores of 140 slots and more, and a control."""
 CHECKED = ("demo",)
 """Tasks on which `taylor` measures its scores against exact ones, which takes two exact rounds per round."""
 
 
-def rates(task: str, variant: str) -> list[float]:
-    """Four for each; values that start at the size of W's own want lower ones, AdaLoRA higher ones."""
-    low, middle, high = TASKS[task]["rates"]
-    every = [low / 2, low, middle, high, 2 * high, 4 * high]
-    first = {"init": 0, "lora": 1, "adalora": 2}[variant]
-    return every[first : first + 4]
-
-
-def tuned_with(variant: str) -> str:
-    """The variant whose rate this one uses."""
-    return "adalora" if variant == "adalora" else "init" if variant in STARTING else "lora"
-
-
-def adapter(task: str, variant: str, seed: int, ranks: dict[str, int] | None = None) -> dict[str, Any]:
-    """The adapter section of one run; `ranks` are those of `final`."""
-    steps = TASKS[task]["train"]["steps"]
-    section: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK}
-    if variant in MOVING:
-        score = {"early": "shortlist", "early-random": "random"}.get(variant, variant)
-        section |= {"recipe": "alora", "score": score, "check": variant == "taylor" and task in CHECKED, "seed": seed}
-        section |= {"first": 0.1, "every": 0.025} if "early" in variant else {}
-    elif variant == "final":
-        section |= {"recipe": "lora", **_pattern(ranks or {})}
-    elif variant == "adalora":
-        section |= {"recipe": "peft:adalora", "tinit": steps // 10, "tfinal": 3 * steps // 10}
-    elif variant == "tsd":
-        section |= {"recipe": "lora_tsd", "after": 0.2, "directions": RANK}
-    elif variant in STARTING:
-        select = {"init": "rate", "init-random": "random", "init-top": "top"}[variant]
-        section |= {"recipe": "lora_init", "after": 0.2, "select": select, "seed": seed}
-    else:
-        section |= {"recipe": "lora"}
-    return section
+def final_recipe(task: str, seed: int, ranks: dict[str, int]) -> dict[str, Any]:
+    """The comparison of one run: plain LoRA at these ranks, otherwise as evidence/alora-TASK.yaml."""
+    method = {"recipe": "lora", **_pattern(ranks), "name": "final"}
+    return compared.recipe(f"alora-{task}") | {
+        "methods": [method],
+        "baseline": "final",
+        "seeds": [seed],
+        "out": f"runs/compare-alora-{task}-final/s{seed}",
+    }
 
 
 def _pattern(ranks: dict[str, int]) -> dict[str, Any]:
@@ -95,16 +66,6 @@ def _pattern(ranks: dict[str, int]) -> dict[str, Any]:
     }
     gone = [name for name, rank in ranks.items() if rank == 0]
     return fields | ({"exclude_modules": gone} if gone else {})
-
-
-def job(task: str, variant: str, lr: float, seed: int, runs: str, test: bool) -> Job:
-    """One run of a variant; `final` needs that of `shortlist` to be done."""
-    spec = TASKS[task]
-    ranks = None
-    if variant == "final":
-        ranks = rounds(job(task, "shortlist", lr, seed, runs, test).out)[-1]["ranks"]
-    labels = {"task": task, "variant": variant, "r": RANK, "lr": lr, "seed": seed}
-    return Job.of(labels, spec, adapter(task, variant, seed, ranks), runs, test)
 
 
 def rounds(folder: Path) -> list[dict[str, Any]]:
@@ -133,22 +94,19 @@ def _module(key: str) -> str:
     return re.sub(r"^base_model\.model\.|\.lora_E.*$", "", key)
 
 
-def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
-    """Choose rates, then run every variant and seed; seeds outermost, so that what there is stays paired."""
-    best, tuning = {}, []
-    for variant in ("lora", "init", "adalora"):
-        jobs = [job(task, variant, lr, seed, args.runs, False) for lr in rates(task, variant) for seed in TUNING_SEEDS]
-        tried = pool.map(measure, jobs, 1)
-        best[variant], tuning = best_rate(tried), tuning + tried
-    variants = [variant for variant in VARIANTS if variant not in LEFT_OUT.get(task, ())]
+def made(task: str, args: Namespace) -> dict[str, Any]:
+    """The runs of the task's recipes, and `final`, which needs those of `shortlist`."""
+    import weftlora
+
     runs = []
-    for part in ([v for v in variants if v != "final"], ["final"]):
-        jobs = [
-            job(task, v, best[tuned_with(v)], seed, args.runs, True)
-            for seed, v in itertools.product(range(args.seeds), part)
-        ]
-        runs += [with_rounds(found, each.out) for found, each in zip(pool.map(measure, jobs, 1), jobs, strict=True)]
-    return {"task": task, "tuning": tuning, "runs": runs}
+    for name in (f"alora-{task}", f"adalora-{task}"):
+        found = weftlora.compare(compared.FOLDER / f"{name}.yaml", f"seeds={args.seeds}", jobs=args.jobs)
+        folder = {(o.method, o.seed): Path(found.folder) / o.folder for o in found.outcomes}
+        runs += [with_rounds(row, folder[row["variant"], row["seed"]]) for row in compared.rows(found.record())]
+    for run in [run for run in runs if run["variant"] == "shortlist"]:
+        found = weftlora.compare(final_recipe(task, run["seed"], run["ranks"]), jobs=args.jobs)
+        runs += compared.rows(found.record())
+    return {"runs": runs}
 
 
 # ---------------------------------------------------------------------- the document's part
@@ -213,12 +171,11 @@ def _by_variant(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _table(task: dict[str, Any]) -> list[str]:
-    spec, by = TASKS[task["task"]], _by_variant(task)
-    train = spec["train"]
+    by = _by_variant(task)
     out = [
-        f"### {spec['title']}, moving and starting",
+        f"### {TASKS[task['task']].title}, moving and starting",
         "",
-        f"{train['steps']} steps of {train['batch_size']} rows, n = {len(by['lora'])} seeds; {spec['unit']}.",
+        section_head(f"alora-{task['task']}", task["task"], len(by["lora"])),
         "",
         "| variant | trained parameters | lr | mean ± sd | difference to lora (95 %) | difference to another (95 %) |",
         "|---|---|---|---|---|---|",
@@ -233,7 +190,7 @@ def _table(task: dict[str, Any]) -> list[str]:
 
 
 def _gap(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> str:
-    return shown_interval([run["test"] - other["test"] for run, other in zip(runs, others, strict=True)])
+    return paired_gap([run["test"] for run in runs], [other["test"] for other in others])
 
 
 def _parameters(runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> int:
@@ -299,4 +256,4 @@ def _fidelity(tasks: Sequence[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    collect("alora_runs.py", parser(__doc__, list(TASKS), "runs/alora").parse_args(), run_task, RESULTS)
+    compared.main("alora-runs", __doc__, made)

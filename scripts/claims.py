@@ -7,7 +7,7 @@ each comes from.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -190,21 +190,34 @@ CLAIMS = (HYDRA, FLEXORA, DASH, TSD, TIED, ALORA)
 
 @dataclass(frozen=True)
 class Source:
-    """A committed file evidence/NAME.json: what it has, and the command that writes it."""
+    """A committed file evidence/NAME.json: what it has, and the command that writes it, or the recipe of every task."""
 
     what: str
-    command: str
+    command: str = ""
     takes_jobs: bool = False
     alone: str = ""
     """Why `--all` leaves it out."""
+    recipes: Mapping[str, str] = field(default_factory=dict)
+    """Task: the comparison evidence/RECIPE.yaml that `weftlora compare` makes it of."""
+
+    @property
+    def commands(self) -> list[str]:
+        """What is run, in order."""
+        return [f"weftlora compare evidence/{name}.yaml --json" for name in self.recipes.values()] or [self.command]
 
 
 SOURCES = {
     "demo": Source("all recipes and controls on the demo tasks", "weftlora compare evidence/demo.yaml --json", True),
     "real-runs": Source(
-        "HydraLoRA, Tied-LoRA and stock LoRA on real data", "python scripts/real_runs.py --tasks e2e,sst2", True
+        "HydraLoRA, Tied-LoRA and stock LoRA on real data",
+        takes_jobs=True,
+        recipes={task: f"real-{task}" for task in ("e2e", "sst2")},
     ),
-    "dash-runs": Source("LoRA-Dash and other directions", "python scripts/dash_runs.py", True),
+    "dash-runs": Source(
+        "LoRA-Dash and other directions",
+        takes_jobs=True,
+        recipes={task: f"dash-{task}" for task in ("demo", "e2e", "sst2", "mixture")},
+    ),
     "alora-runs": Source(
         "moving ranks, LoRA-Init and LoRA-TSD", "python scripts/alora_runs.py --tasks demo,e2e,sst2", True
     ),
@@ -218,5 +231,10 @@ SOURCES = {
         alone="it measures time, which wants a quiet machine",
     ),
     "interop": Source("an export in llama.cpp", "make interop", alone="it builds llama-cpp-python"),
+    "matrix": Source(
+        "training beside other versions of the libraries",
+        "make matrix",
+        alone="it makes an environment per row, two of several GB",
+    ),
     "soak": Source("training killed and resumed", "python scripts/soak.py --minutes 7", alone="it kills for minutes"),
 }

@@ -18,9 +18,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from typing import Any
 
+import compared
 import evidence_page
 import real_runs
+import real_tasks
 
 from claims import ROOT, SOURCES
 
@@ -29,23 +33,50 @@ PAGE = ROOT / "docs" / "evidence.md"
 
 
 def build(name: str, jobs: int, more: list[str]) -> None:
-    """Run the command of a result in the project's folder; what `weftlora` prints as JSON becomes the result."""
+    """Run the commands of a result in the project's folder; what `weftlora` prints as JSON becomes the result."""
     source = SOURCES[name]
-    program, *rest = shlex.split(source.command)
-    arguments = [*rest, *(["--jobs", str(jobs)] if source.takes_jobs else []), *more]
+    compared.check_needs([*source.recipes] or ["demo"])
+    if any("mixture" in task for task in source.recipes):
+        real_tasks.mixture()
+    records = [run(name, command, jobs if source.takes_jobs else 0, more) for command in source.commands]
+    if source.recipes:
+        keep_rows(name, dict(zip(source.recipes, records, strict=True)))
+    elif records[0]:
+        keep_record(name, records[0])
+
+
+def run(name: str, command: str, jobs: int, more: list[str]) -> dict[str, Any]:
+    """One command; the record that `weftlora` prints, and nothing of other programs."""
+    program, *rest = shlex.split(command)
+    arguments = [*rest, *(["--jobs", str(jobs)] if jobs else []), *more]
     start = {"weftlora": [sys.executable, "-m", "weftlora.cli"], "python": [sys.executable]}.get(program, [program])
     record = subprocess.PIPE if program == "weftlora" else None
     done = subprocess.run([*start, *arguments], cwd=ROOT, env=environment(), stdout=record, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{name} was not made: {source.command} failed.")
-    if record is not None:
-        keep_record(name, json.loads(done.stdout))
+        sys.exit(f"{name} was not made: {command} failed.")
+    return json.loads(done.stdout) if record is not None else {}
 
 
-def keep_record(name: str, record: dict[str, object]) -> None:
-    """Save what a comparison found, without the folders of this machine."""
+def keep_rows(name: str, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Save what the comparisons of several tasks found, a row per run."""
+    tasks = []
+    for task, record in records.items():
+        check_complete(name, record)
+        base = {"base": compared.base_score(record)} if any(m["name"] == "none" for m in record["methods"]) else {}
+        label = "method" if name == "real-runs" else "variant"
+        counts = {m["name"]: m["parameters"] for m in record["methods"] if m["rank"] is not None}
+        tasks.append({"task": task, **base, "adapter_parameters": counts, "runs": compared.rows(record, label)})
+    compared.save(name, f"python scripts/evidence.py {name}", tasks)
+
+
+def check_complete(name: str, record: Mapping[str, Any]) -> None:
     if not record["complete"]:
         sys.exit(f"the comparison {name} is not complete; give the same command again.")
+
+
+def keep_record(name: str, record: dict[str, Any]) -> None:
+    """Save what a comparison found, without the folders of this machine."""
+    check_complete(name, record)
     folder = ROOT / str(record["folder"])
     record["folder"] = str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -58,13 +89,12 @@ def environment() -> dict[str, str]:
 def write_pages() -> None:
     """docs/evidence.md and docs/real-runs.md, from evidence/."""
     PAGE.write_text(evidence_page.page(FOLDER), encoding="utf-8")
-    results = json.loads(real_runs.RESULTS.read_text(encoding="utf-8"))
-    real_runs.DOCUMENT.write_text(real_runs.report(results), encoding="utf-8")
+    real_runs.DOCUMENT.write_text(real_runs.report(), encoding="utf-8")
 
 
 def listing() -> str:
     """A line per result."""
-    lines = [f"{name:<16} {source.what}: {source.command}" for name, source in SOURCES.items()]
+    lines = [f"{name:<16} {source.what}: {'; '.join(source.commands)}" for name, source in SOURCES.items()]
     left_out = [f"--all leaves out {name}: {source.alone}" for name, source in SOURCES.items() if source.alone]
     return "\n".join([*lines, *left_out])
 

@@ -9,15 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import dash_runs
-import real_runs
-import yaml
+import compared
 
-from claims import CLAIMS, ROOT, SOURCES, Claim, Contrast, Side
+from claims import CLAIMS, SOURCES, Claim, Contrast, Side
 from weftlora.compare.record import METRICS, Interval, Method, Outcome, Row, Verdict
 from weftlora.compare.statistics import expected_false, interval, rows, verdict
 
-DEMO = ROOT / "evidence" / "demo.yaml"
 PLACES = {
     "demo": "demo tasks, embedded model",
     "e2e": "E2E, stories260k (decoder)",
@@ -111,7 +108,7 @@ def _runs(data: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
 
 def judge(contrast: Contrast, data: Mapping[str, Any]) -> Found:
     """What the runs of a file say of a contrast."""
-    metric = data["metric"] if "outcomes" in data else dash_runs.TASKS[contrast.task]["measure"]
+    metric = data["metric"] if "outcomes" in data else compared.TASKS[contrast.task].measure
     higher = metric != "loss"
     ours, control = (scores(contrast.file, data, contrast.task, side) for side in (contrast.ours, contrast.control))
     gaps = [ours[seed] - control[seed] for seed in sorted(ours.keys() & control.keys())]
@@ -177,10 +174,8 @@ def section(claim: Claim, found: Sequence[Found]) -> list[str]:
 
 def length(contrast: Contrast) -> str:
     """Steps and rows a step of a contrast's runs."""
-    if contrast.file == "demo":
-        train = yaml.safe_load(DEMO.read_text(encoding="utf-8"))["train"]
-    else:
-        train = (real_runs if contrast.file == "real-runs" else dash_runs).TASKS[contrast.task]["train"]
+    name = contrast.file if contrast.file == "demo" else f"{contrast.file.removesuffix('-runs')}-{contrast.task}"
+    train = compared.recipe(name)["train"]
     return f"{train['steps']} × {train['batch_size']}"
 
 
@@ -258,7 +253,6 @@ def sources(data: Mapping[str, Any]) -> list[str]:
     ]
     for name, source in SOURCES.items():
         there = f"`evidence/{name}.json`" if name in data else f"`evidence/{name}.json`, not there yet"
-        out.append(
-            f"| {there} | {source.what} | `python scripts/evidence.py {name}` | `{source.command}` | {source.alone} |"
-        )
+        run = ", ".join(f"`{command}`" for command in source.commands)
+        out.append(f"| {there} | {source.what} | `python scripts/evidence.py {name}` | {run} | {source.alone} |")
     return out

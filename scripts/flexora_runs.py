@@ -1,10 +1,11 @@
 """Measure Flexora's selections against all layers and against selections made without it; write evidence/flexora-runs.json.
 
-    python scripts/flexora_runs.py --jobs 2               # runs what is missing; then scripts/real_runs.py --report
+    python scripts/flexora_runs.py --jobs 2               # runs what is missing; then scripts/evidence.py --page
     python scripts/flexora_runs.py --tasks demo --seeds 1 # a quick look
 
-Every seed searches once per kind of search; then plain LoRA is trained from its own start on what each variant names, at one rank,
-scale, rate, number of steps, seed and data order:
+Every seed searches once per kind of search; then `weftlora compare` trains plain LoRA from its own start on what each variant names,
+with everything else as in the recipes evidence/flexora-*.yaml. A script is needed for what a recipe cannot say: which layers a method
+has follows from the search of the same seed, and `longer` trains for as many more steps as that search was worth.
 
     all         every block, which is plain LoRA       longer      the same for as many more steps as the search was worth
     flexora     what the search selects (above_mean, restart)
@@ -13,30 +14,25 @@ scale, rate, number of steps, seed and data order:
 
 Searches are of blocks, at the rate of the training (not on SST-2, to save an hour) and, "slow", at a tenth of it; on the demo
 model, which has four blocks, also of single modules. Variants that name the same layers are one run.
-The rate is chosen on validation rows with `all`, over two seeds that are not reported; so if it favours one, then the baseline.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dash_runs
-from paired import Job, best_rate, collect, measure, parser, shown_interval, spread
+import compared
+from compared import TASKS, section_head, spread
+from compared import paired_gap as _gap
 
 from weftlora.search.rules import Stability, chance, jaccard, stability
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "evidence" / "flexora-runs.json"
+RESULTS = compared.FOLDER / "flexora-runs.json"
 RANK, DRAWS = 4, 3
-TUNING_SEEDS = (1000, 1001)
-TASKS = {name: dash_runs.TASKS[name] for name in ("demo", "e2e", "sst2")}
 SEARCHES: dict[str, tuple[str, float]] = {
     "block": ("block", 1),
     "block-slow": ("block", 0.1),
@@ -52,59 +48,38 @@ VARIANTS = ("all", "longer", "flexora", *RANDOM, "first", "last", "norm")
 Layers = list[int | str]
 
 
-def described(
-    task: str,
-    name: str,
-    adapter: dict[str, Any],
-    lr: float,
-    seed: int,
-    runs: str,
-    *,
-    steps: int | None = None,
-    test: bool = True,
-) -> Job:
-    """One run of a task with this adapter section, for `steps` if not for the task's."""
-    labels = {"task": task, "layers": name, "r": RANK, "lr": lr, "seed": seed}
-    spec = TASKS[task]
-    spec = spec | {"train": spec["train"] | ({"steps": steps} if steps else {})}
-    return Job.of(labels, spec, {"r": RANK, "lora_alpha": 2 * RANK, **adapter}, runs, test)
+def search_section(task: str, kind: str, seed: int) -> dict[str, Any]:
+    """The recipe of a search, as `weftlora.train.layer_search.search_recipe` takes it."""
+    (granularity, share), base = SEARCHES[kind], compared.recipe(f"flexora-{task}")
+    train = base["train"]
+    adapter = {"recipe": "flexora", "r": RANK, "lora_alpha": 2 * RANK, "granularity": granularity, **SEARCH}
+    return {
+        "model": base["model"],
+        "data": base["data"],
+        "adapter": adapter | {"inner_lr": share * train["lr"]},
+        "train": train | {"seed": seed, "save_every": 0, "num_threads": 1},
+        "out": "unused",
+    }
 
 
-@dataclass(frozen=True)
-class SearchJob:
-    """One search: its file is kept, and read where it lies."""
-
-    task: str
-    kind: str
-    lr: float
-    seed: int
-    runs: str
-
-    def recipe(self) -> dict[str, Any]:
-        """As `weftlora.train.layer_search.search_recipe` takes it."""
-        granularity, share = SEARCHES[self.kind]
-        adapter = {"recipe": "flexora", "granularity": granularity, "inner_lr": share * self.lr, **SEARCH}
-        return described(self.task, "", adapter, self.lr, self.seed, self.runs).recipe | {"out": "unused"}
-
-
-def search(job: SearchJob) -> dict[str, Any]:
-    """The layers of every variant of one seed and kind of search, and what the search cost and found."""
+def search(task: str, kind: str, seed: int) -> dict[str, Any]:
+    """The layers of every variant of one seed and kind of search, and what the search cost and found; kept where it lies."""
     import torch
 
     from weftlora.search import Selection
     from weftlora.train.layer_search import search_recipe
 
     torch.set_num_threads(1)
-    path = Path(job.runs) / job.task / f"search-{job.kind}-lr{job.lr:g}-s{job.seed}.json"
+    path = Path(f"{compared.recipe(f'flexora-{task}')['out']}-searches") / f"{kind}-s{seed}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        search_recipe(job.recipe(), out=path)
+        search_recipe(search_section(task, kind, seed), out=path)
     selection = Selection.load(path)
     names = {"gradient norm": "norm"}
-    controls = selection.controls(draws=DRAWS, seed=job.seed)
+    controls = selection.controls(draws=DRAWS, seed=seed)
     return {
-        "kind": job.kind,
-        "seed": job.seed,
+        "kind": kind,
+        "seed": seed,
         "groups": [c.name for c in selection.candidates],
         "alpha": [c.alpha for c in selection.candidates],
         "gradient_norm": [c.gradient_norm for c in selection.candidates],
@@ -116,36 +91,6 @@ def search(job: SearchJob) -> dict[str, Any]:
     }
 
 
-def job(task: str, layers: Layers | None, lr: float, seed: int, runs: str, steps: int | None = None) -> Job:
-    """One run of plain LoRA on these layers; without any on all of the model, to choose the rate."""
-    if layers is None:
-        return described(task, "tuning", {"recipe": "lora"}, lr, seed, runs, test=False)
-    name = "-".join(map(str, layers))
-    name = name if len(name) < 40 else hashlib.sha256(name.encode()).hexdigest()[:12]
-    name += f"-for-{steps}" if steps else ""
-    return described(task, name, {"recipe": "lora", "layers": layers}, lr, seed, runs, steps=steps)
-
-
-def run_task(pool: Any, task: str, args: Namespace) -> dict[str, Any]:
-    """Choose the rate, search every seed, then run what the variants name; seeds outermost, so that what there is stays paired."""
-    spec = TASKS[task]
-    jobs = [job(task, None, lr, seed, args.runs) for lr in spec["rates"] for seed in TUNING_SEEDS]
-    tuning = pool.map(measure, jobs, 1)
-    lr = best_rate(tuning)
-    searches = [SearchJob(task, kind, lr, seed, args.runs) for seed in range(args.seeds) for kind in KINDS[task]]
-    found = pool.map(search, searches, 1)
-    wanted = [(each, variant) for each in found for variant in VARIANTS]
-    made = [job(task, layers_of(s, v), lr, s["seed"], args.runs, length(spec, s, v)) for s, v in wanted]
-    once = {each.out: each for each in made}
-    figures = dict(zip(once, pool.map(measure, list(once.values()), 1), strict=True))
-    runs = [
-        {k: v for k, v in figures[each.out].items() if k != "layers"}
-        | {"variant": variant, "kind": s["kind"], "layers": layers_of(s, variant)}
-        for each, (s, variant) in zip(made, wanted, strict=True)
-    ]
-    return {"task": task, "tuning": tuning, "searches": found, "runs": runs}
-
-
 def layers_of(found: dict[str, Any], variant: str) -> Layers:
     """What a variant names; all groups stand for `longer`, and for the controls of a search that selected everything."""
     layers: dict[str, Layers] = found["layers"]
@@ -153,9 +98,51 @@ def layers_of(found: dict[str, Any], variant: str) -> Layers:
     return layers["all"] if everything else layers[variant]  # four groups or more always have three other selections
 
 
-def length(spec: dict[str, Any], found: dict[str, Any], variant: str) -> int | None:
-    """Steps of a run, where they are not the task's."""
-    return spec["train"]["steps"] + round(found["cost_in_steps"]) if variant == "longer" else None
+def length(task: str, found: dict[str, Any], variant: str) -> int:
+    """Steps of a run."""
+    steps: int = compared.recipe(f"flexora-{task}")["train"]["steps"]
+    return steps + round(found["cost_in_steps"]) if variant == "longer" else steps
+
+
+def comparisons(task: str, searches: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """For each number of steps the comparison of one seed's runs; what names the same layers is one method."""
+    base, (seed,) = compared.recipe(f"flexora-{task}"), {found["seed"] for found in searches}
+    methods: dict[int, dict[tuple[int | str, ...], str]] = {}
+    for found in searches:
+        for variant in VARIANTS:
+            named = methods.setdefault(length(task, found, variant), {})
+            named.setdefault(tuple(layers_of(found, variant)), f"{found['kind']} {variant}")
+    return {
+        steps: base
+        | {
+            "train": base["train"] | {"steps": steps},
+            "methods": [{"recipe": "lora", "layers": list(layers), "name": name} for layers, name in named.items()],
+            "baseline": next(iter(named.values())),
+            "seeds": [seed],
+            "out": f"{base['out']}/{steps}-steps-s{seed}",
+        }
+        for steps, named in methods.items()
+    }
+
+
+def made(task: str, args: Namespace) -> dict[str, Any]:
+    """Search every seed, then run what the variants name; seeds outermost, so that what there is stays paired."""
+    import weftlora
+
+    searches, runs = [], []
+    for seed in range(args.seeds):
+        mine = [search(task, kind, seed) for kind in KINDS[task]]
+        figures: dict[tuple[int, tuple[int | str, ...]], dict[str, Any]] = {}
+        for steps, content in comparisons(task, mine).items():
+            done = {row["variant"]: row for row in compared.rows(weftlora.compare(content, jobs=args.jobs).record())}
+            figures |= {(steps, tuple(each["layers"])): done[each["name"]] for each in content["methods"]}
+        for found in mine:
+            for variant in VARIANTS:
+                layers = layers_of(found, variant)
+                row = figures[length(task, found, variant), tuple(layers)]
+                runs.append(row | {"variant": variant, "kind": found["kind"], "layers": layers})
+        searches += mine
+    return {"searches": searches, "runs": runs}
 
 
 # ---------------------------------------------------------------------- the document's part
@@ -211,17 +198,18 @@ def _of(task: dict[str, Any], kind: str) -> tuple[list[dict[str, Any]], dict[str
 
 
 def _table(task: dict[str, Any], kind: str) -> list[str]:
-    (granularity, share), spec, (searches, by) = SEARCHES[kind], TASKS[task["task"]], _of(task, kind)
+    (granularity, share), (searches, by) = SEARCHES[kind], _of(task, kind)
     tests = {variant: [f["test"] for f in runs] for variant, runs in by.items() if variant not in RANDOM}
     tests["random"] = [
         statistics.mean(each) for each in zip(*([f["test"] for f in by[v]] for v in RANDOM), strict=True)
     ]
     shown = ("all", "longer", "flexora", "random", "first", "last", "norm")
     out = [
-        f"### {spec['title']}, {granularity}s selected" + ("" if share == 1 else ", slow search"),
+        f"### {TASKS[task['task']].title}, {granularity}s selected" + ("" if share == 1 else ", slow search"),
         "",
-        f"{spec['train']['steps']} steps of {spec['train']['batch_size']} rows, {len(searches[0]['groups'])} {granularity}s, "
-        f"n = {len(searches)} seeds; {spec['unit']}.",
+        section_head(
+            f"flexora-{task['task']}", task["task"], len(searches), f"{len(searches[0]['groups'])} {granularity}s"
+        ),
         "",
         f"| variant | {granularity}s | trained parameters | mean ± sd | difference to all (95 %) | flexora − this (95 %) |",
         "|---|---|---|---|---|---|",
@@ -237,19 +225,15 @@ def _table(task: dict[str, Any], kind: str) -> list[str]:
     return out
 
 
-def _gap(one: Sequence[float], other: Sequence[float]) -> str:
-    return shown_interval([a - b for a, b in zip(one, other, strict=True)])
-
-
 def _story(task: dict[str, Any], kind: str) -> list[str]:
     """What the search cost, how far its selections agree, and how often a random draw was as good."""
-    spec, (searches, by) = TASKS[task["task"]], _of(task, kind)
-    steps = spec["train"]["steps"]
+    searches, by = _of(task, kind)
+    steps = compared.recipe(f"flexora-{task['task']}")["train"]["steps"]
     cost = statistics.mean(s["cost_in_steps"] for s in searches)
     pairs = list(zip(searches, by["all"], by["flexora"], strict=True))
     seconds = statistics.mean(s["seconds"] / plain["train_seconds"] for s, plain, _ in pairs)
     second = statistics.mean(chosen["train_seconds"] / plain["train_seconds"] for _, plain, chosen in pairs)
-    sign = -1 if spec["measure"] == "loss" else 1
+    sign = -1 if TASKS[task["task"]].measure == "loss" else 1
     gaps = [
         sign * (mine["test"] - drawn["test"])
         for variant in RANDOM
@@ -294,4 +278,4 @@ def _indices(found: dict[str, Any], variant: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    collect("flexora_runs.py", parser(__doc__, list(TASKS), "runs/flexora").parse_args(), run_task, RESULTS)
+    compared.main("flexora-runs", __doc__, made)

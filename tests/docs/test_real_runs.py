@@ -6,47 +6,67 @@ import json
 from pathlib import Path
 
 import alora_runs
-import dash_runs
+import compared
 import flexora_runs
 import layer_cost
 import pytest
 import real_runs
 import search_accuracy
 
+from claims import SOURCES
+from weftlora import WeftConfig
+from weftlora.compare.methods import contenders
+from weftlora.compare.recipe import CompareRecipe
+from weftlora.compare.record import Method, Outcome
+
 ROOT = Path(__file__).parents[2]
 RANKS = {"a.0.q": 6, "a.1.q": 0, "b": 4}
 
 
 def test_the_page_is_a_function_of_the_evidence() -> None:
-    results = json.loads((ROOT / "evidence" / "real-runs.json").read_text())
-    assert (ROOT / "docs" / "real-runs.md").read_text() == real_runs.report(results)
+    assert (ROOT / "docs" / "real-runs.md").read_text() == real_runs.report()
 
 
-def test_every_dash_cell_has_five_paired_seeds() -> None:
-    saved = json.loads(dash_runs.RESULTS.read_text())
-    assert [task["task"] for task in saved["tasks"]] == list(dash_runs.KINDS)
+@pytest.mark.parametrize("name", ["real-runs", "dash-runs", "alora-runs"])
+def test_the_committed_runs_are_those_of_the_recipes(name: str) -> None:
+    saved = json.loads((compared.FOLDER / f"{name}.json").read_text())
+    files = SOURCES[name].recipes or {task: f"alora-{task}" for task in ("demo", "e2e", "sst2")}
+    assert [task["task"] for task in saved["tasks"]] == list(files)
     for task in saved["tasks"]:
+        recipe = CompareRecipe.read(compared.FOLDER / f"{files[task['task']]}.yaml")
         cells: dict[tuple[str, int], list[int]] = {}
         for run in task["runs"]:
-            cells.setdefault((run["variant"], run["r"]), []).append(run["seed"])
-        assert all(seeds == list(range(5)) for seeds in cells.values())
-        assert len({run["lr"] for run in task["runs"] if run["variant"] in dash_runs.LINEAR}) <= 1
-        if "linear" in dash_runs.KINDS[task["task"]]:
-            assert {(v, r) for v in ("lora", "dash", "random", "top") for r in dash_runs.RANKS} <= cells.keys()
+            cells.setdefault((run.get("variant") or run["method"], run["r"]), []).append(run["seed"])
+            if len(recipe.all_rates) > 1 or run.get("variant") in ("adalora", "final"):
+                continue
+            assert [run["lr"]] == recipe.all_rates, run
+        assert all(seeds == recipe.all_seeds for seeds in cells.values())
+        wanted = [each for each in contenders(recipe.methods) if not each.frozen]
+        if name == "real-runs":  # the budget chooses their ranks
+            assert {method for method, _ in cells} == {each.name for each in wanted}
+            continue
+        more = {("final", 4), ("adalora", 4)} if name == "alora-runs" else set()
+        called = {(each.name.partition(", r = ")[0], each.section.get("r", recipe.budget.r)) for each in wanted}
+        assert cells.keys() == called | more
 
 
-def test_every_moving_or_starting_variant_has_five_paired_seeds_and_shares_its_rate() -> None:
-    saved = json.loads(alora_runs.RESULTS.read_text())
-    assert [task["task"] for task in saved["tasks"]] == list(alora_runs.TASKS)
-    for task in saved["tasks"]:
-        cells: dict[str, list[int]] = {}
-        rates: dict[str, set[float]] = {}
-        for run in task["runs"]:
-            cells.setdefault(run["variant"], []).append(run["seed"])
-            rates.setdefault(alora_runs.tuned_with(run["variant"]), set()).add(run["lr"])
-        left_out = alora_runs.LEFT_OUT.get(task["task"], ())
-        assert cells == {v: list(range(5)) for v in alora_runs.VARIANTS if v not in left_out}
-        assert all(len(each) == 1 for each in rates.values())
+def test_a_record_becomes_a_row_per_run() -> None:
+    methods = [
+        Method("dash, r = 2", {"recipe": "lora_dash", "r": 2}, rank=2, alpha=4, parameters=9, lr=0.1),
+        Method("none", {"recipe": "none"}),
+    ]
+    figures = {"trained": 11.0, "train_seconds": 1.5}
+    outcomes = [
+        Outcome("dash, r = 2", 1, "a", "complete", {"loss": 2.0, "bleu": 3.0}, {"mill": {"loss": 2.5}}, figures),
+        Outcome("dash, r = 2", 0, "b", "complete", {"loss": 1.0}, {}, figures),
+        Outcome("dash, r = 2", 2, "c", "diverged"),
+        Outcome("none", 0, "d", "complete", {"loss": 4.0}),
+    ]
+    record = {"metric": "loss", "methods": list(map(vars, methods)), "outcomes": list(map(vars, outcomes))}
+    first, second = compared.rows(record)
+    assert (first["variant"], first["r"], first["lr"], first["seed"], first["test"]) == ("dash", 2, 0.1, 0, 1.0)
+    assert (second["trainable"], second["test_domains"]) == (11, {"mill": 2.5})
+    assert compared.base_score(record) == 4.0
 
 
 def test_moving_ranks_stay_on_the_budget_of_lora() -> None:
@@ -58,32 +78,22 @@ def test_moving_ranks_stay_on_the_budget_of_lora() -> None:
                 assert len(run["rounds"]) == 8
 
 
-@pytest.mark.parametrize("variant", alora_runs.VARIANTS)
-def test_a_moving_or_starting_variant_is_a_config_that_works(variant: str) -> None:
+def test_final_is_a_config_at_the_ranks_that_were_found() -> None:
     from weftlora.runs.adapter import adapter_config
 
-    config = adapter_config(alora_runs.adapter("demo", variant, seed=3, ranks=RANKS), total_steps=100)
-    assert config is not None
-    assert config.r == 4 or variant == "adalora"
-    if variant == "final":
-        assert config.rank_pattern == {"a\\.0\\.q": 6}
-        assert config.alpha_pattern == {"a\\.0\\.q": 12}  # the scale α/r of every module stays 2
-        assert set(config.exclude_modules) == {"a.1.q"}
-
-
-@pytest.mark.parametrize("variant", [*dash_runs.LINEAR, *dash_runs.ROUTED])
-def test_a_variant_is_a_config_that_works(variant: str) -> None:
-    from weftlora.runs.adapter import adapter_config
-
-    config = adapter_config(dash_runs.adapter(variant, 4, seed=3))
-    assert config is not None
-    assert (config.r, config.lora_alpha) == (4, 8)
-    assert (config.boost is None) == (variant in ("lora", "hydra"))
+    recipe = CompareRecipe.read(alora_runs.final_recipe("demo", 3, RANKS))
+    (method,) = contenders(recipe.methods)
+    config = adapter_config(method.sized(4, 8))
+    assert isinstance(config, WeftConfig)
+    assert (recipe.seeds, config.r) == ([3], 4)
+    assert config.rank_pattern == {"a\\.0\\.q": 6}
+    assert config.alpha_pattern == {"a\\.0\\.q": 12}  # the scale α/r of every module stays 2
+    assert set(config.exclude_modules or ()) == {"a.1.q"}
 
 
 def test_every_selection_and_control_of_flexora_has_five_paired_seeds() -> None:
     saved = json.loads(flexora_runs.RESULTS.read_text())
-    assert [task["task"] for task in saved["tasks"]] == list(flexora_runs.TASKS)
+    assert [task["task"] for task in saved["tasks"]] == list(flexora_runs.KINDS)
     for task in saved["tasks"]:
         cells: dict[tuple[str, str], list[int]] = {}
         for run in task["runs"]:
@@ -102,27 +112,26 @@ def test_a_search_of_the_evidence_and_what_it_selects_are_configs_that_work(kind
     from weftlora.runs.adapter import adapter_config
 
     granularity, share = flexora_runs.SEARCHES[kind]
-    config = adapter_config(flexora_runs.SearchJob("demo", kind, 0.01, 3, "").recipe()["adapter"])
+    config = adapter_config(flexora_runs.search_section("demo", kind, 3)["adapter"])
     assert config is not None
     assert (config.r, config.lora_alpha) == (4, 8)
     assert (config.layers.granularity, config.layers.inner_lr) == (granularity, share * 0.01)
-    chosen = adapter_config(flexora_runs.job("demo", [0, 2], 0.01, 3, "runs").recipe["adapter"])
-    assert chosen is not None
-    assert (chosen.r, chosen.lora_alpha, chosen.layers.blocks) == (4, 8, (0, 2))
 
 
 def test_longer_pays_the_search_in_steps_and_the_same_layers_are_one_run() -> None:
-    spec = flexora_runs.TASKS["demo"]
-    found = {"cost_in_steps": 60.0, "layers": {"flexora": [0], "all": [0, 1], "first": [0]}}
-    assert flexora_runs.length(spec, found, "longer") == spec["train"]["steps"] + 60
-    outs = {
-        v: flexora_runs.job("demo", flexora_runs.layers_of(found, v), 0.01, 0, "r").out for v in ("flexora", "first")
-    }
-    assert outs["flexora"] == outs["first"]
+    steps = compared.recipe("flexora-demo")["train"]["steps"]
+    names = ("flexora", "all", "first", "last", "norm", *flexora_runs.RANDOM)
+    layers = {key: [0] for key in names} | {"all": [0, 1], "last": [1]}
+    found = {"kind": "block", "seed": 3, "cost_in_steps": 60.0, "layers": layers}
     assert flexora_runs.layers_of(found, "longer") == [0, 1]
-    longer = flexora_runs.job("demo", [0, 1], 0.01, 0, "r", 160)
-    assert longer.recipe["train"]["steps"] == 160
-    assert longer.out != flexora_runs.job("demo", [0, 1], 0.01, 0, "r").out
+    made = flexora_runs.comparisons("demo", [found, found | {"kind": "block-slow"}])
+    assert list(made) == [steps, steps + 60]
+    assert [each["layers"] for each in made[steps]["methods"]] == [[0, 1], [0], [1]]
+    assert [each["layers"] for each in made[steps + 60]["methods"]] == [[0, 1]]
+    for length, content in made.items():
+        recipe = CompareRecipe.read(content)
+        assert (recipe.train.steps, recipe.seeds) == (length, [3])
+        assert [each.sized(4, 8)["r"] for each in contenders(recipe.methods)] == [4] * len(recipe.methods)
 
 
 def test_what_half_of_the_blocks_cost_is_on_flexoras_card_as_it_was_measured() -> None:
