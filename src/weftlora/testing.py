@@ -256,7 +256,7 @@ def _attach(model: nn.Module, total: int) -> None:
 
 
 def _takes_rows(config: WeftConfig) -> bool:
-    return bool(getattr(config.ranks, "needs_data", False))
+    return config.ranks.needs_data
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Sequence[int], run: nn.Module | None = None,
