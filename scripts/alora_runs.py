@@ -36,7 +36,6 @@ from compared import TASKS, paired_gap, section_head, spread
 
 from weftlora.schedule.rank_slots import kind_of, spearman
 
-RESULTS = compared.FOLDER / "alora-runs.json"
 RANK = 4
 
 MOVING = ("exact", "shortlist", "taylor", "random", "early", "early-random")
@@ -145,7 +144,7 @@ AGAINST = {
 
 def section() -> list[str]:
     """The part of docs/real-runs.md, a pure function of evidence/alora-runs.json."""
-    saved = json.loads(RESULTS.read_text(encoding="utf-8"))
+    saved = compared.saved("alora-runs")
     lines = [
         "## ALoRA, LoRA-Init and LoRA-TSD",
         "",

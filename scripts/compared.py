@@ -51,6 +51,12 @@ def recipe(name: str) -> dict[str, Any]:
     return read_file(FOLDER / f"{name}.yaml", "comparison", "model, data, methods and out")
 
 
+def saved(name: str) -> dict[str, Any]:
+    """The committed result evidence/NAME.json."""
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
 def rows(record: Mapping[str, Any], label: str = "variant") -> list[dict[str, Any]]:
     """A row per complete run of a comparison's record; "dash, r = 2" is the variant dash, and the frozen base is no run."""
     methods = {each["name"]: each for each in record["methods"] if each["rank"] is not None}

@@ -2,7 +2,7 @@
 
     python scripts/evidence.py --list                   what there is, and how each is made
     python scripts/evidence.py dash-runs --jobs 2       one of them: evidence/dash-runs.json, and the pages anew
-    python scripts/evidence.py demo -- --tasks demo     what follows -- goes to the command that makes it
+    python scripts/evidence.py dash-runs -- seeds=2     what follows -- goes to the commands that make it
     python scripts/evidence.py --all --jobs 2           all that `make evidence` rebuilds (hours)
     python scripts/evidence.py --page                   only the pages, from evidence/: docs/evidence.md and docs/real-runs.md
 

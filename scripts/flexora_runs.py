@@ -18,7 +18,6 @@ model, which has four blocks, also of single modules. Variants that name the sam
 
 from __future__ import annotations
 
-import json
 import statistics
 from argparse import Namespace
 from collections.abc import Sequence
@@ -31,7 +30,6 @@ from compared import paired_gap as _gap
 
 from weftlora.search.rules import Stability, chance, jaccard, stability
 
-RESULTS = compared.FOLDER / "flexora-runs.json"
 RANK, DRAWS = 4, 3
 SEARCHES: dict[str, tuple[str, float]] = {
     "block": ("block", 1),
@@ -171,7 +169,7 @@ READING = """
 
 def section() -> list[str]:
     """The part of docs/real-runs.md, a pure function of evidence/flexora-runs.json."""
-    saved = json.loads(RESULTS.read_text(encoding="utf-8"))
+    saved = compared.saved("flexora-runs")
     lines = [
         "## Flexora",
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import alora_runs
@@ -48,7 +47,7 @@ READING_DASH = """
 
 def report() -> str:
     """The whole page."""
-    results = _saved("real-runs")
+    results = compared.saved("real-runs")
     lines = [
         "# Real runs",
         "",
@@ -63,11 +62,6 @@ def report() -> str:
         lines += ["", *_table(task)]
     sections = [*dash_section(), *alora_runs.section(), *flexora_runs.section()]
     return "\n".join([*lines, READING, *sections]).rstrip() + "\n"
-
-
-def _saved(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((compared.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return found
 
 
 def _made(name: str, saved: dict[str, Any]) -> str:
@@ -114,7 +108,7 @@ def _table(task: dict[str, Any]) -> list[str]:
 
 def dash_section() -> list[str]:
     """The part of docs/real-runs.md, a pure function of evidence/dash-runs.json."""
-    saved = _saved("dash-runs")
+    saved = compared.saved("dash-runs")
     lines = [
         "## LoRA-Dash",
         "",

@@ -12,7 +12,8 @@ SOURCE = Path(weftlora.__file__).parent
 ROOMS = (
     {"version", "progress", "change_rates", "foreign_text", "redaction"},
     {"errors"},
-    {"extras", "settings", "sections", "disk", "kernel"},
+    {"extras", "settings"},
+    {"sections", "records", "disk", "kernel"},
     {"terms", "data"},
     {"adapter"},
     {"recipes", "schedule"},

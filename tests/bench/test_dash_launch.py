@@ -43,7 +43,7 @@ def test_a_ratio_is_of_the_same_round(quick: LaunchBench):
 
 
 def test_the_record_has_the_command_and_medians(quick: LaunchBench):
-    record = json.loads(json.dumps(quick.to_dict()))
+    record = json.loads(json.dumps(quick.record()))
     assert record["command"].startswith(
         "weftlora bench launch --shape 48x32@2 --shape 32x48@2 --layers 1 --hidden 64 --rounds 2"
     )

@@ -39,7 +39,7 @@ def test_the_table_of_figures_is_measured_with_compiled_blocks():
     compiled = [r for r in found.cases if r.case.compiled and r.case.is_weft]
     assert [r.exact for r in compiled] == [True, None]
     assert all(set(r.nodes) == {"linear"} for r in compiled)  # nothing spans two linears in a compiled graph
-    assert found.to_dict()["command"].startswith("weftlora bench step --all --dtype fp32")
+    assert found.record()["command"].startswith("weftlora bench step --all --dtype fp32")
 
 
 def test_the_floor_is_the_unit(quick: StepBench):
@@ -71,7 +71,7 @@ def test_every_round_runs_every_case_in_a_new_order():
 
 
 def test_the_record_is_json_and_says_how_to_repeat_it(quick: StepBench):
-    record = json.loads(json.dumps(quick.to_dict()))
+    record = json.loads(json.dumps(quick.record()))
     assert record["exact"] is True
     assert {"weftlora", "torch", "peft", "transformers", "python", "cpu"} == set(record["versions"])
     assert record["setting"]["threads"] == 1

@@ -29,7 +29,7 @@ def test_the_page_is_a_function_of_the_evidence() -> None:
 
 @pytest.mark.parametrize("name", ["real-runs", "dash-runs", "alora-runs"])
 def test_the_committed_runs_are_those_of_the_recipes(name: str) -> None:
-    saved = json.loads((compared.FOLDER / f"{name}.json").read_text())
+    saved = compared.saved(name)
     files = SOURCES[name].recipes or {task: f"alora-{task}" for task in ("demo", "e2e", "sst2")}
     assert [task["task"] for task in saved["tasks"]] == list(files)
     for task in saved["tasks"]:
@@ -70,7 +70,7 @@ def test_a_record_becomes_a_row_per_run() -> None:
 
 
 def test_moving_ranks_stay_on_the_budget_of_lora() -> None:
-    for task in json.loads(alora_runs.RESULTS.read_text())["tasks"]:
+    for task in compared.saved("alora-runs")["tasks"]:
         for run in task["runs"]:
             if run["variant"] in (*alora_runs.MOVING, "adalora"):
                 assert sum(run["ranks"].values()) == alora_runs.RANK * len(run["ranks"]), run["variant"]
@@ -92,7 +92,7 @@ def test_final_is_a_config_at_the_ranks_that_were_found() -> None:
 
 
 def test_every_selection_and_control_of_flexora_has_five_paired_seeds() -> None:
-    saved = json.loads(flexora_runs.RESULTS.read_text())
+    saved = compared.saved("flexora-runs")
     assert [task["task"] for task in saved["tasks"]] == list(flexora_runs.KINDS)
     for task in saved["tasks"]:
         cells: dict[tuple[str, str], list[int]] = {}

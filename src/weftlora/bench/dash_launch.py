@@ -11,7 +11,6 @@ random order within a round; beside the times stands the share of directions on 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import random
 import statistics
@@ -31,6 +30,7 @@ from weftlora.errors import ConfigError, suggest
 from weftlora.host.attach import schedules
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.recipes import LoraDashConfig
+from weftlora.records import Record
 
 SHAPES = ("768x768@7", "3072x768@7", "2048x2048@5", "4096x4096@2")
 QUICK = ("48x32@2", "32x48@2")
@@ -75,7 +75,7 @@ class LaunchResult:
 
 
 @dataclass(frozen=True)
-class LaunchBench:
+class LaunchBench(Record):
     """What `weftlora bench launch` measured, with all that is needed to measure it again."""
 
     command: str
@@ -87,9 +87,9 @@ class LaunchBench:
     versions: dict[str, str]
     results: list[LaunchResult]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON values, medians included."""
-        out = dataclasses.asdict(self)
+    def record(self) -> dict[str, Any]:
+        """This as plain data, medians included."""
+        out = super().record()
         for row, result in zip(out["results"], self.results, strict=True):
             row["median_seconds"] = statistics.median(result.seconds)
             row["median_published"] = statistics.median(result.published)

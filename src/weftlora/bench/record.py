@@ -6,7 +6,6 @@ round, or the bytes a case saves over the floor's.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from weftlora.bench.cases import DTYPES, Agreement, Case, Dtype, Shape
 from weftlora.errors import ConfigError, suggest
+from weftlora.records import Record
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class StepBench:
+class StepBench(Record):
     """What `weftlora bench step` measured, with all that is needed to measure it again.
 
     `order` has, per base dtype and round, the cases in the order they ran.
@@ -253,9 +253,9 @@ class StepBench:
                 return result
         raise KeyError(f"no case {case!r} on a {dtype} base")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON values; every case with its label."""
-        out = dataclasses.asdict(self)
+    def record(self) -> dict[str, Any]:
+        """This as plain data, with its command; every case with its label."""
+        out = super().record()
         for row, result in zip(out["cases"], self.cases, strict=True):
             row["label"] = str(result.case)
         return {"command": self.setting.command, "exact": self.exact, **out}

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.output import watching
+from weftlora.cli.options import Json, Quiet
 from weftlora.errors import RunError
 
 if TYPE_CHECKING:
@@ -59,22 +59,21 @@ def step(
     quick: Annotated[bool, typer.Option("--quick", help="A tiny model and 3 rounds: does it all run?")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """A training step of every structure against the frozen base's step and stock peft LoRA.
 
     Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
     base's step of the same round. Exit code 1 if a gradient of weftlora disagrees with the reference kernel.
     """
-    _check_out(out, ("cases", "setting"), overwrite)
+    output.check_out(out, "a record of this command", ("cases", "setting"), overwrite)
     if case:
         sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
     lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+    with output.working(as_json, quiet) as progress:
         from weftlora.bench import Shape
         from weftlora.bench import step as call
-        from weftlora.disk.files import write_json
 
         result = call(
             Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
@@ -87,9 +86,8 @@ def step(
             progress=progress,
             **{name: values for name, values in lists.items() if values},
         )
-        if out is not None:
-            write_json(out, result.to_dict())
-    output.show(result.to_dict(), as_json, lambda: Group(*tables(result)))
+        output.keep(result.record(), out)
+    output.show(result.record(), as_json, lambda: Group(*tables(result)))
     if wrong := [f"{r.case} on a {r.dtype} base" for r in result.cases if r.exact is False]:
         raise RunError(
             f"the gradients of {', '.join(wrong)} are not those of the reference kernel, so these speeds do not count: "
@@ -114,17 +112,16 @@ def launch(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny weights: does it all run?")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """The launch of LoRA-Dash against the published way: a full SVD and dense products inside a forward pass.
 
     Per weight and for all modules of a model, both ways on the same weights in random order; a ratio is the median over rounds.
     """
-    _check_out(out, ("directions", "results"), overwrite)
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+    output.check_out(out, "a record of this command", ("directions", "results"), overwrite)
+    with output.working(as_json, quiet) as progress:
         from weftlora.bench import launch as call
-        from weftlora.disk.files import write_json
 
         result = call(
             **({"shapes": shape} if shape else {}),
@@ -139,28 +136,18 @@ def launch(
             quick=quick,
             progress=progress,
         )
-        if out is not None:
-            write_json(out, result.to_dict())
-    output.show(result.to_dict(), as_json, lambda: launch_table(result))
-
-
-def _check_out(out: Path | None, keys: tuple[str, ...], overwrite: bool) -> None:
-    if out is not None:  # before minutes of measuring, not after
-        from weftlora.disk.files import check_output
-
-        check_output(out, "a record of this command", keys, overwrite)
+        output.keep(result.record(), out)
+    output.show(result.record(), as_json, lambda: launch_table(result))
 
 
 def launch_table(result: LaunchBench) -> Table:
     """A row per weight, and one for the model."""
-    table = Table(
+    table = output.table(
+        *("W, out x in", "n", "modules", "weftlora s", "published s", "ratio", "agree"),
         title=f"The launch of LoRA-Dash · r = {result.r}, {result.directions} directions, {result.threads} thread(s), "
         f"{result.clock} time",
         caption="seconds: medians · ratio: median [quartiles] · agree: share of the directions that both choose",
     )
-    table.add_column("W, out x in")
-    for column in ("n", "modules", "weftlora s", "published s", "ratio", "agree"):
-        table.add_column(column, justify="right")
     for row in result.results:
         seconds = (f"{statistics.median(values):.3g}" for values in (row.seconds, row.published))
         table.add_row(row.what, str(row.rounds), str(row.sites), *seconds, _spread(row.ratio), f"{row.agreed:.1%}")
@@ -175,16 +162,22 @@ def tables(result: StepBench) -> list[Table]:
 def step_table(result: StepBench) -> Table:
     """A row per case."""
     setting, shape = result.setting, result.setting.shape
-    table = Table(
+    table = output.table(
+        *(
+            "base",
+            "case",
+            "forward + backward",
+            "with AdamW",
+            "saved MiB",
+            "/ floor",
+            "gradient error",
+            "linears by node",
+        ),
+        words=("base", "case", "linears by node"),
         title=f"A training step / the frozen base's · hidden {shape.hidden}, {shape.layers} layers, {shape.batch}×{shape.seq} "
         f"tokens, {setting.threads} thread(s), {setting.clock} time, n = {setting.rounds}",
         caption="r rank · p dropout · dtype of the adapter · median [quartiles] · gradients against the reference",
     )
-    for column in ("base", "case"):
-        table.add_column(column)
-    for column in ("forward + backward", "with AdamW", "saved MiB", "/ floor", "gradient error"):
-        table.add_column(column, justify="right")
-    table.add_column("linears by node")
     for row in result.cases:
         table.add_row(row.dtype, str(row.case), *_figures(row))
     return table
@@ -192,7 +185,8 @@ def step_table(result: StepBench) -> Table:
 
 def targets_table(result: StepBench) -> Table:
     """A row per target."""
-    table = Table("base", "target", "measured", "must", "aim", "", title="Targets")
+    columns = ("base", "target", "measured", "must", "aim", "")
+    table = output.table(*columns, words=columns, title="Targets")
     for goal in result.targets:
         limits = ("" if limit is None else f"{limit:.2f}" for limit in (goal.must, goal.aim))
         table.add_row(goal.dtype, goal.name, _spread(goal.value), *limits, VERDICTS[goal.verdict])

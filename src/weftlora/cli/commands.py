@@ -6,7 +6,6 @@ code 1.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import signal
 import sys
@@ -23,8 +22,7 @@ from weftlora.cli.directions import directions, heads
 from weftlora.cli.export import export
 from weftlora.cli.inspect import inspect
 from weftlora.cli.new_term import new_term
-from weftlora.cli.options import TrustTerms
-from weftlora.cli.output import watching
+from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.cli.search import search
 from weftlora.errors import WeftError
 from weftlora.foreign_text import shortened, visible
@@ -66,8 +64,6 @@ app.command()(report)
 app.command()(heads)
 app.command("new-term")(new_term)
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if not where the run found it.")]
 
 
@@ -89,7 +85,7 @@ def train(
 ) -> None:
     """Train an adapter and write a run folder."""
     given = [*(overrides or []), *([f"out={out}"] if out else [])]
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+    with output.working(as_json, quiet) as progress:
         from weftlora.train import train as call
 
         run = call(
@@ -115,7 +111,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure a run, or its frozen base, on held-out rows."""
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+    with output.working(as_json, quiet) as progress:
         from weftlora.train import evaluate as call
 
         evaluation = call(
@@ -149,7 +145,7 @@ def generate(
         from weftlora.train import generate as call
 
         answer = call(run, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, base=base)
-    output.show(dataclasses.asdict(answer), as_json, lambda: answer.text)
+    output.show(answer.record(), as_json, lambda: answer.text)
 
 
 @app.command()

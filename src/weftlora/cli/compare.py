@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.options import TrustTerms
+from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.cli.output import LINE_EVERY
 from weftlora.compare.record import metric_of
 from weftlora.extras import needs
@@ -39,8 +38,8 @@ def compare(
         bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")
     ] = False,
     trust_terms: TrustTerms = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train several adapters side by side on the same seeds, and say which are better.
 
@@ -114,7 +113,8 @@ def _left(seconds: float | None) -> str:
 
 def standing_table(standing: Standing) -> RenderableType:
     """How far a comparison is: each method's runs and mean so far, then what is at work and how long it will take."""
-    table = Table("method", "runs", f"{standing.metric} so far", box=SIMPLE_HEAD, highlight=False)
+    columns = ("method", "runs", f"{standing.metric} so far")
+    table = output.table(*columns, words=columns, look="headed")
     for name, (runs, mean) in standing.best.items():
         table.add_row(name, str(runs), "" if mean is None else _number(mean, standing.metric))
     lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
@@ -127,10 +127,7 @@ def standing_table(standing: Standing) -> RenderableType:
 
 def plan_table(plan: Plan) -> RenderableType:
     """The methods of a plan: rank, alpha, trained numbers, how far from the budget; and how many runs it is."""
-    table = Table(box=SIMPLE_HEAD, highlight=False)
-    table.add_column("method", overflow="fold")
-    for column in ("rank", "alpha", "trained", "from the budget", "steps"):
-        table.add_column(column, justify="right", overflow="fold")
+    table = output.table("method", "rank", "alpha", "trained", "from the budget", "steps", look="headed")
     for method in plan.methods:
         gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
         alpha = "" if method.alpha is None else f"{method.alpha:g}"
@@ -162,10 +159,8 @@ def result(found: Comparison) -> RenderableType:
 def quality_table(found: Comparison) -> Table:
     """A row per method: its score, its difference to the baseline, both with their intervals, and the seeds it wins."""
     n = len(found.seeds)
-    table = Table(box=SIMPLE_HEAD, highlight=False)
-    table.add_column("method", overflow="fold")
-    for column in (f"{found.metric.replace('_', ' ')}, n = {n}", f"minus {found.baseline}", "wins"):
-        table.add_column(column, justify="right", overflow="fold")
+    score = f"{found.metric.replace('_', ' ')}, n = {n}"
+    table = output.table("method", score, f"minus {found.baseline}", "wins", look="headed")
     for row in found.rows:
         wins = f"{row.wins} of {row.gap.n}" if row.gap else ""
         score, gap = _interval(row.score, found.metric, n), _interval(row.gap, found.metric, n, sign=True)
@@ -175,10 +170,7 @@ def quality_table(found: Comparison) -> Table:
 
 def cost_table(found: Comparison) -> Table:
     """A row per method: its size, its rate, its CPU seconds a step over the baseline's, and the most memory it took."""
-    table = Table(box=SIMPLE_HEAD, highlight=False)
-    table.add_column("method", overflow="fold")
-    for column in ("rank", "trained", "lr", "CPU a step", "peak memory"):
-        table.add_column(column, justify="right", overflow="fold")
+    table = output.table("method", "rank", "trained", "lr", "CPU a step", "peak memory", look="headed")
     for row in found.rows:
         method = found.method(row.name)
         peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]
@@ -273,7 +265,7 @@ def report(
         bool, typer.Option("--overwrite", help="Replace --out even if it is no page of weftlora.")
     ] = False,
     trust_terms: TrustTerms = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write one offline page: which method is better, at what cost, and every run behind it."""
     with output.calling(as_json, quiet=True):

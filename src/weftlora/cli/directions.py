@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weftlora.cli import output
-from weftlora.cli.options import TrustTerms
-from weftlora.cli.output import watching
+from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.data.config import locate
 from weftlora.extras import needs
 from weftlora.runs.run import check_source
@@ -43,20 +42,18 @@ def directions(
     out: Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
     trust_terms: TrustTerms = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Which directions of the frozen weights adapters move, and how well they predict where training goes."""
     for folder in adapter or [model]:
         check_source(Path(folder))
     if adapter:
         locate(model, Path.cwd())
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
-        from weftlora.disk.files import check_output, write_json
+    with output.working(as_json, quiet) as progress:
         from weftlora.inspection.directions import directions as call
 
-        if out is not None:  # before the decompositions, not after
-            check_output(out, "a record of directions", ("adapters", "overlaps"), overwrite)
+        output.check_out(out, "a record of directions", ("adapters", "overlaps"), overwrite)
         report = call(
             model,
             list(adapter or []) or None,
@@ -67,8 +64,7 @@ def directions(
             cache=cache,
             progress=progress,
         )
-        if out is not None:
-            write_json(out, report.record())
+        output.keep(report.record(), out)
     output.show(report.record(), as_json, lambda: Group(*tables(report)))
 
 
@@ -88,18 +84,15 @@ def site_table(adapter: AdapterDirections, count: int) -> Table:
     judged = any(site.hits is not None for site in adapter.sites)
     launched = adapter.phase == "launched"
     common = _common([site.site for site in adapter.sites])
-    table = Table(
+    table = output.table(
+        *("site", "of", "directions", "δ", *_columns(adapter, judged)),
+        words=("site", "directions"),
         title=f"{adapter.adapter} · {adapter.phase} · {count} directions",
         caption=f"sites in {common or 'the model'} · directions: {CHOSEN.get(adapter.phase, 'of largest δ')}, best first, "
         "0 is the largest σ · δ: largest change rate · "
         + ("Dash: Σ|d| with its slots / without, on these directions · " if launched else "")
         + "LoRA: ‖ΔW‖ / ‖U_ΔᵀWV_Δ‖",
     )
-    table.add_column("site", overflow="fold")
-    table.add_column("of", justify="right")
-    table.add_column("directions")
-    for column in ("δ", *_columns(adapter, judged)):
-        table.add_column(column, justify="right")
     for site in adapter.sites:
         chosen, largest = " ".join(map(str, site.predicted)), f"{site.rate[0]:.2g}" if site.rate else ""
         name = site.site.removeprefix(f"{common}.") if common else site.site
@@ -115,10 +108,8 @@ def site_table(adapter: AdapterDirections, count: int) -> Table:
 def hits_table(adapter: AdapterDirections, hits: dict[str, Hits], report: DirectionsReport) -> Table:
     """The prediction beside its controls, means over the sites."""
     s = report.directions
-    table = Table(
-        "chosen by", f"recall: true {(s + 1) // 2} in {s}", f"accuracy: {s} in true {2 * s}",
-        title=f"{adapter.adapter} against {report.against}",
-    )  # fmt: skip
+    columns = ("chosen by", f"recall: true {(s + 1) // 2} in {s}", f"accuracy: {s} in true {2 * s}")
+    table = output.table(*columns, words=columns, title=f"{adapter.adapter} against {report.against}")
     names = {
         "predicted": "the adapter",
         "top": "largest σ",
@@ -133,12 +124,11 @@ def hits_table(adapter: AdapterDirections, hits: dict[str, Hits], report: Direct
 
 def spectrum_table(site: SiteDirections) -> Table:
     """Every core direction of one site."""
-    table = Table("index", "σ", "δ", title=site.site)
     spectrum = site.spectrum
+    columns = ("index", "σ", "δ", *(["true δ"] if spectrum is not None and spectrum.true_rate is not None else []))
+    table = output.table(*columns, words=columns, title=site.site)
     if spectrum is None:
         return table
-    if spectrum.true_rate is not None:
-        table.add_column("true δ")
     for k, (sigma, rate) in enumerate(zip(spectrum.sigma, spectrum.rate, strict=True)):
         true = [] if spectrum.true_rate is None else [f"{spectrum.true_rate[k]:.4g}"]
         table.add_row(str(k), f"{sigma:.4g}", f"{rate:.4g}", *true)
@@ -147,14 +137,12 @@ def spectrum_table(site: SiteDirections) -> Table:
 
 def overlap_table(overlap: Overlap) -> Table:
     """Rank against rank: at how many sites two adapters predict the same direction."""
-    table = Table(
+    table = output.table(
+        *("rank", *map(str, range(1, len(overlap.grid) + 1))),
         title=f"{overlap.adapters[0]} (rows) and {overlap.adapters[1]}: sites with the same direction",
         caption=f"{overlap.shared:.2f} of {len(overlap.grid)} shared per site over {overlap.sites} sites; "
         f"by chance {overlap.chance:.2f}",
     )
-    table.add_column("rank")
-    for rank in range(1, len(overlap.grid) + 1):
-        table.add_column(str(rank), justify="right")
     for rank, row in enumerate(overlap.grid, 1):
         table.add_row(str(rank), *(str(count or "·") for count in row))
     return table
@@ -191,7 +179,7 @@ def heads(
     largest: Annotated[int, typer.Option(min=3, help="The largest number tried.")] = 10,
     rows: Annotated[int, typer.Option(min=10, help="Draw so many rows of a larger file.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Suggest a number of heads for HydraLoRA from the clusters of the training rows."""
     with output.calling(as_json, quiet=True), needs("train", "weftlora heads"):
@@ -211,9 +199,7 @@ def heads(
 
 def shown(found: HeadSuggestion) -> RenderableType:
     """The suggestion and the curve it was read from."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("k", "SSE", "", "bend"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = output.table("k", "SSE", "", "bend", words=("",), look="bare")
     span = found.sse[0] - found.sse[-1]
     for k, (sse, bend) in enumerate(zip(found.sse, found.bend, strict=True), 1):
         bar = "█" * round(BAR * (sse - found.sse[-1]) / span) if span > 0 else ""

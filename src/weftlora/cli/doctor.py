@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -18,6 +17,7 @@ from packaging.requirements import Requirement
 
 from weftlora.extras import EXTRAS, PURPOSES, install_line
 from weftlora.host.versions import why_not
+from weftlora.records import Record
 from weftlora.version import __version__
 
 ROWS = Path(__file__).resolve().parent.parent / "assets" / "matrix.json"
@@ -27,7 +27,7 @@ WHAT = {"mlp": "one node per gated MLP", "group": "one node per input", "linear"
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Record):
     """Versions, devices and settings; `problems` is empty where weftlora can run."""
 
     weftlora: str
@@ -55,10 +55,6 @@ class Diagnosis:
     """The row of matrix.toml that has the most of these versions: its name, host, outcome, and what differs from it."""
     nodes: dict[str, str] | None = None
     """For a run or adapter, what computes each adapted linear (`weftlora.adapted.fusion.nodes`)."""
-
-    def record(self) -> dict[str, object]:
-        """The diagnosis as plain data."""
-        return dataclasses.asdict(self)
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Name and value of everything found, to show."""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.options import TrustTerms
+from weftlora.cli.options import Json, TrustTerms
 from weftlora.errors import ConfigError
 from weftlora.runs.run import check_source
 
@@ -54,7 +53,7 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     trust_terms: TrustTerms = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr.")] = False,
 ) -> None:
     """Write an adapter that loads without `import weftlora`, and prove it.
@@ -146,13 +145,12 @@ def lora_text(found: LoraExport) -> str:
 def merge_text(found: Merge) -> RenderableType:
     """The sites that lose most to rounding, and what is lost in all."""
     chosen = sorted(found.sites, key=lambda site: -site.lost)[:SHOWN]
-    table = Table(
+    table = output.table(
+        *("site", "‖ΔW‖", "lost", "lost if 4-bit"),
         title=f"{found.folder}: merged, {found.dtype}",
         caption="lost: ‖ΔW that rounding leaves − ΔW‖ / ‖ΔW‖; above 100 % the noise of rounding is larger than the update · "
         "4-bit: if these weights are quantised to NF4",
     )
-    for column in ("site", "‖ΔW‖", "lost", "lost if 4-bit"):
-        table.add_column(column, justify="left" if column == "site" else "right")
     for site in chosen:
         table.add_row(site.site, f"{site.norm:.3g}", f"{site.lost:.2%}", f"{site.lost_nf4:.1%}")
     table.add_section()

@@ -13,8 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weftlora.cli import output
-from weftlora.cli.options import TrustTerms
-from weftlora.cli.output import watching
+from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.errors import RunError
 from weftlora.runs.run import check_source
 
@@ -50,14 +49,14 @@ def inspect(
         bool, typer.Option("--overwrite", help="Replace --html even if it is no page of weftlora.")
     ] = False,
     trust_terms: TrustTerms = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Look inside an adapter: sizes, ranks, layers, routers, heads, directions, what merges."""
     if base is not None and no_base:
         raise RunError(f"--base {base} and --no-base: give one of the two.")
     check_source(Path(adapter))
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+    with output.working(as_json, quiet) as progress:
         from weftlora.inspection.inspecting import inspect as call
         from weftlora.report.inspection.page import check_extra, write_page
         from weftlora.report.web import check_place
@@ -107,13 +106,6 @@ def _bullet(sentence: str, style: str = "") -> RenderableType:
     return row
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="right" if n else "left", overflow="fold")
-    return table
-
-
 def _section(title: str, table: RenderableType, note: str = "") -> list[RenderableType]:
     """A table under its title; both may be wider than the table."""
     return [Text(), Text(title, style="bold"), table, *([Text(note, style="dim")] if note else [])]
@@ -124,7 +116,7 @@ def _grid(grid: Grid, text: Callable[[float], str]) -> RenderableType:
     bold = sorted(grid.flat)[-max(1, len(grid.flat) // 3)] if grid.flat else 0.0
     tables: list[RenderableType] = []
     for part in grid.split(WIDTH):
-        table = _table("block", *part.modules)
+        table = output.table("block", *part.modules, look="bare")
         for block, row in zip(part.blocks, part.values, strict=True):
             cells = [Text("") if v is None else Text(text(v), style="bold" if v >= bold and v > 0 else "") for v in row]
             table.add_row(block, *cells)
@@ -156,7 +148,7 @@ def _ranks(found: Inspection) -> list[RenderableType]:
     parts = _section("rank by block", _grid(ranks, lambda v: f"{v:.0f}")) if len(set(ranks.flat)) > 1 else []
     if found.history is None:
         return parts
-    table = _table("after step", "taken", "made", "mostly from", "mostly to")
+    table = output.table("after step", "taken", "made", "mostly from", "mostly to", look="bare")
     for each in found.history.rounds:
         moves = _mostly([site for site, *_ in each.taken]), _mostly([site for site, _ in each.made])
         table.add_row(str(each.step), str(len(each.taken)), str(len(each.made)), *moves)
@@ -174,7 +166,7 @@ def _layers(found: Inspection) -> list[RenderableType]:
     layers = found.layers
     if layers.margin is None:
         return []
-    table = _table(layers.granularity, "selected", "α", "α̂", "over threshold")
+    table = output.table(layers.granularity, "selected", "α", "α̂", "over threshold", look="bare")
     for c in layers.candidates:
         over = "" if c.distance is None else f"{c.distance:+.4f}{' ?' if c.near else ''}"
         table.add_row(c.name, "+" if c.selected else "", _number(c.alpha, 4), _number(c.alpha_hat, 3), over)
@@ -189,7 +181,7 @@ def _routers(found: Inspection) -> list[RenderableType]:
         return []
     cosine = {head.site: head.mean for head in found.heads}
     used = {site.site: site.whole for site in found.routers.sites} if found.routers else {}
-    table = _table("block", *(["entropy", "balance", "top-1 share"] if used else []), "head cosine")
+    table = output.table("block", *(["entropy", "balance", "top-1 share"] if used else []), "head cosine", look="bare")
     blocks = sites_by_block(cosine)
     labels = labels_of(blocks)
     for block, names in blocks.items():
@@ -210,7 +202,7 @@ def _routers(found: Inspection) -> list[RenderableType]:
 def _domains(routers: Routers) -> list[RenderableType]:
     if len(routers.domains) < 2:
         return []
-    table = _table("domain", "tokens", "entropy", "balance", "apart")
+    table = output.table("domain", "tokens", "entropy", "balance", "apart", look="bare")
     for domain in routers.domains:
         sites = [site for site in routers.sites if domain in site.domains]
         own = [site.domains[domain] for site in sites]
@@ -228,7 +220,7 @@ def _against(found: Inspection) -> list[RenderableType]:
     if sizes:
         line = f"A has {min(sizes):.3f} to {max(sizes):.3f} times {found.against.what}"
         return [Text(), Text(line, style="dim")]
-    table = _table("factor", "overlap", "by chance", "cosine", "moved", "largest angle")
+    table = output.table("factor", "overlap", "by chance", "cosine", "moved", "largest angle", look="bare")
     for part in ("A", "B"):
         rows = [row for site in found.against.sites if (row := site.A if part == "A" else site.B) is not None]
         angles = [max(row.angles) for row in rows if row.angles]
@@ -250,7 +242,7 @@ def _directions(found: Inspection) -> list[RenderableType]:
     rows = [site for site in found.directions if site.chosen or site.rate]
     if not rows:
         return []
-    table = _table("site", "chosen", "largest δ now", "largest gain")
+    table = output.table("site", "chosen", "largest δ now", "largest gain", look="bare")
     for site in rows[:MOST]:
         gains = [abs(c.gain) for c in site.chosen if c.gain is not None]
         rate = "" if not site.rate else f"{max(site.rate):.2g} at {site.rate.index(max(site.rate))}"
@@ -264,7 +256,7 @@ def _directions(found: Inspection) -> list[RenderableType]:
 def _groups(found: Inspection) -> list[RenderableType]:
     if not found.groups:
         return []
-    table = _table("shared", "sites", "first", "numbers", "instead of")
+    table = output.table("shared", "sites", "first", "numbers", "instead of", look="bare")
     for group in found.groups:
         first = group.sites[0]
         table.add_row(group.parts, str(len(group.sites)), first, f"{group.stored:,}", f"{group.untied:,}")

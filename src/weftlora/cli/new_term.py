@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weftlora.cli import output
+from weftlora.cli.options import Json
 
 if TYPE_CHECKING:
     from weftlora.terms.scaffold import Scaffold
@@ -18,13 +18,13 @@ def new_term(
     name: Annotated[str, typer.Argument(help="What configs will call it: small letters, digits and _.")],
     axis: Annotated[str, typer.Option(help="structure, start, boost, ranks or layers.")],
     out: Annotated[Path | None, typer.Option(help="The folder; one called NAME by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a term of your own to fill in: its file, its claims test, its page."""
     from weftlora.terms.scaffold import new_term as call
 
     written = call(name, axis, out)
-    output.show(dataclasses.asdict(written), as_json, lambda: _told(written))
+    output.show(written.record(), as_json, lambda: _told(written))
 
 
 def _told(written: Scaffold) -> str:

@@ -25,3 +25,6 @@ TrustTerms = Annotated[
     ),
 ]
 """Whose terms a config that comes from a folder may import. Given to a command, it holds for the whole process."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

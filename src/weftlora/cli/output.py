@@ -13,18 +13,21 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from weftlora.foreign_text import visible
-from weftlora.progress import Tick, ignore
+from weftlora.progress import Progress, Tick, ignore
 from weftlora.redaction import redacted
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class _Bar:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock, self.phase, self.began, self.task = clock, "", 0.0, TaskID(0)
-        self.bar: Progress | None = None
+        self.bar: Bar | None = None
 
     def __call__(self, tick: Tick) -> None:
         if tick.phase != self.phase:
@@ -79,14 +82,14 @@ class _Bar:
         self.bar = None
 
 
-def _progress() -> Progress:
+def _progress() -> Bar:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}", markup=False),
     )
-    return Progress(*columns, TimeRemainingColumn(compact=True), console=Screen(stderr=True), transient=True)
+    return Bar(*columns, TimeRemainingColumn(compact=True), console=Screen(stderr=True), transient=True)
 
 
 class _Lines:
@@ -129,6 +132,49 @@ def show(record: Any, as_json: bool, human: Callable[[], RenderableType]) -> Non
         sys.stdout.write(visible(redacted(shown), lines=True) + "\n")
     else:
         Screen().print(shown)
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "boxed": {},
+    "headed": {"box": SIMPLE_HEAD, "highlight": False},
+    "bare": {"box": None, "pad_edge": False, "header_style": "dim"},
+}
+"""How a table is drawn: by itself in a box; several of one result under lines; many among sentences without lines."""
+
+
+def table(
+    *columns: str,
+    words: Sequence[str] | None = None,
+    look: Literal["boxed", "headed", "bare"] = "boxed",
+    title: str | None = None,
+    caption: str | None = None,
+) -> Table:
+    """A table to add rows to: numbers stand to the right, and the columns `words`, by default the first, to the left."""
+    made = Table(title=title, caption=caption, **LOOKS[look])
+    for column in columns:
+        left = column in (columns[:1] if words is None else words)
+        made.add_column(column, justify="left" if left else "right", overflow="fold")
+    return made
+
+
+def check_out(out: Path | None, what: str, keys: tuple[str, ...], overwrite: bool) -> None:
+    """Refuse an `--out` that holds something else than `what`, a JSON file with these keys: before minutes of work, not after.
+
+    Raises:
+        RunError: it is something else, and not to be overwritten.
+    """
+    if out is not None:
+        from weftlora.disk.files import check_output
+
+        check_output(out, what, keys, overwrite)
+
+
+def keep(record: Any, out: Path | None) -> None:
+    """Write a result's record to `--out`, where it is given. Raises RunError."""
+    if out is not None:
+        from weftlora.disk.files import write_json
+
+        write_json(out, record)
 
 
 class Screen(Console):
@@ -182,6 +228,13 @@ def calling(as_json: bool, quiet: bool) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(before)
+
+
+@contextmanager
+def working(as_json: bool, quiet: bool) -> Iterator[Progress]:
+    """Around a library call that takes long: as `calling`, and what its progress may be told to."""
+    with calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+        yield progress
 
 
 class _OneLine(logging.Formatter):
@@ -265,29 +318,28 @@ _SCORES = (
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """One row of scores per domain and one for all."""
-    table = Table(title=f"{evaluation.run or 'frozen base'} · adapter {evaluation.adapter} · {evaluation.split}")
     shown = [column for column in _SCORES if getattr(evaluation.scores, column[0]) is not None]
-    table.add_column("domain")
-    for _, title, _ in shown:
-        table.add_column(title, justify="right")
+    title = f"{evaluation.run or 'frozen base'} · adapter {evaluation.adapter} · {evaluation.split}"
+    made = table("domain", *(name for _, name, _ in shown), title=title)
 
     def add(name: str, scores: Scores) -> None:
         values = ((getattr(scores, field), text) for field, _, text in shown)
-        table.add_row(name, *("" if value is None else text.format(value) for value, text in values))
+        made.add_row(name, *("" if value is None else text.format(value) for value, text in values))
 
     for name, scores in evaluation.domains.items():
         add(name, scores)
     add("all", evaluation.scores)
-    return table
+    return made
 
 
 def catalogue_table(entries: list[dict[str, Any]]) -> Table:
     """The built-in recipes."""
-    table = Table("recipe", "what it is", "defaults", "paper", title="weftlora train NAME")
+    columns = ("recipe", "what it is", "defaults", "paper")
+    made = table(*columns, words=columns, title="weftlora train NAME")
     for entry in entries:
         defaults = " ".join(f"{key}={value}" for key, value in entry["defaults"].items())
-        table.add_row(entry["name"], entry["about"], defaults, entry["paper"] or "")
-    return table
+        made.add_row(entry["name"], entry["about"], defaults, entry["paper"] or "")
+    return made
 
 
 def yaml_text(record: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.output import watching
+from weftlora.cli.options import Json, Quiet
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def search(
         typer.Option(min=1, help="Search on so many rows too, to see how far that decides; repeatable."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is no selection.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Select the blocks to adapt, by a search on held-out training rows."""
-    with output.calling(as_json, quiet), watching(not (quiet or as_json)) as progress:
+    with output.working(as_json, quiet) as progress:
         with needs("train", "weftlora search"):
             from weftlora.runs.recipe import asked
 
@@ -79,16 +79,15 @@ def table(found: Searched) -> Table:
     unlabelled = record["unlabelled_steps"] + record["unlabelled_inner_steps"]
     skipped = f"{record['skipped_steps'] + record['skipped_inner_steps']} skipped"
     skipped += f", {unlabelled} of them without a label" if unlabelled else ""
-    shown = Table(
+    frequency = None if found.stability is None else found.stability.frequency
+    shown = output.table(
+        *("", selection.granularity, "α", "α̂", "over threshold", "‖∇‖"),
+        *([] if frequency is None else ["of all seeds"]),
+        words=("", selection.granularity),
         title=f"{len(selection.chosen)} of {len(selection.candidates)} {selection.granularity}s",
         caption=f"{record['steps']} steps, {skipped} · validation loss {record['validation_loss']:.4g} · "
         f"sum of α {record['sum_alpha']:.2g} · largest α̂ {record['max_alpha_hat']:.3g}",
     )
-    for column in ("", selection.granularity, "α", "α̂", "over threshold", "‖∇‖"):
-        shown.add_column(column, justify="left" if column in ("", selection.granularity) else "right")
-    frequency = None if found.stability is None else found.stability.frequency
-    if frequency is not None:
-        shown.add_column("of all seeds", justify="right")
     for i, c in enumerate(selection.candidates):
         mark = "+" if c.selected else ""
         numbers = [

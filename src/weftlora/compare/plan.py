@@ -9,12 +9,11 @@ A plan is a pure function of its recipe, the model and the data; which rate a me
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from weftlora.compare.budget import Scales, solve
 from weftlora.compare.methods import contenders, drawn_blocks
@@ -25,6 +24,7 @@ from weftlora.data import load as load_data
 from weftlora.disk.files import read_json, write_json
 from weftlora.disk.ownership import inside
 from weftlora.errors import ConfigError, DataError, RunError, suggest
+from weftlora.records import Record
 from weftlora.runs import base_model as models
 from weftlora.runs import scores
 from weftlora.train import arguments
@@ -60,9 +60,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A comparison before its first run: everything that was decided from its recipe, model and data."""
+class Plan(Record):
+    """A comparison before its first run: everything that was decided from its recipe, model and data. `compare.json` has it."""
 
+    format_version: ClassVar[int | None] = FORMAT
     recipe: dict[str, Any]
     base_dir: str
     task: str
@@ -154,10 +155,6 @@ class Plan:
             f"Equal trained numbers: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
         )
 
-    def record(self) -> dict[str, Any]:
-        """The plan as plain data, as `compare.json` and `--dry-run --json` show it."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
-
     def save(self, folder: Path) -> None:
         """Write compare.json. Raises RunError."""
         write_json(folder / "compare.json", self.record())
@@ -168,14 +165,9 @@ class Plan:
         if not (folder / "compare.json").is_file():
             raise RunError(f"{folder} is no comparison: it has no compare.json.")
         content = read_json(folder / "compare.json")
-        names = {item.name for item in dataclasses.fields(cls)}
         try:
-            if content.pop("format", 0) > FORMAT:
-                raise RunError(
-                    f"{folder / 'compare.json'} was written by a newer weftlora: update weftlora to read it."
-                )
-            content["methods"] = [Method(**method) for method in content["methods"]]
-            plan = cls(**{key: value for key, value in content.items() if key in names})
+            fields = cls.fields_in(content, folder / "compare.json")
+            plan = cls(**fields | {"methods": [Method(**method) for method in fields["methods"]]})
             plan._check_folders(folder)
         except (AttributeError, TypeError, KeyError, ValueError, StopIteration) as error:
             raise RunError(f"{folder / 'compare.json'} is damaged: {type(error).__name__}: {error}.") from None

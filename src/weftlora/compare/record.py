@@ -6,10 +6,11 @@ it is of, which way is better, and how it is called.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from weftlora.records import Record
 
 Name = Literal["loss", "exact_match", "accuracy", "macro_f1", "bleu", "rouge_l"]
 
@@ -167,9 +168,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Record):
     """A comparison: the same model, rows, steps and seeds for every method, and what came out."""
 
+    format_version: ClassVar[int | None] = FORMAT
     folder: str
     model: str
     data: str
@@ -195,7 +197,3 @@ class Comparison:
     def of(self, name: str) -> list[Outcome]:
         """The outcomes of a method, by seed."""
         return sorted((o for o in self.outcomes if o.method == name), key=lambda o: o.seed)
-
-    def record(self) -> dict[str, Any]:
-        """The comparison as plain data, as `comparison.json` and `--json` show it."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}

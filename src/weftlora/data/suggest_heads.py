@@ -13,7 +13,6 @@ given there, so ours: the vectoriser's settings, K, the restarts, and the chord 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import re
@@ -26,6 +25,7 @@ from typing import Any
 
 from weftlora.errors import ConfigError, DataError
 from weftlora.extras import needs
+from weftlora.records import Record
 from weftlora.settings import is_whole
 
 CLEAR = 0.05
@@ -43,7 +43,7 @@ RUN = re.compile(f"([{UNSPACED}]+)|(?:[^\\W{UNSPACED}]|[{MARKS}])+")
 
 
 @dataclass(frozen=True)
-class HeadSuggestion:
+class HeadSuggestion(Record):
     """The elbow, and the curve it was read from."""
 
     heads: int
@@ -63,10 +63,6 @@ class HeadSuggestion:
     of: int
     """Texts given; more than `rows` where a sample was drawn."""
     seed: int
-
-    def record(self) -> dict[str, Any]:
-        """The suggestion as plain data."""
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         drawn = f", {self.rows:,} drawn of {self.of:,}" if self.rows < self.of else ""

@@ -5,7 +5,6 @@ The card says how the adapter was trained, how to load it and what was measured.
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from weftlora.disk.ownership import EXPORTED
 from weftlora.export.folder import hub_id
 from weftlora.export.source import Source
 from weftlora.foreign_text import for_markdown, in_code, visible
+from weftlora.records import Record
 from weftlora.terms.axes import AXES
 from weftlora.version import __version__
 
@@ -72,7 +72,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class LoraExport:
+class LoraExport(Record):
     """A stock LoRA folder that was written."""
 
     folder: Path
@@ -93,10 +93,6 @@ class LoraExport:
     rounding: Rounding | None = None
     """None in fp32."""
 
-    def record(self) -> dict[str, Any]:
-        """Plain data, as `--json` shows it."""
-        return dataclasses.asdict(self) | {"folder": str(self.folder)}
-
 
 @dataclass(frozen=True)
 class SiteLoss:
@@ -112,7 +108,7 @@ class SiteLoss:
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Record):
     """A folder of merged weights that was written."""
 
     folder: Path
@@ -131,10 +127,6 @@ class Merge:
     proof: Proof | None = None
     accepted: bool = False
     """Whether a loss above the limit was accepted."""
-
-    def record(self) -> dict[str, Any]:
-        """Plain data, as `--json` shows it."""
-        return dataclasses.asdict(self) | {"folder": str(self.folder)}
 
 
 def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:

@@ -29,6 +29,7 @@ from torch import Tensor
 from weftlora import change_rates
 from weftlora.adapted.updates import Update
 from weftlora.errors import AdapterError, ConfigError
+from weftlora.records import Record
 from weftlora.settings import is_whole
 
 KINDS = ("predicted", "random", "chance", "top", "bottom")
@@ -146,7 +147,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class DirectionsReport:
+class DirectionsReport(Record):
     """What `weftlora.directions` found."""
 
     directions: int
@@ -157,7 +158,7 @@ class DirectionsReport:
 
     def record(self) -> dict[str, Any]:
         """The report as plain data, means included; `--json` and `--out` write it."""
-        out = dataclasses.asdict(self)
+        out = super().record()
         for row, adapter in zip(out["adapters"], self.adapters, strict=True):
             hits = adapter.mean_hits()
             row["mean"] = {

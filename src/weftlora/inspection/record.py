@@ -5,10 +5,11 @@ What could not be known is None, and `left_out` says why.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from dataclasses import dataclass, field
 from typing import Any
+
+from weftlora.records import Record
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class TiedGroup:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Record):
     """Everything `weftlora.inspect` found about one adapter."""
 
     source: str
@@ -246,10 +247,6 @@ class Inspection:
     groups: list[TiedGroup]
     left_out: list[str] = field(default_factory=list)
     """What was not measured and why, a sentence each."""
-
-    def record(self) -> dict[str, Any]:
-        """The inspection as plain data; `--json` prints it."""
-        return dataclasses.asdict(self)
 
     @property
     def verdict(self) -> list[str]:

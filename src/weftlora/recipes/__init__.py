@@ -1,6 +1,7 @@
 """A paper's name is a recipe: a constructor that returns one `WeftConfig` and holds no mechanism.
 
-What a recipe takes is in its signature, which costs nothing to read: torch and peft are loaded when a config is made.
+What a recipe takes is in its signature, which costs nothing to read: torch and peft are loaded when a config is made. What it does
+not take itself, `r` and the config's `fields` apart, are the fields of its term by the same names; it hands on what it was given.
 """
 
 from __future__ import annotations

@@ -41,26 +41,9 @@ def AllocLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA with moving ranks; fields as in `Reallocate` and `WeftConfig` (another `structure` composes)."""
+    own = dict(locals())
+    del own["r"], own["fields"]
     from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.ranks.reallocate import Reallocate
 
-    ranks = Reallocate(
-        first=first,
-        every=every,
-        max_rounds=max_rounds,
-        move=move,  # type: ignore[arg-type]
-        scope=scope,  # type: ignore[arg-type]
-        unit=unit,  # type: ignore[arg-type]
-        score=score,  # type: ignore[arg-type]
-        terms=terms,  # type: ignore[arg-type]
-        rows=rows,
-        resample=resample,
-        shortlist_factor=shortlist_factor,
-        grace_rounds=grace_rounds,
-        revive=revive,
-        max_rank=max_rank,
-        check=check,
-        chunk_tokens=chunk_tokens,
-        seed=seed,
-    )
-    return WeftConfig(ranks=ranks, r=r, **fields)
+    return WeftConfig(ranks=Reallocate(**own), r=r, **fields)

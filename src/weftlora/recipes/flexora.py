@@ -42,29 +42,9 @@ def FlexoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA whose blocks are searched; fields as in `Search` and `WeftConfig`. To be trained by `weftlora.search_layers`."""
+    own = dict(locals())
+    del own["r"], own["fields"]
     from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.layers.search import Search
 
-    search = Search(
-        granularity=granularity,  # type: ignore[arg-type]
-        hypergrad=hypergrad,  # type: ignore[arg-type]
-        fd_step=fd_step,
-        inner_steps=inner_steps,
-        inner_lr=inner_lr,
-        unroll_steps=unroll_steps,
-        alpha_lr=alpha_lr,
-        alpha_optimizer=alpha_optimizer,  # type: ignore[arg-type]
-        alpha_hat_max=alpha_hat_max,
-        outer_batches=outer_batches,
-        search_epochs=search_epochs,
-        steps=steps,
-        max_search_samples=max_search_samples,
-        val_size=val_size,
-        select=select,  # type: ignore[arg-type]
-        top_k=top_k,
-        min_layers=min_layers,
-        when_fewer=when_fewer,  # type: ignore[arg-type]
-        finetune=finetune,  # type: ignore[arg-type]
-        preset=preset,  # type: ignore[arg-type]
-    )
-    return WeftConfig(layers=search, r=r, **fields)
+    return WeftConfig(layers=Search(**own), r=r, **fields)

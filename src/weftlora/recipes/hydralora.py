@@ -25,8 +25,9 @@ def HydraLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A, `heads` B heads of rank r each, mixed per token; fields as in `Hydra` and `WeftConfig`."""
+    own = dict(locals())
+    del own["r"], own["fields"]
     from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.structure.hydra import Hydra
 
-    structure = Hydra(heads=heads, router_input=router_input, per_head_dropout=per_head_dropout, balance=balance)  # type: ignore[arg-type]
-    return WeftConfig(structure=structure, r=r, **fields)
+    return WeftConfig(structure=Hydra(**own), r=r, **fields)

@@ -49,11 +49,12 @@ def LoraDashConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA with Dash slots launched after `after`; fields as in `Dash` and `WeftConfig` (another `structure` composes)."""
+    own = dict(locals())
+    del own["r"], own["fields"]
     from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.boost.dash import Dash
 
-    boost = Dash(directions=directions, after=after, eps=eps, select=select, seed=seed)  # type: ignore[arg-type]
-    return WeftConfig(boost=boost, r=r, **fields)
+    return WeftConfig(boost=Dash(**own), r=r, **fields)
 
 
 def LoraInitConfig(
@@ -68,11 +69,12 @@ def LoraInitConfig(
     **fields: Any,
 ) -> WeftConfig:
     """LoRA that starts anew along directions of W after `after`; fields as in `Directions` and `WeftConfig`."""
+    own = dict(locals())
+    del own["r"], own["fields"]
     from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.start.directions import Directions
 
-    start = Directions(after, mode, eps, guard, kappa, select, seed)  # type: ignore[arg-type]
-    return WeftConfig(start=start, r=r, **fields)
+    return WeftConfig(start=Directions(**own), r=r, **fields)
 
 
 def LoraTsdConfig(

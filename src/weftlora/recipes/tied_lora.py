@@ -28,10 +28,12 @@ def TiedLoraConfig(
     **fields: Any,
 ) -> WeftConfig:
     """One A and B per group of modules, with vectors u and v per module; fields as in `Tied` and `WeftConfig`."""
+    own = dict(locals())
+    del own["r"], own["fields"]
     from weftlora.adapter.spec import WeftConfig
     from weftlora.terms.structure.tied import PRESETS, Tied
 
-    config = WeftConfig(structure=Tied(train=train, group=group, zero=zero, init=init), r=r, **fields)  # type: ignore[arg-type]
+    config = WeftConfig(structure=Tied(**own), r=r, **fields)
     if isinstance(train, str) and train.lower() in PRESETS and config.lora_alpha != r:
         warnings.warn(
             f"{train} with lora_alpha={config.lora_alpha} at r={r} does not have the scale 1 (alpha = r) of the paper's presets.",

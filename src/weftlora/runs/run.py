@@ -9,14 +9,13 @@ checkpoints/    what --resume continues from
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from weftlora.disk.files import append_json, read_json, read_lines, write_json, writing
 from weftlora.disk.lock import NAME, is_held
@@ -35,6 +34,7 @@ from weftlora.disk.ownership import (
 )
 from weftlora.errors import AdapterError, ConfigError, RunError
 from weftlora.foreign_text import shortened
+from weftlora.records import Record
 from weftlora.redaction import redacted
 from weftlora.settings import is_number
 
@@ -46,9 +46,10 @@ FREE_ON_RESUME = {"train.report_to", "train.keep", "train.logging_every"}
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Record):
     """One training run: what `run.json` holds, and the folder it lies in."""
 
+    format_version: ClassVar[int | None] = FORMAT
     folder: Path
     status: str
     """running, which a process then is that holds the folder's lock; complete, interrupted or failed."""
@@ -83,10 +84,6 @@ class Run:
         """What a resumed training continues from."""
         return self.folder / "checkpoints"
 
-    def record(self) -> dict[str, Any]:
-        """The run as plain data, as `run.json` and `--json` show it."""
-        return {"format": FORMAT, **dataclasses.asdict(self), "folder": str(self.folder)}
-
     def save(self) -> None:
         """Write run.json. Raises RunError."""
         write_json(self.folder / "run.json", self.record())
@@ -110,15 +107,12 @@ class Run:
         if not (path / "run.json").is_file():
             raise RunError(f"{path} is no run folder: it has no run.json.")
         content = read_json(path / "run.json")
-        written = content.pop("format", 0)
-        if is_number(written) and written > FORMAT:
-            raise RunError(f"{path / 'run.json'} was written by a newer weftlora: update weftlora to read it.")
+        fields = cls.fields_in(content, path / "run.json")
         _check_types(content, path / "run.json")
-        names = {item.name for item in dataclasses.fields(cls)}
-        if content.get("status") == "running" and not is_held(path):
-            content["status"] = "interrupted"  # whoever ran it was killed before it could say so
+        if fields.get("status") == "running" and not is_held(path):
+            fields["status"] = "interrupted"  # whoever ran it was killed before it could say so
         try:
-            return cls(**{key: value for key, value in content.items() if key in names} | {"folder": path})
+            return cls(**fields | {"folder": path})
         except TypeError as error:
             raise RunError(f"{path / 'run.json'} is damaged: {error}.") from None
 

@@ -9,13 +9,14 @@ from importlib import resources
 from pathlib import Path
 
 from weftlora.errors import ConfigError, RunError, suggest
+from weftlora.records import Record
 from weftlora.terms.axes import AXES
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
-class Scaffold:
+class Scaffold(Record):
     """What was written."""
 
     name: str

@@ -24,6 +24,7 @@ from weftlora.disk.files import write_json
 from weftlora.disk.lock import holding
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.progress import Progress, Tick
+from weftlora.records import Record
 from weftlora.runs.load import Trained, load_adapter, load_run, recipe_of
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Run
@@ -34,7 +35,7 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Record):
     """One answer. `finished` is False where `max_new_tokens` cut it off."""
 
     prompt: str | list[Message]
@@ -167,7 +168,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Record):
     """The scores of a run (or of its frozen base) on one split."""
 
     run: str | None
@@ -179,10 +180,6 @@ class Evaluation:
     seconds: float
     signatures: dict[str, str]
     """How BLEU and ROUGE-L were counted and by which version of their libraries; empty where there are no such scores."""
-
-    def record(self) -> dict[str, Any]:
-        """The evaluation as plain data, as `eval-<split>.json` and `--json` show it."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from weftlora.compare import load
 from weftlora.compare.record import METRICS, Comparison
 from weftlora.compare.statistics import rows
 from weftlora.errors import ConfigError, RunError, suggest
+from weftlora.records import Record
 from weftlora.report.comparison.adapters import inside
 from weftlora.report.comparison.elements import Part, listed
 from weftlora.report.comparison.plots import learning_curves
@@ -73,7 +74,7 @@ def page(evidence: Evidence, title: str | None = None) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Record):
     """A page that was written."""
 
     path: str
@@ -84,13 +85,8 @@ class Report:
     comparison: Comparison
 
     def record(self) -> dict[str, Any]:
-        """The report as plain data; `--json` prints it."""
-        return {
-            "path": self.path,
-            "verdict": self.verdict,
-            "warnings": self.warnings,
-            "comparison": self.comparison.record(),
-        }
+        """The report as plain data, its comparison as that has itself."""
+        return super().record() | {"comparison": self.comparison.record()}
 
 
 def write_report(
