@@ -22,11 +22,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from paired import shown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weftlora
@@ -172,6 +172,17 @@ def record(tallies: dict[str, Tally], seed: int, seconds: float) -> dict[str, ob
             for recipe, tally in tallies.items()
         },
     }
+
+
+def shown(arguments: Sequence[str]) -> list[str]:
+    """Arguments without those that only name a folder of this machine."""
+    kept: list[str] = []
+    for argument in arguments:
+        if argument.startswith("/"):
+            kept.pop()
+        elif "=/" not in argument:
+            kept.append(argument)
+    return kept
 
 
 def main() -> int:

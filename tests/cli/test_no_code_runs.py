@@ -23,7 +23,11 @@ from pathlib import Path
 
 Path({ran!r}).touch()
 
-from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokenizer
+
+
+class Config(LlamaConfig):  # its own: transformers marks the class of trusted code for the rest of the process
+    pass
 
 
 def generate(model, *given, **more):
