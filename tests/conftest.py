@@ -15,7 +15,7 @@ import torch
 from families import FAMILIES, Family
 
 torch.set_num_threads(1)
-pytest_plugins = ["looking"]  # adapters that were trained a little, and a browser
+pytest_plugins = ["looking", "small_runs"]  # adapters that were trained a little and a browser; recipes on tiny bases
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -31,7 +31,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(w.numel())
         return real(w)
 
-    monkeypatch.setattr(frozen_weights.linalg, "spectrum", spectrum)
+    monkeypatch.setattr(frozen_weights.change_rates, "spectrum", spectrum)
     return calls
 
 
