@@ -201,7 +201,7 @@ def test_the_extras_are_those_of_the_project_file() -> None:
         return found
 
     core = names(project["dependencies"])
-    assert core == {"torch", "peft", "transformers", "safetensors"}
+    assert core == {"torch", "peft", "transformers", "safetensors", "filelock"}
     for extra, packages in EXTRAS.items():
         assert set(packages.values()) == names(groups[extra]) - {"accelerate"}, extra  # which peft brings
     assert names(groups["all"]) == set().union(*(names(groups[extra]) for extra in EXTRAS))
@@ -219,6 +219,8 @@ def test_the_windows_of_the_project_file_are_those_of_the_matrix() -> None:
         [*map(Requirement, lines)] for lines in (project["dependencies"], project["optional-dependencies"]["train"])
     )
     for need in [*core, *(need for need in extra if need.name in {"accelerate", "datasets", "trl"})]:
+        if not any(need.name in versions for versions in tried):
+            continue  # filelock, which no host pins
         bounds = {one.operator: Version(one.version) for one in need.specifier}
         least = min(Version(versions[need.name]) for versions in tried if need.name in versions)
         assert least in need.specifier, f"{need}: a row has {least}"

@@ -215,11 +215,11 @@ def test_doctor_says_which_linears_of_a_run_the_fast_path_computes(weftlora: Wef
 def test_doctor_names_a_package_outside_the_window(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
     from weftlora.cli import doctor
 
-    monkeypatch.setattr(doctor, "_version", lambda name: {"peft": "0.10.0", "trl": None}.get(name, "99"))
+    monkeypatch.setattr(doctor, "_version", lambda name: {"peft": "0.10.0", "transformers": None}.get(name, "99"))
     said = weftlora("doctor")
     assert said.code == 1
     assert "missing: peft 0.10.0 is not a version that weftlora runs with" in said.out
-    assert "missing: trl is not installed" in said.out
+    assert "missing: transformers is not installed" in said.out
 
 
 def test_help_without_arguments(weftlora: Weft) -> None:

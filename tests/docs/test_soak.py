@@ -28,8 +28,10 @@ def test_the_committed_soak_had_no_failure() -> None:
 
 def run_folder(out: Path, status: str = "running") -> Path:
     (out / "checkpoints").mkdir(parents=True)
-    names = ("base_dir", "task", "seed", "steps", "versions", "device", "threads", "base", "adapter", "parameters")
-    record = dict.fromkeys(names) | {"recipe": {}, "data": {}, "status": status}
+    words = dict.fromkeys(("base_dir", "task", "device"), "")
+    numbers = dict.fromkeys(("seed", "steps", "threads"), 1)
+    sections = {name: {} for name in ("versions", "base", "adapter", "parameters", "recipe", "data")}
+    record = {**words, **numbers, **sections, "status": status}
     (out / "run.json").write_text(json.dumps(record))
     return out
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import weftlora
 from families import FAMILIES
 from weftlora.adapted.layer import WeftLinear
-from weftlora.errors import AdapterError, ConfigError, DataError, ModelError, RunError, WeftError
+from weftlora.errors import AdapterError, ConfigError, DataError, MissingExtraError, ModelError, RunError, WeftError
 from weftlora.report.inspection import page
 
 
@@ -139,9 +139,8 @@ def test_a_page_without_its_extra_names_it(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     found: Any = weftlora.inspect(saved("lora"), base=False)
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vl_convert" else real(name))
-    with pytest.raises(ConfigError, match=r"lacks: pip install 'weftlora\[html\]'"):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(MissingExtraError, match=r'needs vl-convert-python, .*: pip install "weftlora\[report\]"'):
         page.write_page(found, tmp_path / "page.html")
     assert not list(tmp_path.iterdir())
 

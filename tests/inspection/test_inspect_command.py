@@ -90,6 +90,7 @@ def test_what_cannot_work_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")  # what is asked for is looked at before what is there
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (1, "")
     assert sentence in " ".join(err.split())

@@ -380,10 +380,10 @@ def test_use_reference_can_be_nested(monkeypatch: pytest.MonkeyPatch):
 LOGITS = """
 import torch
 from weftlora import HydraLoraConfig
-from weftlora.kernel import add
+from weftlora.kernel import fast_path
 from peft import get_peft_model
-calls, slow = [], add.reference
-add.reference = lambda *a, **o: (calls.append(1), slow(*a, **o))[1]
+calls, slow = [], fast_path.reference
+fast_path.reference = lambda *a, **o: (calls.append(1), slow(*a, **o))[1]
 torch.manual_seed(0)
 model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)),
                        HydraLoraConfig(r=2, heads=3, target_modules=["0", "2"]))
@@ -401,11 +401,11 @@ def test_the_environment_switches_every_site_to_the_reference():
     assert out.returncode == 0, out.stderr
     before, *logits, after = out.stdout.split()
     assert (before, after) == ("0", "2")  # both sites went through it
-    before_calls = kernel.add.reference
+    before_calls = kernel.fast_path.reference
     try:
         exec(LOGITS.replace("print(", "result = ("), scope)
     finally:
-        kernel.add.reference = before_calls
+        kernel.fast_path.reference = before_calls
     here = scope["result"]
     assert (here[0], here[-1]) == (0, 0)
     torch.testing.assert_close(torch.tensor([float(s) for s in logits]), torch.tensor(here[1:-1]), rtol=1e-5, atol=1e-6)

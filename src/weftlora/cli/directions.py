@@ -13,7 +13,7 @@ from rich.text import Text
 
 from weftlora.cli import output
 from weftlora.cli.options import Json, Quiet, TrustTerms
-from weftlora.data.config import locate
+from weftlora.data.paths import locate
 from weftlora.extras import needs
 from weftlora.runs.run import check_source
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from weftlora.compare import record
-from weftlora.data.config import checked_path
+from weftlora.data.paths import checked_path
 from weftlora.errors import ConfigError
 from weftlora.runs.recipe import Subject, TrainConfig, read_file
 from weftlora.sections import RecipeSection

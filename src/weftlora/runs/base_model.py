@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from weftlora.data.config import locate
+from weftlora.data.paths import locate
 from weftlora.errors import AdapterError, ModelError
 
 if TYPE_CHECKING:

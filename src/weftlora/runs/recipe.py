@@ -23,7 +23,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-from weftlora.data.config import DataConfig, Task, checked_path, locate
+from weftlora.data.config import DataConfig, Task
+from weftlora.data.paths import checked_path, locate
 from weftlora.errors import ConfigError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
