@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from weftlora.adapted.routing import routing
 from weftlora.adapted.updates import base_of
 from weftlora.adapter.site import Site
-from weftlora.data import IGNORE
+from weftlora.data.collate import IGNORE
 from weftlora.errors import AdapterError
 from weftlora.inspection.record import Routers, SiteUsage, Usage
 from weftlora.inspection.subject import Rows
