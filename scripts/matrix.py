@@ -243,8 +243,10 @@ def write(rows: dict[str, dict[str, Any]], results: list[dict[str, Any]]) -> Non
         result["name"]: result for result in results if result["status"] != "not run" or result["name"] not in before
     }
     found = [
-        ran.get(name) or before.get(name) or {"name": name, "status": "not run", "reason": "not tried yet"}
-        for name in rows
+        {"name": name, "status": "not run", "reason": row["reason"]}
+        if "reason" in row
+        else ran.get(name) or before.get(name) or {"name": name, "status": "not run", "reason": "not tried yet"}
+        for name, row in rows.items()
     ]
     for result in found:
         if result["name"] in ran:

@@ -21,9 +21,8 @@ import pytest
 import weftlora
 
 ROOT = Path(__file__).parents[1]
-NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis", "build", "dist", "site", "runs", "out"
-)
+ANYWHERE = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*_cache")
+AT_THE_TOP = {".git", ".venv", ".hypothesis", "build", "dist", "site", "runs", "out"}
 NAME = f"weftlora-{weftlora.__version__}"
 WHERE = """
 import sys
@@ -35,11 +34,16 @@ print(find_spec("weftlora").origin, version("weftlora"), *sys.path, sep="\\n")
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distribution")]  # one process builds, for all tests here
 
 
+def not_copied(folder: str, names: list[str]) -> set[str]:
+    """What a checkout has beside its files; below the top such names are the source's own, such as the room `runs`."""
+    return {*ANYWHERE(folder, names), *(AT_THE_TOP & {*names} if Path(folder) == ROOT else ())}
+
+
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution, and the wheel made of it."""
     folder = tmp_path_factory.mktemp("dist")
-    shutil.copytree(ROOT, folder / "checkout", ignore=NOT_COPIED)
+    shutil.copytree(ROOT, folder / "checkout", ignore=not_copied)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "checkout")]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -137,10 +137,11 @@ def test_the_run_says_which_package_its_terms_are_of(life) -> None:
 def test_its_adapter_says_how_it_is_loaded(life, installed: Path) -> None:
     top, _ = life
     readme = (top / "top2" / "adapter" / "README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(top / "top2" / "adapter"))
-    script = (
-        f"from transformers import AutoModelForCausalLM as A\nbase = A.from_pretrained({str(top / 'base')!r})\n{code}"
-    )
+    load, trust = (part.split("```")[0] for part in readme.split("```python\n")[1:])
+    assert "weftlora.trust_terms('stranger-terms')" in trust or "weftlora.trust_terms('stranger_terms')" in trust
+    code = f"import weftlora\n{trust}\n{load}".replace("path/to/this/folder", str(top / "top2" / "adapter"))
+    base = f"base_model = A.from_pretrained({str(top / 'base')!r})"
+    script = f"from transformers import AutoModelForCausalLM as A\n{base}\n{code}"
     path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(installed)])
     env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)

@@ -56,7 +56,7 @@ def test_roles_are_refused_for_pefts_own_adapters_before_anything_is_written(
         weftlora.train(given)
     with pytest.raises(ConfigError, match="starts at zero, so the update would stay zero"):
         weftlora.train(recipe(adapter={"recipe": "tied_lora", "train": "A"}, train={"freeze_down": True}))
-    with pytest.raises(ConfigError, match="the B of adapters, and none is trained"):
+    with pytest.raises(ConfigError, match="the B of weftlora's adapters, and none is trained"):
         weftlora.train(recipe(adapter={"recipe": "tied_lora", "train": "vera"}, train={"lora_plus_ratio": 16}))
     assert not Path(given["out"]).exists()
 
@@ -245,8 +245,9 @@ def test_a_read_only_place_is_refused_before_anything_is_loaded(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere: permissions cannot be used here
+    monkeypatch.setattr("weftlora.runs.base_model.load", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(RunError, match="read-only"):
-        weftlora.train(recipe() | {"model": "./nowhere"})
+        weftlora.train(recipe())
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weftlora.data.encode import IGNORE
 from weftlora.errors import ConfigError
-
-IGNORE = -100
-"""The label of a token that the loss leaves out; torch's cross entropy skips it."""
 
 
 @dataclass(frozen=True)

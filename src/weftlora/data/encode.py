@@ -27,13 +27,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from weftlora.data.collate import IGNORE
 from weftlora.data.examples import Example, Message
 from weftlora.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+IGNORE = -100
+"""The label of a token that the loss leaves out; torch's cross entropy skips it."""
 
 
 @dataclass(frozen=True, slots=True)
