@@ -138,7 +138,7 @@ def test_its_adapter_says_how_it_is_loaded(life, installed: Path) -> None:
     top, _ = life
     readme = (top / "top2" / "adapter" / "README.md").read_text()
     load, trust = (part.split("```")[0] for part in readme.split("```python\n")[1:])
-    assert "weftlora.trust_terms('stranger-terms')" in trust or "weftlora.trust_terms('stranger_terms')" in trust
+    assert "weftlora.trust_terms('stranger-terms')" in trust
     code = f"import weftlora\n{trust}\n{load}".replace("path/to/this/folder", str(top / "top2" / "adapter"))
     base = f"base_model = A.from_pretrained({str(top / 'base')!r})"
     script = f"from transformers import AutoModelForCausalLM as A\n{base}\n{code}"
