@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from weftlora.inspection.measures import split_name
-from weftlora.inspection.record import Inspection, SiteFacts
+from weftlora.inspection.record import AdaptedModule, Inspection
 from weftlora.report import charts
 
 
@@ -76,7 +76,7 @@ class Grid:
         return Grid([block for block, _ in kept], self.modules[a:b], [row for _, row in kept])
 
 
-def grid(found: Inspection, number: Callable[[SiteFacts], float | None]) -> Grid:
+def grid(found: Inspection, number: Callable[[AdaptedModule], float | None]) -> Grid:
     """One number of every site, by block and module."""
     blocks = list(dict.fromkeys(site.block for site in found.sites))
     modules = list(dict.fromkeys(site.module for site in found.sites))

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from weftlora.inspection.record import (
-    Against,
-    Alike,
+    AdaptedModule,
+    FactorComparison,
+    FactorSimilarity,
     HeadSimilarity,
     Inspection,
     Routers,
     SiteDirections,
-    SiteFacts,
     Usage,
 )
 from weftlora.report import charts
@@ -31,7 +31,7 @@ def sites(found: Inspection) -> Iterator[Section]:
     values = {site.site: site.relative if relative else site.norm for site in found.sites}
     what = "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"
     says = tooltip(("value", what, ".2%" if relative else ".4g"), *OF_A_SITE)
-    routed = next((site.norm_at for site in found.sites if site.norm_at != "exact"), None)
+    routed = next((site.norm_kind for site in found.sites if site.norm_kind != "exact"), None)
     at = f" On a routed site ΔW depends on the token; here it is taken at the {routed}." if routed else ""
     table = Table(
         ("site", "out × in", "rank", "effective rank", "trained", "‖ΔW‖", "‖ΔW‖ / ‖W‖"),
@@ -59,7 +59,7 @@ def sites(found: Inspection) -> Iterator[Section]:
 
 def ranks(found: Inspection) -> Iterator[Section]:
     """Ranks of every site, where they differ or could."""
-    if len({site.rank for site in found.sites}) < 2 and all(site.rank == site.room for site in found.sites):
+    if len({site.rank for site in found.sites}) < 2 and all(site.rank == site.max_rank for site in found.sites):
         return
     says = tooltip(("value", "rank", "d"), *OF_A_SITE)
     chart = charts.heatmap(cells(found, {site.site: float(site.rank) for site in found.sites}), "d", says)
@@ -67,8 +67,8 @@ def ranks(found: Inspection) -> Iterator[Section]:
         "Live rank slots of every site. The effective rank of its update, in the tooltip, says how many of them matter."
     )
     table = Table(
-        ("site", "rank", "room", "at the start", "effective rank"),
-        [(s.site, str(s.rank), str(s.room), str(s.first_rank), f"{s.effective_rank:.2f}") for s in found.sites],
+        ("site", "rank", "highest possible rank", "initial rank", "effective rank"),
+        [(s.site, str(s.rank), str(s.max_rank), str(s.initial_rank), f"{s.effective_rank:.2f}") for s in found.sites],
     )
     yield Section("ranks", "Ranks", lead, [("Rank of every site, by block and module", chart)], table)
 
@@ -121,7 +121,7 @@ def layers(found: Inspection) -> Iterator[Section]:
             "alpha": c.alpha,
             "hat": c.alpha_hat,
             "kind": "selected" if c.selected else "not selected",
-            "near": "yes" if c.near else "no",
+            "near": "yes" if c.near_tie else "no",
         }
         for c in layers.candidates
         if c.distance is not None
@@ -174,7 +174,7 @@ def groups(found: Inspection) -> Iterator[Section]:
 
 def merging(found: Inspection) -> Iterator[Section]:
     """How many sites can be merged, and why the others cannot."""
-    reasons: dict[str, list[SiteFacts]] = {}
+    reasons: dict[str, list[AdaptedModule]] = {}
     for site in found.sites:
         reasons.setdefault("" if site.mergeable else str(site.why_not), []).append(site)
     rows = [
@@ -348,7 +348,7 @@ POINTS = 400
 
 def against(found: Inspection) -> Iterator[Section]:
     """A and B beside the start, or another adapter."""
-    against = found.against
+    against = found.factor_comparison
     if against is None or not against.sites:
         return
     if against.kind == "fresh draw":
@@ -375,11 +375,11 @@ def against(found: Inspection) -> Iterator[Section]:
     )
 
 
-def _overlap(found: Inspection, factors: dict[str, Alike]) -> charts.Spec:
+def _overlap(found: Inspection, factors: dict[str, FactorSimilarity]) -> charts.Spec:
     rows = cells(found, {site: one.overlap for site, one in factors.items()})
     for row in rows:
         one = factors[row["site"]]
-        row |= {"chance": one.chance, "cosine": one.cosine, "moved": one.moved, "angle": max(one.angles)}
+        row |= {"chance": one.chance, "cosine": one.cosine, "moved": one.relative_change, "angle": max(one.angles)}
     says = tooltip(
         ("site", "site", None),
         ("value", "overlap", ".4f"),
@@ -391,13 +391,13 @@ def _overlap(found: Inspection, factors: dict[str, Alike]) -> charts.Spec:
     return charts.heatmap(rows, ".2f", says)
 
 
-def _numbers(one: Alike) -> tuple[str, ...]:
-    values = [text(value, ".4f") for value in (one.overlap, one.chance, one.cosine, one.moved)]
+def _numbers(one: FactorSimilarity) -> tuple[str, ...]:
+    values = [text(value, ".4f") for value in (one.overlap, one.chance, one.cosine, one.relative_change)]
     return *values, f"{max(one.angles):.1f}°" if one.angles else "–"
 
 
-def _fresh(found: Inspection, against: Against) -> Section:
-    sizes = {s.site: s.size for s in against.sites}
+def _fresh(found: Inspection, against: FactorComparison) -> Section:
+    sizes = {s.site: s.norm_ratio for s in against.sites}
     says = tooltip(("value", "‖A‖ / ‖a fresh draw‖", ".4f"), *OF_A_SITE)
     chart = charts.heatmap(cells(found, sizes), ".3f", says, lowest=None)
     lead = (
