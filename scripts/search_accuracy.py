@@ -52,7 +52,7 @@ INNER: dict[str, dict[str, Any]] = {
 LENGTHS = (1, 2, 4, 8)
 
 
-def found(
+def recovered(
     seed: int,
     k: int = 3,
     *,
@@ -124,7 +124,7 @@ def main() -> None:
     results = {
         "command": "python scripts/search_accuracy.py",
         "versions": f"weftlora {weftlora.__version__}, torch {torch.__version__}",
-        "planted": {name: [found(seed, **case) for seed in range(SEEDS)] for name, case in CASES.items()},
+        "planted": {name: [recovered(seed, **case) for seed in range(SEEDS)] for name, case in CASES.items()},
         "cosine": {
             name: {str(n): [cosine(seed, n, inner) for seed in range(4)] for n in LENGTHS}
             for name, inner in INNER.items()

@@ -27,7 +27,7 @@ from weftlora.adapter.spec import WeftConfig, read_config
 from weftlora.disk.files import read_lines
 from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
 from weftlora.extras import needs
-from weftlora.inspection.subject import Rows, Start, Subject, beyond, live_subject, plain_site
+from weftlora.inspection.subject import Rows, Start, Subject, live_subject, plain_site, unread_tensors
 from weftlora.runs.adapter import adapt, adapter_config, saved_selection
 from weftlora.runs.load import Trained, borrowed, load_adapter, load_run, recipe_of
 from weftlora.runs.run import Run
@@ -113,7 +113,7 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     subject.saved_modules = sum(t.numel() for key, t in named.items() if ".lora_" not in key)
     others = (key for key in named if ".lora_" in key and not key.endswith((".lora_A.weight", ".lora_B.weight")))
-    subject.left_out += beyond(others)
+    subject.left_out += unread_tensors(others)
 
 
 def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:

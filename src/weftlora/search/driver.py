@@ -34,7 +34,7 @@ from weftlora.search.groups import Gates, groups_of
 from weftlora.search.hypergradient import (
     Inner,
     InnerLoop,
-    Taken,
+    InnerStep,
     adjoint,
     by_differences,
     by_double_backward,
@@ -45,7 +45,7 @@ from weftlora.search.selection import Candidate, Selection
 from weftlora.terms.layers.search import Search, weights
 
 
-def taken(search: LayerSearch) -> dict[str, Any]:
+def state_of(search: LayerSearch) -> dict[str, Any]:
     """The state; all processes call it together and get the same."""
     return {
         "alpha": search.alpha.detach().clone(),
@@ -66,7 +66,7 @@ def taken(search: LayerSearch) -> dict[str, Any]:
 
 
 def restore(search: LayerSearch, state: dict[str, Any]) -> None:
-    """Continue from `taken`.
+    """Continue from `state_of`.
 
     Raises:
         RunError: it is of another model or other rows.
@@ -312,7 +312,7 @@ class LayerSearch:
         self.history.append(row)
         return row
 
-    def _inner_steps(self) -> tuple[list[float], list[Taken]]:
+    def _inner_steps(self) -> tuple[list[float], list[InnerStep]]:
         k, unrolled = self.search.inner_steps, self.search.hypergrad != "direct"
         window = (self.search.unroll_steps or k) if unrolled else 0
         losses, taken = [], []
@@ -327,7 +327,7 @@ class LayerSearch:
                 self.norms += self.gates.gradient_norms(by_id)
         return losses, taken
 
-    def _outer_step(self, taken: Sequence[Taken]) -> tuple[float, bool]:
+    def _outer_step(self, taken: Sequence[InnerStep]) -> tuple[float, bool]:
         loss, gradient = self.hypergradient(taken)
         if gradient is None:
             self.skipped += 1
@@ -340,7 +340,7 @@ class LayerSearch:
         self.gates.write(self.search.gates(self.alpha.detach()))
         return loss, True
 
-    def hypergradient(self, taken: Sequence[Taken] = ()) -> tuple[float, Tensor | None]:
+    def hypergradient(self, taken: Sequence[InnerStep] = ()) -> tuple[float, Tensor | None]:
         """The validation loss of the next outer batch and its gradient [N] fp64 for α; None where one is no number.
 
         That is so where all labels of the batch are ignored, too: there is no loss then, which `unlabelled` counts.
@@ -398,7 +398,7 @@ class LayerSearch:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next outer step depends on; taken between outer steps. All processes call it together."""
-        return taken(self)
+        return state_of(self)
 
     def load_state_dict(self, found: dict[str, Any]) -> None:
         """Continue from `state_dict`. Raises RunError if it is of another model or other rows."""

@@ -39,11 +39,11 @@ from weftlora.search.batches import Batch, Passed, Passes, Random, math_attentio
 from weftlora.settings import is_number, is_whole
 from weftlora.terms.layers.search import Search
 
-Product = Callable[["Taken", list[Tensor]], tuple[list[Tensor], Tensor]]
+Product = Callable[["InnerStep", list[Tensor]], tuple[list[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
-class Taken:
+class InnerStep:
     """One inner step, as much of it as the adjoint needs; lists go with the parameters."""
 
     theta: list[Tensor]  # before the step
@@ -55,7 +55,7 @@ class Taken:
     beta: float  # β₁
 
 
-def adjoint(steps: Sequence[Taken], lam: list[Tensor], g_n: Tensor, product: Product) -> Tensor:
+def adjoint(steps: Sequence[InnerStep], lam: list[Tensor], g_n: Tensor, product: Product) -> Tensor:
     """g [N] fp64 with the inner steps differentiated; `lam` and `g_n` are the validation gradients at the last θ."""
     mu = [torch.zeros_like(value) for value in lam]
     for step in reversed(steps):
@@ -71,7 +71,7 @@ def adjoint(steps: Sequence[Taken], lam: list[Tensor], g_n: Tensor, product: Pro
 def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
     """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `search.fd_step`."""
 
-    def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def product(step: InnerStep, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         norm = float(torch.stack([t.double().square().sum() for t in towards]).sum().sqrt())
         if not norm:
             return [torch.zeros_like(t) for t in towards], torch.zeros_like(alpha_n.detach())
@@ -79,7 +79,7 @@ def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
         sides = []
         for sign in (eps, -eps):
             with (
-                at(passes.params, [v + sign * t for v, t in zip(step.theta, towards, strict=True)]),
+                parameters_at(passes.params, [v + sign * t for v, t in zip(step.theta, towards, strict=True)]),
                 step.random.replayed(),
             ):
                 sides.append(passes.backward(step.batches, training=True))
@@ -94,10 +94,10 @@ def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
 def by_double_backward(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
     """The same products exactly, through the reference path and plain attention."""
 
-    def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def product(step: InnerStep, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         alpha = alpha_n.detach().clone().requires_grad_()
         with (
-            at(passes.params, step.theta),
+            parameters_at(passes.params, step.theta),
             step.random.replayed(),
             in_mode(passes.model, training=True),
             use_reference(),
@@ -164,7 +164,7 @@ def check_exact(model: nn.Module) -> None:
 
 
 @contextmanager
-def at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+def parameters_at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """The parameters have these values inside the block, and their own again, bit for bit, after it."""
     before = [p.detach().clone() for p in params]
     try:
@@ -237,7 +237,7 @@ class InnerLoop:
         self.skipped = 0
         self.unlabelled = 0
 
-    def step(self, batches: Sequence[Batch], *, keep: bool) -> tuple[Passed, Taken | None]:
+    def step(self, batches: Sequence[Batch], *, keep: bool) -> tuple[Passed, InnerStep | None]:
         """One optimiser step; the second value, if `keep`, is for the adjoint.
 
         Where a gradient is no number, or all labels of the batches are ignored, the step is skipped and counted: a step of
@@ -258,7 +258,7 @@ class InnerLoop:
         theta = [p.detach().clone() for p in self.passes.params] if keep else []
         clip = self._clip(passed.theta)
         self._update(passed.theta, clip)
-        return passed, Taken(theta, batches, before, clip, *self._derivative()) if keep else None
+        return passed, InnerStep(theta, batches, before, clip, *self._derivative()) if keep else None
 
     def _clip(self, gradients: list[Tensor]) -> float:
         if not self.settings.max_grad_norm:

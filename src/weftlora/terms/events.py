@@ -34,7 +34,7 @@ class Length:
     steps_per_epoch: float | None = None
 
 
-class Lettered(Protocol):
+class StructureView(Protocol):
     """The tensors of a site's structure, as far as an event needs them."""
 
     def factors(self, scale: float) -> Factors:
@@ -42,7 +42,7 @@ class Lettered(Protocol):
         ...
 
 
-class Resting(Protocol):
+class BoostView(Protocol):
     """The tensors of a site's boost, as far as an event needs them."""
 
     def rest(self) -> list[nn.Parameter]:
@@ -57,12 +57,12 @@ class SiteView(Protocol):
     mask: Tensor | None
 
     @property
-    def structure(self) -> Lettered:
+    def structure(self) -> StructureView:
         """Who owns A and B."""
         ...
 
     @property
-    def boost(self) -> Resting | None:
+    def boost(self) -> BoostView | None:
         """Extra slots, if there are some."""
         ...
 
@@ -156,7 +156,7 @@ class Controller(Protocol):
         ...
 
 
-class Applied(NamedTuple):
+class LaunchEffect(NamedTuple):
     """What a launch did at one site."""
 
     told: dict[str, Any]
@@ -165,7 +165,7 @@ class Applied(NamedTuple):
     """What starts fresh: an optimiser's moments of what it was before are dropped."""
 
 
-class Launched(Protocol):
+class LaunchSettings(Protocol):
     """What the config says of when, and by which rule directions of W are ranked."""
 
     @property
@@ -192,7 +192,7 @@ class Launch(Protocol):
         ...
 
     @property
-    def choice(self) -> Launched:
+    def choice(self) -> LaunchSettings:
         """Its part of the config."""
         ...
 
@@ -204,7 +204,7 @@ class Launch(Protocol):
         """How many directions it has room for there."""
         ...
 
-    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """Put the directions in, σ_max of W being `largest`."""
         ...
 

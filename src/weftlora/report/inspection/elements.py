@@ -146,7 +146,7 @@ OF_A_SITE = (
 """What every cell of a heatmap over sites says beside its value."""
 
 
-def places(sites: Iterable[str]) -> dict[str, tuple[str, str]]:
+def block_and_module(sites: Iterable[str]) -> dict[str, tuple[str, str]]:
     """(label of the block, short name of the module) of every site."""
     split = {site: split_name(site) for site in sites}
     labels = labels_of(dict.fromkeys(block for block, _ in split.values()))
@@ -156,7 +156,7 @@ def places(sites: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def cells(found: Inspection, values: dict[str, float | None]) -> list[dict[str, Any]]:
     """Rows of a heatmap over sites."""
-    where = places(site.site for site in found.sites)
+    where = block_and_module(site.site for site in found.sites)
     facts = {site.site: site for site in found.sites}
     return [
         {

@@ -22,7 +22,16 @@ from weftlora.inspection.record import (
 )
 from weftlora.report import charts
 from weftlora.report.charts import tooltip
-from weftlora.report.inspection.elements import OF_A_SITE, Section, Table, cells, mean_of_known, percent, places, text
+from weftlora.report.inspection.elements import (
+    OF_A_SITE,
+    Section,
+    Table,
+    block_and_module,
+    cells,
+    mean_of_known,
+    percent,
+    text,
+)
 
 
 def sites(found: Inspection) -> Iterator[Section]:
@@ -77,7 +86,7 @@ def history(found: Inspection) -> Iterator[Section]:
     """Where rank slots went."""
     if (history := found.history) is None:
         return
-    where = places(history.before)
+    where = block_and_module(history.before)
     rows: list[dict[str, Any]] = []
     for by, at in (("kind of module", 1), ("block", 0)):
         for step, ranks in [(0, history.before), *((each.step, each.ranks) for each in history.rounds)]:
@@ -89,7 +98,7 @@ def history(found: Inspection) -> Iterator[Section]:
     )
     chart = charts.lines(
         rows,
-        charts.choice("by", "Lines by", ["kind of module", "block"], "by"),
+        charts.drop_down("by", "Lines by", ["kind of module", "block"], "by"),
         says,
         "optimiser step",
         "mean rank per site",
@@ -222,7 +231,7 @@ def _usages(routers: Routers) -> Iterator[tuple[str, str, Usage]]:
 
 
 def _gates(routers: Routers) -> charts.Spec:
-    where = places(site.site for site in routers.sites)
+    where = block_and_module(site.site for site in routers.sites)
     rows: list[dict[str, Any]] = [
         {
             "module": where[name][1],
@@ -247,11 +256,11 @@ def _gates(routers: Routers) -> charts.Spec:
         ("tokens", "tokens", ",d"),
     )
     picks = [
-        charts.choice(f"chosen_{field}", field.capitalize(), list(dict.fromkeys(row[field] for row in rows)), field)
+        charts.drop_down(f"chosen_{field}", field.capitalize(), list(dict.fromkeys(row[field] for row in rows)), field)
         for field in ("module", "rows")
     ]
-    share = charts.reading("share", "Show", {"mean gate": "mean", "first choices": "top"})
-    return charts.stacked(rows, charts.together(*picks, share), max(row["head"] for row in rows), says, "share")
+    share = charts.field_drop_down("share", "Show", {"mean gate": "mean", "first choices": "top"})
+    return charts.stacked(rows, charts.drop_downs(*picks, share), max(row["head"] for row in rows), says, "share")
 
 
 def _entropies(routers: Routers) -> charts.Spec:
@@ -278,7 +287,7 @@ def _entropies(routers: Routers) -> charts.Spec:
 
 
 def _domains(routers: Routers) -> charts.Spec:
-    where = places(site.site for site in routers.sites)
+    where = block_and_module(site.site for site in routers.sites)
     held: dict[tuple[str, str], list[float]] = {}
     for site in routers.sites:
         for domain in site.domains:
@@ -328,7 +337,7 @@ def _matrix(tables: dict[str, list[list[float | None]]]) -> charts.Spec:
         if value is not None
     ]
     says = tooltip(("pick", "site", None), ("head", "head", None), ("other", "and", None), ("value", "cosine", ".4f"))
-    picks = charts.choice("pick", "Site", list(tables), "pick")
+    picks = charts.drop_down("pick", "Site", list(tables), "pick")
     return charts.heatmap(rows, ".2f", says, axes=("other", "head"), pick=picks)
 
 
@@ -346,7 +355,7 @@ POINTS = 400
 """Points of a spectrum that are drawn, beside the chosen ones and those of largest δ."""
 
 
-def against(found: Inspection) -> Iterator[Section]:
+def factor_comparison(found: Inspection) -> Iterator[Section]:
     """A and B beside the start, or another adapter."""
     against = found.factor_comparison
     if against is None or not against.sites:
@@ -459,7 +468,7 @@ def _rates(rows: list[dict[str, Any]]) -> charts.Spec:
     )
     log = {"type": "log", "nice": False}
     x, y = charts.quantity("sigma", "σ of W", "~g", **log), charts.quantity("value", "change rate δ", "~g", **log)
-    picks = charts.choice("pick", "Site", list(dict.fromkeys(row["pick"] for row in rows)), "pick")
+    picks = charts.drop_down("pick", "Site", list(dict.fromkeys(row["pick"] for row in rows)), "pick")
     return charts.dots(rows, x, y, says, pick=picks)
 
 
@@ -472,5 +481,5 @@ def _drawn(rate: Sequence[float], chosen: Iterable[int]) -> list[int]:
 
 def sections(found: Inspection) -> list[Section]:
     """All parts that have something to show."""
-    parts = (sites, ranks, history, layers, routers, heads, against, directions, groups, merging)
+    parts = (sites, ranks, history, layers, routers, heads, factor_comparison, directions, groups, merging)
     return [section for part in parts for section in part(found)]
