@@ -33,7 +33,6 @@ from weftlora.runs.load import Trained, borrowed, load_adapter, load_run, recipe
 from weftlora.runs.run import Run
 from weftlora.runs.scores import batches
 from weftlora.search import Selection
-from weftlora.terms.layers.search import search_of
 from weftlora.terms.structure import Structure, StructureTerm
 from weftlora.train.checkpoint import marked
 
@@ -371,7 +370,7 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if (search := search_of(config.layers)) is not None:
+    if (search := config.layers.search) is not None:
         if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers

@@ -27,6 +27,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from weftlora.adapter.spec import encode_choice
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.schedule import processes
 from weftlora.search.batches import Batch, Collate, Cycle, Loss, Passes, Random, Rows, split, stack
@@ -40,9 +41,8 @@ from weftlora.search.hypergradient import (
     by_double_backward,
     check_exact,
 )
-from weftlora.search.rules import check_counts, choose
 from weftlora.search.selection import Candidate, Selection
-from weftlora.terms.layers.search import Search, weights
+from weftlora.terms.layers import SearchedLayers, Weighed
 
 
 def state_of(search: LayerSearch) -> dict[str, Any]:
@@ -121,17 +121,9 @@ def selection(search: LayerSearch) -> Selection:
     _check_learned(search)
     alpha = search.alpha.detach().clone()
     processes.take_over([alpha], search.passes.device)
-    asked = search.search
-    assert asked.select is not None
-    chosen = choose(
-        alpha.tolist(),
-        asked.select,
-        top_k=asked.top_k,
-        min_layers=asked.min_layers,
-        when_fewer=asked.when_fewer,
-        step=search.last_move,
-    )
-    alpha_hat, norms = weights(alpha).tolist(), (search.norms / max(1, search.loop.taken)).tolist()
+    asked, norms = search.search, (search.norms / max(1, search.loop.taken)).tolist()
+    chosen = asked.choose(Weighed(tuple(alpha.tolist()), tuple(norms), search.last_move))
+    alpha_hat = asked.alpha_hat(alpha).tolist()
     candidates = [
         Candidate(
             name=group.name,
@@ -147,7 +139,7 @@ def selection(search: LayerSearch) -> Selection:
         )
         for i, group in enumerate(search.gates.groups)
     ]
-    settings = dataclasses.asdict(asked), dataclasses.asdict(search.inner)
+    settings = encode_choice(asked) or {}, dataclasses.asdict(search.inner)
     return Selection(
         tuple(candidates), asked.granularity, search.adapter_config, *settings, _record(search), search.seconds
     )
@@ -195,7 +187,7 @@ def _cost(search: LayerSearch) -> float:
     return cost_of_step(search.search, inner.batch_size * inner.accumulation, search.sizes["validation"])
 
 
-def cost_of_step(search: Search, rows: int, outer_rows: int) -> float:
+def cost_of_step(search: SearchedLayers, rows: int, outer_rows: int) -> float:
     """Of one step on α, in training steps of `rows` rows: rows through forward and backward, and twice those of a double backward.
 
     Args:
@@ -215,12 +207,13 @@ class LayerSearch:
 
     Args:
         model: a PeftModel; its adapter `adapter` has layers=`search`, and is the active one.
+        max_samples: rows used at most; None takes what the search says.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        search: Search,
+        search: SearchedLayers,
         inner: Inner,
         train: Rows,
         validation: Rows | None = None,
@@ -229,6 +222,7 @@ class LayerSearch:
         collate: Collate | None = None,
         loss: Loss | None = None,
         seed: int = 0,
+        max_samples: int | None = None,
     ):
         if list(model.active_adapters) != [adapter]:
             raise ConfigError(
@@ -236,19 +230,19 @@ class LayerSearch:
                 f"would train that; call model.set_adapter({adapter!r}) first."
             )
         self.model, self.search, self.seed = model, search, seed
-        optimizer = "sign_sgd" if search.preset == "released" else inner.optimizer
+        optimizer = search.inner_optimizer or inner.optimizer
         self.inner = dataclasses.replace(inner, optimizer=optimizer, lr=search.inner_lr or inner.lr)
         self.adapter_config: dict[str, Any] = model.peft_config[adapter].to_dict()
         if search.hypergrad == "direct" and search.inner_steps > 1:
             log.warning("the direct hypergradient ignores all of the %d inner steps: it is biased", search.inner_steps)
-        self.splits = split(train, validation, search, seed)
+        self.splits = split(train, validation, search, seed, max_samples)
         self._rows = {"train": train, "validation": train if validation is None else validation}
         self._collate = collate or stack
         self.sizes = {"train": inner.batch_size, "validation": self._outer_size()}
         if search.hypergrad == "unrolled_exact":
             check_exact(model)
         self.gates = Gates(groups_of(model, adapter, search.granularity))
-        check_counts(len(self.gates.groups), search.top_k, search.min_layers)  # before the search, not after
+        search.check_groups(len(self.gates.groups))  # before the search, not after
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
@@ -260,10 +254,7 @@ class LayerSearch:
             "validation": Cycle(len(self.splits.validation), seed + 1),
         }
         self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
-        kind = torch.optim.Adam if search.alpha_optimizer == "adam" else torch.optim.SGD
-        self.alpha_optimizer: torch.optim.Optimizer = kind(
-            [self.alpha], lr=search.alpha_lr
-        )  # no decay: it would pull to uniform
+        self.alpha_optimizer = search.optimizer(self.alpha)
         self.done, self.skipped, self.unlabelled, self.last_move, self.seconds = 0, 0, 0, 0.0, 0.0
         self.history: list[dict[str, Any]] = []
         self.norms = torch.zeros_like(self.alpha.detach())
@@ -299,7 +290,7 @@ class LayerSearch:
                 site.awaits_search = was
         self.done += 1
         self.seconds += time.perf_counter() - started
-        alpha_hat = weights(self.alpha.detach())
+        alpha_hat = self.search.alpha_hat(self.alpha.detach())
         row = {
             "step": self.done,
             "loss": losses[-1],
@@ -346,7 +337,7 @@ class LayerSearch:
         That is so where all labels of the batch are ignored, too: there is no loss then, which `unlabelled` counts.
         """
         batches = self._batches("validation", self.search.outer_batches)
-        passed = self.passes.backward(batches, training=False, summed=self.search.preset == "released")
+        passed = self.passes.backward(batches, training=False, summed=self.search.summed)
         if not passed.labelled:
             self.unlabelled += 1
             if self.unlabelled == 1:

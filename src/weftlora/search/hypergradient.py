@@ -37,7 +37,7 @@ from weftlora.kernel import use_reference
 from weftlora.schedule import processes
 from weftlora.search.batches import Batch, Passed, Passes, Random, math_attention
 from weftlora.settings import is_number, is_whole
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers import SearchedLayers
 
 Product = Callable[["InnerStep", list[Tensor]], tuple[list[Tensor], Tensor]]
 
@@ -68,7 +68,7 @@ def adjoint(steps: Sequence[InnerStep], lam: list[Tensor], g_n: Tensor, product:
     return g_n
 
 
-def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
+def by_differences(passes: Passes, search: SearchedLayers, alpha_n: Tensor) -> Product:
     """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `search.fd_step`."""
 
     def product(step: InnerStep, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -91,7 +91,7 @@ def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
     return product
 
 
-def by_double_backward(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
+def by_double_backward(passes: Passes, search: SearchedLayers, alpha_n: Tensor) -> Product:
     """The same products exactly, through the reference path and plain attention."""
 
     def product(step: InnerStep, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
