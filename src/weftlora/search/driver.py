@@ -45,51 +45,51 @@ from weftlora.search.selection import Candidate, Selection
 from weftlora.terms.layers import SearchedLayers, Weighed
 
 
-def state_of(search: LayerSearch) -> dict[str, Any]:
+def state_of(job: LayerSearch) -> dict[str, Any]:
     """The state; all processes call it together and get the same."""
     return {
-        "alpha": search.alpha.detach().clone(),
-        "alpha_optimizer": search.alpha_optimizer.state_dict(),
-        "theta": {name: p.detach().clone() for name, p in search.named.items()},
-        "inner": search.loop.state_dict(),
-        "positions": {name: cycle.position for name, cycle in search.cycles.items()},
-        "splits": _splits(search),
-        "random": _random(search),
-        "norms": search.norms.clone(),
-        "done": search.done,
-        "skipped": search.skipped,
-        "unlabelled": search.unlabelled,
-        "last_move": search.last_move,
-        "seconds": search.seconds,
-        "history": [dict(row) for row in search.history],
+        "alpha": job.alpha.detach().clone(),
+        "alpha_optimizer": job.alpha_optimizer.state_dict(),
+        "theta": {name: p.detach().clone() for name, p in job.named.items()},
+        "inner": job.loop.state_dict(),
+        "positions": {name: cycle.position for name, cycle in job.cycles.items()},
+        "splits": _splits(job),
+        "random": _random(job),
+        "norms": job.norms.clone(),
+        "done": job.done,
+        "skipped": job.skipped,
+        "unlabelled": job.unlabelled,
+        "last_move": job.last_move,
+        "seconds": job.seconds,
+        "history": [dict(row) for row in job.history],
     }
 
 
-def restore(search: LayerSearch, state: dict[str, Any]) -> None:
+def restore(job: LayerSearch, state: dict[str, Any]) -> None:
     """Continue from `state_of`.
 
     Raises:
         RunError: it is of another model or other rows.
     """
-    if state["theta"].keys() != search.named.keys() or len(state["alpha"]) != len(search.alpha):
+    if state["theta"].keys() != job.named.keys() or len(state["alpha"]) != len(job.alpha):
         raise RunError("the saved search is of another adapter: resume it with the config that it was started with.")
-    if state["splits"] != _splits(search):
+    if state["splits"] != _splits(job):
         raise RunError(
             "the rows or the seed of the search have changed since it was saved: resume it on the same rows."
         )
     with torch.no_grad():
-        search.alpha.copy_(state["alpha"])
-        for name, p in search.named.items():
+        job.alpha.copy_(state["alpha"])
+        for name, p in job.named.items():
             p.copy_(state["theta"][name])
-    search.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-    search.loop.load_state_dict(state["inner"])
-    for name, cycle in search.cycles.items():
+    job.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+    job.loop.load_state_dict(state["inner"])
+    for name, cycle in job.cycles.items():
         cycle.position = state["positions"][name]
-    search.norms = state["norms"].clone()
+    job.norms = state["norms"].clone()
     for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
-        setattr(search, name, state[name])
-    search.history = [dict(row) for row in state["history"]]
-    search.gates.write(search.search.gates(search.alpha.detach()))
+        setattr(job, name, state[name])
+    job.history = [dict(row) for row in state["history"]]
+    job.gates.write(job.search.gates(job.alpha.detach()))
     if len(state["random"]) == processes.world():
         mine = state["random"][processes.rank()]
         Random(mine["cpu"], mine["cuda"]).set()
@@ -101,28 +101,28 @@ def restore(search: LayerSearch, state: dict[str, Any]) -> None:
         )
 
 
-def _splits(search: LayerSearch) -> dict[str, list[int]]:
-    return {name: list(getattr(search.splits, name)) for name in ("train", "validation")}
+def _splits(job: LayerSearch) -> dict[str, list[int]]:
+    return {name: list(getattr(job.splits, name)) for name in ("train", "validation")}
 
 
-def _random(search: LayerSearch) -> list[dict[str, Any]]:
-    now, device = Random.now(), search.passes.device
+def _random(job: LayerSearch) -> list[dict[str, Any]]:
+    now, device = Random.now(), job.passes.device
     cpu, cuda = processes.gathered(now.cpu, device), [processes.gathered(state, device) for state in now.cuda]
     return [{"cpu": mine, "cuda": [each[rank] for each in cuda]} for rank, mine in enumerate(cpu)]
 
 
-def selection(search: LayerSearch) -> Selection:
+def selection(job: LayerSearch) -> Selection:
     """What the rule selects from α as it is now.
 
     Raises:
         RunError: no step on α or none on θ was ever possible, or fewer are selected than `min_layers` and that is to be an
             error.
     """
-    _check_learned(search)
-    alpha = search.alpha.detach().clone()
-    processes.take_over([alpha], search.passes.device)
-    asked, norms = search.search, (search.norms / max(1, search.loop.taken)).tolist()
-    chosen = asked.choose(Weighed(tuple(alpha.tolist()), tuple(norms), search.last_move))
+    _check_learned(job)
+    alpha = job.alpha.detach().clone()
+    processes.take_over([alpha], job.passes.device)
+    asked, norms = job.search, (job.norms / max(1, job.loop.taken)).tolist()
+    chosen = asked.choose(Weighed(tuple(alpha.tolist()), tuple(norms), job.last_move))
     alpha_hat = asked.alpha_hat(alpha).tolist()
     candidates = [
         Candidate(
@@ -137,19 +137,17 @@ def selection(search: LayerSearch) -> Selection:
             filled=i in chosen.filled,
             gradient_norm=norms[i],
         )
-        for i, group in enumerate(search.gates.groups)
+        for i, group in enumerate(job.gates.groups)
     ]
-    settings = encode_choice(asked) or {}, dataclasses.asdict(search.inner)
-    return Selection(
-        tuple(candidates), asked.granularity, search.adapter_config, *settings, _record(search), search.seconds
-    )
+    settings = encode_choice(asked) or {}, dataclasses.asdict(job.inner)
+    return Selection(tuple(candidates), asked.granularity, job.adapter_config, *settings, _record(job), job.seconds)
 
 
-def _check_learned(search: LayerSearch) -> None:
+def _check_learned(job: LayerSearch) -> None:
     """Refuse to select from an α that no step has moved, or that moved beside a θ that none has."""
     for what, steps, skipped, unlabelled in (
-        ("validation", search.done, search.skipped, search.unlabelled),
-        ("training", search.loop.taken, search.loop.skipped, search.loop.unlabelled),
+        ("validation", job.done, job.skipped, job.unlabelled),
+        ("training", job.loop.taken, job.loop.skipped, job.loop.unlabelled),
     ):
         if steps and skipped == steps:
             advice = (
@@ -162,29 +160,29 @@ def _check_learned(search: LayerSearch) -> None:
             )
 
 
-def _record(search: LayerSearch) -> dict[str, Any]:
+def _record(job: LayerSearch) -> dict[str, Any]:
     return {
-        "steps": search.done,
-        "cost_in_steps": round(search.done * _cost(search), 3),
-        "skipped_steps": search.skipped,
-        "skipped_inner_steps": search.loop.skipped,
-        "unlabelled_steps": search.unlabelled,
-        "unlabelled_inner_steps": search.loop.unlabelled,
-        "seed": search.seed,
-        "rows": {name: len(getattr(search.splits, name)) for name in ("train", "validation")},
-        "repeated_rows": search.splits.repeated,
-        **{name: _last(search, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
+        "steps": job.done,
+        "cost_in_steps": round(job.done * _cost(job), 3),
+        "skipped_steps": job.skipped,
+        "skipped_inner_steps": job.loop.skipped,
+        "unlabelled_steps": job.unlabelled,
+        "unlabelled_inner_steps": job.loop.unlabelled,
+        "seed": job.seed,
+        "rows": {name: len(getattr(job.splits, name)) for name in ("train", "validation")},
+        "repeated_rows": job.splits.repeated,
+        **{name: _last(job, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
     }
 
 
-def _last(search: LayerSearch, name: str) -> float | None:
+def _last(job: LayerSearch, name: str) -> float | None:
     """The last value that is a number: a step that was skipped has no loss."""
-    return next((row[name] for row in reversed(search.history) if math.isfinite(row[name])), None)
+    return next((row[name] for row in reversed(job.history) if math.isfinite(row[name])), None)
 
 
-def _cost(search: LayerSearch) -> float:
-    inner = search.inner
-    return cost_of_step(search.search, inner.batch_size * inner.accumulation, search.sizes["validation"])
+def _cost(job: LayerSearch) -> float:
+    inner = job.inner
+    return cost_of_step(job.search, inner.batch_size * inner.accumulation, job.sizes["validation"])
 
 
 def cost_of_step(search: SearchedLayers, rows: int, outer_rows: int) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -115,7 +115,7 @@ class Validation(Protocol):
         """The model's loss on a batch as things are now: in evaluation mode, without a graph; nothing in the model changes."""
         ...
 
-    def slots(self, choice: Any) -> Any:
+    def slots(self, choice: SlotScoring) -> Any:
         """What scores rank slots on these rows by the rule of `choice`: a `weftlora.schedule.rank_slots.Scorer`."""
         ...
 
@@ -213,6 +213,52 @@ class Launch(Protocol):
         ...
 
 
+class SlotScoring(Protocol):
+    """What the config says of how rank slots are scored on validation rows; fields as in `weftlora.Reallocate`."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def score(self) -> str: ...
+    @property
+    def terms(self) -> Literal["both", "last_in", "first_in"]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def chunk_tokens(self) -> int | None: ...
+
+
+class SlotMoves(SlotScoring, Protocol):
+    """What it says of rounds that score slots and move them; fields as in `weftlora.Reallocate`."""
+
+    @property
+    def first(self) -> Time: ...
+    @property
+    def every(self) -> Time: ...
+    @property
+    def max_rounds(self) -> int: ...
+    @property
+    def move(self) -> Literal["types", "modules"] | int: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def resample(self) -> bool: ...
+    @property
+    def shortlist_factor(self) -> int: ...
+    @property
+    def grace_rounds(self) -> int: ...
+    @property
+    def revive(self) -> bool: ...
+    @property
+    def check(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def needs_data(self) -> bool: ...
+
+
 class Timeline(Protocol):
     """One adapter over time, as its choices see it when they are asked for their controllers."""
 
@@ -225,8 +271,8 @@ class Timeline(Protocol):
         """A controller that ranks the directions of every W after the step `launch.choice` names, and applies."""
         ...
 
-    def move_slots(self, choice: Any) -> Controller:
-        """A controller that scores rank slots in rounds, decides, and moves them between sites, as `Reallocate` says."""
+    def move_slots(self, choice: SlotMoves) -> Controller:
+        """A controller that scores rank slots in rounds, decides, and moves them between sites, as `choice` says."""
         ...
 
     def forget(self, parameter: nn.Parameter) -> None:
