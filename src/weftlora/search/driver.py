@@ -61,6 +61,7 @@ def taken(search: LayerSearch) -> dict[str, Any]:
         "unlabelled": search.unlabelled,
         "last_move": search.last_move,
         "seconds": search.seconds,
+        "rough": search.rough,
         "history": [dict(row) for row in search.history],
     }
 
@@ -88,6 +89,7 @@ def restore(search: LayerSearch, state: dict[str, Any]) -> None:
     search.norms = state["norms"].clone()
     for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
         setattr(search, name, state[name])
+    search.rough = state.get("rough", 0.0)  # a search saved by 0.1.0rc1 has none
     search.history = [dict(row) for row in state["history"]]
     search.gates.write(search.search.gates(search.alpha.detach()))
     if len(state["random"]) == processes.world():
@@ -181,6 +183,7 @@ def _record(search: LayerSearch) -> dict[str, Any]:
         "seed": search.seed,
         "rows": {name: len(getattr(search.splits, name)) for name in ("train", "validation")},
         "repeated_rows": search.splits.repeated,
+        **({} if search.search.hypergrad == "direct" else {"rough": round(search.rough, 4)}),
         **{name: _last(search, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
     }
 
@@ -254,7 +257,7 @@ class LayerSearch:
         held = [b for site in self.gates.sites for b in site.buffers()]
         processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
-        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
+        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps, search.alpha_lr)
         self.cycles = {
             "train": Cycle(len(self.splits.train), seed),
             "validation": Cycle(len(self.splits.validation), seed + 1),
@@ -265,6 +268,8 @@ class LayerSearch:
             [self.alpha], lr=search.alpha_lr
         )  # no decay: it would pull to uniform
         self.done, self.skipped, self.unlabelled, self.last_move, self.seconds = 0, 0, 0, 0.0, 0.0
+        self.rough = 0.0
+        """Of the unrolled hypergradients so far, the largest `weftlora.search.hypergradient.Unrolled.rough`."""
         self.history: list[dict[str, Any]] = []
         self.norms = torch.zeros_like(self.alpha.detach())
 
@@ -363,7 +368,8 @@ class LayerSearch:
                 if exact
                 else by_differences(self.passes, self.search, self.alpha)
             )
-            gradient = adjoint(taken, passed.theta, gradient, product)
+            unrolled = adjoint(taken, passed.theta, gradient, product, self.search.alpha_lr)
+            gradient, self.rough = unrolled.gradient, max(self.rough, unrolled.rough)
         return passed.loss, gradient if bool(gradient.isfinite().all()) else None
 
     def _batches(self, part: str, count: int) -> list[Batch]:
