@@ -61,6 +61,7 @@ def state_of(job: LayerSearch) -> dict[str, Any]:
         "unlabelled": job.unlabelled,
         "last_move": job.last_move,
         "seconds": job.seconds,
+        "rough": job.rough,
         "history": [dict(row) for row in job.history],
     }
 
@@ -88,6 +89,7 @@ def restore(job: LayerSearch, state: dict[str, Any]) -> None:
     job.norms = state["norms"].clone()
     for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
         setattr(job, name, state[name])
+    job.rough = state.get("rough", 0.0)  # a search saved by 0.1.0rc1 has none
     job.history = [dict(row) for row in state["history"]]
     job.gates.write(job.search.gates(job.alpha.detach()))
     if len(state["random"]) == processes.world():
@@ -171,6 +173,7 @@ def _record(job: LayerSearch) -> dict[str, Any]:
         "seed": job.seed,
         "rows": {name: len(getattr(job.splits, name)) for name in ("train", "validation")},
         "repeated_rows": job.splits.repeated,
+        **({} if job.search.hypergrad == "direct" else {"rough": round(job.rough, 4)}),
         **{name: _last(job, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
     }
 
@@ -246,14 +249,17 @@ class LayerSearch:
         held = [b for site in self.gates.sites for b in site.buffers()]
         processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
-        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
+        self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
+        self.alpha_optimizer = search.optimizer(self.alpha)
+        self._reach = max(float(group["lr"]) for group in self.alpha_optimizer.param_groups)  # how far a step moves α
+        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps, self._reach)
         self.cycles = {
             "train": Cycle(len(self.splits.train), seed),
             "validation": Cycle(len(self.splits.validation), seed + 1),
         }
-        self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
-        self.alpha_optimizer = search.optimizer(self.alpha)
         self.done, self.skipped, self.unlabelled, self.last_move, self.seconds = 0, 0, 0, 0.0, 0.0
+        self.rough = 0.0
+        """Of the unrolled hypergradients so far, the largest `weftlora.search.hypergradient.Unrolled.rough`."""
         self.history: list[dict[str, Any]] = []
         self.norms = torch.zeros_like(self.alpha.detach())
 
@@ -352,7 +358,8 @@ class LayerSearch:
                 if exact
                 else by_differences(self.passes, self.search, self.alpha)
             )
-            gradient = adjoint(taken, passed.theta, gradient, product)
+            unrolled = adjoint(taken, passed.theta, gradient, product, self._reach)
+            gradient, self.rough = unrolled.gradient, max(self.rough, unrolled.rough)
         return passed.loss, gradient if bool(gradient.isfinite().all()) else None
 
     def _batches(self, part: str, count: int) -> list[Batch]:
