@@ -154,11 +154,11 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the built-in recipes, or print one."""
-    from weftlora.cli.recipes import catalogue, recipe_file
+    from weftlora.cli.recipes import catalogue, recipe_file, recipe_text
 
     with output.calling(as_json, quiet=True):
         record: Any = catalogue() if name is None else recipe_file(name)
-    output.show(record, as_json, lambda: output.catalogue_table(record) if name is None else output.yaml_text(record))
+    output.show(record, as_json, lambda: output.catalogue_table(record) if name is None else recipe_text(name, record))
 
 
 @app.command()

@@ -342,13 +342,6 @@ def catalogue_table(entries: list[dict[str, Any]]) -> Table:
     return made
 
 
-def yaml_text(record: dict[str, Any]) -> str:
-    """A recipe as a file."""
-    import yaml
-
-    return yaml.safe_dump(record, sort_keys=False).rstrip()
-
-
 def diagnosis_text(found: Diagnosis) -> str:
     """What was found, a line each, then what is wrong."""
     lines = [f"{name:<22} {value}" for name, value in found.facts()]

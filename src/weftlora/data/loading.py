@@ -111,12 +111,32 @@ class Split:
     in_train: int = 0
 
 
+def draw_encoded(split: Split, encode: Encode, limit: int | None, seed: int) -> list[tuple[Example, list[Encoded]]]:
+    """The rows that were looked at with what became of them, in order: in a seeded order until `limit` of them are of use."""
+    order = list(range(len(split.rows)))
+    if limit is not None and limit < len(order):
+        draw = Random(seed)
+        first = draw.sample(order, limit)
+        rest = sorted(set(order) - set(first))
+        draw.shuffle(rest)
+        order = first + rest
+    looked: dict[int, list[Encoded]] = {}
+    while order:
+        missing = len(order) if limit is None else limit - sum(bool(parts) for parts in looked.values())
+        if missing <= 0:
+            break
+        some, order = order[:missing], order[missing:]
+        filled = [index for index in some if not split.rows[index].empty]
+        encoded = encode([split.rows[index] for index in filled])
+        looked |= {index: [] for index in some} | dict(zip(filled, encoded, strict=True))
+    return [(split.rows[index], looked[index]) for index in sorted(looked)]
+
+
 def tally(split: Split, encode: Encode, limit: int | None, seed: int) -> tuple[Dataset, Counts]:
     """Draw, encode and count the rows of `split`. Raises DataError when none is left."""
-    drawn = [split.rows[index] for index in sample(len(split.rows), limit, seed)]
-    filled = [row for row in drawn if not row.empty]
-    encoded = encode(filled)
-    kept = [(row, parts) for row, parts in zip(filled, encoded, strict=True) if parts]
+    drawn = draw_encoded(split, encode, limit, seed)
+    filled = [row for row, _ in drawn if not row.empty]
+    kept = [(row, parts) for row, parts in drawn if parts]
     flat = [(row, part) for row, parts in kept for part in parts]
     counts = Counts(
         read=len(split.rows) + split.blank,
@@ -219,7 +239,11 @@ def load(
     task = _task(task, columns.format)
     rows = {name: examples(source, columns) for name, source in sources.items()}
     names = _labels(rows, sources, labels) if task == "classification" else None
-    limits = {"train": config.limit, "validation": config.validation_limit, "test": config.test_limit}
+    limits = {
+        "train": config.limit,
+        "validation": config.validation_limit or config.limit,
+        "test": config.test_limit or config.limit,
+    }
     done = {}
     for name, split in _splits(rows, sources, config).items():
         source = sources.get(name, sources["train"])

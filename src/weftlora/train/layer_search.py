@@ -42,6 +42,7 @@ from weftlora.search.hypergradient import Inner
 from weftlora.settings import is_whole
 from weftlora.terms.layers import Layers
 from weftlora.terms.layers.search import Search, search_of
+from weftlora.train import arguments
 from weftlora.train.prepare import Prepared
 
 COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -81,7 +82,7 @@ def make_search(
         base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     world = int(os.environ.get("WORLD_SIZE", "1"))
     inner = Inner(
-        lr=train.lr,
+        lr=arguments.rate(train),
         batch_size=train.batch_size,
         accumulation=train.accumulation * world,
         optimizer="sgd" if train.optimizer == "sgd" else "adamw",
