@@ -124,7 +124,8 @@ class Plan(Record):
         return next(method for method in self.methods if method.name == name)
 
     def _job(self, method: Method, seed: int, lr: float, tuning: bool) -> Job:
-        train = self.recipe["train"] | {"lr": lr, "seed": seed}
+        rows = self.recipe["train"].get("eval_rows") or "all"  # rates are chosen by the loss on them
+        train = self.recipe["train"] | {"lr": lr, "seed": seed, "eval_rows": rows}
         if method.steps:
             train |= {"steps": method.steps, "epochs": None}
         recipe = {
@@ -216,7 +217,6 @@ def make(recipe: CompareRecipe) -> Plan:
     tried = (recipe.rates.seeds if recipe.rates else 1) if len(rates) > 1 else 0
     plain = recipe.model_dump(mode="json")
     plain["train"]["num_threads"] = recipe.train.num_threads or 1
-    plain["train"]["eval_rows"] = recipe.train.eval_rows or "all"  # rates are chosen by that loss
     return Plan(
         recipe=plain,
         base_dir=str(recipe.base_dir),
