@@ -30,6 +30,7 @@ RETURNED: dict[str, tuple[str, ...]] = {
         "weftlora.train.evaluation.Evaluation",
         "weftlora.train.evaluation.Scores",
         "weftlora.train.evaluation.Generation",
+        "weftlora.train.evaluation.Conversation",
     ),
     "Compare and report": ("weftlora.report.comparison.page.Report",),
     "Look inside": (

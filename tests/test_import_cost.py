@@ -68,6 +68,8 @@ def test_what_loads_nothing_heavy(code: str) -> None:
         ("train wrong.yaml", 1, "did you mean 'train'"),
         ("eval nowhere", 1, "nowhere"),
         ("generate nowhere hello", 1, "nowhere"),
+        ("generate nowhere", 1, "give one prompt"),
+        ("chat nowhere", 1, "nowhere"),
         ("search nowhere.yaml", 1, "nowhere.yaml"),
         ("compare nowhere.yaml", 1, "nowhere.yaml"),
         ("compare nowhere.yaml --dry-run", 1, "nowhere.yaml"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,3 +274,54 @@ def test_a_bug_of_ours_keeps_its_traceback(recipe_file: Path, monkeypatch: pytes
 def test_of_several_processes_the_first_one_speaks(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert weftlora("recipes", "--json").out == ""
+
+
+@pytest.fixture
+def spoken(base: Path, tmp_path: Path) -> Path:
+    """A run that was trained for a step on conversations."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}</s>{% endfor %}a "
+    tokenizer.save_pretrained(folder)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    weftlora_main = ["data.validation_fraction=0", "train.steps=1", f"out={tmp_path / 'run'}"]
+    from weftlora.train import train
+
+    train("lora", f"model={folder}", f"data.train={tmp_path / 'chat.jsonl'}", *weftlora_main)
+    return tmp_path / "run"
+
+
+def test_generate_puts_a_prompt_where_training_had_it(weftlora: Weft, spoken: Path, tmp_path: Path) -> None:
+    def given(*arguments: object) -> str:
+        said = weftlora("generate", spoken, *arguments, "--max-new-tokens", 1, "--json")
+        return str(json.loads(said.out)["given"])
+
+    assert given("c") == "u c</s>a "
+    assert given("c", "--system", "d") == "s d</s>u c</s>a "
+    assert given("c", "--raw") == "c"
+    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "e"}]')
+    assert given("--messages", tmp_path / "talk.json") == "u e</s>a "
+    assert "give one prompt" in weftlora("generate", spoken).err
+    assert "give one prompt" in weftlora("generate", spoken, "c", "--messages", tmp_path / "talk.json").err
+
+
+def test_chat_answers_line_by_line(weftlora: Weft, spoken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from weftlora.train import evaluation
+
+    heard: list[str] = []
+
+    def complete(model: object, tokenizer: object, prompts: list[list[int]], *more: object) -> list[list[int]]:
+        heard.append(tokenizer.decode(prompts[0]))  # type: ignore[attr-defined]
+        return [tokenizer("ok").input_ids]  # type: ignore[operator]
+
+    monkeypatch.setattr(evaluation, "complete", complete)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("b\n\nc\n/new\nd\n/exit\ne\n"))
+    said = weftlora("chat", spoken, "--system", "s")
+    assert said.code == 0
+    assert said.out == "ok\nok\nok\n"
+    assert heard == ["s s</s>u b</s>a ", "s s</s>u b</s>a ok</s>u c</s>a ", "s s</s>u d</s>a "]

@@ -86,7 +86,7 @@ def decode_choice(axis: str, value: Any) -> Any:
     package, version = (
         (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
     )
-    return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
+    return registry.from_plain(registry.find(axis, kind, package, version), axis, kind, fields)
 
 
 def _choices(axis: str) -> str:

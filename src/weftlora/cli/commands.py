@@ -1,4 +1,4 @@
-"""The commands `train`, `eval`, `generate`, `recipes` and `doctor`, the list of all, and the way of each from the shell and back.
+"""The commands `train`, `eval`, `generate`, `chat`, `recipes` and `doctor`, the list of all, and their way from the shell and back.
 
 What a command does is in the library; here it is called and shown. Whatever the user can put right ends as one sentence and exit
 code 1.
@@ -24,7 +24,7 @@ from weftlora.cli.inspect import inspect
 from weftlora.cli.new_term import new_term
 from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.cli.search import search
-from weftlora.errors import WeftError
+from weftlora.errors import ConfigError, WeftError
 from weftlora.foreign_text import shortened, visible
 from weftlora.redaction import redacted
 from weftlora.runs.run import check_source
@@ -128,10 +128,23 @@ def evaluate(
     output.show(evaluation.record(), as_json, lambda: output.evaluation_table(evaluation))
 
 
+System = Annotated[
+    str | None, typer.Option(help="A system turn before it, for a run that was trained on conversations.")
+]
+
+
 @app.command()
 def generate(
     run: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The prompt, or as JSON the columns of a prompt template; - reads it from stdin."),
+    ] = None,
+    system: System = None,
+    messages: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A conversation to go on with, as JSON, instead of a prompt.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the model the text as it stands.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
@@ -139,13 +152,66 @@ def generate(
     trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with a trained adapter."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    """Answer a prompt with a trained adapter.
+
+    What the run was trained on decides what the prompt becomes: the user's turn in the chat template, the prompt template filled in,
+    or the text as it stands.
+    """
+    if (prompt is None) == (messages is None):
+        raise ConfigError("give one prompt: a text, - for stdin, or --messages FILE.")
     with output.calling(as_json, quiet=True):
         from weftlora.train import generate as call
 
-        answer = call(run, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, base=base)
+        answer = call(
+            run,
+            _read_messages(messages) if messages else sys.stdin.read() if prompt == "-" else str(prompt),
+            system=system,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            base=base,
+        )
     output.show(answer.record(), as_json, lambda: answer.text)
+
+
+def _read_messages(file: Path) -> list[dict[str, str]]:
+    from weftlora.train.prompting import read_messages
+
+    return read_messages(file, sys.stdin.read() if str(file) == "-" else None)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
+    base: Base = None,
+    trust_terms: TrustTerms = None,
+) -> None:
+    """Talk to a trained adapter, turn after turn.
+
+    /new begins again and /exit leaves, as Ctrl-D does. Lines from a pipe are answered one after the other.
+    """
+    with output.calling(as_json=False, quiet=True):
+        from weftlora.train import chat as call
+
+        talk = call(run, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, base=base)
+    asks = sys.stdin.isatty()
+    if asks:
+        kept = "what was said is remembered" if talk.remembers else "every prompt is answered by itself"
+        sys.stderr.write(f"weftlora: {kept}; /new begins again, /exit leaves\n")
+    while (line := output.next_line(asks)) is not None:
+        if line.strip() in ("/exit", "/quit"):
+            return
+        if line.strip() == "/new":
+            talk.forget()
+        elif line.strip():
+            with output.calling(as_json=False, quiet=True):
+                answer = talk.say(line)
+            output.say(answer.text)
 
 
 @app.command()
@@ -154,11 +220,11 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the built-in recipes, or print one."""
-    from weftlora.cli.recipes import catalogue, recipe_file
+    from weftlora.cli.recipes import catalogue, recipe_file, recipe_text
 
     with output.calling(as_json, quiet=True):
         record: Any = catalogue() if name is None else recipe_file(name)
-    output.show(record, as_json, lambda: output.catalogue_table(record) if name is None else output.yaml_text(record))
+    output.show(record, as_json, lambda: output.catalogue_table(record) if name is None else recipe_text(name, record))
 
 
 @app.command()

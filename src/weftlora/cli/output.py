@@ -193,6 +193,21 @@ class Screen(Console):
             yield Segment(text if control else visible(text, lines=True), style, control)
 
 
+def say(text: str) -> None:
+    """A text of the model's on stdout, at once."""
+    sys.stdout.write(visible(redacted(text), lines=True) + "\n")
+    sys.stdout.flush()
+
+
+def next_line(asks: bool) -> str | None:
+    """The next line of stdin, with a prompt on a terminal; None at its end."""
+    if asks:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None
+
+
 def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
@@ -340,13 +355,6 @@ def catalogue_table(entries: list[dict[str, Any]]) -> Table:
         defaults = " ".join(f"{key}={value}" for key, value in entry["defaults"].items())
         made.add_row(entry["name"], entry["about"], defaults, entry["paper"] or "")
     return made
-
-
-def yaml_text(record: dict[str, Any]) -> str:
-    """A recipe as a file."""
-    import yaml
-
-    return yaml.safe_dump(record, sort_keys=False).rstrip()
 
 
 def diagnosis_text(found: Diagnosis) -> str:

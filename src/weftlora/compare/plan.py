@@ -124,7 +124,8 @@ class Plan(Record):
         return next(method for method in self.methods if method.name == name)
 
     def _job(self, method: Method, seed: int, lr: float, tuning: bool) -> Job:
-        train = self.recipe["train"] | {"lr": lr, "seed": seed}
+        rows = self.recipe["train"].get("eval_rows") or "all"  # rates are chosen by the loss on them
+        train = self.recipe["train"] | {"lr": lr, "seed": seed, "eval_rows": rows}
         if method.steps:
             train |= {"steps": method.steps, "epochs": None}
         recipe = {

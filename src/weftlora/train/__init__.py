@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from weftlora.runs.recipe import Recipe
-    from weftlora.train.evaluation import Evaluation, Generation
+    from weftlora.train.evaluation import Conversation, Evaluation, Generation
 
-__all__ = ["Progress", "Run", "Tick", "evaluate", "generate", "newest_checkpoint", "train"]
+__all__ = ["Progress", "Run", "Tick", "chat", "evaluate", "generate", "newest_checkpoint", "train"]
 
 
 def train(
@@ -98,21 +98,30 @@ def evaluate(
 
 def generate(
     run: Run | str | Path,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: str | Sequence[dict[str, str]] | Mapping[str, Any],
     *,
+    system: str | None = None,
+    raw: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     base: str | None = None,
 ) -> Generation:
-    """Answer a prompt (or chat messages) with a run, its folder, or a bare adapter folder.
+    """Answer a prompt with a run, its folder, or a bare adapter folder.
+
+    What the run was trained on decides what a text becomes: the user's turn in the chat template, the prompt template filled in, or
+    the text as it stands.
 
     Args:
+        prompt: a text; chat messages; or the columns of `data.prompt_template`, by name.
+        system: a system turn before it, for runs that were trained on conversations.
+        raw: take the text as it stands, whatever the run was trained on.
         temperature: 0 is greedy; above, tokens are sampled with `seed`.
         base: where the base lies now, if not where the adapter says.
 
     Raises:
         AdapterError: no adapter, a newer format, or another base than the adapter's own.
+        ConfigError, DataError: a prompt that the run has no place for.
         ModelError: the base is missing, or the run is a classifier.
     """
     if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
@@ -120,7 +129,36 @@ def generate(
     with needs("train", "weftlora.generate"):
         from weftlora.train import evaluation as module
 
-        return module.generate(run, prompt, max_new_tokens, temperature, seed, base)
+        return module.generate(run, prompt, system, raw, max_new_tokens, temperature, seed, base)
+
+
+def chat(
+    run: Run | str | Path,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    base: str | None = None,
+) -> Conversation:
+    """Open a run to talk to: `weftlora.chat(run).say("hello").text`, turn after turn, with the model loaded once.
+
+    Args:
+        system: a system turn before all others, for runs that were trained on conversations.
+        temperature: 0 is greedy; above, tokens are sampled with `seed`.
+        base: where the base lies now, if not where the adapter says.
+
+    Raises:
+        AdapterError: no adapter, a newer format, or another base than the adapter's own.
+        ConfigError: a system turn for a run that has no place for one.
+        ModelError: the base is missing, or the run is a classifier.
+    """
+    if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
+        Run.load(run)
+    with needs("train", "weftlora.chat"):
+        from weftlora.train import evaluation as module
+
+        return module.chat(run, system, max_new_tokens, temperature, seed, base)
 
 
 def _check_source(source: Run | str | Path | Recipe, bare: bool) -> None:

@@ -101,6 +101,13 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def rate(config: TrainConfig) -> float:
+    """The peak learning rate, which a recipe has once its model is known (`weftlora.train.prepare`)."""
+    if config.lr is None:
+        raise ConfigError("train.lr is not known before the model is: name one.")
+    return config.lr
+
+
 def total_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
     """Optimiser steps of the whole run over `rows` training rows."""
     if config.steps is not None:
@@ -132,7 +139,7 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "max_steps": steps,
-        "learning_rate": config.lr,
+        "learning_rate": rate(config),
         "lr_scheduler_type": config.schedule,
         # a fraction of the run is worked out here: transformers before 5 takes whole steps only
         "warmup_steps": int(config.warmup) if config.warmup >= 1 else math.ceil(steps * config.warmup),

@@ -1,4 +1,4 @@
-"""The search of a run whose adapter has layers=Search(): after the run folder, before the trainer.
+"""The search of a run whose adapter has layers that are searched: after the run folder, before the trainer.
 
     prepare → run folder → search, saved as it goes → selection.json → second stage → Trainer
 
@@ -41,7 +41,8 @@ from weftlora.search.finetuning_stage import second_stage
 from weftlora.search.hypergradient import Inner
 from weftlora.settings import is_whole
 from weftlora.terms.layers import Layers
-from weftlora.terms.layers.search import Search, search_of
+from weftlora.terms.layers.search import Search
+from weftlora.train import arguments
 from weftlora.train.prepare import Prepared
 
 COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -81,23 +82,24 @@ def make_search(
         base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     world = int(os.environ.get("WORLD_SIZE", "1"))
     inner = Inner(
-        lr=train.lr,
+        lr=arguments.rate(train),
         batch_size=train.batch_size,
         accumulation=train.accumulation * world,
         optimizer="sgd" if train.optimizer == "sgd" else "adamw",
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    search = search_of(config.layers)
+    search = config.layers.search
     assert search is not None
     return LayerSearch(
         model,
-        search if rows is None else dataclasses.replace(search, max_search_samples=rows),
+        search,
         inner,
         cast("Sequence[Any]", prepared.data.train.select_columns(COLUMNS)),
         collate=prepared.collator,
         loss=_loss(train),
         seed=train.seed if seed is None else seed,
+        max_samples=rows,
     )
 
 
@@ -277,14 +279,17 @@ def _search_once(
     recipe: Recipe, seed: int, rows: int | None, progress: Progress, several: bool
 ) -> tuple[Selection, int]:
     """The selection, and how many steps the recipe trains."""
-    from weftlora.train.arguments import arguments
     from weftlora.train.prepare import prepare
 
     train = recipe.train.model_copy(update={"seed": seed})
     again = recipe.model_copy(update={"train": train, "adapter": _with_search(recipe.adapter)})
     again._base_dir = recipe.base_dir
     prepared = prepare(again)
-    search = make_search(prepared, arguments(train, Path(recipe.out), prepared.steps, False), rows=rows)
+    search = make_search(
+        prepared,
+        arguments.arguments(prepared.recipe.train, Path(recipe.out), prepared.steps, False),
+        rows=rows,
+    )
     name = f"search, seed {seed}" if several else "search"
     name += f", {rows} rows" if rows else ""
 

@@ -36,7 +36,7 @@ from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
 from weftlora.train import arguments, checkpoint, costs, layer_search
-from weftlora.train.costs import timed
+from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
 from weftlora.train.trainer import make_trainer
@@ -103,7 +103,7 @@ def _train(
     if before is not None:
         check_same_input(before, run, prepared)
         check_can_resume(before)
-    args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+    args = arguments.arguments(prepared.recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
         expected = known if isinstance(known, dict) else None
@@ -113,11 +113,11 @@ def _train(
     elif not verify_base:
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
-    with _started(run, before, main):
+    with _started(run, before, main, prepared.defaults):
         search = layer_search.begin(prepared, run, args, main)
         if search is None:
             trainer = make_trainer(prepared, run, args, progress, callbacks)
-    _announce(run)
+    _announce(run, prepared)
 
     def start() -> tuple[Trainer, Prepared, Run]:
         if search is None:
@@ -156,16 +156,30 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
             "counts": {name: dataclasses.asdict(count) for name, count in data.counts.items()},
             "domains": data.domains,
             "labels": data.labels,
+            "measured": 0 if prepared.measured_on is None else len(prepared.measured_on),
         },
         time={"started": now(), "load_seconds": load_seconds},
     )
 
 
-def _announce(run: Run) -> None:
-    """What was read and what is trained, for whoever listens to the `weftlora` logger."""
+def _announce(run: Run, prepared: Prepared) -> None:
+    """What was read, what was decided, and what is trained, for whoever listens to the `weftlora` logger."""
     for split, count in run.data["counts"].items():
-        lost = ", ".join(f"{count[key]} {key}" for key in ("truncated", "empty", "dropped", "repeated") if count[key])
-        log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({lost})" if lost else "")
+        extra = ", ".join(f"{count[key]:,} {key}" for key in ("empty", "repeated") if count[key])
+        log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
+    for sentence in lost_rows(run):
+        log.warning("%s", sentence)
+    if prepared.defaults:
+        log.info("by default: %s", "; ".join(prepared.defaults))
+    if prepared.data.validation is not None:
+        every = prepared.recipe.train.eval_every
+        log.info(
+            "validation loss: of %d of %d validation rows, %s%s",
+            run.data["measured"],
+            len(prepared.data.validation),
+            f"every {every} steps and at the end" if every else "once, at the end",
+            "" if run.data["measured"] == len(prepared.data.validation) else " (train.eval_rows=all takes all)",
+        )
     trained, total = run.parameters["trainable"], run.parameters["total"]
     log.info(
         "training %s of %s parameters (%.2f %%) into %s",
@@ -174,6 +188,21 @@ def _announce(run: Run) -> None:
         100 * trained / total,
         run.folder,
     )
+
+
+def lost_rows(run: Run) -> list[str]:
+    """A sentence for every split that lost rows, or parts of rows, to the length that they are held to."""
+    said = []
+    for split, count in run.data["counts"].items():
+        dropped, cut, whole = count["dropped"], count["truncated"], count["kept"] + count["dropped"]
+        parts = [f"{dropped:,} were dropped, since their answer does not fit"] if dropped else []
+        parts += [f"{cut:,} were cut"] if cut else []
+        if parts:
+            said.append(
+                f"{split}: of {whole:,} rows, {' and '.join(parts)} (data.max_length={run.data['max_length']}): raise "
+                "data.max_length, or say with data.truncate what gives way"
+            )
+    return said
 
 
 def version(package: str) -> str:
@@ -200,7 +229,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
+def _started(run: Run, before: Run | None, main: bool, defaults: Sequence[str] = ()) -> Iterator[None]:
     """The run folder with its first run.json; if the start fails, a new folder is removed again."""
     if not main:
         yield
@@ -213,7 +242,7 @@ def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
     made = Made(run.folder)
     try:
         run.save()
-        run.event("start", steps=run.steps)
+        run.event("start", steps=run.steps, defaults=list(defaults))
         yield
     except BaseException:
         made.undo()
@@ -301,10 +330,11 @@ def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     metrics: dict[str, float] = {"tokens": trainer.state.num_input_tokens_seen}
     metrics |= {"train_loss": losses[-1]} if losses else {}
-    rows = prepared.data.validation
+    rows = prepared.measured_on
     if rows is None or not len(rows):
         return metrics
     size = prepared.recipe.train.batch_size
+    announce_measuring(timed(trainer.state), rows)
     measured = mean_loss(prepared.model, rows, prepared.collator, size, progress)
     metrics |= {"validation_loss": measured.loss}
     if measured.predicted:

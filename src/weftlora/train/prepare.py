@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,18 +13,22 @@ from transformers import PreTrainedModel, set_seed
 from weftlora.adapter.spec import WeftConfig
 from weftlora.data import Collator, Loaded
 from weftlora.data import load as load_data
+from weftlora.data.loading import sample
 from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
 from weftlora.host.versions import why_no_sft
-from weftlora.runs import base_model
+from weftlora.runs import base_model, rates
 from weftlora.runs.adapter import adapt, adapter_config, saved_selection
 from weftlora.runs.base_model import Fingerprint, fingerprint
 from weftlora.runs.identity import Weights
-from weftlora.runs.recipe import Recipe, Task
+from weftlora.runs.recipe import Recipe, Task, TrainConfig
 from weftlora.runs.run import Run
 from weftlora.scoring.rows import Rows
 from weftlora.train import arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Prepared:
     collator: Collator
     steps: int
     """Optimiser steps of the whole run."""
+    measured_on: Dataset | None = None
+    """The rows whose loss is measured during training and at its end: the validation rows, or some of them; None without any."""
+    defaults: tuple[str, ...] = ()
+    """What the recipe did not say, and was therefore taken, in words."""
     weights: Weights | None = None
     """The weights of the base, being looked at; None where nobody asked."""
 
@@ -79,6 +87,11 @@ def prepare(recipe: Recipe) -> Prepared:
     plain = base_model.load(base, task, data.labels)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
+    defaults = _defaults(recipe, steps, len(data.train))
+    if recipe.train.lr is None:
+        chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
+        recipe = recipe.with_train(lr=chosen.lr)
+        defaults += (f"learning rate {chosen.lr:g} {chosen.why}",)
     config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
     if selection is not None:
         selection.check(plain)
@@ -92,7 +105,49 @@ def prepare(recipe: Recipe) -> Prepared:
     if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
         attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
     _ready_for_checkpointing(plain, recipe)
-    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
+    measured = rows_to_measure(recipe.train, data, steps)
+    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults)
+
+
+def _defaults(recipe: Recipe, steps: int, rows: int) -> tuple[str, ...]:
+    """The lengths that the recipe left open, as they are taken; a recipe that comes from a folder says everything."""
+    said: list[str] = []
+    train = recipe.train
+    if "max_length" not in recipe.data.model_fields_set:
+        said.append(f"rows of up to {recipe.data.max_length} tokens")
+    if train.steps is None and train.epochs is None:
+        said.append(f"1 epoch of {rows:,} rows ({steps:,} steps)")
+    if "batch_size" not in train.model_fields_set:
+        said.append(f"batches of {train.batch_size} rows")
+    return tuple(said)
+
+
+MOST_MEASURED = 512
+"""Validation rows that are measured at a time, where the recipe does not say how many."""
+
+
+def rows_to_measure(train: TrainConfig, data: Loaded, steps: int) -> Dataset | None:
+    """The validation rows whose loss is measured, drawn as `train.eval_rows` says; their order stays.
+
+    By default as many as `MOST_MEASURED`, but no more than all measurements together have half of the tokens that are trained on:
+    a forward pass alone is less than half of a training step, so that they cost at most a quarter of the training. One batch is
+    measured in any case.
+    """
+    rows = data.validation
+    if rows is None or train.eval_rows == "all":
+        return rows
+    if train.eval_rows is not None:
+        return rows.select(sample(len(rows), train.eval_rows, train.seed))
+    times = 1 + (steps // train.eval_every if train.eval_every else 0)
+    seen = steps * train.batch_size * train.accumulation * _tokens(data, "train")
+    count = int(0.5 * seen / times / max(_tokens(data, "validation"), 1e-9))
+    return rows.select(sample(len(rows), min(MOST_MEASURED, max(count, train.batch_size)), train.seed))
+
+
+def _tokens(data: Loaded, split: str) -> float:
+    """Tokens a row, on average."""
+    counts = data.counts[split]
+    return counts.tokens / counts.rows
 
 
 def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
@@ -109,7 +164,9 @@ def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
 def _by_role(adapted: torch.nn.Module, recipe: Recipe) -> None:
     """Refuse now what the optimiser would refuse later, and freeze what it will not train, so that the run counts what it trains."""
     train = recipe.train
-    param_groups(adapted, lr=train.lr, lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down)
+    param_groups(
+        adapted, lr=arguments.rate(train), lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down
+    )
 
 
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:

@@ -20,7 +20,7 @@ from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
-from weftlora.train.costs import Stopwatch
+from weftlora.train.costs import Stopwatch, announce_measuring, timed
 from weftlora.train.prepare import Prepared
 
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -94,6 +94,7 @@ class _Measured:
     ) -> dict[str, float]:
         trainer: Any = self
         rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        announce_measuring(timed(trainer.state), rows)
         measured = mean_loss(trainer.model, rows, self.prepared.collator, trainer.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": measured.loss}
         trainer.log(metrics)
@@ -192,7 +193,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
     measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
-    validation = prepared.data.validation
+    validation = prepared.measured_on
     trainer = measured(
         model=prepared.model,
         args=args,
