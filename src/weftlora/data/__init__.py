@@ -6,18 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from weftlora.extras import needs
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from weftlora.data.collate import Collator
     from weftlora.data.config import DataConfig, Fields, Task
-    from weftlora.data.encode import IGNORE, GenerationPrompt, encode_prompt, generation_prompts
+    from weftlora.data.encode import GenerationPrompt, encode_prompt, generation_prompts
     from weftlora.data.loading import Counts, Loaded, load, texts
     from weftlora.data.paths import resolve_path
 
 _LAZY = {
     "Collator": "collate",
     **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
-    **dict.fromkeys(("IGNORE", "encode_prompt"), "encode"),
+    "encode_prompt": "encode",
     **dict.fromkeys(("Loaded", "load", "texts"), "loading"),
     "resolve_path": "paths",
     **dict.fromkeys(("GenerationPrompt", "generation_prompts"), "encode"),

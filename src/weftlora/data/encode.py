@@ -29,14 +29,11 @@ from typing import TYPE_CHECKING
 
 from weftlora.data.examples import Example, Message
 from weftlora.errors import DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-
-IGNORE = -100
-"""The label of a token that the loss leaves out; torch's cross entropy skips it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from weftlora.data.config import DEMO, DataConfig, Format, Task
 from weftlora.data.demo import demo_rows
-from weftlora.data.encode import IGNORE, Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
+from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
 from weftlora.data.examples import Example, examples, find_columns, label_names
 from weftlora.data.paths import resolve_path
 from weftlora.data.read import Blocks, Row, Source, bad_row, read
 from weftlora.errors import ConfigError, DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
