@@ -32,8 +32,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from weftlora.data.examples import PAIRED, Example, Message
-from weftlora.data.loaded import IGNORE
 from weftlora.errors import DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
