@@ -68,24 +68,25 @@ RECIPES = {
     "lora": [],
     "hydralora": [],
     "tied_lora": [],
-    "lora_dash": ["adapter.after=12"],
-    "lora_init": ["adapter.after=12"],
-    "lora_tsd": ["adapter.after=12"],
-    "alora": ["adapter.first=8", "adapter.every=4", "adapter.max_rounds=2", "adapter.rows=4"],
-    "flexora": ["adapter.steps=8", "adapter.val_size=32", "adapter.outer_batches=2"],
+    "lora_dash": ["adapter.after=6"],
+    "lora_init": ["adapter.after=6"],
+    "lora_tsd": ["adapter.after=6"],
+    "alora": ["adapter.first=4", "adapter.every=2", "adapter.max_rounds=2", "adapter.rows=4"],
+    "flexora": ["adapter.steps=6", "adapter.val_size=32", "adapter.outer_batches=2"],
 }
-LENGTH = "train.steps=24 train.batch_size=8 train.save_every=4 train.logging_every=3 train.num_threads=1"
+LENGTH = "train.steps=12 train.batch_size=8 train.save_every=2 train.logging_every=3 train.num_threads=1"
 SETTINGS = [
     *LENGTH.split(),
     "train.schedule=constant",
     "adapter.lora_dropout=0.1",
+    "data.limit=200",
     "data.validation_limit=16",
-    "data.test_limit=32",
+    "data.test_limit=16",
 ]
 COMPARISON = {
     "model": "demo",
-    "data": {"train": "demo", "max_length": 64, "test_limit": 16, "validation_limit": 16},
-    "train": {"steps": 8, "batch_size": 8, "save_every": 2, "logging_every": 3, "schedule": "constant"},
+    "data": {"train": "demo", "max_length": 64, "limit": 200, "test_limit": 16, "validation_limit": 16},
+    "train": {"steps": 6, "batch_size": 8, "save_every": 2, "logging_every": 3, "schedule": "constant"},
     "rates": {"values": [1e-3, 1e-2]},
     "methods": ["lora", "tied_lora"],
     "seeds": 1,
@@ -244,7 +245,13 @@ def commands(top: Path) -> dict[str, Command]:
         return ["compare", str(top / "comparison.yaml"), f"out={place / 'comparison'}", "--jobs", "2"]
 
     def searching(place: Path, moved: bool) -> list[str]:
-        short = ["data.validation_limit=16", *RECIPES["flexora"], "train.batch_size=8", "train.num_threads=1"]
+        short = [
+            "data.limit=200",
+            "data.validation_limit=16",
+            *RECIPES["flexora"],
+            "train.batch_size=8",
+            "train.num_threads=1",
+        ]
         return ["search", "flexora", *short, "--out", str(place / "selection.json")]
 
     def exporting(*more: str) -> Callable[[Path, bool], list[str]]:
@@ -454,6 +461,8 @@ class Try:
     gone: Path | None = None
     before: Pieces = field(default_factory=dict)
     checkpoint: int = 0
+    said: bytes = b""
+    """run.json before the present life."""
 
     def run(self) -> None:
         """Give the command, and again, until it has done its work, and compare."""
@@ -518,7 +527,7 @@ class Try:
 
     def trouble(self, *but: str) -> str:
         """The next one: mostly a kill, else what this command has met least."""
-        if self.draw.random() < 0.55:
+        if self.draw.random() < 0.7:
             return "killed"
         counts = {name: self.tally.troubles[name] for name in TROUBLES[1:] if name not in but}
         return min(counts, key=lambda name: (counts[name], self.draw.random()))
@@ -531,6 +540,8 @@ class Try:
         """One life with one trouble; its exit code, or None for a kill."""
         log = self.place.parent / f"{self.place.name}.{number}.log"
         arguments = self.command.arguments(self.place, self.moved)
+        record = self.place / "run" / "run.json"
+        self.said = record.read_bytes() if record.is_file() else b""
         began, life = time.monotonic(), born(arguments, log, self.fresh)
         self.tally.lives += 1
         self.tally.fresh_lives += self.fresh
@@ -617,7 +628,12 @@ class Try:
             for process in alive:
                 os.kill(process, signal.SIGKILL)
         out = self.place / "run" / "run.json"
-        if code in (143, 130) and out.is_file() and read_json(out)["status"] == "running":
+        if (
+            code in (143, 130)
+            and out.is_file()
+            and out.read_bytes() != self.said
+            and read_json(out)["status"] == "running"
+        ):
             self.fail(f"{wanted}, it still says that it is running")
 
     def look(self) -> None:

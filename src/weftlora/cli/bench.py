@@ -67,7 +67,7 @@ def step(
     Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
     base's step of the same round. Exit code 1 if a gradient of weftlora disagrees with the reference kernel.
     """
-    output.check_out(out, "a record of this command", ("cases", "setting"), overwrite)
+    place = output.check_out(out, "a record of this command", ("cases", "setting"), overwrite)
     if case:
         sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
     lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
@@ -86,7 +86,7 @@ def step(
             progress=progress,
             **{name: values for name, values in lists.items() if values},
         )
-        output.keep(result.record(), out)
+        output.keep(result.record(), place)
     output.show(result.record(), as_json, lambda: Group(*tables(result)))
     if wrong := [f"{r.case} on a {r.dtype} base" for r in result.cases if r.exact is False]:
         raise RunError(
@@ -119,7 +119,7 @@ def launch(
 
     Per weight and for all modules of a model, both ways on the same weights in random order; a ratio is the median over rounds.
     """
-    output.check_out(out, "a record of this command", ("directions", "results"), overwrite)
+    place = output.check_out(out, "a record of this command", ("directions", "results"), overwrite)
     with output.working(as_json, quiet) as progress:
         from weftlora.bench import launch as call
 
@@ -136,7 +136,7 @@ def launch(
             quick=quick,
             progress=progress,
         )
-        output.keep(result.record(), out)
+        output.keep(result.record(), place)
     output.show(result.record(), as_json, lambda: launch_table(result))
 
 
