@@ -357,12 +357,14 @@ def born(arguments: list[str], log: Path, fresh: bool) -> Life:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(written, 1)
         os.dup2(written, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         if fresh:
             program = "import sys; from weftlora.cli import main; main(sys.argv[1:])"
             os.execv(sys.executable, [sys.executable, "-c", program, *arguments])
         server: Any = forkserver
         server.ensure_running = server._forkserver.ensure_running = lambda: None  # it runs, and is no child of this one
         cli(arguments)
+        code = 0
     except SystemExit as left:
         code = int(left.code or 0)
     except BaseException:
@@ -425,6 +427,7 @@ class Tally:
     refused: int = 0
     """Second processes that were told that the folder is in use."""
     troubles: Counter[str] = field(default_factory=Counter)
+    """How often each was made; a signal may find that its life has just ended, so there are fewer kills than were tried."""
     phases: Counter[str] = field(default_factory=Counter)
     """Of kills: where they came."""
     failures: list[str] = field(default_factory=list)
@@ -442,6 +445,8 @@ KILLS = {"compare --jobs 2": 14, "export": 14, "export --to merged": 14, "export
 TROUBLES = ("killed", "terminated", "interrupted", "met", "full", "read-only", "gone")
 MOST = 8
 """Lives of a try that trouble may end; the next one is left alone."""
+SURVIVAL = 10.0
+"""Seconds in which the processes that a life has started are to follow it."""
 PATIENCE = 300.0
 """Seconds after which a life that nobody has ended hangs; in a machine that is busy with other things."""
 
@@ -620,11 +625,11 @@ class Try:
             self.fail(f"{wanted or 'left alone'}: a traceback: {said[-1500:]}")
         if wanted == "met" and code == 1:
             self.tally.refused += "in use by" in said
-        last = time.monotonic() + 10
+        last = time.monotonic() + SURVIVAL
         while (alive := life.survivors()) and time.monotonic() < last:
             time.sleep(0.02)
         if alive:
-            self.fail(f"{wanted}: {len(alive)} processes outlive it by ten seconds")
+            self.fail(f"{wanted}: {len(alive)} processes outlive it by {SURVIVAL:g} seconds")
             for process in alive:
                 os.kill(process, signal.SIGKILL)
         out = self.place / "run" / "run.json"

@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,27 @@ def test_two_processes_that_write_one_file_leave_one_whole_file(tmp_path: Path) 
         left = [child for child in left if os.waitpid(child, os.WNOHANG) == (0, 0)]
     assert {*seen, path.read_text()} <= set(texts)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "out [1].json"
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with files.replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.write(told, b".")
+            time.sleep(60)
+    os.read(ready, 1)
+    files.write_json(path, {"whole": 1})  # the other one is still at work
+    assert len(list(tmp_path.iterdir())) == 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    new, other = (tmp_path / f".out [1].json.weft-{letter * 16}" for letter in "ab")
+    new.touch()  # by somebody who is about to lock it
+    other.touch()
+    os.utime(other, (0, 0))
+    (tmp_path / ".out [1].json.weft-mine").write_text("mine")
+    files.write_json(path, {"whole": 2})
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, new.name, ".out [1].json.weft-mine"}

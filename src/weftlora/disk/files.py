@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,16 +48,34 @@ def replacing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[
     """
     partial = temporary(path)
     with writing(path):
+        _clear_killed(path)
         try:
             with partial.open("xb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield file
                 file.flush()
                 sync(file.fileno())
-            check()
-            partial.replace(path)
+                check()
+                partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+YOUNG = 60.0
+"""Seconds in which an empty file may be one that somebody has just made, and not locked yet."""
+
+
+def _clear_killed(path: Path) -> None:
+    """Take away what killed writers of `path` have left: whoever is still at it holds a lock on his file."""
+    for found in path.parent.glob(f"{glob.escape(f'.{path.name[:40]}.weft-')}*"):
+        if is_temporary(found) and found.is_file():
+            with contextlib.suppress(OSError), found.open("rb") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stat = os.fstat(file.fileno())
+                if stat.st_size or time.time() - stat.st_mtime > YOUNG:
+                    found.unlink()
 
 
 PAGE = '<meta name="generator" content="weftlora">'
