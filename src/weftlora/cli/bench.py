@@ -159,10 +159,10 @@ def _measured(
     quiet: bool,
 ) -> Bench:
     """Measure, write the record to `out` and show it; `keys` are what such a record has."""
-    output.check_out(out, "a record of this command", keys, overwrite)
+    place = output.check_out(out, "a record of this command", keys, overwrite)
     with output.working(as_json, quiet) as progress:
         result = measure(progress)
-        output.keep(result.record(), out)
+        output.keep(result.record(), place)
     output.show(result.record(), as_json, lambda: Group(*shown(result)))
     return result
 

@@ -53,7 +53,7 @@ def directions(
     with output.working(as_json, quiet) as progress:
         from weftlora.inspection.directions import directions as call
 
-        output.check_out(out, "a record of directions", ("adapters", "overlaps"), overwrite)
+        place = output.check_out(out, "a record of directions", ("adapters", "overlaps"), overwrite)
         report = call(
             model,
             list(adapter or []) or None,
@@ -64,7 +64,7 @@ def directions(
             cache=cache,
             progress=progress,
         )
-        output.keep(report.record(), out)
+        output.keep(report.record(), place)
     output.show(report.record(), as_json, lambda: Group(*tables(report)))
 
 
