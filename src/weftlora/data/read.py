@@ -22,6 +22,7 @@ from typing import Any
 
 from weftlora.data.config import DataConfig, missing
 from weftlora.errors import ConfigError, DataError
+from weftlora.foreign_json import from_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,9 @@ def read_saved(folder: Path) -> Source:
     _check_names(folder)
     try:
         saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        for split in [saved] if isinstance(saved, datasets.Dataset) else saved.values():
+            split.data.table.validate(full=True)  # a damaged file has offsets and indices that lead out of it
+    except Exception as error:  # files of Arrow are read by C++, which has errors of many kinds
         raise DataError(
             f"{folder} is a folder but not a complete saved Hugging Face dataset ({_first_line(error)}): "
             "write it with Dataset.save_to_disk, or name a file in it."
@@ -95,9 +98,9 @@ def _check_names(folder: Path) -> None:
     records = [folder / "dataset_dict.json", folder / "state.json", *folder.glob("*/state.json")]
     for path in records:
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = from_json(path.read_text(encoding="utf-8"))
             names = [*said.get("splits", ()), *(file["filename"] for file in said.get("_data_files", ()))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # what is no record is found by `load_from_disk`, with its reason
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or "\0" in name:
@@ -115,7 +118,12 @@ def _source(dataset: Any, split: Path) -> Source:
     names = {
         column: feature.names for column, feature in plain.features.items() if isinstance(feature, datasets.ClassLabel)
     }
-    rows = [Row(_named(values, names), line) for line, values in enumerate(plain, start=1)]
+    try:
+        rows = [Row(_named(values, names), line) for line, values in enumerate(plain, start=1)]
+    except (ValueError, TypeError, IndexError) as error:  # text that is no UTF-8, a class without a name
+        raise DataError(
+            f"a row of the saved dataset {split} cannot be read ({_first_line(error)}): save it again."
+        ) from None
     if not rows:
         raise DataError(f"the saved dataset {split} has no rows: give one with at least one.")
     hashes = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(split.glob("*.arrow"))}
@@ -186,7 +194,7 @@ def _read_jsonl(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tu
             blank += 1
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line)  # as it is: a label may have any number of digits
         except (ValueError, RecursionError) as error:
             raise bad_row(path, number, f"not valid JSON ({error}); correct or delete the line.") from None
         rows.append(Row(_object(values, path, number), number))
