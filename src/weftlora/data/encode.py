@@ -244,13 +244,13 @@ def render(
         )
     try:
         return _rendered(tokenizer, conversations, open_answer, tools)
-    except _refusals():
+    except Exception:
         pass
     out = []
     for messages, place in zip(conversations, where, strict=True):  # whose is it?
         try:
             out += _rendered(tokenizer, [messages], open_answer, tools)
-        except _refusals() as error:
+        except Exception as error:  # a template is a program of the model's maker, which may fail in every way
             raise DataError(f"{place}: {_why(tokenizer, messages, error)}") from None
     return out
 
@@ -267,20 +267,13 @@ def _rendered(
     return list(texts)
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """What a template fails with when messages are not as it wants them."""
-    from jinja2 import TemplateError
-
-    return (TemplateError, TypeError, ValueError, AttributeError, LookupError)
-
-
 def _why(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error: Exception) -> str:
     """What to do about messages that the template refuses."""
     said = f"the chat template refuses these messages ({error})"
     if messages and messages[0]["role"] in ("system", "developer"):
         try:
             _rendered(tokenizer, [messages[1:]], False, None)
-        except _refusals():
+        except Exception:
             pass
         else:
             return f"{said}, since it takes no {messages[0]['role']} message: set data.system=fold to put it before the first user's."

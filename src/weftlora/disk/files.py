@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from weftlora.disk.ownership import is_temporary, keep_foreign, temporary
 from weftlora.errors import RunError
+from weftlora.foreign_json import from_json
 from weftlora.redaction import redacted
 
 
@@ -120,8 +121,8 @@ class Output:
     def _is_earlier(self) -> bool:
         try:
             text = self.path.read_text(encoding="utf-8")
-            return all(key in json.loads(text) for key in self.keys) if self.keys else PAGE in text[:4000]
-        except (OSError, ValueError, TypeError, RecursionError):
+            return all(key in from_json(text) for key in self.keys) if self.keys else PAGE in text[:4000]
+        except (OSError, ValueError, TypeError):
             return False
 
     def write(self, text: str) -> None:
@@ -167,8 +168,8 @@ def _not_through_a_link(path: str, flags: int) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in `path`. Raises RunError when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = from_json(_text(path, "strict"))
+    except ValueError as error:
         raise RunError(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise RunError(f"{path} cannot be read: it holds no mapping.")
@@ -176,14 +177,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; none if it does not exist. Lines that a kill cut short are left out."""
+    """The rows of a JSON lines file; none if it does not exist. Lines that a kill cut short are left out. Raises RunError."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
+    for line in _text(path, "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(from_json(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def _text(path: Path, errors: str) -> str:
+    """A record's text. Raises RunError where it cannot be read, or is a link that leads out of its folder."""
+    try:
+        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+            raise RunError(f"{path} leads out of its folder through a link: put the file itself there.")
+        return path.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}.") from None
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -45,23 +45,32 @@ def render(
         MissingExtraError: the extra `report` is not installed.
     """
     check_extra()
+    run = [_bundle(), *map(_asset, ("page.js", *scripts))]
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **content,
+            style="".join(map(_asset, ("page.css", *styles))),
+            specs=_json(specs),
+            scripts=run,
+            hashes=[_hash(script) for script in run],
+        )
+    )
+
+
+@functools.cache
+def _environment() -> Any:
+    """jinja2's, with every template compiled once."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_shown,
-    )
-    run = [_bundle(), *map(_asset, ("page.js", *scripts))]
-    return environment.get_template(template).render(
-        **content,
-        style="".join(map(_asset, ("page.css", *styles))),
-        specs=_json(specs),
-        scripts=run,
-        hashes=[_hash(script) for script in run],
     )
 
 

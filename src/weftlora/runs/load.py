@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
 from weftlora.extras import needs
+from weftlora.foreign_json import from_json
 from weftlora.runs import base_model
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
 from weftlora.runs.identity import Weights, check_files
@@ -58,7 +59,7 @@ def load_run(
         AdapterError: no adapter, a newer format, or another base than it was trained on.
         ModelError: the base is missing or incomplete.
     """
-    wanted = _wanted(run)
+    wanted = _wanted(run.whole())
     if base:
         wanted = dataclasses.replace(wanted, path=base)
     found = base_model.find(wanted, Path.cwd() if base else Path(run.base_dir))
@@ -230,10 +231,12 @@ def _read_config(folder: Path) -> PeftConfig:
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give a run folder or an adapter folder.")
     try:
+        if not isinstance(from_json((folder / "adapter_config.json").read_text(encoding="utf-8")), dict):
+            raise ValueError("its adapter_config.json holds no settings")
         config = PeftConfig.from_pretrained(str(folder))
     except WeftError:
         raise
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise AdapterError(f"the adapter {folder} cannot be read: {_short(error)}") from None
     _check_runs_nothing(config, folder)
     return config
