@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftlora.data.encode import IGNORE
+from weftlora.data.loaded import IGNORE
 from weftlora.errors import ConfigError
 
 
