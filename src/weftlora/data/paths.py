@@ -67,6 +67,12 @@ def locate(path: str, base_dir: Path) -> str:
         return path
     if not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
+    if not any(folder.glob("*.safetensors")) and (old := sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])):
+        raise ModelError(
+            f"{str(folder)!r} has its weights in {old[0].name}, a pickle, which can run code as it is read and is not opened: "
+            "if you trust it, load it once with AutoModelForCausalLM.from_pretrained(FOLDER), or the class of your model, and call "
+            "its save_pretrained(NEW_FOLDER), which writes safetensors."
+        )
     if not any(folder.glob("*.safetensors")):
         raise ModelError(f"{str(folder)!r} has a config but no weights: put its *.safetensors files there.")
     if missing := sorted(name for name in _sharded(folder) if not (folder / name).is_file()):

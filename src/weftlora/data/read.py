@@ -379,7 +379,7 @@ def flat(source: Source) -> list[Source]:
 class Lines(Sequence[Row]):
     """The objects of a file with one JSON object a line. Where lines begin is known, and no row is held."""
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, path: Path, piece: int = 1 << 24) -> None:
         import numpy as np
 
         self.name, self.path = name, path
@@ -388,9 +388,11 @@ class Lines(Sequence[Row]):
         self.blank = passed = at = 0
         held = b""
         with path.open("rb") as file:
-            first = file.read(3)
-            file.seek(0)
-            while chunk := file.read(1 << 24):
+            if file.read(3) == b"\xef\xbb\xbf":
+                digest.update(b"\xef\xbb\xbf")
+                at = 3
+            file.seek(at)
+            while chunk := file.read(piece):
                 digest.update(chunk)
                 chunk = held + chunk
                 marks = np.frombuffer(chunk, np.uint8)
@@ -409,8 +411,6 @@ class Lines(Sequence[Row]):
         self.starts, self.ends, self.numbers = (
             np.concatenate(each) if each else none for each in (starts, ends, numbers)
         )
-        if first == b"\xef\xbb\xbf" and len(self.starts) and self.starts[0] == 0:
-            self.starts[0] = 3
         self._open: tuple[int, int] | None = None
 
     def _found(self, chunk: bytes, marks: Any, breaks: Any, at: int, passed: int, out: Any) -> None:

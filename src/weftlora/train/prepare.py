@@ -85,6 +85,7 @@ def prepare(recipe: Recipe) -> Prepared:
         raise ConfigError(f"train.trainer=sft trains causal models, and this task is {task}: use trainer: auto.")
     set_seed(recipe.train.seed)
     plain = base_model.load(base, task, data.labels)
+    base_model.check_ids(base, plain, data)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
@@ -95,6 +96,8 @@ def prepare(recipe: Recipe) -> Prepared:
     config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
     if selection is not None:
         selection.check(plain)
+    if config is not None:
+        base_model.check_end(base, plain, data, getattr(config, "modules_to_save", None) or ())
     _check_by_role(recipe, config)
     adapted = plain if config is None else adapt(plain, config, task)
     if isinstance(config, WeftConfig) and (recipe.train.lora_plus_ratio or recipe.train.freeze_down):
