@@ -204,6 +204,7 @@ def matrix() -> str:
             outcome += (
                 f", {result['passed']} of {result['passed'] + result['failed']} tests on Python {result['python']}"
             )
+            outcome += f", torch {result['torch_build']}" if "torch_build" in result else ""
             outcome += "".join(f"; left out: {reason}" for reason in result["left_out"])
         versions = (row["versions"].get(name, "none") for name in shown)
         lines.append((f"`{row['name']}`: {row['host']}", row["python"], *versions, outcome))

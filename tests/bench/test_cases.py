@@ -7,7 +7,7 @@ from torch import nn
 
 from weftlora import ConfigError
 from weftlora.adapted.layer import WeftLinear
-from weftlora.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, outside_cases, split_rank
+from weftlora.bench.cases import Batch, Case, build, cases, cases_of_builders, frozen_base, own_builders, split_rank
 from weftlora.bench.rounds import QUICK
 
 ADAPTERS = [Case(kind, 8) for kind in ("peft", "plain", "hydra", "tied", "dash", "flexora")]
@@ -81,8 +81,8 @@ def test_on_an_fp32_base_the_adapter_dtypes_are_one():
 def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "own_layers.py").write_text("def wrap(base, r, p):\n    base.given = (r, p)\n    return base\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = outside_builders(["mine@4=own_layers:wrap"])
-    [case] = outside_cases(found, [0.05], "fp32")
+    found = own_builders(["mine@4=own_layers:wrap"])
+    [case] = cases_of_builders(found, [0.05], "fp32")
     model = build(case, frozen_base(QUICK, "fp32"), found)
     assert isinstance(model, nn.Module)
     assert model.given == (4, 0.05)
@@ -101,4 +101,4 @@ def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pyt
 )
 def test_a_case_that_cannot_be_built_is_refused(spec: str, says: str):
     with pytest.raises(ConfigError, match=says):
-        outside_builders([spec])
+        own_builders([spec])

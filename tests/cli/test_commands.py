@@ -145,6 +145,7 @@ def test_doctor_says_what_an_adapter_would_be_refused_for(weftlora: Weft, monkey
     monkeypatch.setattr("weftlora.cli.doctor.why_not", lambda: "peft 0.1 lacks everything.")
     done = weftlora("doctor", "--json")
     assert "peft 0.1 lacks everything." in json.loads(done.out)["problems"]
+    assert "problem: peft 0.1 lacks everything." in weftlora("doctor").out
 
 
 BROKEN = """
@@ -219,8 +220,8 @@ def test_doctor_names_a_package_outside_the_window(weftlora: Weft, monkeypatch: 
     monkeypatch.setattr(doctor, "_version", lambda name: {"peft": "0.10.0", "transformers": None}.get(name, "99"))
     said = weftlora("doctor")
     assert said.code == 1
-    assert "missing: peft 0.10.0 is not a version that weftlora runs with" in said.out
-    assert "missing: transformers is not installed" in said.out
+    assert "problem: peft 0.10.0 is not a version that weftlora runs with" in said.out
+    assert "problem: transformers is not installed" in said.out
 
 
 def test_help_without_arguments(weftlora: Weft) -> None:

@@ -15,9 +15,9 @@ def turns(*contents):
     return tuple({"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents))
 
 
-def encode(tokenizer, messages, max_length=64, truncate="prompt"):
-    (rows,) = chat(Frame.of(tokenizer), max_length, truncate, lambda line: f"rows.jsonl, line {line}")(
-        [Example("", "x", None, 7, messages=messages)]
+def encode(tokenizer, messages, max_length=64, truncate="prompt", answers="all", fold=False, **more):
+    (rows,) = chat(Frame.of(tokenizer), max_length, truncate, answers, fold)(
+        [Example("", "x", None, 7, messages=messages, file="rows.jsonl", **more)]
     )
     return rows
 

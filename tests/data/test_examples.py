@@ -32,9 +32,10 @@ def test_the_format_is_told_from_the_columns(row, format_):
 
 
 def test_columns_that_could_both_be_the_prompt_are_never_guessed():
-    row = {"instruction": "i", "input": "", "output": "o"}
-    with pytest.raises(ConfigError, match=r"instruction and input .* could both be the prompt"):
+    row = {"instruction": "i", "source": "s", "output": "o"}
+    with pytest.raises(ConfigError, match=r"instruction and source .* could both be the prompt"):
         of(row)
+    row = {"instruction": "i", "input": "", "output": "o"}
     assert of(row, fields={"prompt": "instruction"})[1][0].prompt == "i"
     assert of(row, prompt_template="{instruction} {input}->")[1][0].prompt == "i ->"
 
@@ -69,7 +70,8 @@ TURN = {"role": "assistant", "content": "c"}
     ("good", "bad", "says"),
     [
         (GOOD, {"prompt": "p"}, "no column 'completion' (it has prompt)"),
-        (GOOD, {"prompt": "p", "completion": 3}, "column 'completion' holds 3, not text"),
+        (GOOD, {"prompt": "p", "completion": True}, "column 'completion' holds True, not text"),
+        (GOOD, {"prompt": "p", "completion": {"a": 1}}, "column 'completion' holds {'a': 1}, not text"),
         (GOOD, {"prompt": None, "completion": "c"}, "column 'prompt' holds None, not text"),
         (GOOD, json.loads('{"prompt": "p", "completion": "\\ud800"}'), "half a surrogate pair"),
         ({**GOOD, "domain": "d"}, {**GOOD, "domain": ""}, "domain '' is not a name"),
@@ -92,7 +94,11 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(good, bad, says):
 
 def test_class_names_are_sorted_as_numbers_or_as_words():
     source = Source("rows.jsonl", [], {})
-    assert label_names(of(*[{"text": "t", "label": n} for n in (10, 9, -1, 9)])[1], source) == ["-1", "9", "10"]
-    assert label_names(of(*[{"text": "t", "label": n} for n in ("b", "10", "9")])[1], source) == ["10", "9", "b"]
+
+    def names(*labels):
+        return label_names([row.answer for row in of(*[{"text": "t", "label": n} for n in labels])[1]], source)
+
+    assert names(10, 9, -1, 9) == ["-1", "9", "10"]
+    assert names("b", "10", "9") == ["10", "9", "b"]
     with pytest.raises(DataError, match=r"has 1 class \(x\)"):
-        label_names(of({"text": "t", "label": "x"})[1], source)
+        names("x")

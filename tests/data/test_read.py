@@ -130,12 +130,14 @@ def test_blocks_hold_whole_lines_and_lose_none(tmp_path):
         ("a.csv", "a,a\n1,2\n", "a.csv, line 1: the header ['a', 'a']"),
         ("a.csv", "a,b\n", "has no rows"),
         ("a.jsonl", "", "has no rows"),
-        ("a.parquet", "", "is not a kind of file weftlora reads"),
+        ("a.parquet", "", "a.parquet is not a readable parquet file"),
+        ("a.jsonl.gz", "no gzip", "a.jsonl.gz is not a whole gzip file"),
+        ("a.xlsx", "", "is not a kind of file weftlora reads"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path, name, content, says):
     with pytest.raises(DataError) as error:
-        read_file(tmp_path / name, content)
+        list(read_file(tmp_path / name, content).rows)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
+from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType
 
 from weftlora.adapter import before_configs, compat
@@ -85,7 +86,7 @@ def decode_choice(axis: str, value: Any) -> Any:
     package, version = (
         (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
     )
-    return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
+    return registry.from_plain(registry.find(axis, kind, package, version), axis, kind, fields)
 
 
 def _choices(axis: str) -> str:
@@ -125,7 +126,7 @@ class WeftConfig(PeftConfig):
 
     Raises:
         ConfigError (a ValueError): a value that cannot work, an unknown key, or two choices that do not go together.
-        AdapterError (a ValueError): the config was written by a newer version of weftlora.
+        AdapterError (a ValueError): the config is in the format of a newer version of weftlora.
     """
 
     structure: Structure = field(default_factory=_default("structure"))
@@ -256,10 +257,12 @@ class WeftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
         super().save_pretrained(save_directory, **kwargs)
+        write_loading_note(Path(save_directory), self.packages())
+
+    def packages(self) -> list[str]:
+        """The packages, other than weftlora, whose terms this adapter needs."""
         offers = [registry.encoded(choice) for choice in self.choices().values()]
-        write_loading_note(
-            Path(save_directory), sorted({str(said["package"]) for said in offers if said.get("package")})
-        )
+        return sorted({str(said["package"]) for said in offers if said.get("package")})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
@@ -289,20 +292,38 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
         saved = bool(
             {"peft_type", "weft_version"} & kwargs.keys()
         )  # only what was saved says so: not the user's own words
-        made_by = kwargs.pop("weft_version", None)
+        made_by, made_with = kwargs.pop("weft_version", None), kwargs.get("peft_version")
         version = kwargs.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise AdapterError(
                 f"this adapter has format {version!r}, written by weftlora {made_by or 'of a later version'}; this is weftlora "
                 f"{__version__}, which reads formats up to {FORMAT_VERSION}: upgrade weftlora."
             )
-        for key in kwargs:
-            if key not in valid:
-                raise unknown_key(key, valid, type(self).__name__)
         with from_folder() if saved else nullcontext():
-            init(self, *args, **kwargs)
+            try:
+                for key in kwargs:
+                    if key not in valid:
+                        raise unknown_key(key, valid, type(self).__name__)
+                init(self, *args, **kwargs)
+            except ConfigError as error:
+                if saved and made_by != __version__:  # what is wrong here may be right there
+                    raise type(error)(f"{error} {_written_by(made_by, made_with)}") from None
+                raise
 
     return strict
+
+
+def _written_by(made_by: Any, made_with: Any) -> str:
+    """Which versions a saved config that cannot be read says it is from, and what to do."""
+    if made_by is None:
+        return f"The file does not say which weftlora wrote it; this is {__version__}."
+    with_peft = f" with peft {made_with}" if made_with else ""
+    try:
+        later = Version(str(made_by)) > Version(__version__)
+    except InvalidVersion:
+        later = False
+    end = ": upgrade weftlora." if later else "."
+    return f"The file was written by weftlora {made_by}{with_peft}; this is {__version__}{end}"
 
 
 WeftConfig.__init__ = _strict(WeftConfig.__init__)  # type: ignore[method-assign]

@@ -87,7 +87,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One model to step: the frozen base ("floor"), an adapter of `CONFIGS`, or one from outside.
+    """One model to step: the frozen base ("floor"), an adapter of `CONFIGS`, or one of your own.
 
     `adapter` is the dtype of the adapter's parameters: fp32, or the base's (`autocast_adapter_dtype=False`). `mask`: "linear", or
     "input" for one dropout mask per input (`dropout_mask`). `compiled`: each block under torch.compile.
@@ -120,8 +120,8 @@ def cases(dtype: Dtype, kinds: Sequence[str], dropouts: Sequence[float]) -> list
     return [Case("floor"), *found]
 
 
-def outside_cases(names: Iterable[str], dropouts: Sequence[float], dtype: Dtype) -> list[Case]:
-    """The cases of `outside_builders`, whose keys are "name" or "name@RANK"."""
+def cases_of_builders(names: Iterable[str], dropouts: Sequence[float], dtype: Dtype) -> list[Case]:
+    """The cases of `own_builders`, whose keys are "name" or "name@RANK"."""
     return [Case(*split_rank(name), p, dtype) for name in names for p in dropouts]
 
 
@@ -146,7 +146,7 @@ def split_rank(name: str) -> tuple[str, int]:
     return kind, int(rank or 16)
 
 
-def outside_builders(specs: Sequence[str]) -> dict[str, Build]:
+def own_builders(specs: Sequence[str]) -> dict[str, Build]:
     """The functions of "name[@RANK]=module:function", called as function(base, r, dropout) with a frozen base to adapt.
 
     Raises:
@@ -183,12 +183,12 @@ def frozen_base(shape: Shape, dtype: Dtype) -> LlamaForCausalLM:
     return cast(LlamaForCausalLM, LlamaForCausalLM(config).to(DTYPES[dtype]).requires_grad_(False).train())
 
 
-def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
+def build(case: Case, base: nn.Module, own: dict[str, Build]) -> nn.Module:
     """The model of a case, in training mode; it shares the base's weight tensors and leaves the base as it was."""
     model = copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
     if case.kind not in ("floor", *CONFIGS):
-        name = case.kind if case.kind in outside else f"{case.kind}@{case.r}"
-        return outside[name](model, case.r, case.p).train()
+        name = case.kind if case.kind in own else f"{case.kind}@{case.r}"
+        return own[name](model, case.r, case.p).train()
     adapted = model if case.kind == "floor" else _adapted(case, model)
     if case.compiled:
         for block in model.model.layers:  # type: ignore[union-attr]

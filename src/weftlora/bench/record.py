@@ -186,7 +186,7 @@ class Setting:
     dropouts: tuple[float, ...]
     kinds: tuple[str, ...]
     table: bool
-    outside: tuple[str, ...]
+    own_cases: tuple[str, ...]
     rounds: int
     threads: int
     clock: Clock
@@ -209,7 +209,7 @@ class Setting:
     def command(self) -> str:
         """The command line that measures the same."""
         chosen = {} if self.table else {"dropout": self.dropouts, "only": self.kinds}
-        many = {"dtype": self.dtypes, **chosen, "case": self.outside}
+        many = {"dtype": self.dtypes, **chosen, "case": self.own_cases}
         one = {
             **vars(self.shape),
             "rounds": self.rounds,

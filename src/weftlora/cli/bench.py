@@ -70,7 +70,7 @@ def step(
     output.check_out(out, "a record of this command", ("cases", "setting"), overwrite)
     if case:
         sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
-    lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
+    lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "own_cases": case}
     with output.working(as_json, quiet) as progress:
         from weftlora.bench import Shape
         from weftlora.bench import step as call

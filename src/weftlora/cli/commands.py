@@ -238,7 +238,7 @@ def doctor(
     trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
-    """Say what weftlora finds on this machine, and what is missing."""
+    """Say what weftlora finds on this machine, and what is missing or wrong."""
     if run is not None:
         check_source(run)
     with output.calling(as_json, quiet=True):

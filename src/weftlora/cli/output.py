@@ -360,5 +360,5 @@ def catalogue_table(entries: list[dict[str, Any]]) -> Table:
 def diagnosis_text(found: Diagnosis) -> str:
     """What was found, a line each, then what is wrong."""
     lines = [f"{name:<22} {value}" for name, value in found.facts()]
-    lines += [f"missing: {problem}" for problem in found.problems] or ["nothing is missing"]
+    lines += [f"problem: {problem}" for problem in found.problems] or ["no problem found"]
     return "\n".join(lines)

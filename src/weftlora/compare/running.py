@@ -86,7 +86,7 @@ def compare(
             at_once = max(jobs, 1)
             dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
             if jobs == 0:
-                workers.here(folder, queue.following, queue.told)
+                workers.in_this_process(folder, queue.following, queue.told)
             else:
                 with workers.Pool(at_once, folder, lock) as processes:
                     processes.run(queue.following, queue.told)

@@ -174,7 +174,7 @@ Told = Callable[[Job, Tick | None], None]
 BEGUN = Tick("start", 0, 1)
 
 
-def here(top: Path, following: Next, told: Told) -> None:
+def in_this_process(top: Path, following: Next, told: Told) -> None:
     """The runs one after the other in this process, on one torch thread. Raises what `carry_out` raises."""
     import torch
 

@@ -10,18 +10,18 @@ from weftlora.extras import needs
 if TYPE_CHECKING:
     from weftlora.data.collate import Collator
     from weftlora.data.config import DataConfig, Fields, Task
-    from weftlora.data.encode import IGNORE, GenerationPrompt, encode_prompt, generation_prompts
-    from weftlora.data.loading import Counts, Loaded, load, texts
+    from weftlora.data.encode import GenerationPrompt, encode_prompt, generation_prompts
+    from weftlora.data.loaded import IGNORE, Counts, Loaded, shown
+    from weftlora.data.loading import load, texts
     from weftlora.data.paths import resolve_path
 
 _LAZY = {
     "Collator": "collate",
     **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
-    **dict.fromkeys(("IGNORE", "encode_prompt"), "encode"),
-    **dict.fromkeys(("Loaded", "load", "texts"), "loading"),
+    **dict.fromkeys(("GenerationPrompt", "encode_prompt", "generation_prompts"), "encode"),
+    **dict.fromkeys(("IGNORE", "Counts", "Loaded", "shown"), "loaded"),
+    **dict.fromkeys(("load", "texts"), "loading"),
     "resolve_path": "paths",
-    **dict.fromkeys(("GenerationPrompt", "generation_prompts"), "encode"),
-    "Counts": "loading",
 }
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "generation_prompts",
     "load",
     "resolve_path",
+    "shown",
     "texts",
 ]
 

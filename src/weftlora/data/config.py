@@ -1,16 +1,19 @@
 """The `data:` section of a recipe file.
 
 data: demo                                  # the bundled tasks
-data: rows.jsonl                            # format and columns found from the first row
+data: rows.jsonl                            # format and columns found from all rows
 data: {train: "${WEFT_DATA}/tasks/sst2/train.tsv", quoting: none, fields: {text: sentence}}
+data: {train: {chats.jsonl.gz: 1, maths.parquet: 0.5}}          # several files, the second at half weight
+data: {train: "owner/name:config", split: train}                # a data set of the Hugging Face hub
 """
 
 from __future__ import annotations
 
 import os
+import re
 import string
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +22,10 @@ from weftlora.errors import ConfigError, DataError
 from weftlora.sections import RecipeSection
 
 DEMO = "demo"
+HUB = re.compile(r"(?:hub:)?(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
+"""A data set of the hub: `name`, `owner/name`, either with `:config`. What is on disk goes first; `hub:` in front leaves no doubt."""
+Written = str | list[str] | dict[str, Annotated[float, Field(gt=0, le=1000)]]
+"""How a recipe names rows: one file, folder or data set; several; or several with a weight each."""
 Task = Literal["causal", "seq2seq", "classification"]
 """What a model is trained to do: continue a text, answer another one, or name its class."""
 Format = Literal["prompt_completion", "chat", "text", "classification"]
@@ -41,14 +48,22 @@ class DataConfig(RecipeSection):
     """Which rows to read, how to turn them into tokens, and how to split them.
 
     Paths are read relative to the recipe file's folder, with `~` and `${ENV}` expanded; `demo` is the embedded data
-    (write `./demo` for a file of that name). A `DatasetDict` folder or `demo` given as `train` also supplies the
-    validation and test rows that are not given here.
+    (write `./demo` for a file of that name). What is no path is a data set of the hub, `owner/name` or `owner/name:config`.
+    A folder, a data set or `demo` given as `train` also supplies the validation and test rows that are not given here;
+    `split` names the split of it that is trained on. Several are given as a list, or with a weight each: a row of weight 2
+    is seen twice in a pass, of weight 0.5 half the rows are, drawn with `seed`.
 
     Long rows (`truncate`; every cut is counted):
     - `prompt` (default): the start of the prompt is cut, the answer stays whole; a row whose answer alone does not
       fit is dropped. In a chat, the oldest turns are cut.
     - `completion`: the end of the row is cut, first the answer's; a row with no answer token left is dropped.
     - `drop`: the row is dropped.
+    In a conversation, `answers` says what is learnt: `all` of the assistant's messages, the `last` one, or `each` as a row of its own,
+    after what stood before it. That is for chat templates that write earlier turns otherwise once a later one follows. `system: fold`
+    puts a system message before the first user's, for templates that take none.
+
+    `ignore` names columns, and keys of messages, that are meant to be left out.
+
     A classified text is cut at its end unless `drop`. Plain text is never cut: a document longer than `max_length`
     becomes several rows. Encoder-decoder rows hold prompt and answer apart, each of at most `max_length`: `prompt`
     cuts the prompt's start and drops rows with a longer answer, `completion` cuts both at their ends.
@@ -58,19 +73,26 @@ class DataConfig(RecipeSection):
 
     `limit`, `validation_limit`, `test_limit` draw that many rows with `seed`, after the split, and keep file order.
     `split_on: prompt` keeps all rows with the same prompt on one side of the carved validation split.
+
+    `processes` encode the rows of a large file side by side. What was read from one is kept in the user's cache folder, unless `cache`
+    is false, and a second start on the same rows, settings and tokenizer takes it from there.
     """
 
     where: ClassVar[str] = "data"
 
-    train: str = DEMO
-    validation: str | None = None
-    test: str | None = None
+    train: Written = DEMO
+    validation: Written | None = None
+    test: Written | None = None
+    split: str | None = None
     format: Literal["auto", "prompt_completion", "chat", "text", "classification"] = "auto"
     fields: Fields = Fields()
     separator: str | None = Field(default=None, min_length=1)
     quoting: Literal["csv", "none"] = "csv"
     unit: Literal["block", "paragraph", "line"] = "block"
     prompt_template: str | None = None
+    answers: Literal["all", "last", "each"] = "all"
+    system: Literal["keep", "fold"] = "keep"
+    ignore: tuple[str, ...] = ()
     max_length: int = Field(default=512, ge=8, le=2**24)
     truncate: Literal["prompt", "completion", "drop"] = "prompt"
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -79,17 +101,34 @@ class DataConfig(RecipeSection):
     validation_limit: int | None = Field(default=None, ge=1, le=2**62)
     test_limit: int | None = Field(default=None, ge=1, le=2**62)
     seed: int = Field(default=0, ge=0, lt=2**32)
+    streaming: bool | None = None
+    """Take the first rows of a data set of the hub as they come, not all of it; none does so where it is large and `limit` is set."""
+    processes: int = Field(default=1, ge=1, le=256)
+    cache: bool = True
 
     @classmethod
     def parse(cls, data: Any) -> Self:
         """As `RecipeSection.parse`; a bare string is short for `{train: <string>}`."""
-        return super().parse({"train": data} if isinstance(data, str) else data)
+        return super().parse({"train": data} if isinstance(data, str | list) else data)
 
     def check_files(self, base_dir: str | os.PathLike[str] | None = None) -> None:
         """Refuse a file that is not there. Raises DataError."""
         for written in (self.train, self.validation, self.test):
-            if written is not None and written != DEMO and not (path := resolve_path(written, base_dir)).exists():
-                raise missing(path)
+            for name, _ in named(written):
+                if name != DEMO and hub_name(name, path := resolve_path(name, base_dir)) is None and not path.exists():
+                    raise missing(path)
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _something_named(cls, written: Written | None) -> Written | None:
+        if written is not None and not len(written):
+            raise ConfigError(f"data names no rows ({written!r}): give a path, a data set, or a list of them.")
+        return written
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _ignore_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @field_validator("prompt_template")
     @classmethod
@@ -106,6 +145,50 @@ class DataConfig(RecipeSection):
         if self.format == "chat" and self.prompt_template is not None:
             raise ConfigError("data.prompt_template does not go with format: chat, whose text is the chat template's.")
         return self
+
+
+def named(written: Written | None) -> list[tuple[str, float]]:
+    """What a recipe names, each with its weight.
+
+    >>> named(["a.jsonl", "b.jsonl"])
+    [('a.jsonl', 1.0), ('b.jsonl', 1.0)]
+    """
+    if written is None:
+        return []
+    if isinstance(written, str):
+        return [(written, 1.0)]
+    return [*written.items()] if isinstance(written, dict) else [(name, 1.0) for name in written]
+
+
+def hub_name(written: str, path: Path) -> tuple[str, str | None] | None:
+    """(name, config) of a data set of the hub; None where `written` is a path, which is `path`."""
+    found = HUB.fullmatch(written)
+    if written.startswith("hub:"):
+        if found is None:
+            raise ConfigError(f"{written!r} names no data set: write hub:owner/name, or hub:owner/name:config.")
+    elif found is None or path.exists() or written[0] in ".-" or is_file_name(written):
+        return None
+    elif "/" not in written and ":" not in written:
+        return None  # a bare word is far more often a folder that is not there
+    return found["name"], found["config"]
+
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+"""The kinds of file that are read, each also compressed with gzip (.gz), in any case."""
+
+
+def ending(path: str | Path) -> str:
+    """The kind of a file by its name: in lower case, without .gz.
+
+    >>> ending("ROWS.JSONL.gz")
+    '.jsonl'
+    """
+    return Path(str(path).lower().removesuffix(".gz")).suffix
+
+
+def is_file_name(written: str) -> bool:
+    """Whether a name is that of a file that we read."""
+    return ending(written) in ENDINGS
 
 
 def missing(path: Path) -> DataError:

@@ -6,28 +6,33 @@
     classification   [prefix] text [suffix]               labels: the class number
     chat             what the tokenizer's chat template makes of messages; labels: what the assistant says
 
-prefix and suffix are what the tokenizer puts around a text (BOS; CLS and SEP). Prompt and answer are tokenised apart
-and joined as tokens, so no token ever straddles the boundary: the loss covers the answer's tokens exactly, and the
-prompt's tokens in training are those of generation. With a tokenizer that marks word starts (SentencePiece), the answer
-therefore starts with such a mark whether or not the text has a space there; write " answer" only for tokenizers that
+prefix and suffix are what the tokenizer puts around a text (BOS; CLS and SEP); a prompt that begins with the prefix gets no second
+one. Prompt and answer are tokenised apart and joined as tokens, so no token ever straddles the boundary: the loss covers the answer's
+tokens exactly, and the prompt's tokens in training are those of generation. With a tokenizer that marks word starts (SentencePiece),
+the answer therefore starts with such a mark whether or not the text has a space there; write " answer" only for tokenizers that
 keep the space themselves (byte-level BPE).
 
-A conversation is cut the same way, before and after every message of the assistant:
+A conversation is rendered whole and tokenised once, so that its tokens are those of `apply_chat_template`. Which of them are learnt
+is found in the text, and mapped to tokens by their offsets (by lengths of prefixes where a tokenizer has no offsets):
 
-    render(messages[:i], open_answer)      everything up to the assistant's i-th message, its header included: no loss
-    render(messages[:i+1]) − the above     the message and whatever the template ends it with: loss
+    from   len render(messages[:i], open_answer)      everything up to the assistant's i-th message, its header included
+    to     the end of what the template ends it with, without blanks after its last special token
 
-A template that rewrites earlier turns when later ones follow has no such pieces; that is an error, since its masks would be wrong.
+A template that rewrites earlier turns when later ones follow has no such places, unless it marks them itself ({% generation %}): that
+is an error, since its masks would be wrong, and the loss on the last answer, or a row for each, is what can be had.
 """
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
-from weftlora.data.examples import Example, Message
+from weftlora.data.examples import PAIRED, Example, Message
+from weftlora.data.loaded import IGNORE
 from weftlora.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -35,16 +40,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-IGNORE = -100
-"""The label of a token that the loss leaves out; torch's cross entropy skips it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One row of a tokenised split; `labels` is a class number for classification.
 
     `prompt` and `answer` are their text, None for plain text. `shifted` is 1 where labels are the inputs' own tokens,
-    so that the first bears no loss, and 0 where a decoder has its own input.
+    so that the first bears no loss, and 0 where a decoder has its own input. `joined`: a token spans the end of a prompt and the
+    start of its answer, which generation never sees as one.
     """
 
     input_ids: list[int]
@@ -53,6 +55,7 @@ class Encoded:
     prompt: str | None = None
     answer: str | None = None
     shifted: int = 1
+    joined: bool = False
 
 
 Encode = Callable[[Sequence["Example"]], list[list[Encoded]]]  # per example its rows; none: dropped
@@ -90,11 +93,21 @@ class Frame:
         return [len(ids) for ids in self.ids(texts)]
 
     def opened(self, ids: list[int]) -> list[int]:
-        """`ids` after the prefix. Never empty where there is a BOS or EOS: a model needs a token to go on."""
-        if opened := [*self.prefix, *ids]:
+        """`ids` after the prefix, which they may begin with. Never empty where there is a BOS or EOS: a model needs a token."""
+        if opened := [*self._before(ids), *ids]:
             return opened
         start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.eos
         return [] if start is None else [start]
+
+    def _before(self, ids: list[int]) -> list[int]:
+        """The prefix, or none where the text brings it."""
+        there = bool(self.prefix) and ids[: len(self.prefix)] == self.prefix
+        return [] if there else self.prefix
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """`ids` between prefix and suffix."""
+        after = [] if self.suffix and ids[-len(self.suffix) :] == self.suffix else self.suffix
+        return [*self._before(ids), *ids, *after]
 
     def ended(self, ids: list[int]) -> list[int]:
         """`ids` with one end-of-text token behind them."""
@@ -106,13 +119,15 @@ class Frame:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], tools: list[Any] | None = None
+) -> list[int]:
     """The tokens of a prompt as in training, for a decoder to go on from; messages go through the chat template."""
 
     frame = Frame.of(tokenizer)
     if isinstance(prompt, str):
         return frame.opened(frame.ids([prompt])[0])
-    return frame.ids([render(tokenizer, list(prompt), "the prompt", open_answer=True)])[0]
+    return frame.ids(render(tokenizer, [list(prompt)], ["the prompt"], open_answer=True, tools=tools))[0]
 
 
 def causal(frame: Frame, max_length: int, truncate: str) -> Encode:
@@ -159,6 +174,7 @@ def text(frame: Frame, max_length: int) -> Encode:
         room = max_length - len(start)
         out = []
         for row, ids in zip(rows, documents, strict=True):
+            ids = ids[len(start) :] if ids[: len(start)] == start else ids
             body = frame.ended(ids) if row.whole else ids
             windows = [start + body[at : at + room] for at in range(0, len(body), room)]
             out.append([Encoded(window, list(window)) for window in windows if len(window) > 1])
@@ -171,9 +187,6 @@ def seq2seq(frame: Frame, max_length: int, truncate: str) -> Encode:
     """Prompt and answer apart, for an encoder-decoder."""
     inner = max_length - len(frame.prefix) - len(frame.suffix)
 
-    def closed(ids: list[int]) -> list[int]:
-        return [*frame.prefix, *ids, *frame.suffix]
-
     def encode(rows: Sequence[Example]) -> list[list[Encoded]]:
         prompts = frame.ids([row.prompt for row in rows])
         answers = [frame.ended(ids) for ids in frame.ids([row.answer for row in rows])]
@@ -182,7 +195,7 @@ def seq2seq(frame: Frame, max_length: int, truncate: str) -> Encode:
             truncated = len(prompt) > inner or len(answer) > max_length
             dropped = truncated and (truncate == "drop" or (truncate == "prompt" and len(answer) > max_length))
             kept = prompt[-inner:] if truncate == "prompt" else prompt[:inner]
-            source = closed(kept) or frame.opened([])
+            source = frame.framed(kept) or frame.opened([])
             labels = answer[:max_length]
             out.append([] if dropped else [Encoded(source, labels, truncated, row.prompt, row.answer, shifted=0)])
         return out
@@ -199,87 +212,385 @@ def classification(frame: Frame, max_length: int, truncate: str, labels: Sequenc
         out: list[list[Encoded]] = []
         for row, ids in zip(rows, frame.ids([row.prompt for row in rows]), strict=True):
             dropped = not ids or (truncate == "drop" and len(ids) > inner)
-            full = [*frame.prefix, *ids[:inner], *frame.suffix]
+            full = frame.framed(ids[:inner])
             out.append([] if dropped else [Encoded(full, number[row.answer], len(ids) > inner, row.prompt, row.answer)])
         return out
 
     return encode
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of rendered text; `answer` is the assistant's own words in it, None outside its messages."""
+# ---------------------------------------------------------------------- conversations
 
-    text: str
-    answer: str | None
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""How a template marks what the assistant says."""
+Span = tuple[int, int]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, open_answer: bool) -> str:
-    """The conversation as text, with the assistant's header at the end when `open_answer`.
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    where: Sequence[str],
+    open_answer: bool,
+    tools: list[Any] | None = None,
+) -> list[str]:
+    """Conversations as text, each with the assistant's header at the end when `open_answer`; `where` places each in errors.
 
     Raises ModelError without a chat template and DataError when the template refuses the messages.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             "the tokenizer has no chat template, so chat messages cannot be written out: give a chat model, set "
             "tokenizer.chat_template, or use format: prompt_completion."
         )
     try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise DataError(f"{where}: the chat template refuses these messages ({error}); correct their roles.") from None
-    return str(rendered)
-
-
-def pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> list[Piece]:
-    """The rendered conversation up to its last assistant message, cut where the loss starts and stops."""
-    out: list[Piece] = []
-    done = ""
-    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    for number in turns:
-        before = render(tokenizer, list(messages[:number]), where, open_answer=True)
-        after = render(tokenizer, list(messages[: number + 1]), where, open_answer=False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise DataError(
-                f"{where}: the chat template rewrites earlier turns when a later one follows, so the "
-                "assistant's tokens cannot be told apart; use one row per answer."
-            )
-        out += [Piece(before[len(done) :], None), Piece(after[len(before) :], messages[number]["content"])]
-        done = after
+        return _rendered(tokenizer, conversations, open_answer, tools)
+    except _refusals():
+        pass
+    out = []
+    for messages, place in zip(conversations, where, strict=True):  # whose is it?
+        try:
+            out += _rendered(tokenizer, [messages], open_answer, tools)
+        except _refusals() as error:
+            raise DataError(f"{place}: {_why(tokenizer, messages, error)}") from None
     return out
 
 
-def chat(frame: Frame, max_length: int, truncate: str, at: Callable[[int], str]) -> Encode:
-    """Labels on every assistant message; what follows the last one is left out. `at` places a line in errors."""
-    special = set(frame.tokenizer.all_special_ids)
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    open_answer: bool,
+    tools: list[Any] | None,
+) -> list[str]:
+    texts: Any = tokenizer.apply_chat_template(
+        [list(each) for each in conversations], tools=tools, tokenize=False, add_generation_prompt=open_answer
+    )
+    return list(texts)
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a template fails with when messages are not as it wants them."""
+    from jinja2 import TemplateError
+
+    return (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+
+
+def _why(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error: Exception) -> str:
+    """What to do about messages that the template refuses."""
+    said = f"the chat template refuses these messages ({error})"
+    if messages and messages[0]["role"] in ("system", "developer"):
+        try:
+            _rendered(tokenizer, [messages[1:]], False, None)
+        except _refusals():
+            pass
+        else:
+            return f"{said}, since it takes no {messages[0]['role']} message: set data.system=fold to put it before the first user's."
+    if messages and messages[0]["role"] == "assistant":
+        return f"{said}, which begin with the assistant: put what it answers, a message of the user, before it."
+    return f"{said}; correct their roles."
+
+
+def fold_system(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with a leading system message put before the text of the first user's."""
+    if not messages or messages[0]["role"] not in ("system", "developer"):
+        return tuple(messages)
+    system, *rest = messages
+    first = next((number for number, message in enumerate(rest) if message["role"] == "user"), None)
+    if first is None:
+        return ({**system, "role": "user"}, *rest)
+    joined = {**rest[first], "content": f"{system['content']}\n\n{rest[first]['content']}"}
+    return (*rest[:first], joined, *rest[first + 1 :])
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """A conversation up to its last learnt answer, as it is trained on: its text, and where in it the learnt answers are."""
+
+    row: Example
+    messages: tuple[Message, ...]
+    text: str
+    spans: list[tuple[int, int, int]]  # from, to, number of the message
+
+
+def talks(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    answers: str = "all",
+    fold: bool = False,
+) -> list[list[Talk]]:
+    """Of each row its conversations: one, or one for each learnt answer with `answers="each"`. Rows have something to learn.
+
+    Raises DataError where the template refuses or drops something, or rewrites what stood before.
+    """
+    parts: list[tuple[int, Example, tuple[Message, ...], list[int]]] = []
+    for at, row in enumerate(rows):
+        messages = fold_system(row.messages) if fold else row.messages
+        shift = len(row.messages) - len(messages)
+        turns = [
+            number - shift
+            for number, message in enumerate(row.messages)
+            if (message["role"] == "assistant" if row.learnt is None else row.learnt[number])
+        ]
+        if answers == "each":
+            parts += [(at, row, messages[: turn + 1], [turn]) for turn in turns]
+        else:
+            parts.append((at, row, messages[: turns[-1] + 1], turns if answers == "all" else turns[-1:]))
+    places = [row.where for _, row, _, _ in parts]
+    tools = [row.tools for _, row, _, _ in parts]
+    texts = _each(tokenizer, [messages for _, _, messages, _ in parts], places, tools, False)
+    befores = iter(
+        _each(
+            tokenizer,
+            [messages[:turn] for _, _, messages, turns in parts for turn in turns if turn],
+            [place for place, (_, _, _, turns) in zip(places, parts, strict=True) for turn in turns if turn],
+            [held for held, (_, _, _, turns) in zip(tools, parts, strict=True) for turn in turns if turn],
+            True,
+        )
+    )
+    out: list[list[Talk]] = [[] for _ in rows]
+    for place, text, (at, row, messages, turns) in zip(places, texts, parts, strict=True):
+        opened = [next(befores) if turn else None for turn in turns]
+        spans = _spans(tokenizer, row, messages, turns, text, opened, place)
+        out[at].append(Talk(row, messages, text, spans))
+    return out
+
+
+def _each(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    where: Sequence[str],
+    tools: Sequence[list[Any] | None],
+    open_answer: bool,
+) -> list[str]:
+    """As `render`, each conversation with its own tools."""
+    if not any(tools):
+        return render(tokenizer, conversations, where, open_answer) if conversations else []
+    return [
+        render(tokenizer, [messages], [place], open_answer, held)[0]
+        for messages, place, held in zip(conversations, where, tools, strict=True)
+    ]
+
+
+def _spans(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Example,
+    messages: tuple[Message, ...],
+    turns: list[int],
+    text: str,
+    opened: list[str | None],
+    where: str,
+) -> list[tuple[int, int, int]]:
+    """Where in `text` each of `turns` is learnt: from what generation goes on from, to the end that the template gives it."""
+    starts = []
+    for turn, before in zip(turns, opened, strict=True):
+        if before is None:
+            before = _header(tokenizer, messages, text, row.tools, where)
+        if not text.startswith(before):
+            marked = _by_marks(tokenizer, messages, row.tools, turns)
+            if marked is not None:
+                return marked
+            raise DataError(f"{where}: {_rewritten(len(turns), turn == turns[-1])}")
+        starts.append(len(before))
+    tail = _after(text, starts[-1], messages[turns[-1]])
+    spans = []
+    for start, turn in zip(starts, turns, strict=True):
+        end = len(text)
+        if turn != turns[-1]:
+            content = messages[turn]["content"]
+            if tail is not None and text.startswith(content + tail, start):
+                end = start + len(content) + len(tail)
+            else:
+                whole = render(tokenizer, [messages[: turn + 1]], [where], False, row.tools)[0]
+                if not text.startswith(whole):
+                    raise DataError(f"{where}: {_rewritten(len(turns), False)}")
+                end = len(whole)
+        spans.append((start, end, turn))
+    return spans
+
+
+def _rewritten(turns: int, last: bool) -> str:
+    if last and turns == 1:
+        return (
+            "the chat template does not write a prompt as the beginning of what it writes with the answer, so the answer's tokens "
+            "cannot be told apart: use format: prompt_completion, or another template."
+        )
+    return (
+        "the chat template rewrites earlier turns when a later one follows, so the assistant's tokens cannot be told apart: set "
+        "data.answers=each for one row per answer, or data.answers=last for the loss on the last one."
+    )
+
+
+def _after(text: str, start: int, message: Message) -> str | None:
+    """What the template puts behind the content of the last message; None where it has changed the content."""
+    content = message["content"]
+    return text[start + len(content) :] if text.startswith(content, start) else None
+
+
+def _header(
+    tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], text: str, tools: list[Any] | None, where: str
+) -> str:
+    """Everything up to the words of an assistant that speaks first: nothing was asked, so the header is known from another chat."""
+    probe = [{"role": "user", "content": "a"}]
+    asked, opened = (render(tokenizer, [probe], [where], opening, tools)[0] for opening in (False, True))
+    header = opened.removeprefix(asked) if opened.startswith(asked) else ""
+    at = text.find(header + messages[0]["content"].strip()) if header else -1
+    if at < 0:
+        raise DataError(
+            f"{where}: the conversation begins with the assistant, and where its words start cannot be seen in this chat template: "
+            "put a message of the user before it."
+        )
+    return text[: at + len(header)]
+
+
+def _by_marks(
+    tokenizer: PreTrainedTokenizerBase, messages: tuple[Message, ...], tools: list[Any] | None, turns: list[int]
+) -> list[tuple[int, int, int]] | None:
+    """Where the template itself says that the assistant speaks; None where it does not, or not once for each of its messages."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(None, tools)
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not _MARKED.search(template):
+        return None
+    _, marks = render_jinja_template(
+        conversations=[list(messages)],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    if len(marks[0]) != len(spoken):
+        return None
+    return [(*mark, number) for mark, number in zip(marks[0], spoken, strict=True) if number in turns]
+
+
+def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, where: str, known: set[tuple[str, str]]) -> None:
+    """Refuse what the template would leave out of a row: a system message, tools, keys of a message. Raises DataError.
+
+    A key that was seen to reach the text, or to number messages only, is added to `known` and not looked at again.
+    """
+    keys = {(message["role"], key) for message in row.messages for key in message} - known
+    whole = None
+    for role, key in sorted((role, key) for role, key in keys if key not in ("role", "content", *PAIRED)):
+        whole = whole if whole is not None else _text_of(tokenizer, row.messages, row.tools, where)
+        without = [
+            {k: v for k, v in message.items() if k != key or message["role"] != role} for message in row.messages
+        ]
+        if _text_of(tokenizer, without, row.tools, where) == whole:
+            raise DataError(
+                f"{where}: a message of the {role} has the key {key!r}, which the chat template leaves out: say data.ignore={key}, "
+                "or give a template that writes it."
+            )
+        known.add((role, key))
+    if row.tools is not None and ("", "tools") not in known:
+        if _text_of(tokenizer, row.messages, None, where) == _text_of(tokenizer, row.messages, row.tools, where):
+            raise DataError(
+                f"{where}: the row has tools, which the chat template leaves out: say data.ignore=tools, or give a template for tools."
+            )
+        known.add(("", "tools"))
+
+
+def _text_of(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[Any] | None, where: str
+) -> str | None:
+    """The text of a conversation; None where the template refuses it."""
+    try:
+        return render(tokenizer, [messages], [where], False, tools)[0]
+    except DataError:
+        return None
+
+
+def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fold: bool = False) -> Encode:
+    """Labels on what the assistant says; what follows the last learnt answer is left out."""
+    tokenizer = frame.tokenizer
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    known: set[tuple[str, str]] = set()
 
     def encode(rows: Sequence[Example]) -> list[list[Encoded]]:
-        cut = [pieces(frame.tokenizer, row.messages, at(row.line)) for row in rows]
-        ids = iter(frame.ids([piece.text for row in cut for piece in row]))
-        return [_joined([(piece, next(ids)) for piece in row]) for row in cut]
+        for row in rows:
+            if row.tools is not None or any(len(message) > 2 for message in row.messages):
+                check_reaches(tokenizer, row, row.where, known)
+        spoken = talks(tokenizer, rows, answers, fold)
+        for row, held in zip(rows, spoken, strict=True):
+            first = row.messages[0]
+            if first["role"] == "system" and not fold and first["content"].strip() not in held[0].text:
+                raise DataError(
+                    f"{row.where}: the chat template leaves the system message out: set data.system=fold to put it before the "
+                    "first user's."
+                )
+        flat = [talk for held in spoken for talk in held]
+        done = iter(_tokenised(tokenizer, flat))
+        return [[made for talk in held if (made := _made(talk, *next(done))) is not None] for held in spoken]
 
-    def _joined(row: list[tuple[Piece, list[int]]]) -> list[Encoded]:
-        last = row[-1][1]
-        if special.isdisjoint(last):  # the template ends no message: the model still has to learn where to stop
-            row[-1] = (row[-1][0], frame.ended(last))
-        ids = [token for _, tokens in row for token in tokens]
-        labels = [token if piece.answer is not None else IGNORE for piece, tokens in row for token in tokens]
-        owner = [number for number, (_, tokens) in enumerate(row) for _ in tokens]
+    def _made(talk: Talk, ids: list[int], learnt: list[Span], joined: bool) -> Encoded | None:
+        stops = []
+        for number, (start, end) in enumerate(learnt):
+            while end - 1 > start and _blank(talk, number, end - 1, ids) and ids[end - 2] in special:
+                end -= 1
+            stops.append((start, end))
+        start, end = stops[-1]
+        if special.isdisjoint(
+            ids[start:end]
+        ):  # the template ends no message: the model still has to learn where to stop
+            ids = frame.ended(ids[:end])
+            stops[-1] = (start, len(ids))
+        labels = [IGNORE] * len(ids)
+        for start, end in stops:
+            labels[start:end] = ids[start:end]
         truncated = len(ids) > max_length
+        kept = range(len(ids))
         if truncated:
-            kept = slice(-max_length, None) if truncate == "prompt" else slice(0, max_length)
-            ids, labels, owner = ids[kept], labels[kept], owner[kept]
+            kept = kept[-max_length:] if truncate == "prompt" else kept[:max_length]
+            ids, labels = ids[kept.start : kept.stop], labels[kept.start : kept.stop]
         headless = truncate == "prompt" and IGNORE not in labels  # the last answer alone does not fit
         if (truncated and (truncate == "drop" or headless)) or not has_target(labels):
-            return []
-        held = [number for number, _ in groupby(owner) if row[number][0].answer is not None]
-        final = row[held[-1]][0]
-        prompt = "".join(piece.text for piece, _ in row[: held[-1]])
-        return [Encoded(ids, labels, truncated, prompt, final.answer)]
+            return None
+        last = max(number for number, (start, end) in enumerate(stops) if start < kept.stop and end > kept.start)
+        begins, _, turn = talk.spans[last]
+        return Encoded(ids, labels, truncated, talk.text[:begins], talk.messages[turn]["content"], joined=joined)
+
+    def _blank(talk: Talk, number: int, token: int, ids: list[int]) -> bool:
+        return ids[token] not in special and tokenizer.decode([ids[token]]).isspace()
 
     return encode
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, spoken: Sequence[Talk]) -> list[tuple[list[int], list[Span], bool]]:
+    """Of each conversation its tokens, which of them are learnt, and whether one of those begins before its answer does."""
+    if not spoken:
+        return []
+    texts = [talk.text for talk in spoken]
+    if not tokenizer.is_fast:
+        return [_by_prefix(tokenizer, talk) for talk in spoken]
+    batch = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
+    )
+    out = []
+    for talk, ids, offsets in zip(spoken, batch["input_ids"], batch["offset_mapping"], strict=True):
+        learnt, joined = [], False
+        for begins, ends, _ in talk.spans:
+            start = bisect_right(offsets, begins, key=itemgetter(1))
+            joined = joined or (start < len(offsets) and offsets[start][0] < begins)
+            learnt.append((start, bisect_left(offsets, ends, key=itemgetter(0))))
+        out.append((list(ids), learnt, joined))
+    return out
+
+
+def _by_prefix(tokenizer: PreTrainedTokenizerBase, talk: Talk) -> tuple[list[int], list[Span], bool]:
+    """As `_tokenised`, for a tokenizer that does not say where its tokens are: the tokens of a prefix are a prefix of the tokens."""
+
+    def ids_of(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    ids, learnt = ids_of(talk.text), []
+    for begins, ends, _ in talk.spans:
+        start, end = ids_of(talk.text[:begins]), ids_of(talk.text[:ends])
+        if ids[: len(start)] != start or ids[: len(end)] != end:
+            raise DataError(
+                f"{talk.row.where}: this tokenizer is a slow one, which does not say where its tokens are, and joins the end of a "
+                "prompt with its answer: give a model with a tokenizer.json."
+            )
+        learnt.append((len(start), len(end)))
+    return ids, learnt, False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,35 +1,52 @@
 """A `data:` section into tokenised splits, with an account of every row that went in.
 
-    read ─ rows ─ roles ─ examples ─┬─ carve ── train       ─ limit ─ encode ─ count
-                                    └────────── validation  ─ limit ─ encode ─ count
+    read ─ columns ─ look at every row ─┬─ carve ── train       ─ limit ─ encode ─ count
+                                        └────────── validation  ─ limit ─ encode ─ count
 
 Carving is deterministic and disjoint: each distinct row has a place in an order drawn from the seed and the row's own content, so
 the split depends neither on the order of the file nor on Python's hash seed, and copies of a row always stand together.
+
+Of a row that was looked at only numbers are kept. A large source is read a second time when its rows are encoded, in as many
+processes as `data.processes` says, straight into a file that `datasets` maps into memory; what memory is needed does not grow with
+the rows. That file stays in the user's cache folder (`weftlora.data.cache`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import warnings
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from weftlora.data.config import DEMO, DataConfig, Format, Task
+import numpy as np
+
+from weftlora.data import cache, hub
+from weftlora.data.config import DEMO, DataConfig, Format, Task, hub_name, named
 from weftlora.data.demo import demo_rows
 from weftlora.data.encode import IGNORE, Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
-from weftlora.data.examples import Example, examples, find_columns, label_names
+from weftlora.data.examples import Columns, Example, check_columns, example, find_columns, label_names
+from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.paths import resolve_path
-from weftlora.data.read import Blocks, Row, Source, bad_row, read
+from weftlora.data.read import Blocks, Row, Source, bad_row, flat, quiet, read, taken
 from weftlora.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+Numbers = np.ndarray[Any, np.dtype[Any]]
+
+LARGE = 20_000
+"""Rows from which on a split is encoded into a file, and kept for the next start."""
+AT_ONCE = 500
+"""Rows that are encoded in one call."""
 
 
 def carve(keys: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -39,30 +56,37 @@ def carve(keys: Sequence[str], fraction: float, seed: int) -> tuple[list[int], l
     groups of equal rows do not fit that number, it gets fewer, or the smallest group. Raises DataError without two
     different rows, since nothing would be left to train on.
     """
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    if len(groups) < 2:
+    train, held = carved(np.array([place_of(key, seed) for key in keys], np.uint64), fraction)
+    return train.tolist(), held.tolist()
+
+
+def carved(places: Numbers, fraction: float) -> tuple[Numbers, Numbers]:
+    """As `carve`, of the rows' places in the order."""
+    _, inverse, sizes = np.unique(places, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
         raise DataError(
-            f"a validation split cannot be carved from {len(keys)} row(s), as it takes two that differ: "
+            f"a validation split cannot be carved from {len(places)} row(s), as it takes two that differ: "
             "give data.validation, or set data.validation_fraction: 0."
         )
-    order = sorted(groups, key=lambda key: (_draw(seed, key), key))
-    wanted = max(1, round(fraction * len(keys)))
-    held: list[int] = []
-    taken = 0
-    for key in order:
-        if len(held) + len(groups[key]) <= wanted and taken < len(groups) - 1:
-            held += groups[key]
-            taken += 1
-    if not held:
-        held = groups[min(order, key=lambda key: len(groups[key]))]
-    chosen = set(held)
-    return [index for index in range(len(keys)) if index not in chosen], sorted(chosen)
+    wanted = max(1, round(fraction * len(places)))
+    chosen: list[int] = []
+    taken_rows = 0
+    for group, size in enumerate(sizes.tolist()):
+        if taken_rows + size <= wanted and len(chosen) < len(sizes) - 1:
+            chosen.append(group)
+            taken_rows += size
+            if taken_rows == wanted:
+                break
+    out = np.zeros(len(sizes), bool)
+    out[chosen or [int(sizes.argmin())]] = True
+    held = out[inverse]
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def _draw(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+def place_of(key: str, seed: int) -> int:
+    """The place of a row in the order that `seed` draws, by its content: the first 8 bytes of a SHA-256."""
+    digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def sample(count: int, limit: int | None, seed: int) -> list[int]:
@@ -72,91 +96,185 @@ def sample(count: int, limit: int | None, seed: int) -> list[int]:
     return sorted(Random(seed).sample(range(count), limit))
 
 
-def repeats(keys: Sequence[Hashable]) -> int:
+def repeats(keys: Sequence[Hashable] | Numbers) -> int:
     """How many of `keys` have been seen before."""
-    return len(keys) - len(set(keys))
+    return len(keys) - (len(np.unique(keys)) if isinstance(keys, np.ndarray) else len(set(keys)))
+
+
+# ---------------------------------------------------------------------- looking at every row
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What became of the rows of one split: `read = unused + empty + dropped + kept`.
+class Part:
+    """One file of a split, with what its columns are and its weight in training."""
 
-    `rows` are the dataset's rows: `kept`, or more where long documents of plain text became several. `unused` rows are
-    beyond the limit, `empty` ones have no answer or no text (blank lines among them), `dropped` ones no answer within
-    the length. Of the kept rows, `truncated` ones lost tokens and `repeated` ones are copies of an earlier row;
-    `in_train` counts the rows of a given validation or test file that are copies of a training row. `tokens` are those
-    of `input_ids`, `answer_tokens` those the loss is averaged over (0 for classification, which has one class a row).
+    source: Source
+    columns: Columns
+    weight: float = 1.0
+    ignore: tuple[str, ...] = ()
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """The rows at `indices`, by role."""
+        return [example(row, self.source, self.columns, self.ignore) for row in taken(self.source.rows, indices)]
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Every row of a split in numbers. A row is known by the number of its part and its index there.
+
+    `key` is equal for copies; `place` is the row's in the order that carving goes by.
     """
 
-    read: int
-    unused: int
-    empty: int
-    dropped: int
-    kept: int
-    rows: int
-    truncated: int
-    repeated: int
-    in_train: int
-    tokens: int
-    answer_tokens: int
+    parts: tuple[Part, ...]
+    key: Numbers
+    place: Numbers
+    empty: Numbers
+    starts: tuple[int, ...]
+    answers: set[str] = field(default_factory=set)  # of classified rows
+    domains: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @classmethod
+    def at(cls, parts: Sequence[Part], config: DataConfig) -> Looked:
+        """Look at every row once. Raises DataError on the first that cannot be used."""
+        key, place, empty = [], [], []
+        answers: set[str] = set()
+        domains: set[str] = set()
+        starts = [0]
+        by_prompt = config.split_on == "prompt"
+        for part in parts:
+            for row in part.source.rows:
+                found = example(row, part.source, part.columns, part.ignore)
+                held = found.key()
+                key.append(place_of(held, config.seed))
+                if by_prompt:
+                    place.append(place_of(found.key("prompt"), config.seed))
+                empty.append(found.empty)
+                if part.columns.format == "classification":
+                    answers.add(found.answer)
+                if found.domain is not None:
+                    domains.add(found.domain)
+            starts.append(len(key))
+        keys = np.array(key, np.uint64)
+        return cls(
+            tuple(parts),
+            keys,
+            np.array(place, np.uint64) if by_prompt else keys,
+            np.array(empty, bool),
+            tuple(starts),
+            answers,
+            domains,
+        )
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """The rows at `indices` (of the whole split), in that order."""
+        return [found for found, _ in self.where(indices)]
+
+    def where(self, indices: Sequence[int]) -> list[tuple[Example, Source]]:
+        """As `examples`, each with the file it is from."""
+        numbers = np.searchsorted(self.starts, np.asarray(indices, np.int64), side="right") - 1
+        out: list[tuple[Example, Source]] = []
+        at = 0
+        while at < len(indices):  # runs of rows of one file
+            part, end = int(numbers[at]), at
+            while end < len(indices) and numbers[end] == part:
+                end += 1
+            held = self.parts[part]
+            start = self.starts[part]
+            out += [(row, held.source) for row in held.examples([int(index) - start for index in indices[at:end]])]
+            at = end
+        return out
+
+    def weighted(self, indices: Numbers, seed: int) -> Numbers:
+        """Rows as often as the weights of their files say: whole copies, and a drawn share of the rest."""
+        if all(part.weight == 1 for part in self.parts):
+            return indices
+        out = []
+        for number, part in enumerate(self.parts):
+            own = indices[(indices >= self.starts[number]) & (indices < self.starts[number + 1])]
+            whole, share = divmod(part.weight, 1)
+            drawn = sample(len(own), round(share * len(own)), seed + number) if share else []
+            out += [own] * int(whole) + [own[drawn]]
+        return np.sort(np.concatenate(out), kind="stable")
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split before encoding: its examples, the empty lines passed on the way, and how errors call it."""
+    """One split before encoding: which rows, the empty lines passed on the way, and how errors call it."""
 
     name: str
-    rows: list[Example]
+    looked: Looked
+    indices: Numbers
     blank: int = 0
     in_train: int = 0
 
 
-def draw_encoded(split: Split, encode: Encode, limit: int | None, seed: int) -> list[tuple[Example, list[Encoded]]]:
-    """The rows that were looked at with what became of them, in order: in a seeded order until `limit` of them are of use."""
-    order = list(range(len(split.rows)))
+# ---------------------------------------------------------------------- encoding
+
+Made = tuple[int, str | None, list[Encoded]]
+"""A row's index, its domain, and the rows of tokens that came of it."""
+
+
+def draw(split: Split, encode: Encode, limit: int | None, seed: int) -> Iterator[Made]:
+    """The filled rows that are looked at with what becomes of them: all in order, or in a drawn order until `limit` are of use."""
+    empty = split.looked.empty
+    order = split.indices.tolist()
     if limit is not None and limit < len(order):
-        draw = Random(seed)
-        first = draw.sample(order, limit)
-        rest = sorted(set(order) - set(first))
-        draw.shuffle(rest)
-        order = first + rest
-    looked: dict[int, list[Encoded]] = {}
+        random = Random(seed)
+        first = random.sample(range(len(order)), limit)
+        rest = sorted(set(range(len(order))) - set(first))
+        random.shuffle(rest)
+        order = [order[at] for at in first + rest]
+    else:
+        limit = None
+    useful = 0
     while order:
-        missing = len(order) if limit is None else limit - sum(bool(parts) for parts in looked.values())
-        if missing <= 0:
-            break
-        some, order = order[:missing], order[missing:]
-        filled = [index for index in some if not split.rows[index].empty]
-        encoded = encode([split.rows[index] for index in filled])
-        looked |= {index: [] for index in some} | dict(zip(filled, encoded, strict=True))
-    return [(split.rows[index], looked[index]) for index in sorted(looked)]
+        size = AT_ONCE if limit is None else min(AT_ONCE, limit - useful)
+        if size <= 0:
+            return
+        some, order = order[:size], order[size:]
+        held = [index for index in some if not empty[index]]
+        rows = split.looked.examples(held)
+        made = {index: (row.domain, parts) for index, row, parts in zip(held, rows, encode(rows), strict=True)}
+        for index in some:
+            domain, parts = made.get(index, (None, []))
+            useful += bool(parts)
+            yield index, domain, parts
 
 
-def tally(split: Split, encode: Encode, limit: int | None, seed: int) -> tuple[Dataset, Counts]:
-    """Draw, encode and count the rows of `split`. Raises DataError when none is left."""
-    drawn = draw_encoded(split, encode, limit, seed)
-    filled = [row for row, _ in drawn if not row.empty]
-    kept = [(row, parts) for row, parts in drawn if parts]
-    flat = [(row, part) for row, parts in kept for part in parts]
-    counts = Counts(
-        read=len(split.rows) + split.blank,
-        unused=len(split.rows) - len(drawn),
-        empty=len(drawn) - len(filled) + split.blank,
-        dropped=len(filled) - len(kept),
-        kept=len(kept),
-        rows=len(flat),
-        truncated=sum(any(part.truncated for part in parts) for _, parts in kept),
-        repeated=repeats([row.key() for row, _ in kept]),
-        in_train=split.in_train,
-        tokens=sum(len(part.input_ids) for _, part in flat),
-        answer_tokens=sum(_answer_tokens(part) for _, part in flat),
-    )
-    if not flat:
-        raise DataError(
-            f"no row of {split.name} is left to use: of {counts.read}, {counts.empty} are empty and {counts.dropped} "
-            "have no answer within data.max_length; raise it, or set data.truncate: completion."
-        )
-    return _dataset(flat), counts
+def features(form: Format, task: Task, domain: bool) -> Any:
+    """The columns of a split on disk."""
+    from datasets import Features, List, Value
+
+    columns: dict[str, Any] = {
+        "input_ids": List(Value("int32")),
+        "attention_mask": List(Value("int8")),
+        "labels": Value("int64") if task == "classification" else List(Value("int32")),
+    }
+    if form != "text":
+        columns |= {"prompt": Value("string"), "completion": Value("string")}
+    if domain:
+        columns["domain"] = Value("string")
+    return Features(columns | {name: Value(kind) for name, kind in BOOKS.items()})
+
+
+def _columns(made: Sequence[tuple[int, str | None, Encoded]], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Rows of tokens by column; each with the index and the domain of the row it came of."""
+    columns: dict[str, list[Any]] = {
+        "input_ids": [part.input_ids for _, _, part in made],
+        "attention_mask": [[1] * len(part.input_ids) for _, _, part in made],
+        "labels": [part.labels for _, _, part in made],
+        "prompt": [part.prompt for _, _, part in made],
+        "completion": [part.answer for _, _, part in made],
+        "domain": [domain for _, domain, _ in made],
+        "index": [index for index, _, _ in made],
+        "truncated": [part.truncated for _, _, part in made],
+        "joined": [part.joined for _, _, part in made],
+        "answer_tokens": [_answer_tokens(part) for _, _, part in made],
+    }
+    return {name: columns[name] for name in names}
 
 
 def _answer_tokens(row: Encoded) -> int:
@@ -166,21 +284,94 @@ def _answer_tokens(row: Encoded) -> int:
     return sum(label != IGNORE for label in row.labels[row.shifted :])
 
 
-def _dataset(flat: Sequence[tuple[Example, Encoded]]) -> Dataset:
-    from datasets import Dataset
+@dataclass(frozen=True)
+class Encoder:
+    """How the rows of a split become a dataset."""
 
-    columns: dict[str, list[Any]] = {
-        "input_ids": [part.input_ids for _, part in flat],
-        "attention_mask": [[1] * len(part.input_ids) for _, part in flat],
-        "labels": [part.labels for _, part in flat],
-    }
-    if flat[0][1].prompt is not None:
-        columns["prompt"] = [part.prompt for _, part in flat]
-        columns["completion"] = [part.answer for _, part in flat]
-    if flat[0][0].domain is not None:
-        columns["domain"] = [row.domain for row, _ in flat]
-    return Dataset.from_dict(columns)
+    encode: Encode
+    types: Any
+    seed: int
+    place: cache.Workplace
+    """Where a large split is written."""
+    processes: int = 1
 
+    def __call__(self, split: Split, name: str, limit: int | None) -> tuple[Dataset, Counts, int]:
+        """The rows of `split`, their account, and how many have a token that joins prompt and answer.
+
+        Raises DataError when none is left.
+        """
+        large = limit is None and len(split.indices) >= LARGE
+        held, looked = self._to_file(split, name) if large else self._in_memory(split, limit)
+        books = {column: np.asarray(held.with_format("numpy")[column][:]) for column in BOOKS} if len(held) else {}
+        index = books.get("index", np.zeros(0, np.int64))
+        kept = looked[np.isin(looked, index)]  # as often as their weight says
+        empty = int(split.looked.empty[looked].sum())
+        counts = Counts(
+            read=len(split.indices) + split.blank,
+            unused=len(split.indices) - len(looked),
+            empty=empty + split.blank,
+            dropped=len(looked) - empty - len(kept),
+            kept=len(kept),
+            rows=len(held),
+            truncated=int(np.isin(looked, index[books["truncated"]]).sum()) if len(held) else 0,
+            repeated=repeats(split.looked.key[kept]),
+            in_train=split.in_train,
+            tokens=_tokens(held),
+            answer_tokens=int(books["answer_tokens"].sum()) if len(held) else 0,
+        )
+        if not len(held):
+            raise DataError(
+                f"no row of {split.name} is left to use: of {counts.read}, {counts.empty} are empty and {counts.dropped} "
+                "have no answer within data.max_length; raise it, or set data.truncate: completion."
+            )
+        joined_rows = len(np.unique(index[books["joined"]]))
+        return held.remove_columns(list(BOOKS)), counts, joined_rows
+
+    def _in_memory(self, split: Split, limit: int | None) -> tuple[Dataset, Numbers]:
+        from datasets import Dataset
+
+        made = sorted(draw(split, self.encode, limit, self.seed), key=lambda each: each[0])
+        rows = _columns([(index, domain, part) for index, domain, parts in made for part in parts], list(self.types))
+        return Dataset.from_dict(rows, features=self.types), np.array([index for index, _, _ in made], np.int64)
+
+    def _to_file(self, split: Split, name: str) -> tuple[Dataset, Numbers]:
+        from datasets import Dataset
+
+        folder, empty = self.place.folder(), split.looked.empty
+
+        def encoded(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+            indices = [index for index in batch["index"] if not empty[index]]
+            rows = split.looked.examples(indices)
+            made = [
+                (index, row.domain, part)
+                for index, row, parts in zip(indices, rows, self.encode(rows), strict=True)
+                for part in parts
+            ]
+            return _columns(made, list(self.types))
+
+        with quiet():
+            held = Dataset.from_dict({"index": split.indices}).map(
+                encoded,
+                batched=True,
+                batch_size=AT_ONCE,
+                writer_batch_size=2 * AT_ONCE,
+                num_proc=self.processes if self.processes > 1 else None,
+                features=self.types,
+                remove_columns=["index"],
+                load_from_cache_file=False,
+                cache_file_name=str(folder / f"{name}.arrow"),
+                new_fingerprint=f"{folder.name[-16:]}-{name}",
+            )
+        return held, split.indices
+
+
+def _tokens(held: Dataset) -> int:
+    import pyarrow.compute as pc
+
+    return pc.sum(pc.list_value_length(held.data.column("input_ids"))).as_py() or 0 if len(held) else 0
+
+
+# ---------------------------------------------------------------------- loading
 
 TASKS: dict[Task, tuple[Format, ...]] = {
     "causal": ("prompt_completion", "chat", "text"),
@@ -188,27 +379,6 @@ TASKS: dict[Task, tuple[Format, ...]] = {
     "classification": ("classification",),
 }
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Tokenised splits and the account of how they came about.
-
-    Columns: `input_ids`, `attention_mask` and `labels` (lists of int; one int for classification), and where the format
-    has them the raw `prompt`, `completion` and `domain`. `labels` are the class names by number, `domains` the names
-    that occur, `hashes` the SHA-256 of each file read, `max_length` the length in tokens that rows were held to.
-    """
-
-    train: Dataset
-    validation: Dataset | None
-    test: Dataset | None
-    task: Task
-    format: Format
-    labels: list[str] | None
-    domains: list[str]
-    counts: dict[str, Counts]
-    hashes: dict[str, str]
-    max_length: int
 
 
 def load(
@@ -227,39 +397,74 @@ def load(
         labels: class names in the order of a model trained before; by default those of the training file.
 
     Validation rows are carved from the training rows when none are given (`validation_fraction`), deterministically and
-    with no row on both sides. Everything is held in memory; no cache is written.
+    with no row on both sides. Splits of 20,000 rows and more are encoded into the user's cache folder, smaller ones in memory.
 
     Raises DataError on a missing file, a row that cannot be used (named by file and line) or a split with nothing left,
     ConfigError on settings that do not fit the data, ModelError on a tokenizer without what the format needs.
     """
     frame = Frame.of(tokenizer)
     max_length = _max_length(config, frame)
-    sources = _sources(config, base_dir, Blocks(frame.lengths, max_length - len(frame.opened([]))))
-    columns = find_columns(sources["train"], config, "classification" if task == "classification" else None)
-    task = _task(task, columns.format)
-    rows = {name: examples(source, columns) for name, source in sources.items()}
-    names = _labels(rows, sources, labels) if task == "classification" else None
+    kept = cache.Entry.of(config, tokenizer, base_dir, (task, labels, max_length))
+    found = kept.read() if kept is not None else None
+    if found is None:
+        place = cache.Workplace(kept)
+        try:
+            found = place.finish(_load(config, frame, base_dir, task, labels, max_length, place))
+        finally:
+            place.leave()
+    for note in found.notes:
+        warnings.warn(note, stacklevel=2)
+    return found
+
+
+def _load(
+    config: DataConfig,
+    frame: Frame,
+    base_dir: str | os.PathLike[str] | None,
+    task: Task | None,
+    labels: Sequence[str] | None,
+    max_length: int,
+    place: cache.Workplace,
+) -> Loaded:
+    parts = _parts(config, base_dir, Blocks(frame.lengths, max_length - len(frame.opened([]))), task)
+    form = parts["train"][0].columns.format
+    task = _task(task, form)
+    looked = {name: Looked.at(held, config) for name, held in parts.items()}
+    names = _labels(looked, labels) if task == "classification" else None
+    domains = sorted({domain for held in looked.values() for domain in held.domains})
     limits = {
         "train": config.limit,
         "validation": config.validation_limit or config.limit,
         "test": config.test_limit or config.limit,
     }
+    splits, notes = _splits(looked, config)
     done = {}
-    for name, split in _splits(rows, sources, config).items():
-        source = sources.get(name, sources["train"])
-        encode = _encoder(task, columns.format, frame, max_length, config.truncate, source, names)
-        done[name] = tally(split, encode, limits[name], config.seed)
+    for name, split in splits.items():
+        encode = _encoder(task, form, frame, max_length, config, names)
+        has_domain = any("domain" in part.columns.of for part in split.looked.parts)
+        encoder = Encoder(encode, features(form, task, has_domain), config.seed, place, config.processes)
+        held, counts, joined_rows = encoder(split, name, limits[name])
+        done[name] = (held, counts)
+        if joined_rows:
+            notes.append(
+                f"in {joined_rows} of the {counts.rows} {name} rows a token spans the end of the prompt and the start of the answer, "
+                "which a server sends apart: answers that begin with a blank or a line break do so."
+            )
     return Loaded(
         train=done["train"][0],
         validation=done["validation"][0] if "validation" in done else None,
         test=done["test"][0] if "test" in done else None,
         task=task,
-        format=columns.format,
+        format=form,
         labels=names,
-        domains=sorted({row.domain for held in rows.values() for row in held if row.domain is not None}),
+        domains=domains,
         counts={name: counts for name, (_, counts) in done.items()},
-        hashes={file: digest for source in sources.values() for file, digest in source.hashes.items()},
+        hashes={
+            file: digest for held in parts.values() for part in held for file, digest in part.source.hashes.items()
+        },
         max_length=max_length,
+        columns=tuple(dict.fromkeys(f"{part.source.name}: {part.columns}" for part in parts["train"])),
+        notes=tuple(notes),
     )
 
 
@@ -271,14 +476,17 @@ def texts(config: DataConfig, *, base_dir: str | os.PathLike[str] | None = None)
     Raises DataError and ConfigError as `load` does.
     """
     words = Blocks(lambda lines: [len(line.split()) for line in lines], config.max_length)
-    source = _sources(config.model_copy(update={"validation": None, "test": None}), base_dir, words)["train"]
-    columns = find_columns(source, config)
-    held = examples(source, columns)
-    if columns.format == "classification":
-        return [row.prompt for row in held]
-    if columns.format == "chat":
-        return ["\n".join(message["content"] for message in row.messages) for row in held]
-    return ["\n".join(filter(None, (row.prompt, row.answer))) for row in held]
+    alone = config.model_copy(update={"validation": None, "test": None})
+    out = []
+    for part in _parts(alone, base_dir, words, None)["train"]:
+        for row in part.examples(range(len(part.source.rows))):
+            if part.columns.format == "classification":
+                out.append(row.prompt)
+            elif part.columns.format == "chat":
+                out.append("\n".join(message["content"] for message in row.messages))
+            else:
+                out.append("\n".join(filter(None, (row.prompt, row.answer))))
+    return out
 
 
 def _max_length(config: DataConfig, frame: Frame) -> int:
@@ -297,18 +505,54 @@ def _max_length(config: DataConfig, frame: Frame) -> int:
     return length
 
 
-def _sources(config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks) -> dict[str, Source]:
-    """The source of each split that is given; a train source with further splits supplies those that are not."""
-    sources = {}
+def _parts(
+    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks, task: Task | None
+) -> dict[str, list[Part]]:
+    """The files of each split, each with its columns; those of the training files are known to the other splits."""
+    wanted: Format | None = "classification" if task == "classification" else None
+    parts: dict[str, list[Part]] = {}
+    for split, held in _sources(config, base_dir, blocks).items():
+        trained = parts.get("train", [])
+        for source, weight in held:
+            for one in flat(source):
+                fits = [part.columns for part in trained if len(trained) == 1 or part.columns.fit(one.rows[0].values)]
+                columns = check_columns(one, fits[0], config) if fits else find_columns(one, config, wanted)
+                first = next(iter(trained or parts.get(split, [])), None)
+                if first is not None and columns.format != first.columns.format:
+                    raise ConfigError(
+                        f"{one.name} is read as {columns.format} and {first.source.name} as {first.columns.format}: files of one run "
+                        "need one format, which data.format and data.fields can say."
+                    )
+                parts.setdefault(split, []).append(Part(one, columns, weight, config.ignore))
+    return parts
+
+
+def _sources(
+    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks
+) -> dict[str, list[tuple[Source, float]]]:
+    """The sources of each split that is given; one training source with further splits supplies those that are not."""
+    sources: dict[str, list[tuple[Source, float]]] = {}
     for split in SPLITS:
-        written = getattr(config, split)
-        if written == DEMO or (written is None and config.train == DEMO):
-            sources[split] = _demo(split)
-        elif written is not None:
-            sources[split] = read(resolve_path(written, base_dir), config, blocks)
-        elif split in sources["train"].parts:
-            sources[split] = sources["train"].parts[split]
+        written = named(getattr(config, split))
+        if not written and config.train == DEMO:
+            written = [(DEMO, 1.0)]
+        for name, weight in written:
+            sources.setdefault(split, []).append((_source(name, split, config, base_dir, blocks), weight))
+        if not written and len(sources["train"]) == 1 and split in (parts := sources["train"][0][0].parts):
+            sources[split] = [(parts[split], 1.0)]
     return sources
+
+
+def _source(
+    name: str, split: str, config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks
+) -> Source:
+    if name == DEMO:
+        return _demo(split)
+    path = resolve_path(name, base_dir)
+    alone = config if split == "train" else config.model_copy(update={"split": None})
+    if (found := hub_name(name, path)) is not None:
+        return hub.read_hub(*found, alone, split)
+    return read(path, alone, blocks)
 
 
 def _demo(split: str) -> Source:
@@ -332,15 +576,16 @@ def _task(task: Task | None, form: Format) -> Task:
     return task
 
 
-def _labels(rows: dict[str, list[Example]], sources: dict[str, Source], known: Sequence[str] | None) -> list[str]:
+def _labels(looked: dict[str, Looked], known: Sequence[str] | None) -> list[str]:
     """The class names, from `known` or the training rows. Raises DataError on a row of another class."""
-    names = list(known) if known is not None else label_names(rows["train"], sources["train"])
+    names = list(known) if known is not None else label_names(looked["train"].answers, looked["train"].parts[0].source)
     valid = {*names, ""}
-    for name, split in rows.items():
-        for row in split:
+    whose = "the model's classes" if known is not None else "the classes of the training rows"
+    for held in looked.values():
+        if held.answers <= valid:
+            continue
+        for row, source in held.where(range(len(held))):
             if row.answer not in valid:
-                source = sources[name]
-                whose = "the model's classes" if known is not None else "the classes of the training rows"
                 raise bad_row(
                     source.name,
                     row.line,
@@ -350,47 +595,42 @@ def _labels(rows: dict[str, list[Example]], sources: dict[str, Source], known: S
     return names
 
 
-def _splits(rows: dict[str, list[Example]], sources: dict[str, Source], config: DataConfig) -> dict[str, Split]:
-    """The splits by name, in the order train, validation, test; validation carved where it is not given."""
-    seen = {row.key() for row in rows["train"]}
-    splits = {}
-    for name, held in rows.items():
-        copies = 0 if name == "train" else sum(row.key() in seen for row in held)
+def _splits(looked: dict[str, Looked], config: DataConfig) -> tuple[dict[str, Split], list[str]]:
+    """The splits by name, in the order train, validation, test; validation carved where it is not given. And what to say of them."""
+    seen = looked["train"].key
+    splits, notes = {}, []
+    for name, held in looked.items():
+        said = held.parts[0].source.name if len(held.parts) == 1 else f"the {name} files"
+        copies = 0 if name == "train" else int(np.isin(held.key, seen).sum())
         if copies:
-            warnings.warn(
-                f"{copies} of the {len(held)} rows of {sources[name].name} are copies of training rows.", stacklevel=3
-            )
-        splits[name] = Split(sources[name].name, held, sources[name].blank, copies)
+            notes.append(f"{copies} of the {len(held)} rows of {said} are copies of training rows.")
+        blank = sum(part.source.blank for part in held.parts)
+        splits[name] = Split(said, held, np.arange(len(held)), blank, copies)
     if "validation" not in splits and config.validation_fraction > 0:
         splits |= _carved(splits["train"], config)
-    return {name: splits[name] for name in SPLITS if name in splits}
+    train = splits["train"]
+    splits["train"] = replace(train, indices=train.looked.weighted(train.indices, config.seed))
+    return {name: splits[name] for name in SPLITS if name in splits}, notes
 
 
 def _carved(whole: Split, config: DataConfig) -> dict[str, Split]:
     """Training and validation split out of `whole`; its empty rows are no use to either and stay counted in training."""
-    filled = [row for row in whole.rows if not row.empty]
-    _, held = carve([row.key(config.split_on) for row in filled], config.validation_fraction, config.seed)
-    validation = [filled[index] for index in held]
-    out = {id(row) for row in validation}
+    filled = np.flatnonzero(~whole.looked.empty)
+    train, held = carved(whole.looked.place[filled], config.validation_fraction)
+    rest = np.sort(np.concatenate([filled[train], np.flatnonzero(whole.looked.empty)]))
     return {
-        "train": replace(whole, rows=[row for row in whole.rows if id(row) not in out]),
-        "validation": Split(f"the validation rows of {whole.name}", validation),
+        "train": replace(whole, indices=rest),
+        "validation": Split(f"the validation rows of {whole.name}", whole.looked, filled[held]),
     }
 
 
 def _encoder(
-    task: Task,
-    form: Format,
-    frame: Frame,
-    max_length: int,
-    truncate: str,
-    source: Source,
-    names: Sequence[str] | None,
+    task: Task, form: Format, frame: Frame, max_length: int, config: DataConfig, names: Sequence[str] | None
 ) -> Encode:
     if names is not None:
-        return classification(frame, max_length, truncate, names)
+        return classification(frame, max_length, config.truncate, names)
     if task == "seq2seq":
-        return seq2seq(frame, max_length, truncate)
+        return seq2seq(frame, max_length, config.truncate)
     if form == "chat":
-        return chat(frame, max_length, truncate, source.at)
-    return text(frame, max_length) if form == "text" else causal(frame, max_length, truncate)
+        return chat(frame, max_length, config.truncate, config.answers, config.system == "fold")
+    return text(frame, max_length) if form == "text" else causal(frame, max_length, config.truncate)

@@ -1,27 +1,41 @@
 """Files into rows, each with the line it came from, and the file's hash.
 
-    .jsonl   one JSON object a line          .csv .tsv   a header line, then one record each
-    .json    one list of objects             .txt        plain text, see `DataConfig.unit` and `separator`
-    folder   saved by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, read into memory
+    .jsonl .ndjson  one JSON object a line        .csv .tsv   a header line, then one record each
+    .json           one list of objects           .txt        plain text, see `DataConfig.unit` and `separator`
+    .parquet        a table                       *.gz        any of them, compressed
+    folder          saved by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one of such files, by split
 
-A row that cannot be read is named by file and line and stops the load; nothing is skipped silently.
+Tables are read by `datasets`, which maps them into memory. Text is read here, because a row that cannot be used is named by file and
+line, and because a value stays what the file says: `datasets` gives every row the columns and the types of all, so that "007" in a
+.csv becomes 7 and a message gains the keys of other messages. Lines of JSON are not held: they are found once and read when asked for.
+
+A row that cannot be read stops the load; nothing is skipped silently.
 """
 
 from __future__ import annotations
 
+import atexit
 import csv
+import gzip
 import hashlib
 import io
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
-from weftlora.data.config import DataConfig, missing
+from weftlora.data.config import ENDINGS, DataConfig, ending, missing
 from weftlora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +52,7 @@ class Source:
     """The rows of one file or split. `unit` says what `Row.line` counts; `blank` how many empty lines were passed."""
 
     name: str
-    rows: list[Row]
+    rows: Sequence[Row]
     hashes: dict[str, str]
     unit: str = "line"
     blank: int = 0
@@ -58,36 +72,102 @@ def bad_row(name: str | Path, line: int, what: str, unit: str = "line") -> DataE
     return DataError(f"{place(name, line, unit)}: {what}")
 
 
-# What other projects call the validation split of a DatasetDict.
+def taken(rows: Sequence[Row], indices: Sequence[int]) -> list[Row]:
+    """The rows at `indices`; a table gives them at once."""
+    return rows.taken(indices) if isinstance(rows, Table) else [rows[index] for index in indices]
+
+
+# ---------------------------------------------------------------------- tables
+
+
+class Table(Sequence[Row]):
+    """Rows of a `Dataset`, made when they are asked for. Class labels are read as their names."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        import datasets
+
+        self.dataset = dataset.with_format(None)
+        self.names = {
+            column: feature.names
+            for column, feature in self.dataset.features.items()
+            if isinstance(feature, datasets.ClassLabel)
+        }
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return self.taken(range(*index.indices(len(self))))
+        return self._row(self.dataset[index], index)
+
+    def __iter__(self) -> Iterator[Row]:
+        for start in range(0, len(self), 1000):
+            yield from self.taken(range(start, min(start + 1000, len(self))))
+
+    def taken(self, indices: Sequence[int]) -> list[Row]:
+        columns = self.dataset[list(indices)]
+        return [
+            self._row({name: column[at] for name, column in columns.items()}, index) for at, index in enumerate(indices)
+        ]
+
+    def _row(self, values: dict[str, Any], index: int) -> Row:
+        for column, known in self.names.items():  # -1 is no label, as in hidden test sets
+            held = values[column]
+            values[column] = known[held] if held is not None and held >= 0 else None
+        return Row({name: _without_none(value) for name, value in values.items()}, index + 1)
+
+
+def _without_none(value: Any) -> Any:
+    """A table gives every struct the keys of all rows; those that a row does not have are None."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
+
+
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+"""What other projects call the validation split of a DatasetDict."""
 
 
-def read_saved(folder: Path) -> Source:
+def of_splits(held: dict[str, Source], name: str, split: str | None, hint: str) -> Source:
+    """The source of what is trained on, the others its parts, by the names that splits have. Raises DataError without one."""
+    chosen = split or "train"
+    if chosen not in held:
+        raise DataError(
+            f"{name} has the splits {', '.join(held)} but no {chosen}: {hint}, or name one with data.split."
+        )
+    parts = {}
+    if found := next((other for other in VALIDATION_NAMES if other in held and other != chosen), None):
+        parts["validation"] = held[found]
+    if "test" in held and chosen != "test":
+        parts["test"] = held["test"]
+    train = held[chosen]
+    return Source(train.name, train.rows, train.hashes, train.unit, train.blank, parts)
+
+
+def read_saved(folder: Path, split: str | None = None) -> Source:
     """The rows of a saved `Dataset`, or the `train` split of a `DatasetDict` with the others as `parts`.
 
-    Class labels are read as their names. Raises DataError when the folder is no saved dataset or has no train split.
+    Raises DataError when the folder is no saved dataset or lacks the split.
     """
     import datasets
 
     _check_names(folder)
     try:
-        saved = datasets.load_from_disk(str(folder), keep_in_memory=True)
+        saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
-            f"{folder} is a folder but not a complete saved Hugging Face dataset ({_first_line(error)}): "
+            f"{folder} is a folder but not a complete saved Hugging Face dataset ({first_line(error)}): "
             "write it with Dataset.save_to_disk, or name a file in it."
         ) from None
     if isinstance(saved, datasets.Dataset):
         return _source(saved, folder)
-    if "train" not in saved:
-        raise DataError(f"{folder} has the splits {', '.join(saved)} but no train: name one split's folder instead.")
-    parts = {}
-    if held := next((name for name in VALIDATION_NAMES if name in saved), None):
-        parts["validation"] = _source(saved[held], folder / held)
-    if "test" in saved:
-        parts["test"] = _source(saved["test"], folder / "test")
-    train = _source(saved["train"], folder / "train")
-    return Source(train.name, train.rows, train.hashes, unit="row", parts=parts)
+    held = {str(name): _source(part, folder / str(name)) for name, part in saved.items()}
+    return of_splits(held, str(folder), split, "name one split's folder instead")
 
 
 def _check_names(folder: Path) -> None:
@@ -104,30 +184,56 @@ def _check_names(folder: Path) -> None:
                 raise DataError(f"{path} names {name!r}, which does not lie in its folder: save the dataset again.")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _source(dataset: Any, split: Path) -> Source:
-    import datasets
-
-    plain = dataset.with_format(None)
-    names = {
-        column: feature.names for column, feature in plain.features.items() if isinstance(feature, datasets.ClassLabel)
-    }
-    rows = [Row(_named(values, names), line) for line, values in enumerate(plain, start=1)]
-    if not rows:
+def _source(dataset: Dataset, split: Path) -> Source:
+    if not len(dataset):
         raise DataError(f"the saved dataset {split} has no rows: give one with at least one.")
-    hashes = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(split.glob("*.arrow"))}
-    return Source(str(split), rows, hashes, unit="row")
+    hashes = {str(file): file_digest(file) for file in sorted(split.glob("*.arrow"))}
+    return Source(str(split), Table(dataset), hashes, unit="row")
 
 
-def _named(values: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    """Class ids as names; -1 (no label, as in hidden test sets) and null become None."""
-    for column, known in names.items():
-        held = values[column]
-        values[column] = known[held] if held is not None and held >= 0 else None
-    return values
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`datasets` without its progress bars and its log, whose errors are raised too; both are as they were afterwards."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    before, level = are_progress_bars_disabled(), logging.get_verbosity()
+    disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if not before:
+            enable_progress_bars()
+
+
+def _read_parquet(path: Path) -> Source:
+    import datasets
+    import pyarrow
+
+    digest = file_digest(path)
+    try:
+        with quiet():
+            table = datasets.Dataset.from_parquet(str(path))
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = error.__cause__ or error
+        raise DataError(f"{path} is not a readable parquet file ({first_line(reason)}): copy it again.") from None
+    if not len(table):
+        raise DataError(f"the data file {path} has no rows: give a file with at least one.")
+    return Source(str(path), Table(table), {str(path): digest}, unit="row")
+
+
+# ---------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
@@ -144,25 +250,216 @@ def read(path: Path, config: DataConfig, blocks: Blocks) -> Source:
     `blocks` says how `.txt` files without `separator` are cut.
     """
     if path.is_dir():
-        return read_saved(path)
-    if path.suffix not in READERS:
+        return _read_folder(path, config, blocks)
+    kind = ending(path)
+    if kind not in ENDINGS:
         raise DataError(
-            f"{path} is not a kind of file weftlora reads: use {', '.join(READERS)} or a saved dataset folder."
+            f"{path} is not a kind of file weftlora reads: use {', '.join(ENDINGS)}, each also as .gz, or a folder of them."
         )
-    if config.separator is not None and path.suffix != ".txt":
+    if config.separator is not None and kind != ".txt":
         raise ConfigError(f"data.separator={config.separator!r} is for .txt files, not for {path.name}: leave it out.")
-    if config.format == "prompt_completion" and path.suffix == ".txt" and config.separator is None:
+    if config.format == "prompt_completion" and kind == ".txt" and config.separator is None:
         raise ConfigError(f"data.format=prompt_completion needs data.separator to divide the lines of {path.name}.")
     try:
-        raw = path.read_bytes()
+        plain = path if not path.name.lower().endswith(".gz") else _unzipped(path)
+        if kind == ".parquet":
+            return _read_parquet(plain)
+        if kind in (".jsonl", ".ndjson"):
+            lines = Lines(str(path), plain)
+            rows: Sequence[Row] = lines
+            blank, digest = lines.blank, lines.digest if plain is path else file_digest(path)
+        else:
+            raw = plain.read_bytes()
+            rows, blank = READERS[kind](_decode(path, raw), path, config, blocks)
+            digest = hashlib.sha256(raw).hexdigest() if plain is path else file_digest(path)
     except FileNotFoundError:
         raise missing(path) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({first_line(error)}): copy it again.") from None
     except OSError as error:
         raise DataError(f"the data file {path} cannot be read ({error.strerror}): check its permissions.") from None
-    rows, blank = READERS[path.suffix](_decode(path, raw), path, config, blocks)
-    if not rows:
+    if not len(rows):
         raise DataError(f"the data file {path} has no rows: give a file with at least one.")
-    return Source(str(path), rows, {str(path): hashlib.sha256(raw).hexdigest()}, blank=blank)
+    return Source(str(path), rows, {str(path): digest}, blank=blank)
+
+
+def _unzipped(path: Path) -> Path:
+    """What a compressed file holds, in a file that lives as long as this process; a name, since processes that encode open it too."""
+    handle, name = tempfile.mkstemp(prefix="weftlora-", suffix=ending(path))
+    plain = Path(name)
+    atexit.register(plain.unlink, missing_ok=True)
+    with gzip.open(path, "rb") as packed, os.fdopen(handle, "wb") as file:
+        shutil.copyfileobj(packed, file, 1 << 20)
+    return plain
+
+
+def _split_of(path: Path, top: Path) -> str | None:
+    """The split that a file's name, or a folder's above it, says it is of: train-00000-of-00002.parquet → train."""
+    for part in reversed(path.relative_to(top).parts):
+        words = set("".join(c if c.isalpha() else " " for c in part.lower()).split())
+        for split, names in {"train": ("train", "training"), "validation": VALIDATION_NAMES, "test": ("test",)}.items():
+            if words.intersection(names):
+                return split
+    return None
+
+
+def _read_folder(folder: Path, config: DataConfig, blocks: Blocks) -> Source:
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json", "dataset_info.json")):
+        return read_saved(folder, config.split)
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and ending(path) in ENDINGS
+        and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise DataError(
+            f"{folder} is not a complete saved Hugging Face dataset and holds no file that weftlora reads "
+            f"({', '.join(ENDINGS)}): name a folder of such files, or a file."
+        )
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_of(path, folder) or "train", []).append(path)
+    alone = config.model_copy(update={"split": None})
+    held = {
+        split: joined(
+            str(folder if len(by_split) == 1 else folder / split), [read(path, alone, blocks) for path in paths]
+        )
+        for split, paths in by_split.items()
+    }
+    return of_splits(held, str(folder), config.split, "name files in it")
+
+
+class Several(Sequence[Row]):
+    """The rows of several sources, one after the other."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+        self.starts = [0]
+        for source in sources:
+            self.starts.append(self.starts[-1] + len(source.rows))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        raise TypeError("rows of several files are read file by file: use flat()")
+
+    def __iter__(self) -> Iterator[Row]:
+        for source in self.sources:
+            yield from source.rows
+
+
+def joined(name: str, sources: Sequence[Source]) -> Source:
+    """One source of several files."""
+    if len(sources) == 1:
+        return sources[0]
+    hashes = {file: digest for source in sources for file, digest in source.hashes.items()}
+    return Source(name, Several(sources), hashes, blank=sum(source.blank for source in sources))
+
+
+def flat(source: Source) -> list[Source]:
+    """The files of a source, each a source by itself."""
+    return source.rows.sources if isinstance(source.rows, Several) else [source]
+
+
+class Lines(Sequence[Row]):
+    """The objects of a file with one JSON object a line. Where lines begin is known, and no row is held."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        import numpy as np
+
+        self.name, self.path = name, path
+        digest = hashlib.sha256()
+        starts, ends, numbers = [*map(list[Any], ((), (), ()))]
+        self.blank = passed = at = 0
+        held = b""
+        with path.open("rb") as file:
+            first = file.read(3)
+            file.seek(0)
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+                chunk = held + chunk
+                marks = np.frombuffer(chunk, np.uint8)
+                breaks = np.flatnonzero(marks == 10)
+                self._found(chunk, marks, breaks, at, passed, (starts, ends, numbers))
+                passed += len(breaks)
+                cut = int(breaks[-1]) + 1 if len(breaks) else 0
+                at, held = at + cut, chunk[cut:]
+        if held:
+            held += b"\n"
+            self._found(
+                held, np.frombuffer(held, np.uint8), np.array([len(held) - 1]), at, passed, (starts, ends, numbers)
+            )
+        self.digest = digest.hexdigest()
+        none = np.zeros(0, np.int64)
+        self.starts, self.ends, self.numbers = (
+            np.concatenate(each) if each else none for each in (starts, ends, numbers)
+        )
+        if first == b"\xef\xbb\xbf" and len(self.starts) and self.starts[0] == 0:
+            self.starts[0] = 3
+        self._open: tuple[int, int] | None = None
+
+    def _found(self, chunk: bytes, marks: Any, breaks: Any, at: int, passed: int, out: Any) -> None:
+        """The lines in `chunk` that are not blank, appended to the lists in `out`."""
+        import numpy as np
+
+        if not len(breaks):
+            return
+        begins = np.concatenate([[0], breaks[:-1] + 1])
+        keep = np.ones(len(breaks), bool)
+        for index in np.flatnonzero(marks[begins] != 123):  # what begins with a brace is not blank
+            keep[index] = bool(chunk[begins[index] : breaks[index]].strip())
+        self.blank += int(len(keep) - keep.sum())
+        for held, values in zip(
+            out, (begins + at, breaks + at, np.arange(passed + 1, passed + 1 + len(breaks))), strict=True
+        ):
+            held.append(values[keep].astype(np.int64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def __del__(self) -> None:
+        opened = getattr(self, "_open", None)
+        if opened is not None and opened[0] == os.getpid():
+            os.close(opened[1])
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self)))]
+        if self._open is None or self._open[0] != os.getpid():
+            self._open = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        start = int(self.starts[index])
+        return self._row(os.pread(self._open[1], int(self.ends[index]) - start, start), int(self.numbers[index]))
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.path.open("rb") as file:
+            for start, end, number in zip(self.starts.tolist(), self.ends.tolist(), self.numbers.tolist(), strict=True):
+                file.seek(start)
+                yield self._row(file.read(end - start), number)
+
+    def _row(self, line: bytes, number: int) -> Row:
+        try:
+            values = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise bad_row(
+                self.name, number, f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8."
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise bad_row(self.name, number, f"not valid JSON ({error}); correct or delete the line.") from None
+        return Row(_object(values, self.name, number), number)
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -174,26 +471,12 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends. JSON strings may hold breaks other than \\n, \\r\\n and \\r."""
+    """Numbered lines without their ends."""
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         yield number, line.removesuffix("\n")
 
 
-def _read_jsonl(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tuple[list[Row], int]:
-    rows, blank = [], 0
-    for number, line in _lines(text):
-        if not line.strip():
-            blank += 1
-            continue
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise bad_row(path, number, f"not valid JSON ({error}); correct or delete the line.") from None
-        rows.append(Row(_object(values, path, number), number))
-    return rows, blank
-
-
-def _object(values: Any, path: Path, line: int) -> dict[str, Any]:
+def _object(values: Any, path: str | Path, line: int) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise bad_row(path, line, f"{_short(values)} is not a JSON object; write {{column: value, ...}}.")
     return values
@@ -249,7 +532,7 @@ def _read_table(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tu
 def _records(text: str, path: Path, config: DataConfig) -> tuple[list[Row], int]:
     reader = csv.reader(
         io.StringIO(text, newline=""),
-        delimiter="\t" if path.suffix == ".tsv" else ",",
+        delimiter="\t" if ending(path) == ".tsv" else ",",
         quoting=csv.QUOTE_NONE if config.quoting == "none" else csv.QUOTE_MINIMAL,
         strict=True,
     )
@@ -266,7 +549,7 @@ def _records(text: str, path: Path, config: DataConfig) -> tuple[list[Row], int]
             raise bad_row(
                 path,
                 line,
-                f"not valid {path.suffix[1:]} ({error}); correct it, or set quoting: none if quotes are text.",
+                f"not valid {ending(path)[1:]} ({error}); correct it, or set quoting: none if quotes are text.",
             ) from None
         if not record:
             blank += 1
@@ -338,7 +621,6 @@ def _cut(text: str, blocks: Blocks) -> list[Row]:
 
 
 READERS: dict[str, Callable[[str, Path, DataConfig, Blocks], tuple[list[Row], int]]] = {
-    ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_table,
     ".tsv": _read_table,

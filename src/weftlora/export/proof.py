@@ -25,7 +25,7 @@ from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
 from weftlora.export import live, stock_process
 from weftlora.export.folder import SCRATCH, save_model
-from weftlora.export.live import Batch, Gates, Outputs, real
+from weftlora.export.live import Batch, Gates, Outputs, without_padding
 from weftlora.export.record import Approximation, Proof
 from weftlora.export.source import Inputs, Source
 from weftlora.host.stock_lora import without_adapters
@@ -141,7 +141,7 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | Non
 def outputs(file: Path, batches: Sequence[Batch]) -> Outputs:
     """What a job wrote."""
     found = load_file(file)
-    logits = [real(found[f"{i}.logits"], batch) for i, batch in enumerate(batches)]
+    logits = [without_padding(found[f"{i}.logits"], batch) for i, batch in enumerate(batches)]
     losses = [float(found[key]) for i in range(len(batches)) if (key := f"{i}.loss") in found]
     return Outputs(logits, losses)
 
@@ -165,13 +165,13 @@ class Prover:
             AdapterError: a logit is not finite, or no stock library knows the model.
         """
         Stock(own, inputs.batches, Path())  # refuse what cannot be proved before anything is run
-        first = live.run(own, inputs.batches)
+        first = live.forward_all(own, inputs.batches)
         with live.switched_off(own):
-            base = live.run(own, inputs.batches)
+            base = live.forward_all(own, inputs.batches)
         if not gates:
             return cls(own, source, inputs, first, base, first)
         live.fix_gates(own, source.adapters, gates)
-        return cls(own, source, inputs, first, base, live.run(own, inputs.batches))
+        return cls(own, source, inputs, first, base, live.forward_all(own, inputs.batches))
 
     def of_adapter(self, place: Path, ranks: Mapping[str, int]) -> Outputs:
         """What stock peft computes from a LoRA folder, on the base that the source names (saved anew, if it is only in memory).

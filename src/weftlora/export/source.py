@@ -124,8 +124,8 @@ def _check(source: Source) -> None:
         for name in source.adapters:
             if name in layer.weft_site and layer.site(name).awaits_search:
                 raise AdapterError(
-                    f"adapter {name!r} has layers=Search() and no selection yet: call weftlora.search_layers and train with what it "
-                    "selects, then export that."
+                    f"adapter {name!r} searches its layers and has selected none yet: call weftlora.search_layers and train with what "
+                    "it selects, then export that."
                 )
 
 

@@ -30,8 +30,7 @@ from weftlora.schedule.schedule import Member, Schedule
 from weftlora.scoring.rows import Rows, rows_of
 from weftlora.scoring.scorer import Ablation, undisturbed
 from weftlora.settings import is_number
-from weftlora.terms.events import Controller, Event, Launch, Length
-from weftlora.terms.ranks.reallocate import Reallocate
+from weftlora.terms.events import Controller, Event, Launch, Length, SlotMoves, SlotScoring
 
 
 @dataclass
@@ -45,7 +44,7 @@ class AdapterTimeline:
         """See `Timeline`: all launches share one ranking."""
         return LaunchController(launch, self.ranker)
 
-    def move_slots(self, choice: Reallocate) -> Controller:
+    def move_slots(self, choice: SlotMoves) -> Controller:
         """See `Timeline`."""
         return ReallocateController(choice, self.members)
 
@@ -197,7 +196,7 @@ class Held:
         with undisturbed(self.model, [layer.site(self.adapter) for layer in self.layers]):
             return float(self.model(**batch).loss)
 
-    def slots(self, choice: Reallocate) -> Scorer:
+    def slots(self, choice: SlotScoring) -> Scorer:
         """See `Validation`."""
         return Ablation(self.model, self.layers, self.adapter, choice, self.rows)
 

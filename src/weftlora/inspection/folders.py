@@ -27,13 +27,12 @@ from weftlora.adapter.spec import WeftConfig, read_config
 from weftlora.disk.files import read_lines
 from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
 from weftlora.extras import needs
-from weftlora.inspection.subject import Rows, Start, Subject, beyond, live_subject, plain_site
+from weftlora.inspection.subject import Rows, Start, Subject, live_subject, plain_site, unread_tensors
 from weftlora.runs.adapter import adapt, adapter_config, saved_selection
 from weftlora.runs.load import Trained, borrowed, load_adapter, load_run, recipe_of
 from weftlora.runs.run import Run
 from weftlora.runs.scores import batches
 from weftlora.search import Selection
-from weftlora.terms.layers.search import search_of
 from weftlora.terms.structure import Structure, StructureTerm
 from weftlora.train.checkpoint import marked
 
@@ -113,7 +112,7 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     subject.saved_modules = sum(t.numel() for key, t in named.items() if ".lora_" not in key)
     others = (key for key in named if ".lora_" in key and not key.endswith((".lora_A.weight", ".lora_B.weight")))
-    subject.left_out += beyond(others)
+    subject.left_out += unread_tensors(others)
 
 
 def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
@@ -371,7 +370,7 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if (search := search_of(config.layers)) is not None:
+    if (search := config.layers.search) is not None:
         if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers

@@ -41,7 +41,8 @@ from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.schedule import processes, schedule
 from weftlora.schedule.schedule import Member
-from weftlora.terms.ranks.reallocate import Reallocate, Slot
+from weftlora.terms.events import SlotMoves
+from weftlora.terms.ranks.reallocate import Slot
 from weftlora.terms.structure import SlotFirst
 
 TERMS = {"both": (0, 1), "last_in": (0,), "first_in": (1,)}
@@ -234,7 +235,7 @@ class Measured:
 class Scoring:
     """Measures the slots of one adapter. All processes must call `measure`, `check` and `exact`."""
 
-    choice: Reallocate
+    choice: SlotMoves
     members: list[Member]
     scorer: Scorer | None
 

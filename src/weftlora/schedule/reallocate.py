@@ -32,15 +32,15 @@ from weftlora.schedule import rank_slots as surgery
 from weftlora.schedule.rank_slots import Measured, Scorer, Scoring, SlotId, by_row, margin
 from weftlora.schedule.schedule import Member
 from weftlora.settings import rounds
-from weftlora.terms.events import Event, Length, Validation, check_possible
-from weftlora.terms.ranks.reallocate import Plan, Reallocate, Room, decide
+from weftlora.terms.events import Event, Length, SlotMoves, Validation, check_possible
+from weftlora.terms.ranks.reallocate import Plan, Room, decide
 
 
 @dataclass(eq=False)
 class ReallocateController:
     """Moves the rank slots of one adapter."""
 
-    choice: Reallocate
+    choice: SlotMoves
     members: list[Member]
     scorer: Scorer | None = None
     what: str = field(default="moving ranks", init=False)
@@ -95,12 +95,12 @@ class ReallocateController:
         choice, given = self.choice, rows.count
         if choice.check and choice.needs_data and given <= choice.rows:
             raise ConfigError(
-                f"Reallocate(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
+                f"{choice.title}(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
                 "give more, or leave check out."
             )
         if choice.needs_data and given < choice.rows:
             warnings.warn(
-                f"Reallocate(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
+                f"{choice.title}(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
                 "on all of them: give more, or lower rows.",
                 stacklevel=4,
             )
@@ -120,7 +120,7 @@ class ReallocateController:
     def _check_ready(self) -> None:
         if self.choice.needs_data and self.scorer is None:
             raise ConfigError(
-                f"Reallocate(score={self.choice.score!r}) scores rank slots on validation rows and was given none: call "
+                f"{self.choice.title}(score={self.choice.score!r}) scores rank slots on validation rows and was given none: call "
                 "weftlora.attach(model, validation=rows_or_dataloader) before training, or use score='random'."
             )
         surgery.check_sliceable([member.site for member in self.members])
@@ -128,7 +128,7 @@ class ReallocateController:
             live = sum(len(self.members[m].site.live()) for m in group)
             if count >= live:
                 raise ConfigError(
-                    f"Reallocate(move={self.choice.move!r}) takes {count} rank slots a round from modules that have {live}: "
+                    f"{self.choice.title}(move={self.choice.move!r}) takes {count} rank slots a round from modules that have {live}: "
                     "nothing would be left; move fewer."
                 )
 

@@ -26,7 +26,7 @@ from weftlora.scoring import brackets
 from weftlora.scoring.brackets import SlotId
 from weftlora.scoring.network import Network, RowLoss, recognise, recognised
 from weftlora.scoring.rows import IGNORE, Batch, Rows
-from weftlora.terms.ranks.reallocate import Reallocate
+from weftlora.terms.events import SlotScoring
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class Ablation:
     model: nn.Module
     layers: list[WeftLinear]
     adapter: str
-    choice: Reallocate
+    choice: SlotScoring
     rows: Rows
     way: Network | None = field(default=None, init=False)
     known: bool = field(default=False, init=False)
@@ -107,7 +107,7 @@ class Ablation:
             if way := self._way(batch):
                 return brackets.estimated_brackets(way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens)
         raise ConfigError(
-            f"Reallocate(score={self.choice.score!r}) needs a cross-entropy over logits with one part per row, which "
+            f"{self.choice.title}(score={self.choice.score!r}) needs a cross-entropy over logits with one part per row, which "
             f"{type(self.model).__name__} does not give: use score='exact'."
         )
 

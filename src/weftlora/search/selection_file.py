@@ -15,6 +15,7 @@ from pydantic import Field
 from weftlora.errors import ConfigError, unknown_key
 from weftlora.search.hypergradient import Inner
 from weftlora.sections import RecipeSection
+from weftlora.terms.axes import AXES
 from weftlora.terms.layers.search import Search
 
 
@@ -89,8 +90,11 @@ def read(path: str | Path, newest: int) -> dict[str, Any]:
 def _check(content: dict[str, Any]) -> None:
     file = _File.parse(content)
     Lora.parse({key: file.adapter[key] for key in Lora.model_fields if key in file.adapter})
-    for name, section in (("search", Search), ("inner", Inner)):
-        _make(section, getattr(file, name), name)
+    own = dict(file.search)
+    searched = AXES["layers"].get(str(own.pop("kind", Search.kind)))
+    if searched is not None:  # of a choice from elsewhere nothing is made here, so its fields are for people to read
+        _make(searched, own, "search")
+    _make(Inner, file.inner, "inner")
     for i, group in enumerate(file.candidates):
         if group.selected and group.block is None and file.granularity == "block":
             raise ConfigError(f"candidates.{i}.block=None is selected, and blocks are selected by their numbers")

@@ -398,7 +398,7 @@ def _subject(
 
 
 def _split(data: Any, wanted: str | None) -> tuple[str, Any]:
-    """The split to measure on and its rows: the one that is wanted, or else the test rows, or the validation rows where there are none.
+    """The split to measure on and its rows: the one that is wanted, or the test rows, or the validation rows where there are none.
 
     Raises:
         DataError: there is none.

@@ -1,4 +1,4 @@
-"""The search of a run whose adapter has layers=Search(): after the run folder, before the trainer.
+"""The search of a run whose adapter has layers that are searched: after the run folder, before the trainer.
 
     prepare → run folder → search, saved as it goes → selection.json → second stage → Trainer
 
@@ -41,7 +41,7 @@ from weftlora.search.finetuning_stage import second_stage
 from weftlora.search.hypergradient import Inner
 from weftlora.settings import is_whole
 from weftlora.terms.layers import Layers
-from weftlora.terms.layers.search import Search, search_of
+from weftlora.terms.layers.search import Search
 from weftlora.train import arguments
 from weftlora.train.prepare import Prepared
 
@@ -89,16 +89,17 @@ def make_search(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    search = search_of(config.layers)
+    search = config.layers.search
     assert search is not None
     return LayerSearch(
         model,
-        search if rows is None else dataclasses.replace(search, max_search_samples=rows),
+        search,
         inner,
         cast("Sequence[Any]", prepared.data.train.select_columns(COLUMNS)),
         collate=prepared.collator,
         loss=_loss(train),
         seed=train.seed if seed is None else seed,
+        max_samples=rows,
     )
 
 

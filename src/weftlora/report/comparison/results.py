@@ -311,7 +311,7 @@ def domains(found: Comparison) -> Iterator[Part]:
                 rows += plots.forest_rows(row.name, DOMAIN, whole, each, how, domain=domain)
     drawn = []
     if rows:
-        pick = charts.choice("domain", "Domain", list(dict.fromkeys(row["domain"] for row in rows)), "domain")
+        pick = charts.drop_down("domain", "Domain", list(dict.fromkeys(row["domain"] for row in rows)), "domain")
         what = f"Difference in {how.title} to {found.baseline} within a domain"
         drawn = [Chart(what, f"{what}, by method", plots.forest(rows, axis(found, how), pick))]
     lead = (

@@ -1,0 +1,203 @@
+"""Encoded rows of large files, kept for the next start.
+
+    ~/.cache/weftlora/rows/KEY/    the splits as `datasets` maps them into memory, and loaded.json: all else that was found
+
+KEY is a digest of all that the tokens depend on: the data section, every file by its place, size and time of change, the tokenizer
+with its chat template, and this package. A folder appears whole or not at all. Entries that nobody has used for a month go.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weftlora.data.config import DEMO, DataConfig, hub_name, named
+from weftlora.data.loaded import BOOKS, Counts, Loaded
+from weftlora.data.paths import resolve_path
+from weftlora.disk.ownership import temporary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+MONTH = 30 * 24 * 3600
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the rows of one data section are kept, or would be."""
+
+    folder: Path
+
+    @classmethod
+    def of(
+        cls,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        base_dir: str | os.PathLike[str] | None,
+        more: tuple[Any, ...],
+    ) -> Entry | None:
+        """The entry; None where nothing is to be kept, or what is read cannot be known again."""
+        if not config.cache or config.limit is not None:
+            return None
+        files = stamps(config, base_dir)
+        if not files or (tokens := tokenizer_stamp(tokenizer)) is None:
+            return None
+        said = config.model_dump(mode="json") | {"processes": 0}
+        told = json.dumps([said, files, tokens, more, code_stamp()], sort_keys=True, default=str)
+        top = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cls(top / "weftlora" / "rows" / hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:32])
+
+    def read(self) -> Loaded | None:
+        """What was kept; None where there is nothing whole."""
+        try:
+            known = json.loads((self.folder / "loaded.json").read_text(encoding="utf-8"))
+            splits = {name: _opened(self.folder, known["files"].get(name)) for name in SPLITS}
+            counts = {name: Counts(**held) for name, held in known["counts"].items()}
+            rest = {name: known[name] for name in ("task", "format", "labels", "domains", "hashes", "max_length")}
+            said = {name: tuple(known[name]) for name in ("columns", "notes")}
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / "loaded.json")
+            return Loaded(**splits, counts=counts, **rest, **said)  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write(self, found: Loaded, folder: Path) -> Loaded:
+        """Keep what lies in `folder`, if any split does; the same rows, read from where they are kept."""
+        files: dict[str, list[str]] = {}
+        for name in SPLITS:
+            split: Dataset | None = getattr(found, name)
+            if split is None:
+                continue
+            held = [Path(each["filename"]) for each in split.cache_files]
+            if not held:  # a small split beside a large one
+                with_file = folder / f"{name}-small.arrow"
+                _save(split, with_file)
+                held = [with_file]
+            files[name] = [path.name for path in held]
+        record = {
+            field.name: getattr(found, field.name)
+            for field in dataclasses.fields(found)
+            if field.name not in (*SPLITS, "counts")
+        }
+        record |= {"files": files, "counts": {name: dataclasses.asdict(held) for name, held in found.counts.items()}}
+        (folder / "loaded.json").write_text(json.dumps(record), encoding="utf-8")
+        with contextlib.suppress(OSError):  # another process was first
+            folder.rename(self.folder)
+        _forget_old(self.folder.parent)
+        return self.read() or found
+
+
+def _opened(folder: Path, names: list[str] | None) -> Dataset | None:
+    from datasets import Dataset, concatenate_datasets
+
+    if names is None:
+        return None
+    held = concatenate_datasets([Dataset.from_file(str(folder / name)) for name in names])
+    return held.remove_columns([name for name in held.column_names if name in BOOKS])
+
+
+def _save(split: Dataset, path: Path) -> None:
+    from datasets.arrow_writer import ArrowWriter
+
+    with ArrowWriter(features=split.features, path=str(path)) as writer:
+        writer.write_table(split.data.table)
+        writer.finalize()
+
+
+class Workplace:
+    """A folder to encode into, made when it is needed: beside the others of the cache, or a passing one where nothing is kept."""
+
+    def __init__(self, kept: Entry | None) -> None:
+        self.kept = kept
+        self.made: Path | None = None
+
+    def folder(self) -> Path:
+        """The folder; rows that are not kept lie in it until the process ends."""
+        if self.made is None and self.kept is not None:
+            made = temporary(self.kept.folder)
+            with contextlib.suppress(OSError):  # a home that cannot be written
+                made.mkdir(parents=True)
+                self.made = made
+        if self.made is None:
+            self.made, self.kept = Path(tempfile.mkdtemp(prefix="weftlora-rows-")), None
+            atexit.register(shutil.rmtree, self.made, ignore_errors=True)
+        return self.made
+
+    def finish(self, found: Loaded) -> Loaded:
+        """The same rows, kept if they are to be."""
+        if self.made is None or self.kept is None:
+            return found
+        return self.kept.write(found, self.made)
+
+    def leave(self) -> None:
+        """Remove what was not kept."""
+        if self.made is not None and self.kept is not None:
+            shutil.rmtree(self.made, ignore_errors=True)
+
+
+def _forget_old(top: Path) -> None:
+    with contextlib.suppress(OSError):
+        for entry in top.iterdir():
+            with contextlib.suppress(OSError):
+                if time.time() - max(entry.stat().st_mtime, _used(entry)) > MONTH:
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
+def _used(entry: Path) -> float:
+    try:
+        return (entry / "loaded.json").stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def stamps(config: DataConfig, base_dir: str | os.PathLike[str] | None) -> list[list[Any]]:
+    """Every file that is read, with what would change if it did; none where something is no file."""
+    out: list[list[Any]] = []
+    for written in (config.train, config.validation, config.test):
+        for name, weight in named(written):
+            if name == DEMO or hub_name(name, path := resolve_path(name, base_dir)) is not None:
+                return []
+            try:
+                files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+                for file in files:
+                    stat = file.stat()
+                    out.append([str(file), weight, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns])
+            except OSError:
+                return []
+    return out
+
+
+def tokenizer_stamp(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A digest of what a tokenizer does; None for one that cannot be written out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    more = [str(tokenizer.chat_template), str(tokenizer.special_tokens_map), type(tokenizer).__name__]
+    return hashlib.sha256("\0".join([backend.to_str(), *more]).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@functools.cache
+def code_stamp() -> str:
+    """A digest of the code that makes tokens of rows, ours and that of the libraries by their versions."""
+    import datasets
+    import tokenizers
+    import transformers
+
+    held = hashlib.sha256(f"{datasets.__version__} {tokenizers.__version__} {transformers.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        held.update(path.read_bytes())
+    return held.hexdigest()
