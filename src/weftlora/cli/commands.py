@@ -100,7 +100,10 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.test=more.jsonl")
     ] = None,
-    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="test or validation; by default test, or validation where there are no test rows."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first rows; nothing is written.")] = None,
     adapter: Annotated[str, typer.Option(help="trained, or none for the frozen base.")] = "trained",
     base: Base = None,

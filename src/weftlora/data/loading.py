@@ -31,7 +31,7 @@ from weftlora.data.config import DEMO, DataConfig, Format, Task, hub_name, named
 from weftlora.data.demo import demo_rows
 from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
 from weftlora.data.examples import Columns, Example, check_columns, example, find_columns, label_names
-from weftlora.data.loaded import BOOKS, IGNORE, Counts, Loaded
+from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.paths import resolve_path
 from weftlora.data.read import Blocks, Row, Source, bad_row, flat, quiet, read, taken
 from weftlora.errors import ConfigError, DataError, ModelError

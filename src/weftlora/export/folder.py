@@ -179,3 +179,21 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
 def name_of(dtype: torch.dtype) -> str:
     """float32, bfloat16, ..."""
     return str(dtype).removeprefix("torch.")
+
+
+def save_model(plain: Any, place: Path) -> None:
+    """The model in a folder, its generation settings as its base has them.
+
+    transformers refuses to save settings that its newest rules do not allow, such as a temperature without sampling, which many bases
+    come with and it loads: they are not ours to correct, and no reason to lose a training.
+    """
+    settings = getattr(plain, "generation_config", None)
+    if settings is None or not plain.can_generate():
+        plain.save_pretrained(place)
+        return
+    plain.generation_config = type(settings)()
+    try:
+        plain.save_pretrained(place)
+    finally:
+        plain.generation_config = settings
+    settings.to_json_file(place / "generation_config.json", use_diff=True)

@@ -30,7 +30,7 @@ from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import base_of
 from weftlora.errors import MergeError
 from weftlora.export import folder, live, record
-from weftlora.export.folder import name_of
+from weftlora.export.folder import name_of, save_model
 from weftlora.export.live import Outputs
 from weftlora.export.lora import pairs
 from weftlora.export.proof import TOLERANCE, Prover
@@ -249,7 +249,7 @@ def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype, origin
     plain.config.dtype = dtype
     if getattr(plain.config, "quantization_config", None) is not None:
         del plain.config.quantization_config
-    plain.save_pretrained(place)
+    save_model(plain, place)
     tokenizer = source.tokenizer
     if tokenizer is None and source.base is not None and (Path(source.base) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)

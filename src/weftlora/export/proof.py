@@ -24,7 +24,7 @@ from torch import nn
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
 from weftlora.export import live, stock_process
-from weftlora.export.folder import SCRATCH
+from weftlora.export.folder import SCRATCH, save_model
 from weftlora.export.live import Batch, Gates, Outputs, without_padding
 from weftlora.export.record import Approximation, Proof
 from weftlora.export.source import Inputs, Source
@@ -203,7 +203,7 @@ class Prover:
     def _save_base(self, place: Path) -> None:
         with live.shell(self.own, self.source.adapters) as bare:
             plain: Any = without_adapters(base_of(bare), trained=False)
-            plain.save_pretrained(place)
+            save_model(plain, place)
 
     def prove(self, place: Path, ranks: Mapping[str, int]) -> Proof:
         """Hold the fp32 LoRA folder against the adapter.

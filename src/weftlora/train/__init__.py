@@ -59,7 +59,7 @@ def train(
 def evaluate(
     run: Run | str | Path | Recipe,
     *overrides: str,
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
     adapter: str = "trained",
     base: str | None = None,
@@ -73,7 +73,7 @@ def evaluate(
     Args:
         run: a run or its folder; with `adapter="none"` also a recipe, whose frozen base is measured.
         overrides: `key=value` changes to the recipe's data section.
-        split: `test` or `validation`.
+        split: `test` or `validation`; without it the test rows, or the validation rows where there are none.
         limit: at most so many rows, the first ones.
         adapter: `trained`, or `none` for the frozen base of a run (`eval-<split>-base.json`).
         base: where the base lies now, if not where it was trained on.

@@ -312,6 +312,7 @@ class _Subject:
     run: Run | None
     name: str
     trained: Trained
+    split: str
     rows: Any
     size: int
 
@@ -319,7 +320,7 @@ class _Subject:
 def evaluate(
     source: Run | str | Path | Recipe,
     overrides: Sequence[str],
-    split: str,
+    split: str | None,
     limit: int | None,
     adapter: str,
     base: str | None,
@@ -329,12 +330,13 @@ def evaluate(
     progress: Progress,
 ) -> Evaluation:
     """See `weftlora.train.evaluate`."""
-    if split not in SPLITS:
+    if split is not None and split not in SPLITS:
         raise ConfigError(f"there is no split {split!r}: use {' or '.join(SPLITS)}.")
     if adapter not in ("trained", "none"):
         raise ConfigError(f"adapter={adapter!r} cannot be evaluated: use trained, or none for the frozen base.")
     started = time.monotonic()
     subject = _subject(source, overrides, split, adapter, base)
+    split = subject.split
     rows = subject.rows if limit is None else subject.rows.select(range(min(limit, len(subject.rows))))
     size = batch_size or subject.size
     groups = _by_domain(rows)
@@ -359,7 +361,7 @@ def evaluate(
 
 
 def _subject(
-    source: Run | str | Path | Recipe, overrides: Sequence[str], split: str, adapter: str, base: str | None
+    source: Run | str | Path | Recipe, overrides: Sequence[str], split: str | None, adapter: str, base: str | None
 ) -> _Subject:
     if isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
         source = Run.load(source)
@@ -379,7 +381,7 @@ def _subject(
             labels=source.data["labels"],
         )
         name = source.recipe["adapter"].get("recipe", "weftlora") if adapter == "trained" else "none"
-        return _Subject(source, name, trained, _split(data, split), recipe.train.batch_size)
+        return _Subject(source, name, trained, *_split(data, split), recipe.train.batch_size)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         Run.load(source)  # says what the folder lacks
     if adapter == "trained":
@@ -392,16 +394,23 @@ def _subject(
     prepared = preparing.prepare(recipe)
     trained = Trained(prepared.base, prepared.model, prepared.task)
     stop_at_turns(trained, prepared.data.format)
-    return _Subject(None, "none", trained, _split(prepared.data, split), recipe.train.batch_size)
+    return _Subject(None, "none", trained, *_split(prepared.data, split), recipe.train.batch_size)
 
 
-def _split(data: Any, split: str) -> Any:
-    rows = getattr(data, split)
-    if rows is None or not len(rows):
-        other = [name for name in SPLITS if getattr(data, name) is not None]
-        hint = f"use --split {other[0]}." if other else f"name a file with data.{split}=...."
-        raise DataError(f"the data has no {split} split: {hint}")
-    return rows
+def _split(data: Any, wanted: str | None) -> tuple[str, Any]:
+    """The split to measure on and its rows: the one that is wanted, or the test rows, or the validation rows where there are none.
+
+    Raises:
+        DataError: there is none.
+    """
+    there = [name for name in SPLITS if getattr(data, name) is not None and len(getattr(data, name))]
+    if wanted is None and there == ["validation"]:
+        log.warning("the data has no test rows: these are the validation rows, and no good for what was chosen on them")
+    name = wanted or (there[0] if there else SPLITS[0])
+    if name not in there:
+        hint = f"use --split {there[0]}." if there else f"name a file with data.{name}=...."
+        raise DataError(f"the data has no {name} split: {hint}")
+    return name, getattr(data, name)
 
 
 def _by_domain(rows: Any) -> dict[str, Any]:

@@ -172,10 +172,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     mark = "weft"
     turns = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
     try:
-        (written,) = render(tokenizer, [turns], ["the chat template"], open_answer=False)
+        [whole] = render(tokenizer, [turns], ["the chat template"], open_answer=False)
     except (DataError, ModelError):
         return None
-    _, _, tail = written.rpartition(mark)
+    _, _, tail = whole.rpartition(mark)
     ids = list(tokenizer(tail, add_special_tokens=False)["input_ids"]) if tail else []
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
     return ids[0] if ids and ids[0] in special else None
