@@ -1,4 +1,6 @@
-"""The hypergradient through inner steps: reverse accumulation with one Hessian-vector product per step.
+"""The inner steps of a search, which train θ while α stands still, and the hypergradient through them.
+
+Reverse accumulation, with one Hessian-vector product per step:
 
     θ_{k+1} = (1 − η_k w) θ_k − P_k m_{k+1}          m_{k+1} = β₁ m_k + (1 − β₁) c_k ∇_θ R_k(θ_k, α)
 
@@ -14,8 +16,6 @@ a double backward through the reference path of the kernel.
 
 Source: the adjoint and the finite differences are ours (specs), the choice c = 1e-2 is that of DARTS, arXiv 1806.09055.
 Flexora's text speaks of unrolled differentiation, its released code keeps the direct term only.
-
-The inner optimiser: what trains θ while α stands still, and what the adjoint needs to know of each of its steps.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from weftlora.schedule import processes
 from weftlora.search.batches import Batch, Passed, Passes, Random, math_attention
 from weftlora.settings import is_number, is_whole
 from weftlora.terms.layers import SearchedLayers
+
+log = logging.getLogger(__name__)
 
 Product = Callable[["InnerStep", list[Tensor]], tuple[list[Tensor], Tensor]]
 
@@ -177,8 +179,6 @@ def parameters_at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
             for p, value in zip(params, before, strict=True):
                 p.copy_(value)
 
-
-log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "sgd", "sign_sgd")
 SCHEDULES = ("cosine", "constant")
