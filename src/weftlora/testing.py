@@ -39,6 +39,7 @@ from weftlora.errors import ConfigError, MergeError, WeftError
 from weftlora.host.attach import schedules
 from weftlora.kernel.fast_path import use_reference
 from weftlora.terms import registry
+from weftlora.terms.layers import SearchedLayers
 
 __all__ = ["STEPS", "Checked", "check_processes", "check_term"]
 
@@ -74,6 +75,7 @@ def check_term(
 
         a frozen dataclass of plain data     through JSON and back it is the same; unknown fields are refused
         identity at the start                the adapted model computes what the base does, bit for bit
+        search, where one comes first        gates start at 1, their gradient is theirs, what is chosen is there, and again the same
         training                             the loss falls; gradients reach all that trains, and nothing else moves
         events                               each is plain data, and none is left undone
         reference                            the fast path computes what the equation says, gradients too
@@ -104,6 +106,7 @@ def check_term(
     checks: list[tuple[str, Callable[[_Trial, dict[str, str]], None]]] = [
         ("a frozen dataclass of plain data", _check_plain),
         ("identity at the start", _check_identity),
+        *([("search", _check_search)] if trial.search is not None else []),
         ("training", _check_training),
         ("reference", _check_reference),
         ("saving", _check_saving),
@@ -162,6 +165,10 @@ class _Trial:
         return axis
 
     @property
+    def search(self) -> SearchedLayers | None:
+        return self.config().layers.search
+
+    @property
     def encoded(self) -> dict[str, Any]:
         return cast("dict[str, Any]", encode_choice(self.term))
 
@@ -179,8 +186,7 @@ class _Trial:
         """The same, after what has to come before training, told how long it will be and given rows to measure on."""
         model = self.adapted()
         if _waits(model):
-            selection = weftlora.search_layers(model, _rows(), batch_size=2, accumulation=1, lr=LR)
-            model = cast(PeftModel, weftlora.second_stage(model, selection))
+            model = cast(PeftModel, weftlora.second_stage(model, _searched(model)))
         _attach(model, total)
         return model
 
@@ -236,6 +242,11 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _waits(model: nn.Module) -> bool:
     """Whether training is refused before a search."""
     return any(found.awaits_search for found in _sites(model))
+
+
+def _searched(model: nn.Module) -> weftlora.Selection:
+    torch.manual_seed(0)
+    return weftlora.search_layers(model, _rows(), batch_size=2, accumulation=1, lr=LR)
 
 
 def _sites(model: nn.Module) -> list[site.Site]:
@@ -329,6 +340,33 @@ def _check_identity(trial: _Trial, notes: dict[str, str]) -> None:
     with torch.no_grad():
         trained = model.train()(input_ids=_batch()["input_ids"]).logits
     _require(torch.equal(trained, expected), "in training mode a fresh adapter is not exactly the base.")
+
+
+def _check_search(trial: _Trial, notes: dict[str, str]) -> None:
+    search = cast(SearchedLayers, trial.search)
+    model = trial.adapted()
+    _require(_waits(model), "it has a search, and training does not wait for it.")
+    start = search.gates(torch.zeros(5, dtype=torch.float64))
+    _require(torch.equal(start, torch.ones_like(start)), f"its gates start at {start.tolist()}, not at 1 where α = 0.")
+    alpha = torch.tensor([0.3, -0.2, 0.0, 0.5, -0.6], dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    gates = search.gates(alpha)
+    [expected] = torch.autograd.grad((gates * slope).sum(), alpha)
+    with torch.no_grad():
+        h, nothing = gates * slope, torch.zeros_like(slope)
+        given = search.gradient(h, alpha) - search.gradient(nothing, alpha)
+    _require(
+        _close(given, expected, 1e-9),
+        f"its gradient is not that of its gates: {given.tolist()} where autograd gives {expected.tolist()}.",
+    )
+    first = _searched(model)
+    _require(bool(first.chosen), "its search selects nothing.")
+    _require(_searched(trial.adapted()).layers == first.layers, "the same search again selects something else.")
+    try:
+        told = search.selecting(1).selects
+    except ConfigError:
+        return
+    _require(told == 1, f"made to select one group, it says that it selects {told}.")
 
 
 def _check_training(trial: _Trial, notes: dict[str, str]) -> None:

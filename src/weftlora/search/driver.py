@@ -44,6 +44,10 @@ from weftlora.search.hypergradient import (
 from weftlora.search.selection import Candidate, Selection
 from weftlora.terms.layers import SearchedLayers, Weighed
 
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
+
 
 def state_of(job: LayerSearch) -> dict[str, Any]:
     """The state; all processes call it together and get the same."""
@@ -196,11 +200,6 @@ def cost_of_step(search: SearchedLayers, rows: int, outer_rows: int) -> float:
     """
     unrolled = 0 if search.hypergrad == "direct" else 2 * (search.unroll_steps or search.inner_steps)
     return search.inner_steps + unrolled + outer_rows * search.outer_batches / rows
-
-
-log = logging.getLogger(__name__)
-
-Listener = Callable[[dict[str, Any]], None]
 
 
 class LayerSearch:
