@@ -35,7 +35,7 @@ class Record:
         written = content.get("format", 0)
         if is_number(written) and written > (cls.format_version or 0):
             raise RunError(f"{file} was written by a newer weftlora: update weftlora to read it.")
-        hints = _hints(cls)
+        hints = _hints(cast(Any, cls))
         found = {item.name: content[item.name] for item in dataclasses.fields(cast(Any, cls)) if item.name in content}
         for name, value in found.items():
             if (wrong := _misfit(value, hints[name], name)) is not None:
