@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -56,21 +57,27 @@ def targets() -> list[Target]:
 # ---------------------------------------------------------------------- inputs that once were faults
 
 
-def unpacked(entry: dict[str, Any]) -> Case:
-    """A case as it is committed: texts, or base64 of what is no text; a link is {"link": where it leads}."""
-    case: Case = {}
+def unpacked(entry: dict[str, Any], seeds: list[Case]) -> Case:
+    """A case as it is committed: what differs from a seed. Texts, or base64 of what is no text; a link is {"link": where it leads}."""
+    case = dict(seeds[entry["seed"]])
     for name, content in entry["case"].items():
-        if isinstance(content, str):
-            case[name] = content.encode("utf-8", "surrogatepass")
+        if content is None:
+            del case[name]
+        elif isinstance(content, str):
+            case[name] = content.encode()
         else:
             case[name] = content["link"] if "link" in content else base64.b64decode(content["base64"])
     return case
 
 
-def packed(case: Case) -> dict[str, Any]:
+def packed(target: Target, was: str, case: Case) -> dict[str, Any]:
     """The other way round."""
-    made: dict[str, Any] = {}
+    seeds = target.seeds()
+    number = min(range(len(seeds)), key=lambda n: sum(seeds[n].get(name) != case.get(name) for name in {*seeds[n], *case}))
+    made: dict[str, Any] = dict.fromkeys(seeds[number].keys() - case.keys())
     for name, content in case.items():
+        if seeds[number].get(name) == content:
+            continue
         if isinstance(content, str):
             made[name] = {"link": content}
             continue
@@ -78,13 +85,13 @@ def packed(case: Case) -> dict[str, Any]:
             made[name] = content.decode("utf-8")
         except UnicodeDecodeError:
             made[name] = {"base64": base64.b64encode(content).decode()}
-    return made
+    return {"target": target.name, "was": was, "seed": number, "case": made}
 
 
-def found(target: str) -> list[Case]:
+def found(target: Target) -> list[Case]:
     """The committed inputs that once were faults of a target."""
     entries = json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.is_file() else []
-    return [unpacked(entry) for entry in entries if entry["target"] == target]
+    return [unpacked(entry, target.seeds()) for entry in entries if entry["target"] == target.name]
 
 
 # ---------------------------------------------------------------------- carrying out
@@ -101,7 +108,7 @@ def prepared(chosen: list[Target]) -> None:
         for number, target in enumerate(chosen):
             sandbox = engine.Sandbox(Path(top) / str(number), target)
             for case in target.seeds():
-                kind, detail = engine.tried(target, sandbox, case)
+                kind, detail = engine.tried(target, sandbox, case, must_work=True)
                 if kind:
                     print(f"{target.name}: a seed is a fault: {kind} {detail}", flush=True)
         os.chdir(here)
@@ -153,7 +160,7 @@ def campaign(
             turns[target.name] += 1
             work = engine.Slice(
                 target, seed, had[target.name], min(turn, end - time.monotonic()), 10**9,
-                found(target.name) if turns[target.name] == 1 else [], corpus_of(target.name) if learning else [],
+                found(target) if turns[target.name] == 1 else [], corpus_of(target.name) if learning else [],
             )  # fmt: skip
             running[target.name] = engine.start(work, top / str(len(done) * 100 + len(running)))
         for name, each in [*running.items()]:
@@ -170,6 +177,31 @@ def campaign(
 
 
 # ---------------------------------------------------------------------- what is kept
+
+
+def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
+    """Every fault put back: whether the slice finds it, and after how many inputs mutations of good inputs alone do."""
+    from faults import FAULTS, put_back
+
+    by_name = {target.name: target for target in chosen}
+    top = Path(tempfile.mkdtemp(prefix="weft-fuzz-", dir=memory()))
+    rows = []
+    for fault in [fault for fault in FAULTS if fault.target in by_name]:
+        target, row = by_name[fault.target], {"fault": fault.name, "target": fault.target}
+        for how, known in (("slice", found(target)), ("without", [])):
+            most = len(target.seeds()) + len(known) if how == "slice" else 20_000
+            work = engine.Slice(target, "faults", 0, seconds, most, known, [], functools.partial(put_back, fault), until_fault=True)
+            running = engine.start(work, top)
+            while (out := engine.look(running)) is None:
+                time.sleep(0.02)
+            met = next(iter(out.faults.values()), None)
+            if how == "slice":
+                row |= {"again": met is not None, "as": met.kind if met else ""}
+            else:
+                row |= {"inputs_without": met.number + 1 if met else None}
+        rows.append(row)
+        print(f"{'found' if row['again'] else 'NOT FOUND'}: {row}", flush=True)
+    return rows
 
 
 def source_digest() -> str:
@@ -228,7 +260,14 @@ def main() -> int:
     began = time.monotonic()
     prepared(chosen)
     print(f"ready in {time.monotonic() - began:.1f} s", flush=True)
+    by_name = {target.name: target for target in chosen}
     record = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    if given.faults:
+        record["put_back"] = found_again(chosen, 20)
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        missed = [row["fault"] for row in record["put_back"] if not row["again"]]
+        print(f"{len(record['put_back'])} faults put back, {len(missed)} not found again: {', '.join(missed)}")
+        return 1 if missed else 0
     if given.slice is not None:
         done = campaign(chosen, {}, given.slice, given.seed or "slice", given.jobs, given.slice / len(chosen), False)
     else:
@@ -244,7 +283,7 @@ def main() -> int:
         print(shown(faults))
     if given.new and faults:
         given.new.write_text(
-            json.dumps([{"target": f.target, "was": f.kind, "case": packed(f.case)} for f in faults], indent=1) + "\n",
+            json.dumps([packed(by_name[f.target], f.kind, f.case) for f in faults], indent=1) + "\n",
             encoding="utf-8",
         )
     return 1 if faults else 0

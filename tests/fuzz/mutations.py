@@ -39,6 +39,7 @@ TEXTS = [
     *(
         OUTSIDE,
         f"{OUTSIDE}/run.json",
+        f"../{OUTSIDE}",
         "..",
         ".",
         "/",

@@ -74,7 +74,7 @@ RECIPES = [
     "data:\n  train: demo\n  max_length: 64\n  fields: {prompt: question, completion: answer}\n  limit: 100\n"
     "adapter:\n  recipe: hydralora\n  r: 8\n  heads: 3\n  target_modules: [q_proj, v_proj]\n"
     "train:\n  steps: 150\n  batch_size: 32\n  lr: 5e-3\n  warmup: 0.1\n  args: {adam_beta2: 0.95}\nout: runs/hydra\n",
-    "base: &b {r: 4, lora_alpha: 8}\nmodel: demo\ndata: demo\n",
+    "model: &m {path: demo}\ndata: {<<: {train: demo}, max_length: 32}\nadapter: {recipe: lora, r: 4}\nout: runs/m\n",
     "model: demo\ndata: {train: demo}\nadapter:\n  <<: &x {r: 4}\n  structure: {kind: hydra, heads: 2}\n  boost: {kind: dash, after: 0.1}\n"
     "  layers: [0, 3]\n  rank_pattern: {q_proj: 2}\ntrain: {epochs: 0.5, seed: 3, lora_plus_ratio: 16.0, report_to: [none]}\nout: runs/x\n",
     "model: demo\ndata: demo\nadapter: {recipe: alora, first: 0.2, every: {epochs: 0.5}, max_rounds: 2, score: random}\n"
@@ -92,12 +92,15 @@ COMPARISONS = [
 
 
 def _asked(source: Any, *overrides: str) -> None:
+    from transformers import set_seed
+
     from weftlora.runs.adapter import adapter_config
     from weftlora.runs.recipe import asked
     from weftlora.train import arguments
 
     recipe, _ = asked(source, overrides)
     arguments.check(recipe.train)
+    set_seed(recipe.train.seed)  # as training does first of all
     adapter_config(recipe.adapter, total_steps=100)
 
 
@@ -106,6 +109,8 @@ def _recipe(folder: Path, case: Case) -> None:
 
 
 def _comparison_recipe(folder: Path, case: Case) -> None:
+    from transformers import set_seed
+
     from weftlora.compare.methods import contenders
     from weftlora.compare.recipe import CompareRecipe
     from weftlora.train import arguments
@@ -116,6 +121,8 @@ def _comparison_recipe(folder: Path, case: Case) -> None:
     arguments.check(recipe.train)
     for each in found:
         _ = each.slug, each.search
+    for seed in recipe.all_seeds[:5]:
+        set_seed(seed)
 
 
 OVERRIDES = [
@@ -469,11 +476,25 @@ def _checkpoints(folder: Path, case: Case) -> None:
     from weftlora.train.resuming import check_can_resume, resume_point
 
     run = Run.load(folder)
-    _refused_or_not(lambda: checkpoint.newest(run.checkpoints))
+    _refused_or_not(lambda: _is_whole(checkpoint.newest(run.checkpoints)))
     _refused_or_not(lambda: check_can_resume(run))
     _refused_or_not(lambda: resume_point(run, main=True))
     settle(folder)
     checkpoint.rotate(run.checkpoints, 1)
+
+
+def _is_whole(chosen: Path | None) -> None:
+    """Training goes on from no checkpoint that lacks a file, or has another than its marker says. Raises AssertionError."""
+    if chosen is None:
+        return
+    try:
+        marker = json.loads((chosen / "complete.json").read_text(encoding="utf-8"))
+        sizes = {name: size for name, (size, _) in marker.get("files", {}).items()}
+        whole = int(chosen.name.removeprefix("checkpoint-")) == marker["step"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise AssertionError("a checkpoint with a damaged marker is gone on from") from None
+    whole = whole and all((chosen / name).is_file() and (chosen / name).stat().st_size == size for name, size in sizes.items())
+    assert whole, "a checkpoint that is not what its marker says is gone on from"
 
 
 def _change_checkpoints(rng: random.Random, case: Case) -> Case:
