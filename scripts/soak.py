@@ -255,7 +255,11 @@ def commands(top: Path) -> dict[str, Command]:
         return ["search", "flexora", *short, "--out", str(place / "selection.json")]
 
     def exporting(*more: str) -> Callable[[Path, bool], list[str]]:
-        return lambda place, moved: ["export", str(top / "ran-lora"), "--out", str(place / "export"), *more]
+        def arguments(place: Path, moved: bool) -> list[str]:
+            there = ["--overwrite"] if (place / "export").exists() else []  # a kill came after the end
+            return ["export", str(top / "ran-lora"), "--out", str(place / "export"), *more, *there]
+
+        return arguments
 
     def reporting(place: Path, moved: bool) -> list[str]:
         return ["report", str(top / "ran-lora"), str(top / "ran-tied_lora"), "-o", str(place / "page.html")]

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 from interrupting import Interrupt, weights
+from transformers import TrainerCallback
 
 import weftlora
 from weftlora.errors import AdapterError, ConfigError, RunError
@@ -236,3 +240,35 @@ def test_a_signal_after_the_last_record_does_not_take_it_back(recipe: Make, monk
         with pytest.raises(KeyboardInterrupt):
             weftlora.train(given := recipe(train=LENGTH | {"steps": 2}))
     assert Run.load(given["out"]).status == "complete"
+
+
+@pytest.mark.parametrize("how", ["read-only", "gone"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_folder_that_cannot_be_written_any_more_is_one_sentence(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int
+) -> None:
+    """Whatever touches it first: a checkpoint, its deletion, the record of the failure."""
+    given = recipe(train=LENGTH | {"steps": 4, "save_every": 2, "keep": 1})
+    out = Path(given["out"])
+
+    class Trouble(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step != step:
+                return
+            if how == "gone":
+                out.rename(tmp_path / "elsewhere")
+                return
+            (out / "checkpoints" / "checkpoint-9").mkdir()  # as an earlier kill leaves one
+            for name in ("open", "unlink", "rmdir", "mkdir", "rename", "replace"):
+                monkeypatch.setattr(os, name, read_only)
+
+    def read_only(*given: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(given[0]))
+
+    with monkeypatch.context(), pytest.raises(RunError, match=r"cannot write|taken away"):
+        weftlora.train(given, callbacks=[Trouble()])
+    monkeypatch.undo()
+    if how == "gone":
+        shutil.rmtree(out, ignore_errors=True)
+        (tmp_path / "elsewhere").rename(out)
+    assert weftlora.train(given, resume=True).status == "complete"

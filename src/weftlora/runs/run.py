@@ -262,7 +262,11 @@ class Made:
                 raise
 
     def undo(self) -> None:
-        """Delete what the new run has written and put back what it was to replace."""
+        """Delete what the new run has written and put back what it was to replace. Raises RunError."""
+        with writing(self.folder):
+            self._undo()
+
+    def _undo(self) -> None:
         if (self.aside / "run.json").is_file() or not self.aside.exists():  # else nothing of the new run is there yet
             delete(of_run(self.folder, vouched=True), self.folder)
             without_empty({self.folder / name for name in FOLDERS}, self.folder)
@@ -272,6 +276,7 @@ class Made:
             shutil.rmtree(self.aside)
 
     def keep(self) -> None:
-        """The new run has started: delete the one it replaces."""
-        if self.aside.exists():
-            _forget(self.aside)
+        """The new run has started: delete the one it replaces. Raises RunError."""
+        with writing(self.folder):
+            if self.aside.exists():
+                _forget(self.aside)

@@ -113,7 +113,7 @@ def _train(
     elif not verify_base:
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
-    with _recorded(main) as record:
+    with _recorded(main) as record, _sentences(run):
         with _started(record, run, before, main, prepared.defaults):
             search = layer_search.begin(prepared, run, args, main)
             if search is None:
@@ -284,24 +284,22 @@ def _run_trainer(
 ) -> Run:
     """Search layers where the recipe does, train, save the adapter, measure; run.json then says that it is complete."""
     last = resume_point(run, main) if resume else None
-    with _sentences(run):
-        trainer, prepared, run = start()
-        record.trainer, record.run = trainer, run
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
-        if resume:
-            took["resumed_from"] = checkpoint.step_of(last) if last else 0
-        warn_of_missing(prepared.model, over=True)
-        metrics = _final(trainer, prepared, progress)
-        _check_finite(metrics)
-        run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
-        if main:
-            prepared.name_weights(run)
-            write_adapter(prepared.model, run)
-            run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
-            run.event("end", step=trainer.state.global_step)
-            run.save()
-            record.run = None
+    trainer, prepared, run = start()
+    record.trainer, record.run = trainer, run
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
+    if resume:
+        took["resumed_from"] = checkpoint.step_of(last) if last else 0
+    warn_of_missing(prepared.model, over=True)
+    metrics = _final(trainer, prepared, progress)
+    _check_finite(metrics)
+    run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
+    if main:
+        prepared.name_weights(run)
+        write_adapter(prepared.model, run)
+        run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
+        run.event("end", step=trainer.state.global_step)
+        run.save()
     return run
 
 
@@ -327,17 +325,28 @@ def _sentences(run: Run) -> Iterator[None]:
             "the GPU is out of memory: lower train.batch_size or set train.gradient_checkpointing=true."
         ) from None
     except (OSError, SafetensorError) as error:
+        if _has_gone(run):
+            raise RunError(_GONE.format(run.folder)) from error
         if isinstance(error, OSError) and error.errno not in _DISK:
             raise
         raise RunError(
             f"cannot write below {run.folder}: {_reason(error)}; free space and continue with --resume."
         ) from error
     except RuntimeError as error:
+        if _has_gone(run):
+            raise RunError(_GONE.format(run.folder)) from error
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
         raise RunError(
             f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."
         ) from error
+
+
+_GONE = "{} was taken away while it was written: put it back and continue with --resume."
+
+
+def _has_gone(run: Run) -> bool:
+    return not (run.folder / "run.json").is_file()
 
 
 def _reason(error: Exception) -> str:
