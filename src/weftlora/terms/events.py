@@ -28,10 +28,11 @@ Event = dict[str, Any]
 
 @dataclass
 class Length:
-    """How long the run is, where that is known: optimiser steps in all, and per pass over the data."""
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step."""
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
+    tokens_per_step: float | None = None
 
 
 class Lettered(Protocol):
@@ -105,6 +106,11 @@ class Validation(Protocol):
     @property
     def count(self) -> int:
         """How many rows there are."""
+        ...
+
+    @property
+    def tokens(self) -> float | None:
+        """Of a row, on average over some; None where they cannot be counted."""
         ...
 
     def draw(self, count: int, seed: str) -> Mapping[str, Tensor]:
