@@ -73,7 +73,9 @@ def unpacked(entry: dict[str, Any], seeds: list[Case]) -> Case:
 def packed(target: Target, was: str, case: Case) -> dict[str, Any]:
     """The other way round."""
     seeds = target.seeds()
-    number = min(range(len(seeds)), key=lambda n: sum(seeds[n].get(name) != case.get(name) for name in {*seeds[n], *case}))
+    number = min(
+        range(len(seeds)), key=lambda n: sum(seeds[n].get(name) != case.get(name) for name in {*seeds[n], *case})
+    )
     made: dict[str, Any] = dict.fromkeys(seeds[number].keys() - case.keys())
     for name, content in case.items():
         if seeds[number].get(name) == content:
@@ -190,7 +192,9 @@ def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
         target, row = by_name[fault.target], {"fault": fault.name, "target": fault.target}
         for how, known in (("slice", found(target)), ("without", [])):
             most = len(target.seeds()) + len(known) if how == "slice" else 20_000
-            work = engine.Slice(target, "faults", 0, seconds, most, known, [], functools.partial(put_back, fault), until_fault=True)
+            work = engine.Slice(
+                target, "faults", 0, seconds, most, known, [], functools.partial(put_back, fault), until_fault=True
+            )
             running = engine.start(work, top)
             while (out := engine.look(running)) is None:
                 time.sleep(0.02)

@@ -493,7 +493,9 @@ def _is_whole(chosen: Path | None) -> None:
         whole = int(chosen.name.removeprefix("checkpoint-")) == marker["step"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise AssertionError("a checkpoint with a damaged marker is gone on from") from None
-    whole = whole and all((chosen / name).is_file() and (chosen / name).stat().st_size == size for name, size in sizes.items())
+    whole = whole and all(
+        (chosen / name).is_file() and (chosen / name).stat().st_size == size for name, size in sizes.items()
+    )
     assert whole, "a checkpoint that is not what its marker says is gone on from"
 
 

@@ -272,3 +272,21 @@ def test_a_folder_that_cannot_be_written_any_more_is_one_sentence(
         shutil.rmtree(out, ignore_errors=True)
         (tmp_path / "elsewhere").rename(out)
     assert weftlora.train(given, resume=True).status == "complete"
+
+
+def test_a_run_started_before_goes_on_with_the_rule_of_moving_ranks_that_it_was_started_with(
+    recipe: Make, tmp_path: Path
+) -> None:
+    """Its recipe leaves the rule to a default, which has changed since; its record, of format 1, says which it was."""
+    adapter = {"recipe": "alora", "r": 2, "first": 2, "every": 2, "max_rounds": 3, "score": "random"}
+    given = recipe(adapter=adapter, train=LENGTH, data=None, out=str(tmp_path / "run")) | {}
+    given["data"] = recipe()["data"] | {"validation_fraction": 0.2}
+    interrupted(given)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    assert record["adapter"]["ranks"].pop("all_lost") == "go_on"
+    record["adapter"]["format_version"] = 1
+    path.write_text(json.dumps(record))
+    resumed = weftlora.train(given, resume=True)
+    saved = json.loads((resumed.adapter_folder / "adapter_config.json").read_text())
+    assert saved["ranks"]["all_lost"] == resumed.adapter["ranks"]["all_lost"] == "end"

@@ -35,7 +35,7 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
-from weftlora.train import arguments, checkpoint, costs, layer_search
+from weftlora.train import ahead, arguments, checkpoint, costs, layer_search
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
@@ -94,7 +94,7 @@ def _train(
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
     started = time.monotonic()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, None if before is None else before.adapter)
     if prepared.adapter is None:
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
@@ -119,6 +119,9 @@ def _train(
             if search is None:
                 trainer = make_trainer(prepared, run, args, progress, callbacks)
         _announce(run, prepared)
+        if main:
+            for line in ahead.lines(prepared, None if search is None else search.search):
+                log.info("%s", line)
 
         def start() -> tuple[Trainer, Prepared, Run]:
             if search is None:

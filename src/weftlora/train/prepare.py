@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
 from weftlora.host.versions import why_no_sft
 from weftlora.runs import base_model, rates
-from weftlora.runs.adapter import adapt, adapter_config, saved_selection
+from weftlora.runs.adapter import adapt, adapter_config, as_begun, saved_selection
 from weftlora.runs.base_model import Fingerprint, fingerprint
 from weftlora.runs.identity import Weights
 from weftlora.runs.recipe import Recipe, Task, TrainConfig
 from weftlora.runs.run import Run
-from weftlora.scoring.rows import Rows
+from weftlora.scoring.rows import Rows, tokens_of
 from weftlora.train import arguments
 
 if TYPE_CHECKING:
@@ -64,8 +65,11 @@ class Prepared:
         return True
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
     """Load and adapt what `recipe` names; writes nothing.
+
+    Args:
+        begun: the adapter's config in the record of the run that is continued.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
@@ -93,7 +97,7 @@ def prepare(recipe: Recipe) -> Prepared:
         chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
         recipe = recipe.with_train(lr=chosen.lr)
         defaults += (f"learning rate {chosen.lr:g} {chosen.why}",)
-    config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
+    config = as_begun(adapter_config(recipe.adapter, steps, selection, recipe.from_folder), begun)
     if selection is not None:
         selection.check(plain)
     if config is not None:
@@ -106,7 +110,8 @@ def prepare(recipe: Recipe) -> Prepared:
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
     if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
-        attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
+        per_step = tokens_per_step(recipe, data)
+        attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows, tokens_per_step=per_step)
     _ready_for_checkpointing(plain, recipe)
     measured = rows_to_measure(recipe.train, data, steps)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults)
@@ -151,6 +156,13 @@ def _tokens(data: Loaded, split: str) -> float:
     """Tokens a row, on average."""
     counts = data.counts[split]
     return counts.tokens / counts.rows
+
+
+def tokens_per_step(recipe: Recipe, data: Loaded) -> float | None:
+    """Tokens that an optimiser step of all processes is taken on, on average; None where rows have none."""
+    length = tokens_of(data.train)
+    rows = recipe.train.batch_size * recipe.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    return None if length is None else rows * length
 
 
 def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:

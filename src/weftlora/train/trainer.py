@@ -16,7 +16,7 @@ from weftlora.adapter.spec import WeftConfig
 from weftlora.disk.files import append_json
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
-from weftlora.progress import Progress, Tick
+from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
@@ -205,7 +205,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     mixins: list[type] = [_Measured, _Logged]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
-        attach(prepared.model, on_event=_recorded(run))
+        attach(prepared.model, on_event=_recorded(run), on_progress=progress if _main() else ignore)
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
     measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
@@ -224,11 +224,15 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     return trainer
 
 
+def _main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
     """Writes what a schedule does into events.jsonl, from the main process."""
 
     def write(event: dict[str, Any]) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _main():
             run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     return write
