@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from weftlora.data import cache, hub
+from weftlora.data.collate import packed
 from weftlora.data.config import DEMO, DataConfig, Format, Task, hub_name, named
 from weftlora.data.demo import demo_rows
 from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
@@ -431,6 +432,8 @@ def _load(
     form = parts["train"][0].columns.format
     task = _task(task, form)
     looked = {name: Looked.at(held, config) for name, held in parts.items()}
+    if config.packing and task != "causal":
+        raise ConfigError(f"data.packing is for causal models, and this task is {task}: leave it out.")
     names = _labels(looked, labels) if task == "classification" else None
     domains = sorted({domain for held in looked.values() for domain in held.domains})
     limits = {
@@ -445,6 +448,10 @@ def _load(
         has_domain = any("domain" in part.columns.of for part in split.looked.parts)
         encoder = Encoder(encode, features(form, task, has_domain), config.seed, place, config.processes)
         held, counts, joined_rows = encoder(split, name, limits[name])
+        if name == "train" and config.packing:
+            with quiet():
+                held = packed(held, max_length, place.folder() if held.cache_files else None)
+            counts = replace(counts, rows=len(held))
         done[name] = (held, counts)
         if joined_rows:
             notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -25,6 +25,7 @@ from weftlora.runs.base_model import Fingerprint, fingerprint
 from weftlora.runs.identity import Weights
 from weftlora.runs.recipe import Recipe, Task, TrainConfig
 from weftlora.runs.run import Run
+from weftlora.runs.scores import evaluating
 from weftlora.scoring.rows import Rows, tokens_of
 from weftlora.train import arguments
 
@@ -90,6 +91,8 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
     set_seed(recipe.train.seed)
     plain = base_model.load(base, task, data.labels)
     base_model.check_ids(base, plain, data)
+    if recipe.data.packing:
+        check_packing(plain, base)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
@@ -163,6 +166,28 @@ def tokens_per_step(recipe: Recipe, data: Loaded) -> float | None:
     length = tokens_of(data.train)
     rows = recipe.train.batch_size * recipe.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     return None if length is None else rows * length
+
+
+def check_packing(model: PreTrainedModel, base: base_model.Base) -> None:
+    """Refuse packed rows where the model lets them see each other, by asking it. Raises ConfigError."""
+    model.config.use_cache = False  # with a cache it takes packed rows for one
+    collate = Collator(base.tokenizer.pad_token_id)
+    size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+    rows = [[(7 * at + 3 * row) % size for at in range(5 + row)] for row in range(2)]
+    apart = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+    mask = [number for number, ids in enumerate(rows, start=1) for _ in ids]
+    together = {"input_ids": [token for ids in rows for token in ids], "attention_mask": mask}
+    with evaluating(model), torch.no_grad():
+        alone, held = (
+            model(**{key: value.to(model.device) for key, value in collate([row]).items()}).logits[0].float()
+            for row in (apart[1], together)
+        )
+    if not torch.allclose(held[len(rows[0]) :], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+        how = model.config._attn_implementation
+        raise ConfigError(
+            f"data.packing cannot be used: rows that are packed together see each other in {base.config.path!r} with {how} attention; "
+            "leave it out, or try another model.attn_implementation."
+        )
 
 
 def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
