@@ -75,6 +75,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.lr=1e-3")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder; short for out=....")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on with a complete run, to a longer train.steps, in a new run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     no_verify_base: Annotated[
         bool, typer.Option("--no-verify-base", help="Do not read the base's weights to identify them.")
@@ -89,7 +92,13 @@ def train(
         from weftlora.train import train as call
 
         run = call(
-            recipe, *given, resume=resume, overwrite=overwrite, verify_base=not no_verify_base, progress=progress
+            recipe,
+            *given,
+            resume=resume,
+            extend=extend,
+            overwrite=overwrite,
+            verify_base=not no_verify_base,
+            progress=progress,
         )
     output.show(run.record(), as_json, lambda: output.run_summary(run))
 

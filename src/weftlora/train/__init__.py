@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weftlora.errors import ConfigError
 from weftlora.extras import needs
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
@@ -25,6 +26,7 @@ def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *overrides: str,
     resume: bool = False,
+    extend: bool = False,
     overwrite: bool = False,
     verify_base: bool = True,
     progress: Progress = ignore,
@@ -37,6 +39,9 @@ def train(
         overrides: `key=value` with dots, such as `train.lr=1e-3`; values are YAML.
         resume: continue the run in `out` from its newest complete checkpoint. On a CPU the final adapter is the
             uninterrupted run's, bit for bit. A complete run is returned as it is.
+        extend: go on with a complete run, whose folder `recipe` is, to the longer `train.steps` of the overrides: a new run, by
+            default in a folder of its name and those steps, from the last checkpoint, with its optimiser. The schedule begins again
+            over the added steps, so it is not the run that would have been.
         overwrite: replace an earlier run in `out`; your own files in it stay.
         verify_base: identify the base's weights by their content, in the background. False on network disks that are slow to read;
             the run records it, and a base whose values were changed later is then found by a sample of them only.
@@ -48,12 +53,22 @@ def train(
         RunError: the run folder is in use, cannot be written, or is not one to resume.
     """
     with needs("train", "weftlora.train"):
-        from weftlora.runs.recipe import asked
+        from weftlora.runs.recipe import asked, asked_to_extend
 
-        read, before = asked(recipe, overrides, resume)
+        if extend and resume:
+            raise ConfigError("resume goes on with a run as it was, and extend with a longer one: give one of them.")
+        read, before = asked_to_extend(recipe, overrides) if extend else asked(recipe, overrides, resume)
         from weftlora.train import loop
 
-        return loop.train(read, before, overwrite, verify_base, progress, callbacks)
+        return loop.train(
+            read,
+            None if extend else before,
+            overwrite,
+            verify_base,
+            progress,
+            callbacks,
+            extends=before if extend else None,
+        )
 
 
 def evaluate(
