@@ -73,12 +73,6 @@ def own_names() -> set[str]:
 
 OWN = own_names()
 
-# What may name choices, and why.
-ALLOWED = {
-    "bench/cases.py:CONFIGS": "constructors of the configs that a bench steps, by the name of the case",
-    "bench/cases.py:RANKS": "at which rank the bench steps each of these cases",
-}
-
 
 def asked(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Every place that asks which choice something is."""
@@ -207,9 +201,8 @@ def places(path: Path) -> dict[str, str]:
     file = path.relative_to(SOURCE).as_posix()
     found = {}
     for node, way in asked(tree):
-        at = f"{file}:{inside[node]}"
-        if at not in ALLOWED and not _is_public_list(file, inside[node]):
-            found[f"{at}:{node.lineno}"] = way  # type: ignore[attr-defined]
+        if not _is_public_list(file, inside[node]):
+            found[f"{file}:{inside[node]}:{node.lineno}"] = way  # type: ignore[attr-defined]
     return found
 
 
@@ -277,15 +270,6 @@ def test_a_function_that_asks_for_others_is_seen(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(globals(), "functions_of", lambda module: {"search_of": helper})
     assert list(asked(ast.parse("from weftlora.terms.layers.search import search_of")))
     assert not list(asked(ast.parse("from weftlora.terms.layers.search import Search")))
-
-
-def test_what_is_allowed_is_there() -> None:
-    """An entry of the list above that nothing needs any more goes away."""
-    for at in ALLOWED:
-        file, _, name = at.partition(":")
-        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
-        tops = [t for t in tree.body if name in ast.unparse(t).split("(")[0].split("=")[0]]
-        assert any(list(asked(top)) for top in tops), at
 
 
 def test_a_choice_overrides_nothing_that_its_protocol_has_settled() -> None:

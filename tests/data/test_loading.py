@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftlora.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load
+from weftlora.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load, loading, shown
 from weftlora.errors import ConfigError, DataError, ModelError
 
 BOS, EOS = 0, 1
@@ -279,3 +279,129 @@ def test_no_cache_is_written(tmp_path, letters):
     clean |= {"HOME": str(home), "HF_HUB_OFFLINE": "1", "TMPDIR": str(home)}
     subprocess.run([sys.executable, "-c", FRESH, str(tmp_path)], env=clean, check=True)
     assert list(home.rglob("*")) == []
+
+
+def test_several_files_are_one_set_and_weights_say_how_often_they_are_seen(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", numbers(10))
+    jsonl(tmp_path / "b.jsonl", [{"question": f"{n}?", "answer": n} for n in range(10)])
+    even = load_in(tmp_path, letters, {"train": ["a.jsonl", "b.jsonl"], "validation_fraction": 0})
+    assert even.train["completion"] == [str(n) for n in range(10)] * 2
+    assert len(even.columns) == 2
+    mixed = load_in(tmp_path, letters, {"train": {"a.jsonl": 2, "b.jsonl": 0.5}, "validation_fraction": 0})
+    seen = Counter(mixed.train["prompt"])
+    assert [seen[f"{n}="] for n in range(10)] == [2] * 10
+    assert sorted(seen[f"{n}?"] for n in range(10)) == [0] * 5 + [1] * 5
+    carved = load_in(tmp_path, letters, {"train": {"a.jsonl": 2, "b.jsonl": 1}, "validation_fraction": 0.2})
+    assert len(carved.validation) == 4  # of the rows, not of their copies
+    assert set(carved.validation["prompt"]).isdisjoint(carved.train["prompt"])
+    jsonl(tmp_path / "c.jsonl", [{"messages": [{"role": "assistant", "content": "c"}]}])
+    with pytest.raises(ConfigError, match=r"c\.jsonl is read as chat and .*a\.jsonl as prompt_completion"):
+        load_in(tmp_path, letters, ["a.jsonl", "c.jsonl"])
+    (tmp_path / "d.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"prompt": 1, "completion": null}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl, line 2: column 'completion' holds None"):
+        load_in(tmp_path, letters, ["a.jsonl", "d.jsonl"])
+
+
+def test_a_column_that_only_the_test_rows_have_is_not_dropped(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", numbers(10))
+    jsonl(tmp_path / "t.jsonl", [{"prompt": "p", "completion": "c", "context": "seen"}])
+    with pytest.raises(ConfigError, match=r"the column context of .*t\.jsonl holds values"):
+        load_in(tmp_path, letters, {"train": "a.jsonl", "test": "t.jsonl"})
+
+
+def test_a_limit_is_of_rows_that_are_of_use_in_every_split(tmp_path, letters):
+    rows = [{"prompt": f"{n}=", "completion": "x" * (30 if n % 2 else 1)} for n in range(200)]
+    jsonl(tmp_path / "a.jsonl", rows)
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "max_length": 10, "limit": 20})
+    assert len(loaded.train) == 20
+    assert loaded.counts["train"].dropped > 0
+    assert load_in(tmp_path, letters, {"train": "a.jsonl", "max_length": 10, "limit": 5}).counts["validation"].kept == 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_large_split_is_encoded_into_a_file_and_found_again(tmp_path, monkeypatch, chat_letters, processes):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = [
+        {
+            "messages": [{"role": "user", "content": f"{n % 40}?"}, {"role": "assistant", "content": str(n)}],
+            "domain": "d",
+        }
+        for n in range(90)
+    ]
+    rows[7]["messages"][1]["content"] = " "
+    rows[8]["messages"][1]["content"] = "x" * 99
+    jsonl(tmp_path / "a.jsonl", rows)
+    section = {"train": "a.jsonl", "max_length": 40, "processes": processes, "validation_fraction": 0.2}
+    small = load_in(tmp_path, chat_letters, section)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(loading, "LARGE", 50)
+    monkeypatch.setattr(loading, "AT_ONCE", 16)
+    large = load_in(tmp_path, chat_letters, section)
+    assert large.train.cache_files
+    (entry,) = (tmp_path / "cache" / "weftlora" / "rows").iterdir()
+    monkeypatch.setattr(loading, "_load", lambda *args: pytest.fail("it was encoded again"))
+    again = load_in(tmp_path, chat_letters, section)
+    for found in (large, again):
+        assert found.counts == small.counts
+        assert (found.hashes, found.columns, found.domains) == (small.hashes, small.columns, small.domains)
+        assert [*found.train] == [*small.train]
+        assert [*found.validation] == [*small.validation]
+    assert small.counts["train"].empty + small.counts["train"].dropped == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "LARGE", 50)
+    rows[0]["messages"][1]["content"] = "other"
+    jsonl(tmp_path / "a.jsonl", rows)
+    assert (
+        "other" in load_in(tmp_path, chat_letters, section).train["completion"]
+        or "other" in load_in(tmp_path, chat_letters, section).validation["completion"]
+    )
+    (entry / "loaded.json").write_text("{")  # damaged: encoded again
+    load_in(tmp_path, chat_letters, section)
+    load_in(tmp_path, chat_letters, {**section, "cache": False})
+    kept = len(list((tmp_path / "cache" / "weftlora" / "rows").iterdir()))
+    assert kept == 2
+    other = deepcopy(chat_letters)
+    other.chat_template += "{# another #}"
+    load_in(tmp_path, other, section)
+    assert len(list((tmp_path / "cache" / "weftlora" / "rows").iterdir())) == 3
+
+
+def test_a_row_that_cannot_be_used_is_named_from_every_process(tmp_path, monkeypatch, chat_letters):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "LARGE", 50)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": str(n)}]}
+        for n in range(90)
+    ]
+    rows[77]["messages"][0]["name"] = "who"
+    jsonl(tmp_path / "a.jsonl", rows)
+    for processes in (1, 2):
+        with pytest.raises(DataError, match=r"a\.jsonl, line 78: a message of the user has the key 'name'"):
+            load_in(tmp_path, chat_letters, {"train": "a.jsonl", "processes": processes, "validation_fraction": 0})
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_beginning_that_the_prompt_brings_is_not_put_twice(tmp_path, letters):
+    rows = [{"prompt": "<s>p", "completion": "c"}, {"prompt": "p", "completion": "c</s>"}]
+    jsonl(tmp_path / "a.jsonl", rows)
+    loaded = load_in(tmp_path, letters, {"train": "a.jsonl", "validation_fraction": 0})
+    assert loaded.train[0]["input_ids"] == loaded.train[1]["input_ids"]
+    assert loaded.train[0]["input_ids"].count(BOS) == 1
+    assert encode_prompt(letters, "<s>p") == encode_prompt(letters, "p")
+
+
+def test_what_is_learnt_can_be_looked_at(tmp_path, letters, chat_letters, framed_letters):
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "cd"}])
+    section = {"train": "a.jsonl", "validation_fraction": 0}
+    assert list(shown(load_in(tmp_path, letters, section).train, letters)) == [[("<s>p", False), ("cd</s>", True)]]
+    pieces = list(shown(load_in(tmp_path, framed_letters, section, task="seq2seq").train, framed_letters))
+    assert pieces == [[("<s>p</s>", False), ("cd</s>", True)]]
+    jsonl(
+        tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "cd"}]}]
+    )
+    assert list(shown(load_in(tmp_path, chat_letters, section).train, chat_letters)) == [
+        [("<s>[u]p</s>[a]", False), ("cd</s>", True)]
+    ]
+    jsonl(tmp_path / "a.jsonl", [{"text": "p"}])
+    assert list(shown(load_in(tmp_path, letters, section).train, letters)) == [[("<s>p</s>", True)]]

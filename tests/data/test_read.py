@@ -1,12 +1,16 @@
 import csv
+import gzip
 import hashlib
 import json
+import pickle
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from weftlora.data.config import DataConfig
-from weftlora.data.read import Blocks, read
+from weftlora.data.read import Blocks, Lines, flat, read
 from weftlora.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "say,", "completion": '"a"\nb'}]
@@ -37,6 +41,13 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path):
     as_csv(tmp_path / "a.csv", ",")
     as_csv(tmp_path / "a.tsv", "\t")
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "a_saved")
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.ndjson").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "B.JSONL").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    for name in ("a.jsonl", "a.json", "a.csv"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_folder" / "part.csv").write_bytes((tmp_path / "a.csv").read_bytes())
     for path in tmp_path.iterdir():
         source = read(path, config, LETTER_BLOCKS)
         assert values(source) == ROWS, path
@@ -180,3 +191,62 @@ def test_a_saved_dataset_without_train_is_refused(tmp_path):
     DatasetDict({"test": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match="the splits test but no train"):
         read(tmp_path / "saved", DataConfig.parse("x"), LETTER_BLOCKS)
+
+
+def test_a_folder_of_files_is_read_by_split(tmp_path):
+    for name, value in {
+        "train-0.jsonl": 1,
+        "train-1.jsonl.gz": 2,
+        "dev.csv": 3,
+        "sub/test.parquet": 4,
+        ".hidden.jsonl": 5,
+        "README.md": 6,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".parquet"):
+            Dataset.from_list([{"a": value}]).to_parquet(tmp_path / name)
+        elif name.endswith(".csv"):
+            (tmp_path / name).write_text(f"a\n{value}\n")
+        else:
+            raw = json.dumps({"a": value}).encode()
+            (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    source = read(tmp_path, DataConfig.parse("x"), LETTER_BLOCKS)
+    assert [row.values["a"] for row in source.rows] == [1, 2]
+    assert [part.name for part in flat(source)] == [str(tmp_path / "train-0.jsonl"), str(tmp_path / "train-1.jsonl.gz")]
+    assert {name: [row.values["a"] for row in part.rows] for name, part in source.parts.items()} == {
+        "validation": ["3"],
+        "test": [4],
+    }
+    tested = read(tmp_path, DataConfig.parse({"train": "x", "split": "test"}), LETTER_BLOCKS)
+    assert [row.values["a"] for row in tested.rows] == [4]
+    with pytest.raises(DataError, match=r"has the splits .* but no unseen"):
+        read(tmp_path, DataConfig.parse({"train": "x", "split": "unseen"}), LETTER_BLOCKS)
+
+
+def test_a_table_says_what_a_row_has_and_not_what_others_have(tmp_path):
+    rows = [{"m": [{"role": "user", "content": "a"}]}, {"m": [{"role": "user", "content": "b", "name": "c"}]}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    source = read(tmp_path / "a.parquet", DataConfig.parse("x"), LETTER_BLOCKS)
+    assert values(source) == rows
+    assert [row.values for row in source.rows[0:2]] == [source.rows[0].values, source.rows[1].values] == rows
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.sampled_from(['{"a": "x"}', ' {"a": 1} ', "", "   ", '{"a": "\u2028\u0085"}']), max_size=12),
+    end=st.sampled_from(["\n", "\r\n"]),
+    last=st.booleans(),
+    mark=st.booleans(),
+)
+def test_lines_are_where_they_are_found(tmp_path, monkeypatch, lines, end, last, mark):
+    """Against the plain way: the whole file decoded and cut at its line ends, in pieces of a few bytes."""
+    text = end.join(lines) + (end if last else "")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode())
+    held = Lines(str(path), path, piece=7)
+    wanted = [(number, json.loads(line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    assert [(row.line, row.values) for row in held] == wanted
+    assert [(held[at].line, held[at].values) for at in range(len(held))] == wanted
+    assert held.blank == len(text.split("\n")) - (text.endswith("\n") or not text) - len(wanted)
+    assert held.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert [row.values for row in pickle.loads(pickle.dumps(held))] == [value for _, value in wanted]

@@ -30,7 +30,9 @@ def test_pickled_weights_are_not_read(bases: dict[str, Path], tmp_path: Path) ->
     folder = tmp_path / "pickled"
     shutil.copytree(bases["llama"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(bases["llama"] / "model.safetensors"), folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"safetensors"):
+    with pytest.raises(
+        ModelError, match=r"pytorch_model\.bin, a pickle, .*save_pretrained\(NEW_FOLDER\), which writes safetensors"
+    ):
         found(folder)
 
 

@@ -191,3 +191,48 @@ def test_numbers_do_not_depend_on_an_interruption(recipe: Make, tmp_path: Path, 
         found[name] = (rows, record | {"folder": ""})
     assert found["cut"] == found["whole"]
     assert any("loss" in row for row in found["whole"][0])
+
+
+@pytest.mark.parametrize("place", ["layer_search.begin", "make_trainer", "_announce", "resume_point", "_final"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_interrupted_anywhere_a_run_does_not_say_that_it_is_running(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, place: str, resume: bool
+) -> None:
+    """By the file itself, which others read without asking whether somebody holds the lock."""
+    given = recipe(train=LENGTH | {"steps": 4, "save_every": 2})
+    if resume:
+        interrupted(given, 3)
+
+    def stop(*given: Any, **more: Any) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"weftlora.train.loop.{place}", stop)
+        if place == "resume_point" and not resume:
+            weftlora.train(given)
+        else:
+            with pytest.raises(SystemExit):
+                weftlora.train(given, resume=resume)
+    file = Path(given["out"]) / "run.json"
+    if not resume and place in ("layer_search.begin", "make_trainer"):
+        assert not file.exists()  # taken back, as there was nothing to go on with
+        return
+    assert json.loads(file.read_text())["status"] == (
+        "complete" if place == "resume_point" and not resume else "interrupted"
+    )
+    assert weftlora.train(given, resume=True).status == "complete"
+
+
+def test_a_signal_after_the_last_record_does_not_take_it_back(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Run.save
+
+    def and_stop(self: Run) -> None:
+        save(self)
+        if self.status == "complete":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            weftlora.train(given := recipe(train=LENGTH | {"steps": 2}))
+    assert Run.load(given["out"]).status == "complete"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -24,6 +23,8 @@ from peft import PeftConfig, PeftType
 
 from weftlora.adapter import before_configs, compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
+from weftlora.foreign_json import from_json
+from weftlora.foreign_text import for_markdown
 from weftlora.settings import Epochs, is_number, is_whole
 from weftlora.terms import registry
 from weftlora.terms.axes import AXES, PROTOCOLS
@@ -406,7 +407,8 @@ def write_loading_note(folder: Path, packages: list[str] | None = None) -> None:
     if LOADING_NOTE.strip() not in said:
         said = said.rstrip() + "\n" + LOADING_NOTE
     if packages:
-        trust = TRUST_NOTE.format(packages=" and ".join(packages), names=", ".join(map(repr, packages)))
+        shown = " and ".join(map(for_markdown, packages))
+        trust = TRUST_NOTE.format(packages=shown, names=", ".join(map(repr, packages)))
         said += "" if trust in said else trust
     if said != text:
         readme.write_text(said, encoding="utf-8")
@@ -418,10 +420,10 @@ def read_config(folder: str | Path) -> WeftConfig:
     if not path.is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give the folder that save_pretrained wrote.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError("no object at its top")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({error}): the folder is damaged, save the adapter again."
         ) from None

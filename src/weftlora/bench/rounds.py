@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.fusion import nodes
 from weftlora.bench.cases import (
-    CONFIGS,
+    BENCHED,
     TOLERANCE,
     Agreement,
     Batch,
@@ -78,7 +78,7 @@ def step(
     *,
     dtypes: Sequence[Dtype] = ("fp32", "bf16"),
     dropouts: Sequence[float] = (0.0, 0.05),
-    kinds: Sequence[str] = tuple(CONFIGS),
+    kinds: Sequence[str] = tuple(BENCHED),
     table: bool = False,
     own_cases: Sequence[str] = (),
     rounds: int = 9,
@@ -94,7 +94,8 @@ def step(
         shape: the model and batch; default 4 layers of width 768, 4 × 256 tokens.
         dtypes: dtypes of the base, "fp32" and "bf16", measured one after the other.
         dropouts: values of `lora_dropout`.
-        kinds: adapters to measure, of "peft", "plain", "hydra", "tied", "dash", "alora", "flexora"; the floor always is.
+        kinds: recipes to measure, of "peft:lora", "lora", "hydralora", "tied_lora", "lora_dash", "alora", "flexora"; the floor
+            always is.
         table: measure instead what the project's figures are about, compiled blocks and one mask per input too, on 8 layers.
         own_cases: "name[@RANK]=module:function" of further ones; function(base, r, dropout) returns the model to step.
         rounds: interleaved rounds; at least 7 for figures to publish.

@@ -32,6 +32,7 @@ from weftlora.redaction import redacted
 
 if TYPE_CHECKING:
     from weftlora.cli.doctor import Diagnosis
+    from weftlora.disk.files import Output
     from weftlora.runs.run import Run
     from weftlora.search import Selection
     from weftlora.train.evaluation import Evaluation, Scores
@@ -157,24 +158,26 @@ def table(
     return made
 
 
-def check_out(out: Path | None, what: str, keys: tuple[str, ...], overwrite: bool) -> None:
-    """Refuse an `--out` that holds something else than `what`, a JSON file with these keys: before minutes of work, not after.
+def check_out(out: Path | None, what: str, keys: tuple[str, ...], overwrite: bool) -> Output | None:
+    """The file of `--out`, for `keep`. It is refused before minutes of work where it holds something else than `what`, a JSON file
+    with these keys.
 
     Raises:
         RunError: it is something else, and not to be overwritten.
     """
-    if out is not None:
-        from weftlora.disk.files import check_output
+    if out is None:
+        return None
+    from weftlora.disk.files import Output
 
-        check_output(out, what, keys, overwrite)
+    place = Output(out, what, keys, overwrite)
+    place.check()
+    return place
 
 
-def keep(record: Any, out: Path | None) -> None:
-    """Write a result's record to `--out`, where it is given. Raises RunError."""
-    if out is not None:
-        from weftlora.disk.files import write_json
-
-        write_json(out, record)
+def keep(record: Any, place: Output | None) -> None:
+    """Write a result's record to `--out`, where it is given. Raises RunError, also where something else has come there meanwhile."""
+    if place is not None:
+        place.write_json(record)
 
 
 class Screen(Console):

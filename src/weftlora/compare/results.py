@@ -108,7 +108,7 @@ def _outcome(plan: Plan, method: Method, seed: int, top: Path) -> Outcome:
 def _problem(folder: Path, found: Status) -> str:
     if found == "missing":
         return "it has not ended."
-    return str(read_json(folder / PROBLEM)["problem"])
+    return str(read_json(folder / PROBLEM).get("problem", "it does not say why."))
 
 
 def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = False, scores: str = SCORES) -> Outcome:
@@ -151,7 +151,7 @@ def _check_same_rows(folders: Sequence[Path]) -> None:
     for folder in folders:
         if not (folder / "run.json").is_file():
             continue
-        run = Run.load(folder)
+        run = Run.load(folder).whole()
         first = first or run
         for what, same in (
             ("rows", [*run.data["hashes"].values()] == [*first.data["hashes"].values()]),

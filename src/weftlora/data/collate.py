@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weftlora.data.encode import IGNORE
 from weftlora.errors import ConfigError
+from weftlora.settings import IGNORE
 
 
 @dataclass(frozen=True)

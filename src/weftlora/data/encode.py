@@ -32,8 +32,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from weftlora.data.examples import PAIRED, Example, Message
-from weftlora.data.loaded import IGNORE
 from weftlora.errors import DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +45,8 @@ class Encoded:
     """One row of a tokenised split; `labels` is a class number for classification.
 
     `prompt` and `answer` are their text, None for plain text. `shifted` is 1 where labels are the inputs' own tokens,
-    so that the first bears no loss, and 0 where a decoder has its own input. `joined`: a token spans the end of a prompt and the
-    start of its answer, which generation never sees as one.
+    so that the first bears no loss, and 0 where a decoder has its own input. `joined`: the tokens before an answer are not those
+    of the prompt that a server sends, since a token spans both, or the header is cut otherwise when words follow.
     """
 
     input_ids: list[int]
@@ -244,13 +244,13 @@ def render(
         )
     try:
         return _rendered(tokenizer, conversations, open_answer, tools)
-    except _refusals():
+    except Exception:
         pass
     out = []
     for messages, place in zip(conversations, where, strict=True):  # whose is it?
         try:
             out += _rendered(tokenizer, [messages], open_answer, tools)
-        except _refusals() as error:
+        except Exception as error:  # a template is a program of the model's maker, which may fail in every way
             raise DataError(f"{place}: {_why(tokenizer, messages, error)}") from None
     return out
 
@@ -261,17 +261,36 @@ def _rendered(
     open_answer: bool,
     tools: list[Any] | None,
 ) -> list[str]:
-    texts: Any = tokenizer.apply_chat_template(
-        [list(each) for each in conversations], tools=tools, tokenize=False, add_generation_prompt=open_answer
-    )
+    made = [list(each) for each in conversations]
+    if takes_parts(tokenizer):
+        made = [[_in_parts(message) for message in each] for each in made]
+    texts: Any = tokenizer.apply_chat_template(made, tools=tools, tokenize=False, add_generation_prompt=open_answer)
     return list(texts)
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """What a template fails with when messages are not as it wants them."""
-    from jinja2 import TemplateError
+_PARTS: dict[str, bool] = {}
+"""Of each template seen, whether it takes the content of a message in parts only."""
 
-    return (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+
+def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a text only where it is a part of a content, as those of models that see images do."""
+    template = str(tokenizer.chat_template)
+    if template not in _PARTS:
+        probe: list[Message] = [{"role": "user", "content": "weftlora"}]
+        found = []
+        for messages in (probe, [_in_parts(probe[0])]):
+            try:
+                text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+            except Exception:
+                text = ""
+            found.append("weftlora" in text)
+        _PARTS[template] = found == [False, True]
+    return _PARTS[template]
+
+
+def _in_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _why(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error: Exception) -> str:
@@ -280,7 +299,7 @@ def _why(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error:
     if messages and messages[0]["role"] in ("system", "developer"):
         try:
             _rendered(tokenizer, [messages[1:]], False, None)
-        except _refusals():
+        except Exception:
             pass
         else:
             return f"{said}, since it takes no {messages[0]['role']} message: set data.system=fold to put it before the first user's."
@@ -309,6 +328,8 @@ class Talk:
     messages: tuple[Message, ...]
     text: str
     spans: list[tuple[int, int, int]]  # from, to, number of the message
+    as_sent: bool = True
+    """Whether what stands before each answer is the text of the prompt that asks for it."""
 
 
 def talks(
@@ -349,8 +370,8 @@ def talks(
     out: list[list[Talk]] = [[] for _ in rows]
     for place, text, (at, row, messages, turns) in zip(places, texts, parts, strict=True):
         opened = [next(befores) if turn else None for turn in turns]
-        spans = _spans(tokenizer, row, messages, turns, text, opened, place)
-        out[at].append(Talk(row, messages, text, spans))
+        spans, as_sent = _spans(tokenizer, row, messages, turns, text, opened, place)
+        out[at].append(Talk(row, messages, text, spans, as_sent))
     return out
 
 
@@ -378,17 +399,36 @@ def _spans(
     text: str,
     opened: list[str | None],
     where: str,
-) -> list[tuple[int, int, int]]:
-    """Where in `text` each of `turns` is learnt: from what generation goes on from, to the end that the template gives it."""
+) -> tuple[list[tuple[int, int, int]], bool]:
+    """Where in `text` each of `turns` is learnt: from what generation goes on from, to the end that the template gives it.
+
+    Where prompts are no beginnings of the text, but the template marks its answers, it is what that says, and False.
+    """
+    found = _by_beginnings(tokenizer, row, messages, turns, text, opened, where)
+    if not isinstance(found, str):
+        return found, True
+    marked = _by_marks(tokenizer, messages, row.tools, turns)
+    if marked is None:
+        raise DataError(f"{where}: {found}")
+    return marked, False
+
+
+def _by_beginnings(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Example,
+    messages: tuple[Message, ...],
+    turns: list[int],
+    text: str,
+    opened: list[str | None],
+    where: str,
+) -> list[tuple[int, int, int]] | str:
+    """As `_spans`, where prompts are beginnings of the text; else what to tell."""
     starts = []
     for turn, before in zip(turns, opened, strict=True):
         if before is None:
             before = _header(tokenizer, messages, text, row.tools, where)
         if not text.startswith(before):
-            marked = _by_marks(tokenizer, messages, row.tools, turns)
-            if marked is not None:
-                return marked
-            raise DataError(f"{where}: {_rewritten(len(turns), turn == turns[-1])}")
+            return _rewritten(len(turns), turn == turns[-1])
         starts.append(len(before))
     tail = _after(text, starts[-1], messages[turns[-1]])
     spans = []
@@ -401,7 +441,7 @@ def _spans(
             else:
                 whole = render(tokenizer, [messages[: turn + 1]], [where], False, row.tools)[0]
                 if not text.startswith(whole):
-                    raise DataError(f"{where}: {_rewritten(len(turns), False)}")
+                    return _rewritten(len(turns), False)
                 end = len(whole)
         spans.append((start, end, turn))
     return spans
@@ -499,11 +539,16 @@ def _text_of(
         return None
 
 
+COMPARED = 200
+"""Conversations of a split whose prompts are tokenised alone too, and compared with what stands before the answers."""
+
+
 def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fold: bool = False) -> Encode:
     """Labels on what the assistant says; what follows the last learnt answer is left out."""
     tokenizer = frame.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     known: set[tuple[str, str]] = set()
+    compared = 0
 
     def encode(rows: Sequence[Example]) -> list[list[Encoded]]:
         for row in rows:
@@ -518,15 +563,13 @@ def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fol
                     "first user's."
                 )
         flat = [talk for held in spoken for talk in held]
-        done = iter(_tokenised(tokenizer, flat))
+        nonlocal compared
+        done = iter(_tokenised(tokenizer, flat, max(0, COMPARED - compared)))
+        compared += len(flat)
         return [[made for talk in held if (made := _made(talk, *next(done))) is not None] for held in spoken]
 
     def _made(talk: Talk, ids: list[int], learnt: list[Span], joined: bool) -> Encoded | None:
-        stops = []
-        for number, (start, end) in enumerate(learnt):
-            while end - 1 > start and _blank(talk, number, end - 1, ids) and ids[end - 2] in special:
-                end -= 1
-            stops.append((start, end))
+        stops = [(start, _ended_by(ids, start, end)) for start, end in learnt]
         start, end = stops[-1]
         if special.isdisjoint(
             ids[start:end]
@@ -548,14 +591,23 @@ def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fol
         begins, _, turn = talk.spans[last]
         return Encoded(ids, labels, truncated, talk.text[:begins], talk.messages[turn]["content"], joined=joined)
 
-    def _blank(talk: Talk, number: int, token: int, ids: list[int]) -> bool:
-        return ids[token] not in special and tokenizer.decode([ids[token]]).isspace()
+    def _ended_by(ids: list[int], start: int, end: int) -> int:
+        """Where an answer ends: behind its last special token, where only blanks follow that."""
+        last = end
+        while last > start and ids[last - 1] not in special and tokenizer.decode([ids[last - 1]]).isspace():
+            last -= 1
+        return last if last > start and ids[last - 1] in special else end
 
     return encode
 
 
-def _tokenised(tokenizer: PreTrainedTokenizerBase, spoken: Sequence[Talk]) -> list[tuple[list[int], list[Span], bool]]:
-    """Of each conversation its tokens, which of them are learnt, and whether one of those begins before its answer does."""
+def _tokenised(
+    tokenizer: PreTrainedTokenizerBase, spoken: Sequence[Talk], compared: int
+) -> list[tuple[list[int], list[Span], bool]]:
+    """Of each conversation its tokens, which of them are learnt, and whether those before are not what a server sends.
+
+    That is seen where a token spans both; of the first `compared` conversations all tokens before their answers are looked at.
+    """
     if not spoken:
         return []
     texts = [talk.text for talk in spoken]
@@ -564,12 +616,14 @@ def _tokenised(tokenizer: PreTrainedTokenizerBase, spoken: Sequence[Talk]) -> li
     batch = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
     )
-    out = []
+    out: list[tuple[list[int], list[Span], bool]] = []
     for talk, ids, offsets in zip(spoken, batch["input_ids"], batch["offset_mapping"], strict=True):
-        learnt, joined = [], False
+        learnt, joined = [], not talk.as_sent
         for begins, ends, _ in talk.spans:
             start = bisect_right(offsets, begins, key=itemgetter(1))
             joined = joined or (start < len(offsets) and offsets[start][0] < begins)
+            if len(out) < compared and not joined:
+                joined = tokenizer(talk.text[:begins], add_special_tokens=False)["input_ids"] != ids[:start]
             learnt.append((start, bisect_left(offsets, ends, key=itemgetter(0))))
         out.append((list(ids), learnt, joined))
     return out

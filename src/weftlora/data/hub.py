@@ -15,6 +15,7 @@ from typing import Any
 from weftlora.data.config import DataConfig
 from weftlora.data.read import Source, Table, first_line, of_splits, quiet
 from weftlora.errors import ConfigError, DataError
+from weftlora.foreign_text import shortened
 
 LARGE = 5 * 2**30
 """Bytes from which on a data set counts as large."""
@@ -44,7 +45,9 @@ def read_hub(name: str, config_name: str | None, config: DataConfig, split: str)
                 held = {each: _first(rows, config.limit or 0) for each, rows in held.items()}
         mark = _mark(builder)
     sources = {
-        str(each): Source(f"{said} {each}", Table(rows), {f"hub:{said} {each}": f"{mark}-{len(rows)}"}, unit="row")
+        str(each): Source(
+            f"{said} {each}", Table(rows, f"{said} {each}"), {f"hub:{said} {each}": f"{mark}-{len(rows)}"}, unit="row"
+        )
         for each, rows in held.items()
         if len(rows)
     }
@@ -92,9 +95,10 @@ def _sentences(said: str) -> Iterator[None]:
             (s for each in chain if (s := getattr(getattr(each, "response", None), "status_code", None))), None
         )
         kinds = tuple(type(each) for each in chain)
-        if any(issubclass(kind, GatedRepoError) for kind in kinds) or status in (401, 403):
+        gated = any(issubclass(kind, GatedRepoError) for kind in kinds) or "gated dataset" in str(error)
+        if gated or status in (401, 403):
             raise DataError(
-                f"the hub does not let you read the data set {said} (it answers {status or 403}): log in with an account that may, or "
+                f"the hub does not let you read the data set {said} (it answers {status or 401}): log in with an account that may, or "
                 "set HF_TOKEN."
             ) from None
         if status == 404 or any(
@@ -109,7 +113,7 @@ def _sentences(said: str) -> Iterator[None]:
             ) from None
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise ConfigError(
-                f"the data set {said} needs another config ({first_line(error)}): write name:config."
+                f"the data set {said} needs another config ({shortened(' '.join(str(error).split()), 400)}): write name:config."
             ) from None
         if "scripts are no longer supported" in str(error):
             raise DataError(

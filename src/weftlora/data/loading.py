@@ -29,12 +29,13 @@ import numpy as np
 from weftlora.data import cache, hub
 from weftlora.data.config import DEMO, DataConfig, Format, Task, hub_name, named
 from weftlora.data.demo import demo_rows
-from weftlora.data.encode import IGNORE, Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
+from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
 from weftlora.data.examples import Columns, Example, check_columns, example, find_columns, label_names
 from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.paths import resolve_path
 from weftlora.data.read import Blocks, Row, Source, bad_row, flat, quiet, read, taken
 from weftlora.errors import ConfigError, DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -447,8 +448,8 @@ def _load(
         done[name] = (held, counts)
         if joined_rows:
             notes.append(
-                f"in {joined_rows} of the {counts.rows} {name} rows a token spans the end of the prompt and the start of the answer, "
-                "which a server sends apart: answers that begin with a blank or a line break do so."
+                f"in {joined_rows} of the {counts.rows} {name} rows what stands before an answer is not the prompt that a server "
+                "sends, token for token: the tokenizer joins its end with the answer, or the chat template writes it otherwise."
             )
     return Loaded(
         train=done["train"][0],

@@ -132,10 +132,10 @@ def _peft_config(model: nn.Module, adapter: str) -> Any:
 
 def hub_id(base: str | None) -> str | None:
     """The base's name where it means the same on every machine; a folder's path is nobody else's business."""
-    return base if base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    return base if base is not None and _HUB_ID.fullmatch(base) and not os.path.exists(base) else None
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 
 def save(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
+from weftlora.settings import IGNORE
 
 Batch = Mapping[str, Tensor]
 
@@ -186,9 +187,6 @@ def seeded_ids(model: nn.Module, rows: int = 2, length: int = 16, seed: int = 0)
     return [batch]
 
 
-IGNORED = -100
-"""The label of a token that counts in no loss: in an encoder-decoder, padding."""
-
 Gates = dict[str, dict[str, Tensor]]
 """{adapter: {site: ω̄ [N] fp64}}."""
 
@@ -247,5 +245,5 @@ def _masks(batch: Batch, has_decoder: bool) -> list[Tensor]:
     if has_decoder and "decoder_attention_mask" in batch:
         found.append(batch["decoder_attention_mask"])
     elif has_decoder and "labels" in batch:
-        found.append(batch["labels"] != IGNORED)
+        found.append(batch["labels"] != IGNORE)
     return found

@@ -329,6 +329,11 @@ def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suff
 
 
 def _check_adapter_name(name: str, config: WeftConfig) -> None:
+    if not name or "." in name:  # torch would refuse it too, once half of the model is adapted
+        raise ConfigError(
+            f"adapter_name={name!r} cannot name a module, which is what every adapter becomes in torch: choose a name without dots"
+            f"{', such as ' + repr(name.replace('.', '_')) if name.strip('.') else ' and with at least one letter'}."
+        )
     own = RESERVED.union(*(choice.saves.keys() | choice.counts.keys() for choice in config.choices().values()))
     if name in own:
         raise ConfigError(

@@ -38,7 +38,9 @@ from weftlora.data.paths import locate
 from weftlora.errors import AdapterError, ModelError
 
 if TYPE_CHECKING:
-    from weftlora.data import Task
+    from datasets import Dataset
+
+    from weftlora.data import Loaded, Task
     from weftlora.runs.recipe import ModelConfig
 
 
@@ -215,6 +217,96 @@ def _check_complete(base: Base, task: Task, missing: set[str], mismatched: Itera
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__).rstrip(".") + "."
+
+
+def check_ids(base: Base, model: PreTrainedModel, data: Loaded) -> None:
+    """Refuse tokens that the model's embedding has no row for.
+
+    Raises:
+        ModelError: a token of the rows, or the one that rows are padded with, is beyond it.
+    """
+    size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+    splits = [split for split in (data.train, data.validation, data.test) if split is not None]
+    columns = ("input_ids",) if data.task == "classification" else ("input_ids", "labels")
+    worst = max(largest(split, column) for split in splits for column in columns)
+    pad = base.tokenizer.pad_token_id
+    worst = max(worst, pad if isinstance(pad, int) else 0)
+    if worst >= size:
+        token = base.tokenizer.convert_ids_to_tokens(worst)
+        use = "which rows are padded with" if worst == pad else "which is in the rows"
+        raise ModelError(
+            f"the tokenizer of {base.config.path!r} has the token {token!r} (id {worst}), {use}, and the model's embedding has {size} "
+            "rows: call model.resize_token_embeddings(len(tokenizer)), save model and tokenizer into a folder, and give that, with "
+            "adapter.modules_to_save=[embed_tokens, lm_head] if the new tokens mean something."
+        )
+
+
+def largest(split: Dataset, column: str) -> int:
+    """The largest token id in a column of lists."""
+    import pyarrow.compute as pc
+
+    found = [pc.max(chunk.flatten()).as_py() for chunk in split.with_format("arrow").data.column(column).chunks]
+    return max((value for value in found if value is not None), default=0)
+
+
+ALIKE = 1e-3
+"""Rows of the output layer that differ by less, relative to their size, are one row to a greedy choice."""
+FAINT = 1e-2
+"""A row whose norm is below this share of the median one was never trained."""
+
+
+def check_end(base: Base, model: PreTrainedModel, data: Loaded, trained: Iterable[str]) -> None:
+    """Refuse answers whose end the frozen base cannot write, since nothing that an adapter learns could make it stop.
+
+    Args:
+        trained: modules that are trained whole beside the adapter; the output layer among them can learn it.
+
+    Raises:
+        ModelError: the row of the output layer for the token that ends answers is nothing, or that of other tokens too.
+    """
+    head = model.get_output_embeddings()
+    if data.task == "classification" or head is None or getattr(head, "weight", None) is None:
+        return
+    names = [name for name, module in model.named_modules() if module is head]
+    if any(name == given or name.endswith(f".{given}") for name in names for given in trained):
+        return
+    weight = cast(torch.Tensor, head.weight).detach()
+    for token in sorted(ends(data, base.tokenizer)):
+        if token >= len(weight):
+            continue
+        why = _cannot_be_told(weight, cast("torch.Tensor | None", getattr(head, "bias", None)), token)
+        if why:
+            raise ModelError(
+                f"answers end with {base.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), which {base.config.path!r} cannot "
+                f"write: {why}, so no adapter makes it stop; train that layer too with adapter.modules_to_save="
+                f"[{(names or ['lm_head'])[0].rpartition('.')[2]}], or take the chat model of the same family."
+            )
+
+
+def ends(data: Loaded, tokenizer: PreTrainedTokenizerBase, rows: int = 200) -> set[int]:
+    """The special tokens that the first training rows end with."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    last = [[label for label in row if label >= 0][-1:] for row in data.train[:rows]["labels"]]
+    return {ids[0] for ids in last if ids} & special
+
+
+def _cannot_be_told(weight: torch.Tensor, bias: torch.Tensor | None, token: int) -> str:
+    """Why a token cannot be told from others by its row of the output layer; empty where it can."""
+    own = weight[token].float()
+    alike, norms = 0, []
+    for start in range(0, len(weight), 4096):  # a vocabulary at once is as large as the layer
+        part = weight[start : start + 4096].float()
+        norms.append(part.norm(dim=1))
+        same = (part - own).abs().amax(1) <= ALIKE * own.abs().max()
+        if bias is not None:
+            same &= (bias[start : start + 4096] - bias[token]).abs() <= ALIKE
+        alike += int(same.sum())
+    if own.norm() <= FAINT * torch.cat(norms).median():
+        return "its row of the output layer is as good as zero, as one that was never trained"
+    if alike > 1:
+        others = "that of another token" if alike == 2 else f"those of {alike - 1} other tokens"
+        return f"its row of the output layer is equal to {others}"
+    return ""
 
 
 _SIZES = ("hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers", "n_layer", "vocab_size")

@@ -315,13 +315,13 @@ def asked(
     """
     before = None
     if resume and isinstance(source, (str, Path)) and _is_folder(Path(source)):
-        before = Run.load(source)
+        before = Run.load(source).whole()
         recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
         recipe = recipe.model_copy(update={"out": str(source)})
     else:
         recipe = Recipe.read(source, *overrides)
         if resume:
-            before = Run.load(Path(recipe.out).expanduser())
+            before = Run.load(Path(recipe.out).expanduser()).whole()
     if before is not None:
         recipe = recipe.settled(before.recipe)
         told = Recipe.read(before.recipe).model_dump(
@@ -378,7 +378,7 @@ class _Yaml(yaml.SafeLoader):
         """A value; what Python cannot make of it is an error of YAML's."""
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             said = f"this is no {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from weftlora.errors import ConfigError, DataError
-
-IGNORE = -100
+from weftlora.settings import IGNORE
 
 Batch = dict[str, Tensor]
 

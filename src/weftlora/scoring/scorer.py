@@ -25,7 +25,8 @@ from weftlora.schedule.rank_slots import TERMS
 from weftlora.scoring import brackets
 from weftlora.scoring.brackets import SlotId
 from weftlora.scoring.network import Network, RowLoss, recognise, recognised
-from weftlora.scoring.rows import IGNORE, Batch, Rows
+from weftlora.scoring.rows import Batch, Rows
+from weftlora.settings import IGNORE
 from weftlora.terms.events import SlotScoring
 
 

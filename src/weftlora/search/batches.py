@@ -27,6 +27,7 @@ from weftlora.adapted.routing import routing
 from weftlora.errors import ConfigError, DataError
 from weftlora.schedule import processes
 from weftlora.search.groups import Gates
+from weftlora.settings import IGNORE
 from weftlora.terms.layers import SearchedLayers
 
 Rows = Sequence[Any]
@@ -234,7 +235,7 @@ def counted(batch: Batch, causal: bool) -> int:
     """How many things the mean loss of a batch is a mean over: labelled tokens, or rows, which −100 takes out too."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() in (1, 2) and not labels.is_floating_point():
-        return int((labels[:, 1:] if causal and labels.dim() == 2 else labels).ne(-100).sum())
+        return int((labels[:, 1:] if causal and labels.dim() == 2 else labels).ne(IGNORE).sum())
     first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
     return 1 if first is None or not first.dim() else len(first)
 

@@ -5,7 +5,6 @@ People read the file, and edit it: what they choose by hand belongs into a recip
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from weftlora.errors import ConfigError, unknown_key
+from weftlora.foreign_json import from_json
 from weftlora.search.hypergradient import Inner
 from weftlora.sections import RecipeSection
 from weftlora.terms.axes import AXES
@@ -69,7 +69,7 @@ def read(path: str | Path, newest: int) -> dict[str, Any]:
     `newest`: the highest format that can be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no saved selection ({error}): give the file that Selection.save wrote.") from None
     if not isinstance(content, dict) or "format" not in content:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from weftlora.adapter.spec import WeftConfig, decode_choice
-from weftlora.disk.files import check_output, sync, write_lines, write_text, writing
+from weftlora.disk.files import Output, sync, write_lines, write_text, writing
 from weftlora.disk.ownership import temporary
 from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
@@ -254,8 +254,9 @@ def search_recipe(
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work, or it names its layers already.
         RunError: `out` cannot be written, or is something else than a selection.
     """
-    if out is not None:
-        check_output(Path(out), "a selection", ("layers", "candidates"), overwrite)
+    place = None if out is None else Output(Path(out), "a selection", ("layers", "candidates"), overwrite)
+    if place is not None:
+        place.check()
     recipe = Recipe.read(source, *overrides)
     for name, counts in (("seeds", [seeds]), ("rows", rows)):
         if not all(is_whole(n, 1) for n in counts):
@@ -264,14 +265,14 @@ def search_recipe(
     first, several = recipe.train.seed, seeds > 1 or bool(rows)
     sized = {n: _search_once(recipe, first, n, progress, several)[0] for n in dict.fromkeys(rows)}
     found = [_search_once(recipe, seed, None, progress, several) for seed in range(first, first + seeds)]
-    if out is not None:
-        write_text(Path(out), found[0][0].text())
+    if place is not None:
+        place.write(found[0][0].text())
     return Searched(
         tuple(selection for selection, _ in found),
         tuple(range(first, first + seeds)),
         sized,
         found[0][1],
-        None if out is None else Path(out),
+        None if place is None else place.path,
     )
 
 
@@ -279,14 +280,17 @@ def _search_once(
     recipe: Recipe, seed: int, rows: int | None, progress: Progress, several: bool
 ) -> tuple[Selection, int]:
     """The selection, and how many steps the recipe trains."""
-    from weftlora.train.arguments import arguments
     from weftlora.train.prepare import prepare
 
     train = recipe.train.model_copy(update={"seed": seed})
     again = recipe.model_copy(update={"train": train, "adapter": _with_search(recipe.adapter)})
     again._base_dir = recipe.base_dir
     prepared = prepare(again)
-    search = make_search(prepared, arguments(train, Path(recipe.out), prepared.steps, False), rows=rows)
+    search = make_search(
+        prepared,
+        arguments.arguments(prepared.recipe.train, Path(recipe.out), prepared.steps, False),
+        rows=rows,
+    )
     name = f"search, seed {seed}" if several else "search"
     name += f", {rows} rows" if rows else ""
 

@@ -128,24 +128,25 @@ def _train(
     elif not verify_base:
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
-    with _started(run, before, main, prepared.defaults):
-        if extends is not None and last is not None and main:
-            said = extending.sentence(run.extends, prepared.recipe.train, run.steps)
-            extending.take_over(extends, run, last)
-            run.event("extend", steps=run.steps, **run.extends, said=said)
-            log.info("%s", said)
-        search = layer_search.begin(prepared, run, args, main)
-        if search is None:
-            trainer = make_trainer(prepared, run, args, progress, callbacks)
-    _announce(run, prepared)
+    with _recorded(main) as record:
+        with _started(record, run, before, main, prepared.defaults):
+            if extends is not None and last is not None and main:
+                said = extending.sentence(run.extends, prepared.recipe.train, run.steps)
+                extending.take_over(extends, run, last)
+                run.event("extend", steps=run.steps, **run.extends, said=said)
+                log.info("%s", said)
+            search = layer_search.begin(prepared, run, args, main)
+            if search is None:
+                trainer = make_trainer(prepared, run, args, progress, callbacks)
+        _announce(run, prepared)
 
-    def start() -> tuple[Trainer, Prepared, Run]:
-        if search is None:
-            return trainer, prepared, run
-        selected, described = search.finish(before is not None or extends is not None, progress)
-        return make_trainer(selected, described, args, progress, callbacks), selected, described
+        def start() -> tuple[Trainer, Prepared, Run]:
+            if search is None:
+                return trainer, prepared, run
+            selected, described = search.finish(before is not None or extends is not None, progress)
+            return make_trainer(selected, described, args, progress, callbacks), selected, described
 
-    return _run_trainer(start, run, before is not None or extends is not None, main, progress)
+        return _run_trainer(record, start, run, before is not None or extends is not None, main, progress)
 
 
 def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_seconds: float) -> Run:
@@ -248,13 +249,35 @@ def _plain(value: Any) -> Any:
     return str(getattr(value, "value", value))
 
 
+@dataclasses.dataclass
+class _Record:
+    """What run.json says of this process; nothing, before there is one or once it was taken back."""
+
+    run: Run | None = None
+    trainer: Trainer | None = None
+
+
 @contextlib.contextmanager
-def _started(run: Run, before: Run | None, main: bool, defaults: Sequence[str] = ()) -> Iterator[None]:
+def _recorded(main: bool) -> Iterator[_Record]:
+    """Whatever ends the process after its first run.json, the last one says so; only SIGKILL leaves `running`."""
+    record = _Record()
+    try:
+        yield record
+    except BaseException as error:
+        if main and record.run is not None:
+            step = 0 if record.trainer is None else record.trainer.state.global_step
+            _record_failure(record.run, error, step)
+        raise
+
+
+@contextlib.contextmanager
+def _started(record: _Record, run: Run, before: Run | None, main: bool, defaults: Sequence[str]) -> Iterator[None]:
     """The run folder with its first run.json; if the start fails, a new folder is removed again."""
     if not main:
         yield
         return
     if before is not None:
+        record.run = run
         run.save()
         run.event("resume", steps=run.steps)
         yield
@@ -264,6 +287,7 @@ def _started(run: Run, before: Run | None, main: bool, defaults: Sequence[str] =
         run.save()
         run.event("start", steps=run.steps, defaults=list(defaults))
         yield
+        record.run = run
     except BaseException:
         made.undo()
         raise
@@ -271,39 +295,42 @@ def _started(run: Run, before: Run | None, main: bool, defaults: Sequence[str] =
 
 
 def _run_trainer(
-    start: Callable[[], tuple[Trainer, Prepared, Run]], run: Run, resume: bool, main: bool, progress: Progress
+    record: _Record,
+    start: Callable[[], tuple[Trainer, Prepared, Run]],
+    run: Run,
+    resume: bool,
+    main: bool,
+    progress: Progress,
 ) -> Run:
-    """Search layers where the recipe does, train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
+    """Search layers where the recipe does, train, save the adapter, measure; run.json then says that it is complete."""
     last = resume_point(run, main) if resume else None
-    trainer = None
-    try:
-        with _sentences(run):
-            trainer, prepared, run = start()
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-            took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
-            if resume and not (run.extends and last and checkpoint.step_of(last) == run.extends["step"]):
-                took["resumed_from"] = checkpoint.step_of(last) if last else 0
-            warn_of_missing(prepared.model, over=True)
-            metrics = _final(trainer, prepared, progress)
-            _check_finite(metrics)
-            metrics |= _kept(trainer, prepared)
-            run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
-            if main:
-                prepared.name_weights(run)
-                write_adapter(prepared.model, run)
-                run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
-                run.event("end", step=trainer.state.global_step)
-                run.save()
-    except BaseException as error:
+    with _sentences(run):
+        trainer, prepared, run = start()
+        record.trainer, record.run = trainer, run
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
+        if resume and not (run.extends and last and checkpoint.step_of(last) == run.extends["step"]):
+            took["resumed_from"] = checkpoint.step_of(last) if last else 0
+        warn_of_missing(prepared.model, over=True)
+        metrics = _final(trainer, prepared, progress)
+        _check_finite(metrics)
+        metrics |= _kept(trainer, prepared)
+        run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
         if main:
-            _record_failure(run, error, trainer.state.global_step if trainer is not None else 0)
-        raise
+            prepared.name_weights(run)
+            write_adapter(prepared.model, run)
+            run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
+            run.event("end", step=trainer.state.global_step)
+            run.save()
+            record.run = None
     return run
 
 
 def _record_failure(run: Run, error: BaseException, step: int) -> None:
     status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
+        if Run.load(run.folder).status == "complete":  # a signal between the last write and the return
+            return
         checkpoint.drop_incomplete(run.checkpoints)
         dataclasses.replace(run, status=status, metrics={}, figures={}).save()
         run.event(status, step=step)

@@ -92,6 +92,7 @@ def prepare(recipe: Recipe) -> Prepared:
         raise ConfigError(f"train.trainer=sft trains causal models, and this task is {task}: use trainer: auto.")
     set_seed(recipe.train.seed)
     plain = base_model.load(base, task, data.labels)
+    base_model.check_ids(base, plain, data)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
@@ -103,6 +104,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if selection is not None:
         selection.check(plain)
     _check_measures(recipe, data)
+    if config is not None:
+        base_model.check_end(base, plain, data, getattr(config, "modules_to_save", None) or ())
     _check_by_role(recipe, config)
     if config is None or recipe.train.from_adapter is None:
         adapted = plain if config is None else adapt(plain, config, task)

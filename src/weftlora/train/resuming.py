@@ -29,6 +29,14 @@ def check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
     """
     if [*before.data["hashes"].values()] != [*run.data["hashes"].values()]:  # by split; a project may have moved
         raise RunError(f"the data of {run.folder} has changed since it was started: resume on the same rows.")
+    for split, counts in before.data.get("counts", {}).items():
+        now = run.data["counts"].get(split, {})
+        if any(counts.get(name) != now.get(name) for name in ("rows", "tokens", "answer_tokens")):
+            raise RunError(
+                f"the {split} rows of {run.folder} are the same and their tokens are not ({counts.get('tokens')} then, "
+                f"{now.get('tokens')} now): another version of weftlora or of the tokenizer has read them; start it again with "
+                "--overwrite, or resume it with the version in its run.json."
+            )
     trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
     check_same(
         trained,

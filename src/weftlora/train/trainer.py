@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -122,17 +123,32 @@ class _Measured:
 class _Logged:
     """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
 
-    Trainer itself begins to add up anew when it resumes.
+    Trainer itself begins to add up anew when it resumes. What it had added up is in the state that it saves, and comes back with the
+    first loss after that, so that the sum is rounded as it would have been.
     """
+
+    _not_logged: torch.Tensor | None = None
+    _brought: float | None = None
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *given: Any, **more: Any) -> Any:
+        parent: Any = super()
+        self._not_logged = tr_loss  # the sum itself, which logging sets to 0 in place
+        return parent._maybe_log_save_evaluate(tr_loss, *given, **more)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
         parent: Any = super()
-        if hasattr(trainer, "_tr_loss"):  # transformers 4 adds up in a variable that nobody else can see
-            mean = trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item()
+        if self._not_logged is not None:
+            mean = trainer.accelerator.gather(self._not_logged.detach()).mean().item()
             kept = {"sum": mean, "since": trainer._globalstep_last_logged}
             trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
         parent._save_checkpoint(model, trial)
+
+    def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
+        parent: Any = super()
+        loss: torch.Tensor = parent.training_step(*given, **more)
+        brought, self._brought = self._brought, None
+        return loss if brought is None else loss + brought
 
 
 _LOSS = "loss"
@@ -149,8 +165,8 @@ class _GoesOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kept = state.stateful_callbacks[checkpoint.SIGNATURE].pop(_LOSS, None)
-        if kept is not None and state.global_step > 0 and hasattr(self.trainer, "_tr_loss"):
-            self.trainer._tr_loss += kept["sum"]
+        if kept is not None and state.global_step > 0:
+            self.trainer._brought = kept["sum"]
             self.trainer._globalstep_last_logged = kept["since"]
 
 
