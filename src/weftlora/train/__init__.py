@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from weftlora.runs.recipe import Recipe
     from weftlora.train.evaluation import Conversation, Evaluation, Generation
+    from weftlora.train.previewing import Preview
 
-__all__ = ["Progress", "Run", "Tick", "chat", "evaluate", "generate", "newest_checkpoint", "train"]
+__all__ = ["Progress", "Run", "Tick", "chat", "evaluate", "generate", "newest_checkpoint", "preview", "train"]
 
 
 def train(
@@ -69,6 +70,36 @@ def train(
             callbacks,
             extends=before if extend else None,
         )
+
+
+def preview(
+    recipe: str | Path | Mapping[str, Any] | Recipe | Run,
+    *overrides: str,
+    model: bool = True,
+    rows: int = 3,
+    progress: Progress = ignore,
+) -> Preview:
+    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learnt, time and memory.
+
+    Nothing is written. Time and memory are measured by a few passes of the recipe's own model over its rows, on this machine.
+
+    Args:
+        recipe: as for `train`; also a run or its folder.
+        model: load the model; without it no time and no memory are estimated.
+        rows: training rows to show as the model is given them.
+        progress: called with a `Tick` after every pass.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work.
+    """
+    with needs("train", "weftlora.preview"):
+        if isinstance(recipe, (str, Path)) and not (Path(recipe) / "run.json").is_file():
+            from weftlora.runs.recipe import asked
+
+            asked(recipe, overrides)
+        from weftlora.train import previewing as module
+
+        return module.preview(recipe, overrides, model, rows, progress)
 
 
 def evaluate(
