@@ -89,6 +89,9 @@ MEANING: dict[str, str] = {
     "train.num_threads": "torch threads",
     "train.report_to": "loggers of transformers",
     "train.trainer": "`sft` is trl's `SFTTrainer`",
+    "train.best": "keep the adapter of the lowest validation loss; without `eval_every` it is measured ten times",
+    "train.early_stopping": "stop after so many measurements without a lower loss, and keep the best",
+    "train.from_adapter": "also `from`: an adapter or a run whose values are where training begins, on these rows",
     "train.args": "further arguments of transformers' `TrainingArguments`",
 }
 

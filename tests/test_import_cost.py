@@ -70,6 +70,8 @@ def test_what_loads_nothing_heavy(code: str) -> None:
         ("generate nowhere hello", 1, "nowhere"),
         ("generate nowhere", 1, "give one prompt"),
         ("chat nowhere", 1, "nowhere"),
+        ("data nowhere.yaml", 1, "nowhere.yaml"),
+        ("data hydralora data=nowhere.jsonl", 1, "nowhere.jsonl does not exist"),
         ("search nowhere.yaml", 1, "nowhere.yaml"),
         ("compare nowhere.yaml", 1, "nowhere.yaml"),
         ("compare nowhere.yaml --dry-run", 1, "nowhere.yaml"),

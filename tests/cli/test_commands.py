@@ -325,3 +325,15 @@ def test_chat_answers_line_by_line(weftlora: Weft, spoken: Path, monkeypatch: py
     assert said.code == 0
     assert said.out == "ok\nok\nok\n"
     assert heard == ["s s</s>u b</s>a ", "s s</s>u b</s>a ok</s>u c</s>a ", "s s</s>u d</s>a "]
+
+
+def test_data_and_a_dry_run_look_and_train_nothing(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
+    said = weftlora("data", recipe_file)
+    assert said.code == 0
+    for part in ("rows.jsonl: 48 rows", "⟦", "tokens a training row:", "dropped, too long", "s a step", "3 steps of 8"):
+        assert part in " ".join(said.out.split())
+    dry = weftlora("train", recipe_file, "--dry-run", "train.steps=7", "--json")
+    assert json.loads(dry.out)["steps"] == 7
+    assert dry.err == ""
+    assert not (tmp_path / "runs").exists()
+    assert "row 1" not in weftlora("data", recipe_file, "--no-model", "--rows", 0).out

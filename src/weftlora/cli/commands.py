@@ -18,6 +18,7 @@ import typer
 
 from weftlora.cli import bench, output
 from weftlora.cli.compare import compare, report
+from weftlora.cli.data import data, look
 from weftlora.cli.directions import directions, heads
 from weftlora.cli.export import export
 from weftlora.cli.inspect import inspect
@@ -62,6 +63,7 @@ app.command()(export)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
+app.command()(data)
 app.command("new-term")(new_term)
 
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if not where the run found it.")]
@@ -75,7 +77,13 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.lr=1e-3")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder; short for out=....")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on with a complete run, to a longer train.steps, in a new run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at rows, time and memory as `weftlora data`, and train nothing.")
+    ] = False,
     no_verify_base: Annotated[
         bool, typer.Option("--no-verify-base", help="Do not read the base's weights to identify them.")
     ] = False,
@@ -85,11 +93,20 @@ def train(
 ) -> None:
     """Train an adapter and write a run folder."""
     given = [*(overrides or []), *([f"out={out}"] if out else [])]
+    if dry_run:
+        look(recipe, given, True, 3, as_json, quiet)
+        return
     with output.working(as_json, quiet) as progress:
         from weftlora.train import train as call
 
         run = call(
-            recipe, *given, resume=resume, overwrite=overwrite, verify_base=not no_verify_base, progress=progress
+            recipe,
+            *given,
+            resume=resume,
+            extend=extend,
+            overwrite=overwrite,
+            verify_base=not no_verify_base,
+            progress=progress,
         )
     output.show(run.record(), as_json, lambda: output.run_summary(run))
 

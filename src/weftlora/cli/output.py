@@ -279,16 +279,24 @@ def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
 def run_summary(run: Run) -> str:
     """Three lines after a training: what came out, where it is, what to do next."""
     seconds = run.time.get("train_seconds", 0.0)
-    shown = [f"{key.replace('_', ' ')} {run.metrics[key]:.4g}" for key in sorted(run.metrics) if key != "tokens"]
+    steps = {"tokens", "last_step", "best_step"}
+    shown = [f"{key.replace('_', ' ')} {run.metrics[key]:.4g}" for key in sorted(run.metrics) if key not in steps]
     return "\n".join(
         [
             *_searched(run),
-            f"{run.steps} steps in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
+            f"{_steps(run)} in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
             f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trained parameters)",
             f"next:    weftlora eval {run.folder}"
             + ("" if run.task == "classification" else f' · weftlora generate {run.folder} "..."'),
         ]
     )
+
+
+def _steps(run: Run) -> str:
+    """How many steps were taken, and whose adapter is kept."""
+    last, best = (run.metrics.get(key) for key in ("last_step", "best_step"))
+    taken = f"{run.steps} steps" if last in (None, run.steps) else f"{last:g} of {run.steps} steps"
+    return taken if best in (None, last) else f"{taken}, the adapter of step {best:g} kept,"
 
 
 def _cost(run: Run) -> str:

@@ -237,6 +237,8 @@ def _key(run: Run) -> str:
     recipe = {key: value for key, value in run.recipe.items() if key != "out"}
     recipe["train"] = {key: value for key, value in recipe["train"].items() if key != "seed"}
     recipe["adapter"] = {key: value for key, value in recipe["adapter"].items() if key != "seed"}
+    if run.extends:
+        recipe["extends"] = run.extends["step"]  # not the run that so many steps would have been
     return json.dumps(recipe, sort_keys=True)
 
 

@@ -63,6 +63,8 @@ class Loaded:
     max_length: int
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sources: tuple[tuple[str, int], ...] = ()
+    """Each file that was read, and its rows."""
 
 
 Piece = tuple[str, bool]

@@ -473,6 +473,7 @@ def _load(
         max_length=max_length,
         columns=tuple(dict.fromkeys(f"{part.source.name}: {part.columns}" for part in parts["train"])),
         notes=tuple(notes),
+        sources=tuple((part.source.name, len(part.source.rows)) for held in parts.values() for part in held),
     )
 
 

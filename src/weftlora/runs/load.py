@@ -166,8 +166,8 @@ def _drawing(seed: int) -> Iterator[None]:
         yield
 
 
-def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
-    """Load the adapter in `folder` into `plain`, in place; peft alone only warns about tensors that do not fit.
+def put_in(plain: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
+    """Load the adapter in `folder` into `plain`, in place, to be used or trained; peft alone only warns about tensors that do not fit.
 
     Raises:
         AdapterError: a newer format, missing files, or tensors that are not those of this base.
@@ -178,7 +178,7 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with warnings.catch_warnings(), _drawing(0):
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(plain, str(folder), config=config)
+            adapted = PeftModel.from_pretrained(plain, str(folder), config=config, is_trainable=trainable)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
     except WeftError:

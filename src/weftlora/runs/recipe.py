@@ -26,10 +26,10 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from weftlora.data.config import DataConfig, Task
 from weftlora.data.paths import checked_path, locate
-from weftlora.errors import ConfigError, suggest
+from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
-from weftlora.runs.run import Run, check_continues
+from weftlora.runs.run import Run, check_continues, check_extends
 from weftlora.sections import RecipeSection
 from weftlora.settings import is_number
 
@@ -162,8 +162,37 @@ class TrainConfig(RecipeSection):
     num_threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
     report_to: str | list[str] = "none"
     trainer: Literal["auto", "trainer", "sft"] = "auto"
+    best: bool = False
+    """Keep the adapter of the checkpoint with the lowest validation loss, instead of the last one."""
+    early_stopping: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
+    """Stop after so many measurements without a lower validation loss, and keep the best; none trains to the end."""
+    from_adapter: Annotated[str, AfterValidator(checked_path)] | None = None
+    """An adapter, or a run, whose values are where training begins; in files and on the command line also `from`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Passed on to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "from" in data:
+            rest = {key: value for key, value in data.items() if key != "from"}
+            return {**rest, "from_adapter": data["from"]}
+        return data
+
+    @model_validator(mode="after")
+    def _keeps_what_it_measures(self) -> Self:
+        if not (self.best or self.early_stopping):
+            return self
+        if self.save_every == 0:
+            raise ConfigError(
+                "train.best keeps a checkpoint, and train.save_every=0 makes none: leave one of them out."
+            )
+        if self.save_every and self.eval_every and self.save_every % self.eval_every:
+            raise ConfigError(
+                f"train.save_every={self.save_every} is no multiple of train.eval_every={self.eval_every}, so the best of what was "
+                "measured may not be saved: leave save_every out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -302,6 +331,31 @@ def asked(
     if before is None or before.status != "complete":
         check_fields(recipe.adapter)
         recipe.check_places()
+    return recipe, before
+
+
+def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str]) -> tuple[Recipe, Run]:
+    """The recipe of a run that goes on with the run in a folder, and that run.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as their names say.
+    """
+    if not isinstance(source, (str, Path)):
+        raise ConfigError("only a run can be extended: give its folder.")
+    before, given = Run.load(source), list(overrides)
+    if before.status != "complete":
+        raise RunError(f"{before.folder} is {before.status}: finish it with --resume before it is extended.")
+    kept = {**before.recipe, "train": dict(before.recipe["train"])}
+    lengths = [text.partition("=")[2] for text in given if text.startswith(("train.steps=", "train.epochs="))]
+    if not lengths:
+        raise ConfigError("an extended run is longer: say how long with train.steps=..., the steps of before included.")
+    kept["train"] |= {"steps": None, "epochs": None}
+    if not any(text.startswith("out=") for text in given):
+        kept["out"] = f"{Path(source)}-{lengths[-1]}"
+    recipe = Recipe.read(kept, *given, base_dir=Path(before.base_dir), from_folder=True)
+    told = Recipe.read(before.recipe).model_dump(mode="json")
+    check_extends(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
+    recipe.check_places()
     return recipe, before
 
 

@@ -74,6 +74,8 @@ class Run(Record):
     metrics: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     """What it cost and how large its adapter is, see `weftlora.train.costs`; empty until it is complete."""
+    extends: dict[str, Any] = field(default_factory=dict)
+    """The run that it goes on with, and from which step; empty for most."""
 
     @property
     def adapter_folder(self) -> Path:
@@ -133,10 +135,12 @@ _EVERY = (
 )
 """What the record of every run has."""
 _KINDS: dict[str, type | tuple[type, ...]] = {
+    "extends": dict,
     **dict.fromkeys(
         ("recipe.model", "recipe.data", "recipe.adapter", "recipe.train", "data.hashes", "data.counts"), dict
     ),
-    **dict.fromkeys(("recipe.model.path", "recipe.data.train", "recipe.out"), str),
+    **dict.fromkeys(("recipe.model.path", "recipe.out"), str),
+    "recipe.data.train": (str, list, dict),
     **dict.fromkeys(("base.source", "base.kind", "base.shapes", "base.values", "adapter.peft_type"), str),
     **dict.fromkeys(("recipe.train.lr", "time.train_seconds", "time.search_seconds", "time.search_in_steps"), NUMBER),
     **dict.fromkeys(("adapter.r", "adapter.target_r", "adapter.lora_alpha"), (*NUMBER, type(None))),
@@ -189,6 +193,30 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise RunError(f"the run folder {folder} cannot be made: {nearest} is read-only; choose another with out=....")
 
 
+FREE_TO_EXTEND = FREE_ON_RESUME | {
+    "train.steps",
+    "train.epochs",
+    "train.schedule",
+    "train.warmup",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.save_every",
+    "train.best",
+    "train.early_stopping",
+}
+"""Keys that may differ in a run that extends another: how long, and how the added steps are gone through."""
+
+
+def check_extends(run: Run, recipe: dict[str, Any]) -> None:
+    """Refuse to extend a run as another one. Raises ConfigError."""
+    for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
+        if key not in FREE_TO_EXTEND and key != "out":
+            raise ConfigError(
+                f"{run.folder} was trained with {key}={before!r}, and a run that extends it cannot have {after!r}: leave it out, or "
+                "begin a run of its own with train.from."
+            )
+
+
 def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     """Refuse to resume a run with another recipe: it would be neither run.
 
@@ -197,7 +225,10 @@ def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     """
     for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
         if key not in FREE_ON_RESUME and key != "out":
-            raise ConfigError(f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was.")
+            more = f", or train for longer with --extend train.steps={after}" if key == "train.steps" and after else ""
+            raise ConfigError(
+                f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was{more}."
+            )
 
 
 def differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]]]:

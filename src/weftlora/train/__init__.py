@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weftlora.errors import ConfigError
 from weftlora.extras import needs
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 
     from weftlora.runs.recipe import Recipe
     from weftlora.train.evaluation import Conversation, Evaluation, Generation
+    from weftlora.train.previewing import Preview
 
-__all__ = ["Progress", "Run", "Tick", "chat", "evaluate", "generate", "newest_checkpoint", "train"]
+__all__ = ["Progress", "Run", "Tick", "chat", "evaluate", "generate", "newest_checkpoint", "preview", "train"]
 
 
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *overrides: str,
     resume: bool = False,
+    extend: bool = False,
     overwrite: bool = False,
     verify_base: bool = True,
     progress: Progress = ignore,
@@ -37,6 +40,9 @@ def train(
         overrides: `key=value` with dots, such as `train.lr=1e-3`; values are YAML.
         resume: continue the run in `out` from its newest complete checkpoint. On a CPU the final adapter is the
             uninterrupted run's, bit for bit. A complete run is returned as it is.
+        extend: go on with a complete run, whose folder `recipe` is, to the longer `train.steps` of the overrides: a new run, by
+            default in a folder of its name and those steps, from the last checkpoint, with its optimiser. The schedule begins again
+            over the added steps, so it is not the run that would have been.
         overwrite: replace an earlier run in `out`; your own files in it stay.
         verify_base: identify the base's weights by their content, in the background. False on network disks that are slow to read;
             the run records it, and a base whose values were changed later is then found by a sample of them only.
@@ -48,12 +54,52 @@ def train(
         RunError: the run folder is in use, cannot be written, or is not one to resume.
     """
     with needs("train", "weftlora.train"):
-        from weftlora.runs.recipe import asked
+        from weftlora.runs.recipe import asked, asked_to_extend
 
-        read, before = asked(recipe, overrides, resume)
+        if extend and resume:
+            raise ConfigError("resume goes on with a run as it was, and extend with a longer one: give one of them.")
+        read, before = asked_to_extend(recipe, overrides) if extend else asked(recipe, overrides, resume)
         from weftlora.train import loop
 
-        return loop.train(read, before, overwrite, verify_base, progress, callbacks)
+        return loop.train(
+            read,
+            None if extend else before,
+            overwrite,
+            verify_base,
+            progress,
+            callbacks,
+            extends=before if extend else None,
+        )
+
+
+def preview(
+    recipe: str | Path | Mapping[str, Any] | Recipe | Run,
+    *overrides: str,
+    model: bool = True,
+    rows: int = 3,
+    progress: Progress = ignore,
+) -> Preview:
+    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learnt, time and memory.
+
+    Nothing is written. Time and memory are measured by a few passes of the recipe's own model over its rows, on this machine.
+
+    Args:
+        recipe: as for `train`; also a run or its folder.
+        model: load the model; without it no time and no memory are estimated.
+        rows: training rows to show as the model is given them.
+        progress: called with a `Tick` after every pass.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work.
+    """
+    with needs("train", "weftlora.preview"):
+        if isinstance(recipe, (str, Path)) and not (Path(recipe) / "run.json").is_file():
+            from weftlora.runs.recipe import asked
+
+            asked(recipe, overrides)
+        from weftlora.train import previewing as module
+
+        return module.preview(recipe, overrides, model, rows, progress)
 
 
 def evaluate(

@@ -35,7 +35,7 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
-from weftlora.train import ahead, arguments, checkpoint, costs, layer_search
+from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
@@ -56,8 +56,9 @@ def train(
     verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
+    extends: Run | None = None,
 ) -> Run:
-    """See `weftlora.train.train`; `recipe` and `before`, the run to continue, as `recipe.asked` gives them."""
+    """See `weftlora.train.train`; `recipe` and the run to continue or to extend as `recipe.asked` and `asked_to_extend` give them."""
     if before is not None and before.status == "complete":
         return before
     with contextlib.ExitStack() as held:
@@ -79,7 +80,7 @@ def train(
                 held.enter_context(claimed(folder, COMMAND))
                 check_free(folder, overwrite)
 
-        return _train(recipe, before, claim, verify_base, progress, callbacks)
+        return _train(recipe, before, claim, verify_base, progress, callbacks, extends)
 
 
 def _train(
@@ -89,8 +90,12 @@ def _train(
     verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
+    extends: Run | None,
 ) -> Run:
-    """Train, or go on with `before`; `claim` is called once all that can be wrong was looked at, before anything is written."""
+    """Train, or go on with `before`, or with `extends` for longer.
+
+    `claim` is called once all that can be wrong was looked at, before anything is written.
+    """
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
     started = time.monotonic()
@@ -100,10 +105,20 @@ def _train(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
         )
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
+    last = None
     if before is not None:
         check_same_input(before, run, prepared)
         check_can_resume(before)
-    args = arguments.arguments(prepared.recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+        run = dataclasses.replace(run, extends=before.extends)
+    if extends is not None:
+        check_same_input(extends, run, prepared)
+        extending.check_schedule(prepared.recipe.train)
+        last = extending.point(extends, run.steps)
+        run = dataclasses.replace(run, extends=extending.described(extends, last))
+    validate = prepared.data.validation is not None
+    args = arguments.arguments(
+        prepared.recipe.train, run.checkpoints, run.steps, validate, before=run.extends.get("step", 0)
+    )
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
         expected = known if isinstance(known, dict) else None
@@ -115,6 +130,11 @@ def _train(
     claim()
     with _recorded(main) as record, _sentences(run):
         with _started(record, run, before, main, prepared.defaults):
+            if extends is not None and last is not None and main:
+                said = extending.sentence(run.extends, prepared.recipe.train, run.steps)
+                extending.take_over(extends, run, last)
+                run.event("extend", steps=run.steps, **run.extends, said=said)
+                log.info("%s", said)
             search = layer_search.begin(prepared, run, args, main)
             if search is None:
                 trainer = make_trainer(prepared, run, args, progress, callbacks)
@@ -126,10 +146,10 @@ def _train(
         def start() -> tuple[Trainer, Prepared, Run]:
             if search is None:
                 return trainer, prepared, run
-            selected, described = search.finish(before is not None, progress)
+            selected, described = search.finish(before is not None or extends is not None, progress)
             return make_trainer(selected, described, args, progress, callbacks), selected, described
 
-        return _run_trainer(record, start, run, before is not None, main, progress)
+        return _run_trainer(record, start, run, before is not None or extends is not None, main, progress)
 
 
 def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_seconds: float) -> Run:
@@ -291,11 +311,12 @@ def _run_trainer(
     record.trainer, record.run = trainer, run
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
-    if resume:
+    if resume and not (run.extends and last and checkpoint.step_of(last) == run.extends["step"]):
         took["resumed_from"] = checkpoint.step_of(last) if last else 0
     warn_of_missing(prepared.model, over=True)
     metrics = _final(trainer, prepared, progress)
     _check_finite(metrics)
+    metrics |= _kept(trainer, prepared)
     run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
     if main:
         prepared.name_weights(run)
@@ -363,6 +384,15 @@ def _check_finite(metrics: dict[str, float]) -> None:
             raise DivergedError(
                 f"the run has diverged ({name} is {metrics[name]}): lower train.lr, or set train.warmup."
             )
+
+
+def _kept(trainer: Trainer, prepared: Prepared) -> dict[str, float]:
+    """Where training ended and which step's adapter is kept, where it is not simply the last."""
+    if not arguments.keeps_best(prepared.recipe.train):
+        return {}
+    best = trainer.state.best_model_checkpoint
+    kept = {"best_step": checkpoint.step_of(Path(best))} if best else {}
+    return kept | {"last_step": trainer.state.global_step}
 
 
 def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
 from weftlora.train.costs import Stopwatch, announce_measuring, timed
+from weftlora.train.extending import Extended
 from weftlora.train.prepare import Prepared
 
+log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
 _NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "eval_loss": "validation_loss"}
 _DROPPED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"}
@@ -74,6 +77,20 @@ class Recorder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.run.event("checkpoint", step=state.global_step)
+
+
+class EarlyStop(TrainerCallback):
+    """Ends a run after so many measurements without a lower loss; what it counts is in the logged losses, which a checkpoint has."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        since = len(losses) - 1 - min(range(len(losses)), key=lambda n: (losses[n], n))
+        if since >= self.patience:
+            log.info("stopped after step %d: %d measurements without a lower validation loss", state.global_step, since)
+            control.should_training_stop = True
 
 
 class AdaLoraSteps(TrainerCallback):
@@ -202,13 +219,19 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
+    if patience := prepared.recipe.train.early_stopping:
+        own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
+    added: dict[str, Any] = {"prepared": prepared}
+    if run.extends:
+        mixins.insert(0, Extended)
+        added["extends_at"] = run.extends["step"]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
         attach(prepared.model, on_event=_recorded(run), on_progress=progress if _main() else ignore)
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
-    measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
+    measured = type("Measured" + kind.__name__, (*mixins, kind), added)
     validation = prepared.measured_on
     trainer = measured(
         model=prepared.model,
