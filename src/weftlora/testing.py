@@ -79,7 +79,8 @@ def check_term(
         training                             the loss falls; gradients reach all that trains, and nothing else moves
         events                               each is plain data, and none is left undone
         reference                            the fast path computes what the equation says, gradients too
-        saving                               from_pretrained, load_adapter and transformers' load_adapter give equal logits
+        saving                               its tensors are those that it names; from_pretrained, load_adapter and transformers'
+                                             load_adapter give equal logits
         resuming                             a run that was stopped and continued ends in the same adapter
         merging, export                      are exact, or refused with the term's own reason
         two processes                        data-parallel training ends in the adapter of one process
@@ -312,6 +313,10 @@ def _check_plain(trial: _Trial, notes: dict[str, str]) -> None:
     registry.check_form(type(trial.term))
     about = vars(type(trial.term)).get("__doc__") or ""
     _require(bool(about) and not about.startswith(f"{type(trial.term).__name__}("), "its class says nothing of itself.")
+    try:
+        trial.term.label()
+    except AttributeError as error:
+        raise AssertionError(f"its headline names a field that it does not have ({error}).") from None
     trial.config()  # from now on its name is known here
     through = json.loads(json.dumps(trial.encoded))
     _require(
@@ -444,6 +449,7 @@ def _check_saving(trial: _Trial, notes: dict[str, str]) -> None:
     model = trial.trained()
     expected = _logits(model)
     _require(not torch.equal(expected, _logits(_base())), "a trained adapter computes what the base does.")
+    _check_names(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for name, load in _PATHS.items():
@@ -452,6 +458,25 @@ def _check_saving(trial: _Trial, notes: dict[str, str]) -> None:
             _require(torch.equal(_logits(loaded), expected), f"{name} gives other logits than were saved.")
             if apart := _differing(_nameless(_adapter(model)), _nameless(_adapter(loaded))):
                 raise AssertionError(f"{name} gives another {apart[0]} than was saved.")
+
+
+def _check_names(model: nn.Module) -> None:
+    """Every tensor of the adapter is one that a choice says it keeps, and the structure's are all there."""
+    for config in cast("dict[str, WeftConfig]", cast(Any, model).peft_config).values():
+        structure = config.structure
+        kept = set().union(*(found.structure.state_dict() for found in _sites(model)))
+        _require(
+            kept == structure.tensors() <= set(structure.saves),
+            f"its sites keep {', '.join(sorted(kept))}, and it says {', '.join(sorted(structure.tensors()))} of "
+            f"{', '.join(sorted(structure.saves))}: saves, tensors() and what build makes must agree.",
+        )
+        said = {"steps"}.union(*(choice.saves.keys() | choice.counts.keys() for choice in config.choices().values()))
+        there = {name.rpartition(".")[2] for name in _adapter(model)}
+        _require(
+            there <= said,
+            f"the adapter keeps {', '.join(sorted(there - said))}, which no choice names: add it to `saves`, or to `counts` if the "
+            "first site keeps it for all.",
+        )
 
 
 def _nameless(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
