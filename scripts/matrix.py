@@ -39,7 +39,6 @@ ROWS = ROOT / "matrix.toml"
 RESULTS = ROOT / "evidence" / "matrix.json"
 CONSTRAINTS = ROOT / "constraints.txt"
 SHIPPED = ROOT / "src" / "weftlora" / "assets" / "matrix.json"
-SHOWN = ("python", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
 BESIDE = (
     *("pytest", "typer", "rich", "pydantic", "packaging", "psutil", "pyyaml"),
     *("scipy", "scikit-learn", "sacrebleu", "rouge-score"),
