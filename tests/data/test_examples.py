@@ -94,5 +94,7 @@ def test_class_names_are_sorted_as_numbers_or_as_words():
     source = Source("rows.jsonl", [], {})
     assert label_names(of(*[{"text": "t", "label": n} for n in (10, 9, -1, 9)])[1], source) == ["-1", "9", "10"]
     assert label_names(of(*[{"text": "t", "label": n} for n in ("b", "10", "9")])[1], source) == ["10", "9", "b"]
+    long = "1" * 5000  # more digits than Python makes a number of
+    assert label_names(of(*[{"text": "t", "label": n} for n in (long, "9")])[1], source) == [long, "9"]
     with pytest.raises(DataError, match=r"has 1 class \(x\)"):
         label_names(of({"text": "t", "label": "x"})[1], source)

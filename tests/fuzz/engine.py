@@ -176,7 +176,15 @@ class Sandbox:
         victim.mkdir(parents=True, exist_ok=True)
         for folder in (victim, victim / "s0", victim / "base", self.outside / "lr0.001-s1000"):
             folder.mkdir(exist_ok=True)
-            for name in ("run.json", "metrics.jsonl", "compare.json", "eval-test.json", "problem.json", "complete.json", "trainer_state.json"):
+            for name in (
+                "run.json",
+                "metrics.jsonl",
+                "compare.json",
+                "eval-test.json",
+                "problem.json",
+                "complete.json",
+                "trainer_state.json",
+            ):
                 (folder / name).write_text("{}", encoding="utf-8")
         self.there: Case = {}
 

@@ -77,7 +77,10 @@ def put_back(fault: PutBack) -> None:
 
 def _in_tables(module: Any, before: Any, after: Any) -> None:
     """Where a table of a module, or of a class of it, has the function; and what is kept of its earlier calls is forgotten."""
-    places = [module, *(value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__)]
+    places = [
+        module,
+        *(value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__),
+    ]
     for value in [value for place in places for value in vars(place).values()]:
         if isinstance(value, dict):
             value.update({key: after for key, kept in value.items() if kept is before})
