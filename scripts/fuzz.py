@@ -200,7 +200,7 @@ def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
     rows = []
     for fault in [fault for fault in FAULTS if fault.target in by_name]:
         target, row = by_name[fault.target], {"fault": fault.name, "target": fault.target}
-        for how, known in (("slice", found(target)), ("without", [])):
+        for how, known in (("slice", found(target)), ("without", []))[: 2 if seconds else 1]:
             most = len(target.seeds()) + len(known) if how == "slice" else 20_000
             work = engine.Slice(
                 target, "faults", 0, seconds, most, known, [], functools.partial(put_back, fault), until_fault=True
@@ -226,8 +226,10 @@ def source_digest() -> str:
     return whole.hexdigest()[:12]
 
 
-def added(record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds: float) -> dict[str, Any]:
-    """The record with a part more in it."""
+def added(
+    record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds: float, source: str = ""
+) -> dict[str, Any]:
+    """The record with a part more in it; `source` is the digest of what was tried."""
     every = record.setdefault("targets", {})
     writes = {target.name for target in writers()}
     for out in done:
@@ -243,7 +245,7 @@ def added(record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds
         entry["slowest"] = round(max(entry["slowest"], out.slowest), 2)
         entry["peak_mib"] = max(entry["peak_mib"], out.peak >> 20)
     record.setdefault("parts", []).append({
-        "seed": seed, "source": source_digest(), "seconds": round(seconds), "inputs": sum(out.inputs for out in done),
+        "seed": seed, "source": source, "seconds": round(seconds), "inputs": sum(out.inputs for out in done),
         "faults": sum(sum(out.times.values()) for out in done),
     })  # fmt: skip
     record["inputs"] = sum(entry["inputs"] for entry in every.values())
@@ -280,17 +282,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "evidence" / "fuzz.json")
     parser.add_argument("--new", type=Path, help="write what was found to this file, as seeds/found.json has it")
     parser.add_argument("--faults", action="store_true", help="put every fault back that was fixed, and find it again")
+    parser.add_argument("--quick", action="store_true", help="with --faults: only whether the slice finds them")
     given = parser.parse_args()
     chosen = [target for target in targets() if not given.only or target.name in given.only]
     if not chosen:
         sys.exit(f"there is no target {given.only}: use {', '.join(target.name for target in targets())}")
-    began = time.monotonic()
+    began, source = time.monotonic(), source_digest()
     prepared(chosen)
     print(f"ready in {time.monotonic() - began:.1f} s", flush=True)
     by_name = {target.name: target for target in chosen}
     record = kept(given.out)
     if given.faults:
-        rows = found_again(chosen, 20)
+        rows = found_again(chosen, 0 if given.quick else 20)
         record = kept(given.out)  # as it is by now: a part may have ended meanwhile
         others = [row for row in record.get("put_back", []) if row["target"] not in by_name]
         record["put_back"] = [*others, *rows]
@@ -312,7 +315,7 @@ def main() -> int:
         counts = {name: entry["inputs"] for name, entry in record.get("targets", {}).items()}
         seed = given.seed or f"part {len(record.get('parts', [])) + 1}"
         done = campaign(chosen, counts, 60 * given.minutes, seed, given.jobs, TURN)
-        write(given.out, added(kept(given.out), done, seed, time.monotonic() - began))
+        write(given.out, added(kept(given.out), done, seed, time.monotonic() - began, source))
     faults = list({(out.target, kind): fault for out in done for kind, fault in out.faults.items()}.values())
     print(f"{sum(out.inputs for out in done):,} inputs, {len(faults)} kinds of fault")
     if faults:

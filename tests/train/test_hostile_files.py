@@ -38,6 +38,8 @@ SICK = {
     "no bytes": "!!binary é",
     "a huge number": "a: " + "9" * 5000,
     "a huge hexadecimal's key": "? " + "9" * 5000 + "\n: 1",
+    "a hexadecimal number that cannot be shown": "a: 0x" + "f" * 5000,
+    "a number of sixties": "a: 1" + ":1" * 5000,
     "aliases": BOMB,
     "a chain of aliases": CHAIN,
     "an alias in itself": "&a [*a]",
