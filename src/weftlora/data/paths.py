@@ -90,7 +90,7 @@ def _sharded(folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
     for name in names:
-        if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
+        if Path(name).name != name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
             raise ModelError(
                 f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
             )
