@@ -579,7 +579,8 @@ class Try:
             if self.place.exists():  # what it has written where the folder had been
                 self.look()
                 shutil.rmtree(self.place)
-            self.gone.rename(self.place)
+            if self.gone.exists():
+                self.gone.rename(self.place)
             self.gone = None
         if not self.place.exists():
             self.command.begin(self.place)
@@ -609,9 +610,8 @@ class Try:
         elif wanted == "gone":
             gone = self.place.with_suffix(".gone")
             self.place.rename(gone)
+            self.gone = gone
             if self.draw.random() < 0.5:
-                self.gone = gone
-            else:
                 shutil.rmtree(gone)
         return []
 

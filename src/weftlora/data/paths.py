@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from weftlora.disk.files import check_regular
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.foreign_text import shortened
 
@@ -61,6 +62,7 @@ def locate(path: str, base_dir: Path) -> str:
         if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
             raise ModelError(f"there is no model folder {str(folder)!r}.")
         return path
+    check_regular(folder, ModelError)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
     if not any(folder.glob("*.safetensors")):

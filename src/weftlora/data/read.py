@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.data.config import DataConfig, missing
+from weftlora.disk.files import check_regular
 from weftlora.errors import ConfigError, DataError
 
 
@@ -143,6 +144,7 @@ def read(path: Path, config: DataConfig, blocks: Blocks) -> Source:
 
     `blocks` says how `.txt` files without `separator` are cut.
     """
+    check_regular(path, DataError)
     if path.is_dir():
         return read_saved(path)
     if path.suffix not in READERS:
