@@ -172,7 +172,7 @@ class ReallocateController:
         surgery.check_sliceable([member.site for member in self.members])
         if self.rounds == 0:
             self._check_can_move()
-        if self.choice.way in ("taylor", "shortlist") and not self.done():
+        if self.choice.way in ("taylor", "shortlist", "sensitivity") and not self.done():
             processes.attempt(self._check_estimable, "scoring rank slots", self._device)
 
     def _check_estimable(self) -> None:

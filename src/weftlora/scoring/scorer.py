@@ -125,6 +125,16 @@ class Ablation:
                 return brackets.estimated_brackets(way, self.sites, slots, batch, chunk_tokens=tokens, tell=tell)
         raise self._refusal()
 
+    def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
+        batch = self.drawn(draw)
+        with undisturbed(self.model, self.sites):
+            if way := self._way(batch):
+                return brackets.sensitivities(
+                    way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell
+                )
+        raise self._refusal()
+
     def _refusal(self) -> ConfigError:
         return ConfigError(
             f"Reallocate(score={self.choice.way!r}) needs a cross-entropy over logits with one part per row, which "
