@@ -226,8 +226,8 @@ class Scorer(Protocol):
         """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
         ...
 
-    def check_estimable(self) -> None:
-        """Raise ConfigError where the model gives no estimates."""
+    def check(self, *, estimated: bool) -> None:
+        """Raise ConfigError where no row has a label that counts, or the model gives no estimates and these are wanted."""
         ...
 
     def watch(self, progress: Progress) -> None:
