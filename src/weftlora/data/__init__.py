@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from weftlora.data.config import DataConfig, Fields, Task
     from weftlora.data.encode import GenerationPrompt, encode_prompt, generation_prompts
     from weftlora.data.loaded import IGNORE, Counts, Loaded, shown
-    from weftlora.data.loading import load, texts
+    from weftlora.data.loading import load
     from weftlora.data.paths import resolve_path
+    from weftlora.data.sources import texts
 
 _LAZY = {
     "Collator": "collate",
     **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
     **dict.fromkeys(("GenerationPrompt", "encode_prompt", "generation_prompts"), "encode"),
     **dict.fromkeys(("IGNORE", "Counts", "Loaded", "shown"), "loaded"),
-    **dict.fromkeys(("load", "texts"), "loading"),
+    "load": "loading",
+    "texts": "sources",
     "resolve_path": "paths",
 }
 

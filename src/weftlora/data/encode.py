@@ -623,7 +623,7 @@ def _tokenised(
     batch = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
     )
-    out = []
+    out: list[tuple[list[int], list[Span], bool]] = []
     for talk, ids, offsets in zip(spoken, batch["input_ids"], batch["offset_mapping"], strict=True):
         learnt, joined = [], not talk.as_sent
         for begins, ends, _ in talk.spans:
