@@ -70,7 +70,7 @@ unit: $(STAMP) ## all tests but the grid
 grid: $(STAMP) ## every structure on every family of base models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m grid --durations=5
 
-matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; two rows fetch a CUDA torch of several GB (half an hour)
+matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
 
 matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on (three minutes)

@@ -13,16 +13,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docs_bench import recipe_of
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "step.json"
 PLOT = ROOT / "docs" / "images" / "step.svg"
 NAMES = {
-    "peft": "stock peft LoRA r=16",
-    "peft bf16": "stock peft, bf16 adapters",
-    "plain": "LoRA r=16",
-    "hydra": "HydraLoRA N=3 r=8",
-    "tied": "Tied-LoRA r=16",
-    "dash": "LoRA-Dash r=8 + 8",
+    "peft:lora": "stock peft LoRA r=16",
+    "peft:lora bf16": "stock peft, bf16 adapters",
+    "lora": "LoRA r=16",
+    "hydralora": "HydraLoRA N=3 r=8",
+    "tied_lora": "Tied-LoRA r=16",
+    "lora_dash": "LoRA-Dash r=8 + 8",
     "alora": "ALoRA r=12 of 16",
     "flexora": "Flexora, gated r=16",
 }
@@ -34,9 +36,10 @@ def rows(record: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     for row in record["cases"]:
         case = row["case"]
-        kind = case["kind"] if case["adapter"] == "fp32" else f"{case['kind']} {case['adapter']}"
+        recipe = recipe_of(case)
+        kind = recipe if case["adapter"] == "fp32" else f"{recipe} {case['adapter']}"
         if row["dtype"] == DTYPE and kind in NAMES and not case["compiled"] and case["mask"] == "linear":
-            by = "stock peft" if case["kind"] == "peft" else "weftlora"
+            by = "stock peft" if recipe == "peft:lora" else "weftlora"
             common = {"method": NAMES[kind], "dropout": f"dropout {case['p']:g}", "by": by}
             ratio = row["ratio"]
             found.append({**common, "what": "step time", **ratio})

@@ -30,6 +30,8 @@ RETURNED: dict[str, tuple[str, ...]] = {
         "weftlora.train.evaluation.Evaluation",
         "weftlora.train.evaluation.Scores",
         "weftlora.train.evaluation.Generation",
+        "weftlora.train.evaluation.Conversation",
+        "weftlora.train.previewing.Preview",
     ),
     "Compare and report": ("weftlora.report.comparison.page.Report",),
     "Look inside": (

@@ -9,6 +9,8 @@ from typing import Any
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 Row = tuple[str, ...]
+RECIPES = {"peft": "peft:lora", "plain": "lora", "hydra": "hydralora", "tied": "tied_lora", "dash": "lora_dash"}
+"""What cases were called in records that were made before they had the names of their recipes."""
 
 
 def record(name: str) -> dict[str, Any]:
@@ -49,9 +51,9 @@ def dash(name: str) -> tuple[Row, list[Row]]:
     """Head and rows: a launched LoRA-Dash beside plain LoRA of as many slots."""
     rows = []
     for row in record(name)["cases"]:
-        case = row["case"]
-        if case["kind"] in ("plain", "dash") and not case["p"] and not case["compiled"]:
-            label = "LoRA-Dash, r = 8 and 8 directions" if case["kind"] == "dash" else "LoRA, r = 16"
+        case, kind = row["case"], recipe_of(row["case"])
+        if kind in ("lora", "lora_dash") and not case["p"] and not case["compiled"]:
+            label = "LoRA-Dash, r = 8 and 8 directions" if kind == "lora_dash" else "LoRA, r = 16"
             rows.append((row["dtype"], label, spread(row["ratio"], 3), f"{row['saved_ratio']:.2f}"))
     return ("base", "case", "step / the frozen base's", "saved / the frozen base's"), rows
 
@@ -68,13 +70,18 @@ def setting(*names: str) -> tuple[Row, list[Row]]:
     return head, rows
 
 
+def recipe_of(case: dict[str, Any]) -> str:
+    """The recipe that a case steps."""
+    return RECIPES.get(case["kind"], str(case["kind"]))
+
+
 def spread(value: dict[str, float], digits: int) -> str:
     """Median and quartiles, such as "1.10 [1.09, 1.12]"."""
     return f"{value['median']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
 def _named(case: dict[str, Any]) -> Row:
-    words = [case["kind"], *(["one mask per input"] if case["mask"] == "input" else [])]
+    words = [recipe_of(case), *(["one mask per input"] if case["mask"] == "input" else [])]
     words += ["compiled"] if case["compiled"] else []
     numbers = ("", "", "") if case["kind"] == "floor" else (str(case["r"]), f"{case['p']:g}", case["adapter"])
     return (", ".join(words), *numbers)

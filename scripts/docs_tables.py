@@ -53,9 +53,9 @@ MEANING: dict[str, str] = {
     "data.truncate": "what gives way in a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
     "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
-    "data.limit": "draw so many training rows",
-    "data.validation_limit": "draw so many validation rows",
-    "data.test_limit": "draw so many test rows",
+    "data.limit": "draw so many rows of every split; rows that are empty or dropped are not among them",
+    "data.validation_limit": "draw so many validation rows instead",
+    "data.test_limit": "draw so many test rows instead",
     "data.seed": "of the split and the draws",
     "data.streaming": "take the first `limit` rows of a data set of the hub as they come; left out, where it is larger than 5 GB",
     "data.processes": "processes that encode the rows of a large file",
@@ -70,7 +70,7 @@ MEANING: dict[str, str] = {
     "train.epochs": "passes over the training rows; without `steps` and `epochs` it is one",
     "train.batch_size": "rows per forward pass",
     "train.accumulation": "forward passes per optimiser step",
-    "train.lr": "peak learning rate",
+    "train.lr": "peak learning rate; left out, [by method and model size](#what-is-taken-where-you-say-nothing)",
     "train.schedule": "a schedule's name in transformers",
     "train.warmup": "optimiser steps; below 1, a fraction of the run",
     "train.weight_decay": "AdamW's, on everything that is trained",
@@ -82,12 +82,16 @@ MEANING: dict[str, str] = {
     "train.precision": "`bf16` and `fp16` train under autocast",
     "train.gradient_checkpointing": "recompute activations in the backward pass",
     "train.eval_every": "optimiser steps between validation losses; left out, one at the end",
+    "train.eval_rows": "validation rows measured each time, or `all`; left out, at most 512 and a quarter of the training's cost",
     "train.save_every": "optimiser steps between checkpoints; left out, about five in a run; 0, none",
     "train.keep": "complete checkpoints kept",
     "train.logging_every": "optimiser steps between lines of `metrics.jsonl`",
     "train.num_threads": "torch threads",
     "train.report_to": "loggers of transformers",
     "train.trainer": "`sft` is trl's `SFTTrainer`",
+    "train.best": "keep the adapter of the lowest validation loss; without `eval_every` it is measured ten times",
+    "train.early_stopping": "stop after so many measurements without a lower loss, and keep the best",
+    "train.from_adapter": "also `from`: an adapter or a run whose values are where training begins, on these rows",
     "train.args": "further arguments of transformers' `TrainingArguments`",
 }
 
@@ -213,6 +217,7 @@ def matrix() -> str:
             outcome += (
                 f", {result['passed']} of {result['passed'] + result['failed']} tests on Python {result['python']}"
             )
+            outcome += f", torch {result['torch_build']}" if "torch_build" in result else ""
             outcome += "".join(f"; left out: {reason}" for reason in result["left_out"])
         versions = (row["versions"].get(name, "none") for name in shown)
         lines.append((f"`{row['name']}`: {row['host']}", row["python"], *versions, outcome))

@@ -6,8 +6,10 @@
     python scripts/matrix.py --resolve NAME  what the host's own pins resolve to today, beside the row
 
 A row shares this environment and its torch; what it has in other versions is put, without dependencies, into a folder in front of
-the path, kept under .venv/matrix by its content. Rows marked `own` get an environment of their own, which is removed again.
-Results go to evidence/matrix.json, and with the rows' versions into the package, where `weftlora doctor` reads them.
+the path, kept under .venv/matrix by its content. A row marked `own`, or of a host that wants another Python, gets an environment of
+its own, which is removed again: torch comes there as the index has it, a CUDA build, and runs on the CPU. With --ci, and where this
+machine has no such Python, a row of another Python runs on this one and says so. Results go to evidence/matrix.json, and with the
+rows' versions into the package, where `weftlora doctor` reads them.
 """
 
 from __future__ import annotations
@@ -30,9 +32,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from packaging.specifiers import SpecifierSet
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "matrix.toml"
 RESULTS = ROOT / "evidence" / "matrix.json"
+CONSTRAINTS = ROOT / "constraints.txt"
 SHIPPED = ROOT / "src" / "weftlora" / "assets" / "matrix.json"
 SHOWN = ("python", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
 BESIDE = (
@@ -40,8 +45,8 @@ BESIDE = (
     *("scipy", "scikit-learn", "sacrebleu", "rouge-score"),
 )
 """What rows with an environment of their own need beside their versions: the tools of the suite, and what the commands import."""
-LIMIT = 600
-"""Seconds after which a row is given up; the suite takes one or two minutes."""
+LIMIT = 1200
+"""Seconds after which a row is given up; the suite takes one or two minutes, on a busy machine several times that."""
 
 
 def main() -> int:
@@ -59,7 +64,7 @@ def main() -> int:
         return resolve(rows[args.resolve])
     wanted = [row for row in rows.values() if (row["name"] in args.names if args.names else True)]
     wanted = [row for row in wanted if not (args.ci and not row.get("ci")) and not (args.shared and row.get("own"))]
-    results = [run(row) for row in wanted]
+    results = [run(row, own_python=not (args.ci or args.shared)) for row in wanted]
     if not args.ci:
         write(rows, results)
     for result in results:
@@ -79,14 +84,23 @@ def said(result: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- a row
 
 
-def run(row: dict[str, Any]) -> dict[str, Any]:
-    """Build a row, run the suite in it, and say what came of it."""
-    if reason := row.get("reason") or cannot(row):
+def run(row: dict[str, Any], own_python: bool = True) -> dict[str, Any]:
+    """Build a row, run the suite in it, and say what came of it.
+
+    Args:
+        row: of matrix.toml.
+        own_python: give a row whose host wants another Python than this one an environment of that Python.
+    """
+    here = platform.python_version()
+    apart = row.get("own") or (own_python and not fits(row, here) and interpreter(row))
+    if reason := row.get("reason") or cannot(row, bool(apart)):
         return {"name": row["name"], "status": "not run", "reason": reason}
     print(f"--- {row['name']}: {row['host']}", flush=True)
+    if not apart and not fits(row, here):
+        print(f"    its host wants Python {row['python']}; here it runs on {here}", flush=True)
     folder = None
     try:
-        python, path, folder = own(row) if row.get("own") else shared(row)
+        python, path, folder = own(row) if apart else shared(row)
         return suite(row, python, path)
     except subprocess.CalledProcessError as error:
         return {"name": row["name"], "status": "not run", "reason": f"could not be built: {error}"}
@@ -95,25 +109,29 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def cannot(row: dict[str, Any]) -> str | None:
+def cannot(row: dict[str, Any], apart: bool) -> str | None:
     """Why a row cannot be run on this machine."""
-    if row.get("own"):
+    if apart:
         return None if interpreter(row) else f"no Python {row['python']} on this machine"
     here = version("torch").partition("+")[0]
     return None if here == row["versions"]["torch"] else f"this environment has torch {here}"
 
 
+def fits(row: dict[str, Any], python: str) -> bool:
+    """Whether a version of Python is one that the row's host takes."""
+    return SpecifierSet(row["python"]).contains(python)
+
+
 def interpreter(row: dict[str, Any]) -> str | None:
-    """A Python for an environment of the row's own: the host's minor version, where it names one."""
-    found = re.search(r">=3\.(\d+),<3\.(\d+)", row["python"])
-    if not found or int(found[1]) == sys.version_info.minor:
+    """A Python that the row's host takes: this one where it does, else the least minor version that this machine has."""
+    if fits(row, platform.python_version()):
         return sys.executable
-    for candidate in (
-        shutil.which(f"python3.{found[1]}"),
-        *Path.home().glob(f".pyenv/versions/3.{found[1]}.*/bin/python"),
-    ):
-        if candidate and subprocess.run([str(candidate), "-c", ""], capture_output=True).returncode == 0:
-            return str(candidate)
+    for minor in range(11, 20):
+        installed = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python"))
+        for candidate in filter(None, (shutil.which(f"python3.{minor}"), *map(str, installed))):
+            said = subprocess.run([candidate, "-V"], capture_output=True, text=True)
+            if said.returncode == 0 and fits(row, said.stdout.split()[-1]):
+                return candidate
     return None
 
 
@@ -134,17 +152,21 @@ def shared(row: dict[str, Any]) -> tuple[str, list[str], None]:
         for old in kept.glob(f"{row['name']}-*"):
             shutil.rmtree(old)
         making = Path(tempfile.mkdtemp(dir=kept, prefix="making-"))
-        pip(sys.executable, "--no-deps", "--target", str(making), *differing)
+        pip(sys.executable, "--ignore-requires-python", "--no-deps", "--target", str(making), *differing)
         making.rename(folder)
     return sys.executable, [str(folder)], None
 
 
 def own(row: dict[str, Any]) -> tuple[str, list[str], Path]:
-    """An environment of the row's own, in a folder to be removed."""
+    """An environment of the row's own, in a folder to be removed: its versions, what torch itself asks for, and the tools."""
     folder = Path(tempfile.mkdtemp(prefix="weft-matrix-"))
     subprocess.run([interpreter(row) or sys.executable, "-m", "venv", str(folder)], check=True)
     python = str(folder / "bin" / "python")
-    pip(python, "--no-cache-dir", *(f"{name}=={wanted}" for name, wanted in row["versions"].items()), *BESIDE)
+    versions = [f"{name}=={wanted}" for name, wanted in row["versions"].items()]
+    pins = dict(line.lower().split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line)
+    tools = [f"{name}=={pins[name]}" if name in pins else name for name in BESIDE]
+    # Requires-Python counts here: without, the newest release is taken even where it has no wheel for this Python, and is built.
+    pip(python, "--no-cache-dir", "--no-compile", "--prefer-binary", *versions, *tools)
     return python, [], folder
 
 
@@ -156,7 +178,7 @@ def installed(name: str) -> str | None:
 
 
 def pip(python: str, *arguments: str) -> None:
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--ignore-requires-python", *arguments], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], check=True)
 
 
 def suite(row: dict[str, Any], python: str, path: list[str]) -> dict[str, Any]:
@@ -218,13 +240,19 @@ def suite(row: dict[str, Any], python: str, path: list[str]) -> dict[str, Any]:
         "left_out": sorted({said for reason in skipped.values() if (said := reason_of(reason))}),
         "seconds": round(seconds),
         "cpu_seconds": round(used),
-        "python": subprocess.run(
-            [python, "-c", "import platform; print(platform.python_version())"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip(),
+        **json.loads(subprocess.run([python, "-c", FOUND], capture_output=True, text=True, check=True).stdout),
     }
+
+
+FOUND = """
+import json, platform, re
+from importlib.metadata import distributions, version
+import torch
+cuda = {d.name: d.version for d in distributions() if re.match("nvidia-|cuda-|triton", d.name)}
+build = {"python": platform.python_version(), "torch_build": torch.__version__}
+print(json.dumps(build | ({"cuda_packages": dict(sorted(cuda.items()))} if torch.version.cuda else {})))
+"""
+"""What a row was run with beside its versions: its Python, which build of torch, and what a CUDA build brought."""
 
 
 def reason_of(skip: str) -> str | None:
@@ -281,9 +309,10 @@ def resolve(row: dict[str, Any]) -> int:
     """What the pins of a row's host resolve to today, for the packages that the row names."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
+        asked = ("--ignore-requires-python", "--dry-run", "--ignore-installed", f"--report={out}")
         requirements = row["pins"]
         if len(requirements) == 1:  # a host: its own requirements of the packages of the row, without the rest of it
-            pip(sys.executable, "--dry-run", "--ignore-installed", "--no-deps", f"--report={out}", *requirements)
+            pip(sys.executable, *asked, "--no-deps", *requirements)
             metadata = json.loads(out.read_text())["install"][0]["metadata"]
             names = {name.replace("_", "-") for name in row["versions"]}
             requirements = [
@@ -291,14 +320,7 @@ def resolve(row: dict[str, Any]) -> int:
                 for line in metadata.get("requires_dist", [])
                 if "extra ==" not in line and re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") in names
             ]
-        pip(
-            sys.executable,
-            "--dry-run",
-            "--ignore-installed",
-            f"--report={out}",
-            f"torch=={row['versions']['torch']}",
-            *requirements,
-        )
+        pip(sys.executable, *asked, f"torch=={row['versions']['torch']}", *requirements)
         found = {
             item["metadata"]["name"].lower().replace("-", "_"): item["metadata"]["version"].partition("+")[0]
             for item in json.loads(out.read_text())["install"]

@@ -10,7 +10,7 @@ import weftlora
 
 SOURCE = Path(weftlora.__file__).parent
 ROOMS = (
-    {"version", "progress", "change_rates", "foreign_text", "redaction"},
+    {"version", "progress", "change_rates", "foreign_text", "foreign_json", "redaction"},
     {"errors"},
     {"extras", "settings"},
     {"sections", "records", "disk", "kernel"},

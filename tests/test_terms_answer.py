@@ -2,13 +2,15 @@
 
 A choice is asked for what it does (`weftlora.terms`), so a new one costs no edit elsewhere. What is looked for: isinstance, issubclass
 and cast with a class of a choice, `type()` of one, its class in a `match`, its kind or class name compared with or looked up in a
-table, hasattr or getattr of a field that its axis does not promise, and such a field taken from an axis of a config or site.
+table, hasattr or getattr of a field that its axis does not promise, such a field taken from an axis of a config or site or from a
+search, a parameter or field that is annotated with a class of a choice, and a function of `terms/` that asks for whoever imports it.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -71,12 +73,6 @@ def own_names() -> set[str]:
 
 OWN = own_names()
 
-# What may name choices, and why.
-ALLOWED = {
-    "bench/cases.py:CONFIGS": "constructors of the configs that a bench steps, by the name of the case",
-    "bench/cases.py:RANKS": "at which rank the bench steps each of these cases",
-}
-
 
 def asked(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Every place that asks which choice something is."""
@@ -92,8 +88,12 @@ def asked(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
                 yield node, "a table by names of choices"
         elif isinstance(node, (ast.Set, ast.List, ast.Tuple)) and len(_kinds(node.elts)) > 1:
             yield node, "a list of names of choices"
-        elif isinstance(node, ast.Attribute) and node.attr in OWN and _is_axis(node.value):
+        elif isinstance(node, ast.Attribute) and node.attr in OWN and (_is_axis(node.value) or _is_search(node.value)):
             yield node, f"a field that only some choices have: {node.attr}"
+        elif isinstance(node, (ast.arg, ast.AnnAssign)) and _annotates(node.annotation):
+            yield node, "an annotation with a class of a choice"
+        elif isinstance(node, ast.ImportFrom) and (helpers := _helpers_that_ask(node)):
+            yield node, f"a function of terms/ that asks: {', '.join(helpers)}"
 
 
 def _call(node: ast.Call) -> Iterator[tuple[ast.AST, str]]:
@@ -136,6 +136,41 @@ def _is_axis(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and node.attr in AXES
 
 
+def _is_search(node: ast.AST) -> bool:
+    """Whether it is what a choice of layers gives as its search: `search`, `config.layers.search`, `job.search`."""
+    return (isinstance(node, ast.Attribute) and node.attr == "search") or (
+        isinstance(node, ast.Name) and node.id == "search"
+    )
+
+
+TYPES = {name for name, cls in CLASSES.items() if issubclass(cls, (Choice, nn.Module))}
+
+
+def _annotates(node: ast.AST | None) -> bool:
+    """Whether an annotation names a choice, or the module of one; `change_rates.Directions` is another."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = ast.parse(node.value, mode="eval")
+    return node is not None and any(isinstance(n, ast.Name) and n.id in TYPES for n in ast.walk(node))
+
+
+@functools.cache
+def functions_of(module: str) -> dict[str, ast.AST]:
+    """The functions at the top of a module of `terms/`."""
+    path = SOURCE.parent.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def _helpers_that_ask(node: ast.ImportFrom) -> list[str]:
+    """What is imported from `terms/` and asks there in the importer's stead."""
+    module = node.module or ""
+    if not module.startswith("weftlora.terms."):
+        return []
+    functions = functions_of(module)
+    return [a.name for a in node.names if a.name in functions and any(asked(functions[a.name]))]
+
+
 def _says_choice(node: ast.AST) -> bool:
     return isinstance(node, ast.Name) and node.id in {*AXES, "choice", "term"}
 
@@ -166,9 +201,8 @@ def places(path: Path) -> dict[str, str]:
     file = path.relative_to(SOURCE).as_posix()
     found = {}
     for node, way in asked(tree):
-        at = f"{file}:{inside[node]}"
-        if at not in ALLOWED and not _is_public_list(file, inside[node]):
-            found[f"{at}:{node.lineno}"] = way  # type: ignore[attr-defined]
+        if not _is_public_list(file, inside[node]):
+            found[f"{file}:{inside[node]}:{node.lineno}"] = way  # type: ignore[attr-defined]
     return found
 
 
@@ -202,6 +236,11 @@ def test_nobody_asks_which_choice_it_is(path: Path) -> None:
         "hasattr(choice, 'heads')",
         "config.boost.after",
         "site.structure.router",
+        "config.layers.search.top_k",
+        "search.preset",
+        "def f(search: Search) -> None: ...",
+        "def f(search: 'Search | None') -> None: ...",
+        "rule: Reallocate = x",
         "match c:\n    case Dash():\n        pass",
     ],
 )
@@ -213,6 +252,8 @@ def test_every_way_of_asking_is_seen(source: str) -> None:
     "source",
     [
         "config.layers.search is not None",
+        "config.layers.search.steps",
+        "def f(search: SearchedLayers) -> None: ...",
         "site.structure.factors(1.0)",
         "isinstance(x, WeftConfig)",
         "config.boost is None",
@@ -222,13 +263,13 @@ def test_asking_what_it_does_is_no_such_way(source: str) -> None:
     assert not list(asked(ast.parse(source)))
 
 
-def test_what_is_allowed_is_there() -> None:
-    """An entry of the list above that nothing needs any more goes away."""
-    for at in ALLOWED:
-        file, _, name = at.partition(":")
-        tree = ast.parse((SOURCE / file).read_text(encoding="utf-8"))
-        tops = [t for t in tree.body if name in ast.unparse(t).split("(")[0].split("=")[0]]
-        assert any(list(asked(top)) for top in tops), at
+def test_a_function_that_asks_for_others_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = ast.parse(
+        "def search_of(layers):\n    return layers.search if isinstance(layers.search, Search) else None"
+    ).body[0]
+    monkeypatch.setitem(globals(), "functions_of", lambda module: {"search_of": helper})
+    assert list(asked(ast.parse("from weftlora.terms.layers.search import search_of")))
+    assert not list(asked(ast.parse("from weftlora.terms.layers.search import Search")))
 
 
 def test_a_choice_overrides_nothing_that_its_protocol_has_settled() -> None:

@@ -101,6 +101,34 @@ def test_a_tensor_that_is_not_saved_is_found() -> None:
         checked(Drawn())
 
 
+def test_a_tensor_that_it_does_not_name_is_found() -> None:
+    class Wider(PlainTerm):
+        def __init__(self, a, out):
+            super().__init__(a, out)
+            self.register_buffer("seen", torch.zeros(()))
+
+    @dataclass(frozen=True)
+    class Quiet(Sound):
+        """One buffer more than it says."""
+
+        def site(self, size, a):
+            return Wider(a, size.out)
+
+    with pytest.raises(AssertionError, match=r"Quiet, saving: its sites keep A, B, seen, and it says A, B of A, B"):
+        checked(Quiet())
+
+
+def test_a_headline_of_no_field_is_found() -> None:
+    @dataclass(frozen=True)
+    class Headed(Sound):
+        """Its line about the adapter cannot be written."""
+
+        headline: ClassVar[tuple[str, ...] | None] = ("width",)
+
+    with pytest.raises(AssertionError, match="its headline names a field that it does not have"):
+        checked(Headed())
+
+
 class Doubling:
     """After step 3 the rows of A double, once; whether they have is remembered in Python, or in a buffer."""
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from weftlora.terms.structure.plain import Plain
     from weftlora.terms.structure.tied import Tied
     from weftlora.terms.trust import trust_terms
-    from weftlora.train import Run, evaluate, generate, train
+    from weftlora.train import Run, chat, evaluate, generate, preview, train
     from weftlora.train.callback import Callback
 
 _LAZY = {
@@ -93,7 +93,7 @@ _LAZY = {
     "Plain": "weftlora.terms.structure.plain",
     "Tied": "weftlora.terms.structure.tied",
     "trust_terms": "weftlora.terms.trust",
-    **dict.fromkeys(("Run", "evaluate", "generate", "train"), "weftlora.train"),
+    **dict.fromkeys(("Run", "chat", "evaluate", "generate", "preview", "train"), "weftlora.train"),
     "Callback": "weftlora.train.callback",
     "directions": "weftlora.inspection.directions",
 }
@@ -136,6 +136,7 @@ __all__ = [
     "WeftConfig",
     "WeftError",
     "attach",
+    "chat",
     "compare",
     "directions",
     "epochs",
@@ -148,6 +149,7 @@ __all__ = [
     "load_state_dict",
     "merge",
     "param_groups",
+    "preview",
     "report",
     "routing",
     "search_layers",

@@ -74,6 +74,52 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     return f"use one of {', '.join(names)}."
 
 
+_AS_ELSEWHERE = {
+    "train.lr": "learning_rate lora_lr",
+    "train.batch_size": "per_device_train_batch_size micro_batch_size train_batch_size per_device_batch_size bs",
+    "train.accumulation": "gradient_accumulation_steps gradient_accumulation grad_accum",
+    "train.epochs": "num_train_epochs num_epochs n_epochs max_epochs",
+    "train.steps": "max_steps max_train_steps num_steps iters",
+    "train.schedule": "lr_scheduler_type lr_scheduler scheduler",
+    "train.warmup": "warmup_steps warmup_ratio lr_warmup_steps num_warmup_steps",
+    "train.optimizer": "optim",
+    "train.precision": "bf16 fp16 mixed_precision",
+    "train.eval_every": "eval_steps evals_per_epoch steps_per_eval",
+    "train.eval_rows": "max_eval_samples eval_sample_size",
+    "train.save_every": "save_steps saves_per_epoch",
+    "train.keep": "save_total_limit",
+    "train.logging_every": "logging_steps",
+    "train.best": "load_best_model_at_end",
+    "train.early_stopping": "early_stopping_patience",
+    "train.from": "lora_model_dir adapter_name_or_path resume_from_adapter",
+    "adapter.r": "rank lora_r lora_rank",
+    "adapter.lora_alpha": "alpha",
+    "adapter.lora_dropout": "dropout",
+    "adapter.target_modules": "lora_target_modules lora_target targets",
+    "adapter.modules_to_save": "lora_modules_to_save additional_target",
+    "data.max_length": "max_seq_length max_seq_len cutoff_len sequence_len seq_length model_max_length",
+    "data.train": "dataset datasets dataset_path dataset_name train_file data_path",
+    "data.validation_fraction": "val_set_size val_size eval_split_ratio",
+    "data.limit": "max_samples max_train_samples",
+    "model.path": "base_model model_name model_name_or_path pretrained_model_name_or_path model_id",
+    "model.dtype": "torch_dtype",
+    "model.attn_implementation": "flash_attention flash_attn attn",
+    "out": "output_dir save_dir adapter_path",
+}
+ELSEWHERE = {name: key for key, names in _AS_ELSEWHERE.items() for name in names.split()}
+"""What other trainers call a key of a recipe."""
+QUANTISED = {"load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quantization_config", "qlora"}
+
+
 def unknown_key(name: str, valid: Iterable[str], where: str) -> ConfigError:
-    """The error for a key that `where` does not have."""
+    """The error for a key that `where` does not have: with the one that other trainers mean by it, if they have it."""
+    valid = set(valid)
+    if name in QUANTISED:
+        return ConfigError(
+            f"{where} has no key {name!r}: recipes train on unquantised weights, which model.dtype=bfloat16 halves; for a base in "
+            "4 or 8 bits load it yourself and train weftlora's adapter in your own Trainer."
+        )
+    if (key := ELSEWHERE.get(name)) is not None:
+        own = key.rpartition(".")[2]
+        return ConfigError(f"{where} has no key {name!r}: here it is {own if own in valid else key}.")
     return ConfigError(f"{where} has no key {name!r}: {suggest(name, valid)}")

@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 MASK = "[secret]"
 
@@ -63,6 +63,8 @@ _USER = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/@?#]+@")
 _QUERY = re.compile(
     r"([?&][\w.-]*(?:token|key|password|passwd|secret|signature|sig|credential)=)[^\s&#'\"]+", re.IGNORECASE
 )
+_SHORTEST = 6
+"""Characters of the shortest text that may hold a secret: ?key=x."""
 _LEAST = 8
 """Characters from which on the value of a variable is masked wherever it stands: shorter ones would be found in words."""
 
@@ -85,18 +87,24 @@ def is_secret_name(name: str) -> bool:
 
 def redacted(value: Any) -> Any:
     """`value` with MASK in place of every secret in it: plain data, or a text."""
-    return _redacted(value, sorted(_of_environment(), key=len, reverse=True))
+    return _redacted(value, _of_environment())
 
 
 def _redacted(value: Any, known: list[str]) -> Any:
     if isinstance(value, str):
+        if len(value) < _SHORTEST:
+            return value
         for secret in known:
             value = value.replace(secret, MASK)
-        return _QUERY.sub(rf"\1{MASK}", _USER.sub(rf"\1{MASK}@", _FORMS.sub(MASK, value)))
+        value = _FORMS.sub(MASK, value)
+        if "://" in value:
+            value = _USER.sub(rf"\1{MASK}@", value)
+        return _QUERY.sub(rf"\1{MASK}", value) if "=" in value else value
     if isinstance(value, dict):
+        named = ((key, _redacted(key, known), inner) for key, inner in value.items())
         return {
-            _redacted(key, known): MASK if _is_set(key, inner) else _redacted(inner, known)
-            for key, inner in value.items()
+            name: MASK if _is_set(key, inner) or _is_set(name, inner) else _redacted(inner, known)
+            for key, name, inner in named
         }
     if isinstance(value, (list, tuple)):
         return [_redacted(inner, known) for inner in value]
@@ -123,7 +131,18 @@ def secrets_in(value: Any, where: str) -> Iterator[str]:
         yield where
 
 
-def _of_environment() -> set[str]:
-    """The values of secret variables; a path, such as that of a file of credentials, is none."""
-    named = {value for name, value in os.environ.items() if len(value) >= _LEAST and is_secret_name(name)}
-    return {value for value in named if not os.path.isabs(value)}
+def _of_environment() -> list[str]:
+    """The values of secret variables, the longest first; a path, such as that of a file of credentials, is none."""
+    if _Seen.of != (
+        now := vars(os.environ)["_data"]
+    ):  # to compare it takes a microsecond, to read it half a millisecond
+        named = {value for name, value in os.environ.items() if len(value) >= _LEAST and is_secret_name(name)}
+        _Seen.of, _Seen.secrets = dict(now), sorted((v for v in named if not os.path.isabs(v)), key=len, reverse=True)
+    return _Seen.secrets
+
+
+class _Seen:
+    """The environment when it was last read, and the secrets in it."""
+
+    of: ClassVar[dict[Any, Any] | None] = None
+    secrets: ClassVar[list[str]] = []

@@ -1,4 +1,4 @@
-"""Values of settings: what counts as a number, and when something happens in a run.
+"""Values that mean the same everywhere: what counts as a number, when something happens in a run, which label no loss counts.
 
 True and False are no numbers here, although Python has them as 1 and 0. A time is in optimiser steps, a fraction of the run, or
 epochs.
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from weftlora.errors import ConfigError
+
+IGNORE = -100
+"""The label of a token, or of a row, that the loss leaves out: what torch calls ignore_index and transformers relies on."""
 
 
 def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:

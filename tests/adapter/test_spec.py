@@ -207,6 +207,27 @@ def test_a_newer_format_is_refused_by_its_version():
         WeftConfig(**given)
 
 
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ({"weft_version": "9.1", "peft_version": "0.30.0", "shine": 3}, r"'shine': .* 9\.1 with peft 0\.30\.0; .*: upgrade weftlora"),
+        ({"weft_version": "9.1", "structure": {"kind": "hydra", "rays": 3}}, r"no key 'rays': .* weftlora 9\.1 .*: upgrade weftlora"),
+        ({"weft_version": "9.1", "structure": {"kind": "sunny"}}, r"sunny.* weftlora 9\.1 .*: upgrade weftlora"),
+        ({"weft_version": "0.0.1", "peft_version": None, "shine": 3}, r"no key 'shine': .* weftlora 0\.0\.1; this is [^:]*\.$"),
+        ({"weft_version": "of old", "shine": 3}, r"no key 'shine': .* weftlora of old with peft"),
+        ({"weft_version": None, "shine": 3}, r"no key 'shine': .* does not say which weftlora wrote it"),
+        ({"shine": 3}, r"no key 'shine': [^:]*\.$"),  # by this version: a key that nobody has
+    ],
+)  # fmt: skip
+def test_a_saved_config_that_cannot_be_read_says_which_version_wrote_it(written, says, tmp_path):
+    weftlora.PlainLoraConfig().save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | written))
+    for read in (read_config, PeftConfig.from_pretrained):
+        with pytest.raises(ConfigError, match=says):
+            read(str(tmp_path))
+
+
 def test_the_saved_config_names_its_type_format_and_version(tmp_path):
     weftlora.HydraLoraConfig(target_modules=["b", "a"]).save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 
 from weftlora.cli import main
 
-QUICK = ["bench", "step", "--quick", "--dtype", "fp32", "--dropout", "0", "--only", "plain"]
+QUICK = ["bench", "step", "--quick", "--dtype", "fp32", "--dropout", "0", "--only", "lora"]
 
 
 def run(*arguments: str) -> int:
@@ -21,14 +21,14 @@ def test_json_and_file_hold_the_same_record(tmp_path, capsys: pytest.CaptureFixt
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "step.json").read_text())
     assert printed["exact"] is True
-    assert {row["label"] for row in printed["cases"]} == {"floor", "plain r=8 p=0 fp32", "plain r=16 p=0 fp32"}
+    assert {row["label"] for row in printed["cases"]} == {"floor", "lora r=8 p=0 fp32", "lora r=16 p=0 fp32"}
 
 
 def test_the_table_names_cases_and_spread(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "160")
     assert run("-q") == 0
     shown = capsys.readouterr().out
-    assert "plain r=16 p=0 fp32" in shown
+    assert "lora r=16 p=0 fp32" in shown
     assert "1.000 [1.000, 1.000]" in shown
 
 
@@ -39,7 +39,7 @@ def test_what_is_not_exact_exits_with_1_and_is_named(
     assert run("--json") == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["exact"] is False
-    assert "plain r=8 p=0 fp32 on a fp32 base" in shown.err
+    assert "lora r=8 p=0 fp32 on a fp32 base" in shown.err
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys, monkeypatch):
@@ -49,8 +49,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, cap
 
 
 def test_a_wrong_word_is_one_sentence(capsys: pytest.CaptureFixture[str]):
-    assert run("--only", "hydro") == 1
-    assert "did you mean 'hydra'" in capsys.readouterr().err
+    assert run("--only", "hydralor") == 1
+    assert "did you mean 'hydralora'" in capsys.readouterr().err
 
 
 def test_a_module_beside_the_user_is_found(

@@ -7,10 +7,10 @@ from torch import nn
 
 from weftlora import ConfigError
 from weftlora.adapted.layer import WeftLinear
-from weftlora.bench.cases import Batch, Case, build, cases, frozen_base, outside_builders, outside_cases, split_rank
+from weftlora.bench.cases import Batch, Case, build, cases, cases_of_builders, frozen_base, own_builders, split_rank
 from weftlora.bench.rounds import QUICK
 
-ADAPTERS = [Case(kind, 8) for kind in ("peft", "plain", "hydra", "tied", "dash", "flexora")]
+ADAPTERS = [Case(kind, 8) for kind in ("peft:lora", "lora", "hydralora", "tied_lora", "lora_dash", "flexora")]
 ADAPTERS.append(Case("alora", 12))
 
 
@@ -37,7 +37,7 @@ def test_no_gradient_is_trivially_zero(case: Case):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in trained)
 
 
-@pytest.mark.parametrize("kind", ["peft", "plain", "tied", "dash"])
+@pytest.mark.parametrize("kind", ["peft:lora", "lora", "tied_lora", "lora_dash"])
 @pytest.mark.parametrize(("adapter", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_adapter_has_the_dtype_the_case_names(kind: str, adapter: str, dtype: torch.dtype):
     model = build(Case(kind, 16, 0.0, adapter), frozen_base(QUICK, "bf16"), {})
@@ -46,7 +46,7 @@ def test_the_adapter_has_the_dtype_the_case_names(kind: str, adapter: str, dtype
 
 def test_dash_is_stepped_after_its_launch():
     """Its slots lie along orthonormal directions, so their share of the step is not skipped work on zeros."""
-    model = build(Case("dash", 8), frozen_base(QUICK, "fp32"), {})
+    model = build(Case("lora_dash", 8), frozen_base(QUICK, "fp32"), {})
     terms = [m.site("default").boost for m in model.modules() if isinstance(m, WeftLinear)]
     for term in terms:
         assert term.launched
@@ -69,20 +69,20 @@ def test_flexora_is_stepped_with_gates_that_are_not_one():
 
 
 def test_one_mask_per_input_reaches_the_sites():
-    model = build(Case("plain", 8, 0.05, mask="input"), frozen_base(QUICK, "fp32"), {})
+    model = build(Case("lora", 8, 0.05, mask="input"), frozen_base(QUICK, "fp32"), {})
     assert all(m.site("default").one_mask for m in model.modules() if isinstance(m, WeftLinear))
 
 
 def test_on_an_fp32_base_the_adapter_dtypes_are_one():
-    assert [c.adapter for c in cases("fp32", ["plain"], [0.0])[1:]] == ["fp32", "fp32"]  # r = 8, r = 16
-    assert {c.adapter for c in cases("bf16", ["plain"], [0.0])[1:]} == {"fp32", "bf16"}
+    assert [c.adapter for c in cases("fp32", ["lora"], [0.0])[1:]] == ["fp32", "fp32"]  # r = 8, r = 16
+    assert {c.adapter for c in cases("bf16", ["lora"], [0.0])[1:]} == {"fp32", "bf16"}
 
 
 def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "own_layers.py").write_text("def wrap(base, r, p):\n    base.given = (r, p)\n    return base\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = outside_builders(["mine@4=own_layers:wrap"])
-    [case] = outside_cases(found, [0.05], "fp32")
+    found = own_builders(["mine@4=own_layers:wrap"])
+    [case] = cases_of_builders(found, [0.05], "fp32")
     model = build(case, frozen_base(QUICK, "fp32"), found)
     assert isinstance(model, nn.Module)
     assert model.given == (4, 0.05)
@@ -93,7 +93,7 @@ def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pyt
     ("spec", "says"),
     [
         ("mine", "name=module:function"),
-        ("plain=math:sqrt", "built in"),
+        ("lora=math:sqrt", "built in"),
         ("mine=math:no_such", "no_such"),
         ("mine=no_such_module:f", "no_such_module"),
         ("mine@x=math:sqrt", "whole number"),
@@ -101,4 +101,4 @@ def test_a_case_from_outside_is_built_by_its_function(tmp_path, monkeypatch: pyt
 )
 def test_a_case_that_cannot_be_built_is_refused(spec: str, says: str):
     with pytest.raises(ConfigError, match=says):
-        outside_builders([spec])
+        own_builders([spec])

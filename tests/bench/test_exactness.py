@@ -13,7 +13,7 @@ from weftlora.bench.rounds import QUICK
 from weftlora.kernel import Factors
 from weftlora.kernel.factors import Branch, branch
 
-ONE = {"quick": True, "dtypes": ["fp32"], "dropouts": [0.05], "kinds": ["tied"]}
+ONE = {"quick": True, "dtypes": ["fp32"], "dropouts": [0.05], "kinds": ["tied_lora"]}
 
 
 @pytest.fixture
@@ -52,12 +52,12 @@ def test_a_zero_gradient_is_not_exact(monkeypatch: pytest.MonkeyPatch):
 def test_what_has_no_weft_site_is_not_compared():
     torch.manual_seed(0)
     base, batch = frozen_base(QUICK, "fp32"), Batch.draw(QUICK, "fp32")
-    assert agreement(build(Case("peft", 8), base, {}), batch, 0) is None
+    assert agreement(build(Case("peft:lora", 8), base, {}), batch, 0) is None
 
 
 def test_comparing_leaves_no_gradient_and_no_random_state_behind():
     torch.manual_seed(0)
-    model, batch = build(Case("hydra", 8, 0.05), frozen_base(QUICK, "fp32"), {}), Batch.draw(QUICK, "fp32")
+    model, batch = build(Case("hydralora", 8, 0.05), frozen_base(QUICK, "fp32"), {}), Batch.draw(QUICK, "fp32")
     state = torch.get_rng_state()
     agreement(model, batch, 0)
     assert torch.equal(torch.get_rng_state(), state)

@@ -21,7 +21,7 @@ from families import FAMILIES, adapter_config, logits, randomise
 from weftlora.search.driver import LayerSearch
 from weftlora.search.groups import Gates, groups_of
 from weftlora.search.hypergradient import Inner
-from weftlora.search.rules import chance, jaccard
+from weftlora.search.stability import chance, jaccard
 from weftlora.terms.layers.search import weights
 
 ALPHA = torch.tensor([0.4, -0.3], dtype=torch.float64)

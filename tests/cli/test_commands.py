@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,6 +145,7 @@ def test_doctor_says_what_an_adapter_would_be_refused_for(weftlora: Weft, monkey
     monkeypatch.setattr("weftlora.cli.doctor.why_not", lambda: "peft 0.1 lacks everything.")
     done = weftlora("doctor", "--json")
     assert "peft 0.1 lacks everything." in json.loads(done.out)["problems"]
+    assert "problem: peft 0.1 lacks everything." in weftlora("doctor").out
 
 
 BROKEN = """
@@ -218,8 +220,8 @@ def test_doctor_names_a_package_outside_the_window(weftlora: Weft, monkeypatch: 
     monkeypatch.setattr(doctor, "_version", lambda name: {"peft": "0.10.0", "transformers": None}.get(name, "99"))
     said = weftlora("doctor")
     assert said.code == 1
-    assert "missing: peft 0.10.0 is not a version that weftlora runs with" in said.out
-    assert "missing: transformers is not installed" in said.out
+    assert "problem: peft 0.10.0 is not a version that weftlora runs with" in said.out
+    assert "problem: transformers is not installed" in said.out
 
 
 def test_help_without_arguments(weftlora: Weft) -> None:
@@ -272,3 +274,66 @@ def test_a_bug_of_ours_keeps_its_traceback(recipe_file: Path, monkeypatch: pytes
 def test_of_several_processes_the_first_one_speaks(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert weftlora("recipes", "--json").out == ""
+
+
+@pytest.fixture
+def spoken(base: Path, tmp_path: Path) -> Path:
+    """A run that was trained for a step on conversations."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}</s>{% endfor %}a "
+    tokenizer.save_pretrained(folder)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    weftlora_main = ["data.validation_fraction=0", "train.steps=1", f"out={tmp_path / 'run'}"]
+    from weftlora.train import train
+
+    train("lora", f"model={folder}", f"data.train={tmp_path / 'chat.jsonl'}", *weftlora_main)
+    return tmp_path / "run"
+
+
+def test_generate_puts_a_prompt_where_training_had_it(weftlora: Weft, spoken: Path, tmp_path: Path) -> None:
+    def given(*arguments: object) -> str:
+        said = weftlora("generate", spoken, *arguments, "--max-new-tokens", 1, "--json")
+        return str(json.loads(said.out)["given"])
+
+    assert given("c") == "u c</s>a "
+    assert given("c", "--system", "d") == "s d</s>u c</s>a "
+    assert given("c", "--raw") == "c"
+    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "e"}]')
+    assert given("--messages", tmp_path / "talk.json") == "u e</s>a "
+    assert "give one prompt" in weftlora("generate", spoken).err
+    assert "give one prompt" in weftlora("generate", spoken, "c", "--messages", tmp_path / "talk.json").err
+
+
+def test_chat_answers_line_by_line(weftlora: Weft, spoken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from weftlora.train import evaluation
+
+    heard: list[str] = []
+
+    def complete(model: object, tokenizer: object, prompts: list[list[int]], *more: object) -> list[list[int]]:
+        heard.append(tokenizer.decode(prompts[0]))  # type: ignore[attr-defined]
+        return [tokenizer("ok").input_ids]  # type: ignore[operator]
+
+    monkeypatch.setattr(evaluation, "complete", complete)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("b\n\nc\n/new\nd\n/exit\ne\n"))
+    said = weftlora("chat", spoken, "--system", "s")
+    assert said.code == 0
+    assert said.out == "ok\nok\nok\n"
+    assert heard == ["s s</s>u b</s>a ", "s s</s>u b</s>a ok</s>u c</s>a ", "s s</s>u d</s>a "]
+
+
+def test_data_and_a_dry_run_look_and_train_nothing(weftlora: Weft, recipe_file: Path, tmp_path: Path) -> None:
+    said = weftlora("data", recipe_file)
+    assert said.code == 0
+    for part in ("rows.jsonl: 48 rows", "⟦", "tokens a training row:", "dropped, too long", "s a step", "3 steps of 8"):
+        assert part in " ".join(said.out.split())
+    dry = weftlora("train", recipe_file, "--dry-run", "train.steps=7", "--json")
+    assert json.loads(dry.out)["steps"] == 7
+    assert dry.err == ""
+    assert not (tmp_path / "runs").exists()
+    assert "row 1" not in weftlora("data", recipe_file, "--no-model", "--rows", 0).out

@@ -16,7 +16,7 @@ from weftlora.compare.recipe import CompareRecipe
 from weftlora.errors import ConfigError
 from weftlora.runs.adapter import adapter_config
 from weftlora.runs.recipe import Recipe
-from weftlora.search import Search
+from weftlora.terms.layers.search import Search
 from weftlora.train.costs import trained_numbers
 from weftlora.train.prepare import prepare
 

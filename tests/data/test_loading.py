@@ -98,6 +98,27 @@ def test_limits_leave_rows_unused_and_count_them(tmp_path, letters):
     assert (loaded.counts["validation"].unused, len(loaded.validation)) == (2, 2)
 
 
+def test_one_limit_is_for_every_split_and_counts_rows_that_are_of_use(tmp_path, letters):
+    """Rows that are empty or dropped are not among the drawn: others take their place while there are any."""
+    good, useless = numbers(30), [{"prompt": f"q{n}", "completion": "x" * 20} for n in range(30)]
+    jsonl(tmp_path / "a.jsonl", [row for pair in zip(useless, good, strict=True) for row in pair])
+    jsonl(tmp_path / "t.jsonl", good)
+    given = {"train": "a.jsonl", "test": "t.jsonl", "max_length": 10, "validation_fraction": 0.4}
+    loaded = load_in(tmp_path, letters, {**given, "limit": 8})
+    assert (len(loaded.train), len(loaded.validation), len(loaded.test)) == (8, 8, 8)
+    for counts in loaded.counts.values():
+        assert counts.read == counts.unused + counts.empty + counts.dropped + counts.kept
+    assert loaded.counts["train"].dropped > 0
+    order = [row["prompt"] for row in good]
+    drawn = loaded.train["prompt"]
+    assert drawn == sorted(drawn, key=order.index)
+    own = load_in(tmp_path, letters, {**given, "limit": 8, "test_limit": 20, "validation_limit": 3})
+    assert (len(own.train), len(own.validation), len(own.test)) == (8, 3, 20)
+    few = load_in(tmp_path, letters, {**given, "limit": 25})
+    assert len(few.train) < 25
+    assert few.counts["train"].unused == 0
+
+
 def test_every_row_is_accounted_for(tmp_path, letters):
     rows = [("p", "kept"), ("p", "kept"), ("p" * 9, "kept"), ("p", " "), ("p", "x" * 20), ("q", "kept")]
     lines = [json.dumps({"prompt": p, "completion": c}) for p, c in rows]

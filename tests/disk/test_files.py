@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,65 @@ def test_something_in_the_way_is_one_sentence(tmp_path: Path) -> None:
     value: dict[str, Any] = {}
     with pytest.raises(RunError, match="cannot write"):
         files.write_json(tmp_path / "file" / "run.json", value)
+
+
+def test_what_comes_while_the_work_is_done_is_kept(tmp_path: Path) -> None:
+    """A command looks at the place of its output before minutes of work, and the user writes a file there meanwhile."""
+    path = tmp_path / "out.json"
+    place = files.Output(path, "a selection", ("layers",), overwrite=False)
+    place.check()
+    path.write_text("mine")
+    with pytest.raises(RunError, match="is not a selection"):
+        place.write_json({"layers": [1]})
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"out.json": "mine"}
+    path.write_text('{"layers": []}')
+    place.write_json({"layers": [2]})
+    path.write_text("mine")
+    files.Output(path, "a selection", ("layers",), overwrite=True).write_json({"layers": [3]})
+    assert json.loads(path.read_text()) == {"layers": [3]}
+
+
+def test_two_processes_that_write_one_file_leave_one_whole_file(tmp_path: Path) -> None:
+    """Files have no lock: whoever is last has written all of it, and nobody sees a part, or fails for the other's sake."""
+    path, texts = tmp_path / "page.html", [files.PAGE + letter * 200_000 for letter in "ab"]
+    children = []
+    for text in texts:
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                for _ in range(30):
+                    files.Output(path, "a page", (), overwrite=False).write(text)
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+    seen, left = set(), list(children)
+    while left:
+        if path.exists():
+            seen.add(path.read_text())
+        left = [child for child in left if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    assert {*seen, path.read_text()} <= set(texts)
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "out [1].json"
+    ready, told = os.pipe()
+    child = os.fork()
+    if not child:
+        with files.replacing(path) as file:
+            file.write(b"half")
+            file.flush()
+            os.write(told, b".")
+            time.sleep(60)
+    os.read(ready, 1)
+    files.write_json(path, {"whole": 1})  # the other one is still at work
+    assert len(list(tmp_path.iterdir())) == 2
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    new, other = (tmp_path / f".out [1].json.weft-{letter * 16}" for letter in "ab")
+    new.touch()  # by somebody who is about to lock it
+    other.touch()
+    os.utime(other, (0, 0))
+    (tmp_path / ".out [1].json.weft-mine").write_text("mine")
+    files.write_json(path, {"whole": 2})
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, new.name, ".out [1].json.weft-mine"}

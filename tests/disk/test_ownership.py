@@ -185,13 +185,13 @@ def test_an_output_file_that_is_not_ours_is_kept(tmp_path: Path, text: str) -> N
     path = tmp_path / "report.html"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(WeftError, match=r"is there already and is not a page.*--overwrite"):
-        files.check_output(path, "a page of weftlora", (), False)
-    files.check_output(path, "a page of weftlora", (), True)
+        files.Output(path, "a page of weftlora", (), False).check()
+    files.Output(path, "a page of weftlora", (), True).check()
     path.write_text(f"<head>{files.PAGE}</head>")
-    files.check_output(path, "a page of weftlora", (), False)
+    files.Output(path, "a page of weftlora", (), False).check()
     path.write_text('{"layers": [], "candidates": []}')
-    files.check_output(path, "a selection", ("layers", "candidates"), False)
+    files.Output(path, "a selection", ("layers", "candidates"), False).check()
     link = tmp_path / "link.html"
     link.symlink_to(path)
     with pytest.raises(WeftError, match="is a link"):
-        files.check_output(link, "a page of weftlora", (), True)
+        files.Output(link, "a page of weftlora", (), True).check()

@@ -1,29 +1,41 @@
-"""The committed count of `make soak`, and how a kill's place is read from what it left behind."""
+"""The committed count of `make soak`, how a kill's place is read from what it left behind, and that a soak finds what is wrong."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import soak
 
+from weftlora.disk.files import write_text
 from weftlora.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
+SUMS = ("tries", "identical", "lives", "kills", "fresh_lives", "fresh_kills", "moved", "refused")
 
 
-def test_the_committed_soak_had_no_failure() -> None:
+def test_the_committed_soak_had_no_failure_and_its_parts_add_up(tmp_path: Path) -> None:
     found = json.loads((ROOT / "evidence" / "soak.json").read_text())
-    assert set(found["recipes"]) == set(soak.RECIPES)
+    counted: dict[str, Counter[str]] = {}
+    for part in found["parts"].values():
+        for name, tally in part["commands"].items():
+            assert tally["failures"] == []
+            assert tally["identical"] == tally["tries"]
+            assert sum(tally["phases"].values()) == tally["kills"] <= tally["troubles"].get("killed", 0)
+            counted.setdefault(name, Counter()).update({key: tally[key] for key in SUMS})
+    assert set(counted) == set(soak.commands(tmp_path))
     assert found["failures"] == 0
-    assert found["identical"] == found["complete"] > 0
-    for tally in found["recipes"].values():
-        assert tally["failures"] == []
-        assert tally["identical"] == tally["complete"] > 0
-        assert sum(tally["phases"].values()) == tally["kills"] >= 5
-    assert found["kills"] == sum(tally["kills"] for tally in found["recipes"].values())
+    assert {key: found[key] for key in SUMS} == dict(sum(counted.values(), Counter()))
+    assert set(found["troubles"]) == set(soak.TROUBLES)
+    assert min(tally["kills"] for tally in counted.values()) > 0
 
 
 def run_folder(out: Path, status: str = "running") -> Path:
@@ -37,34 +49,94 @@ def run_folder(out: Path, status: str = "running") -> Path:
 
 
 def test_the_place_of_a_kill(tmp_path: Path) -> None:
-    assert soak.phase(tmp_path) == "before run.json"
+    assert soak.phase_of_run(tmp_path) == "before run.json"
     out = run_folder(tmp_path / "run")
-    assert soak.phase(out) == "before the first step"
+    assert soak.phase_of_run(out) == "before the first step"
     last = out / "checkpoints" / "checkpoint-4"
     last.mkdir()
-    assert (soak.phase(out), soak.newest(out)) == ("writing a checkpoint", 0)
+    assert soak.phase_of_run(out) == "writing a checkpoint"
     checkpoint.mark(last, 4)
-    assert (soak.phase(out), soak.newest(out)) == ("training", 4)
+    assert soak.phase_of_run(out) == "training"
     (out / "events.jsonl").write_text('{"event": "dash_launch"}\n')
-    assert soak.phase(out) == "training, after a launch"
+    assert soak.phase_of_run(out) == "training, after a launch"
     (out / ".adapter.weft-0123456789abcdef").mkdir()
-    assert soak.phase(out) == "writing the adapter or run.json"
-    assert soak.phase(run_folder(tmp_path / "done", "complete")) == "after the end"
+    assert soak.phase_of_run(out) == "writing the adapter or run.json"
+    assert soak.phase_of_run(run_folder(tmp_path / "done", "complete")) == "after the end"
+
+
+def well(place: Path) -> None:
+    time.sleep(0.02)
+    write_text(place / "out.txt", "whole")
+
+
+def in_place(place: Path) -> None:
+    (place / "out.txt").write_text("wh")
+    time.sleep(0.1)
+    (place / "out.txt").write_text("whole")
+
+
+def with_a_child(place: Path) -> None:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    well(place)
+
+
+def taking_notes_away(place: Path) -> None:
+    (place / soak.NOTES).write_text("")
+    well(place)
+
+
+def otherwise(place: Path) -> None:
+    write_text(place / "out.txt", str(os.getpid()))
+
+
+def without_a_sentence(place: Path) -> None:
+    time.sleep(0.1)
+    raise ValueError("a traceback")
 
 
 @pytest.mark.parametrize(
-    ("code", "whole", "failure"), [(0, b"one", ""), (0, b"other", "another adapter"), (1, b"one", "weftlora: no")]
+    ("command", "wanted"),
+    [
+        (well, ""),
+        (in_place, "looks finished"),
+        (with_a_child, "outlive it"),
+        (taking_notes_away, "the user's file"),
+        (otherwise, "another result"),
+        (without_a_sentence, "a traceback"),
+    ],
 )
-def test_a_run_that_fails_or_differs_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, whole: bytes, failure: str
+def test_a_soak_finds_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[Path], None], wanted: str
 ) -> None:
-    def life(recipe: str, out: Path, deadline: float | None) -> tuple[int, float]:
-        out.with_suffix(".log").write_text("weftlora: no.")
-        return code, 0.0
+    monkeypatch.setattr(soak, "cli", lambda arguments: command(Path(arguments[0])))
+    monkeypatch.setattr(soak, "SURVIVAL", 0.5)
+    made = soak.Command(
+        "a command",
+        lambda place, moved: [str(place)],
+        lambda place: soak.of_file(place / "out.txt"),
+        lambda place: "somewhere",
+        lambda place: (place.mkdir(exist_ok=True), (place / soak.NOTES).write_text("mine"))[0],
+    )
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write_text(whole / "out.txt", "whole")
+    tally = soak.Tally()
+    for number in range(6):
+        one = soak.Try(made, tmp_path / str(number), made.pieces(whole), 0.1, tally, random.Random(number), False)
+        monkeypatch.setattr(one, "trouble", lambda *but: "killed")
+        one.run()
+    if wanted:
+        assert any(wanted in failure for failure in tally.failures)
+    else:
+        assert tally.failures == []
+        assert tally.identical == tally.tries == 6
+        assert tally.troubles["killed"] >= tally.kills == sum(tally.phases.values()) > 0
 
-    monkeypatch.setattr(soak, "life", life)
-    monkeypatch.setattr(soak, "weights", lambda out: b"one")
-    tally = soak.Tally(seconds=1.0)
-    soak.one_run("lora", tmp_path / "run", whole, tally, random.Random(0))
-    assert tally.identical == (not failure)
-    assert [failure in found for found in tally.failures] == [True] * bool(failure)
+
+def test_parts_add_up_and_go_on(tmp_path: Path) -> None:
+    one = soak.Tally(tries=1, identical=1, lives=4, kills=3, troubles=Counter(killed=3), phases=Counter(training=3))
+    parts = {seed: {"commands": {"search": one.plain()}, "seconds": 5} for seed in ("0", "1")}
+    found = soak.record(parts)
+    assert (found["kills"], found["tries"], found["seconds"], found["troubles"]) == (6, 2, 10, {"killed": 6})
+    (tmp_path / "soak.json").write_text(json.dumps(found))
+    assert soak.tallies_of(soak.read_parts(tmp_path / "soak.json")["1"])["search"] == one

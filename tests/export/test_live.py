@@ -46,7 +46,7 @@ def test_a_folder_that_computes_no_numbers_on_a_later_batch_is_not_kept(
 @pytest.mark.parametrize("through", ["one switch for all", "the backend's own"])
 def test_tf32_and_autocast_of_the_caller_do_not_reach_it(through: str, adapted: Adapted) -> None:
     model, batch = adapted(weftlora.PlainLoraConfig(r=2)), FAMILIES["llama"].batch()
-    plain, matmul = live.run(model, [batch]), torch.backends.cuda.matmul
+    plain, matmul = live.forward_all(model, [batch]), torch.backends.cuda.matmul
     seen: list[tuple[str, bool]] = []
     model.get_base_model().lm_head.register_forward_hook(
         lambda *_: seen.append((matmul.fp32_precision, torch.is_autocast_enabled("cpu")))
@@ -58,7 +58,7 @@ def test_tf32_and_autocast_of_the_caller_do_not_reach_it(through: str, adapted: 
         else:
             matmul.fp32_precision = "tf32"
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = live.run(model, [batch])
+            found = live.forward_all(model, [batch])
             assert torch.is_autocast_enabled("cpu")
         assert matmul.fp32_precision == "tf32"
         if through == "one switch for all":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_the_dtype_is_that_of_the_weights_unless_another_is_named(adapted: Adapt
     assert weftlora.merge(model, tmp_path / "b", "float32", verify=False).lost < 1e-6
     with pytest.raises(ConfigError, match="no dtype"):
         weftlora.merge(model, tmp_path / "c", "int4")
+
+
+def test_settings_of_the_base_that_the_newest_rules_do_not_allow_come_along(
+    adapted: Adapted, in_process: Jobs, tmp_path: Path
+) -> None:
+    """transformers loads such a generation_config and refuses to save it: no reason to fail after a training."""
+    model = adapted(weftlora.PlainLoraConfig(r=2))
+    settings = model.get_base_model().generation_config
+    settings.temperature, settings.top_p, settings.do_sample = 0.6, 0.9, False
+    with pytest.raises(ValueError, match="invalid"):
+        settings.save_pretrained(tmp_path / "refused")
+    merged_to = weftlora.merge(model, tmp_path / "merged").folder
+    kept = json.loads((Path(merged_to) / "generation_config.json").read_text())
+    assert (kept["temperature"], kept["top_p"]) == (0.6, 0.9)
+    assert model.get_base_model().generation_config is settings
+    again = AutoModelForCausalLM.from_pretrained(merged_to)
+    assert again.generation_config.temperature == 0.6
 
 
 def test_too_large_a_loss_is_refused_unless_it_is_accepted(adapted: Adapted, in_process: Jobs, tmp_path: Path) -> None:

@@ -63,8 +63,13 @@ def test_the_error_is_relative_to_the_largest_logit() -> None:
 def test_padding_is_no_difference() -> None:
     logits = torch.arange(12.0).view(2, 3, 2)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert live.real(logits, {"attention_mask": mask}).tolist() == logits.reshape(6, 2)[[0, 1, 3, 4, 5]].tolist()
-    assert live.real(logits[:, 0], {"attention_mask": mask}) is not None  # one logit a row: nothing to leave out
+    assert (
+        live.without_padding(logits, {"attention_mask": mask}).tolist()
+        == logits.reshape(6, 2)[[0, 1, 3, 4, 5]].tolist()
+    )
+    assert (
+        live.without_padding(logits[:, 0], {"attention_mask": mask}) is not None
+    )  # one logit a row: nothing to leave out
 
 
 def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted, in_process: Jobs, tmp_path: Path):
@@ -79,7 +84,7 @@ def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted,
     assert seeded.proof
     assert seeded.proof.inputs == "token numbers drawn from seed 0"
     for found in (with_inputs, seeded):
-        assert found.proof.error < 1e-5 < 0.1 < found.proof.moved
+        assert found.proof.error < 1e-5 < 0.1 < found.proof.adapter_effect
         card = (found.folder / "README.md").read_text()
         assert f"{found.proof.error:.2g} of the largest logit" in card
         assert card.split("---\n", 2)[2].lstrip().splitlines()[0] == "A stock LoRA: it loads without `import weftlora`."
@@ -188,7 +193,7 @@ def test_several_adapters_are_one_export_or_one_each(adapted: Adapted, in_proces
     assert set(alone.ranks.values()) == {3}
     assert both.proof.error < 1e-5
     assert alone.proof.error < 1e-5
-    assert both.proof.moved != alone.proof.moved
+    assert both.proof.adapter_effect != alone.proof.adapter_effect
 
 
 def test_an_adapter_that_transformers_loaded_leaves_too(
@@ -199,7 +204,7 @@ def test_an_adapter_that_transformers_loaded_leaves_too(
     base.load_adapter(str(tmp_path / "saved"), adapter_name="own")
     found = weftlora.export_lora(base, tmp_path / "lora")
     assert found.adapters == ("own",)
-    assert found.proof.error < 1e-5 < found.proof.moved
+    assert found.proof.error < 1e-5 < found.proof.adapter_effect
     merged = weftlora.merge(base, tmp_path / "merged")
     assert merged.proof.error < 1e-5
     by_folder = weftlora.export_lora(tmp_path / "saved", tmp_path / "again", verify=False, base=llama_folder)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 
 import weftlora
 from families import FAMILIES, logits, randomise
-from weftlora.errors import ConfigError
+from weftlora.errors import AdapterError, ConfigError
 from weftlora.export.folder import hub_id
 from weftlora.train import train
 
@@ -105,3 +105,47 @@ def test_a_bare_adapter_of_a_classifier_brings_as_many_labels_as_its_head_has(
 )  # fmt: skip
 def test_only_what_can_be_a_hub_id_is_written_into_the_folder(base: str | None, public: bool) -> None:
     assert hub_id(base) == (base if public else None)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("more", [5, -5])
+def test_a_resized_vocabulary_is_there_again_or_is_refused(
+    when: str, more: int, llama_folder: Path, in_process: Jobs, tmp_path: Path
+) -> None:
+    """A LoRA holds no embeddings; an adapter that peft has saved holds them in full, for a base that was resized, too."""
+    cls: Any = type(FAMILIES["llama"].build())
+    base = cls.from_pretrained(llama_folder)
+    tokens = base.config.vocab_size
+    if when == "before":
+        base.resize_token_embeddings(tokens + more)
+    model = get_peft_model(base, weftlora.PlainLoraConfig(r=2)).eval()
+    if when == "after":
+        model.resize_token_embeddings(tokens + more)
+    randomise(model, size=0.1)
+    model.save_pretrained(tmp_path / "saved")
+    for verify in (True, False):
+        with pytest.raises(
+            AdapterError, match=f"vocabulary of {tokens + more} tokens and its base .* one of {tokens} "
+        ):
+            weftlora.export_lora(model, tmp_path / "lora", verify=verify)
+    with pytest.raises(AdapterError, match=f"a vocabulary of {tokens + more} tokens, and the base has {tokens}: "):
+        weftlora.export_lora(tmp_path / "saved", tmp_path / "lora")
+    assert {path.name for path in tmp_path.iterdir()} == {"saved"}
+
+    resized = cls.from_pretrained(llama_folder)
+    resized.resize_token_embeddings(tokens + more)
+    resized.load_state_dict(weights_below(model))
+    resized.save_pretrained(tmp_path / "base")
+    tiny.save_tokenizer(tmp_path / "base")
+    found = weftlora.export_lora(tmp_path / "saved", tmp_path / "lora", base=tmp_path / "base")
+    assert found.proof
+    assert found.proof.error < 1e-5 < found.proof.moved
+    assert weftlora.export_lora(model, tmp_path / "memory", base="memory").proof
+    assert weftlora.merge(model, tmp_path / "merged").proof
+    assert cls.from_pretrained(tmp_path / "merged").config.vocab_size == tokens + more
+
+
+def weights_below(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of the base below an adapter, by their own names."""
+    state = model.get_base_model().state_dict()
+    return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".weft_" not in key}

@@ -307,6 +307,20 @@ def test_peft_drops_keys_that_contain_another_adapters_name(llama) -> None:
     assert not [key for key in saved if ".q_proj." in key]
 
 
+@pytest.mark.parametrize("name", ["v1.2", "..", ".hidden", ""])
+def test_a_name_that_torch_refuses_is_refused_before_anything_is_adapted(llama, name: str) -> None:
+    """peft hands it to torch, which says so once the first module is half adapted."""
+    with pytest.raises(KeyError, match="module name"):
+        get_peft_model(copy.deepcopy(llama), LoraConfig(target_modules=["q_proj"]), adapter_name=name)
+    before = [name for name, _ in llama.named_modules()]
+    with pytest.raises(weftlora.ConfigError, match="without dots"):
+        get_peft_model(llama, weftlora.PlainLoraConfig(), adapter_name=name)
+    assert [name for name, _ in llama.named_modules()] == before
+    model = get_peft_model(llama, weftlora.PlainLoraConfig())
+    with pytest.raises(weftlora.ConfigError, match="without dots"):
+        model.add_adapter(name, weftlora.PlainLoraConfig())
+
+
 def test_status_reports_of_peft_know_the_layers(llama) -> None:
     model = get_peft_model(llama, weftlora.TiedLoraConfig())
     status = model.get_model_status()

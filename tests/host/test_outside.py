@@ -250,7 +250,7 @@ def test_inspect_shows_it(tmp_path: Path, base: bool) -> None:
     model.save_pretrained(tmp_path)
     found = weftlora.inspect(model) if base else weftlora.inspect(tmp_path, base=False)
     assert found.method == "TopTwo(after=2)"
-    assert {site.norm_at for site in found.sites} == {"all slots"}
+    assert {site.norm_kind for site in found.sites} == {"all slots"}
     assert {site.why_not for site in found.sites} == {REASON}
     assert found.parameters.trained == sum(p.numel() for p in trainable(model).values())
     assert found.routers is None

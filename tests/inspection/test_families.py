@@ -56,8 +56,8 @@ def test_combined_axes_are_read_from_the_folder_alone(tmp_path: Path):
     model.save_pretrained(str(tmp_path))
     live, bare = weftlora.inspect(model, spectra=0), weftlora.inspect(tmp_path, base=False)
     assert bare.method == "Hydra(heads=2) + Dash(directions=2) + Reallocate"
-    assert {s.site: (s.rank, s.room, s.trained) for s in bare.sites} == {
-        s.site: (s.rank, s.room, s.trained) for s in live.sites
+    assert {s.site: (s.rank, s.max_rank, s.trained) for s in bare.sites} == {
+        s.site: (s.rank, s.max_rank, s.trained) for s in live.sites
     }
     assert {s.site: s.norm for s in bare.sites} == pytest.approx({s.site: s.norm for s in live.sites}, rel=1e-5)
     assert {d.site: d.chosen for d in bare.directions} == {d.site: d.chosen for d in live.directions}

@@ -135,7 +135,7 @@ def test_a_selection_file_that_another_recipe_used_is_found(flexora_run: Path, h
     gone = weftlora.inspect(folder, base=False)
     assert gone.layers.margin is None
     assert any("margins" in sentence for sentence in gone.left_out)
-    assert weftlora.inspect(folder, rows=1, spectra=0).against.kind == "fresh draw"
+    assert weftlora.inspect(folder, rows=1, spectra=0).factor_comparison.kind == "fresh draw"
 
 
 def test_a_damaged_selection_is_left_out_with_the_reason(flexora_run: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ import weftlora
 from weftlora.adapter.site import Site, build_site
 from weftlora.change_rates import principal_angles
 from weftlora.inspection import measures
-from weftlora.inspection.measures import alike, cosines, effective_rank, singular_values, split_name
+from weftlora.inspection.measures import cosines, effective_rank, factor_similarity, singular_values, split_name
 from weftlora.report.inspection.elements import Grid, block_label, labels_of, short_names
 
 
@@ -36,9 +36,9 @@ def test_principal_angles_are_those_that_were_planted():
 
 def test_overlap_is_the_mean_squared_cosine_and_chance_what_random_spaces_have():
     one, other = turned(2, 50, [0.0, 60.0])
-    found = alike(one, other)
+    found = factor_similarity(one, other)
     assert found.overlap == pytest.approx((1 + 0.25) / 2)
-    drawn = [alike(torch.randn(3, 40), torch.randn(5, 40)) for _ in range(200)]
+    drawn = [factor_similarity(torch.randn(3, 40), torch.randn(5, 40)) for _ in range(200)]
     assert sum(d.overlap for d in drawn) / 200 == pytest.approx(drawn[0].chance, abs=0.01)
     assert drawn[0].chance == 5 / 40
     assert drawn[0].cosine is None
@@ -46,10 +46,14 @@ def test_overlap_is_the_mean_squared_cosine_and_chance_what_random_spaces_have()
 
 def test_moved_and_cosine_say_how_far_a_factor_is_from_its_start():
     start = torch.eye(2, 6)
-    found = alike(start * 1.5, start)
-    assert (found.moved, found.cosine, found.overlap) == (pytest.approx(0.5), pytest.approx(1.0), pytest.approx(1.0))
-    nothing = alike(start, torch.zeros(2, 6))
-    assert (nothing.moved, nothing.cosine, nothing.overlap, nothing.angles) == (None, None, None, [])
+    found = factor_similarity(start * 1.5, start)
+    assert (found.relative_change, found.cosine, found.overlap) == (
+        pytest.approx(0.5),
+        pytest.approx(1.0),
+        pytest.approx(1.0),
+    )
+    nothing = factor_similarity(start, torch.zeros(2, 6))
+    assert (nothing.relative_change, nothing.cosine, nothing.overlap, nothing.angles) == (None, None, None, [])
 
 
 def test_heads_have_the_cosines_that_were_planted():
@@ -93,19 +97,19 @@ def test_a_routed_site_is_measured_at_the_gate_that_was_seen():
     site.structure.B.data = torch.cat(list(heads), 1)
     gate = measures.MeanGate(site, torch.tensor([3.0, 1.0], dtype=torch.float64), 4)
     for given, weights, said in ((gate, (0.75, 0.25), "mean gate"), (None, (0.5, 0.5), "uniform gate")):
-        found = measures.facts("layers.0.q", site, given, 10.0, None)
+        found = measures.measure_site("layers.0.q", site, given, 10.0, None)
         delta = 2.0 * (weights[0] * heads[0] + weights[1] * heads[1]) @ site.structure.A
         assert found.norm == pytest.approx(float(delta.norm()), rel=1e-5)
         assert found.relative == pytest.approx(found.norm / 10)
-        assert (found.norm_at, found.mergeable) == (said, False)
+        assert (found.norm_kind, found.mergeable) == (said, False)
         assert "depends on the token" in found.why_not
 
 
 def test_live_slots_alone_count():
     site = build_site(weftlora.Plain(), (4, 6, 5), scale=1.0, dropout=0.0, ranks=weftlora.Reallocate(max_rank=6))
     site.mask[1] = 0
-    found = measures.facts("q", site, None, None, None)
-    assert (found.rank, found.room, found.first_rank) == (3, 5, 4)  # room: never more than the smaller side
+    found = measures.measure_site("q", site, None, None, None)
+    assert (found.rank, found.max_rank, found.initial_rank) == (3, 5, 4)  # max_rank: never more than the smaller side
     assert found.trained == 3 * (6 + 5)
     assert measures.factor(site, "A").shape == (3, 6)
     assert measures.factor(site, "B").shape == (3, 5)

@@ -262,7 +262,7 @@ def test_what_needs_the_base_is_named_when_it_is_not_there(saved: Callable[[str]
     with_base = weftlora.inspect(folder, base=demo_model_path(), spectra=0)
     assert with_base.sites[0].relative is not None
     assert "Router usage: it needs rows" in said(with_base)
-    assert all(site.norm_at == "uniform gate" for site in with_base.sites)
+    assert all(site.norm_kind == "uniform gate" for site in with_base.sites)
 
 
 def test_patterns_of_rank_and_alpha_hold_without_the_base(tmp_path: Path):

@@ -149,7 +149,7 @@ def test_the_measured_gate_is_the_one_that_norms_are_taken_at():
     adapted = train_a_little(weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["q_proj"]), steps=2)
     inputs = [demo_batch(2)]
     found = weftlora.inspect(adapted, inputs=inputs, spectra=0)
-    assert {site.norm_at for site in found.sites} == {"mean gate"}
+    assert {site.norm_kind for site in found.sites} == {"mean gate"}
     for site, used in zip(found.sites, found.routers.sites, strict=True):
         term = next(m for m in adapted.modules() if getattr(m, "module_name", None) == site.site).site("default")
         heads = term.structure.B.unflatten(1, (2, -1))

@@ -15,7 +15,7 @@ from pages import specs
 import weftlora
 from weftlora.compare.record import Outcome
 from weftlora.inspection.record import Inspection
-from weftlora.report.comparison.adapters import inside
+from weftlora.report.comparison.adapters import adapter_differences
 from weftlora.report.comparison.page import page
 from weftlora.report.comparison.runs import Evidence, gather
 
@@ -32,7 +32,7 @@ def evidence(alora_run: Path, flexora_run: Path, hydra_run: Path) -> Evidence:
 @pytest.fixture(scope="module")
 def drawn(evidence: Evidence) -> dict[str, list[dict[str, Any]]]:
     """The values of every chart by the first words of its caption."""
-    (part,) = inside(evidence)
+    (part,) = adapter_differences(evidence)
     return {chart.caption.partition(",")[0].split(" of ")[0]: chart.spec["data"]["values"] for chart in part.charts}
 
 
@@ -65,7 +65,7 @@ def test_heads_are_compared_where_there_are_some(drawn: Any, hydra_run: Path):
 def test_several_seeds_are_averaged_with_their_spread(evidence: Evidence, hydra_run: Path):
     one = look(hydra_run)
     other = dataclasses.replace(one, sites=[dataclasses.replace(site, norm=3 * site.norm) for site in one.sites])
-    (part,) = inside(dataclasses.replace(evidence, looks={"hydralora": [one, other]}))
+    (part,) = adapter_differences(dataclasses.replace(evidence, looks={"hydralora": [one, other]}))
     first = part.charts[0].spec["data"]["values"][0]
     assert first["value"] == pytest.approx(2 * one.sites[0].norm)
     assert first["spread"] == f"{one.sites[0].norm:.3g} to {3 * one.sites[0].norm:.3g}"
@@ -74,7 +74,7 @@ def test_several_seeds_are_averaged_with_their_spread(evidence: Evidence, hydra_
 
 def test_gains_of_dash_are_means_over_directions(saved: Callable[[str], Path], evidence: Evidence):
     found = look(saved("lora_tsd"))
-    (part,) = inside(dataclasses.replace(evidence, looks={evidence.found.methods[0].name: [found]}))
+    (part,) = adapter_differences(dataclasses.replace(evidence, looks={evidence.found.methods[0].name: [found]}))
     gains = next(chart for chart in part.charts if "gains of Dash" in chart.caption).spec["data"]["values"]
     site = found.directions[0]
     expected = statistics.fmean(abs(c.gain) for c in site.chosen if c.gain is not None)
@@ -83,7 +83,7 @@ def test_gains_of_dash_are_means_over_directions(saved: Callable[[str], Path], e
 
 def test_routers_are_run_over_rows_only_when_asked(evidence: Evidence, drawn: Any, hydra_run: Path):
     assert evidence.routers == {}
-    (part,) = inside(gather(evidence.found, routers=True))
+    (part,) = adapter_differences(gather(evidence.found, routers=True))
     shown = {chart.caption: chart.spec["data"]["values"] for chart in part.charts}
     apart = shown["How differently each domain uses the heads (hydralora)"]
     assert len({row["domain"] for row in apart}) > 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comparisons import broken, comparison, renamed, write_runs
+from comparisons import broken, comparison, judged, renamed, write_runs
 from pages import MARKS, NASTY, PHONE, Open, contrast, luminance, opening, style
 
 from weftlora.compare.record import Comparison
@@ -24,6 +25,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return write_runs(broken(comparison(5)), tmp_path_factory.mktemp("compared"))
 
 
+def scored(found: Comparison) -> Comparison:
+    """With all the scores that answers can have."""
+    more = {"bleu": 45.1234, "rouge_l": 60.1234}
+    outcomes = [dataclasses.replace(o, scores={**o.scores, **(more if o.scores else {})}) for o in found.outcomes]
+    return judged(dataclasses.replace(found, outcomes=outcomes))
+
+
 @pytest.fixture(scope="module")
 def files(found: Comparison, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     top = tmp_path_factory.mktemp("reports")
@@ -31,6 +39,7 @@ def files(found: Comparison, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     made = {
         "five": gather(found),
         "one": Evidence(comparison(1)),
+        "scored": Evidence(scored(comparison(5))),
         "many": Evidence(long),
         "nasty": Evidence(renamed(comparison(2, domains=False), "hydralora", NASTY)),
         "odd": Evidence(
@@ -76,6 +85,22 @@ def test_charts_are_drawn_and_nothing_overflows_on_a_phone(name: str, scheme: st
             assert words["x"] >= 0, (where, legend.inner_text())
             assert words["x"] + words["width"] <= PHONE["width"], (where, legend.inner_text())
             assert words["y"] >= box["y"] - 1, (where, legend.inner_text())
+
+
+@pytest.mark.parametrize("name", ["five", "many", "scored"])
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_the_results_fit_a_wide_screen_with_every_method_and_every_cost(name: str, width: int, opened: Open):
+    page = opened(name, "light", {"width": width, "height": 900})
+    shape = "e => [e.scrollWidth - e.clientWidth, e.scrollHeight - e.clientHeight, e.getBoundingClientRect().right]"
+    over, under, right = page.eval_on_selector("#results-table", f"t => ({shape})(t.parentElement)")
+    assert (over, under) == (0, 0)
+    assert right <= width
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    heads = page.eval_on_selector_all("#results-table thead th", "all => all.map(each => each.innerText)")
+    assert len(heads) >= 14
+    assert "memory" in heads[-1]
+    letters = page.eval_on_selector_all("#results-table td small", "all => all.map(each => each.clientHeight)")
+    assert max(letters) < 90  # broken between words, not within
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

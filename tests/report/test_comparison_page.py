@@ -201,9 +201,29 @@ def test_a_comparison_in_which_nothing_is_complete_has_a_page():
         dataclasses.replace(o, status="missing", scores={}, domains={}, figures={}, curve=[]) for o in empty.outcomes
     ]
     none = judged(dataclasses.replace(empty, outcomes=lost, complete=False))
-    assert overall(none).startswith("There is nothing to say yet")
-    assert warnings(none)[0] == "Not finished: 5 of 5 runs are missing (lora, alora and none)."
+    assert overall(none) == (
+        "Unfinished, 5 of 5 runs missing (lora n = 0 of 2, alora n = 0 of 2, none n = 0 of 1). There is nothing to say yet: no method "
+        "and lora have a complete run of the same seed."
+    )
+    assert warnings(none)[0] == (
+        "To finish, give the command of top again: weftlora compare goes on where it was stopped."
+    )
     assert specs(page(Evidence(none))) == {}
+
+
+def test_an_unfinished_comparison_says_so_before_anything_else_and_counts_its_own_seeds():
+    """Five seeds were planned; what is claimed is claimed of those that there are."""
+    whole = comparison(5, ("lora", "hydralora", "tied_lora"))
+    gone: dict[str, Any] = {"status": "missing", "scores": {}, "domains": {}, "figures": {}, "curve": []}
+    found = changed(changed(whole, "hydralora", 4, **gone), "hydralora", 3, **gone)
+    assert not overall(whole).startswith("Unfinished")
+    assert overall(found).startswith(
+        "Unfinished, 2 of 16 runs missing (lora n = 5 of 5, hydralora n = 3 of 5, tied_lora n = 5 of 5, none n = 1 of 1). "
+        "hydralora is better than lora by 0.00"
+    )
+    assert overall(found).endswith("over 3 seeds.")
+    (headline,) = tree(page(Evidence(found))).find("p", class_="overall")
+    assert headline.text == overall(found)
 
 
 def test_figures_that_a_machine_cannot_tell_are_dashes(found: Comparison):

@@ -83,6 +83,6 @@ def test_numbers_of_the_charts_are_those_of_the_record(inspections: dict[str, In
 def test_an_adapter_that_did_nothing_yet_has_a_page_too(inspections: dict[str, Inspection]):
     found = inspections["tied_lora"]
     nothing = [dataclasses.replace(site, norm=0.0, effective_rank=0.0) for site in found.sites]
-    empty = dataclasses.replace(found, sites=nothing, groups=[], against=None, heads=[], directions=[])
+    empty = dataclasses.replace(found, sites=nothing, groups=[], factor_comparison=None, heads=[], directions=[])
     assert "does nothing yet" in empty.verdict[1]
     assert specs(page(empty))

@@ -98,7 +98,35 @@ def test_what_is_missing_is_said_on_the_terminal_too(
     (tmp_path / "bare" / "eval-test.json").unlink()
     code, out, _ = run(capsys, "report", tmp_path / "bare", runs[1], "-o", tmp_path / "page.html")
     assert code == 0
-    assert "Not finished: 1 of 2 runs are missing" in out.splitlines()[1]
+    assert "Unfinished, 1 of 2 runs missing" in out.splitlines()[0]
+    assert f"To finish: weftlora eval {tmp_path / 'bare'}." in out
+
+
+def test_runs_that_were_not_measured_get_the_commands(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copies = [Path(shutil.copytree(run_, tmp_path / f"bare {n}")) for n, run_ in enumerate(runs[:2])]
+    for copy in copies:
+        (copy / "eval-test.json").unlink()
+    code, out, _ = run(capsys, "report", *copies, "-o", tmp_path / "page.html")
+    assert code == 0
+    assert "Nothing was measured yet: give the 2 commands below." in out.splitlines()[0]
+    assert all(f"weftlora eval '{copy}'" in out for copy in copies)
+
+
+def test_runs_without_test_rows_are_reported_by_their_validation_rows(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copies = [Path(shutil.copytree(run_, tmp_path / f"bare{n}")) for n, run_ in enumerate(runs[:2])]
+    for copy in copies:
+        (copy / "eval-test.json").rename(copy / "eval-validation.json")
+    code, out, _ = run(capsys, "report", *copies, "-o", tmp_path / "page.html")
+    assert code == 0
+    assert "Unfinished" not in out
+    assert "on the validation rows" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    (copies[0] / "eval-validation.json").unlink()
+    code, out, _ = run(capsys, "report", *copies, "-o", tmp_path / "page.html")
+    assert f"weftlora eval {copies[0]} --split validation" in out
 
 
 def test_runs_of_other_rows_are_refused(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

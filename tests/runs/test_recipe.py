@@ -121,3 +121,66 @@ def test_resume_takes_a_folder_for_a_run_unless_a_recipe_has_its_name(
     for given, folder in (("other", "other"), ("lora", "runs/lora")):
         with pytest.raises(RunError, match=f"^{folder} is no run folder: it has no run.json"):
             asked(given, resume=True)
+
+
+def test_the_demos_settings_are_the_demos_alone() -> None:
+    """A built-in name on a model or rows of one's own is the method with the defaults of every recipe."""
+    demo = Recipe.read("lora")
+    assert (demo.data.max_length, demo.train.steps, demo.train.batch_size, demo.train.lr) == (64, 150, 32, 5e-3)
+    assert demo.adapter == {"recipe": "lora", "r": 16}
+    for given in (["model=mine", "data.train=mine.jsonl"], ["model.path=mine"], ["data=mine.jsonl"]):
+        own = Recipe.read("lora", *given)
+        assert (own.data.max_length, own.train.steps, own.train.epochs) == (512, None, None)
+        assert (own.train.batch_size, own.train.lr, own.adapter) == (16, None, {"recipe": "lora"})
+    assert Recipe.read("lora_init", "model=mine").adapter == {"recipe": "lora_init"}
+
+
+@pytest.mark.parametrize("given", [["train.epochs=1"], ["train.epochs=2", "model=mine"]])
+def test_epochs_are_not_refused_for_steps_that_nobody_set(given: list[str]) -> None:
+    recipe = Recipe.read("hydralora", *given)
+    assert recipe.train.steps is None
+    assert recipe.train.epochs == float(given[0][-1])
+
+
+def test_what_is_said_wins_over_the_demo() -> None:
+    recipe = Recipe.read("lora", "train.lr=1e-4", "data.max_length=32", "adapter.r=2", "train.steps=7")
+    assert (recipe.train.lr, recipe.data.max_length, recipe.adapter["r"], recipe.train.steps) == (1e-4, 32, 2, 7)
+    assert Recipe.read("lora", "adapter=hydralora").adapter == {"recipe": "hydralora"}
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("learning_rate=1e-4", "the recipe has no key 'learning_rate': here it is train.lr."),
+        ("train.learning_rate=1e-4", "train has no key 'learning_rate': here it is lr."),
+        ("train.per_device_train_batch_size=4", "here it is batch_size."),
+        ("num_train_epochs=3", "here it is train.epochs."),
+        ("rank=8", "here it is adapter.r."),
+        ("data.cutoff_len=8", "here it is max_length."),
+        ("model.load_in_4bit=true", "recipes train on unquantised weights, which model.dtype=bfloat16 halves"),
+    ],
+)
+def test_the_names_of_other_trainers_get_a_hint_and_no_list(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Recipe.read(WHOLE, override)
+    assert says in str(raised.value)
+    assert "use one of" not in str(raised.value)
+
+
+def test_a_rank_in_the_adapter_section_gets_the_hint_too() -> None:
+    from weftlora.recipes import check_fields
+
+    with pytest.raises(ConfigError, match=r"adapter lora has no key 'rank': here it is r\."):
+        check_fields({"recipe": "lora", "rank": 8})
+
+
+def test_every_hint_names_a_key_that_there_is() -> None:
+    from weftlora.errors import ELSEWHERE
+    from weftlora.recipes import CONFIG_KEYS
+    from weftlora.runs.recipe import DataConfig, ModelConfig, TrainConfig
+
+    sections = {"train": TrainConfig.model_fields, "data": DataConfig.model_fields, "model": ModelConfig.model_fields}
+    for key in set(ELSEWHERE.values()):
+        section, _, own = key.rpartition(".")
+        own = "from_adapter" if key == "train.from" else own
+        assert own in {**sections, "adapter": CONFIG_KEYS, "": {"out"}}[section], key

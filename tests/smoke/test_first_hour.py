@@ -225,15 +225,20 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_first_hour as hour
-for method in hour.METHODS:
+if sys.argv[3] == "sft":
+    run = hour.sft(hour.base(), Path(sys.argv[2]), hour.config("lora"))
+    run.train()
+    run.model.push_to_hub("somebody/sft")
+for method in hour.METHODS if sys.argv[3] == "trainer" else ():
     run = hour.trainer(method, Path(sys.argv[2]) / method, hub_model_id=f"somebody/{method}")
     run.train()
     run.push_to_hub()
+    run.model.push_to_hub(f"somebody/{method}-alone")
 """
 
 
-def test_a_push_carries_an_adapter_that_loads_and_says_how(tmp_path: Path) -> None:
-    """In a process of its own: where the hub is, is read when its client is imported."""
+def pushed(trainer: str, tmp_path: Path) -> Hub:
+    """Push in a process of its own: where the hub is, is read when its client is imported."""
     hub = Hub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
@@ -242,7 +247,7 @@ def test_a_push_carries_an_adapter_that_loads_and_says_how(tmp_path: Path) -> No
             "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONWARNINGS": "ignore",
         }  # fmt: skip
         told = subprocess.run(
-            [sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path)],
+            [sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path), trainer],
             env=environment, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
     finally:
@@ -252,13 +257,25 @@ def test_a_push_carries_an_adapter_that_loads_and_says_how(tmp_path: Path) -> No
     assert TOKEN not in told.stdout + told.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert hub.authorised
-    for method in METHODS:
-        folder = tmp_path / "pulled" / method
-        folder.mkdir(parents=True)
-        for name, content in hub.files[f"somebody/{method}"].items():
-            (folder / name).write_bytes(content)
+    return hub
+
+
+def pulled(hub: Hub, name: str, tmp_path: Path) -> Path:
+    folder = tmp_path / "pulled" / name
+    folder.mkdir(parents=True)
+    for file, content in hub.files[f"somebody/{name}"].items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+def test_a_push_carries_an_adapter_that_loads_and_says_how(tmp_path: Path) -> None:
+    """Of Trainer, and of the model by itself."""
+    hub = pushed("trainer", tmp_path)
+    for name in (*METHODS, *(f"{method}-alone" for method in METHODS)):
+        folder = pulled(hub, name, tmp_path)
         assert "`import weftlora`" in first_line(folder / "README.md")
-        assert torch.equal(logits(reloaded(folder)), logits(reloaded(tmp_path / method / "checkpoint-6")))
+        kept = tmp_path / name.removesuffix("-alone") / "checkpoint-6"
+        assert torch.equal(logits(reloaded(folder)), logits(reloaded(kept)))
 
 
 # ---------------------------------------------------------------------- trl, and tokens that a chat template adds
@@ -332,6 +349,17 @@ def test_tokens_that_a_chat_template_adds_are_trained_saved_and_loaded(method: s
         with torch.no_grad():
             assert torch.equal(loaded.eval()(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
         assert "`import weftlora`" in first_line(folder / "README.md")
+
+
+def test_what_trl_has_trained_is_pushed_with_a_card_that_says_how_to_load_it(
+    tmp_path: Path, needs: Callable[..., None]
+) -> None:
+    """By the model: the card of trl's own `push_to_hub` is trl's."""
+    needs("trl", "datasets")
+    folder = pulled(pushed("sft", tmp_path), "sft", tmp_path)
+    assert "`import weftlora`" in first_line(folder / "README.md")
+    saved = (tmp_path / "run" / "checkpoint-4" / "adapter_model.safetensors").read_bytes()
+    assert (folder / "adapter_model.safetensors").read_bytes() == saved
 
 
 def test_added_tokens_on_tied_embeddings_are_refused_in_a_sentence_that_helps(tmp_path: Path) -> None:

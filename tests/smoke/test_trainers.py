@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import weftlora
 
@@ -60,3 +61,30 @@ def test_sft_trainer_makes_the_adapter_itself(tmp_path: Path, needs: Callable[..
     again = logits(PeftModel.from_pretrained(plain, str(tmp_path / "checkpoint-3")))
     assert not torch.equal(again, before)
     torch.testing.assert_close(again, logits(trainer.model), rtol=1e-3, atol=1e-3)
+
+
+class Stop(TrainerCallback):
+    """Interrupts training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_logged_losses_do_not_depend_on_an_interruption(tmp_path: Path, needs: Callable[..., None]) -> None:
+    """Interrupted between two losses that are logged, a step after a checkpoint."""
+    needs("accelerate", "datasets")
+    train = {"steps": 7, "batch_size": 4, "lr": 1e-2, "save_every": 2, "logging_every": 3}
+    given = {"model": "demo", "data": "demo", "adapter": {"recipe": "lora", "r": 2}, "train": train}
+    whole = weftlora.train({**given, "out": str(tmp_path / "whole")}, "data.validation_limit=4")
+    cut = {**given, "out": str(tmp_path / "cut")}
+    with pytest.raises(KeyboardInterrupt):
+        weftlora.train(cut, "data.validation_limit=4", callbacks=[Stop(5)])
+    run = weftlora.train(cut, "data.validation_limit=4", resume=True)
+    losses = [[(row["step"], row["loss"]) for row in each.history() if "loss" in row] for each in (whole, run)]
+    assert losses[1] == losses[0]
+    assert [step for step, _ in losses[0]][:3] == [1, 3, 6]
+    assert run.metrics == whole.metrics

@@ -11,7 +11,7 @@ from weftlora.train.arguments import OWNED, arguments, check, save_interval, tot
 
 
 def config(**fields: Any) -> TrainConfig:
-    return TrainConfig.parse(fields)
+    return TrainConfig.parse({"lr": 1e-3, **fields})
 
 
 def test_an_argument_with_a_key_of_ours_is_sent_there() -> None:
@@ -87,3 +87,8 @@ def test_a_value_transformers_refuses_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="transformers refuses") as raised:
         arguments(config(args={"eval_delay": "soon", "logging_strategy": "sometimes"}), tmp_path, 9, validate=False)
     assert "\n" not in str(raised.value)
+
+
+def test_a_rate_that_nobody_has_decided_is_no_rate(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr is not known"):
+        arguments(config(lr=None), tmp_path, 5, False)

@@ -142,6 +142,20 @@ def test_a_split_that_is_not_there(trained: Run) -> None:
         weftlora.evaluate(trained, split="tset")
 
 
+def test_without_test_rows_the_validation_rows_are_measured_and_that_is_said(
+    recipe: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = recipe(adapter="lora")
+    del given["data"]["test"]
+    run = weftlora.train(given)
+    found = weftlora.evaluate(run)
+    assert (found.split, found.scores.rows) == ("validation", run.data["counts"]["validation"]["rows"])
+    assert (run.folder / "eval-validation.json").is_file()
+    assert any("no test rows: these are the validation rows" in record.getMessage() for record in caplog.records)
+    with pytest.raises(DataError, match="has no test split: use --split validation"):
+        weftlora.evaluate(run, split="test")
+
+
 def test_progress_covers_loss_and_answers(trained: Run) -> None:
     ticks: list[Tick] = []
     weftlora.evaluate(trained, progress=ticks.append)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 from interrupting import Interrupt, weights
+from transformers import TrainerCallback
 
 import weftlora
 from weftlora.errors import AdapterError, ConfigError, RunError
@@ -191,3 +195,98 @@ def test_numbers_do_not_depend_on_an_interruption(recipe: Make, tmp_path: Path, 
         found[name] = (rows, record | {"folder": ""})
     assert found["cut"] == found["whole"]
     assert any("loss" in row for row in found["whole"][0])
+
+
+@pytest.mark.parametrize("place", ["layer_search.begin", "make_trainer", "_announce", "resume_point", "_final"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_interrupted_anywhere_a_run_does_not_say_that_it_is_running(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, place: str, resume: bool
+) -> None:
+    """By the file itself, which others read without asking whether somebody holds the lock."""
+    given = recipe(train=LENGTH | {"steps": 4, "save_every": 2})
+    if resume:
+        interrupted(given, 3)
+
+    def stop(*given: Any, **more: Any) -> None:
+        raise SystemExit(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"weftlora.train.loop.{place}", stop)
+        if place == "resume_point" and not resume:
+            weftlora.train(given)
+        else:
+            with pytest.raises(SystemExit):
+                weftlora.train(given, resume=resume)
+    file = Path(given["out"]) / "run.json"
+    if not resume and place in ("layer_search.begin", "make_trainer"):
+        assert not file.exists()  # taken back, as there was nothing to go on with
+        return
+    assert json.loads(file.read_text())["status"] == (
+        "complete" if place == "resume_point" and not resume else "interrupted"
+    )
+    assert weftlora.train(given, resume=True).status == "complete"
+
+
+def test_a_signal_after_the_last_record_does_not_take_it_back(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Run.save
+
+    def and_stop(self: Run) -> None:
+        save(self)
+        if self.status == "complete":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            weftlora.train(given := recipe(train=LENGTH | {"steps": 2}))
+    assert Run.load(given["out"]).status == "complete"
+
+
+@pytest.mark.parametrize("how", ["read-only", "gone"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_folder_that_cannot_be_written_any_more_is_one_sentence(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int
+) -> None:
+    """Whatever touches it first: a checkpoint, its deletion, the record of the failure."""
+    given = recipe(train=LENGTH | {"steps": 4, "save_every": 2, "keep": 1})
+    out = Path(given["out"])
+
+    class Trouble(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step != step:
+                return
+            if how == "gone":
+                out.rename(tmp_path / "elsewhere")
+                return
+            (out / "checkpoints" / "checkpoint-9").mkdir()  # as an earlier kill leaves one
+            for name in ("open", "unlink", "rmdir", "mkdir", "rename", "replace"):
+                monkeypatch.setattr(os, name, read_only)
+
+    def read_only(*given: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(given[0]))
+
+    with monkeypatch.context(), pytest.raises(RunError, match=r"cannot write|taken away"):
+        weftlora.train(given, callbacks=[Trouble()])
+    monkeypatch.undo()
+    if how == "gone":
+        shutil.rmtree(out, ignore_errors=True)
+        (tmp_path / "elsewhere").rename(out)
+    assert weftlora.train(given, resume=True).status == "complete"
+
+
+def test_a_run_started_before_goes_on_with_the_rule_of_moving_ranks_that_it_was_started_with(
+    recipe: Make, tmp_path: Path
+) -> None:
+    """Its recipe leaves the rule to a default, which has changed since; its record, of format 1, says which it was."""
+    adapter = {"recipe": "alora", "r": 2, "first": 2, "every": 2, "max_rounds": 3, "score": "random"}
+    given = recipe(adapter=adapter, train=LENGTH, data=None, out=str(tmp_path / "run")) | {}
+    given["data"] = recipe()["data"] | {"validation_fraction": 0.2}
+    interrupted(given)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    assert record["adapter"]["ranks"].pop("all_lost") == "go_on"
+    record["adapter"]["format_version"] = 1
+    path.write_text(json.dumps(record))
+    resumed = weftlora.train(given, resume=True)
+    saved = json.loads((resumed.adapter_folder / "adapter_config.json").read_text())
+    assert saved["ranks"]["all_lost"] == resumed.adapter["ranks"]["all_lost"] == "end"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,10 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
+from packaging.version import InvalidVersion, Version
 from peft import PeftConfig, PeftType
 
 from weftlora.adapter import before_configs, compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
+from weftlora.foreign_json import from_json
+from weftlora.foreign_text import for_markdown
 from weftlora.settings import Epochs, is_number, is_whole
 from weftlora.terms import registry
 from weftlora.terms.axes import AXES, PROTOCOLS
@@ -35,7 +37,8 @@ from weftlora.terms.structure import Structure
 from weftlora.terms.trust import from_folder
 from weftlora.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of a saved config. 1: 0.1.0rc1. 2: moving ranks go on where every module lost a slot (`Choice.earlier`)."""
 
 DROPOUT_MASKS = ("linear", "input")
 
@@ -50,11 +53,12 @@ def encode_choice(choice: Choice | None) -> dict[str, Any] | None:
     return {**registry.encoded(choice), **plain}
 
 
-def decode_choice(axis: str, value: Any) -> Any:
+def decode_choice(axis: str, value: Any, version: int = FORMAT_VERSION) -> Any:
     """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
 
     A plain value that stands for a choice is that: on the axis layers, a bare list is `Only`. A name that is not weftlora's own is
-    looked up among the terms that installed packages offer (`weftlora.terms.registry`).
+    looked up among the terms that installed packages offer (`weftlora.terms.registry`). `version` is the format of the config that
+    it stands in.
     """
     if value is None:
         return None
@@ -82,10 +86,13 @@ def decode_choice(axis: str, value: Any) -> Any:
         raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
     if kind == "none":
         return None
-    package, version = (
+    package, made_by = (
         (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
     )
-    return registry.made(registry.find(axis, kind, package, version), axis, kind, fields)
+    cls = registry.find(axis, kind, package, made_by)
+    for format_version, meant in sorted(cls.earlier.items()):
+        fields = {**(meant if version <= format_version else {}), **fields}
+    return registry.from_plain(cls, axis, kind, fields)
 
 
 def _choices(axis: str) -> str:
@@ -125,7 +132,7 @@ class WeftConfig(PeftConfig):
 
     Raises:
         ConfigError (a ValueError): a value that cannot work, an unknown key, or two choices that do not go together.
-        AdapterError (a ValueError): the config was written by a newer version of weftlora.
+        AdapterError (a ValueError): the config is in the format of a newer version of weftlora.
     """
 
     structure: Structure = field(default_factory=_default("structure"))
@@ -161,7 +168,8 @@ class WeftConfig(PeftConfig):
             raise ConfigError(f"peft refuses this config: {error}") from None
         self.peft_type = PeftType("WEFT")  # the host reads its .value
         for axis in AXES:
-            setattr(self, axis, decode_choice(axis, getattr(self, axis)))
+            setattr(self, axis, decode_choice(axis, getattr(self, axis), self.format_version))
+        self.format_version = FORMAT_VERSION  # from here on it names what it means
         for axis, one in PROTOCOLS.items():
             if one.default is not None and getattr(self, axis) is None:
                 raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")
@@ -256,10 +264,12 @@ class WeftConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and into the folder's README.md how to load the adapter (it needs `import weftlora`)."""
         super().save_pretrained(save_directory, **kwargs)
+        write_loading_note(Path(save_directory), self.packages())
+
+    def packages(self) -> list[str]:
+        """The packages, other than weftlora, whose terms this adapter needs."""
         offers = [registry.encoded(choice) for choice in self.choices().values()]
-        write_loading_note(
-            Path(save_directory), sorted({str(said["package"]) for said in offers if said.get("package")})
-        )
+        return sorted({str(said["package"]) for said in offers if said.get("package")})
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Any:
@@ -289,20 +299,38 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
         saved = bool(
             {"peft_type", "weft_version"} & kwargs.keys()
         )  # only what was saved says so: not the user's own words
-        made_by = kwargs.pop("weft_version", None)
+        made_by, made_with = kwargs.pop("weft_version", None), kwargs.get("peft_version")
         version = kwargs.get("format_version", FORMAT_VERSION)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise AdapterError(
                 f"this adapter has format {version!r}, written by weftlora {made_by or 'of a later version'}; this is weftlora "
                 f"{__version__}, which reads formats up to {FORMAT_VERSION}: upgrade weftlora."
             )
-        for key in kwargs:
-            if key not in valid:
-                raise unknown_key(key, valid, type(self).__name__)
         with from_folder() if saved else nullcontext():
-            init(self, *args, **kwargs)
+            try:
+                for key in kwargs:
+                    if key not in valid:
+                        raise unknown_key(key, valid, type(self).__name__)
+                init(self, *args, **kwargs)
+            except ConfigError as error:
+                if saved and made_by != __version__:  # what is wrong here may be right there
+                    raise type(error)(f"{error} {_written_by(made_by, made_with)}") from None
+                raise
 
     return strict
+
+
+def _written_by(made_by: Any, made_with: Any) -> str:
+    """Which versions a saved config that cannot be read says it is from, and what to do."""
+    if made_by is None:
+        return f"The file does not say which weftlora wrote it; this is {__version__}."
+    with_peft = f" with peft {made_with}" if made_with else ""
+    try:
+        later = Version(str(made_by)) > Version(__version__)
+    except InvalidVersion:
+        later = False
+    end = ": upgrade weftlora." if later else "."
+    return f"The file was written by weftlora {made_by}{with_peft}; this is {__version__}{end}"
 
 
 WeftConfig.__init__ = _strict(WeftConfig.__init__)  # type: ignore[method-assign]
@@ -385,7 +413,8 @@ def write_loading_note(folder: Path, packages: list[str] | None = None) -> None:
     if LOADING_NOTE.strip() not in said:
         said = said.rstrip() + "\n" + LOADING_NOTE
     if packages:
-        trust = TRUST_NOTE.format(packages=" and ".join(packages), names=", ".join(map(repr, packages)))
+        shown = " and ".join(map(for_markdown, packages))
+        trust = TRUST_NOTE.format(packages=shown, names=", ".join(map(repr, packages)))
         said += "" if trust in said else trust
     if said != text:
         readme.write_text(said, encoding="utf-8")
@@ -397,10 +426,10 @@ def read_config(folder: str | Path) -> WeftConfig:
     if not path.is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give the folder that save_pretrained wrote.")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = from_json(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict):
             raise ValueError("no object at its top")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({error}): the folder is damaged, save the adapter again."
         ) from None

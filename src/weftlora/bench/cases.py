@@ -14,13 +14,13 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, cast
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,38 +29,34 @@ from weftlora import change_rates
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import use_reference
-from weftlora.recipes import (
-    AllocLoraConfig,
-    HydraLoraConfig,
-    LoraDashConfig,
-    PlainLoraConfig,
-    TiedLoraConfig,
-    peft_lora,
-)
+from weftlora.recipes import RECIPES
 
 Dtype = Literal["fp32", "bf16"]
 Build = Callable[[nn.Module, int, float], nn.Module]  # (base, r, dropout) → the model to step
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CONFIGS: dict[str, Callable[..., PeftConfig]] = {
-    "peft": peft_lora,
-    "plain": PlainLoraConfig,
-    "hydra": HydraLoraConfig,
-    "tied": TiedLoraConfig,
-    "dash": LoraDashConfig,
-    "alora": partial(AllocLoraConfig, max_rounds=0, max_rank=16),  # its ranks are moved by hand
-    "flexora": PlainLoraConfig,  # with a gate on every block
-}
-RANKS: dict[str, tuple[int, ...]] = {
-    "peft": (8, 16),
-    "plain": (8, 16),
-    "hydra": (8,),
-    "tied": (16,),
-    "dash": (8,),
-    "alora": (12,),
-    "flexora": (16,),
-}
 HEAD_SIZE = 64
+
+
+class Benched(NamedTuple):
+    """How a recipe is stepped: at which ranks, and with which of its fields, so that every step is like the one before."""
+
+    ranks: tuple[int, ...]
+    fields: Mapping[str, Any] = MappingProxyType({})
+
+
+BENCHED: dict[str, Benched] = {
+    "peft:lora": Benched((8, 16)),
+    "lora": Benched((8, 16)),
+    "hydralora": Benched((8,)),
+    "tied_lora": Benched((16,)),
+    "lora_dash": Benched((8,)),
+    "alora": Benched((12,), {"max_rounds": 0, "max_rank": 16}),  # its ranks are moved by hand
+    "flexora": Benched(
+        (16,), {"granularity": "module"}
+    ),  # a gate on every module costs what a block's does, and one block will do
+}
+"""The recipes that are measured, in the order of the tables."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """One model to step: the frozen base ("floor"), an adapter of `CONFIGS`, or one from outside.
+    """One model to step: the frozen base ("floor"), a recipe of `BENCHED`, or one of your own.
 
     `adapter` is the dtype of the adapter's parameters: fp32, or the base's (`autocast_adapter_dtype=False`). `mask`: "linear", or
     "input" for one dropout mask per input (`dropout_mask`). `compiled`: each block under torch.compile.
@@ -108,20 +104,20 @@ class Case:
     @property
     def is_weft(self) -> bool:
         """Whether weftlora computes its update."""
-        return self.kind in CONFIGS and self.kind != "peft"
+        return self.kind in BENCHED and not self.kind.startswith("peft:")
 
 
 def cases(dtype: Dtype, kinds: Sequence[str], dropouts: Sequence[float]) -> list[Case]:
     """The floor, then every case of the kinds asked for at every rank, dropout and adapter dtype on a base of `dtype`."""
-    if unknown := [kind for kind in kinds if kind not in CONFIGS]:
-        raise ConfigError(f"there is no case {unknown[0]!r}: {suggest(unknown[0], CONFIGS)}")
+    if unknown := [kind for kind in kinds if kind not in BENCHED]:
+        raise ConfigError(f"there is no case {unknown[0]!r}: {suggest(unknown[0], BENCHED)}")
     adapters: tuple[Dtype, ...] = ("fp32",) if dtype == "fp32" else ("fp32", "bf16")
-    found = [Case(kind, r, p, a) for kind in kinds for p in dropouts for r in RANKS[kind] for a in adapters]
+    found = [Case(kind, r, p, a) for kind in kinds for p in dropouts for r in BENCHED[kind].ranks for a in adapters]
     return [Case("floor"), *found]
 
 
-def outside_cases(names: Iterable[str], dropouts: Sequence[float], dtype: Dtype) -> list[Case]:
-    """The cases of `outside_builders`, whose keys are "name" or "name@RANK"."""
+def cases_of_builders(names: Iterable[str], dropouts: Sequence[float], dtype: Dtype) -> list[Case]:
+    """The cases of `own_builders`, whose keys are "name" or "name@RANK"."""
     return [Case(*split_rank(name), p, dtype) for name in names for p in dropouts]
 
 
@@ -130,12 +126,13 @@ def table_cases(dtype: Dtype) -> list[Case]:
     p = 0.05
     found = [Case("floor"), Case("floor", compiled=True)]
     for dropout in (0.0, p):
-        found.append(Case("peft", 16, dropout))
+        found.append(Case("peft:lora", 16, dropout))
         if dtype == "bf16":
-            found.append(Case("peft", 16, dropout, "bf16"))
-        found += [Case("plain", 16, dropout), Case("plain", 16, dropout, compiled=True), Case("hydra", 8, dropout)]
-        found += [Case(kind, r, dropout) for kind, r in (("dash", 8), ("tied", 16), ("alora", 12), ("flexora", 16))]
-    return [*found, Case("plain", 16, p, mask="input"), Case("hydra", 8, p, mask="input")]
+            found.append(Case("peft:lora", 16, dropout, "bf16"))
+        found += [Case("lora", 16, dropout), Case("lora", 16, dropout, compiled=True)]
+        rest = [kind for kind in BENCHED if kind not in ("peft:lora", "lora")]
+        found += [Case(kind, BENCHED[kind].ranks[0], dropout) for kind in rest]
+    return [*found, Case("lora", 16, p, mask="input"), Case("hydralora", 8, p, mask="input")]
 
 
 def split_rank(name: str) -> tuple[str, int]:
@@ -146,7 +143,7 @@ def split_rank(name: str) -> tuple[str, int]:
     return kind, int(rank or 16)
 
 
-def outside_builders(specs: Sequence[str]) -> dict[str, Build]:
+def own_builders(specs: Sequence[str]) -> dict[str, Build]:
     """The functions of "name[@RANK]=module:function", called as function(base, r, dropout) with a frozen base to adapt.
 
     Raises:
@@ -158,7 +155,7 @@ def outside_builders(specs: Sequence[str]) -> dict[str, Build]:
         module, _, function = target.partition(":")
         if not (name and module and function):
             raise ConfigError(f"case {spec!r} is not of the form name=module:function.")
-        if split_rank(name)[0] in {"floor", *CONFIGS}:
+        if split_rank(name)[0] in {"floor", *BENCHED}:
             raise ConfigError(f"case {spec!r} takes a name that is built in: choose another.")
         try:
             found[name] = cast(Build, getattr(importlib.import_module(module), function))
@@ -183,12 +180,12 @@ def frozen_base(shape: Shape, dtype: Dtype) -> LlamaForCausalLM:
     return cast(LlamaForCausalLM, LlamaForCausalLM(config).to(DTYPES[dtype]).requires_grad_(False).train())
 
 
-def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
+def build(case: Case, base: nn.Module, own: dict[str, Build]) -> nn.Module:
     """The model of a case, in training mode; it shares the base's weight tensors and leaves the base as it was."""
     model = copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
-    if case.kind not in ("floor", *CONFIGS):
-        name = case.kind if case.kind in outside else f"{case.kind}@{case.r}"
-        return outside[name](model, case.r, case.p).train()
+    if case.kind not in ("floor", *BENCHED):
+        name = case.kind if case.kind in own else f"{case.kind}@{case.r}"
+        return own[name](model, case.r, case.p).train()
     adapted = model if case.kind == "floor" else _adapted(case, model)
     if case.compiled:
         for block in model.model.layers:  # type: ignore[union-attr]
@@ -197,10 +194,8 @@ def build(case: Case, base: nn.Module, outside: dict[str, Build]) -> nn.Module:
 
 
 def _adapted(case: Case, model: nn.Module) -> nn.Module:
-    fields: dict[str, Any] = {} if case.mask == "linear" else {"dropout_mask": case.mask}
-    if case.kind == "flexora":
-        fields["layers"] = {"kind": "only", "blocks": range(len(model.model.layers)), "gated": True}  # type: ignore[union-attr, arg-type]
-    config = CONFIGS[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear", **fields)
+    fields = dict(BENCHED[case.kind].fields) | ({} if case.mask == "linear" else {"dropout_mask": case.mask})
+    config = RECIPES[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear", **fields)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
     leave_the_start(adapted)
     launch_anywhere(adapted)
@@ -248,9 +243,10 @@ def move_ranks(model: nn.Module) -> None:
 
 
 def set_gates(model: nn.Module) -> None:
-    """Where layers are gated: gates of a search that went on for a while."""
+    """Where layers are gated: gates of a search that went on for a while, in one of its steps."""
     for site in model.modules():
         if isinstance(site, Site) and site.layer_gate is not None:
+            site.awaits_search = False
             site.layer_gate.normal_(mean=1.0, std=0.1)
 
 

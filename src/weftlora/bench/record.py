@@ -78,7 +78,7 @@ class Target:
 
 def goals() -> Iterator[Goal]:
     """All of them, in the order of the table."""
-    plain, hydra, dash, peft = Case("plain", 16), Case("hydra", 8), Case("dash", 8), Case("peft", 16)
+    plain, hydra, dash, peft = Case("lora", 16), Case("hydralora", 8), Case("lora_dash", 8), Case("peft:lora", 16)
     low = replace(peft, adapter="bf16")
     yield Goal("LoRA r=16", "fp32", plain, must=1.07, aim=1.05)
     yield Goal("LoRA r=16", "bf16", plain, must=1.12, aim=1.07)
@@ -92,7 +92,7 @@ def goals() -> Iterator[Goal]:
     )
     yield Goal("LoRA-Dash r=8 + 8 directions", "fp32", dash, must=1.08, aim=1.06)
     yield Goal("LoRA-Dash r=8 + 8 directions", "bf16", dash, must=1.12, aim=1.08)
-    equal_slots = {"Tied-LoRA r=16": Case("tied", 16), "ALoRA r=12, room for 16": Case("alora", 12)}
+    equal_slots = {"Tied-LoRA r=16": Case("tied_lora", 16), "ALoRA r=12, room for 16": Case("alora", 12)}
     for dtype, must, aim in (("fp32", 1.07, 1.05), ("bf16", 1.12, 1.07)):
         for name, case in {**equal_slots, "Flexora-gated r=16": Case("flexora", 16)}.items():
             yield Goal(name, dtype, case, must=must, aim=aim)  # type: ignore[arg-type]
@@ -186,7 +186,7 @@ class Setting:
     dropouts: tuple[float, ...]
     kinds: tuple[str, ...]
     table: bool
-    outside: tuple[str, ...]
+    own_cases: tuple[str, ...]
     rounds: int
     threads: int
     clock: Clock
@@ -209,7 +209,7 @@ class Setting:
     def command(self) -> str:
         """The command line that measures the same."""
         chosen = {} if self.table else {"dropout": self.dropouts, "only": self.kinds}
-        many = {"dtype": self.dtypes, **chosen, "case": self.outside}
+        many = {"dtype": self.dtypes, **chosen, "case": self.own_cases}
         one = {
             **vars(self.shape),
             "rounds": self.rounds,
@@ -247,7 +247,7 @@ class StepBench(Record):
         return all(result.exact is not False for result in self.cases)
 
     def result(self, dtype: Dtype, case: str) -> CaseResult:
-        """The result of one case, such as `result("bf16", "plain r=16 p=0 fp32")`; KeyError if it was not measured."""
+        """The result of one case, such as `result("bf16", "lora r=16 p=0 fp32")`; KeyError if it was not measured."""
         for result in self.cases:
             if result.dtype == dtype and str(result.case) == case:
                 return result

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.fusion import nodes
 from weftlora.bench.cases import (
-    CONFIGS,
+    BENCHED,
     TOLERANCE,
     Agreement,
     Batch,
@@ -34,9 +34,9 @@ from weftlora.bench.cases import (
     agreement,
     build,
     cases,
+    cases_of_builders,
     frozen_base,
-    outside_builders,
-    outside_cases,
+    own_builders,
     table_cases,
 )
 from weftlora.bench.record import CLOCKS, CaseResult, Clock, Setting, Spread, StepBench, targets
@@ -78,9 +78,9 @@ def step(
     *,
     dtypes: Sequence[Dtype] = ("fp32", "bf16"),
     dropouts: Sequence[float] = (0.0, 0.05),
-    kinds: Sequence[str] = tuple(CONFIGS),
+    kinds: Sequence[str] = tuple(BENCHED),
     table: bool = False,
-    outside: Sequence[str] = (),
+    own_cases: Sequence[str] = (),
     rounds: int = 9,
     threads: int = 1,
     clock: Clock = "cpu",
@@ -94,9 +94,10 @@ def step(
         shape: the model and batch; default 4 layers of width 768, 4 × 256 tokens.
         dtypes: dtypes of the base, "fp32" and "bf16", measured one after the other.
         dropouts: values of `lora_dropout`.
-        kinds: adapters to measure, of "peft", "plain", "hydra", "tied", "dash", "alora", "flexora"; the floor always is.
+        kinds: recipes to measure, of "peft:lora", "lora", "hydralora", "tied_lora", "lora_dash", "alora", "flexora"; the floor
+            always is.
         table: measure instead what the project's figures are about, compiled blocks and one mask per input too, on 8 layers.
-        outside: "name[@RANK]=module:function" of further ones; function(base, r, dropout) returns the model to step.
+        own_cases: "name[@RANK]=module:function" of further ones; function(base, r, dropout) returns the model to step.
         rounds: interleaved rounds; at least 7 for figures to publish.
         threads: torch's intra-op threads while measuring.
         clock: "cpu", process CPU time, or "wall", for an otherwise idle machine only.
@@ -114,13 +115,13 @@ def step(
         tuple(dropouts),
         tuple(kinds),
         table,
-        tuple(outside),
+        tuple(own_cases),
         rounds,
         threads,
         clock,
         seed,
     )
-    builders = outside_builders(outside)
+    builders = own_builders(own_cases)
     results: list[CaseResult] = []
     order: dict[str, list[list[str]]] = {}
     many = torch._dynamo.config.patch(recompile_limit=256)  # all cases share the code of one block's forward
@@ -128,7 +129,7 @@ def step(
         for dtype in setting.dtypes:
             todo = [
                 *(table_cases(dtype) if table else cases(dtype, kinds, dropouts)),
-                *outside_cases(builders, dropouts, dtype),
+                *cases_of_builders(builders, dropouts, dtype),
             ]
             jobs = _prepare(todo, setting, dtype, builders, progress)
             order[dtype] = _run(jobs, setting, dtype, progress)
@@ -164,9 +165,7 @@ class _Job:
         self.batch.embeddings.grad = None
 
 
-def _prepare(
-    todo: list[Case], setting: Setting, dtype: Dtype, outside: dict[str, Build], progress: Progress
-) -> list[_Job]:
+def _prepare(todo: list[Case], setting: Setting, dtype: Dtype, own: dict[str, Build], progress: Progress) -> list[_Job]:
     """Build every case, check its gradients, count what it saves, and warm it up."""
     torch.manual_seed(setting.seed)
     base = frozen_base(setting.shape, dtype)
@@ -174,7 +173,7 @@ def _prepare(
     jobs = []
     for case in todo:
         torch.manual_seed(setting.seed + 1)
-        model = build(case, base, outside)
+        model = build(case, base, own)
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = [*base.parameters(), *base.buffers(), *model.parameters(), *model.buffers()]
         reordered = case.compiled and case.p > 0  # a compiled graph draws the same masks in another order

@@ -5,21 +5,30 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Group
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.options import Json, Quiet
+from weftlora.cli.options import Json, Out, Overwrite, Quiet
 from weftlora.errors import RunError
 
 if TYPE_CHECKING:
     from weftlora.bench import CaseResult, LaunchBench, Spread, StepBench
+    from weftlora.progress import Progress
+
+    Bench = TypeVar("Bench", StepBench, LaunchBench)
 
 VERDICTS = {"aim": "aim reached", "must": "reached", "missed": "missed", "": ""}
+
+Threads = Annotated[int, typer.Option(help="Threads of torch.")]
+Clock = Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn, and of the order.")]
+Tiny = Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it all run?")]
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
@@ -41,7 +50,7 @@ def step(
     dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="peft, plain, hydra, tied, dash, alora, flexora; may be repeated. All."),
+        typer.Option(help="peft:lora, lora, hydralora, tied_lora, lora_dash, alora, flexora; may be repeated. All."),
     ] = None,
     table: Annotated[
         bool, typer.Option("--all", help="The project's table of figures, compiled blocks too (a quarter of an hour).")
@@ -53,12 +62,12 @@ def step(
             help="Layers of your own: function(base, r, dropout) returns the model to step; may be repeated.",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
-    clock: Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of weights, batch, masks and order.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A tiny model and 3 rounds: does it all run?")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
+    threads: Threads = 1,
+    clock: Clock = "cpu",
+    seed: Seed = 0,
+    quick: Tiny = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -67,15 +76,15 @@ def step(
     Each round steps every case once in a fresh random order; a figure is the median over rounds of the ratio to the frozen
     base's step of the same round. Exit code 1 if a gradient of weftlora disagrees with the reference kernel.
     """
-    output.check_out(out, "a record of this command", ("cases", "setting"), overwrite)
     if case:
         sys.path.insert(0, os.getcwd())  # MODULE may be a file beside the user
-    lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "outside": case}
-    with output.working(as_json, quiet) as progress:
+    lists: dict[str, Any] = {"dtypes": dtype, "dropouts": dropout, "kinds": only, "own_cases": case}
+
+    def measure(progress: Progress) -> StepBench:
         from weftlora.bench import Shape
         from weftlora.bench import step as call
 
-        result = call(
+        return call(
             Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
             table=table,
             rounds=rounds,
@@ -86,8 +95,8 @@ def step(
             progress=progress,
             **{name: values for name, values in lists.items() if values},
         )
-        output.keep(result.record(), out)
-    output.show(result.record(), as_json, lambda: Group(*tables(result)))
+
+    result = _measured(measure, tables, ("cases", "setting"), out, overwrite, as_json, quiet)
     if wrong := [f"{r.case} on a {r.dtype} base" for r in result.cases if r.exact is False]:
         raise RunError(
             f"the gradients of {', '.join(wrong)} are not those of the reference kernel, so these speeds do not count: "
@@ -106,12 +115,12 @@ def launch(
     rounds: Annotated[int, typer.Option(help="Rounds of the model.")] = 3,
     r: Annotated[int, typer.Option("--r", help="Rank of ΔW.")] = 8,
     directions: Annotated[int, typer.Option(help="Directions per site.")] = 8,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
-    clock: Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny weights: does it all run?")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the record, with every round, to this JSON file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
+    threads: Threads = 1,
+    clock: Clock = "cpu",
+    seed: Seed = 0,
+    quick: Tiny = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -119,11 +128,11 @@ def launch(
 
     Per weight and for all modules of a model, both ways on the same weights in random order; a ratio is the median over rounds.
     """
-    output.check_out(out, "a record of this command", ("directions", "results"), overwrite)
-    with output.working(as_json, quiet) as progress:
+
+    def measure(progress: Progress) -> LaunchBench:
         from weftlora.bench import launch as call
 
-        result = call(
+        return call(
             **({"shapes": shape} if shape else {}),
             layers=layers,
             hidden=hidden,
@@ -136,8 +145,26 @@ def launch(
             quick=quick,
             progress=progress,
         )
-        output.keep(result.record(), out)
-    output.show(result.record(), as_json, lambda: launch_table(result))
+
+    _measured(measure, lambda found: [launch_table(found)], ("directions", "results"), out, overwrite, as_json, quiet)
+
+
+def _measured(
+    measure: Callable[[Progress], Bench],
+    shown: Callable[[Bench], list[Table]],
+    keys: tuple[str, ...],
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> Bench:
+    """Measure, write the record to `out` and show it; `keys` are what such a record has."""
+    place = output.check_out(out, "a record of this command", keys, overwrite)
+    with output.working(as_json, quiet) as progress:
+        result = measure(progress)
+        output.keep(result.record(), place)
+    output.show(result.record(), as_json, lambda: Group(*shown(result)))
+    return result
 
 
 def launch_table(result: LaunchBench) -> Table:

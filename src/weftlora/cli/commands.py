@@ -1,4 +1,4 @@
-"""The commands `train`, `eval`, `generate`, `recipes` and `doctor`, the list of all, and the way of each from the shell and back.
+"""The commands `train`, `eval`, `generate`, `chat`, `recipes` and `doctor`, the list of all, and their way from the shell and back.
 
 What a command does is in the library; here it is called and shown. Whatever the user can put right ends as one sentence and exit
 code 1.
@@ -18,13 +18,14 @@ import typer
 
 from weftlora.cli import bench, output
 from weftlora.cli.compare import compare, report
+from weftlora.cli.data import data, look
 from weftlora.cli.directions import directions, heads
 from weftlora.cli.export import export
 from weftlora.cli.inspect import inspect
 from weftlora.cli.new_term import new_term
 from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.cli.search import search
-from weftlora.errors import WeftError
+from weftlora.errors import ConfigError, WeftError
 from weftlora.foreign_text import shortened, visible
 from weftlora.redaction import redacted
 from weftlora.runs.run import check_source
@@ -62,6 +63,7 @@ app.command()(export)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
+app.command()(data)
 app.command("new-term")(new_term)
 
 Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if not where the run found it.")]
@@ -75,7 +77,13 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.lr=1e-3")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder; short for out=....")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Go on with a complete run, to a longer train.steps, in a new run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at rows, time and memory as `weftlora data`, and train nothing.")
+    ] = False,
     no_verify_base: Annotated[
         bool, typer.Option("--no-verify-base", help="Do not read the base's weights to identify them.")
     ] = False,
@@ -85,11 +93,20 @@ def train(
 ) -> None:
     """Train an adapter and write a run folder."""
     given = [*(overrides or []), *([f"out={out}"] if out else [])]
+    if dry_run:
+        look(recipe, given, True, 3, as_json, quiet)
+        return
     with output.working(as_json, quiet) as progress:
         from weftlora.train import train as call
 
         run = call(
-            recipe, *given, resume=resume, overwrite=overwrite, verify_base=not no_verify_base, progress=progress
+            recipe,
+            *given,
+            resume=resume,
+            extend=extend,
+            overwrite=overwrite,
+            verify_base=not no_verify_base,
+            progress=progress,
         )
     output.show(run.record(), as_json, lambda: output.run_summary(run))
 
@@ -100,7 +117,10 @@ def evaluate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.test=more.jsonl")
     ] = None,
-    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    split: Annotated[
+        str | None,
+        typer.Option(help="test or validation; by default test, or validation where there are no test rows."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first rows; nothing is written.")] = None,
     adapter: Annotated[str, typer.Option(help="trained, or none for the frozen base.")] = "trained",
     base: Base = None,
@@ -128,10 +148,23 @@ def evaluate(
     output.show(evaluation.record(), as_json, lambda: output.evaluation_table(evaluation))
 
 
+System = Annotated[
+    str | None, typer.Option(help="A system turn before it, for a run that was trained on conversations.")
+]
+
+
 @app.command()
 def generate(
     run: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The prompt, or as JSON the columns of a prompt template; - reads it from stdin."),
+    ] = None,
+    system: System = None,
+    messages: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A conversation to go on with, as JSON, instead of a prompt.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the model the text as it stands.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
@@ -139,13 +172,66 @@ def generate(
     trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with a trained adapter."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    """Answer a prompt with a trained adapter.
+
+    What the run was trained on decides what the prompt becomes: the user's turn in the chat template, the prompt template filled in,
+    or the text as it stands.
+    """
+    if (prompt is None) == (messages is None):
+        raise ConfigError("give one prompt: a text, - for stdin, or --messages FILE.")
     with output.calling(as_json, quiet=True):
         from weftlora.train import generate as call
 
-        answer = call(run, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, base=base)
+        answer = call(
+            run,
+            _read_messages(messages) if messages else sys.stdin.read() if prompt == "-" else str(prompt),
+            system=system,
+            raw=raw,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            base=base,
+        )
     output.show(answer.record(), as_json, lambda: answer.text)
+
+
+def _read_messages(file: Path) -> list[dict[str, str]]:
+    from weftlora.train.prompting import read_messages
+
+    return read_messages(file, sys.stdin.read() if str(file) == "-" else None)
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
+    base: Base = None,
+    trust_terms: TrustTerms = None,
+) -> None:
+    """Talk to a trained adapter, turn after turn.
+
+    /new begins again and /exit leaves, as Ctrl-D does. Lines from a pipe are answered one after the other.
+    """
+    with output.calling(as_json=False, quiet=True):
+        from weftlora.train import chat as call
+
+        talk = call(run, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, base=base)
+    asks = sys.stdin.isatty()
+    if asks:
+        kept = "what was said is remembered" if talk.remembers else "every prompt is answered by itself"
+        sys.stderr.write(f"weftlora: {kept}; /new begins again, /exit leaves\n")
+    while (line := output.next_line(asks)) is not None:
+        if line.strip() in ("/exit", "/quit"):
+            return
+        if line.strip() == "/new":
+            talk.forget()
+        elif line.strip():
+            with output.calling(as_json=False, quiet=True):
+                answer = talk.say(line)
+            output.say(answer.text)
 
 
 @app.command()
@@ -154,11 +240,11 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the built-in recipes, or print one."""
-    from weftlora.cli.recipes import catalogue, recipe_file
+    from weftlora.cli.recipes import catalogue, recipe_file, recipe_text
 
     with output.calling(as_json, quiet=True):
         record: Any = catalogue() if name is None else recipe_file(name)
-    output.show(record, as_json, lambda: output.catalogue_table(record) if name is None else output.yaml_text(record))
+    output.show(record, as_json, lambda: output.catalogue_table(record) if name is None else recipe_text(name, record))
 
 
 @app.command()
@@ -169,7 +255,7 @@ def doctor(
     trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
-    """Say what weftlora finds on this machine, and what is missing."""
+    """Say what weftlora finds on this machine, and what is missing or wrong."""
     if run is not None:
         check_source(run)
     with output.calling(as_json, quiet=True):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weftlora.cli import output
-from weftlora.cli.options import Json, Quiet, TrustTerms
+from weftlora.cli.options import Json, Out, Overwrite, Quiet, TrustTerms
 from weftlora.data.paths import locate
 from weftlora.extras import needs
 from weftlora.runs.run import check_source
@@ -39,8 +39,8 @@ def directions(
     full: Annotated[bool, typer.Option("--full", help="σ and change rate of every direction.")] = False,
     seed: Annotated[int, typer.Option(help="Of the directions drawn as a control.")] = 0,
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -53,7 +53,7 @@ def directions(
     with output.working(as_json, quiet) as progress:
         from weftlora.inspection.directions import directions as call
 
-        output.check_out(out, "a record of directions", ("adapters", "overlaps"), overwrite)
+        place = output.check_out(out, "a record of directions", ("adapters", "overlaps"), overwrite)
         report = call(
             model,
             list(adapter or []) or None,
@@ -64,7 +64,7 @@ def directions(
             cache=cache,
             progress=progress,
         )
-        output.keep(report.record(), out)
+        output.keep(report.record(), place)
     output.show(report.record(), as_json, lambda: Group(*tables(report)))
 
 

@@ -168,9 +168,9 @@ def _layers(found: Inspection) -> list[RenderableType]:
         return []
     table = output.table(layers.granularity, "selected", "α", "α̂", "over threshold", look="bare")
     for c in layers.candidates:
-        over = "" if c.distance is None else f"{c.distance:+.4f}{' ?' if c.near else ''}"
+        over = "" if c.distance is None else f"{c.distance:+.4f}{' ?' if c.near_tie else ''}"
         table.add_row(c.name, "+" if c.selected else "", _number(c.alpha, 4), _number(c.alpha_hat, 3), over)
-    near = any(c.near for c in layers.candidates)
+    near = any(c.near_tie for c in layers.candidates)
     return _section(f"layers, {layers.source}", table, "?: one more step could have turned it" if near else "")
 
 
@@ -214,27 +214,29 @@ def _domains(routers: Routers) -> list[RenderableType]:
 
 
 def _against(found: Inspection) -> list[RenderableType]:
-    if found.against is None:
+    if found.factor_comparison is None:
         return []
-    sizes = [site.size for site in found.against.sites if site.size is not None]
+    sizes = [site.norm_ratio for site in found.factor_comparison.sites if site.norm_ratio is not None]
     if sizes:
-        line = f"A has {min(sizes):.3f} to {max(sizes):.3f} times {found.against.what}"
+        line = f"A has {min(sizes):.3f} to {max(sizes):.3f} times {found.factor_comparison.what}"
         return [Text(), Text(line, style="dim")]
     table = output.table("factor", "overlap", "by chance", "cosine", "moved", "largest angle", look="bare")
     for part in ("A", "B"):
-        rows = [row for site in found.against.sites if (row := site.A if part == "A" else site.B) is not None]
+        rows = [row for site in found.factor_comparison.sites if (row := site.A if part == "A" else site.B) is not None]
         angles = [max(row.angles) for row in rows if row.angles]
         means: list[list[float | None]] = [
             [r.overlap for r in rows],
             [r.chance for r in rows],
             [r.cosine for r in rows],
-            [r.moved for r in rows],
+            [r.relative_change for r in rows],
         ]
         if rows:
             largest = f"{max(angles):.0f}°" if angles else ""
             table.add_row(part, *(_number(_mean(values), 3) for values in means), largest)
     return _section(
-        f"beside {found.against.what}", table, "means over the sites; overlap: mean cos² of the principal angles"
+        f"beside {found.factor_comparison.what}",
+        table,
+        "means over the sites; overlap: mean cos² of the principal angles",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,5 +27,7 @@ TrustTerms = Annotated[
 ]
 """Whose terms a config that comes from a folder may import. Given to a command, it holds for the whole process."""
 
+Out = Annotated[Path | None, typer.Option(help="Write the record to this JSON file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is something else.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

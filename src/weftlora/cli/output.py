@@ -32,6 +32,7 @@ from weftlora.redaction import redacted
 
 if TYPE_CHECKING:
     from weftlora.cli.doctor import Diagnosis
+    from weftlora.disk.files import Output
     from weftlora.runs.run import Run
     from weftlora.search import Selection
     from weftlora.train.evaluation import Evaluation, Scores
@@ -157,24 +158,26 @@ def table(
     return made
 
 
-def check_out(out: Path | None, what: str, keys: tuple[str, ...], overwrite: bool) -> None:
-    """Refuse an `--out` that holds something else than `what`, a JSON file with these keys: before minutes of work, not after.
+def check_out(out: Path | None, what: str, keys: tuple[str, ...], overwrite: bool) -> Output | None:
+    """The file of `--out`, for `keep`. It is refused before minutes of work where it holds something else than `what`, a JSON file
+    with these keys.
 
     Raises:
         RunError: it is something else, and not to be overwritten.
     """
-    if out is not None:
-        from weftlora.disk.files import check_output
+    if out is None:
+        return None
+    from weftlora.disk.files import Output
 
-        check_output(out, what, keys, overwrite)
+    place = Output(out, what, keys, overwrite)
+    place.check()
+    return place
 
 
-def keep(record: Any, out: Path | None) -> None:
-    """Write a result's record to `--out`, where it is given. Raises RunError."""
-    if out is not None:
-        from weftlora.disk.files import write_json
-
-        write_json(out, record)
+def keep(record: Any, place: Output | None) -> None:
+    """Write a result's record to `--out`, where it is given. Raises RunError, also where something else has come there meanwhile."""
+    if place is not None:
+        place.write_json(record)
 
 
 class Screen(Console):
@@ -191,6 +194,21 @@ class Screen(Console):
         """What goes to the terminal; `Text` does not pass through `render_str`."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text, lines=True), style, control)
+
+
+def say(text: str) -> None:
+    """A text of the model's on stdout, at once."""
+    sys.stdout.write(visible(redacted(text), lines=True) + "\n")
+    sys.stdout.flush()
+
+
+def next_line(asks: bool) -> str | None:
+    """The next line of stdin, with a prompt on a terminal; None at its end."""
+    if asks:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None
 
 
 def _first_process() -> bool:
@@ -261,16 +279,24 @@ def _warn(message: Warning | str, *place: Any, **more: Any) -> None:
 def run_summary(run: Run) -> str:
     """Three lines after a training: what came out, where it is, what to do next."""
     seconds = run.time.get("train_seconds", 0.0)
-    shown = [f"{key.replace('_', ' ')} {run.metrics[key]:.4g}" for key in sorted(run.metrics) if key != "tokens"]
+    steps = {"tokens", "last_step", "best_step"}
+    shown = [f"{key.replace('_', ' ')} {run.metrics[key]:.4g}" for key in sorted(run.metrics) if key not in steps]
     return "\n".join(
         [
             *_searched(run),
-            f"{run.steps} steps in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
+            f"{_steps(run)} in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
             f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trained parameters)",
             f"next:    weftlora eval {run.folder}"
             + ("" if run.task == "classification" else f' · weftlora generate {run.folder} "..."'),
         ]
     )
+
+
+def _steps(run: Run) -> str:
+    """How many steps were taken, and whose adapter is kept."""
+    last, best = (run.metrics.get(key) for key in ("last_step", "best_step"))
+    taken = f"{run.steps} steps" if last in (None, run.steps) else f"{last:g} of {run.steps} steps"
+    return taken if best in (None, last) else f"{taken}, the adapter of step {best:g} kept,"
 
 
 def _cost(run: Run) -> str:
@@ -342,15 +368,8 @@ def catalogue_table(entries: list[dict[str, Any]]) -> Table:
     return made
 
 
-def yaml_text(record: dict[str, Any]) -> str:
-    """A recipe as a file."""
-    import yaml
-
-    return yaml.safe_dump(record, sort_keys=False).rstrip()
-
-
 def diagnosis_text(found: Diagnosis) -> str:
     """What was found, a line each, then what is wrong."""
     lines = [f"{name:<22} {value}" for name, value in found.facts()]
-    lines += [f"missing: {problem}" for problem in found.problems] or ["nothing is missing"]
+    lines += [f"problem: {problem}" for problem in found.problems] or ["no problem found"]
     return "\n".join(lines)

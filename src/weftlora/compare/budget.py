@@ -22,7 +22,7 @@ from peft import PeftConfig, PeftModel
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.targets import Blocks
 from weftlora.adapter.spec import WeftConfig
-from weftlora.compare.methods import RANKS, Contender, about, with_top_k
+from weftlora.compare.methods import RANKS, Contender, about, selecting_blocks
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError
@@ -136,7 +136,7 @@ def solve(recipe: CompareRecipe, found: list[Contender], scales: Scales) -> tupl
     target = (
         scales.trained(_without_rank(plain) | {"r": recipe.budget.r}) if recipe.budget.equal == "parameters" else None
     )
-    told = next((each.search.top_k for each in found if each.search is not None and each.search.top_k), None)
+    told = next((each.search.selects for each in found if each.search is not None and each.search.selects), None)
     solved = []
     for each in found:
         with about(each.name):
@@ -217,12 +217,12 @@ def _of_fixed_size(contender: Contender, there: int, told: int | None) -> Conten
             "budget.equal=steps."
         )
     given = contender.section
-    if search.top_k is None and ("select" in given or search.select != "above_mean"):
+    if search.selects is None and "select" in given:
         raise ConfigError(
-            f"{contender.name} selects by {search.select}, so its numbers are known only after the search: leave select out (half "
+            f"{contender.name} selects by {given['select']}, so its numbers are known only after the search: leave select out (half "
             "of the blocks), give top_k, or set budget.equal=steps."
         )
-    return with_top_k(contender, search.top_k or half)
+    return selecting_blocks(contender, search.selects or half)
 
 
 def _on_blocks(section: dict[str, Any], blocks: list[int]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from weftlora.runs.adapter import adapter_config
 from weftlora.settings import is_whole
 from weftlora.terms.axes import AXES
 from weftlora.terms.choice import Choice
-from weftlora.terms.layers.search import Search, search_of
+from weftlora.terms.layers import SearchedLayers
 from weftlora.terms.registry import foreign_names
 from weftlora.terms.trust import from_folder
 
@@ -61,12 +61,12 @@ class Contender:
         return self.section == NONE
 
     @property
-    def search(self) -> Search | None:
+    def search(self) -> SearchedLayers | None:
         """The search of its layers, if it has one."""
         if self.frozen:
             return None
         config = _config(self.section)
-        return search_of(config.layers) if isinstance(config, WeftConfig) else None
+        return config.layers.search if isinstance(config, WeftConfig) else None
 
     def sized(self, r: int, alpha: float | None) -> dict[str, Any]:
         """The section at rank r, with alpha unless the recipe's own is meant."""
@@ -217,15 +217,17 @@ def _name(fields: dict[str, Any]) -> str:
     return " + ".join(parts) or "axes"
 
 
-def with_top_k(contender: Contender, count: int) -> Contender:
+def selecting_blocks(contender: Contender, count: int) -> Contender:
     """The same with a search that selects `count` blocks, whatever it finds."""
     search = contender.search
     if search is None:
         return contender
+    selecting = search.selecting(count)
     if contender.section.get("recipe") == "flexora":
-        section = contender.section | {"select": "top_k", "top_k": count}
+        own = {name: value for name, value in vars(selecting).items() if value != getattr(search, name)}
+        section = contender.section | own
     else:
-        section = contender.section | {"layers": encode_choice(replace(search, select="top_k", top_k=count))}
+        section = contender.section | {"layers": encode_choice(selecting)}
     return replace(contender, section=section, count=count)
 
 

@@ -9,6 +9,7 @@ A plan is a pure function of its recipe, the model and the data; which rate a me
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from dataclasses import dataclass, field
@@ -18,18 +19,25 @@ from typing import Any, ClassVar
 from weftlora.compare.budget import Scales, solve
 from weftlora.compare.methods import contenders, drawn_blocks
 from weftlora.compare.recipe import CompareRecipe
-from weftlora.compare.record import FORMAT, METRICS, NONE, Method
+from weftlora.compare.record import FORMAT, METRICS, NONE, Method, Rate
 from weftlora.data import generation_prompts
 from weftlora.data import load as load_data
 from weftlora.disk.files import read_json, write_json
 from weftlora.disk.ownership import inside
 from weftlora.errors import ConfigError, DataError, RunError, suggest
-from weftlora.records import Record
+from weftlora.records import NUMBER, Record, check_kinds
 from weftlora.runs import base_model as models
 from weftlora.runs import scores
 from weftlora.train import arguments
 from weftlora.train.loop import PACKAGES, version
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("recipe.model", "recipe.data", "recipe.train", "recipe.budget"), dict),
+    **dict.fromkeys(("recipe.model.path", "recipe.data.train"), str),
+    **dict.fromkeys(("recipe.train.num_threads", "recipe.budget.r"), int),
+    "recipe.scale": (*NUMBER, str),
+}
+"""What is read of the recipe in compare.json."""
 _SLUG = re.compile(r"(?![.])[\w.-]{1,200}")
 """What `Contender.slug` makes of a name."""
 TUNING_SEED = 1000
@@ -124,7 +132,8 @@ class Plan(Record):
         return next(method for method in self.methods if method.name == name)
 
     def _job(self, method: Method, seed: int, lr: float, tuning: bool) -> Job:
-        train = self.recipe["train"] | {"lr": lr, "seed": seed}
+        rows = self.recipe["train"].get("eval_rows") or "all"  # rates are chosen by the loss on them
+        train = self.recipe["train"] | {"lr": lr, "seed": seed, "eval_rows": rows}
         if method.steps:
             train |= {"steps": method.steps, "epochs": None}
         recipe = {
@@ -167,7 +176,9 @@ class Plan(Record):
         content = read_json(folder / "compare.json")
         try:
             fields = cls.fields_in(content, folder / "compare.json")
-            plan = cls(**fields | {"methods": [Method(**method) for method in fields["methods"]]})
+            check_kinds(content, _KINDS, folder / "compare.json", needed=True)
+            methods = [Method(**m | {"rates": [Rate(**r) for r in m.get("rates", ())]}) for m in fields["methods"]]
+            plan = cls(**fields | {"methods": methods})
             plan._check_folders(folder)
         except (AttributeError, TypeError, KeyError, ValueError, StopIteration) as error:
             raise RunError(f"{folder / 'compare.json'} is damaged: {type(error).__name__}: {error}.") from None
@@ -179,8 +190,10 @@ class Plan(Record):
             self.slugs
         ):
             raise ValueError("its methods and their folders do not belong together")
-        if not all(isinstance(rate, (int, float)) for rate in self.rates):
-            raise TypeError(f"rates={self.rates!r}")
+        if not self.seeds or not self.rates or not all(map(math.isfinite, self.rates)) or self.metric not in METRICS:
+            raise ValueError(f"seeds={self.seeds}, rates={self.rates}, metric={self.metric!r} decide nothing")
+        if self.baseline not in self.slugs:
+            raise ValueError(f"its baseline {self.baseline!r} is none of its methods")
         for name, slug in self.slugs.items():
             if not _SLUG.fullmatch(slug):
                 raise RunError(

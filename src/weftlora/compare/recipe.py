@@ -116,7 +116,7 @@ class CompareRecipe(Subject):
                 f"train.lora_plus_ratio={self.train.lora_plus_ratio:g} is for weftlora's methods, and {stock[0]} is peft's own: leave "
                 "one of the two out."
             )
-        if "lr" in given and self.rates is not None:
+        if self.train.lr is not None and self.rates is not None:
             raise ConfigError(f"train.lr={self.train.lr:g} and rates are both given: keep one of them.")
         if self.answers is False and self.metric and record.METRICS[self.metric].of == "answers":
             raise ConfigError(
@@ -134,7 +134,7 @@ class CompareRecipe(Subject):
         """The rates that are tried, in ascending order; a single one is simply used."""
         if self.rates is not None:
             return self.rates.values
-        return [self.train.lr] if "lr" in self.train.model_fields_set else list(RATES)
+        return list(RATES) if self.train.lr is None else [self.train.lr]
 
     @classmethod
     def read(

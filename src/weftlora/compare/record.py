@@ -189,6 +189,8 @@ class Comparison(Record):
     machine: str
     """Device, threads and how many runs there were at once, in a line."""
     complete: bool
+    split: str = "test"
+    """The rows that the scores are of: test, or validation for plain runs that have no test rows."""
 
     def method(self, name: str) -> Method:
         """The method of a name. Raises KeyError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,13 +108,13 @@ def _outcome(plan: Plan, method: Method, seed: int, top: Path) -> Outcome:
 def _problem(folder: Path, found: Status) -> str:
     if found == "missing":
         return "it has not ended."
-    return str(read_json(folder / PROBLEM)["problem"])
+    return str(read_json(folder / PROBLEM).get("problem", "it does not say why."))
 
 
-def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = False) -> Outcome:
-    scores, domains = _evaluation(folder / SCORES) if (folder / SCORES).is_file() else ({}, {})
-    outcome = Outcome(method, seed, place, "complete", scores=scores, domains=domains)
-    if not all(map(math.isfinite, scores.values())):
+def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = False, scores: str = SCORES) -> Outcome:
+    found, domains = _evaluation(folder / scores) if (folder / scores).is_file() else ({}, {})
+    outcome = Outcome(method, seed, place, "complete", scores=found, domains=domains)
+    if not all(map(math.isfinite, found.values())):
         return replace(outcome, status="diverged", scores={}, problem="its scores on the test rows are no numbers.")
     if frozen:
         return outcome
@@ -150,7 +151,7 @@ def _check_same_rows(folders: Sequence[Path]) -> None:
     for folder in folders:
         if not (folder / "run.json").is_file():
             continue
-        run = Run.load(folder)
+        run = Run.load(folder).whole()
         first = first or run
         for what, same in (
             ("rows", [*run.data["hashes"].values()] == [*first.data["hashes"].values()]),
@@ -181,7 +182,8 @@ def gather(folders: Sequence[Path]) -> Comparison:
     runs = [Run.load(folder) for folder in folders]
     _check_same_rows(folders)
     top = Path(os.path.commonpath([folder.resolve() for folder in folders]))
-    methods, outcomes = _grouped(runs, top)
+    split = _split(folders)
+    methods, outcomes = _grouped(runs, top, split)
     first = runs[0]
     metric = "accuracy" if first.task == "classification" else "loss"
     higher = METRICS[metric].higher
@@ -202,10 +204,21 @@ def gather(folders: Sequence[Path]) -> Comparison:
         versions=first.versions,
         machine=f"{first.device}, {first.threads} thread{'s' * (first.threads > 1)} a run",
         complete=all(outcome.status != "missing" for outcome in outcomes),
+        split=split,
     )
 
 
-def _grouped(runs: Sequence[Run], top: Path) -> tuple[list[Method], list[Outcome]]:
+def _split(folders: Sequence[Path]) -> str:
+    """The rows that runs were measured on: test rows, or validation rows where none was measured on test rows."""
+    tested = any((folder / SCORES).is_file() for folder in folders)
+    return "validation" if not tested and any((folder / VALIDATED).is_file() for folder in folders) else "test"
+
+
+VALIDATED = "eval-validation.json"
+"""What `weftlora eval` writes where a run has no test rows."""
+
+
+def _grouped(runs: Sequence[Run], top: Path, split: str) -> tuple[list[Method], list[Outcome]]:
     """The methods that runs are of, and what came out of each. Raises ConfigError for two runs of one method and seed."""
     groups: dict[str, dict[int, Run]] = {}
     for run in runs:
@@ -216,7 +229,7 @@ def _grouped(runs: Sequence[Run], top: Path) -> tuple[list[Method], list[Outcome
     firsts = [next(iter(group.values())) for group in groups.values()]
     named = list(zip(_names(firsts), groups.values(), strict=True))
     methods = [_plain_method(name, first) for (name, _), first in zip(named, firsts, strict=True)]
-    return methods, [_plain_outcome(name, run, top) for name, group in named for run in group.values()]
+    return methods, [_plain_outcome(name, run, top, split) for name, group in named for run in group.values()]
 
 
 def _key(run: Run) -> str:
@@ -224,6 +237,8 @@ def _key(run: Run) -> str:
     recipe = {key: value for key, value in run.recipe.items() if key != "out"}
     recipe["train"] = {key: value for key, value in recipe["train"].items() if key != "seed"}
     recipe["adapter"] = {key: value for key, value in recipe["adapter"].items() if key != "seed"}
+    if run.extends:
+        recipe["extends"] = run.extends["step"]  # not the run that so many steps would have been
     return json.dumps(recipe, sort_keys=True)
 
 
@@ -256,11 +271,18 @@ def _plain_method(name: str, run: Run) -> Method:
     )
 
 
-def _plain_outcome(method: str, run: Run, top: Path) -> Outcome:
+def quoted(folder: Path) -> str:
+    """A folder as a shell takes it."""
+    return shlex.quote(str(folder))
+
+
+def _plain_outcome(method: str, run: Run, top: Path, split: str) -> Outcome:
     place = Path(os.path.relpath(run.folder.resolve(), top)).as_posix()
     if run.status != "complete":
-        return Outcome(method, run.seed, place, "missing", problem=f"the run is {run.status}: finish it with --resume.")
-    outcome = _measured(method, run.seed, place, run.folder)
+        problem = f"the run is {run.status}: weftlora train {quoted(run.folder)} --resume"
+        return Outcome(method, run.seed, place, "missing", problem=problem)
+    outcome = _measured(method, run.seed, place, run.folder, scores=SCORES if split == "test" else VALIDATED)
     if outcome.scores:
         return outcome
-    return replace(outcome, status="missing", problem=f"it was not measured: weftlora eval {run.folder}.")
+    same = "" if split == "test" else f" --split {split}"
+    return replace(outcome, status="missing", problem=f"it was not measured: weftlora eval {quoted(run.folder)}{same}")

@@ -86,7 +86,7 @@ def compare(
             at_once = max(jobs, 1)
             dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
             if jobs == 0:
-                workers.here(folder, queue.following, queue.told)
+                workers.in_this_process(folder, queue.following, queue.told)
             else:
                 with workers.Pool(at_once, folder, lock) as processes:
                     processes.run(queue.following, queue.told)
@@ -124,6 +124,8 @@ def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
     started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
     for key, (before, after) in differences(started, given, ""):
+        if key == "train.lr" and after is None and plan.rates == recipe.all_rates:
+            continue  # a comparison of before a rate could be left out
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
                 f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "

@@ -50,7 +50,7 @@ from weftlora.disk.ownership import delete, inside, of_run
 from weftlora.errors import DivergedError, RunError, WeftError
 from weftlora.progress import Progress, Tick
 from weftlora.runs.recipe import Recipe
-from weftlora.runs.run import Run
+from weftlora.runs.run import LOSSES, Run
 from weftlora.train.evaluation import Evaluation
 
 NAMES = (NAME, "workers.lock")
@@ -156,7 +156,7 @@ def _has_diverged(folder: Path) -> bool:
     """Whether a loss that was logged is no number: whatever failed after that failed of it."""
     with contextlib.suppress(RunError):
         rows: list[dict[str, Any]] = Run.load(folder).history()
-        return any(not math.isfinite(row[key]) for row in rows for key in ("loss", "validation_loss") if key in row)
+        return any(not math.isfinite(row[key]) for row in rows for key in LOSSES if key in row)
     return False
 
 
@@ -174,7 +174,7 @@ Told = Callable[[Job, Tick | None], None]
 BEGUN = Tick("start", 0, 1)
 
 
-def here(top: Path, following: Next, told: Told) -> None:
+def in_this_process(top: Path, following: Next, told: Told) -> None:
     """The runs one after the other in this process, on one torch thread. Raises what `carry_out` raises."""
     import torch
 

@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from weftlora.extras import needs
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from weftlora.data.collate import Collator
     from weftlora.data.config import DataConfig, Fields, Task
     from weftlora.data.encode import GenerationPrompt, encode_prompt, generation_prompts
-    from weftlora.data.loaded import IGNORE, Counts, Loaded, shown
+    from weftlora.data.loaded import Counts, Loaded, shown
     from weftlora.data.loading import load
     from weftlora.data.paths import resolve_path
     from weftlora.data.sources import texts
@@ -20,7 +21,7 @@ _LAZY = {
     "Collator": "collate",
     **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
     **dict.fromkeys(("GenerationPrompt", "encode_prompt", "generation_prompts"), "encode"),
-    **dict.fromkeys(("IGNORE", "Counts", "Loaded", "shown"), "loaded"),
+    **dict.fromkeys(("Counts", "Loaded", "shown"), "loaded"),
     "load": "loading",
     "texts": "sources",
     "resolve_path": "paths",

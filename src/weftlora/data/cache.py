@@ -68,7 +68,8 @@ class Entry:
             splits = {name: _opened(self.folder, known["files"].get(name)) for name in SPLITS}
             counts = {name: Counts(**held) for name, held in known["counts"].items()}
             rest = {name: known[name] for name in ("task", "format", "labels", "domains", "hashes", "max_length")}
-            said = {name: tuple(known[name]) for name in ("columns", "notes")}
+            said: dict[str, Any] = {name: tuple(known[name]) for name in ("columns", "notes")}
+            said["sources"] = tuple((name, rows) for name, rows in known["sources"])
             with contextlib.suppress(OSError):
                 os.utime(self.folder / "loaded.json")
             return Loaded(**splits, counts=counts, **rest, **said)  # type: ignore[arg-type]

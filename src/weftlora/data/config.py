@@ -203,13 +203,18 @@ def missing(path: Path) -> DataError:
 def template_columns(template: str) -> list[str]:
     """The column names in `template`, in order. Raises ConfigError on a template that is not plain `{column}` text."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(
             f"data.prompt_template={template!r} is not a valid template ({error}): write {{column}} for a column "
             "and {{ }} for literal braces."
         ) from None
-    for name in names:
+    names = [str(name) for _, name, _, _ in parts]
+    for name, (_, _, form, conversion) in zip(names, parts, strict=True):
+        if form or conversion:  # a width may be as large as memory
+            raise ConfigError(
+                f"data.prompt_template={template!r} has a format behind {{{name}}}: columns are written as they are, so leave it out."
+            )
         if not name or any(mark in name for mark in ".[") or name.isdigit():
             raise ConfigError(
                 f"data.prompt_template={template!r} has {{{name}}}: only plain column names may stand in braces."

@@ -32,8 +32,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from weftlora.data.examples import PAIRED, Example, Message
-from weftlora.data.loaded import IGNORE
 from weftlora.errors import DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -244,13 +244,13 @@ def render(
         )
     try:
         return _rendered(tokenizer, conversations, open_answer, tools)
-    except _refusals():
+    except Exception:
         pass
     out = []
     for messages, place in zip(conversations, where, strict=True):  # whose is it?
         try:
             out += _rendered(tokenizer, [messages], open_answer, tools)
-        except _refusals() as error:
+        except Exception as error:  # a template is a program of the model's maker, which may fail in every way
             raise DataError(f"{place}: {_why(tokenizer, messages, error)}") from None
     return out
 
@@ -281,7 +281,7 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
         for messages in (probe, [_in_parts(probe[0])]):
             try:
                 text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            except _refusals():
+            except Exception:
                 text = ""
             found.append("weftlora" in text)
         _PARTS[template] = found == [False, True]
@@ -293,20 +293,13 @@ def _in_parts(message: Message) -> Message:
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """What a template fails with when messages are not as it wants them."""
-    from jinja2 import TemplateError
-
-    return (TemplateError, TypeError, ValueError, AttributeError, LookupError)
-
-
 def _why(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error: Exception) -> str:
     """What to do about messages that the template refuses."""
     said = f"the chat template refuses these messages ({error})"
     if messages and messages[0]["role"] in ("system", "developer"):
         try:
             _rendered(tokenizer, [messages[1:]], False, None)
-        except _refusals():
+        except Exception:
             pass
         else:
             return f"{said}, since it takes no {messages[0]['role']} message: set data.system=fold to put it before the first user's."

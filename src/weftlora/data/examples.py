@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -655,6 +656,9 @@ def label_names(rows: Iterable[str], source: Source) -> list[str]:
         raise DataError(
             f"{source.name} has {len(names)} class ({', '.join(names) or 'none'}): classification needs two or more."
         )
-    if all(name.removeprefix("-").isdecimal() for name in names):
+    if all(_NUMBER.fullmatch(name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
+
+
+_NUMBER = re.compile(r"-?[0-9]{1,18}")

@@ -45,7 +45,9 @@ def read_hub(name: str, config_name: str | None, config: DataConfig, split: str)
                 held = {each: _first(rows, config.limit or 0) for each, rows in held.items()}
         mark = _mark(builder)
     sources = {
-        str(each): Source(f"{said} {each}", Table(rows), {f"hub:{said} {each}": f"{mark}-{len(rows)}"}, unit="row")
+        str(each): Source(
+            f"{said} {each}", Table(rows, f"{said} {each}"), {f"hub:{said} {each}": f"{mark}-{len(rows)}"}, unit="row"
+        )
         for each, rows in held.items()
         if len(rows)
     }

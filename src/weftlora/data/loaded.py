@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weftlora.data.config import Format, Task
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100
-"""The label of a token that the loss leaves out; torch's cross entropy skips it."""
 
 BOOKS = {"index": "int64", "truncated": "bool", "joined": "bool", "answer_tokens": "int32"}
 """Columns that rows are counted by, and that no split keeps."""
@@ -65,6 +63,8 @@ class Loaded:
     max_length: int
     columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sources: tuple[tuple[str, int], ...] = ()
+    """Each file that was read, and its rows."""
 
 
 Piece = tuple[str, bool]

@@ -29,10 +29,11 @@ from weftlora.data.collate import packed
 from weftlora.data.config import DataConfig, Format, Task
 from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
 from weftlora.data.examples import Example, example, label_names
-from weftlora.data.loaded import BOOKS, IGNORE, Counts, Loaded
+from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.read import Blocks, Source, bad_row, quiet
 from weftlora.data.sources import SPLITS, Part, parts_of
 from weftlora.errors import ConfigError, DataError, ModelError
+from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -454,6 +455,7 @@ def _load(
         max_length=max_length,
         columns=tuple(dict.fromkeys(f"{part.source.name}: {part.columns}" for part in parts["train"])),
         notes=tuple(notes),
+        sources=tuple((part.source.name, len(part.source.rows)) for held in parts.values() for part in held),
     )
 
 

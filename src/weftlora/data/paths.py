@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from pathlib import Path
 
 from weftlora.errors import ConfigError, DataError, ModelError
+from weftlora.foreign_json import from_json
 from weftlora.foreign_text import shortened
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
@@ -18,6 +18,10 @@ def checked_path(written: str) -> str:
     """`written`, if a file could be called so. Raises ConfigError."""
     if "\0" in written:
         raise ConfigError(f"the path {written!r} holds a NUL, which no path can: write it again.")
+    try:
+        os.fsencode(written)
+    except UnicodeEncodeError:
+        raise ConfigError(f"the path {written!r} holds half a character, which no path can: write it again.") from None
     if (longest := max(len(os.fsencode(part)) for part in written.split("/"))) > 255 or len(
         os.fsencode(written)
     ) > 4000:
@@ -82,11 +86,11 @@ def _sharded(folder: Path) -> set[str]:
     if not index.is_file():
         return set()
     try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        names = {str(name) for name in from_json(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
             raise ModelError(
                 f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
             )

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from weftlora.data.config import ENDINGS, DataConfig, ending, missing
 from weftlora.errors import ConfigError, DataError
+from weftlora.foreign_json import from_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -83,9 +84,10 @@ def taken(rows: Sequence[Row], indices: Sequence[int]) -> list[Row]:
 class Table(Sequence[Row]):
     """Rows of a `Dataset`, made when they are asked for. Class labels are read as their names."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, name: str) -> None:
         import datasets
 
+        self.name = name
         self.dataset = dataset.with_format(None)
         self.names = {
             column: feature.names
@@ -103,17 +105,21 @@ class Table(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
             return self.taken(range(*index.indices(len(self))))
-        return self._row(self.dataset[index], index)
+        return self.taken([index])[0]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), 1000):
             yield from self.taken(range(start, min(start + 1000, len(self))))
 
     def taken(self, indices: Sequence[int]) -> list[Row]:
-        columns = self.dataset[list(indices)]
-        return [
-            self._row({name: column[at] for name, column in columns.items()}, index) for at, index in enumerate(indices)
-        ]
+        try:
+            columns = self.dataset[list(indices)]
+            return [
+                self._row({name: column[at] for name, column in columns.items()}, index)
+                for at, index in enumerate(indices)
+            ]
+        except (ValueError, TypeError, IndexError) as error:  # text that is no UTF-8, a class without a name
+            raise DataError(f"a row of {self.name} cannot be read ({first_line(error)}): save it again.") from None
 
     def _row(self, values: dict[str, Any], index: int) -> Row:
         for column, known in self.names.items():  # -1 is no label, as in hidden test sets
@@ -159,7 +165,9 @@ def read_saved(folder: Path, split: str | None = None) -> Source:
     _check_names(folder)
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        for part in [saved] if isinstance(saved, datasets.Dataset) else saved.values():
+            part.data.table.validate(full=True)  # a damaged file has offsets and indices that lead out of it
+    except Exception as error:  # files of Arrow are read by C++, which has errors of many kinds
         raise DataError(
             f"{folder} is a folder but not a complete saved Hugging Face dataset ({first_line(error)}): "
             "write it with Dataset.save_to_disk, or name a file in it."
@@ -175,9 +183,9 @@ def _check_names(folder: Path) -> None:
     records = [folder / "dataset_dict.json", folder / "state.json", *folder.glob("*/state.json")]
     for path in records:
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = from_json(path.read_text(encoding="utf-8"))
             names = [*said.get("splits", ()), *(file["filename"] for file in said.get("_data_files", ()))]
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # what is no record is found by `load_from_disk`, with its reason
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or "\0" in name:
@@ -192,7 +200,7 @@ def _source(dataset: Dataset, split: Path) -> Source:
     if not len(dataset):
         raise DataError(f"the saved dataset {split} has no rows: give one with at least one.")
     hashes = {str(file): file_digest(file) for file in sorted(split.glob("*.arrow"))}
-    return Source(str(split), Table(dataset), hashes, unit="row")
+    return Source(str(split), Table(dataset, str(split)), hashes, unit="row")
 
 
 def file_digest(path: Path) -> str:
@@ -230,7 +238,7 @@ def _read_parquet(path: Path) -> Source:
         raise DataError(f"{path} is not a readable parquet file ({first_line(reason)}): copy it again.") from None
     if not len(table):
         raise DataError(f"the data file {path} has no rows: give a file with at least one.")
-    return Source(str(path), Table(table), {str(path): digest}, unit="row")
+    return Source(str(path), Table(table, str(path)), {str(path): digest}, unit="row")
 
 
 # ---------------------------------------------------------------------- files

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -15,6 +19,7 @@ from safetensors import SafetensorError
 
 from weftlora.disk.ownership import is_temporary, keep_foreign, temporary
 from weftlora.errors import RunError
+from weftlora.foreign_json import from_json
 from weftlora.redaction import redacted
 
 
@@ -33,69 +38,120 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, check: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
     """A new file that takes the place of `path` once it is whole and on disk; a link there is replaced, not followed.
+
+    Args:
+        check: called once it is whole; raises where something has come to `path` meanwhile that must stay.
 
     Raises:
         RunError: the file cannot be written.
     """
     partial = temporary(path)
     with writing(path):
+        _clear_killed(path)
         try:
             with partial.open("xb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield file
                 file.flush()
                 sync(file.fileno())
-            partial.replace(path)
+                check()
+                partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+YOUNG = 60.0
+"""Seconds in which an empty file may be one that somebody has just made, and not locked yet."""
+
+
+def _clear_killed(path: Path) -> None:
+    """Take away what killed writers of `path` have left: whoever is still at it holds a lock on his file."""
+    for found in path.parent.glob(f"{glob.escape(f'.{path.name[:40]}.weft-')}*"):
+        if is_temporary(found) and found.is_file():
+            with contextlib.suppress(OSError), found.open("rb") as file:
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stat = os.fstat(file.fileno())
+                if stat.st_size or time.time() - stat.st_mtime > YOUNG:
+                    found.unlink()
 
 
 PAGE = '<meta name="generator" content="weftlora">'
 """In the head of every page."""
 
 
-def check_output(path: Path, what: str, keys: Collection[str], overwrite: bool) -> None:
-    """Refuse an output file that cannot be written, or that would replace something else than an earlier one, before the work.
+@dataclass(frozen=True)
+class Output:
+    """An output file of a kind. An earlier one is replaced, as a whole; something else is not, whenever it came there.
 
-    Args:
-        what: what is to be written, as in "a selection".
-        keys: what a JSON file must have to be one; none for a page.
-        overwrite: whether anything may be replaced.
-
-    Raises:
-        RunError: a folder, a link or a foreign file is there, or the folder of the file cannot be written to.
+    Two processes that write one file at once leave that of either, never parts of both.
     """
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RunError(f"cannot write {path}: {path.parent} is no folder that can be written to; choose another file.")
-    if path.is_dir():
-        raise RunError(f"cannot write {path}: it is a folder; choose another file.")
-    if path.is_symlink():
-        raise RunError(f"cannot write {path}: it is a link; choose another file, or remove the link.")
-    if path.exists() and not overwrite and not _is_earlier(path, keys):
-        raise RunError(
-            f"{path} is there already and is not {what}: choose another file, or replace it with overwrite (--overwrite)."
-        )
 
+    path: Path
+    what: str
+    """What is written, as in "a selection"."""
+    keys: Collection[str]
+    """What a JSON file must have to be one; none for a page."""
+    overwrite: bool
+    """Whether anything may be replaced."""
 
-def _is_earlier(path: Path, keys: Collection[str]) -> bool:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return all(key in json.loads(text) for key in keys) if keys else PAGE in text[:4000]
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+    def check(self) -> None:
+        """Refuse the place before the work.
+
+        Raises:
+            RunError: a folder, a link or a foreign file is there, or the folder of the file cannot be written to.
+        """
+        path = self.path
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise RunError(
+                f"cannot write {path}: {path.parent} is no folder that can be written to; choose another file."
+            )
+        if path.is_dir():
+            raise RunError(f"cannot write {path}: it is a folder; choose another file.")
+        if path.is_symlink():
+            raise RunError(f"cannot write {path}: it is a link; choose another file, or remove the link.")
+        if path.exists() and not self.overwrite and not self._is_earlier():
+            raise RunError(
+                f"{path} is there already and is not {self.what}: choose another file, or replace it with overwrite (--overwrite)."
+            )
+
+    def _is_earlier(self) -> bool:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            return all(key in from_json(text) for key in self.keys) if self.keys else PAGE in text[:4000]
+        except (OSError, ValueError, TypeError):
+            return False
+
+    def write(self, text: str) -> None:
+        """Write the file, whole or not at all. Raises RunError, also for what has come there since `check`."""
+        with replacing(self.path, self.check) as file:
+            file.write(_encoded(text))
+
+    def write_json(self, value: Any) -> None:
+        """Write a record as JSON, as `write` does."""
+        self.write(_json(value))
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all. Raises RunError."""
     with replacing(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+        file.write(_encoded(text))
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all. Raises RunError."""
-    write_text(path, json.dumps(redacted(value), indent=2, default=str) + "\n")
+    write_text(path, _json(value))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(redacted(value), indent=2, default=str) + "\n"
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")
 
 
 def append_json(path: Path, row: dict[str, Any]) -> None:
@@ -112,8 +168,8 @@ def _not_through_a_link(path: str, flags: int) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in `path`. Raises RunError when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = from_json(_text(path, "strict"))
+    except ValueError as error:
         raise RunError(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise RunError(f"{path} cannot be read: it holds no mapping.")
@@ -121,14 +177,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file; none if it does not exist. Lines that a kill cut short are left out."""
+    """The rows of a JSON lines file; none if it does not exist. Lines that a kill cut short are left out. Raises RunError."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
+    for line in _text(path, "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(from_json(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def _text(path: Path, errors: str) -> str:
+    """A record's text. Raises RunError where it cannot be read, or is a link that leads out of its folder."""
+    try:
+        if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+            raise RunError(f"{path} leads out of its folder through a link: put the file itself there.")
+        return path.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error}.") from None
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from weftlora.disk.files import writing
 from weftlora.errors import RunError
+from weftlora.foreign_json import from_json
 
 NAME = ".weft-lock"
 PATIENCE = 1.0
@@ -102,7 +103,7 @@ def beside(path: Path) -> str:
 def holder(path: Path) -> str:
     """In words, who wrote a lock's file."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = from_json(path.read_text(encoding="utf-8"))
         return f"process {int(said['pid'])} on {said['host']} ({said['command']}, since {said['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from weftlora.errors import RunError
+from weftlora.foreign_json import from_json
 
 TEMPORARY = re.compile(r"\..*\.weft-[0-9a-f]{16}", re.DOTALL)
 """The name of what is not finished: nobody can guess it, so nothing of anybody's can wait there."""
@@ -110,8 +111,10 @@ def of_export(folder: Path) -> list[Path]:
     if folder.is_symlink() or not folder.is_dir() or not is_export(folder):
         return []
     said = _LISTED.search(_card(folder))
-    names = {"README.md", *(json.loads(said[1]) if said else ())}
-    return [folder / name for name in files_of(folder) if name.as_posix() in names]
+    with suppress(ValueError):
+        names = from_json(said[1]) if said else []
+        return [folder / name for name in files_of(folder) if name.as_posix() in ("README.md", *names)]
+    return []  # a list that cannot be read vouches for nothing
 
 
 def listed(folder: Path) -> str:

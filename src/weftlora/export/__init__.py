@@ -90,6 +90,7 @@ def export_lora(
     source, place = read(model_or_folder, adapter, base), Path(out)
     check_out(place, source.folder, overwrite, source.base)
     _lora.check_routed(source, approximate is not None)
+    _lora.check_vocabulary(source)
     gates = None
     if data is not None:
         gates = (

@@ -46,7 +46,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
     """
     place = _real(out)
     if not place.exists() and unfinished(place):  # killed between two renames
-        with holding(place.parent, "weftlora export", beside(place)):
+        with holding(place.parent, "weftlora export", beside(place)), writing(place):
             restore(place)
     if place.exists() and not place.is_dir():
         raise RunError(f"cannot export to {out}: it is a file; choose another out.")
@@ -132,10 +132,10 @@ def _peft_config(model: nn.Module, adapter: str) -> Any:
 
 def hub_id(base: str | None) -> str | None:
     """The base's name where it means the same on every machine; a folder's path is nobody else's business."""
-    return base if base is not None and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
+    return base if base is not None and _HUB_ID.fullmatch(base) and not os.path.exists(base) else None
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 
 def save(
@@ -179,3 +179,21 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
 def name_of(dtype: torch.dtype) -> str:
     """float32, bfloat16, ..."""
     return str(dtype).removeprefix("torch.")
+
+
+def save_model(plain: Any, place: Path) -> None:
+    """The model in a folder, its generation settings as its base has them.
+
+    transformers refuses to save settings that its newest rules do not allow, such as a temperature without sampling, which many bases
+    come with and it loads: they are not ours to correct, and no reason to lose a training.
+    """
+    settings = getattr(plain, "generation_config", None)
+    if settings is None or not plain.can_generate():
+        plain.save_pretrained(place)
+        return
+    plain.generation_config = type(settings)()
+    try:
+        plain.save_pretrained(place)
+    finally:
+        plain.generation_config = settings
+    settings.to_json_file(place / "generation_config.json", use_diff=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
+from weftlora.settings import IGNORE
 
 Batch = Mapping[str, Tensor]
 
@@ -65,14 +66,14 @@ def shell(model: nn.Module, adapters: Sequence[str]) -> Iterator[nn.Module]:
     try:
         own = copy.deepcopy(model, {id(t): t for t in tensors} if whole else {})
         own = own if whole else own.float()
-        choose(own, adapters)
+        activate(own, adapters)
         yield own.eval()
     finally:
         for p, was in required:
             p.requires_grad_(was)
 
 
-def choose(model: nn.Module, adapters: Sequence[str]) -> None:
+def activate(model: nn.Module, adapters: Sequence[str]) -> None:
     """Make these the active adapters, without asking the host's wrapper, which takes one name only."""
     for module in model.modules():
         if isinstance(module, WeftLinear):
@@ -99,7 +100,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             switch.enable_adapters(True)
 
 
-def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
+def forward_all(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
     """One forward per batch, without a graph, in full fp32 whatever TF32 or autocast the caller trains with.
 
     Raises:
@@ -118,7 +119,7 @@ def run(model: nn.Module, batches: Sequence[Batch]) -> Outputs:
             logits.append(out.logits.float().cpu())
             if getattr(out, "loss", None) is not None:
                 losses.append(float(out.loss))
-    outputs = Outputs([real(t, batch) for t, batch in zip(logits, batches, strict=True)], losses)
+    outputs = Outputs([without_padding(t, batch) for t, batch in zip(logits, batches, strict=True)], losses)
     if not all(torch.isfinite(t).all() for t in outputs.logits):
         raise AdapterError(
             "the adapter's logits are not finite on these inputs, so nothing was exported: it has diverged, use an earlier "
@@ -145,7 +146,7 @@ def full_precision() -> Iterator[None]:
             backend.fp32_precision = was
 
 
-def real(logits: Tensor, batch: Batch) -> Tensor:
+def without_padding(logits: Tensor, batch: Batch) -> Tensor:
     """The logits of tokens: padding, which is nothing to anybody, is left out where logits and mask fit."""
     mask = batch.get("attention_mask")
     if mask is None or logits.dim() != 3 or logits.shape[:2] != mask.shape:
@@ -185,9 +186,6 @@ def seeded_ids(model: nn.Module, rows: int = 2, length: int = 16, seed: int = 0)
         batch["decoder_input_ids"] = ids.flip(1)
     return [batch]
 
-
-IGNORED = -100
-"""The label of a token that counts in no loss: in an encoder-decoder, padding."""
 
 Gates = dict[str, dict[str, Tensor]]
 """{adapter: {site: ω̄ [N] fp64}}."""
@@ -247,5 +245,5 @@ def _masks(batch: Batch, has_decoder: bool) -> list[Tensor]:
     if has_decoder and "decoder_attention_mask" in batch:
         found.append(batch["decoder_attention_mask"])
     elif has_decoder and "labels" in batch:
-        found.append(batch["labels"] != IGNORED)
+        found.append(batch["labels"] != IGNORE)
     return found

@@ -13,10 +13,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from transformers import AutoConfig
 
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError, ConfigError, MergeError
@@ -28,6 +30,7 @@ from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
 from weftlora.export.source import Inputs, Source, drawn_parts, in_full, inputs_of
 from weftlora.host.stock_lora import HOST, trained_modules
+from weftlora.runs.identity import folder_of
 
 MEAN_GATE = "mean-gate"
 
@@ -108,6 +111,25 @@ def check_routed(source: Source, approximate: bool) -> None:
     if approximate and not routed:
         raise ConfigError(
             f"approximate={MEAN_GATE!r} is for routed adapters, and this one exports exactly: leave it out."
+        )
+
+
+def check_vocabulary(source: Source) -> None:
+    """Refuse a model whose embeddings were resized after its base was loaded: a LoRA does not hold them. Raises AdapterError."""
+    place = None if source.base is None else folder_of(source.base)
+    settings: Any = getattr(base_of(source.model), "config", None)
+    if place is None or settings is None:
+        return
+    try:
+        stored = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):  # the proof will say what is wrong with it
+        return
+    before, now = (getattr(each.get_text_config(), "vocab_size", None) for each in (stored, settings))
+    if before != now:
+        raise AdapterError(
+            f"the model in memory has a vocabulary of {now} tokens and its base {source.base} one of {before} "
+            "(resize_token_embeddings), and a LoRA holds no embeddings: save the resized base and give its folder as base, or "
+            "say base='memory' and keep it yourself."
         )
 
 

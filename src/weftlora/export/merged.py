@@ -30,13 +30,13 @@ from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import base_of
 from weftlora.errors import MergeError
 from weftlora.export import folder, live, record
-from weftlora.export.folder import name_of
+from weftlora.export.folder import name_of, save_model
 from weftlora.export.live import Outputs
 from weftlora.export.lora import pairs
 from weftlora.export.proof import TOLERANCE, Prover
 from weftlora.export.record import Merge, SiteLoss
 from weftlora.export.source import Inputs, Source, inputs_of
-from weftlora.host.stock_lora import put, without_adapters
+from weftlora.host.stock_lora import replace_module, without_adapters
 
 # The 16 values of NF4: quantiles of a normal distribution scaled to [−1, 1], with an exact zero.
 # Source: QLoRA, arXiv 2305.14314, appendix E.
@@ -207,7 +207,7 @@ def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: 
             layer.base_layer = linear(base, round_nf4(w + delta if merged else w))
             replaced[-1][0].enable_adapters(False)
         with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
-            return live.run(own, prover.inputs.batches)
+            return live.forward_all(own, prover.inputs.batches)
     finally:
         for layer, base in replaced:
             layer.base_layer = base
@@ -229,7 +229,7 @@ def unquantised(plain: nn.Module, original: Checkpoint) -> None:
     for name, module in list(plain.named_modules()):
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and not weight.is_floating_point():
-            put(plain, name, linear(module, OriginalWeight(WeftLinear(module, name), original)()))
+            replace_module(plain, name, linear(module, OriginalWeight(WeftLinear(module, name), original)()))
 
 
 def site_loss(name: str, w: Tensor, delta: Tensor, dtype: torch.dtype) -> SiteLoss:
@@ -249,7 +249,7 @@ def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype, origin
     plain.config.dtype = dtype
     if getattr(plain.config, "quantization_config", None) is not None:
         del plain.config.quantization_config
-    plain.save_pretrained(place)
+    save_model(plain, place)
     tokenizer = source.tokenizer
     if tokenizer is None and source.base is not None and (Path(source.base) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(source.base, trust_remote_code=False)

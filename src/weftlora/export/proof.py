@@ -24,8 +24,8 @@ from torch import nn
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
 from weftlora.export import live, stock_process
-from weftlora.export.folder import SCRATCH
-from weftlora.export.live import Batch, Gates, Outputs, real
+from weftlora.export.folder import SCRATCH, save_model
+from weftlora.export.live import Batch, Gates, Outputs, without_padding
 from weftlora.export.record import Approximation, Proof
 from weftlora.export.source import Inputs, Source
 from weftlora.host.stock_lora import without_adapters
@@ -116,7 +116,7 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | Non
     alive, held = os.pipe()  # nothing is ever written: its end closes with this process, however that ends
     try:
         done = subprocess.run(
-            [sys.executable, "-I", stock_process.__file__, str(file), str(alive)],
+            [sys.executable, "-I", stock_process.__file__, str(file), str(alive), json.dumps(_found_in())],
             capture_output=True,
             text=True,
             check=False,
@@ -132,16 +132,26 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | Non
     except (ValueError, IndexError):
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise AdapterError(
-            f"the process that loads the export with stock peft failed ({reason}): install peft and transformers where this Python "
-            "finds them without PYTHONPATH, or use verify=False."
+            f"the process that loads the export with stock peft failed ({reason}): check that `import peft` works in a Python of "
+            "its own, or use verify=False."
         ) from None
     return said
+
+
+def _found_in() -> list[str]:
+    """The folders that the stock libraries were imported from here, in the order in which Python looks through them.
+
+    The isolated process would not see what PYTHONPATH names, and would prove the export with other versions, or find none.
+    """
+    loaded = [getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "transformers", "peft")]
+    folders = {str(Path(file).absolute().parents[1]) for file in loaded if file}
+    return [folder for entry in sys.path if (folder := str(Path(entry).absolute())) in folders]
 
 
 def outputs(file: Path, batches: Sequence[Batch]) -> Outputs:
     """What a job wrote."""
     found = load_file(file)
-    logits = [real(found[f"{i}.logits"], batch) for i, batch in enumerate(batches)]
+    logits = [without_padding(found[f"{i}.logits"], batch) for i, batch in enumerate(batches)]
     losses = [float(found[key]) for i in range(len(batches)) if (key := f"{i}.loss") in found]
     return Outputs(logits, losses)
 
@@ -165,13 +175,13 @@ class Prover:
             AdapterError: a logit is not finite, or no stock library knows the model.
         """
         Stock(own, inputs.batches, Path())  # refuse what cannot be proved before anything is run
-        first = live.run(own, inputs.batches)
+        first = live.forward_all(own, inputs.batches)
         with live.switched_off(own):
-            base = live.run(own, inputs.batches)
+            base = live.forward_all(own, inputs.batches)
         if not gates:
             return cls(own, source, inputs, first, base, first)
         live.fix_gates(own, source.adapters, gates)
-        return cls(own, source, inputs, first, base, live.run(own, inputs.batches))
+        return cls(own, source, inputs, first, base, live.forward_all(own, inputs.batches))
 
     def of_adapter(self, place: Path, ranks: Mapping[str, int]) -> Outputs:
         """What stock peft computes from a LoRA folder, on the base that the source names (saved anew, if it is only in memory).
@@ -203,7 +213,7 @@ class Prover:
     def _save_base(self, place: Path) -> None:
         with live.shell(self.own, self.source.adapters) as bare:
             plain: Any = without_adapters(base_of(bare), trained=False)
-            plain.save_pretrained(place)
+            save_model(plain, place)
 
     def prove(self, place: Path, ranks: Mapping[str, int]) -> Proof:
         """Hold the fp32 LoRA folder against the adapter.

@@ -38,7 +38,7 @@ class Proof:
     """What it was measured on, in words."""
     error: float
     """max |folder − live| / max |live|, over logits."""
-    moved: float
+    adapter_effect: float
     """max |live − base| / max |live|: how much there was to get wrong."""
     tolerance: float | None
     """What `error` had to stay below; None where rounding is measured instead."""
@@ -289,8 +289,8 @@ def _proof(proof: Proof | None) -> str:
     bound = "" if proof.tolerance is None else f" (allowed: {proof.tolerance:g})"
     return (
         f"Run by stock libraries in a process without weftlora, in float32, on {inputs}: the largest difference of a logit from "
-        f"the live adapter is {proof.error:.2g} of the largest logit{bound}. The adapter itself moves logits by {proof.moved:.2g} "
-        "of it."
+        f"the live adapter is {proof.error:.2g} of the largest logit{bound}. The adapter itself moves logits by "
+        f"{proof.adapter_effect:.2g} of it."
     )
 
 

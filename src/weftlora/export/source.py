@@ -124,8 +124,8 @@ def _check(source: Source) -> None:
         for name in source.adapters:
             if name in layer.weft_site and layer.site(name).awaits_search:
                 raise AdapterError(
-                    f"adapter {name!r} has layers=Search() and no selection yet: call weftlora.search_layers and train with what it "
-                    "selects, then export that."
+                    f"adapter {name!r} searches its layers and has selected none yet: call weftlora.search_layers and train with what "
+                    "it selects, then export that."
                 )
 
 
@@ -150,13 +150,13 @@ def _in_folder(folder: Path, base: str | Path | None) -> Source:
     holder = next((p for p in (inside.parent, inside.parent.parent) if (p / "run.json").is_file()), None)
     place = None if base is None else str(base)
     if holder is not None and inside == holder / "adapter":
-        run = Run.load(holder)
+        run = Run.load(holder).whole()
         if str(run.recipe["adapter"].get("recipe", "weftlora")).startswith("peft:"):
             raise AdapterError(f"{folder} holds a stock peft adapter, which needs no export: copy {inside}.")
         return _loaded(load_run(run, place), inside, run)
     if not (inside / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
-    return _loaded(load_adapter(inside, place), inside, None if holder is None else Run.load(holder))
+    return _loaded(load_adapter(inside, place), inside, None if holder is None else Run.load(holder).whole())
 
 
 def _loaded(trained: Trained, folder: Path, run: Run | None) -> Source:

@@ -10,8 +10,9 @@ weftlora, and who never uses it pays nothing. Importing never fails because of w
 package has taken: `register` says it, where a config is made or loaded.
 
 The card is the other shim. A process that has not imported weftlora gets a KeyError from peft, which nothing can change from
-outside, so the README of every folder says it first. transformers' Trainer writes a card of its own before it pushes and then
-has peft complete it: where peft completes the card of a weftlora adapter, the line is put back.
+outside, so the README of every folder says it first. A card that transformers writes before a push takes its place: Trainer has
+peft complete its card, and `model.push_to_hub` hands the folder to a method of its own for the upload. At both places the line is put
+back. trl's trainers write a card and upload it without asking the model anything, so theirs does not have it.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def register() -> None:
         mapping.PEFT_TYPE_TO_TUNER_MAPPING[member] = WeftTuner
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING[member] = WeftConfig  # last: who finds it finds the others
         PeftModel.create_or_update_model_card = _with_note(PeftModel.create_or_update_model_card)
+        if upload := getattr(PeftModel, "_upload_modified_files", None):
+            PeftModel._upload_modified_files = _with_note(upload, before=True)
 
 
 def watch() -> None:
@@ -111,15 +114,27 @@ def _is_ours(entry: Any) -> bool:
     return str(getattr(entry, "__module__", "")).partition(".")[0] == __name__.partition(".")[0]
 
 
-def _with_note(card: Any) -> Any:
-    """peft's method that completes a model card, and then, for a weftlora adapter, the line on how to load it."""
+def _with_note(card: Any, before: bool = False) -> Any:
+    """A method of PeftModel whose first argument is a folder with a model card, and for a weftlora adapter the note on how to load it.
+
+    Args:
+        card: the method.
+        before: the note goes in before the method, which uploads the folder; otherwise after it, which writes the card.
+    """
     from weftlora.adapter.spec import WeftConfig, write_loading_note
 
+    def note(model: PeftModel, folder: str) -> None:
+        ours = [config for config in model.peft_config.values() if isinstance(config, WeftConfig)]
+        if ours:
+            write_loading_note(Path(folder), sorted({name for config in ours for name in config.packages()}))
+
     @functools.wraps(card)
-    def completed(self: PeftModel, output_dir: str, *args: Any, **kwargs: Any) -> Any:
-        made = card(self, output_dir, *args, **kwargs)
-        if any(isinstance(config, WeftConfig) for config in self.peft_config.values()):
-            write_loading_note(Path(output_dir))
+    def completed(self: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
+        if before:
+            note(self, folder)
+        made = card(self, folder, *args, **kwargs)
+        if not before:
+            note(self, folder)
         return made
 
     return completed

@@ -14,7 +14,6 @@ Chongjie-Si/Subspace-Tuning, state of 2026-01-29.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -27,7 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlora.adapter.spec import WeftConfig
+from weftlora.disk.files import write_folder, writing
 from weftlora.errors import AdapterError
+from weftlora.foreign_json import from_json
 from weftlora.host.tuner import PREFIX
 from weftlora.terms.boost.dash import Dash
 from weftlora.terms.structure.hydra import Hydra
@@ -49,6 +50,7 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
 
     Raises:
         AdapterError: a file is missing or unreadable, a tensor has an unknown name, or the sites disagree on r or N.
+        RunError: `out` cannot be written; then nothing is there.
     """
     source, out = Path(source), Path(out)
     settings = _settings(source)
@@ -73,6 +75,7 @@ def import_lora_dash(source: str | Path, out: str | Path) -> Path:
     Raises:
         AdapterError: a file is missing or unreadable, a tensor has an unknown name, the sites disagree on r or s, or gains
             are there without their directions (the copy of the code for sequence classification saves none).
+        RunError: `out` cannot be written; then nothing is there.
     """
     source, out = Path(source), Path(out)
     settings = _settings(source)
@@ -127,9 +130,14 @@ def _write(out: Path, tensors: dict[str, Tensor], config: WeftConfig) -> Path:
     """A weftlora adapter folder with these tensors."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} is not an empty folder: name a new folder for the converted adapter.")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(out))
+
+    def fill(place: Path) -> None:
+        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(place))
+
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out.resolve(), fill, lambda name: False)
     return out
 
 
@@ -138,7 +146,7 @@ def _settings(source: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"{source} has no adapter_config.json: give the folder that the released code saved.")
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = from_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AdapterError(f"{path} cannot be read as JSON ({error}): save the adapter again.") from None
     if not isinstance(settings, dict):
@@ -181,6 +189,10 @@ def _by_site(
     for key, tensor in tensors.items():
         if (match := pattern.match(key)) is None:
             raise AdapterError(f"tensor {key!r} is not part of a {method} adapter: expected {expected}.")
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise AdapterError(
+                f"tensor {key!r} is {tuple(tensor.shape)}, {tensor.dtype}: a {method} adapter has matrices of numbers."
+            )
         sites[match["site"]][match["part"]] = tensor
     if not sites:
         raise AdapterError("the adapter file holds no tensors: save the adapter again.")
@@ -199,7 +211,8 @@ def _join_heads(site: str, parts: dict[str, Tensor]) -> Converted:
             f"{site} is incomplete: it has {', '.join(sorted(parts))}, but needs A, B0…B{{N-1}} and route."
         )
     r = parts["A"].shape[0]
-    if any(up.shape[1] != r for up in ups) or (heads > 1 and parts["route"].shape[0] != heads):
+    odd = any(up.shape != (ups[0].shape[0], r) for up in ups)
+    if odd or (heads > 1 and parts["route"].shape != (heads, parts["A"].shape[1])):
         raise AdapterError(f"{site}: the shapes of A, B and route disagree on rank or number of heads.")
     joined = {"structure.A": parts["A"].contiguous(), "structure.B": torch.cat(ups, 1).contiguous()}
     return (joined if heads == 1 else joined | {"structure.router": parts["route"].contiguous()}), (r, heads)

@@ -134,9 +134,9 @@ def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             kept = module.modules_to_save[module.active_adapter] if trained and module.active_adapters else None
-            put(model, name, module.original_module if kept is None else kept)
+            replace_module(model, name, module.original_module if kept is None else kept)
         elif isinstance(module, WeftLinear):
-            put(model, name, module.get_base_layer())
+            replace_module(model, name, module.get_base_layer())
     if getattr(model, "_hf_peft_config_loaded", False):
         # transformers' own load_adapter: it would now save the adapters instead of the model, under the adapter's prefix
         host = cast(Any, model)
@@ -144,7 +144,7 @@ def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
     return model
 
 
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule `name` of `model`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)

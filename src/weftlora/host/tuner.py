@@ -299,7 +299,7 @@ class WeftTuner(BaseTuner):
         ]
         extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
         if extra or missing or wrong:
-            raise misfit(extra, missing, wrong)
+            raise tensor_mismatch(extra, missing, wrong)
         return mapped
 
 
@@ -307,7 +307,7 @@ def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
 
 
-def misfit(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
+def tensor_mismatch(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
     """The error for a file whose tensors are not those of this base: some too many, some missing, some of another shape."""
     problem = (
         (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
@@ -329,6 +329,11 @@ def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suff
 
 
 def _check_adapter_name(name: str, config: WeftConfig) -> None:
+    if not name or "." in name:  # torch would refuse it too, once half of the model is adapted
+        raise ConfigError(
+            f"adapter_name={name!r} cannot name a module, which is what every adapter becomes in torch: choose a name without dots"
+            f"{', such as ' + repr(name.replace('.', '_')) if name.strip('.') else ' and with at least one letter'}."
+        )
     own = RESERVED.union(*(choice.saves.keys() | choice.counts.keys() for choice in config.choices().values()))
     if name in own:
         raise ConfigError(

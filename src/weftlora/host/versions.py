@@ -148,7 +148,7 @@ def _loaded(original: Callable[..., Any]) -> Callable[..., Any]:
         model, name = given["model"], given["adapter_name"]
         if not _is_ours(model, name):
             return original(*args, **kwargs)
-        from weftlora.host.tuner import count_on_first_site, misfit
+        from weftlora.host.tuner import count_on_first_site, tensor_mismatch
 
         mark = f".weft_site.{name}."
         expected = [key for key in model.state_dict() if mark in key]
@@ -159,10 +159,10 @@ def _loaded(original: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:
             if not (wrong := [f"{key}: file ({file}), model ({own})" for key, file, own in _SIZES.findall(str(error))]):
                 raise
-            raise misfit([], [], wrong) from None
+            raise tensor_mismatch([], [], wrong) from None
         extra, missing = _of(result.unexpected_keys, ".weft_site."), _of(result.missing_keys, mark)
         if extra or missing:
-            raise misfit(extra, missing, [])
+            raise tensor_mismatch(extra, missing, [])
         return result
 
     return set_peft_model_state_dict

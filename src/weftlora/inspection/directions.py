@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer
 from weftlora.adapted.updates import adapter_names, base_matrix, base_of, is_transposed, read_updates
 from weftlora.errors import AdapterError, ModelError
+from weftlora.foreign_json import from_json
 from weftlora.inspection.core_directions import DirectionsReport, Question, TrueUpdate, Updates, measure
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
@@ -207,6 +207,6 @@ def _is_model(folder: Path) -> bool:
 
 def _model_type(folder: Path) -> str | None:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+        return str(from_json((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
     except (OSError, ValueError, KeyError):
         return None

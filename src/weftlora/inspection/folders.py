@@ -7,7 +7,6 @@ own has a shape that no file knows; such sites are counted, not shown.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,13 @@ from weftlora.adapter.spec import WeftConfig, read_config
 from weftlora.disk.files import read_lines
 from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
 from weftlora.extras import needs
-from weftlora.inspection.subject import Rows, Start, Subject, beyond, live_subject, plain_site
+from weftlora.foreign_json import from_json
+from weftlora.inspection.subject import Rows, Start, Subject, live_subject, plain_site, unread_tensors
 from weftlora.runs.adapter import adapt, adapter_config, saved_selection
 from weftlora.runs.load import Trained, borrowed, load_adapter, load_run, recipe_of
 from weftlora.runs.run import Run
 from weftlora.runs.scores import batches
 from weftlora.search import Selection
-from weftlora.terms.layers.search import search_of
 from weftlora.terms.structure import Structure, StructureTerm
 from weftlora.train.checkpoint import marked
 
@@ -84,9 +83,9 @@ def bare_subject(folder: Path, source: str) -> Subject:
 def _settings(folder: Path) -> tuple[str, dict[str, Any]]:
     path = folder / "adapter_config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = from_json(path.read_text(encoding="utf-8"))
         kind = str(settings["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise AdapterError(
             f"{folder} has no adapter_config.json of an adapter: give a run or adapter folder."
         ) from None
@@ -109,11 +108,18 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
         alpha = by_pattern(alphas, name, settings["lora_alpha"])
         scale = alpha / (r**0.5 if settings.get("use_rslora") else r)
         b = named[f"{name}.lora_B.weight"]
+        if (
+            a.dim() != 2
+            or b.dim() != 2
+            or len(a) != b.shape[1]
+            or not (a.is_floating_point() and b.is_floating_point())
+        ):
+            raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} of {name} are no factors of one update")
         subject.sites[name] = plain_site(Update(a.double(), scale * b.double()))
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     subject.saved_modules = sum(t.numel() for key, t in named.items() if ".lora_" not in key)
     others = (key for key in named if ".lora_" in key and not key.endswith((".lora_A.weight", ".lora_B.weight")))
-    subject.left_out += beyond(others)
+    subject.left_out += unread_tensors(others)
 
 
 def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
@@ -252,7 +258,7 @@ def _run_of(path: Path) -> Run | None:
     holder = next(
         (p for p in (path, path.resolve().parent, path.resolve().parent.parent) if (p / "run.json").is_file()), None
     )
-    return None if holder is None else Run.load(holder)
+    return None if holder is None else Run.load(holder).whole()
 
 
 def _with_base(bare: Subject, run: Run | None, inside: Path, base: str | None, data: str | None, limit: int) -> Subject:
@@ -371,7 +377,7 @@ def _drawn(run: Run, plain: PreTrainedModel) -> list[Start]:
         return []
     if run.versions.get("torch") != torch.__version__ or not isinstance(config, WeftConfig):
         return []
-    if (search := search_of(config.layers)) is not None:
+    if (search := config.layers.search) is not None:
         if search.finetune != "restart" or not (run.folder / "selection.json").is_file():
             return []
         config.layers = Selection.load(run.folder / "selection.json").layers

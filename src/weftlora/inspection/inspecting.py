@@ -18,8 +18,8 @@ from weftlora.change_rates import change_rate, moved
 from weftlora.errors import AdapterError, ConfigError
 from weftlora.inspection import measures
 from weftlora.inspection.folders import folder_subject, other_adapter
-from weftlora.inspection.measures import held_against
-from weftlora.inspection.record import Chosen, Inspection, Parameters, Routers, SiteDirections, SiteFacts, TiedGroup
+from weftlora.inspection.measures import compare_factors
+from weftlora.inspection.record import AdaptedModule, Chosen, Inspection, Parameters, Routers, SiteDirections, TiedGroup
 from weftlora.inspection.routers import measure_usage
 from weftlora.inspection.subject import Rows, Subject, live_subject
 from weftlora.progress import Progress, Tick, ignore
@@ -31,7 +31,7 @@ from weftlora.terms.extra import Direction
 
 def site_directions(
     subject: Subject,
-    sites: Sequence[SiteFacts],
+    sites: Sequence[AdaptedModule],
     gates: Mapping[str, MeanGate],
     spectra: int,
     cache: str | Path | None,
@@ -137,7 +137,7 @@ def inspect(
         history=measures.rank_history(subject),
         routers=routers,
         heads=[found for name, site in subject.sites.items() if (found := measures.heads(name, site)) is not None],
-        against=held_against(subject),
+        factor_comparison=compare_factors(subject),
         directions=site_directions(subject, sites, gates, spectra, cache, progress),
         groups=_groups(subject),
         left_out=subject.left_out,
@@ -213,11 +213,13 @@ def _numbers(parameter: Tensor) -> int:
     return math.prod(getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape))
 
 
-def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[SiteFacts]:
+def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[AdaptedModule]:
     found = []
     for name, site in subject.sites.items():
         norm = None if subject.model is None else float(subject.weight(name).float().norm())
-        found.append(measures.facts(name, site, gates.get(name), norm, subject.why_not_merged(name), subject.stock))
+        found.append(
+            measures.measure_site(name, site, gates.get(name), norm, subject.why_not_merged(name), subject.stock)
+        )
     return found
 
 

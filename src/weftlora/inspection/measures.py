@@ -23,15 +23,15 @@ from torch import Tensor
 from weftlora.adapter.site import Site
 from weftlora.change_rates import principal_angles
 from weftlora.inspection.record import (
-    Against,
-    Alike,
-    BlockChoice,
+    AdaptedModule,
+    BlockCandidate,
+    FactorComparison,
+    FactorSimilarity,
     HeadSimilarity,
     Layers,
     RankHistory,
     RankRound,
-    SiteAgainst,
-    SiteFacts,
+    SiteComparison,
 )
 from weftlora.inspection.subject import Start, Subject
 from weftlora.schedule.direction_ranking import MeanGate, factor_pair
@@ -64,9 +64,9 @@ def effective_rank(sigma: Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def facts(
+def measure_site(
     name: str, site: Site, gate: MeanGate | None, weight_norm: float | None, why_not: str | None, stock: bool = False
-) -> SiteFacts:
+) -> AdaptedModule:
     """What is known of a site from its own tensors.
 
     Args:
@@ -82,19 +82,19 @@ def facts(
     rank = len(site.live())
     structure = site.structure.choice
     reason = why_not if site.mergeable else structure.no_closed_form
-    return SiteFacts(
+    return AdaptedModule(
         site=name,
         block=block[0],
         module=block[1],
         shape=(factors.B.shape[0], factors.A.shape[1]),
         rank=rank,
-        room=factors.A.shape[0],
-        first_rank=site.initial_rank,
+        max_rank=factors.A.shape[0],
+        initial_rank=site.initial_rank,
         heads=factors.heads,
         scale=None if stock else site.scale,
         trained=sum(trained_numbers(site).values()),
         norm=norm,
-        norm_at=structure.figures_at if gate is None else "mean gate",
+        norm_kind=structure.figures_at if gate is None else "mean gate",
         relative=norm / weight_norm if weight_norm else None,
         effective_rank=effective_rank(sigma),
         mergeable=reason is None,
@@ -138,21 +138,21 @@ def cosines(rows_nd: Tensor) -> list[list[float | None]]:
     ]
 
 
-def alike(now_ki: Tensor, then_ki: Tensor) -> Alike:
+def factor_similarity(now_ki: Tensor, then_ki: Tensor) -> FactorSimilarity:
     """Two matrices with the spaces of their rows compared (give B transposed); the second is the reference.
 
-    `cosine` and `moved` need equal shapes and are None otherwise.
+    `cosine` and `relative_change` need equal shapes and are None otherwise.
     """
     now, then = now_ki.detach().double(), then_ki.detach().double()
     angles = principal_angles(now, then)
     size, same = float(then.norm()), now.shape == then.shape
     lengths = float(now.norm()) * size
-    return Alike(
+    return FactorSimilarity(
         angles=[math.degrees(angle) for angle in angles.tolist()],
         overlap=float(angles.cos().square().mean()) if len(angles) else None,
         chance=min(1.0, max(len(now), len(then)) / now.shape[1]),
         cosine=float((now * then).sum()) / lengths if same and lengths else None,
-        moved=float((now - then).norm()) / size if same and size else None,
+        relative_change=float((now - then).norm()) / size if same and size else None,
     )
 
 
@@ -176,7 +176,7 @@ NOTHING_IN_COMMON = 0.1
 """Of the way from chance to 1: an overlap below it is that of another draw."""
 
 
-def held_against(subject: Subject) -> Against | None:
+def compare_factors(subject: Subject) -> FactorComparison | None:
     """What A and B are compared with, and how they compare; what cannot be known is added to `left_out`."""
     start = subject.start
     if start is not None and start.kind == "adapter":
@@ -193,7 +193,7 @@ def held_against(subject: Subject) -> Against | None:
     return _sizes(subject)
 
 
-def _is_the_start(compared: Against) -> bool:
+def _is_the_start(compared: FactorComparison) -> bool:
     factors = [site.A for site in compared.sites if site.A is not None and site.A.overlap is not None]
     above = [
         (one.overlap - one.chance) / (1 - one.chance) for one in factors if one.overlap is not None and one.chance < 1
@@ -201,7 +201,7 @@ def _is_the_start(compared: Against) -> bool:
     return bool(factors) and (not above or sum(above) / len(above) > NOTHING_IN_COMMON)
 
 
-def _beside(subject: Subject, start: Start) -> Against:
+def _beside(subject: Subject, start: Start) -> FactorComparison:
     rows = []
     for name, site in subject.sites.items():
         pair: dict[str, Any] = {}
@@ -213,10 +213,10 @@ def _beside(subject: Subject, start: Start) -> Against:
                 slots = _first_slots(site)
                 now, then = site.structure.factors(1.0).A.detach()[slots], then[slots]
             if len(now):
-                pair[part] = alike(now, then.to(now.device))
+                pair[part] = factor_similarity(now, then.to(now.device))
         if pair:
-            rows.append(SiteAgainst(name, pair.get("A"), pair.get("B")))
-    return Against(start.kind, start.what, rows)
+            rows.append(SiteComparison(name, pair.get("A"), pair.get("B")))
+    return FactorComparison(start.kind, start.what, rows)
 
 
 def _first_slots(site: Site) -> list[int]:
@@ -239,29 +239,31 @@ def _twins(subject: Subject) -> Start | None:
     return Start("stored start", "the start of A and B, which LoRA-Init keeps as frozen twins", A, B) if A else None
 
 
-def _sizes(subject: Subject) -> Against | None:
+def _sizes(subject: Subject) -> FactorComparison | None:
     """Where the start is not known: how far A moved at least, from its size alone."""
     rows = []
     for name, site in subject.sites.items():
         slots = _first_slots(site)
         value = factor(site, "A") if len(slots) == len(site.live()) else site.structure.factors(1.0).A[slots]
         if value is not None and len(value):
-            rows.append(SiteAgainst(name, None, None, size_of_a_fresh_draw(value)))
+            rows.append(SiteComparison(name, None, None, size_of_a_fresh_draw(value)))
     subject.left_out.append(
         "Angles of A against its start: no file keeps the start of A. Compared instead: its size with that of a fresh draw; "
         "give against=... (--against), such as an early checkpoint."
     )
-    return Against("fresh draw", "the size that a fresh Kaiming draw of A has", rows)
+    return FactorComparison("fresh draw", "the size that a fresh Kaiming draw of A has", rows)
 
 
 def layers(subject: Subject) -> Layers:
     """The candidates of the search with α and margins, where its selection is at hand; else the blocks that are adapted."""
     if (selection := subject.selection) is not None:
-        rows = [BlockChoice(c.name, c.selected, c.alpha, c.alpha_hat, c.distance, c.near) for c in selection.candidates]
+        rows = [
+            BlockCandidate(c.name, c.selected, c.alpha, c.alpha_hat, c.distance, c.near) for c in selection.candidates
+        ]
         return Layers("the search's selection", selection.granularity, rows, selection.margin)
     blocks = dict.fromkeys(split_name(name)[0] or name for name in subject.sites)
     source = "all that are targeted" if subject.config is None else subject.config.layers.source
-    return Layers(source, "block", [BlockChoice(name, True) for name in blocks], None)
+    return Layers(source, "block", [BlockCandidate(name, True) for name in blocks], None)
 
 
 def rank_history(subject: Subject) -> RankHistory | None:

@@ -27,7 +27,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class SiteFacts:
+class AdaptedModule:
     """One adapted module."""
 
     site: str
@@ -40,16 +40,16 @@ class SiteFacts:
     """(out, in)."""
     rank: int
     """Live rank slots, per head."""
-    room: int
+    max_rank: int
     """Slots there is room for."""
-    first_rank: int
+    initial_rank: int
     heads: int
     scale: float | None
     """α/r; None where it is inside B, as in stock adapters."""
     trained: int
     norm: float
     """‖ΔW‖_F, everything in it: scales, masks, gates, Dash and the frozen twins of LoRA-Init."""
-    norm_at: str
+    norm_kind: str
     """exact; for a routed site, whose ΔW depends on the token, "mean gate" (measured) or "uniform gate"."""
     relative: float | None
     """‖ΔW‖_F / ‖W‖_F."""
@@ -60,7 +60,7 @@ class SiteFacts:
 
 
 @dataclass(frozen=True)
-class BlockChoice:
+class BlockCandidate:
     """One candidate of a search, or one adapted block where nothing was searched (then all numbers are None)."""
 
     name: str
@@ -69,7 +69,7 @@ class BlockChoice:
     alpha_hat: float | None = None
     distance: float | None = None
     """α minus the threshold: the margin, with its sign."""
-    near: bool = False
+    near_tie: bool = False
     """One more step of the search could have turned it."""
 
 
@@ -79,7 +79,7 @@ class Layers:
 
     source: str
     granularity: str
-    candidates: list[BlockChoice]
+    candidates: list[BlockCandidate]
     margin: float | None
 
 
@@ -152,7 +152,7 @@ class HeadSimilarity:
 
 
 @dataclass(frozen=True)
-class Alike:
+class FactorSimilarity:
     """One factor beside another of the same shape."""
 
     angles: list[float]
@@ -163,28 +163,28 @@ class Alike:
     """What two random spaces of these sizes overlap on average."""
     cosine: float | None
     """Of the flattened matrices."""
-    moved: float | None
+    relative_change: float | None
     """‖now − then‖_F / ‖then‖_F."""
 
 
 @dataclass(frozen=True)
-class SiteAgainst:
+class SiteComparison:
     """A and B of one site beside those of something else; B is None where nothing is known of it."""
 
     site: str
-    A: Alike | None
-    B: Alike | None
-    size: float | None = None
+    A: FactorSimilarity | None
+    B: FactorSimilarity | None
+    norm_ratio: float | None = None
     """Only where the start of A is not known: ‖A‖_F over that of a fresh Kaiming draw."""
 
 
 @dataclass(frozen=True)
-class Against:
+class FactorComparison:
     """What A and B are compared with. `kind`: "stored start", "start drawn again", "adapter", or "fresh draw" (sizes only)."""
 
     kind: str
     what: str
-    sites: list[SiteAgainst]
+    sites: list[SiteComparison]
 
 
 @dataclass(frozen=True)
@@ -237,12 +237,12 @@ class Inspection(Record):
     steps: int | None
     settings: dict[str, Any]
     parameters: Parameters
-    sites: list[SiteFacts]
+    sites: list[AdaptedModule]
     layers: Layers
     history: RankHistory | None
     routers: Routers | None
     heads: list[HeadSimilarity]
-    against: Against | None
+    factor_comparison: FactorComparison | None
     directions: list[SiteDirections]
     groups: list[TiedGroup]
     left_out: list[str] = field(default_factory=list)
@@ -343,7 +343,7 @@ def _layers(found: Inspection) -> list[str]:
     if layers.margin is None:
         return []
     chosen = sum(candidate.selected for candidate in layers.candidates)
-    near = [candidate.name for candidate in layers.candidates if candidate.near]
+    near = [candidate.name for candidate in layers.candidates if candidate.near_tie]
     doubt = f"; one more step could have turned {', '.join(near)}" if near else ""
     return [
         f"{chosen} of {_count(len(layers.candidates), layers.granularity)} selected, with a margin of {layers.margin:.2g}{doubt}."

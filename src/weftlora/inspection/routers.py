@@ -23,12 +23,12 @@ from weftlora.adapted.routing import routing
 from weftlora.adapted.updates import base_of
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError
-from weftlora.export.live import IGNORED
 from weftlora.inspection.record import Routers, SiteUsage, Usage
 from weftlora.inspection.subject import Rows
 from weftlora.progress import Progress, Tick
 from weftlora.runs.scores import evaluating
 from weftlora.schedule.direction_ranking import MeanGate
+from weftlora.settings import IGNORE
 
 
 class Seen:
@@ -134,8 +134,8 @@ def _masks(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     if not sides or not isinstance(labels, Tensor) or any(name.startswith("decoder_") for name in inputs):
         return masks
     if isinstance(given, Tensor) and labels.shape == given.shape:
-        labels = inputs["labels"] = nn.functional.pad(labels, (0, 1), value=IGNORED)
-    return [*masks, labels != IGNORED]
+        labels = inputs["labels"] = nn.functional.pad(labels, (0, 1), value=IGNORE)
+    return [*masks, labels != IGNORE]
 
 
 def _counted(omega: Tensor, masks: list[Tensor]) -> Tensor:

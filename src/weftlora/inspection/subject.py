@@ -105,7 +105,7 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
     if not layers:
         subject.sites, subject.stock = {n: plain_site(u) for n, u in read_updates(model, name).items()}, True
         own = [n for n, _ in base_of(model).named_parameters() if ".lora_" in n and name in n.split(".")]
-        subject.left_out += beyond(
+        subject.left_out += unread_tensors(
             n for n in own if not n.endswith((f".lora_A.{name}.weight", f".lora_B.{name}.weight"))
         )
     elif schedule := schedules(model).get(name):
@@ -141,7 +141,7 @@ def plain_site(update: Update) -> Site:
     return site.eval().requires_grad_(False)
 
 
-def beyond(names: Iterable[str]) -> list[str]:
+def unread_tensors(names: Iterable[str]) -> list[str]:
     """A sentence on the tensors of a stock adapter, named here, that are no A or B of a linear module; none where all are."""
     if not (held := sorted(names)):
         return []

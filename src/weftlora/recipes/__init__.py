@@ -76,7 +76,7 @@ def check_fields(section: Mapping[str, Any]) -> None:
         if fields:
             raise ConfigError(f"adapter none takes no fields, but {', '.join(fields)} is given: drop it.")
         return
-    if name is not None and name not in RECIPES:
+    if name is not None and (not isinstance(name, str) or name not in RECIPES):
         raise ConfigError(f"adapter.recipe={name!r} is not known: {suggest(str(name), [*RECIPES, 'none'])}")
     if name is not None and name.startswith("peft:"):
         r = fields.get("r", 1)

@@ -72,13 +72,13 @@ def tooltip(*fields: tuple[str, str, str | None]) -> list[Spec]:
     ]
 
 
-def choice(name: str, label: str, options: Sequence[str], field: str) -> Pick:
+def drop_down(name: str, label: str, options: Sequence[str], field: str) -> Pick:
     """A drop-down list that picks the rows whose `field` is the chosen one."""
     bind = {"input": "select", "options": list(options), "name": f"{label} "}
     return [{"name": name, "value": options[0], "bind": bind}], [{"filter": f"datum.{field} === {name}"}]
 
 
-def reading(name: str, label: str, fields: dict[str, str]) -> Pick:
+def field_drop_down(name: str, label: str, fields: dict[str, str]) -> Pick:
     """A drop-down list of which of two fields is the `value`; their names by what the list calls them."""
     (first, one), (_, other) = fields.items()
     bind = {"input": "select", "options": list(fields), "name": f"{label} "}
@@ -86,7 +86,7 @@ def reading(name: str, label: str, fields: dict[str, str]) -> Pick:
     return [{"name": name, "value": first, "bind": bind}], [chosen]
 
 
-def together(*picks: Pick) -> Pick:
+def drop_downs(*picks: Pick) -> Pick:
     """Several drop-down lists above one chart."""
     return [p for params, _ in picks for p in params], [t for _, transform in picks for t in transform]
 

@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from weftlora.disk.files import check_output, write_text
+from weftlora.disk.files import Output
 from weftlora.extras import needs
 from weftlora.foreign_text import visible
 from weftlora.redaction import redacted
@@ -45,9 +45,26 @@ def render(
         MissingExtraError: the extra `report` is not installed.
     """
     check_extra()
+    run = [_bundle(), *map(_asset, ("page.js", *scripts))]
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **content,
+            style="".join(map(_asset, ("page.css", *styles))),
+            specs=_json(specs),
+            scripts=run,
+            hashes=[_hash(script) for script in run],
+        )
+    )
+
+
+@functools.cache
+def _environment() -> Any:
+    """jinja2's, with every template compiled once."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
         undefined=StrictUndefined,
@@ -55,25 +72,22 @@ def render(
         lstrip_blocks=True,
         finalize=_shown,
     )
-    run = [_bundle(), *map(_asset, ("page.js", *scripts))]
-    return environment.get_template(template).render(
-        **content,
-        style="".join(map(_asset, ("page.css", *styles))),
-        specs=_json(specs),
-        scripts=run,
-        hashes=[_hash(script) for script in run],
-    )
 
 
 def check_place(path: str | Path, overwrite: bool) -> None:
     """Refuse a page's place before the work: what is there and is no page of weftlora is kept. Raises RunError."""
-    check_output(Path(path), "a page of weftlora", (), overwrite)
+    _place(path, overwrite).check()
 
 
 def write(text: str, path: str | Path, overwrite: bool = False) -> None:
     """Write a page to a file, whole or not at all. Raises RunError if the file cannot be written, or is no page."""
-    check_place(path, overwrite)
-    write_text(Path(path), text)
+    place = _place(path, overwrite)
+    place.check()
+    place.write(text)
+
+
+def _place(path: str | Path, overwrite: bool) -> Output:
+    return Output(Path(path), "a page of weftlora", (), overwrite)
 
 
 def _shown(value: Any) -> Any:

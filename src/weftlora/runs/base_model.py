@@ -171,6 +171,11 @@ def skeleton(base: Base, task: Task, labels: list[str] | None = None) -> PreTrai
         return cast(PreTrainedModel, _AUTO[task].from_config(settings, trust_remote_code=False))
 
 
+def is_encoder(settings: PretrainedConfig) -> bool:
+    """Whether a model of this config reads its text from both sides, and writes none."""
+    return settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(settings, "is_decoder", False)
+
+
 def _check_task(base: Base, task: Task) -> None:
     kind, name = base.settings.model_type, base.config.path
     if task == "classification":
@@ -185,8 +190,7 @@ def _check_task(base: Base, task: Task) -> None:
         return
     if task == "seq2seq":
         raise ModelError(f"{name!r} ({kind}) is no encoder-decoder: set model.task=causal or give another base.")
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(base.settings, "is_decoder", False)
-    if encoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if is_encoder(base.settings) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{name!r} ({kind}) is an encoder and cannot generate: give text/label rows, or a decoder as the base."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
 from weftlora.extras import needs
+from weftlora.foreign_json import from_json
 from weftlora.runs import base_model
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
 from weftlora.runs.identity import Weights, check_files
@@ -57,7 +59,7 @@ def load_run(
         AdapterError: no adapter, a newer format, or another base than it was trained on.
         ModelError: the base is missing or incomplete.
     """
-    wanted = _wanted(run)
+    wanted = _wanted(run.whole())
     if base:
         wanted = dataclasses.replace(wanted, path=base)
     found = base_model.find(wanted, Path.cwd() if base else Path(run.base_dir))
@@ -164,18 +166,19 @@ def _drawing(seed: int) -> Iterator[None]:
         yield
 
 
-def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
-    """Load the adapter in `folder` into `plain`, in place; peft alone only warns about tensors that do not fit.
+def put_in(plain: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
+    """Load the adapter in `folder` into `plain`, in place, to be used or trained; peft alone only warns about tensors that do not fit.
 
     Raises:
         AdapterError: a newer format, missing files, or tensors that are not those of this base.
         DivergedError: values that are no numbers.
     """
     config = _read_config(folder)
+    embeddings = _check_vocabulary(plain, folder)
     try:
         with warnings.catch_warnings(), _drawing(0):
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(plain, str(folder), config=config)
+            adapted = PeftModel.from_pretrained(plain, str(folder), config=config, is_trainable=trainable)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
     except WeftError:
@@ -187,10 +190,31 @@ def put_in(plain: PreTrainedModel, folder: Path) -> PeftModel:
             f"the adapter {folder} holds values that are no numbers, such as in {sick}: its training diverged, or the file is damaged."
         )
     wanted = set(get_peft_model_state_dict(adapted))
-    if differing := sorted(saved ^ wanted):
+    if differing := sorted((saved ^ wanted) - embeddings):
         what = "has no tensor for" if differing[0] in wanted else "has a tensor that this base has no place for,"
         raise AdapterError(f"the adapter {folder} {what} {differing[0]}: give the base it was trained on.")
     return adapted
+
+
+def _check_vocabulary(plain: PreTrainedModel, folder: Path) -> set[str]:
+    """The embeddings that an adapter brings in full, as peft saves them once they were resized.
+
+    Raises:
+        AdapterError: they are of another vocabulary than the base's.
+    """
+    modules = {plain.get_input_embeddings(), plain.get_output_embeddings()} - {None}
+    own = {f"base_model.model.{name}.weight": m.weight for name, m in plain.named_modules() if m in modules}
+    found: set[str] = set()
+    with contextlib.suppress(OSError, SafetensorError), safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        found = own.keys() & set(file.keys())
+        for key in sorted(found):
+            saved, here = file.get_slice(key).get_shape()[0], own[key].shape[0]
+            if saved != here:
+                raise AdapterError(
+                    f"the adapter {folder} was saved with a vocabulary of {saved} tokens, and the base has {here}: its model was "
+                    "resized (resize_token_embeddings), so give it the base as it was saved after that."
+                )
+    return found
 
 
 def _not_finite(folder: Path) -> str:
@@ -207,10 +231,12 @@ def _read_config(folder: Path) -> PeftConfig:
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give a run folder or an adapter folder.")
     try:
+        if not isinstance(from_json((folder / "adapter_config.json").read_text(encoding="utf-8")), dict):
+            raise ValueError("its adapter_config.json holds no settings")
         config = PeftConfig.from_pretrained(str(folder))
     except WeftError:
         raise
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise AdapterError(f"the adapter {folder} cannot be read: {_short(error)}") from None
     _check_runs_nothing(config, folder)
     return config

@@ -6,8 +6,9 @@
     train:   steps or epochs, batch_size, lr, ...
     out:     the run folder
 
-A built-in recipe, which `weftlora train NAME` runs without a file, is one method on the bundled model and tasks. An unknown key
-anywhere is a `ConfigError` that names the nearest valid one.
+A built-in recipe, which `weftlora train NAME` runs without a file, is one method on the bundled model and tasks, with the settings
+of the demo. On another model, or other rows, it is the method alone: what was not said are the defaults of every recipe. An unknown
+key anywhere is a `ConfigError` that names the nearest valid one.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_
 
 from weftlora.data.config import DataConfig, Task
 from weftlora.data.paths import checked_path, locate
-from weftlora.errors import ConfigError, suggest
+from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
-from weftlora.runs.run import Run, check_continues
+from weftlora.runs.run import Run, check_continues, check_extends
 from weftlora.sections import RecipeSection
+from weftlora.settings import is_number
 
 
 @dataclass(frozen=True)
 class Builtin:
-    """A method that a recipe can name, and the training it gets on the demo."""
+    """A method that a recipe can name, and what it is given on the demo: fields of the adapter, and a rate."""
 
     name: str
     about: str
     paper: str | None
-    adapter: dict[str, Any]
-    lr: float
+    demo: dict[str, Any]
+    demo_lr: float
 
 
 BUILTIN = {
@@ -67,16 +69,44 @@ BUILTIN = {
         Builtin("none", "no adapter: the frozen base, to evaluate only", None, {}, 1e-3),
     )
 }
+DEMO_LENGTH, DEMO_STEPS, DEMO_BATCH = 64, 150, 32
+"""What the demo's short rows and small model are trained with."""
 
 
 def builtin(name: str) -> dict[str, Any]:
-    """The recipe behind a built-in name, as a recipe file would hold it."""
-    entry = BUILTIN[name]
+    """What a built-in name says whatever model and rows are: the method, and where to write. The model and rows are the demo's."""
     return {
         "model": "demo",
-        "data": {"train": "demo", "max_length": 64},
-        "adapter": {"recipe": entry.name, **entry.adapter},
-        "train": {"steps": 150, "batch_size": 32, "lr": entry.lr},
+        "data": {"train": "demo"},
+        "adapter": {"recipe": name},
+        "out": f"runs/{name.replace(':', '-')}",
+    }
+
+
+def on_the_demo(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A built-in recipe with the demo's settings, where both model and rows are the demo's and nothing else was said."""
+    model, data, adapter, train = (content.get(key) for key in ("model", "data", "adapter", "train"))
+    is_demo = (model.get("path", "demo") if isinstance(model, dict) else model) == "demo"
+    data = {"train": data} if isinstance(data, str) else data
+    if not is_demo or not isinstance(data, dict) or data.get("train", "demo") != "demo":
+        return content
+    entry, train = BUILTIN[name], train if isinstance(train, dict) else {}
+    length = {} if "steps" in train or "epochs" in train else {"steps": DEMO_STEPS}
+    method = isinstance(adapter, dict) and adapter.get("recipe") == name
+    return content | {
+        "data": {"train": "demo", "max_length": DEMO_LENGTH, **data},
+        "adapter": {"recipe": name, **entry.demo, **adapter} if method and isinstance(adapter, dict) else adapter,
+        "train": {**length, "batch_size": DEMO_BATCH, "lr": entry.demo_lr, **train},
+    }
+
+
+def own(name: str) -> dict[str, Any]:
+    """A built-in recipe for a model and rows of one's own, as a file would hold it with the defaults written out."""
+    return {
+        "model": "path/to/model",
+        "data": {"train": "rows.jsonl", "max_length": DataConfig.model_fields["max_length"].default},
+        "adapter": {"recipe": name, **({"r": 8} if name != "none" else {})},
+        "train": {"epochs": 1, "batch_size": TrainConfig.model_fields["batch_size"].default},
         "out": f"runs/{name.replace(':', '-')}",
     }
 
@@ -105,7 +135,8 @@ class TrainConfig(RecipeSection):
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=16, gt=0, le=MOST_ROWS)
     accumulation: int = Field(default=1, gt=0, le=MOST_ROWS)
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; none takes the one for the method and the size of the model (`weftlora.runs.rates`)."""
     schedule: str = "linear"
     warmup: float = Field(default=0.0, ge=0)
     """Optimiser steps; below 1, a fraction of the run."""
@@ -121,6 +152,8 @@ class TrainConfig(RecipeSection):
     gradient_checkpointing: bool | Literal["reentrant", "non_reentrant"] = False
     eval_every: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
     """Optimiser steps between validation losses; none measures it once, at the end."""
+    eval_rows: Annotated[int, Field(gt=0, le=MOST_OF_ALL)] | Literal["all"] | None = None
+    """Validation rows that are measured each time, drawn from the seed; none bounds them, so that it costs a part of the training."""
     save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
     """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
     keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
@@ -129,8 +162,37 @@ class TrainConfig(RecipeSection):
     num_threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
     report_to: str | list[str] = "none"
     trainer: Literal["auto", "trainer", "sft"] = "auto"
+    best: bool = False
+    """Keep the adapter of the checkpoint with the lowest validation loss, instead of the last one."""
+    early_stopping: int | None = Field(default=None, gt=0, le=MOST_OF_ALL)
+    """Stop after so many measurements without a lower validation loss, and keep the best; none trains to the end."""
+    from_adapter: Annotated[str, AfterValidator(checked_path)] | None = None
+    """An adapter, or a run, whose values are where training begins; in files and on the command line also `from`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Passed on to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "from" in data:
+            rest = {key: value for key, value in data.items() if key != "from"}
+            return {**rest, "from_adapter": data["from"]}
+        return data
+
+    @model_validator(mode="after")
+    def _keeps_what_it_measures(self) -> Self:
+        if not (self.best or self.early_stopping):
+            return self
+        if self.save_every == 0:
+            raise ConfigError(
+                "train.best keeps a checkpoint, and train.save_every=0 makes none: leave one of them out."
+            )
+        if self.save_every and self.eval_every and self.save_every % self.eval_every:
+            raise ConfigError(
+                f"train.save_every={self.save_every} is no multiple of train.eval_every={self.eval_every}, so the best of what was "
+                "measured may not be saved: leave save_every out."
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -220,11 +282,25 @@ class Recipe(Subject):
             found, content = source.base_dir, source.model_dump()
         elif isinstance(source, Mapping):
             found, content = Path.cwd(), dict(source)
+        elif is_builtin(source):
+            found, content = Path.cwd(), builtin(str(source))
+            for override in overrides:
+                content = apply(content, override)
+            overrides, content = (), on_the_demo(content, str(source))
         else:
-            found, content = _from_file_or_name(source)
+            found, content = _from_file(source)
         recipe = cls._made(content, overrides, base_dir or found, _MISSING)
         recipe._from_folder = from_folder or (isinstance(source, Recipe) and source.from_folder)
         return recipe
+
+    def with_train(self, **values: Any) -> Recipe:
+        """The recipe with these values in its train section."""
+        return self.model_copy(update={"train": self.train.model_copy(update=values)})
+
+    def settled(self, kept: Mapping[str, Any]) -> Recipe:
+        """The recipe with what it leaves to the model, and the run that keeps `kept` has decided: its rate."""
+        lr = kept.get("train", {}).get("lr")
+        return self if self.train.lr is not None or not is_number(lr) else self.with_train(lr=float(lr))
 
 
 def asked(
@@ -239,14 +315,15 @@ def asked(
     """
     before = None
     if resume and isinstance(source, (str, Path)) and _is_folder(Path(source)):
-        before = Run.load(source)
+        before = Run.load(source).whole()
         recipe = Recipe.read(before.recipe, *overrides, base_dir=Path(before.base_dir), from_folder=True)
         recipe = recipe.model_copy(update={"out": str(source)})
     else:
         recipe = Recipe.read(source, *overrides)
         if resume:
-            before = Run.load(Path(recipe.out).expanduser())
+            before = Run.load(Path(recipe.out).expanduser()).whole()
     if before is not None:
+        recipe = recipe.settled(before.recipe)
         told = Recipe.read(before.recipe).model_dump(
             mode="json"
         )  # with the defaults of keys that are newer than the run
@@ -254,6 +331,31 @@ def asked(
     if before is None or before.status != "complete":
         check_fields(recipe.adapter)
         recipe.check_places()
+    return recipe, before
+
+
+def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: Iterable[str]) -> tuple[Recipe, Run]:
+    """The recipe of a run that goes on with the run in a folder, and that run.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: as their names say.
+    """
+    if not isinstance(source, (str, Path)):
+        raise ConfigError("only a run can be extended: give its folder.")
+    before, given = Run.load(source), list(overrides)
+    if before.status != "complete":
+        raise RunError(f"{before.folder} is {before.status}: finish it with --resume before it is extended.")
+    kept = {**before.recipe, "train": dict(before.recipe["train"])}
+    lengths = [text.partition("=")[2] for text in given if text.startswith(("train.steps=", "train.epochs="))]
+    if not lengths:
+        raise ConfigError("an extended run is longer: say how long with train.steps=..., the steps of before included.")
+    kept["train"] |= {"steps": None, "epochs": None}
+    if not any(text.startswith("out=") for text in given):
+        kept["out"] = f"{Path(source)}-{lengths[-1]}"
+    recipe = Recipe.read(kept, *given, base_dir=Path(before.base_dir), from_folder=True)
+    told = Recipe.read(before.recipe).model_dump(mode="json")
+    check_extends(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
+    recipe.check_places()
     return recipe, before
 
 
@@ -276,7 +378,7 @@ class _Yaml(yaml.SafeLoader):
         """A value; what Python cannot make of it is an error of YAML's."""
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             said = f"this is no {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
 
@@ -366,13 +468,16 @@ def read_file(path: Path, what: str, keys: str) -> dict[str, Any]:
     return content
 
 
-def _from_file_or_name(source: str | Path) -> tuple[Path, dict[str, Any]]:
+def is_builtin(source: str | Path) -> bool:
+    """Whether a built-in recipe is meant, and not a file of its name."""
+    return str(source) in BUILTIN and not Path(source).is_file()
+
+
+def _from_file(source: str | Path) -> tuple[Path, dict[str, Any]]:
     path = Path(checked_path(str(source)))
     if path.is_file():
         return path.parent, read_file(path, "recipe", "model, data, adapter, train and out")
     name = str(source)
-    if name in BUILTIN:
-        return Path.cwd(), builtin(name)
     if path.is_dir():
         raise ConfigError(f"{path} is a folder: give a recipe file, or --resume to continue a run folder.")
     if path.suffix in (".yaml", ".yml") or os.sep in name:

@@ -33,14 +33,15 @@ from weftlora.disk.ownership import (
     without_empty,
 )
 from weftlora.errors import AdapterError, ConfigError, RunError
-from weftlora.foreign_text import shortened
-from weftlora.records import Record
+from weftlora.records import NUMBER, Record, check_kinds
 from weftlora.redaction import redacted
-from weftlora.settings import is_number
+from weftlora.settings import is_number, is_whole
 
 FORMAT = 1
 """Version of run.json; a newer one is refused by name."""
 
+LOSSES = ("loss", "validation_loss")
+"""Of a row of metrics.jsonl, as far as it has them; NaN where training has diverged."""
 FREE_ON_RESUME = {"train.report_to", "train.keep", "train.logging_every"}
 """Keys that may differ when a run is resumed: they do not touch the adapter."""
 
@@ -73,6 +74,8 @@ class Run(Record):
     metrics: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     """What it cost and how large its adapter is, see `weftlora.train.costs`; empty until it is complete."""
+    extends: dict[str, Any] = field(default_factory=dict)
+    """The run that it goes on with, and from which step; empty for most."""
 
     @property
     def adapter_folder(self) -> Path:
@@ -88,13 +91,22 @@ class Run(Record):
         """Write run.json. Raises RunError."""
         write_json(self.folder / "run.json", self.record())
 
+    def whole(self) -> Run:
+        """This, if its record has all that every run's has. Raises RunError: it is damaged."""
+        check_kinds(vars(self), dict.fromkeys(_EVERY, object), self.folder / "run.json", needed=True)
+        return self
+
     def event(self, name: str, **facts: Any) -> None:
         """Append to events.jsonl. Raises RunError."""
         append_json(self.folder / "events.jsonl", {"event": name, "time": now(), **facts})
 
     def history(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; one without a step is none."""
-        return [row for row in read_lines(self.folder / "metrics.jsonl") if is_number(row.get("step"))]
+        """The rows of metrics.jsonl; one without a step, or with a loss that is no number, is none."""
+
+        def is_row(row: dict[str, Any]) -> bool:
+            return is_whole(row.get("step"), 0) and all(is_number(row[key]) for key in LOSSES if key in row)
+
+        return [row for row in read_lines(self.folder / "metrics.jsonl") if is_row(row)]
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -107,8 +119,8 @@ class Run(Record):
         if not (path / "run.json").is_file():
             raise RunError(f"{path} is no run folder: it has no run.json.")
         content = read_json(path / "run.json")
+        check_kinds(content, _KINDS, path / "run.json")
         fields = cls.fields_in(content, path / "run.json")
-        _check_types(content, path / "run.json")
         if fields.get("status") == "running" and not is_held(path):
             fields["status"] = "interrupted"  # whoever ran it was killed before it could say so
         try:
@@ -117,36 +129,26 @@ class Run(Record):
             raise RunError(f"{path / 'run.json'} is damaged: {error}.") from None
 
 
+_EVERY = (
+    *("recipe.model.path", "recipe.data.train", "recipe.adapter", "recipe.train.lr", "parameters.trainable"),
+    *("base.source", "base.kind", "base.shapes", "base.values", "data.hashes", "data.labels"),
+)
+"""What the record of every run has."""
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("status", "base_dir", "task", "device"), str),
-    **dict.fromkeys(
-        ("recipe", "versions", "base", "adapter", "parameters", "data", "time", "metrics", "figures"), dict
-    ),
-    **dict.fromkeys(("seed", "steps", "threads"), int),
+    "extends": dict,
     **dict.fromkeys(
         ("recipe.model", "recipe.data", "recipe.adapter", "recipe.train", "data.hashes", "data.counts"), dict
     ),
+    **dict.fromkeys(("recipe.model.path", "recipe.out"), str),
+    "recipe.data.train": (str, list, dict),
     **dict.fromkeys(("base.source", "base.kind", "base.shapes", "base.values", "adapter.peft_type"), str),
+    **dict.fromkeys(("recipe.train.lr", "time.train_seconds", "time.search_seconds", "time.search_in_steps"), NUMBER),
+    **dict.fromkeys(("adapter.r", "adapter.target_r", "adapter.lora_alpha"), (*NUMBER, type(None))),
+    "recipe.adapter.recipe": (str, type(None)),
     "data.labels": (list, type(None)),
+    "data.max_length": int,
 }
-"""What the values of run.json are, with dots; what is not there is looked for where it is needed."""
-
-
-def _check_types(content: dict[str, Any], file: Path) -> None:
-    """Refuse a record with values that nothing of weftlora's wrote. Raises RunError."""
-    for key, kinds in _KINDS.items():
-        value: Any = content
-        for part in key.split("."):
-            value = value.get(part, _MISSING) if isinstance(value, dict) else _MISSING
-        if value is not _MISSING and not isinstance(value, kinds):
-            raise RunError(f"{file} is damaged: {key} is {shortened(repr(value), 80)}.")
-    for key in ("metrics", "figures"):
-        for name, value in content.get(key, {}).items():
-            if not is_number(value):
-                raise RunError(f"{file} is damaged: {key}.{name} is {shortened(repr(value), 80)}, which is no number.")
-
-
-_MISSING = object()
+"""What the values inside of run.json's sections are; what is not there is looked for where it is needed."""
 
 
 def check_source(folder: Path) -> None:
@@ -191,6 +193,30 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise RunError(f"the run folder {folder} cannot be made: {nearest} is read-only; choose another with out=....")
 
 
+FREE_TO_EXTEND = FREE_ON_RESUME | {
+    "train.steps",
+    "train.epochs",
+    "train.schedule",
+    "train.warmup",
+    "train.eval_every",
+    "train.eval_rows",
+    "train.save_every",
+    "train.best",
+    "train.early_stopping",
+}
+"""Keys that may differ in a run that extends another: how long, and how the added steps are gone through."""
+
+
+def check_extends(run: Run, recipe: dict[str, Any]) -> None:
+    """Refuse to extend a run as another one. Raises ConfigError."""
+    for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
+        if key not in FREE_TO_EXTEND and key != "out":
+            raise ConfigError(
+                f"{run.folder} was trained with {key}={before!r}, and a run that extends it cannot have {after!r}: leave it out, or "
+                "begin a run of its own with train.from."
+            )
+
+
 def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     """Refuse to resume a run with another recipe: it would be neither run.
 
@@ -199,7 +225,10 @@ def check_continues(run: Run, recipe: dict[str, Any]) -> None:
     """
     for key, (before, after) in differences(run.recipe, redacted(recipe), ""):
         if key not in FREE_ON_RESUME and key != "out":
-            raise ConfigError(f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was.")
+            more = f", or train for longer with --extend train.steps={after}" if key == "train.steps" and after else ""
+            raise ConfigError(
+                f"{run.folder} was started with {key}={before!r}, not {after!r}: resume it as it was{more}."
+            )
 
 
 def differences(a: Any, b: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]]]:
@@ -264,7 +293,11 @@ class Made:
                 raise
 
     def undo(self) -> None:
-        """Delete what the new run has written and put back what it was to replace."""
+        """Delete what the new run has written and put back what it was to replace. Raises RunError."""
+        with writing(self.folder):
+            self._undo()
+
+    def _undo(self) -> None:
         if (self.aside / "run.json").is_file() or not self.aside.exists():  # else nothing of the new run is there yet
             delete(of_run(self.folder, vouched=True), self.folder)
             without_empty({self.folder / name for name in FOLDERS}, self.folder)
@@ -274,6 +307,7 @@ class Made:
             shutil.rmtree(self.aside)
 
     def keep(self) -> None:
-        """The new run has started: delete the one it replaces."""
-        if self.aside.exists():
-            _forget(self.aside)
+        """The new run has started: delete the one it replaces. Raises RunError."""
+        with writing(self.folder):
+            if self.aside.exists():
+                _forget(self.aside)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.settings import IGNORE
 
 ROUGE = "rouge-score {}, rougeL F-measure, no stemming"
 
@@ -125,7 +126,7 @@ def mean_loss(model: Any, rows: Any, collate: Collate, size: int, progress: Prog
                 scored = len(labels)
                 predicted += output.logits.argmax(-1).tolist()
             else:
-                scored = int((labels[:, 1:] if causal else labels).ne(-100).sum())
+                scored = int((labels[:, 1:] if causal else labels).ne(IGNORE).sum())
             if scored:
                 total += float(output.loss) * scored
                 count += scored

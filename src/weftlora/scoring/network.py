@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import ConfigError
-from weftlora.scoring.rows import IGNORE, Batch
+from weftlora.scoring.rows import Batch
+from weftlora.settings import IGNORE
 
 Kind = Literal["classes", "tokens", "next tokens"]
 

@@ -4,7 +4,9 @@
     model = get_peft_model(base, weftlora.HydraLoraConfig(layers=selection.layers))
 
 `batches` runs forwards and backwards that leave nothing behind, `groups` are the sites that α weighs, `hypergradient` differentiates
-inner steps, `driver` is the loop, `rules` turns α into a set, `selection` is that set as a file, `finetuning_stage` comes after it.
+inner steps, `driver` is the loop, `selection` is what it selects as a file, `stability` says how far selections agree,
+`finetuning_stage` comes after it. What gates, gradient and selection are, the choice of layers says
+(`weftlora.terms.layers.SearchedLayers`).
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from weftlora.search.batches import Collate, Loss, Rows
 from weftlora.search.driver import LayerSearch
 from weftlora.search.finetuning_stage import second_stage, unload
 from weftlora.search.hypergradient import Inner
-from weftlora.search.rules import Stability, stability
 from weftlora.search.selection import Candidate, Selection, compare
-from weftlora.terms.layers.search import Search, search_of
+from weftlora.search.stability import Stability, stability
+from weftlora.terms.layers import SearchedLayers
 
 __all__ = [
     "Candidate",
@@ -101,14 +103,14 @@ def search_layers(
                 p.requires_grad_(trained)
 
 
-def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, Search, bool]:
+def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, SearchedLayers, bool]:
     """The adapted model to search, how, and whether it was adapted here."""
     if not isinstance(model, PeftModel):
         if config is None:
             from weftlora.recipes.flexora import FlexoraConfig
 
             config = FlexoraConfig()
-        if (search := search_of(config.layers)) is None:
+        if (search := config.layers.search) is None:
             raise ConfigError(
                 f"a config with layers={config.layers.title} has no search: give it layers=weftlora.Search()."
             )
@@ -116,6 +118,6 @@ def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tu
     if config is not None:
         raise ConfigError("the model has an adapter and a config was given too: search one of the two.")
     given = model.peft_config.get(adapter)
-    if not isinstance(given, WeftConfig) or (search := search_of(given.layers)) is None:
+    if not isinstance(given, WeftConfig) or (search := given.layers.search) is None:
         raise ConfigError(f"adapter {adapter!r} of the model has no search: make it with layers=weftlora.Search().")
     return model, search, False

@@ -27,7 +27,8 @@ from weftlora.adapted.routing import routing
 from weftlora.errors import ConfigError, DataError
 from weftlora.schedule import processes
 from weftlora.search.groups import Gates
-from weftlora.terms.layers.search import Search
+from weftlora.settings import IGNORE
+from weftlora.terms.layers import SearchedLayers
 
 Rows = Sequence[Any]
 Collate = Callable[[list[Any]], Mapping[str, Any]]
@@ -45,23 +46,24 @@ class Splits:
     repeated: int
 
 
-def split(train: Rows, validation: Rows | None, search: Search, seed: int) -> Splits:
-    """At most `search.max_search_samples` rows; `search.val_size` of them held out where no validation rows are given.
+def split(
+    train: Rows, validation: Rows | None, search: SearchedLayers, seed: int, max_samples: int | None = None
+) -> Splits:
+    """At most `max_samples` rows, by default as many as the search says; without validation rows `search.val_size` are held out.
 
     Raises:
         DataError: too few rows, or validation rows that are training rows too.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = order[: search.max_search_samples if max_samples is None else max_samples]
     if validation is not None:
-        chosen = order[: search.max_search_samples]
         held = {digest(validation[i]) for i in range(len(validation))}
-        if leaked := sum(digest(train[i]) in held for i in chosen):
+        if leaked := sum(digest(train[i]) in held for i in order):
             raise DataError(
-                f"{leaked} of the {len(chosen)} training rows of the search are validation rows too: α would be fitted to rows "
+                f"{leaked} of the {len(order)} training rows of the search are validation rows too: α would be fitted to rows "
                 "that θ has seen; take them out of one of the two."
             )
-        return _checked(Splits(chosen, list(range(len(validation))), 0))
-    order = order[: search.max_search_samples]
+        return _checked(Splits(order, list(range(len(validation))), 0))
     if len(order) <= search.val_size:
         raise DataError(
             f"the search has {len(order)} rows and is to hold out val_size={search.val_size} of them: give more rows, a smaller "
@@ -233,7 +235,7 @@ def counted(batch: Batch, causal: bool) -> int:
     """How many things the mean loss of a batch is a mean over: labelled tokens, or rows, which −100 takes out too."""
     labels = batch.get("labels")
     if isinstance(labels, Tensor) and labels.dim() in (1, 2) and not labels.is_floating_point():
-        return int((labels[:, 1:] if causal and labels.dim() == 2 else labels).ne(-100).sum())
+        return int((labels[:, 1:] if causal and labels.dim() == 2 else labels).ne(IGNORE).sum())
     first = next((value for value in batch.values() if isinstance(value, Tensor)), None)
     return 1 if first is None or not first.dim() else len(first)
 

@@ -27,6 +27,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from weftlora.adapter.spec import encode_choice
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.schedule import processes
 from weftlora.search.batches import Batch, Collate, Cycle, Loss, Passes, Random, Rows, split, stack
@@ -34,62 +35,67 @@ from weftlora.search.groups import Gates, groups_of
 from weftlora.search.hypergradient import (
     Inner,
     InnerLoop,
-    Taken,
+    InnerStep,
     adjoint,
     by_differences,
     by_double_backward,
     check_exact,
 )
-from weftlora.search.rules import check_counts, choose
 from weftlora.search.selection import Candidate, Selection
-from weftlora.terms.layers.search import Search, weights
+from weftlora.terms.layers import SearchedLayers, Weighed
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
 
 
-def taken(search: LayerSearch) -> dict[str, Any]:
+def state_of(job: LayerSearch) -> dict[str, Any]:
     """The state; all processes call it together and get the same."""
     return {
-        "alpha": search.alpha.detach().clone(),
-        "alpha_optimizer": search.alpha_optimizer.state_dict(),
-        "theta": {name: p.detach().clone() for name, p in search.named.items()},
-        "inner": search.loop.state_dict(),
-        "positions": {name: cycle.position for name, cycle in search.cycles.items()},
-        "splits": _splits(search),
-        "random": _random(search),
-        "norms": search.norms.clone(),
-        "done": search.done,
-        "skipped": search.skipped,
-        "unlabelled": search.unlabelled,
-        "last_move": search.last_move,
-        "seconds": search.seconds,
-        "history": [dict(row) for row in search.history],
+        "alpha": job.alpha.detach().clone(),
+        "alpha_optimizer": job.alpha_optimizer.state_dict(),
+        "theta": {name: p.detach().clone() for name, p in job.named.items()},
+        "inner": job.loop.state_dict(),
+        "positions": {name: cycle.position for name, cycle in job.cycles.items()},
+        "splits": _splits(job),
+        "random": _random(job),
+        "norms": job.norms.clone(),
+        "done": job.done,
+        "skipped": job.skipped,
+        "unlabelled": job.unlabelled,
+        "last_move": job.last_move,
+        "seconds": job.seconds,
+        "rough": job.rough,
+        "history": [dict(row) for row in job.history],
     }
 
 
-def restore(search: LayerSearch, state: dict[str, Any]) -> None:
-    """Continue from `taken`.
+def restore(job: LayerSearch, state: dict[str, Any]) -> None:
+    """Continue from `state_of`.
 
     Raises:
         RunError: it is of another model or other rows.
     """
-    if state["theta"].keys() != search.named.keys() or len(state["alpha"]) != len(search.alpha):
+    if state["theta"].keys() != job.named.keys() or len(state["alpha"]) != len(job.alpha):
         raise RunError("the saved search is of another adapter: resume it with the config that it was started with.")
-    if state["splits"] != _splits(search):
+    if state["splits"] != _splits(job):
         raise RunError(
             "the rows or the seed of the search have changed since it was saved: resume it on the same rows."
         )
     with torch.no_grad():
-        search.alpha.copy_(state["alpha"])
-        for name, p in search.named.items():
+        job.alpha.copy_(state["alpha"])
+        for name, p in job.named.items():
             p.copy_(state["theta"][name])
-    search.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-    search.loop.load_state_dict(state["inner"])
-    for name, cycle in search.cycles.items():
+    job.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+    job.loop.load_state_dict(state["inner"])
+    for name, cycle in job.cycles.items():
         cycle.position = state["positions"][name]
-    search.norms = state["norms"].clone()
+    job.norms = state["norms"].clone()
     for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
-        setattr(search, name, state[name])
-    search.history = [dict(row) for row in state["history"]]
-    search.gates.write(search.search.gates(search.alpha.detach()))
+        setattr(job, name, state[name])
+    job.rough = state.get("rough", 0.0)  # a search saved by 0.1.0rc1 has none
+    job.history = [dict(row) for row in state["history"]]
+    job.gates.write(job.search.gates(job.alpha.detach()))
     if len(state["random"]) == processes.world():
         mine = state["random"][processes.rank()]
         Random(mine["cpu"], mine["cuda"]).set()
@@ -101,37 +107,29 @@ def restore(search: LayerSearch, state: dict[str, Any]) -> None:
         )
 
 
-def _splits(search: LayerSearch) -> dict[str, list[int]]:
-    return {name: list(getattr(search.splits, name)) for name in ("train", "validation")}
+def _splits(job: LayerSearch) -> dict[str, list[int]]:
+    return {name: list(getattr(job.splits, name)) for name in ("train", "validation")}
 
 
-def _random(search: LayerSearch) -> list[dict[str, Any]]:
-    now, device = Random.now(), search.passes.device
+def _random(job: LayerSearch) -> list[dict[str, Any]]:
+    now, device = Random.now(), job.passes.device
     cpu, cuda = processes.gathered(now.cpu, device), [processes.gathered(state, device) for state in now.cuda]
     return [{"cpu": mine, "cuda": [each[rank] for each in cuda]} for rank, mine in enumerate(cpu)]
 
 
-def selection(search: LayerSearch) -> Selection:
+def selection(job: LayerSearch) -> Selection:
     """What the rule selects from α as it is now.
 
     Raises:
         RunError: no step on α or none on θ was ever possible, or fewer are selected than `min_layers` and that is to be an
             error.
     """
-    _check_learned(search)
-    alpha = search.alpha.detach().clone()
-    processes.take_over([alpha], search.passes.device)
-    asked = search.search
-    assert asked.select is not None
-    chosen = choose(
-        alpha.tolist(),
-        asked.select,
-        top_k=asked.top_k,
-        min_layers=asked.min_layers,
-        when_fewer=asked.when_fewer,
-        step=search.last_move,
-    )
-    alpha_hat, norms = weights(alpha).tolist(), (search.norms / max(1, search.loop.taken)).tolist()
+    _check_learned(job)
+    alpha = job.alpha.detach().clone()
+    processes.take_over([alpha], job.passes.device)
+    asked, norms = job.search, (job.norms / max(1, job.loop.taken)).tolist()
+    chosen = asked.choose(Weighed(tuple(alpha.tolist()), tuple(norms), job.last_move))
+    alpha_hat = asked.alpha_hat(alpha).tolist()
     candidates = [
         Candidate(
             name=group.name,
@@ -145,19 +143,17 @@ def selection(search: LayerSearch) -> Selection:
             filled=i in chosen.filled,
             gradient_norm=norms[i],
         )
-        for i, group in enumerate(search.gates.groups)
+        for i, group in enumerate(job.gates.groups)
     ]
-    settings = dataclasses.asdict(asked), dataclasses.asdict(search.inner)
-    return Selection(
-        tuple(candidates), asked.granularity, search.adapter_config, *settings, _record(search), search.seconds
-    )
+    settings = encode_choice(asked) or {}, dataclasses.asdict(job.inner)
+    return Selection(tuple(candidates), asked.granularity, job.adapter_config, *settings, _record(job), job.seconds)
 
 
-def _check_learned(search: LayerSearch) -> None:
+def _check_learned(job: LayerSearch) -> None:
     """Refuse to select from an α that no step has moved, or that moved beside a θ that none has."""
     for what, steps, skipped, unlabelled in (
-        ("validation", search.done, search.skipped, search.unlabelled),
-        ("training", search.loop.taken, search.loop.skipped, search.loop.unlabelled),
+        ("validation", job.done, job.skipped, job.unlabelled),
+        ("training", job.loop.taken, job.loop.skipped, job.loop.unlabelled),
     ):
         if steps and skipped == steps:
             advice = (
@@ -170,32 +166,33 @@ def _check_learned(search: LayerSearch) -> None:
             )
 
 
-def _record(search: LayerSearch) -> dict[str, Any]:
+def _record(job: LayerSearch) -> dict[str, Any]:
     return {
-        "steps": search.done,
-        "cost_in_steps": round(search.done * _cost(search), 3),
-        "skipped_steps": search.skipped,
-        "skipped_inner_steps": search.loop.skipped,
-        "unlabelled_steps": search.unlabelled,
-        "unlabelled_inner_steps": search.loop.unlabelled,
-        "seed": search.seed,
-        "rows": {name: len(getattr(search.splits, name)) for name in ("train", "validation")},
-        "repeated_rows": search.splits.repeated,
-        **{name: _last(search, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
+        "steps": job.done,
+        "cost_in_steps": round(job.done * _cost(job), 3),
+        "skipped_steps": job.skipped,
+        "skipped_inner_steps": job.loop.skipped,
+        "unlabelled_steps": job.unlabelled,
+        "unlabelled_inner_steps": job.loop.unlabelled,
+        "seed": job.seed,
+        "rows": {name: len(getattr(job.splits, name)) for name in ("train", "validation")},
+        "repeated_rows": job.splits.repeated,
+        **({} if job.search.hypergrad == "direct" else {"rough": round(job.rough, 4)}),
+        **{name: _last(job, name) for name in ("loss", "validation_loss", "sum_alpha", "max_alpha_hat")},
     }
 
 
-def _last(search: LayerSearch, name: str) -> float | None:
+def _last(job: LayerSearch, name: str) -> float | None:
     """The last value that is a number: a step that was skipped has no loss."""
-    return next((row[name] for row in reversed(search.history) if math.isfinite(row[name])), None)
+    return next((row[name] for row in reversed(job.history) if math.isfinite(row[name])), None)
 
 
-def _cost(search: LayerSearch) -> float:
-    inner = search.inner
-    return cost_of_step(search.search, inner.batch_size * inner.accumulation, search.sizes["validation"])
+def _cost(job: LayerSearch) -> float:
+    inner = job.inner
+    return cost_of_step(job.search, inner.batch_size * inner.accumulation, job.sizes["validation"])
 
 
-def cost_of_step(search: Search, rows: int, outer_rows: int) -> float:
+def cost_of_step(search: SearchedLayers, rows: int, outer_rows: int) -> float:
     """Of one step on α, in training steps of `rows` rows: rows through forward and backward, and twice those of a double backward.
 
     Args:
@@ -205,22 +202,18 @@ def cost_of_step(search: Search, rows: int, outer_rows: int) -> float:
     return search.inner_steps + unrolled + outer_rows * search.outer_batches / rows
 
 
-log = logging.getLogger(__name__)
-
-Listener = Callable[[dict[str, Any]], None]
-
-
 class LayerSearch:
     """A search in progress, one outer step at a time; `weftlora.search_layers` runs one from its start to its end.
 
     Args:
         model: a PeftModel; its adapter `adapter` has layers=`search`, and is the active one.
+        max_samples: rows used at most; None takes what the search says.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        search: Search,
+        search: SearchedLayers,
         inner: Inner,
         train: Rows,
         validation: Rows | None = None,
@@ -229,44 +222,54 @@ class LayerSearch:
         collate: Collate | None = None,
         loss: Loss | None = None,
         seed: int = 0,
+        max_samples: int | None = None,
+        training: int | None = None,
     ):
+        """`training`: steps of the training that it is the search of, where there is one: a bound of its cost is a share of these."""
         if list(model.active_adapters) != [adapter]:
             raise ConfigError(
                 f"adapter {adapter!r} is to be searched, but active is {', '.join(model.active_adapters) or 'none'}: the steps "
                 f"would train that; call model.set_adapter({adapter!r}) first."
             )
         self.model, self.search, self.seed = model, search, seed
-        optimizer = "sign_sgd" if search.preset == "released" else inner.optimizer
+        optimizer = search.inner_optimizer or inner.optimizer
         self.inner = dataclasses.replace(inner, optimizer=optimizer, lr=search.inner_lr or inner.lr)
         self.adapter_config: dict[str, Any] = model.peft_config[adapter].to_dict()
         if search.hypergrad == "direct" and search.inner_steps > 1:
             log.warning("the direct hypergradient ignores all of the %d inner steps: it is biased", search.inner_steps)
-        self.splits = split(train, validation, search, seed)
+        self.splits = split(train, validation, search, seed, max_samples)
         self._rows = {"train": train, "validation": train if validation is None else validation}
         self._collate = collate or stack
         self.sizes = {"train": inner.batch_size, "validation": self._outer_size()}
         if search.hypergrad == "unrolled_exact":
             check_exact(model)
         self.gates = Gates(groups_of(model, adapter, search.granularity))
-        check_counts(len(self.gates.groups), search.top_k, search.min_layers)  # before the search, not after
+        search.check_groups(len(self.gates.groups))  # before the search, not after
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
         processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
-        self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
-        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps)
+        self.steps = search.steps or self._default_steps(training)
+        self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
+        self.alpha_optimizer = search.optimizer(self.alpha)
+        self._reach = max(float(group["lr"]) for group in self.alpha_optimizer.param_groups)  # how far a step moves α
+        self.loop = InnerLoop(model, self.passes, self.inner, self.steps * search.inner_steps, self._reach)
         self.cycles = {
             "train": Cycle(len(self.splits.train), seed),
             "validation": Cycle(len(self.splits.validation), seed + 1),
         }
-        self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
-        kind = torch.optim.Adam if search.alpha_optimizer == "adam" else torch.optim.SGD
-        self.alpha_optimizer: torch.optim.Optimizer = kind(
-            [self.alpha], lr=search.alpha_lr
-        )  # no decay: it would pull to uniform
         self.done, self.skipped, self.unlabelled, self.last_move, self.seconds = 0, 0, 0, 0.0, 0.0
+        self.rough = 0.0
+        """Of the unrolled hypergradients so far, the largest `weftlora.search.hypergradient.Unrolled.rough`."""
         self.history: list[dict[str, Any]] = []
         self.norms = torch.zeros_like(self.alpha.detach())
+
+    def _default_steps(self, training: int | None) -> int:
+        """`search_epochs`, or as many as `max_share` of the training pays for."""
+        steps = max(1, int(self.search.search_epochs * len(self.splits.train) / self._rows_per_step))
+        if training is None or self.search.max_share is None:
+            return steps
+        return max(1, min(steps, int(self.search.max_share * training / _cost(self))))
 
     @property
     def _rows_per_step(self) -> int:
@@ -299,7 +302,7 @@ class LayerSearch:
                 site.awaits_search = was
         self.done += 1
         self.seconds += time.perf_counter() - started
-        alpha_hat = weights(self.alpha.detach())
+        alpha_hat = self.search.alpha_hat(self.alpha.detach())
         row = {
             "step": self.done,
             "loss": losses[-1],
@@ -312,7 +315,7 @@ class LayerSearch:
         self.history.append(row)
         return row
 
-    def _inner_steps(self) -> tuple[list[float], list[Taken]]:
+    def _inner_steps(self) -> tuple[list[float], list[InnerStep]]:
         k, unrolled = self.search.inner_steps, self.search.hypergrad != "direct"
         window = (self.search.unroll_steps or k) if unrolled else 0
         losses, taken = [], []
@@ -327,7 +330,7 @@ class LayerSearch:
                 self.norms += self.gates.gradient_norms(by_id)
         return losses, taken
 
-    def _outer_step(self, taken: Sequence[Taken]) -> tuple[float, bool]:
+    def _outer_step(self, taken: Sequence[InnerStep]) -> tuple[float, bool]:
         loss, gradient = self.hypergradient(taken)
         if gradient is None:
             self.skipped += 1
@@ -340,13 +343,13 @@ class LayerSearch:
         self.gates.write(self.search.gates(self.alpha.detach()))
         return loss, True
 
-    def hypergradient(self, taken: Sequence[Taken] = ()) -> tuple[float, Tensor | None]:
+    def hypergradient(self, taken: Sequence[InnerStep] = ()) -> tuple[float, Tensor | None]:
         """The validation loss of the next outer batch and its gradient [N] fp64 for α; None where one is no number.
 
         That is so where all labels of the batch are ignored, too: there is no loss then, which `unlabelled` counts.
         """
         batches = self._batches("validation", self.search.outer_batches)
-        passed = self.passes.backward(batches, training=False, summed=self.search.preset == "released")
+        passed = self.passes.backward(batches, training=False, summed=self.search.summed)
         if not passed.labelled:
             self.unlabelled += 1
             if self.unlabelled == 1:
@@ -363,7 +366,8 @@ class LayerSearch:
                 if exact
                 else by_differences(self.passes, self.search, self.alpha)
             )
-            gradient = adjoint(taken, passed.theta, gradient, product)
+            unrolled = adjoint(taken, passed.theta, gradient, product, self._reach)
+            gradient, self.rough = unrolled.gradient, max(self.rough, unrolled.rough)
         return passed.loss, gradient if bool(gradient.isfinite().all()) else None
 
     def _batches(self, part: str, count: int) -> list[Batch]:
@@ -398,7 +402,7 @@ class LayerSearch:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next outer step depends on; taken between outer steps. All processes call it together."""
-        return taken(self)
+        return state_of(self)
 
     def load_state_dict(self, found: dict[str, Any]) -> None:
         """Continue from `state_dict`. Raises RunError if it is of another model or other rows."""

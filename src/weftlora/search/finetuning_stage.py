@@ -25,9 +25,9 @@ from weftlora.adapted.updates import base_of
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
+from weftlora.host.stock_lora import replace_module
 from weftlora.search.groups import own_factors, shared_between
 from weftlora.search.selection import Selection
-from weftlora.terms.layers.search import search_of
 
 
 def second_stage(
@@ -50,7 +50,7 @@ def second_stage(
         ConfigError: the adapter is not one that was searched, or a restart would drop other adapters of the model.
     """
     config = model.peft_config.get(adapter)
-    search = search_of(config.layers) if isinstance(config, WeftConfig) else None
+    search = config.layers.search if isinstance(config, WeftConfig) else None
     if not isinstance(config, WeftConfig) or search is None:
         raise ConfigError(f"adapter {adapter!r} was not searched: give the model that weftlora.search_layers trained.")
     finetune = finetune or search.finetune
@@ -75,7 +75,7 @@ def unload(model: PeftModel) -> nn.Module:
     originals = {name: m.original_module for name, m in wrapped}
     base: nn.Module = model.unload()
     for name, module in originals.items():
-        _put(base, name, module)
+        replace_module(base, name, module)
     return base
 
 
@@ -94,7 +94,7 @@ def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
             layer.delete_adapter(adapter)
             layer._active_adapter = active
             if not layer.weft_site:
-                _put(base, name, layer.get_base_layer())
+                replace_module(base, name, layer.get_base_layer())
     groups = [[layers[name].site(adapter) for name in c.modules] for c in selection.chosen]
     folds = _fold(groups)
     for site in (site for group in groups for site in group):
@@ -103,11 +103,6 @@ def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
     config.layers = replace(selection.layers, gated=not folds)
     tuner = model.base_model
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in kept]
-
-
-def _put(base: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(base.get_submodule(parent), last, module)
 
 
 def _fold(groups: list[list[Site]]) -> bool:

@@ -46,7 +46,7 @@ def groups_of(model: nn.Module, adapter: str, granularity: str) -> list[Group]:
         site, block = layer.site(adapter), blocks.of(layer.module_name)
         if site.layer_gate is None:
             raise ConfigError(
-                f"adapter {adapter!r} has no layer gates to search with: give its config layers=Search()."
+                f"adapter {adapter!r} has no layer gates to search with: give its config layers=weftlora.Search()."
             )
         name = layer.module_name if granularity == "module" or block is None else block
         number = None if block is None else blocks.number[block]

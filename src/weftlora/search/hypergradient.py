@@ -1,21 +1,28 @@
-"""The hypergradient through inner steps: reverse accumulation with one Hessian-vector product per step.
+"""The inner steps of a search, which train θ while α stands still, and the hypergradient through them.
 
-    θ_{k+1} = (1 − η_k w) θ_k − P_k m_{k+1}          m_{k+1} = β₁ m_k + (1 − β₁) c_k ∇_θ R_k(θ_k, α)
+Reverse accumulation, with one Hessian-vector product per step:
 
-    λ = ∇_θ R_val(θ_K, α);   g = ∂_α R_val(θ_K, α);   μ = 0;   for k = K−1 … 0:
-        m̄ = μ − P_k λ;   ḡ = (1 − β₁) c_k m̄
-        λ ← (1 − η_k w) λ + ∇²_θθ R_k ḡ;   g ← g + (∂_α ∇_θ R_k)ᵀ ḡ;   μ ← β₁ m̄
+    γ_k = ∇_θ R_k(θ_k, α);   n = ‖γ_k‖;   g_k = c_k γ_k,  c_k = min(1, M / n)                           clipping
+    m_{k+1} = β₁ m_k + (1 − β₁) g_k;      v_{k+1} = β₂ v_k + (1 − β₂) g_k²
+    θ_{k+1} = (1 − η_k w) θ_k − η_k (m_{k+1} / b₁) / d,   d = √(v_{k+1} / b₂) + ε,   b_i = 1 − β_i^{t+1}
 
-SGD: P = η, β₁ = 0. Adam: P = η · (bias-corrected 1 / (√v + ε)), with the second moment v held constant. c_k is the factor
-of gradient clipping, held constant too. What happened before the first of the K steps is a constant (warm start).
+    λ = ∇_θ R_val(θ_K, α);   g = ∂_α R_val(θ_K, α);   μ = ν = 0;   for k = K−1 … 0:
+        m̄ = μ − P λ,   P = η_k / (b₁ d);      v̄ = ν + Q λ,   Q = η_k m_{k+1} / (2 b₁ d² √(v_{k+1} b₂))
+        ḡ = (1 − β₁) m̄ + 2 (1 − β₂) g_k v̄
+        γ̄ = c_k (ḡ − γ_k ⟨γ_k, ḡ⟩ / n²) where clipping binds, else ḡ
+        λ ← (1 − η_k w) λ + ∇²_θθ R_k γ̄;   g ← g + (∂_α ∇_θ R_k)ᵀ γ̄;   μ ← β₁ m̄;   ν ← β₂ v̄
 
-Finite differences give both products from one pair of first-order passes at θ_k ± ε ḡ, with ε = c / ‖ḡ‖; the exact way is
+SGD: P = η, Q = 0, β₁ = 0. sign-SGD: P = Q = 0, because a sign does not move with its number. What happened before the first of
+the K steps is a constant (warm start).
+
+Where Adam has seen next to nothing of an element, its step is nearly η sign(g): the derivative is a spike of height η / ε at g = 0
+and nothing beside it, while a step on α that turns the sign moves θ by 2 η. How much that can be is `Unrolled.rough`.
+
+Finite differences give both products from one pair of first-order passes at θ_k ± ε γ̄, with ε = c / ‖γ̄‖; the exact way is
 a double backward through the reference path of the kernel.
 
 Source: the adjoint and the finite differences are ours (specs), the choice c = 1e-2 is that of DARTS, arXiv 1806.09055.
 Flexora's text speaks of unrolled differentiation, its released code keeps the direct term only.
-
-The inner optimiser: what trains θ while α stands still, and what the adjoint needs to know of each of its steps.
 """
 
 from __future__ import annotations
@@ -24,7 +31,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -37,49 +44,96 @@ from weftlora.kernel import use_reference
 from weftlora.schedule import processes
 from weftlora.search.batches import Batch, Passed, Passes, Random, math_attention
 from weftlora.settings import is_number, is_whole
-from weftlora.terms.layers.search import Search
+from weftlora.terms.layers import SearchedLayers
 
-Product = Callable[["Taken", list[Tensor]], tuple[list[Tensor], Tensor]]
+log = logging.getLogger(__name__)
+
+Product = Callable[["InnerStep", list[Tensor]], tuple[list[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
-class Taken:
+class InnerStep:
     """One inner step, as much of it as the adjoint needs; lists go with the parameters."""
 
     theta: list[Tensor]  # before the step
     batches: Sequence[Batch]
     random: Random  # before the passes of the step
-    clip: float  # what the gradient was multiplied with
+    gradients: list[Tensor]  # γ, not clipped
+    clip: float  # c
     keep: list[float]  # 1 − η w
     push: list[Tensor | float]  # P
-    beta: float  # β₁
+    bend: list[Tensor | float]  # Q
+    betas: tuple[float, float] = (0.0, 0.0)
+    turning: list[Tensor | float] = field(
+        default_factory=list
+    )  # η where the step may turn from one sign to the other, else 0
+
+    def jumps(self, lam: Sequence[Tensor]) -> float:
+        """Σ (η λ_p)² over the elements whose step may turn: by how much that may change R, squared."""
+        return sum(
+            float((t * value.double()).square().sum())
+            for t, value in zip(self.turning, lam, strict=True)
+            if isinstance(t, Tensor)
+        )
+
+    def back(
+        self, lam: Sequence[Tensor], mu: Sequence[Tensor], nu: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """γ̄, and μ and ν of the step before."""
+        (first, second), clip = self.betas, self.clip
+        m = [u - p * value for u, p, value in zip(mu, self.push, lam, strict=True)]
+        v = [u + q * value for u, q, value in zip(nu, self.bend, lam, strict=True)]
+        bar = [(1 - first) * a + 2 * (1 - second) * clip * g * b for a, b, g in zip(m, v, self.gradients, strict=True)]
+        if clip < 1:
+            norm = _dot(self.gradients, self.gradients)
+            along = _dot(self.gradients, bar) / norm
+            bar = [clip * (b - along * g) for b, g in zip(bar, self.gradients, strict=True)]
+        return bar, [first * each for each in m], [second * each for each in v]
 
 
-def adjoint(steps: Sequence[Taken], lam: list[Tensor], g_n: Tensor, product: Product) -> Tensor:
-    """g [N] fp64 with the inner steps differentiated; `lam` and `g_n` are the validation gradients at the last θ."""
+@dataclass(frozen=True)
+class Unrolled:
+    """g [N] fp64 with the inner steps differentiated.
+
+    `rough`: how large what elements of Adam that turn may add to g is, beside g. A derivative does not see it: at 0 it is good to
+    the last digit, above 1 it says little of a step on α.
+    """
+
+    gradient: Tensor
+    rough: float
+
+
+def adjoint(steps: Sequence[InnerStep], lam: list[Tensor], g_n: Tensor, product: Product, reach: float) -> Unrolled:
+    """`lam` and `g_n` are the validation gradients at the last θ; `reach` is how far a step moves α."""
     mu = [torch.zeros_like(value) for value in lam]
+    nu = [torch.zeros_like(value) for value in lam]
+    jumps = 0.0
     for step in reversed(steps):
-        bar = [m - p * value for m, p, value in zip(mu, step.push, lam, strict=True)]
-        towards = [(1 - step.beta) * step.clip * b for b in bar]
+        jumps += step.jumps(lam)
+        towards, mu, nu = step.back(lam, mu, nu)
         theta, alpha = product(step, towards)
         lam = [k * value + u for k, value, u in zip(step.keep, lam, theta, strict=True)]
         g_n = g_n + alpha
-        mu = [step.beta * b for b in bar]
-    return g_n
+    norm = float(g_n.norm())
+    return Unrolled(g_n, math.sqrt(jumps) / (reach * norm) if norm else 0.0)
 
 
-def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return float(torch.stack([(a.double() * b.double()).sum().cpu() for a, b in zip(one, other, strict=True)]).sum())
+
+
+def by_differences(passes: Passes, search: SearchedLayers, alpha_n: Tensor) -> Product:
     """H ḡ and (∂_α ∇_θ R)ᵀ ḡ by central differences; the perturbation of θ has norm `search.fd_step`."""
 
-    def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        norm = float(torch.stack([t.double().square().sum() for t in towards]).sum().sqrt())
+    def product(step: InnerStep, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        norm = math.sqrt(_dot(towards, towards))
         if not norm:
             return [torch.zeros_like(t) for t in towards], torch.zeros_like(alpha_n.detach())
         eps = search.fd_step / norm
         sides = []
         for sign in (eps, -eps):
             with (
-                at(passes.params, [v + sign * t for v, t in zip(step.theta, towards, strict=True)]),
+                parameters_at(passes.params, [v + sign * t for v, t in zip(step.theta, towards, strict=True)]),
                 step.random.replayed(),
             ):
                 sides.append(passes.backward(step.batches, training=True))
@@ -91,13 +145,13 @@ def by_differences(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
     return product
 
 
-def by_double_backward(passes: Passes, search: Search, alpha_n: Tensor) -> Product:
+def by_double_backward(passes: Passes, search: SearchedLayers, alpha_n: Tensor) -> Product:
     """The same products exactly, through the reference path and plain attention."""
 
-    def product(step: Taken, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def product(step: InnerStep, towards: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         alpha = alpha_n.detach().clone().requires_grad_()
         with (
-            at(passes.params, step.theta),
+            parameters_at(passes.params, step.theta),
             step.random.replayed(),
             in_mode(passes.model, training=True),
             use_reference(),
@@ -164,7 +218,7 @@ def check_exact(model: nn.Module) -> None:
 
 
 @contextmanager
-def at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+def parameters_at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
     """The parameters have these values inside the block, and their own again, bit for bit, after it."""
     before = [p.detach().clone() for p in params]
     try:
@@ -177,8 +231,6 @@ def at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[Non
             for p, value in zip(params, before, strict=True):
                 p.copy_(value)
 
-
-log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "sgd", "sign_sgd")
 SCHEDULES = ("cosine", "constant")
@@ -225,9 +277,11 @@ class InnerLoop:
 
     Args:
         steps: how many there will be, for the schedule.
+        reach: how far a step moves α.
     """
 
-    def __init__(self, model: nn.Module, passes: Passes, settings: Inner, steps: int):
+    def __init__(self, model: nn.Module, passes: Passes, settings: Inner, steps: int, reach: float = 0.0):
+        self.reach = reach
         self.passes, self.settings, self.total = passes, settings, steps
         groups = param_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
         adam = settings.optimizer == "adamw"
@@ -237,7 +291,7 @@ class InnerLoop:
         self.skipped = 0
         self.unlabelled = 0
 
-    def step(self, batches: Sequence[Batch], *, keep: bool) -> tuple[Passed, Taken | None]:
+    def step(self, batches: Sequence[Batch], *, keep: bool) -> tuple[Passed, InnerStep | None]:
         """One optimiser step; the second value, if `keep`, is for the adjoint.
 
         Where a gradient is no number, or all labels of the batches are ignored, the step is skipped and counted: a step of
@@ -257,16 +311,19 @@ class InnerLoop:
             return passed, None
         theta = [p.detach().clone() for p in self.passes.params] if keep else []
         clip = self._clip(passed.theta)
-        self._update(passed.theta, clip)
-        return passed, Taken(theta, batches, before, clip, *self._derivative()) if keep else None
+        derivative = self._update(passed.theta, clip)
+        if not keep:
+            return passed, None
+        return passed, InnerStep(theta, batches, before, passed.theta, clip, **derivative)
 
     def _clip(self, gradients: list[Tensor]) -> float:
         if not self.settings.max_grad_norm:
             return 1.0
-        norm = float(torch.stack([g.double().square().sum().cpu() for g in gradients]).sum().sqrt())
+        norm = math.sqrt(_dot(gradients, gradients))
         return min(1.0, self.settings.max_grad_norm / max(norm, 1e-12))
 
-    def _update(self, gradients: list[Tensor], clip: float) -> None:
+    def _update(self, gradients: list[Tensor], clip: float) -> dict[str, Any]:
+        """Take the step; see `_derivative`."""
         factor = 1.0
         if self.settings.schedule == "cosine":
             factor = 0.5 * (1 + math.cos(math.pi * (self.taken - 1) / self.total))
@@ -277,27 +334,28 @@ class InnerLoop:
             for p, g in zip(self.passes.params, gradients, strict=True):
                 p.grad = g.sign() if self.settings.optimizer == "sign_sgd" else g * clip
             self.optimizer.step()
+            return self._derivative()
         finally:
             for p, gradient in zip(self.passes.params, held, strict=True):
                 p.grad = gradient
 
-    def _derivative(self) -> tuple[list[float], list[Tensor | float], float]:
-        """1 − η w and P of every parameter, and β₁, of the step just taken."""
-        found: dict[int, tuple[float, Tensor | float]] = {}
-        beta = 0.0
+    def _derivative(self) -> dict[str, Any]:
+        """What the adjoint needs of the step just taken, beside θ and γ: fields of `InnerStep`."""
+        found: dict[int, tuple[float, Tensor | float, Tensor | float, Tensor | float]] = {}
+        betas = (0.0, 0.0)
         for group in self.optimizer.param_groups:
-            keep = 1 - group["lr"] * group["weight_decay"]
+            rate = group["lr"]
             for p in group["params"]:
-                push: Tensor | float = group["lr"]
+                push: Tensor | float = 0.0 if self.settings.optimizer == "sign_sgd" else rate
+                bend: Tensor | float = 0.0
+                turning: Tensor | float = 0.0
                 if isinstance(self.optimizer, torch.optim.AdamW):
-                    beta, beta2 = group["betas"]
-                    state = self.optimizer.state[p]
-                    t = float(state["step"])
-                    root = (state["exp_avg_sq"] / (1 - beta2**t)).sqrt()
-                    push = group["lr"] / (1 - beta**t) / (root + group["eps"])
-                found[id(p)] = (keep, push)
-        keeps, pushes = zip(*(found[id(p)] for p in self.passes.params), strict=True)
-        return list(keeps), list(pushes), beta
+                    betas = group["betas"]
+                    push, bend = _adam(self.optimizer.state[p], group)
+                    turning = rate * _may_turn(self.optimizer.state[p], p, betas[1], self.reach)
+                found[id(p)] = (1 - rate * group["weight_decay"], push, bend, turning)
+        parts = zip(*(found[id(p)] for p in self.passes.params), strict=True)
+        return {**dict(zip(("keep", "push", "bend", "turning"), map(list, parts), strict=True)), "betas": betas}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on, beside θ."""
@@ -312,3 +370,24 @@ class InnerLoop:
         """Continue from `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.taken, self.skipped, self.unlabelled = state["taken"], state["skipped"], state["unlabelled"]
+
+
+def _adam(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """P and Q of one parameter after a step of Adam; Q is 0 where v is: there was no gradient yet, so m is 0 too."""
+    t, (first, second) = float(state["step"]), group["betas"]
+    b1, b2 = 1 - first**t, 1 - second**t
+    root = state["exp_avg_sq"].sqrt() / math.sqrt(b2)
+    push = group["lr"] / b1 / (root + group["eps"])
+    bend = push * state["exp_avg"] / (2 * b2 * root * (root + group["eps"]))
+    return push, bend.where(root > 0, 0.0)
+
+
+def _may_turn(state: dict[str, Any], p: Tensor, second: float, reach: float) -> Tensor:
+    """Which elements' steps may turn from one sign to the other when α moves by `reach`.
+
+    Their gradient then moves by about `reach` of what is usual in their tensor, and all of theirs so far were smaller than that.
+    An element that never had one (A while B = 0) stays where it is for every α.
+    """
+    assert p.grad is not None
+    seen, usual = state["exp_avg_sq"], p.grad.double().square().mean()
+    return ((seen <= 2 * (1 - second) * reach**2 * usual) & (seen > 0)).double()

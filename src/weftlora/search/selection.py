@@ -14,9 +14,10 @@ from typing import Any, cast
 from peft import LoraConfig
 from torch import nn
 
+from weftlora.disk.files import write_text
 from weftlora.errors import ConfigError, TargetError
 from weftlora.extras import needs
-from weftlora.search.rules import Stability, stability
+from weftlora.search.stability import Stability, stability
 from weftlora.terms.layers.only import Only
 
 FORMAT = 1
@@ -139,8 +140,8 @@ class Selection:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the selection as JSON."""
-        Path(path).write_text(self.text(), encoding="utf-8")
+        """Write the selection as JSON, whole or not at all. Raises RunError if the file cannot be written."""
+        write_text(Path(path), self.text())
 
     def text(self) -> str:
         """The selection as JSON."""

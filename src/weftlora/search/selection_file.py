@@ -5,7 +5,6 @@ People read the file, and edit it: what they choose by hand belongs into a recip
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,8 +12,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from weftlora.errors import ConfigError, unknown_key
+from weftlora.foreign_json import from_json
 from weftlora.search.hypergradient import Inner
 from weftlora.sections import RecipeSection
+from weftlora.terms.axes import AXES
 from weftlora.terms.layers.search import Search
 
 
@@ -68,7 +69,7 @@ def read(path: str | Path, newest: int) -> dict[str, Any]:
     `newest`: the highest format that can be read.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is no saved selection ({error}): give the file that Selection.save wrote.") from None
     if not isinstance(content, dict) or "format" not in content:
@@ -89,8 +90,11 @@ def read(path: str | Path, newest: int) -> dict[str, Any]:
 def _check(content: dict[str, Any]) -> None:
     file = _File.parse(content)
     Lora.parse({key: file.adapter[key] for key in Lora.model_fields if key in file.adapter})
-    for name, section in (("search", Search), ("inner", Inner)):
-        _make(section, getattr(file, name), name)
+    own = dict(file.search)
+    searched = AXES["layers"].get(str(own.pop("kind", Search.kind)))
+    if searched is not None:  # of a choice from elsewhere nothing is made here, so its fields are for people to read
+        _make(searched, own, "search")
+    _make(Inner, file.inner, "inner")
     for i, group in enumerate(file.candidates):
         if group.selected and group.block is None and file.granularity == "block":
             raise ConfigError(f"candidates.{i}.block=None is selected, and blocks are selected by their numbers")

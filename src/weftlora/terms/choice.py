@@ -35,6 +35,8 @@ class Choice(ABC):
     """Why it needs a structure inside the equation, as a clause; None where it goes with one outside too."""
     headline: ClassVar[tuple[str, ...] | None] = ()
     """Its fields that a line about the adapter tells. None: it is the default of its axis and goes without saying."""
+    earlier: ClassVar[Mapping[int, Mapping[str, Any]]] = {}
+    """Format of a config → what fields stand for in one of it or before, where it does not name them: what they were then."""
     takes: ClassVar[tuple[type, ...]] = ()
     """Plain values that stand for it in a config: a list is `Only(list)`."""
 

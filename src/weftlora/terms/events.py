@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,13 +28,14 @@ Event = dict[str, Any]
 
 @dataclass
 class Length:
-    """How long the run is, where that is known: optimiser steps in all, and per pass over the data."""
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step."""
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
+    tokens_per_step: float | None = None
 
 
-class Lettered(Protocol):
+class StructureView(Protocol):
     """The tensors of a site's structure, as far as an event needs them."""
 
     def factors(self, scale: float) -> Factors:
@@ -42,7 +43,7 @@ class Lettered(Protocol):
         ...
 
 
-class Resting(Protocol):
+class BoostView(Protocol):
     """The tensors of a site's boost, as far as an event needs them."""
 
     def rest(self) -> list[nn.Parameter]:
@@ -57,12 +58,12 @@ class SiteView(Protocol):
     mask: Tensor | None
 
     @property
-    def structure(self) -> Lettered:
+    def structure(self) -> StructureView:
         """Who owns A and B."""
         ...
 
     @property
-    def boost(self) -> Resting | None:
+    def boost(self) -> BoostView | None:
         """Extra slots, if there are some."""
         ...
 
@@ -107,6 +108,11 @@ class Validation(Protocol):
         """How many rows there are."""
         ...
 
+    @property
+    def tokens(self) -> float | None:
+        """Of a row, on average over some; None where they cannot be counted."""
+        ...
+
     def draw(self, count: int, seed: str) -> Mapping[str, Tensor]:
         """`count` rows (all, if there are fewer) chosen by `seed` alone, as one batch on the model's device."""
         ...
@@ -115,7 +121,7 @@ class Validation(Protocol):
         """The model's loss on a batch as things are now: in evaluation mode, without a graph; nothing in the model changes."""
         ...
 
-    def slots(self, choice: Any) -> Any:
+    def slots(self, choice: SlotScoring) -> Any:
         """What scores rank slots on these rows by the rule of `choice`: a `weftlora.schedule.rank_slots.Scorer`."""
         ...
 
@@ -156,7 +162,7 @@ class Controller(Protocol):
         ...
 
 
-class Applied(NamedTuple):
+class LaunchEffect(NamedTuple):
     """What a launch did at one site."""
 
     told: dict[str, Any]
@@ -165,7 +171,7 @@ class Applied(NamedTuple):
     """What starts fresh: an optimiser's moments of what it was before are dropped."""
 
 
-class Launched(Protocol):
+class LaunchSettings(Protocol):
     """What the config says of when, and by which rule directions of W are ranked."""
 
     @property
@@ -192,7 +198,7 @@ class Launch(Protocol):
         ...
 
     @property
-    def choice(self) -> Launched:
+    def choice(self) -> LaunchSettings:
         """Its part of the config."""
         ...
 
@@ -204,13 +210,66 @@ class Launch(Protocol):
         """How many directions it has room for there."""
         ...
 
-    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """Put the directions in, σ_max of W being `largest`."""
         ...
 
     def gap(self) -> str:
         """What becomes of slots that no direction is left for, as the end of a sentence."""
         ...
+
+
+class SlotScoring(Protocol):
+    """What the config says of how rank slots are scored on validation rows; fields as in `weftlora.Reallocate`."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def score(self) -> str: ...
+    @property
+    def way(self) -> str: ...
+    @property
+    def terms(self) -> Literal["both", "last_in", "first_in"]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def chunk_tokens(self) -> int | None: ...
+
+
+class SlotMoves(SlotScoring, Protocol):
+    """What it says of rounds that score slots and move them; fields as in `weftlora.Reallocate`."""
+
+    @property
+    def first(self) -> Time: ...
+    @property
+    def every(self) -> Time: ...
+    @property
+    def max_rounds(self) -> int: ...
+    @property
+    def move(self) -> Literal["types", "modules"] | int: ...
+    @property
+    def all_lost(self) -> str: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def resample(self) -> bool: ...
+    @property
+    def shortlist_factor(self) -> int: ...
+    @property
+    def grace_rounds(self) -> int: ...
+    @property
+    def revive(self) -> bool: ...
+    @property
+    def check(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def needs_data(self) -> bool: ...
+    @property
+    def auto(self) -> bool: ...
+    def decided(self, way: str) -> SlotMoves: ...
 
 
 class Timeline(Protocol):
@@ -225,8 +284,8 @@ class Timeline(Protocol):
         """A controller that ranks the directions of every W after the step `launch.choice` names, and applies."""
         ...
 
-    def move_slots(self, choice: Any) -> Controller:
-        """A controller that scores rank slots in rounds, decides, and moves them between sites, as `Reallocate` says."""
+    def move_slots(self, choice: SlotMoves) -> Controller:
+        """A controller that scores rank slots in rounds, decides, and moves them between sites, as `choice` says."""
         ...
 
     def forget(self, parameter: nn.Parameter) -> None:

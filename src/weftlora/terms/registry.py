@@ -233,7 +233,7 @@ def _offer_of(term: type) -> Offer | None:
     return _loaded.get(term)
 
 
-def made(term: type, axis: str, kind: str, fields: Mapping[str, Any]) -> Any:
+def from_plain(term: type, axis: str, kind: str, fields: Mapping[str, Any]) -> Any:
     """A choice of the class `term` from plain data. Raises ConfigError naming a field that is unknown, missing or cannot be."""
     known = [item for item in dataclasses.fields(term) if item.init]
     valid = [item.name for item in known]

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weftlora.errors import ConfigError
 from weftlora.extras import needs
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from weftlora.runs.recipe import Recipe
-    from weftlora.train.evaluation import Evaluation, Generation
+    from weftlora.train.evaluation import Conversation, Evaluation, Generation
+    from weftlora.train.previewing import Preview
 
-__all__ = ["Progress", "Run", "Tick", "evaluate", "generate", "newest_checkpoint", "train"]
+__all__ = ["Progress", "Run", "Tick", "chat", "evaluate", "generate", "newest_checkpoint", "preview", "train"]
 
 
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe,
     *overrides: str,
     resume: bool = False,
+    extend: bool = False,
     overwrite: bool = False,
     verify_base: bool = True,
     progress: Progress = ignore,
@@ -37,6 +40,9 @@ def train(
         overrides: `key=value` with dots, such as `train.lr=1e-3`; values are YAML.
         resume: continue the run in `out` from its newest complete checkpoint. On a CPU the final adapter is the
             uninterrupted run's, bit for bit. A complete run is returned as it is.
+        extend: go on with a complete run, whose folder `recipe` is, to the longer `train.steps` of the overrides: a new run, by
+            default in a folder of its name and those steps, from the last checkpoint, with its optimiser. The schedule begins again
+            over the added steps, so it is not the run that would have been.
         overwrite: replace an earlier run in `out`; your own files in it stay.
         verify_base: identify the base's weights by their content, in the background. False on network disks that are slow to read;
             the run records it, and a base whose values were changed later is then found by a sample of them only.
@@ -48,18 +54,58 @@ def train(
         RunError: the run folder is in use, cannot be written, or is not one to resume.
     """
     with needs("train", "weftlora.train"):
-        from weftlora.runs.recipe import asked
+        from weftlora.runs.recipe import asked, asked_to_extend
 
-        read, before = asked(recipe, overrides, resume)
+        if extend and resume:
+            raise ConfigError("resume goes on with a run as it was, and extend with a longer one: give one of them.")
+        read, before = asked_to_extend(recipe, overrides) if extend else asked(recipe, overrides, resume)
         from weftlora.train import loop
 
-        return loop.train(read, before, overwrite, verify_base, progress, callbacks)
+        return loop.train(
+            read,
+            None if extend else before,
+            overwrite,
+            verify_base,
+            progress,
+            callbacks,
+            extends=before if extend else None,
+        )
+
+
+def preview(
+    recipe: str | Path | Mapping[str, Any] | Recipe | Run,
+    *overrides: str,
+    model: bool = True,
+    rows: int = 3,
+    progress: Progress = ignore,
+) -> Preview:
+    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learnt, time and memory.
+
+    Nothing is written. Time and memory are measured by a few passes of the recipe's own model over its rows, on this machine.
+
+    Args:
+        recipe: as for `train`; also a run or its folder.
+        model: load the model; without it no time and no memory are estimated.
+        rows: training rows to show as the model is given them.
+        progress: called with a `Tick` after every pass.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work.
+    """
+    with needs("train", "weftlora.preview"):
+        if isinstance(recipe, (str, Path)) and not (Path(recipe) / "run.json").is_file():
+            from weftlora.runs.recipe import asked
+
+            asked(recipe, overrides)
+        from weftlora.train import previewing as module
+
+        return module.preview(recipe, overrides, model, rows, progress)
 
 
 def evaluate(
     run: Run | str | Path | Recipe,
     *overrides: str,
-    split: str = "test",
+    split: str | None = None,
     limit: int | None = None,
     adapter: str = "trained",
     base: str | None = None,
@@ -73,7 +119,7 @@ def evaluate(
     Args:
         run: a run or its folder; with `adapter="none"` also a recipe, whose frozen base is measured.
         overrides: `key=value` changes to the recipe's data section.
-        split: `test` or `validation`.
+        split: `test` or `validation`; without it the test rows, or the validation rows where there are none.
         limit: at most so many rows, the first ones.
         adapter: `trained`, or `none` for the frozen base of a run (`eval-<split>-base.json`).
         base: where the base lies now, if not where it was trained on.
@@ -98,21 +144,30 @@ def evaluate(
 
 def generate(
     run: Run | str | Path,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: str | Sequence[dict[str, str]] | Mapping[str, Any],
     *,
+    system: str | None = None,
+    raw: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     base: str | None = None,
 ) -> Generation:
-    """Answer a prompt (or chat messages) with a run, its folder, or a bare adapter folder.
+    """Answer a prompt with a run, its folder, or a bare adapter folder.
+
+    What the run was trained on decides what a text becomes: the user's turn in the chat template, the prompt template filled in, or
+    the text as it stands.
 
     Args:
+        prompt: a text; chat messages; or the columns of `data.prompt_template`, by name.
+        system: a system turn before it, for runs that were trained on conversations.
+        raw: take the text as it stands, whatever the run was trained on.
         temperature: 0 is greedy; above, tokens are sampled with `seed`.
         base: where the base lies now, if not where the adapter says.
 
     Raises:
         AdapterError: no adapter, a newer format, or another base than the adapter's own.
+        ConfigError, DataError: a prompt that the run has no place for.
         ModelError: the base is missing, or the run is a classifier.
     """
     if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
@@ -120,7 +175,36 @@ def generate(
     with needs("train", "weftlora.generate"):
         from weftlora.train import evaluation as module
 
-        return module.generate(run, prompt, max_new_tokens, temperature, seed, base)
+        return module.generate(run, prompt, system, raw, max_new_tokens, temperature, seed, base)
+
+
+def chat(
+    run: Run | str | Path,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    base: str | None = None,
+) -> Conversation:
+    """Open a run to talk to: `weftlora.chat(run).say("hello").text`, turn after turn, with the model loaded once.
+
+    Args:
+        system: a system turn before all others, for runs that were trained on conversations.
+        temperature: 0 is greedy; above, tokens are sampled with `seed`.
+        base: where the base lies now, if not where the adapter says.
+
+    Raises:
+        AdapterError: no adapter, a newer format, or another base than the adapter's own.
+        ConfigError: a system turn for a run that has no place for one.
+        ModelError: the base is missing, or the run is a classifier.
+    """
+    if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
+        Run.load(run)
+    with needs("train", "weftlora.chat"):
+        from weftlora.train import evaluation as module
+
+        return module.chat(run, system, max_new_tokens, temperature, seed, base)
 
 
 def _check_source(source: Run | str | Path | Recipe, bare: bool) -> None:

@@ -101,6 +101,13 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
+def rate(config: TrainConfig) -> float:
+    """The peak learning rate, which a recipe has once its model is known (`weftlora.train.prepare`)."""
+    if config.lr is None:
+        raise ConfigError("train.lr is not known before the model is: name one.")
+    return config.lr
+
+
 def total_steps(config: TrainConfig, rows: int, processes: int = 1) -> int:
     """Optimiser steps of the whole run over `rows` training rows."""
     if config.steps is not None:
@@ -114,36 +121,56 @@ def steps_per_epoch(config: TrainConfig, rows: int, processes: int = 1) -> int:
     return max(1, math.ceil(batches / config.accumulation))
 
 
+MEASURED = 10
+"""How often a run is measured whose best checkpoint is kept, where it does not say how often."""
+
+
+def keeps_best(config: TrainConfig) -> bool:
+    """Whether a run ends with the checkpoint of its lowest validation loss."""
+    return config.best or config.early_stopping is not None
+
+
+def eval_interval(config: TrainConfig, steps: int) -> int | None:
+    """Optimiser steps between validation losses; None for one at the end."""
+    if config.eval_every is None and keeps_best(config):
+        return config.save_every or max(1, math.ceil(steps / MEASURED))
+    return config.eval_every
+
+
 def save_interval(config: TrainConfig, steps: int) -> int:
     """Optimiser steps between checkpoints; 0 for none."""
+    if config.save_every is None and keeps_best(config):
+        return eval_interval(config, steps) or 1
     return max(1, math.ceil(steps / 5)) if config.save_every is None else config.save_every
 
 
-def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool) -> TrainingArguments:
+def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool, before: int = 0) -> TrainingArguments:
     """The trainer's arguments: quiet, deterministic, writing nowhere but below `checkpoints`.
+
+    `before` steps of the run are those of the one that it extends: a fraction is of the others.
 
     Raises:
         ConfigError: a value in `train.args` that transformers refuses.
     """
-    every = save_interval(config, steps)
+    every, measured = save_interval(config, steps), eval_interval(config, steps)
     values: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "per_device_train_batch_size": config.batch_size,
         "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulation,
         "max_steps": steps,
-        "learning_rate": config.lr,
+        "learning_rate": rate(config),
         "lr_scheduler_type": config.schedule,
         # a fraction of the run is worked out here: transformers before 5 takes whole steps only
-        "warmup_steps": int(config.warmup) if config.warmup >= 1 else math.ceil(steps * config.warmup),
+        "warmup_steps": int(config.warmup) if config.warmup >= 1 else math.ceil((steps - before) * config.warmup),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optimizer,
         "seed": config.seed,
         "bf16": config.precision == "bf16",
         "fp16": config.precision == "fp16",
-        "eval_strategy": "steps" if validate and config.eval_every else "no",
-        "eval_steps": config.eval_every,
+        "eval_strategy": "steps" if validate and measured else "no",
+        "eval_steps": measured,
         "save_strategy": "steps" if every else "no",
         "save_steps": every or 500,
         "logging_steps": config.logging_every,
@@ -156,6 +183,7 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         "include_num_input_tokens_seen": "non_padding",
         "label_names": ["labels"],
         **_checkpointing(config),
+        **(_BEST if keeps_best(config) else {}),
         **config.args,
     }
     kind = arguments_class(config)
@@ -165,6 +193,9 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         return kind(**named(kind, values))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"transformers refuses the train section: {' '.join(str(error).split())}") from None
+
+
+_BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
 
 
 def _checkpointing(config: TrainConfig) -> dict[str, Any]:

@@ -9,7 +9,6 @@ that marks nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from weftlora.disk.files import sync_tree, write_json, writing
 from weftlora.disk.ownership import CHECKPOINT, files_of, inside
 from weftlora.errors import RunError
+from weftlora.foreign_json import from_json
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"
@@ -41,7 +41,7 @@ def _digest(path: Path) -> list[Any]:
 def problem(folder: Path) -> str:
     """What is wrong with a checkpoint that is marked complete, against its marker; empty if nothing is."""
     try:
-        said = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        said = from_json((folder / MARKER).read_text(encoding="utf-8"))
         if said["step"] != step_of(folder):
             return f"its marker is of step {said['step']}"
         for name, (size, digest) in said.get("files", {}).items():
@@ -51,7 +51,7 @@ def problem(folder: Path) -> str:
             if path.stat().st_size != size or _digest(path)[1] != digest:
                 return f"{name} has changed since it was written"
         told = folder / "trainer_state.json"
-        if told.is_file() and (step := json.loads(told.read_text(encoding="utf-8"))["global_step"]) != step_of(folder):
+        if told.is_file() and (step := from_json(told.read_text(encoding="utf-8"))["global_step"]) != step_of(folder):
             return f"its trainer_state.json is of step {step}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RunError) as error:
         return f"it cannot be read ({type(error).__name__})"
@@ -108,9 +108,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def drop(checkpoint: Path) -> None:
-    """Delete a checkpoint; the marker goes first, so no half-deleted one counts."""
+    """Delete a checkpoint; the marker goes first, so no half-deleted one counts. Raises RunError."""
     unmark(checkpoint)
-    shutil.rmtree(checkpoint)
+    with writing(checkpoint):
+        shutil.rmtree(checkpoint)
 
 
 def drop_incomplete(checkpoints: Path) -> None:
@@ -138,7 +139,7 @@ def folders(checkpoints: Path) -> list[Path]:
 def _is_unsigned(folder: Path) -> bool:
     """Whether Trainer finished its last file, the state, and nobody signed it."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = from_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return SIGNATURE not in (state.get("stateful_callbacks") or {})
+    except (OSError, ValueError, AttributeError, TypeError):
         return False
-    return SIGNATURE not in (state.get("stateful_callbacks") or {})

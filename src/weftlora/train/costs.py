@@ -24,6 +24,7 @@ What a run has none of, or the machine cannot tell, is absent.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ from weftlora.runs.run import Run
 from weftlora.train import checkpoint
 from weftlora.train.prepare import Prepared
 
+log = logging.getLogger(__name__)
+WORTH_SAYING = 5.0
+"""Seconds that somebody waits without wondering."""
 KEY = f"{checkpoint.SIGNATURE}.timed"
 """Of the sums in `TrainerState.stateful_callbacks`."""
 
@@ -66,6 +70,15 @@ class Timed:
 def timed(state: TrainerState) -> Timed:
     """The sums in a trainer's state. Raises KeyError where no `Stopwatch` has watched."""
     return Timed(**state.stateful_callbacks[KEY])
+
+
+def announce_measuring(sums: Timed, rows: Any) -> None:
+    """Say how long measuring a loss on these rows will take, where that is worth saying: a forward pass is under half of a step."""
+    if not sums.tokens:
+        return
+    seconds = 0.5 * sum(map(len, rows["input_ids"])) * sums.seconds / sums.tokens
+    if seconds > WORTH_SAYING:
+        log.info("measuring the validation loss on %d rows: about %.0f s", len(rows), seconds)
 
 
 class Stopwatch(TrainerCallback):

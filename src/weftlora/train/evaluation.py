@@ -7,9 +7,10 @@ predicted, since BLEU and F1 are no means over domains.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from weftlora.data import IGNORE, Collator, encode_prompt, generation_prompts
+from weftlora.data import IGNORE, Collator, generation_prompts
 from weftlora.data import load as load_data
 from weftlora.disk.files import write_json
 from weftlora.disk.lock import holding
@@ -30,50 +31,159 @@ from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Run
 from weftlora.runs.scores import Measured, accuracy, bleu, evaluating, exact_match, macro_f1, mean_loss, rouge_l
 from weftlora.train import prepare as preparing
+from weftlora.train.prompting import Message, Prompt, Prompting, prompt_ids, stop_at_turns
 
-Message = dict[str, str]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Generation(Record):
     """One answer. `finished` is False where `max_new_tokens` cut it off."""
 
-    prompt: str | list[Message]
+    prompt: str | list[Message] | dict[str, Any]
     text: str
     tokens: int
     finished: bool
     seconds: float
     tokens_per_s: float
+    given: str = ""
+    """What the model was given: the prompt in the chat template or the prompt template that the run was trained with."""
+    note: str = ""
+    """Why there is no answer, where it ended at once."""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers prompts, written out as its run was trained."""
+
+    trained: Trained
+    how: Prompting
+
+    @classmethod
+    def opened(cls, source: Run | str | Path, base: str | None) -> Speaker:
+        """A run, a run folder or an adapter folder, ready to answer; an adapter folder in its run's is that run.
+
+        Raises:
+            AdapterError, ModelError, RunError: as `open_source`; ModelError also for a classifier.
+        """
+        run = run_of(source)
+        trained, how = open_source(run if run is not None and run is source else source, base), Prompting.of(run)
+        if trained.task == "classification":
+            raise ModelError(f"{source} is a classifier and generates no text: use `weftlora eval` on it.")
+        stop_at_turns(trained, how.form)
+        return cls(trained, how)
+
+    def answer(
+        self, prompt: Prompt, system: str | None, raw: bool, max_new_tokens: int, temperature: float, seed: int
+    ) -> Generation:
+        """See `weftlora.train.generate`."""
+        tokenizer = self.trained.base.tokenizer
+        ids = prompt_ids(self.trained, self.how.written(prompt, system, raw))
+        started = time.monotonic()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            [answer] = complete(self.trained.model, tokenizer, [ids], max_new_tokens, temperature)
+        seconds = time.monotonic() - started
+        finished = bool(answer) and answer[-1] in stop_tokens(self.trained.model, tokenizer)
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        note = ""
+        if finished and not text.strip():
+            note = f"the answer ended at once: {self.how.reason(tokenizer, raw)}."
+            log.warning("%s", note)
+        shown: Any = (
+            prompt if isinstance(prompt, str) else dict(prompt) if isinstance(prompt, Mapping) else list(prompt)
+        )
+        rate = round(len(answer) / max(seconds, 1e-9), 1)
+        return Generation(shown, text, len(answer), finished, round(seconds, 4), rate, tokenizer.decode(ids), note)
 
 
 def generate(
     source: Run | str | Path,
-    prompt: str | Sequence[Message],
+    prompt: Prompt,
+    system: str | None,
+    raw: bool,
     max_new_tokens: int,
     temperature: float,
     seed: int,
     base: str | None,
 ) -> Generation:
     """See `weftlora.train.generate`."""
+    check_sampling(max_new_tokens, temperature)
+    Prompting.of(run_of(source)).written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
+    return Speaker.opened(source, base).answer(prompt, system, raw, max_new_tokens, temperature, seed)
+
+
+def check_sampling(max_new_tokens: int, temperature: float) -> None:
+    """Refuse what generates nothing. Raises ConfigError."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} leaves nothing to generate: give at least 1.")
     if temperature < 0:
         raise ConfigError(f"temperature={temperature} has no meaning: use 0 for greedy, or a positive number.")
-    trained = open_source(source, base)
-    if trained.task == "classification":
-        raise ModelError(f"{source} is a classifier and generates no text: use `weftlora eval` on it.")
-    tokenizer = trained.base.tokenizer
-    ids = _prompt_ids(trained, prompt)
-    started = time.monotonic()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        [answer] = complete(trained.model, tokenizer, [ids], max_new_tokens, temperature)
-    seconds = time.monotonic() - started
-    stop = stop_tokens(trained.model, tokenizer)
-    finished = bool(answer) and answer[-1] in stop
-    shown = prompt if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    return Generation(shown, text, len(answer), finished, round(seconds, 4), round(len(answer) / max(seconds, 1e-9), 1))
+
+
+class Conversation:
+    """A run to talk to, as `weftlora.chat` opens it: what was said before is part of every prompt, if it was trained on conversations.
+
+    A run that was trained on prompts and answers, or on text, answers every prompt by itself.
+    """
+
+    def __init__(
+        self, speaker: Speaker, system: str | None, max_new_tokens: int, temperature: float, seed: int
+    ) -> None:
+        check_sampling(max_new_tokens, temperature)
+        self.speaker, self.system, self.seed = speaker, system, seed
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.messages: list[Message] = []
+        """What was said so far, without the system turn."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what was said before is part of the next prompt."""
+        return self.speaker.how.form == "chat"
+
+    def say(self, text: str) -> Generation:
+        """The answer to the next turn. Raises ConfigError, DataError."""
+        turns: Prompt = [*self.messages, {"role": "user", "content": text}] if self.remembers else text
+        found = self.speaker.answer(turns, self.system, False, self.max_new_tokens, self.temperature, self.seed)
+        if self.remembers:
+            said = {"role": "assistant", "content": found.text}
+            self.messages += [{"role": "user", "content": text}, said]
+        return found
+
+    def forget(self) -> None:
+        """Begin again; the system turn stays."""
+        self.messages = []
+
+
+def chat(
+    source: Run | str | Path,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    base: str | None,
+) -> Conversation:
+    """See `weftlora.train.chat`."""
+    check_sampling(max_new_tokens, temperature)
+    Prompting.of(run_of(source)).written("", system)
+    return Conversation(Speaker.opened(source, base), system, max_new_tokens, temperature, seed)
+
+
+def run_of(source: Run | str | Path) -> Run | None:
+    """The run that a source is, or in whose folder the adapter is; None for an adapter folder by itself.
+
+    Raises:
+        RunError: it is neither.
+    """
+    if isinstance(source, Run):
+        return source
+    folder = Path(source)
+    if not (folder / "adapter_config.json").is_file():
+        return Run.load(folder)
+    above = folder.resolve().parent
+    inside = folder.resolve().name == "adapter" or above.name == "checkpoints"
+    holder = above if folder.resolve().name == "adapter" else above.parent
+    return Run.load(holder) if inside and (holder / "run.json").is_file() else None
 
 
 def open_source(source: Run | str | Path, base: str | None) -> Trained:
@@ -84,12 +194,6 @@ def open_source(source: Run | str | Path, base: str | None) -> Trained:
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, base)
     return load_run(Run.load(folder), base)
-
-
-def _prompt_ids(trained: Trained, prompt: str | Sequence[Message]) -> list[int]:
-    if trained.task == "seq2seq" and isinstance(prompt, str):
-        return list(trained.base.tokenizer(prompt)["input_ids"])
-    return encode_prompt(trained.base.tokenizer, prompt)
 
 
 def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -208,6 +312,7 @@ class _Subject:
     run: Run | None
     name: str
     trained: Trained
+    split: str
     rows: Any
     size: int
 
@@ -215,7 +320,7 @@ class _Subject:
 def evaluate(
     source: Run | str | Path | Recipe,
     overrides: Sequence[str],
-    split: str,
+    split: str | None,
     limit: int | None,
     adapter: str,
     base: str | None,
@@ -225,12 +330,13 @@ def evaluate(
     progress: Progress,
 ) -> Evaluation:
     """See `weftlora.train.evaluate`."""
-    if split not in SPLITS:
+    if split is not None and split not in SPLITS:
         raise ConfigError(f"there is no split {split!r}: use {' or '.join(SPLITS)}.")
     if adapter not in ("trained", "none"):
         raise ConfigError(f"adapter={adapter!r} cannot be evaluated: use trained, or none for the frozen base.")
     started = time.monotonic()
     subject = _subject(source, overrides, split, adapter, base)
+    split = subject.split
     rows = subject.rows if limit is None else subject.rows.select(range(min(limit, len(subject.rows))))
     size = batch_size or subject.size
     groups = _by_domain(rows)
@@ -255,7 +361,7 @@ def evaluate(
 
 
 def _subject(
-    source: Run | str | Path | Recipe, overrides: Sequence[str], split: str, adapter: str, base: str | None
+    source: Run | str | Path | Recipe, overrides: Sequence[str], split: str | None, adapter: str, base: str | None
 ) -> _Subject:
     if isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
         source = Run.load(source)
@@ -266,6 +372,7 @@ def _subject(
             )
         recipe = recipe_of(source, *overrides)
         trained = load_run(source, base, adapted=adapter == "trained")
+        stop_at_turns(trained, source.data.get("format"))
         data = load_data(
             recipe.data,
             trained.base.tokenizer,
@@ -274,7 +381,7 @@ def _subject(
             labels=source.data["labels"],
         )
         name = source.recipe["adapter"].get("recipe", "weftlora") if adapter == "trained" else "none"
-        return _Subject(source, name, trained, _split(data, split), recipe.train.batch_size)
+        return _Subject(source, name, trained, *_split(data, split), recipe.train.batch_size)
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         Run.load(source)  # says what the folder lacks
     if adapter == "trained":
@@ -286,16 +393,24 @@ def _subject(
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": base})})
     prepared = preparing.prepare(recipe)
     trained = Trained(prepared.base, prepared.model, prepared.task)
-    return _Subject(None, "none", trained, _split(prepared.data, split), recipe.train.batch_size)
+    stop_at_turns(trained, prepared.data.format)
+    return _Subject(None, "none", trained, *_split(prepared.data, split), recipe.train.batch_size)
 
 
-def _split(data: Any, split: str) -> Any:
-    rows = getattr(data, split)
-    if rows is None or not len(rows):
-        other = [name for name in SPLITS if getattr(data, name) is not None]
-        hint = f"use --split {other[0]}." if other else f"name a file with data.{split}=...."
-        raise DataError(f"the data has no {split} split: {hint}")
-    return rows
+def _split(data: Any, wanted: str | None) -> tuple[str, Any]:
+    """The split to measure on and its rows: the one that is wanted, or the test rows, or the validation rows where there are none.
+
+    Raises:
+        DataError: there is none.
+    """
+    there = [name for name in SPLITS if getattr(data, name) is not None and len(getattr(data, name))]
+    if wanted is None and there == ["validation"]:
+        log.warning("the data has no test rows: these are the validation rows, and no good for what was chosen on them")
+    name = wanted or (there[0] if there else SPLITS[0])
+    if name not in there:
+        hint = f"use --split {there[0]}." if there else f"name a file with data.{name}=...."
+        raise DataError(f"the data has no {name} split: {hint}")
+    return name, getattr(data, name)
 
 
 def _by_domain(rows: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The search of a run whose adapter has layers=Search(): after the run folder, before the trainer.
+"""The search of a run whose adapter has layers that are searched: after the run folder, before the trainer.
 
     prepare → run folder → search, saved as it goes → selection.json → second stage → Trainer
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from weftlora.adapter.spec import WeftConfig, decode_choice
-from weftlora.disk.files import check_output, sync, write_lines, write_text, writing
+from weftlora.disk.files import Output, sync, write_lines, write_text, writing
 from weftlora.disk.ownership import temporary
 from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
@@ -41,7 +41,8 @@ from weftlora.search.finetuning_stage import second_stage
 from weftlora.search.hypergradient import Inner
 from weftlora.settings import is_whole
 from weftlora.terms.layers import Layers
-from weftlora.terms.layers.search import Search, search_of
+from weftlora.terms.layers.search import Search
+from weftlora.train import arguments
 from weftlora.train.prepare import Prepared
 
 COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -57,11 +58,16 @@ def searches(prepared: Prepared) -> bool:
 
 
 def make_search(
-    prepared: Prepared, args: TrainingArguments | None = None, seed: int | None = None, rows: int | None = None
+    prepared: Prepared,
+    args: TrainingArguments | None = None,
+    seed: int | None = None,
+    rows: int | None = None,
+    training: int | None = None,
 ) -> LayerSearch:
     """The search that a recipe describes: θ as the train section trains it, α on rows held out of the training rows.
 
-    `seed` and `rows`, at most so many of the training rows, take the place of the recipe's.
+    `seed` and `rows`, at most so many of the training rows, take the place of the recipe's; `training` are the steps of the training
+    that it is the search of.
 
     Raises:
         ConfigError: fp16, which would need its gradients scaled, or a setting that cannot work.
@@ -81,23 +87,25 @@ def make_search(
         base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     world = int(os.environ.get("WORLD_SIZE", "1"))
     inner = Inner(
-        lr=train.lr,
+        lr=arguments.rate(train),
         batch_size=train.batch_size,
         accumulation=train.accumulation * world,
         optimizer="sgd" if train.optimizer == "sgd" else "adamw",
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
     )
-    search = search_of(config.layers)
+    search = config.layers.search
     assert search is not None
     return LayerSearch(
         model,
-        search if rows is None else dataclasses.replace(search, max_search_samples=rows),
+        search,
         inner,
         cast("Sequence[Any]", prepared.data.train.select_columns(COLUMNS)),
         collate=prepared.collator,
         loss=_loss(train),
         seed=train.seed if seed is None else seed,
+        max_samples=rows,
+        training=training,
     )
 
 
@@ -187,7 +195,9 @@ class Stage:
 
 def begin(prepared: Prepared, run: Run, args: TrainingArguments, main: bool) -> Stage | None:
     """The search of a run, ready to start; None where nothing is searched. Raises what `make_search` raises."""
-    return Stage(prepared, run, make_search(prepared, args), main) if searches(prepared) else None
+    return (
+        Stage(prepared, run, make_search(prepared, args, training=prepared.steps), main) if searches(prepared) else None
+    )
 
 
 @dataclass(frozen=True)
@@ -252,8 +262,9 @@ def search_recipe(
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work, or it names its layers already.
         RunError: `out` cannot be written, or is something else than a selection.
     """
-    if out is not None:
-        check_output(Path(out), "a selection", ("layers", "candidates"), overwrite)
+    place = None if out is None else Output(Path(out), "a selection", ("layers", "candidates"), overwrite)
+    if place is not None:
+        place.check()
     recipe = Recipe.read(source, *overrides)
     for name, counts in (("seeds", [seeds]), ("rows", rows)):
         if not all(is_whole(n, 1) for n in counts):
@@ -262,14 +273,14 @@ def search_recipe(
     first, several = recipe.train.seed, seeds > 1 or bool(rows)
     sized = {n: _search_once(recipe, first, n, progress, several)[0] for n in dict.fromkeys(rows)}
     found = [_search_once(recipe, seed, None, progress, several) for seed in range(first, first + seeds)]
-    if out is not None:
-        write_text(Path(out), found[0][0].text())
+    if place is not None:
+        place.write(found[0][0].text())
     return Searched(
         tuple(selection for selection, _ in found),
         tuple(range(first, first + seeds)),
         sized,
         found[0][1],
-        None if out is None else Path(out),
+        None if place is None else place.path,
     )
 
 
@@ -277,14 +288,17 @@ def _search_once(
     recipe: Recipe, seed: int, rows: int | None, progress: Progress, several: bool
 ) -> tuple[Selection, int]:
     """The selection, and how many steps the recipe trains."""
-    from weftlora.train.arguments import arguments
     from weftlora.train.prepare import prepare
 
     train = recipe.train.model_copy(update={"seed": seed})
     again = recipe.model_copy(update={"train": train, "adapter": _with_search(recipe.adapter)})
     again._base_dir = recipe.base_dir
     prepared = prepare(again)
-    search = make_search(prepared, arguments(train, Path(recipe.out), prepared.steps, False), rows=rows)
+    search = make_search(
+        prepared,
+        arguments.arguments(prepared.recipe.train, Path(recipe.out), prepared.steps, False),
+        rows=rows,
+    )
     name = f"search, seed {seed}" if several else "search"
     name += f", {rows} rows" if rows else ""
 

@@ -35,8 +35,8 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
-from weftlora.train import arguments, checkpoint, costs, layer_search
-from weftlora.train.costs import timed
+from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search
+from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
 from weftlora.train.trainer import make_trainer
@@ -56,8 +56,9 @@ def train(
     verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
+    extends: Run | None = None,
 ) -> Run:
-    """See `weftlora.train.train`; `recipe` and `before`, the run to continue, as `recipe.asked` gives them."""
+    """See `weftlora.train.train`; `recipe` and the run to continue or to extend as `recipe.asked` and `asked_to_extend` give them."""
     if before is not None and before.status == "complete":
         return before
     with contextlib.ExitStack() as held:
@@ -79,7 +80,7 @@ def train(
                 held.enter_context(claimed(folder, COMMAND))
                 check_free(folder, overwrite)
 
-        return _train(recipe, before, claim, verify_base, progress, callbacks)
+        return _train(recipe, before, claim, verify_base, progress, callbacks, extends)
 
 
 def _train(
@@ -89,21 +90,35 @@ def _train(
     verify_base: bool,
     progress: Progress,
     callbacks: Sequence[TrainerCallback],
+    extends: Run | None,
 ) -> Run:
-    """Train, or go on with `before`; `claim` is called once all that can be wrong was looked at, before anything is written."""
+    """Train, or go on with `before`, or with `extends` for longer.
+
+    `claim` is called once all that can be wrong was looked at, before anything is written.
+    """
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
     started = time.monotonic()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, None if before is None else before.adapter)
     if prepared.adapter is None:
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
         )
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
+    last = None
     if before is not None:
         check_same_input(before, run, prepared)
         check_can_resume(before)
-    args = arguments.arguments(recipe.train, run.checkpoints, run.steps, prepared.data.validation is not None)
+        run = dataclasses.replace(run, extends=before.extends)
+    if extends is not None:
+        check_same_input(extends, run, prepared)
+        extending.check_schedule(prepared.recipe.train)
+        last = extending.point(extends, run.steps)
+        run = dataclasses.replace(run, extends=extending.described(extends, last))
+    validate = prepared.data.validation is not None
+    args = arguments.arguments(
+        prepared.recipe.train, run.checkpoints, run.steps, validate, before=run.extends.get("step", 0)
+    )
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
         expected = known if isinstance(known, dict) else None
@@ -113,19 +128,28 @@ def _train(
     elif not verify_base:
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
-    with _started(run, before, main):
-        search = layer_search.begin(prepared, run, args, main)
-        if search is None:
-            trainer = make_trainer(prepared, run, args, progress, callbacks)
-    _announce(run)
+    with _recorded(main) as record, _sentences(run):
+        with _started(record, run, before, main, prepared.defaults):
+            if extends is not None and last is not None and main:
+                said = extending.sentence(run.extends, prepared.recipe.train, run.steps)
+                extending.take_over(extends, run, last)
+                run.event("extend", steps=run.steps, **run.extends, said=said)
+                log.info("%s", said)
+            search = layer_search.begin(prepared, run, args, main)
+            if search is None:
+                trainer = make_trainer(prepared, run, args, progress, callbacks)
+        _announce(run, prepared)
+        if main:
+            for line in ahead.lines(prepared, None if search is None else search.search):
+                log.info("%s", line)
 
-    def start() -> tuple[Trainer, Prepared, Run]:
-        if search is None:
-            return trainer, prepared, run
-        selected, described = search.finish(before is not None, progress)
-        return make_trainer(selected, described, args, progress, callbacks), selected, described
+        def start() -> tuple[Trainer, Prepared, Run]:
+            if search is None:
+                return trainer, prepared, run
+            selected, described = search.finish(before is not None or extends is not None, progress)
+            return make_trainer(selected, described, args, progress, callbacks), selected, described
 
-    return _run_trainer(start, run, before is not None, main, progress)
+        return _run_trainer(record, start, run, before is not None or extends is not None, main, progress)
 
 
 def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_seconds: float) -> Run:
@@ -156,16 +180,30 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
             "counts": {name: dataclasses.asdict(count) for name, count in data.counts.items()},
             "domains": data.domains,
             "labels": data.labels,
+            "measured": 0 if prepared.measured_on is None else len(prepared.measured_on),
         },
         time={"started": now(), "load_seconds": load_seconds},
     )
 
 
-def _announce(run: Run) -> None:
-    """What was read and what is trained, for whoever listens to the `weftlora` logger."""
+def _announce(run: Run, prepared: Prepared) -> None:
+    """What was read, what was decided, and what is trained, for whoever listens to the `weftlora` logger."""
     for split, count in run.data["counts"].items():
-        lost = ", ".join(f"{count[key]} {key}" for key in ("truncated", "empty", "dropped", "repeated") if count[key])
-        log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({lost})" if lost else "")
+        extra = ", ".join(f"{count[key]:,} {key}" for key in ("empty", "repeated") if count[key])
+        log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
+    for sentence in lost_rows(run):
+        log.warning("%s", sentence)
+    if prepared.defaults:
+        log.info("by default: %s", "; ".join(prepared.defaults))
+    if prepared.data.validation is not None:
+        every = prepared.recipe.train.eval_every
+        log.info(
+            "validation loss: of %d of %d validation rows, %s%s",
+            run.data["measured"],
+            len(prepared.data.validation),
+            f"every {every} steps and at the end" if every else "once, at the end",
+            "" if run.data["measured"] == len(prepared.data.validation) else " (train.eval_rows=all takes all)",
+        )
     trained, total = run.parameters["trainable"], run.parameters["total"]
     log.info(
         "training %s of %s parameters (%.2f %%) into %s",
@@ -174,6 +212,21 @@ def _announce(run: Run) -> None:
         100 * trained / total,
         run.folder,
     )
+
+
+def lost_rows(run: Run) -> list[str]:
+    """A sentence for every split that lost rows, or parts of rows, to the length that they are held to."""
+    said = []
+    for split, count in run.data["counts"].items():
+        dropped, cut, whole = count["dropped"], count["truncated"], count["kept"] + count["dropped"]
+        parts = [f"{dropped:,} were dropped, since their answer does not fit"] if dropped else []
+        parts += [f"{cut:,} were cut"] if cut else []
+        if parts:
+            said.append(
+                f"{split}: of {whole:,} rows, {' and '.join(parts)} (data.max_length={run.data['max_length']}): raise "
+                "data.max_length, or say with data.truncate what gives way"
+            )
+    return said
 
 
 def version(package: str) -> str:
@@ -199,13 +252,35 @@ def _plain(value: Any) -> Any:
     return str(getattr(value, "value", value))
 
 
+@dataclasses.dataclass
+class _Record:
+    """What run.json says of this process; nothing, before there is one or once it was taken back."""
+
+    run: Run | None = None
+    trainer: Trainer | None = None
+
+
 @contextlib.contextmanager
-def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
+def _recorded(main: bool) -> Iterator[_Record]:
+    """Whatever ends the process after its first run.json, the last one says so; only SIGKILL leaves `running`."""
+    record = _Record()
+    try:
+        yield record
+    except BaseException as error:
+        if main and record.run is not None:
+            step = 0 if record.trainer is None else record.trainer.state.global_step
+            _record_failure(record.run, error, step)
+        raise
+
+
+@contextlib.contextmanager
+def _started(record: _Record, run: Run, before: Run | None, main: bool, defaults: Sequence[str]) -> Iterator[None]:
     """The run folder with its first run.json; if the start fails, a new folder is removed again."""
     if not main:
         yield
         return
     if before is not None:
+        record.run = run
         run.save()
         run.event("resume", steps=run.steps)
         yield
@@ -213,8 +288,9 @@ def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
     made = Made(run.folder)
     try:
         run.save()
-        run.event("start", steps=run.steps)
+        run.event("start", steps=run.steps, defaults=list(defaults))
         yield
+        record.run = run
     except BaseException:
         made.undo()
         raise
@@ -222,38 +298,40 @@ def _started(run: Run, before: Run | None, main: bool) -> Iterator[None]:
 
 
 def _run_trainer(
-    start: Callable[[], tuple[Trainer, Prepared, Run]], run: Run, resume: bool, main: bool, progress: Progress
+    record: _Record,
+    start: Callable[[], tuple[Trainer, Prepared, Run]],
+    run: Run,
+    resume: bool,
+    main: bool,
+    progress: Progress,
 ) -> Run:
-    """Search layers where the recipe does, train, save the adapter, measure; run.json ends as complete, interrupted or failed."""
+    """Search layers where the recipe does, train, save the adapter, measure; run.json then says that it is complete."""
     last = resume_point(run, main) if resume else None
-    trainer = None
-    try:
-        with _sentences(run):
-            trainer, prepared, run = start()
-            trainer.train(resume_from_checkpoint=str(last) if last else None)
-            took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
-            if resume:
-                took["resumed_from"] = checkpoint.step_of(last) if last else 0
-            warn_of_missing(prepared.model, over=True)
-            metrics = _final(trainer, prepared, progress)
-            _check_finite(metrics)
-            run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
-            if main:
-                prepared.name_weights(run)
-                write_adapter(prepared.model, run)
-                run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
-                run.event("end", step=trainer.state.global_step)
-                run.save()
-    except BaseException as error:
-        if main:
-            _record_failure(run, error, trainer.state.global_step if trainer is not None else 0)
-        raise
+    trainer, prepared, run = start()
+    record.trainer, record.run = trainer, run
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
+    if resume and not (run.extends and last and checkpoint.step_of(last) == run.extends["step"]):
+        took["resumed_from"] = checkpoint.step_of(last) if last else 0
+    warn_of_missing(prepared.model, over=True)
+    metrics = _final(trainer, prepared, progress)
+    _check_finite(metrics)
+    metrics |= _kept(trainer, prepared)
+    run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
+    if main:
+        prepared.name_weights(run)
+        write_adapter(prepared.model, run)
+        run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
+        run.event("end", step=trainer.state.global_step)
+        run.save()
     return run
 
 
 def _record_failure(run: Run, error: BaseException, step: int) -> None:
     status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
+        if Run.load(run.folder).status == "complete":  # a signal between the last write and the return
+            return
         checkpoint.drop_incomplete(run.checkpoints)
         dataclasses.replace(run, status=status, metrics={}, figures={}).save()
         run.event(status, step=step)
@@ -271,17 +349,28 @@ def _sentences(run: Run) -> Iterator[None]:
             "the GPU is out of memory: lower train.batch_size or set train.gradient_checkpointing=true."
         ) from None
     except (OSError, SafetensorError) as error:
+        if _has_gone(run):
+            raise RunError(_GONE.format(run.folder)) from error
         if isinstance(error, OSError) and error.errno not in _DISK:
             raise
         raise RunError(
             f"cannot write below {run.folder}: {_reason(error)}; free space and continue with --resume."
         ) from error
     except RuntimeError as error:
+        if _has_gone(run):
+            raise RunError(_GONE.format(run.folder)) from error
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
         raise RunError(
             f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."
         ) from error
+
+
+_GONE = "{} was taken away while it was written: put it back and continue with --resume."
+
+
+def _has_gone(run: Run) -> bool:
+    return not (run.folder / "run.json").is_file()
 
 
 def _reason(error: Exception) -> str:
@@ -297,14 +386,24 @@ def _check_finite(metrics: dict[str, float]) -> None:
             )
 
 
+def _kept(trainer: Trainer, prepared: Prepared) -> dict[str, float]:
+    """Where training ended and which step's adapter is kept, where it is not simply the last."""
+    if not arguments.keeps_best(prepared.recipe.train):
+        return {}
+    best = trainer.state.best_model_checkpoint
+    kept = {"best_step": checkpoint.step_of(Path(best))} if best else {}
+    return kept | {"last_step": trainer.state.global_step}
+
+
 def _final(trainer: Trainer, prepared: Prepared, progress: Progress) -> dict[str, float]:
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     metrics: dict[str, float] = {"tokens": trainer.state.num_input_tokens_seen}
     metrics |= {"train_loss": losses[-1]} if losses else {}
-    rows = prepared.data.validation
+    rows = prepared.measured_on
     if rows is None or not len(rows):
         return metrics
     size = prepared.recipe.train.batch_size
+    announce_measuring(timed(trainer.state), rows)
     measured = mean_loss(prepared.model, rows, prepared.collator, size, progress)
     metrics |= {"validation_loss": measured.loss}
     if measured.predicted:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -13,19 +16,26 @@ from transformers import PreTrainedModel, set_seed
 from weftlora.adapter.spec import WeftConfig
 from weftlora.data import Collator, Loaded
 from weftlora.data import load as load_data
+from weftlora.data.loading import sample
+from weftlora.data.paths import resolve_path
 from weftlora.errors import ConfigError
-from weftlora.host.attach import attach
+from weftlora.host.attach import attach, schedules
 from weftlora.host.optimizer import param_groups
 from weftlora.host.versions import why_no_sft
-from weftlora.runs import base_model
-from weftlora.runs.adapter import adapt, adapter_config, saved_selection
+from weftlora.runs import base_model, rates
+from weftlora.runs.adapter import adapt, adapter_config, as_begun, saved_selection
 from weftlora.runs.base_model import Fingerprint, fingerprint
 from weftlora.runs.identity import Weights
-from weftlora.runs.recipe import Recipe, Task
-from weftlora.runs.run import Run
+from weftlora.runs.load import put_in
+from weftlora.runs.recipe import Recipe, Task, TrainConfig
+from weftlora.runs.run import Run, check_source
 from weftlora.runs.scores import evaluating
-from weftlora.scoring.rows import Rows
+from weftlora.scoring.rows import Rows, tokens_of
+from weftlora.terms.axes import AXES
 from weftlora.train import arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,10 @@ class Prepared:
     collator: Collator
     steps: int
     """Optimiser steps of the whole run."""
+    measured_on: Dataset | None = None
+    """The rows whose loss is measured during training and at its end: the validation rows, or some of them; None without any."""
+    defaults: tuple[str, ...] = ()
+    """What the recipe did not say, and was therefore taken, in words."""
     weights: Weights | None = None
     """The weights of the base, being looked at; None where nobody asked."""
 
@@ -57,13 +71,18 @@ class Prepared:
         return True
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
     """Load and adapt what `recipe` names; writes nothing.
+
+    Args:
+        begun: the adapter's config in the record of the run that is continued.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
     """
     arguments.check(recipe.train)
+    if recipe.train.from_adapter is not None:
+        locate_adapter(recipe)
     if recipe.train.trainer == "sft" and (reason := why_no_sft()):
         raise ConfigError(f"train.trainer=sft cannot train: {reason}. Use trainer: auto, or another version of trl.")
     selection = saved_selection(recipe.adapter, recipe.base_dir)
@@ -83,22 +102,89 @@ def prepare(recipe: Recipe) -> Prepared:
         check_packing(plain, base)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
-    config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
+    defaults = _defaults(recipe, steps, len(data.train))
+    if recipe.train.lr is None:
+        chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
+        recipe = recipe.with_train(lr=chosen.lr)
+        defaults += (f"learning rate {chosen.lr:g} {chosen.why}",)
+    config = as_begun(adapter_config(recipe.adapter, steps, selection, recipe.from_folder), begun)
     if selection is not None:
         selection.check(plain)
+    _check_measures(recipe, data)
     if config is not None:
         base_model.check_end(base, plain, data, getattr(config, "modules_to_save", None) or ())
     _check_by_role(recipe, config)
-    adapted = plain if config is None else adapt(plain, config, task)
+    if config is None or recipe.train.from_adapter is None:
+        adapted = plain if config is None else adapt(plain, config, task)
+    else:
+        adapted = go_on(plain, config, locate_adapter(recipe), mark)
+        config = adapted.peft_config["default"]
     if isinstance(config, WeftConfig) and (recipe.train.lora_plus_ratio or recipe.train.freeze_down):
         _by_role(adapted, recipe)
     per_epoch = arguments.steps_per_epoch(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
     if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
-        attach(adapted, total_steps=steps, steps_per_epoch=per_epoch, validation=rows)
+        per_step = tokens_per_step(recipe, data)
+        attach(
+            adapted,
+            total_steps=taken(adapted) + steps,
+            steps_per_epoch=per_epoch,
+            validation=rows,
+            tokens_per_step=per_step,
+        )
     _ready_for_checkpointing(plain, recipe)
-    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps)
+    measured = rows_to_measure(recipe.train, data, steps)
+    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults)
+
+
+def _defaults(recipe: Recipe, steps: int, rows: int) -> tuple[str, ...]:
+    """The lengths that the recipe left open, as they are taken; a recipe that comes from a folder says everything."""
+    said: list[str] = []
+    train = recipe.train
+    if "max_length" not in recipe.data.model_fields_set:
+        said.append(f"rows of up to {recipe.data.max_length} tokens")
+    if train.steps is None and train.epochs is None:
+        said.append(f"1 epoch of {rows:,} rows ({steps:,} steps)")
+    if "batch_size" not in train.model_fields_set:
+        said.append(f"batches of {train.batch_size} rows")
+    return tuple(said)
+
+
+MOST_MEASURED = 512
+"""Validation rows that are measured at a time, where the recipe does not say how many."""
+
+
+def rows_to_measure(train: TrainConfig, data: Loaded, steps: int) -> Dataset | None:
+    """The validation rows whose loss is measured, drawn as `train.eval_rows` says; their order stays.
+
+    By default as many as `MOST_MEASURED`, but no more than all measurements together have half of the tokens that are trained on:
+    a forward pass alone is less than half of a training step, so that they cost at most a quarter of the training. One batch is
+    measured in any case.
+    """
+    rows = data.validation
+    if rows is None or train.eval_rows == "all":
+        return rows
+    if train.eval_rows is not None:
+        return rows.select(sample(len(rows), train.eval_rows, train.seed))
+    every = arguments.eval_interval(train, steps)
+    times = 1 + (steps // every if every else 0)
+    seen = steps * train.batch_size * train.accumulation * _tokens(data, "train")
+    count = int(0.5 * seen / times / max(_tokens(data, "validation"), 1e-9))
+    return rows.select(sample(len(rows), min(MOST_MEASURED, max(count, train.batch_size)), train.seed))
+
+
+def _tokens(data: Loaded, split: str) -> float:
+    """Tokens a row, on average."""
+    counts = data.counts[split]
+    return counts.tokens / counts.rows
+
+
+def tokens_per_step(recipe: Recipe, data: Loaded) -> float | None:
+    """Tokens that an optimiser step of all processes is taken on, on average; None where rows have none."""
+    length = tokens_of(data.train)
+    rows = recipe.train.batch_size * recipe.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    return None if length is None else rows * length
 
 
 def check_packing(model: PreTrainedModel, base: base_model.Base) -> None:
@@ -123,6 +209,58 @@ def check_packing(model: PreTrainedModel, base: base_model.Base) -> None:
         )
 
 
+def locate_adapter(recipe: Recipe) -> Path:
+    """The adapter folder that `train.from` names. Raises AdapterError."""
+    folder = resolve_path(str(recipe.train.from_adapter), recipe.base_dir)
+    check_source(folder)
+    return folder / "adapter" if (folder / "run.json").is_file() else folder
+
+
+def go_on(plain: PreTrainedModel, config: PeftConfig, folder: Path, mark: Fingerprint) -> PeftModel:
+    """The base with the adapter of a folder in it, to be trained further; it must be what the recipe's adapter section describes.
+
+    Raises:
+        AdapterError: another base, a damaged adapter or none.
+        ConfigError: it is another adapter than the recipe's.
+    """
+    holder = folder.parent
+    if folder.name == "adapter" and (holder / "run.json").is_file():
+        before = Run.load(holder)
+        trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
+        base_model.check_same(trained, mark, str(folder), str(plain.name_or_path))
+    adapted = put_in(plain, folder, trainable=True)
+    saved = adapted.peft_config["default"]
+    for name in _DESCRIBES:
+        there, asked = (_comparable(getattr(one, name, None)) for one in (saved, config))
+        if there != asked and name in {field.name for field in dataclasses.fields(config)}:
+            raise ConfigError(
+                f"train.from={folder} has {name}={there}, and the recipe's adapter has {name}={asked}: give the recipe the adapter "
+                "section of the run that it is from."
+            )
+    return adapted
+
+
+_DESCRIBES = ("peft_type", *AXES, "r", "lora_alpha", "use_rslora")
+"""Fields of a config that say what an adapter computes, whatever modules it is on."""
+
+
+def _comparable(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def taken(model: torch.nn.Module) -> int:
+    """Optimiser steps that an adapter with something still to come has taken before this run."""
+    return max((schedule.steps for schedule in schedules(model).values() if schedule.pending()), default=0)
+
+
+def _check_measures(recipe: Recipe, data: Loaded) -> None:
+    if arguments.keeps_best(recipe.train) and (data.validation is None or not len(data.validation)):
+        raise ConfigError(
+            "train.best and train.early_stopping go by the validation loss, and the data has no validation rows: set "
+            "data.validation_fraction=0.1, or name a file with data.validation."
+        )
+
+
 def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
     """Refuse to treat tensors by role in adapters that do not say them."""
     given = {"lora_plus_ratio": recipe.train.lora_plus_ratio, "freeze_down": recipe.train.freeze_down}
@@ -137,7 +275,9 @@ def _check_by_role(recipe: Recipe, config: PeftConfig | None) -> None:
 def _by_role(adapted: torch.nn.Module, recipe: Recipe) -> None:
     """Refuse now what the optimiser would refuse later, and freeze what it will not train, so that the run counts what it trains."""
     train = recipe.train
-    param_groups(adapted, lr=train.lr, lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down)
+    param_groups(
+        adapted, lr=arguments.rate(train), lora_plus_ratio=train.lora_plus_ratio, freeze_down=train.freeze_down
+    )
 
 
 def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> Rows | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -15,14 +17,16 @@ from weftlora.adapter.spec import WeftConfig
 from weftlora.disk.files import append_json
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
-from weftlora.progress import Progress, Tick
+from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
-from weftlora.train.costs import Stopwatch
+from weftlora.train.costs import Stopwatch, announce_measuring, timed
+from weftlora.train.extending import Extended
 from weftlora.train.prepare import Prepared
 
+log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
 _NAMES = {"learning_rate": "lr", "num_input_tokens_seen": "tokens", "eval_loss": "validation_loss"}
 _DROPPED = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_tokens_per_second"}
@@ -75,6 +79,20 @@ class Recorder(TrainerCallback):
         self.run.event("checkpoint", step=state.global_step)
 
 
+class EarlyStop(TrainerCallback):
+    """Ends a run after so many measurements without a lower loss; what it counts is in the logged losses, which a checkpoint has."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        since = len(losses) - 1 - min(range(len(losses)), key=lambda n: (losses[n], n))
+        if since >= self.patience:
+            log.info("stopped after step %d: %d measurements without a lower validation loss", state.global_step, since)
+            control.should_training_stop = True
+
+
 class AdaLoraSteps(TrainerCallback):
     """Stock AdaLoRA moves its ranks only when told of every step, before gradients are cleared; Trainer does not tell."""
 
@@ -94,6 +112,7 @@ class _Measured:
     ) -> dict[str, float]:
         trainer: Any = self
         rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        announce_measuring(timed(trainer.state), rows)
         measured = mean_loss(trainer.model, rows, self.prepared.collator, trainer.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": measured.loss}
         trainer.log(metrics)
@@ -104,17 +123,32 @@ class _Measured:
 class _Logged:
     """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
 
-    Trainer itself begins to add up anew when it resumes.
+    Trainer itself begins to add up anew when it resumes. What it had added up is in the state that it saves, and comes back with the
+    first loss after that, so that the sum is rounded as it would have been.
     """
+
+    _not_logged: torch.Tensor | None = None
+    _brought: float | None = None
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *given: Any, **more: Any) -> Any:
+        parent: Any = super()
+        self._not_logged = tr_loss  # the sum itself, which logging sets to 0 in place
+        return parent._maybe_log_save_evaluate(tr_loss, *given, **more)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         trainer: Any = self
         parent: Any = super()
-        if hasattr(trainer, "_tr_loss"):  # transformers 4 adds up in a variable that nobody else can see
-            mean = trainer.accelerator.gather(trainer._tr_loss.detach()).mean().item()
+        if self._not_logged is not None:
+            mean = trainer.accelerator.gather(self._not_logged.detach()).mean().item()
             kept = {"sum": mean, "since": trainer._globalstep_last_logged}
             trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
         parent._save_checkpoint(model, trial)
+
+    def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
+        parent: Any = super()
+        loss: torch.Tensor = parent.training_step(*given, **more)
+        brought, self._brought = self._brought, None
+        return loss if brought is None else loss + brought
 
 
 _LOSS = "loss"
@@ -131,8 +165,8 @@ class _GoesOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kept = state.stateful_callbacks[checkpoint.SIGNATURE].pop(_LOSS, None)
-        if kept is not None and state.global_step > 0 and hasattr(self.trainer, "_tr_loss"):
-            self.trainer._tr_loss += kept["sum"]
+        if kept is not None and state.global_step > 0:
+            self.trainer._brought = kept["sum"]
             self.trainer._globalstep_last_logged = kept["since"]
 
 
@@ -185,14 +219,20 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
+    if patience := prepared.recipe.train.early_stopping:
+        own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
+    added: dict[str, Any] = {"prepared": prepared}
+    if run.extends:
+        mixins.insert(0, Extended)
+        added["extends_at"] = run.extends["step"]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
-        attach(prepared.model, on_event=_recorded(run))
+        attach(prepared.model, on_event=_recorded(run), on_progress=progress if _main() else ignore)
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
-    measured = type("Measured" + kind.__name__, (*mixins, kind), {"prepared": prepared})
-    validation = prepared.data.validation
+    measured = type("Measured" + kind.__name__, (*mixins, kind), added)
+    validation = prepared.measured_on
     trainer = measured(
         model=prepared.model,
         args=args,
@@ -207,11 +247,15 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     return trainer
 
 
+def _main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
     """Writes what a schedule does into events.jsonl, from the main process."""
 
     def write(event: dict[str, Any]) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _main():
             run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     return write

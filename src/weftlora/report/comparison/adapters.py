@@ -12,14 +12,14 @@ from weftlora.report import charts
 from weftlora.report.charts import tooltip
 from weftlora.report.comparison.elements import Cell, Chart, Column, Line, Part, Sheet, listed, of_method
 from weftlora.report.comparison.runs import Evidence
-from weftlora.report.inspection.elements import labels_of, places
+from weftlora.report.inspection.elements import block_and_module, labels_of
 from weftlora.report.inspection.sections import routers
 
 Numbers = Callable[[Inspection], Mapping[str, float]]
 """A number of every site that has one, by the site's name."""
 
 
-def inside(evidence: Evidence) -> Iterator[Part]:
+def adapter_differences(evidence: Evidence) -> Iterator[Part]:
     """Charts of everything that differs between the methods' adapters."""
     shown = [
         *_by_site(evidence, "‖ΔW‖ of every site", ".2g", ".3g", _norms),
@@ -104,7 +104,7 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
     rows: list[dict[str, Any]] = []
     for name, looks in evidence.looks.items():
         held = _gathered(looks, numbers)
-        where = places(held)
+        where = block_and_module(held)
         rows += [
             {
                 "pick": name,
@@ -126,7 +126,7 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
             ("seeds", "seeds", "d"),
         )
         methods = list(dict.fromkeys(row["pick"] for row in rows))
-        pick = charts.choice("pick", "Method", methods, "pick") if len(methods) > 1 else ([], [])
+        pick = charts.drop_down("pick", "Method", methods, "pick") if len(methods) > 1 else ([], [])
         of = f" ({methods[0]})" if len(methods) == 1 else ""
         alt = f"{what}, by block and module, for {listed(methods)}"
         yield Chart(f"{what}{of}", alt, charts.heatmap(rows, written, says, pick=pick))

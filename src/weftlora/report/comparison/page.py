@@ -12,7 +12,7 @@ from weftlora.compare.record import METRICS, Comparison
 from weftlora.compare.statistics import rows
 from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.records import Record
-from weftlora.report.comparison.adapters import inside
+from weftlora.report.comparison.adapters import adapter_differences
 from weftlora.report.comparison.elements import Part, listed
 from weftlora.report.comparison.plots import learning_curves
 from weftlora.report.comparison.results import (
@@ -37,7 +37,7 @@ def parts(evidence: Evidence) -> Iterator[Part]:
     yield results(found)
     for part in (quality, learning_curves, domains):
         yield from part(found)
-    yield from inside(evidence)
+    yield from adapter_differences(evidence)
 
 
 def page(evidence: Evidence, title: str | None = None) -> str:

@@ -239,7 +239,7 @@ def learning_curves(found: Comparison) -> Iterator[Part]:
         ("n", "seeds", "d"),
     )
     whats = [what for what in WHAT if any(row["what"] == what for row in rows)]
-    picks = charts.together(charts.choice("what", "Show", whats, "what"), beside_the_baseline(names))
+    picks = charts.drop_downs(charts.drop_down("what", "Show", whats, "what"), beside_the_baseline(names))
     chart = curves(rows, names, found.baseline, picks, says, "loss")
     what_is_drawn = (
         "Means over seeds in bands of their intervals, cut off where they are wide."

@@ -62,18 +62,37 @@ class Said:
 
 
 def overall(found: Comparison) -> str:
-    """The plain sentence over all methods."""
+    """The plain sentence over all methods; of a comparison that is not finished it begins with that, and how far each method is."""
+    return f"{unfinished(found)}{_so_far(found)}"
+
+
+def unfinished(found: Comparison) -> str:
+    """That runs are missing, with n per method; empty where none is."""
+    missing = [outcome for outcome in found.outcomes if outcome.status == "missing"]
+    if not missing:
+        return ""
+    done = {method.name: [o for o in found.of(method.name) if o.status != "missing"] for method in found.methods}
+    each = ", ".join(f"{name} n = {len(ended)} of {len(found.of(name))}" for name, ended in done.items())
+    return f"Unfinished, {len(missing)} of {counted(len(found.outcomes), 'run')} missing ({each}). "
+
+
+def _so_far(found: Comparison) -> str:
     rows, base = contenders(found), found.baseline
     if not any(row.gap for row in rows):
+        waiting = [outcome for outcome in found.outcomes if "weftlora " in outcome.problem]
+        if waiting and not any(row.score for row in found.rows):
+            return f"Nothing was measured yet: give the {counted(len(waiting), 'command')} below."
         return f"There is nothing to say yet: no method and {base} have a complete run of the same seed."
     if all(row.verdict.kind == "single" for row in rows):
         return f"No verdict: with one seed, a difference to {base} may be luck. Compare with five seeds or more."
     better = [row for row in by_gain(found, rows) if row.verdict.kind == "better"]
-    over = f"over {counted(len(found.seeds), 'seed')}"
+    least, most = (function(row.gap.n for row in rows if row.gap) for function in (min, max))
+    over = f"over {counted(most, 'seed')}" if least == most else f"over {least} to {most} seeds"
     if not better:
         return f"Nothing tried here is distinguishably better than {base}, {over}."
     if len(better) == 1:
-        return f"{better[0].name} is better than {base} by {_size(found, better[0])}, {over}."
+        gap = better[0].gap
+        return f"{better[0].name} is better than {base} by {_size(found, better[0])}, over {counted(gap.n if gap else 0, 'seed')}."
     sizes = "; ".join(f"{row.name} by {_size(found, row)}" for row in better)
     return f"{len(better)} of {counted(len(rows), 'method')} are better than {base}, {over}: {sizes}."
 
@@ -124,7 +143,7 @@ def facts(found: Comparison) -> Iterator[tuple[str, str]]:
     how, seeds = metric(found.metric), ", ".join(map(str, found.seeds))
     yield "model", found.model
     yield "data", f"{found.data} · {found.task}"
-    yield "metric", f"{how.title}, {how.direction}, on the test rows"
+    yield "metric", f"{how.title}, {how.direction}, on the {found.split} rows"
     yield "seeds", f"{len(found.seeds)}: {seeds}" + ("; differences are paired by seed" if len(found.seeds) > 1 else "")
     yield "budget", found.budget
     yield "machine", found.machine
@@ -140,9 +159,12 @@ def facts(found: Comparison) -> Iterator[tuple[str, str]]:
 def warnings(found: Comparison) -> list[str]:
     """What a reader must know before believing the verdicts."""
     said = []
-    if missing := [outcome for outcome in found.outcomes if outcome.status == "missing"]:
-        names = listed(list(dict.fromkeys(outcome.method for outcome in missing)))
-        said.append(f"Not finished: {len(missing)} of {counted(len(found.outcomes), 'run')} are missing ({names}).")
+    if commands := [o.problem for o in found.outcomes if o.status == "missing" and "weftlora " in o.problem]:
+        said.append(f"To finish: {'; '.join(command.partition(': ')[2] for command in commands)}.")
+    elif any(outcome.status == "missing" for outcome in found.outcomes):
+        said.append(
+            f"To finish, give the command of {found.folder} again: weftlora compare goes on where it was stopped."
+        )
     lost = [outcome for outcome in found.outcomes if outcome.status in ("failed", "diverged")]
     if lost:
         names = listed(list(dict.fromkeys(outcome.method for outcome in lost)))
@@ -289,7 +311,7 @@ def domains(found: Comparison) -> Iterator[Part]:
                 rows += plots.forest_rows(row.name, DOMAIN, whole, each, how, domain=domain)
     drawn = []
     if rows:
-        pick = charts.choice("domain", "Domain", list(dict.fromkeys(row["domain"] for row in rows)), "domain")
+        pick = charts.drop_down("domain", "Domain", list(dict.fromkeys(row["domain"] for row in rows)), "domain")
         what = f"Difference in {how.title} to {found.baseline} within a domain"
         drawn = [Chart(what, f"{what}, by method", plots.forest(rows, axis(found, how), pick))]
     lead = (

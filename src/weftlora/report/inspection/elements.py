@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from weftlora.inspection.measures import split_name
-from weftlora.inspection.record import Inspection, SiteFacts
+from weftlora.inspection.record import AdaptedModule, Inspection
 from weftlora.report import charts
 
 
@@ -76,7 +76,7 @@ class Grid:
         return Grid([block for block, _ in kept], self.modules[a:b], [row for _, row in kept])
 
 
-def grid(found: Inspection, number: Callable[[SiteFacts], float | None]) -> Grid:
+def grid(found: Inspection, number: Callable[[AdaptedModule], float | None]) -> Grid:
     """One number of every site, by block and module."""
     blocks = list(dict.fromkeys(site.block for site in found.sites))
     modules = list(dict.fromkeys(site.module for site in found.sites))
@@ -146,7 +146,7 @@ OF_A_SITE = (
 """What every cell of a heatmap over sites says beside its value."""
 
 
-def places(sites: Iterable[str]) -> dict[str, tuple[str, str]]:
+def block_and_module(sites: Iterable[str]) -> dict[str, tuple[str, str]]:
     """(label of the block, short name of the module) of every site."""
     split = {site: split_name(site) for site in sites}
     labels = labels_of(dict.fromkeys(block for block, _ in split.values()))
@@ -156,7 +156,7 @@ def places(sites: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def cells(found: Inspection, values: dict[str, float | None]) -> list[dict[str, Any]]:
     """Rows of a heatmap over sites."""
-    where = places(site.site for site in found.sites)
+    where = block_and_module(site.site for site in found.sites)
     facts = {site.site: site for site in found.sites}
     return [
         {

@@ -11,18 +11,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from weftlora.inspection.record import (
-    Against,
-    Alike,
+    AdaptedModule,
+    FactorComparison,
+    FactorSimilarity,
     HeadSimilarity,
     Inspection,
     Routers,
     SiteDirections,
-    SiteFacts,
     Usage,
 )
 from weftlora.report import charts
 from weftlora.report.charts import tooltip
-from weftlora.report.inspection.elements import OF_A_SITE, Section, Table, cells, mean_of_known, percent, places, text
+from weftlora.report.inspection.elements import (
+    OF_A_SITE,
+    Section,
+    Table,
+    block_and_module,
+    cells,
+    mean_of_known,
+    percent,
+    text,
+)
 
 
 def sites(found: Inspection) -> Iterator[Section]:
@@ -31,7 +40,7 @@ def sites(found: Inspection) -> Iterator[Section]:
     values = {site.site: site.relative if relative else site.norm for site in found.sites}
     what = "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"
     says = tooltip(("value", what, ".2%" if relative else ".4g"), *OF_A_SITE)
-    routed = next((site.norm_at for site in found.sites if site.norm_at != "exact"), None)
+    routed = next((site.norm_kind for site in found.sites if site.norm_kind != "exact"), None)
     at = f" On a routed site ΔW depends on the token; here it is taken at the {routed}." if routed else ""
     table = Table(
         ("site", "out × in", "rank", "effective rank", "trained", "‖ΔW‖", "‖ΔW‖ / ‖W‖"),
@@ -59,7 +68,7 @@ def sites(found: Inspection) -> Iterator[Section]:
 
 def ranks(found: Inspection) -> Iterator[Section]:
     """Ranks of every site, where they differ or could."""
-    if len({site.rank for site in found.sites}) < 2 and all(site.rank == site.room for site in found.sites):
+    if len({site.rank for site in found.sites}) < 2 and all(site.rank == site.max_rank for site in found.sites):
         return
     says = tooltip(("value", "rank", "d"), *OF_A_SITE)
     chart = charts.heatmap(cells(found, {site.site: float(site.rank) for site in found.sites}), "d", says)
@@ -67,8 +76,8 @@ def ranks(found: Inspection) -> Iterator[Section]:
         "Live rank slots of every site. The effective rank of its update, in the tooltip, says how many of them matter."
     )
     table = Table(
-        ("site", "rank", "room", "at the start", "effective rank"),
-        [(s.site, str(s.rank), str(s.room), str(s.first_rank), f"{s.effective_rank:.2f}") for s in found.sites],
+        ("site", "rank", "highest possible rank", "initial rank", "effective rank"),
+        [(s.site, str(s.rank), str(s.max_rank), str(s.initial_rank), f"{s.effective_rank:.2f}") for s in found.sites],
     )
     yield Section("ranks", "Ranks", lead, [("Rank of every site, by block and module", chart)], table)
 
@@ -77,7 +86,7 @@ def history(found: Inspection) -> Iterator[Section]:
     """Where rank slots went."""
     if (history := found.history) is None:
         return
-    where = places(history.before)
+    where = block_and_module(history.before)
     rows: list[dict[str, Any]] = []
     for by, at in (("kind of module", 1), ("block", 0)):
         for step, ranks in [(0, history.before), *((each.step, each.ranks) for each in history.rounds)]:
@@ -89,7 +98,7 @@ def history(found: Inspection) -> Iterator[Section]:
     )
     chart = charts.lines(
         rows,
-        charts.choice("by", "Lines by", ["kind of module", "block"], "by"),
+        charts.drop_down("by", "Lines by", ["kind of module", "block"], "by"),
         says,
         "optimiser step",
         "mean rank per site",
@@ -121,7 +130,7 @@ def layers(found: Inspection) -> Iterator[Section]:
             "alpha": c.alpha,
             "hat": c.alpha_hat,
             "kind": "selected" if c.selected else "not selected",
-            "near": "yes" if c.near else "no",
+            "near": "yes" if c.near_tie else "no",
         }
         for c in layers.candidates
         if c.distance is not None
@@ -174,7 +183,7 @@ def groups(found: Inspection) -> Iterator[Section]:
 
 def merging(found: Inspection) -> Iterator[Section]:
     """How many sites can be merged, and why the others cannot."""
-    reasons: dict[str, list[SiteFacts]] = {}
+    reasons: dict[str, list[AdaptedModule]] = {}
     for site in found.sites:
         reasons.setdefault("" if site.mergeable else str(site.why_not), []).append(site)
     rows = [
@@ -222,7 +231,7 @@ def _usages(routers: Routers) -> Iterator[tuple[str, str, Usage]]:
 
 
 def _gates(routers: Routers) -> charts.Spec:
-    where = places(site.site for site in routers.sites)
+    where = block_and_module(site.site for site in routers.sites)
     rows: list[dict[str, Any]] = [
         {
             "module": where[name][1],
@@ -247,11 +256,11 @@ def _gates(routers: Routers) -> charts.Spec:
         ("tokens", "tokens", ",d"),
     )
     picks = [
-        charts.choice(f"chosen_{field}", field.capitalize(), list(dict.fromkeys(row[field] for row in rows)), field)
+        charts.drop_down(f"chosen_{field}", field.capitalize(), list(dict.fromkeys(row[field] for row in rows)), field)
         for field in ("module", "rows")
     ]
-    share = charts.reading("share", "Show", {"mean gate": "mean", "first choices": "top"})
-    return charts.stacked(rows, charts.together(*picks, share), max(row["head"] for row in rows), says, "share")
+    share = charts.field_drop_down("share", "Show", {"mean gate": "mean", "first choices": "top"})
+    return charts.stacked(rows, charts.drop_downs(*picks, share), max(row["head"] for row in rows), says, "share")
 
 
 def _entropies(routers: Routers) -> charts.Spec:
@@ -278,7 +287,7 @@ def _entropies(routers: Routers) -> charts.Spec:
 
 
 def _domains(routers: Routers) -> charts.Spec:
-    where = places(site.site for site in routers.sites)
+    where = block_and_module(site.site for site in routers.sites)
     held: dict[tuple[str, str], list[float]] = {}
     for site in routers.sites:
         for domain in site.domains:
@@ -328,7 +337,7 @@ def _matrix(tables: dict[str, list[list[float | None]]]) -> charts.Spec:
         if value is not None
     ]
     says = tooltip(("pick", "site", None), ("head", "head", None), ("other", "and", None), ("value", "cosine", ".4f"))
-    picks = charts.choice("pick", "Site", list(tables), "pick")
+    picks = charts.drop_down("pick", "Site", list(tables), "pick")
     return charts.heatmap(rows, ".2f", says, axes=("other", "head"), pick=picks)
 
 
@@ -346,9 +355,9 @@ POINTS = 400
 """Points of a spectrum that are drawn, beside the chosen ones and those of largest δ."""
 
 
-def against(found: Inspection) -> Iterator[Section]:
+def factor_comparison(found: Inspection) -> Iterator[Section]:
     """A and B beside the start, or another adapter."""
-    against = found.against
+    against = found.factor_comparison
     if against is None or not against.sites:
         return
     if against.kind == "fresh draw":
@@ -375,11 +384,11 @@ def against(found: Inspection) -> Iterator[Section]:
     )
 
 
-def _overlap(found: Inspection, factors: dict[str, Alike]) -> charts.Spec:
+def _overlap(found: Inspection, factors: dict[str, FactorSimilarity]) -> charts.Spec:
     rows = cells(found, {site: one.overlap for site, one in factors.items()})
     for row in rows:
         one = factors[row["site"]]
-        row |= {"chance": one.chance, "cosine": one.cosine, "moved": one.moved, "angle": max(one.angles)}
+        row |= {"chance": one.chance, "cosine": one.cosine, "moved": one.relative_change, "angle": max(one.angles)}
     says = tooltip(
         ("site", "site", None),
         ("value", "overlap", ".4f"),
@@ -391,13 +400,13 @@ def _overlap(found: Inspection, factors: dict[str, Alike]) -> charts.Spec:
     return charts.heatmap(rows, ".2f", says)
 
 
-def _numbers(one: Alike) -> tuple[str, ...]:
-    values = [text(value, ".4f") for value in (one.overlap, one.chance, one.cosine, one.moved)]
+def _numbers(one: FactorSimilarity) -> tuple[str, ...]:
+    values = [text(value, ".4f") for value in (one.overlap, one.chance, one.cosine, one.relative_change)]
     return *values, f"{max(one.angles):.1f}°" if one.angles else "–"
 
 
-def _fresh(found: Inspection, against: Against) -> Section:
-    sizes = {s.site: s.size for s in against.sites}
+def _fresh(found: Inspection, against: FactorComparison) -> Section:
+    sizes = {s.site: s.norm_ratio for s in against.sites}
     says = tooltip(("value", "‖A‖ / ‖a fresh draw‖", ".4f"), *OF_A_SITE)
     chart = charts.heatmap(cells(found, sizes), ".3f", says, lowest=None)
     lead = (
@@ -459,7 +468,7 @@ def _rates(rows: list[dict[str, Any]]) -> charts.Spec:
     )
     log = {"type": "log", "nice": False}
     x, y = charts.quantity("sigma", "σ of W", "~g", **log), charts.quantity("value", "change rate δ", "~g", **log)
-    picks = charts.choice("pick", "Site", list(dict.fromkeys(row["pick"] for row in rows)), "pick")
+    picks = charts.drop_down("pick", "Site", list(dict.fromkeys(row["pick"] for row in rows)), "pick")
     return charts.dots(rows, x, y, says, pick=picks)
 
 
@@ -472,5 +481,5 @@ def _drawn(rate: Sequence[float], chosen: Iterable[int]) -> list[int]:
 
 def sections(found: Inspection) -> list[Section]:
     """All parts that have something to show."""
-    parts = (sites, ranks, history, layers, routers, heads, against, directions, groups, merging)
+    parts = (sites, ranks, history, layers, routers, heads, factor_comparison, directions, groups, merging)
     return [section for part in parts for section in part(found)]

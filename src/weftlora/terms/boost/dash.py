@@ -30,7 +30,7 @@ from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Role, Slots
 from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.boost import Boost, BoostTerm
-from weftlora.terms.events import Applied, Controller, SiteView, Timeline
+from weftlora.terms.events import Controller, LaunchEffect, SiteView, Timeline
 from weftlora.terms.extra import Direction
 
 
@@ -169,11 +169,11 @@ class DashLaunch:
         """See `Launch`."""
         return len(_term(site).gain)
 
-    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""
         term = _term(site)
         term.launch(found)
-        return Applied({}, [term.gain])
+        return LaunchEffect({}, [term.gain])
 
     def gap(self) -> str:
         """See `Launch`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from weftlora.terms.events import Controller, Timeline
-from weftlora.terms.layers import Blocks, Layers
+from weftlora.terms.layers import Blocks, Layers, SearchedLayers
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class All(Layers):
         return None
 
     @property
-    def search(self) -> Layers | None:
+    def search(self) -> SearchedLayers | None:
         """None."""
         return None
 

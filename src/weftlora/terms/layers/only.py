@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.settings import is_whole
 from weftlora.terms.events import Controller, Timeline
-from weftlora.terms.layers import Blocks, Layers
+from weftlora.terms.layers import Blocks, Layers, SearchedLayers
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Only(Layers):
         return self.blocks
 
     @property
-    def search(self) -> Layers | None:
+    def search(self) -> SearchedLayers | None:
         """None."""
         return None
 

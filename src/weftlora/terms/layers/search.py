@@ -6,6 +6,15 @@
 
 h needs no graph of α: the update of a site is linear in B, so h_l = Σ_m ⟨∇_{B_m} R, B_m⟩ over the modules m of block l.
 
+Rules that turn α into a set:
+
+    above_mean       α_i > mean(α)        the same for α + c, which is all that α̂ determines of α
+    raw_zero         α_i > 0              means the same only while Σα = 0, which Adam does not keep
+    alpha_hat_gt_1   α̂_i > 1              stricter: α̂_i ≥ 1 implies α_i ≥ mean(α) (AM ≥ GM), not the reverse
+    top_k            the k largest
+
+Ties go to the lower index.
+
 Source: Flexora, arXiv 2408.10774; the body of the paper could not be read, so the released code (head 4449be8) is the
 evidence. Where we knowingly differ from it: α̂ acts once (there, on the inputs of dropout, A and B: α̂³), the inner
 optimiser keeps its state (there it is wiped every step, which makes it sign-SGD), the threshold is the mean of α (there,
@@ -16,18 +25,17 @@ optimiser keeps its state (there it is wiped every step, which makes it sign-SGD
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from weftlora.errors import ConfigError, TargetError, suggest
+from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.settings import is_number, is_whole
-from weftlora.terms.events import Controller, Timeline
-from weftlora.terms.layers import Blocks, Layers
+from weftlora.terms.layers import Chosen, SearchedLayers, Weighed
 
 Rule = Literal["above_mean", "raw_zero", "top_k", "alpha_hat_gt_1"]
 Fewer = Literal["fill", "error"]
@@ -46,7 +54,7 @@ _COUNTS_OR_NONE = ("unroll_steps", "steps", "top_k")
 
 
 @dataclass(frozen=True)
-class Search(Layers):
+class Search(SearchedLayers):
     """Search which blocks to adapt; `weftlora.search_layers` runs it, and training without it is refused.
 
     Args:
@@ -63,6 +71,8 @@ class Search(Layers):
         alpha_hat_max: the gate of a block is α̂ cut off there, which may be all of N otherwise; None (released code) is not.
         outer_batches: validation micro-batches per step on α (released code: 8, of one sample each).
         search_epochs: passes over the search's training rows; `steps`, if given, is the number of steps on α instead.
+        max_share: of the training that follows, in the same run, what a search without `steps` may cost at most, counted in rows
+            (ours); None is no bound.
         max_search_samples: rows used at most, validation included; val_size: rows held out where none are given.
         select: "above_mean": α_i > mean(α), the same for α + c; "raw_zero": α_i > 0 (released code); "top_k": the
             `top_k` largest; "alpha_hat_gt_1": α̂_i > 1, which implies α_i > mean(α) but not the reverse.
@@ -76,12 +86,7 @@ class Search(Layers):
     """
 
     saves: ClassVar[Mapping[str, str]] = {"layer_gate": "α̂ of the site's block"}
-    source: ClassVar[str] = "not yet searched"
-    untrained: ClassVar[str | None] = (
-        "layers=Search() chooses the blocks before training, which this loop does not do: call weftlora.search_layers first and "
-        "train with its selection (layers=selection.layers), or use layers=All()."
-    )
-    gated = True
+    earlier: ClassVar[Mapping[int, Mapping[str, Any]]] = {1: {"max_share": None}}
 
     granularity: Literal["block", "module"] = "block"
     hypergrad: Literal["direct", "unrolled_fd", "unrolled_exact"] = "direct"
@@ -95,6 +100,7 @@ class Search(Layers):
     outer_batches: int = 8
     search_epochs: float = 1.0
     steps: int | None = None
+    max_share: float | None = 0.1
     max_search_samples: int = 5000
     val_size: int = 200
     select: Rule | None = None
@@ -115,6 +121,7 @@ class Search(Layers):
         self._check(
             "inner_lr", self.inner_lr is None or _is_positive(self.inner_lr), "a positive number, or leave it out"
         )
+        self._check("max_share", self.max_share is None or _is_positive(self.max_share), "a positive number, or none")
         most = self.alpha_hat_max
         self._check(
             "alpha_hat_max", most is None or (is_number(most) and 1 < most < math.inf), "a number above 1, or none"
@@ -125,6 +132,9 @@ class Search(Layers):
             if getattr(self, name) not in valid:
                 raise ConfigError(f"Search({name}={getattr(self, name)!r}): {suggest(str(getattr(self, name)), valid)}")
         self._check_together()
+        if self.preset == "released":
+            object.__setattr__(self, "inner_optimizer", "sign_sgd")
+            object.__setattr__(self, "summed", True)
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:
@@ -174,45 +184,39 @@ class Search(Layers):
             h_n = h_n.where(alpha_hat_n <= self.alpha_hat_max, 0.0)
         return alpha_gradient(h_n, alpha_hat_n, self.power)
 
-    @property
-    def named(self) -> tuple[int | str, ...] | None:
-        """None yet."""
-        return None
+    def alpha_hat(self, alpha_n: Tensor) -> Tensor:
+        """α̂."""
+        return weights(alpha_n)
+
+    def optimizer(self, alpha_n: Tensor) -> Optimizer:
+        """No decay: it would pull to uniform."""
+        kind = torch.optim.Adam if self.alpha_optimizer == "adam" else torch.optim.SGD
+        return kind([alpha_n], lr=self.alpha_lr)
+
+    def check_groups(self, n: int) -> None:
+        """No more are asked for than there are."""
+        for name, count in (("top_k", self.top_k or 0), ("min_layers", self.min_layers)):
+            if count > n:
+                raise ConfigError(f"{name}={count} of {n} groups cannot be selected: use at most {n}.")
+
+    def choose(self, found: Weighed) -> Chosen:
+        """The groups over the rule's threshold, and at least `min_layers`."""
+        self.check_groups(len(found.alpha))
+        return apply_rule(self, found)
 
     @property
-    def search(self) -> Search | None:
-        """Itself."""
-        return self
+    def selects(self) -> int | None:
+        """`top_k`."""
+        return self.top_k
 
-    def adapts(self, blocks: Blocks, module_name: str) -> bool:
-        """Whether it is in a block, or modules are searched."""
-        return blocks.of(module_name) is not None or self.granularity == "module"
-
-    def check(self, blocks: Blocks, targeted: Sequence[str]) -> None:
-        """There are two groups to choose between."""
-        groups = {blocks.of(name) if self.granularity == "block" else name for name in targeted} - {None}
-        if len(groups) < 2:
-            raise TargetError(
-                f"layers=Search() has {len(groups)} {self.granularity}s of {blocks.model_name} to choose from, with "
-                f"{len(targeted)} modules targeted: target modules in at least two, or use layers=All()."
+    def selecting(self, count: int) -> Self:
+        """The `count` largest α."""
+        if self.top_k is None and self.select != "above_mean":
+            raise ConfigError(
+                f"Search(select={self.select!r}) knows only after the search how many blocks it selects: leave select out, or give "
+                "top_k."
             )
-        outside = [name for name in targeted if not self.adapts(blocks, name)]
-        if outside:
-            warnings.warn(
-                f"{len(outside)} targeted modules outside of all blocks, such as {outside[0]}, have no place in a search of blocks "
-                "and are not adapted: name them in exclude_modules, or search with granularity='module'.",
-                stacklevel=2,
-            )
-
-    def controllers(self, timeline: Timeline) -> list[Controller]:
-        """Its gates are moved by `weftlora.search_layers`, before there is a run."""
-        return []
-
-
-def search_of(layers: Layers) -> Search | None:
-    """The search that a choice of layers asks for before training; None where it asks for none."""
-    found = layers.search
-    return found if isinstance(found, Search) else None
+        return replace(self, select="top_k", top_k=count)
 
 
 def weights(alpha_n: Tensor) -> Tensor:
@@ -222,6 +226,40 @@ def weights(alpha_n: Tensor) -> Tensor:
     """
     e_n = torch.exp(alpha_n.double() - alpha_n.detach().double().max())
     return e_n * len(e_n) / e_n.sum()
+
+
+def apply_rule(search: Search, found: Weighed) -> Chosen:
+    """What the rule of `search` selects from α."""
+    alpha, n, least = found.alpha, len(found.alpha), search.min_layers
+    ranked = sorted(range(n), key=lambda i: (-alpha[i], i))
+    threshold = _threshold(search, alpha, ranked)
+    if search.select == "top_k":
+        chosen = set(ranked[: search.top_k])
+    else:
+        rounding = 8 * 2.0**-52 * max(abs(a) for a in alpha)
+        chosen = {i for i in range(n) if alpha[i] - threshold > rounding}
+    if len(chosen) < least and search.when_fewer == "error":
+        raise RunError(
+            f"select={search.select!r} selects {len(chosen)} of {n} groups, fewer than min_layers={least}: the search found no more "
+            "worth an adapter; search longer, lower min_layers, or take those of the largest α too (when_fewer='fill')."
+        )
+    filled = tuple(sorted(i for i in ranked[:least] if i not in chosen)) if len(chosen) < least else ()
+    distance = tuple(a - threshold for a in alpha)
+    near = tuple(i for i in range(n) if abs(distance[i]) < found.step)
+    return Chosen(tuple(sorted(chosen | set(filled))), distance, filled, near)
+
+
+def _threshold(search: Search, alpha: Sequence[float], ranked: list[int]) -> float:
+    n, k = len(alpha), search.top_k
+    if search.select == "raw_zero":
+        return 0.0
+    if k is None and search.select == "above_mean":
+        return math.fsum(alpha) / n
+    if k is None:  # α̂_i > 1  ⇔  α_i > log mean exp α
+        top = max(alpha)
+        return top + math.log(math.fsum(math.exp(a - top) for a in alpha) / n)
+    ordered = [alpha[i] for i in ranked]
+    return ordered[-1] if k == n else (ordered[k - 1] + ordered[k]) / 2
 
 
 def alpha_gradient(h_n: Tensor, alpha_hat_n: Tensor, power: int = 1) -> Tensor:

@@ -37,7 +37,7 @@ from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import Role, Slots
 from weftlora.settings import Time, check_time, is_number, is_whole
-from weftlora.terms.events import Applied, Controller, SiteView, Timeline
+from weftlora.terms.events import Controller, LaunchEffect, SiteView, Timeline
 from weftlora.terms.extra import Direction
 from weftlora.terms.start import Start, StartTerm, kaiming_uniform
 
@@ -225,7 +225,7 @@ class StartSwitch:
         return len(_live(site))
 
     @torch.no_grad()
-    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> Applied:
+    def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """See `Launch`. "guarded": the chosen directions whose σ̄ was too small to split."""
         f = site.structure.factors(site.scale)
         a, b = cast(nn.Parameter, f.A), cast(nn.Parameter, f.B)
@@ -233,7 +233,7 @@ class StartSwitch:
         gains = [] if site.boost is None else site.boost.rest()
         split = frozen[: len(found.index)].tolist()
         guarded = [k for k, able in zip(found.index.tolist(), split, strict=True) if not able]
-        return Applied({"guarded": guarded if self.choice.mode == "residual" else []}, [a, b, *gains])
+        return LaunchEffect({"guarded": guarded if self.choice.mode == "residual" else []}, [a, b, *gains])
 
     def gap(self) -> str:
         """See `Launch`."""

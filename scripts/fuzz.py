@@ -1,0 +1,297 @@
+"""`make fuzz`: bad files through every reader, names of strangers through every writer, and nothing may happen that is not promised.
+
+    python scripts/fuzz.py [--minutes 25] [--out evidence/fuzz.json]     one part; its counts are added to those of the parts before
+    python scripts/fuzz.py --slice 50                                     seconds over all targets, seeds first; nothing is counted
+    python scripts/fuzz.py --only run.json --minutes 1                    one target
+    python scripts/fuzz.py --faults                                       every fault that was fixed, put back, is found again
+
+What is tried, and what must hold, is in tests/fuzz. What an earlier part learnt of a target is in out/fuzz, which is no part of the
+project: without it a part begins with the seeds. Exits 1 if anything was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import functools
+import hashlib
+import json
+import os
+import pickle
+import random
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests")]
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+)
+
+import arms
+
+if __name__ == "__main__":
+    arms.watch("weftlora", "yaml")  # before anything imports them
+
+import engine
+from mutations import Case
+from readers import Target, readers
+from writers import writers
+
+FOUND = ROOT / "tests" / "fuzz" / "seeds" / "found.json"
+LEARNT = ROOT / "out" / "fuzz"
+LEAST, WHOLE = 20_000, 1_000_000
+"""Inputs of each target, and of all together, that the campaign is to reach."""
+TURN = 25.0
+"""Seconds of a target at a time."""
+
+
+def targets() -> list[Target]:
+    return [*readers(), *writers()]
+
+
+# ---------------------------------------------------------------------- inputs that once were faults
+
+
+def unpacked(entry: dict[str, Any], seeds: list[Case]) -> Case:
+    """A case as it is committed: what differs from a seed. Texts, or base64 of what is no text; a link is {"link": where it leads}."""
+    case = dict(seeds[entry["seed"]])
+    for name, content in entry["case"].items():
+        if content is None:
+            del case[name]
+        elif isinstance(content, str):
+            case[name] = content.encode()
+        else:
+            case[name] = content["link"] if "link" in content else base64.b64decode(content["base64"])
+    return case
+
+
+def packed(target: Target, was: str, case: Case) -> dict[str, Any]:
+    """The other way round."""
+    seeds = target.seeds()
+    number = min(
+        range(len(seeds)), key=lambda n: sum(seeds[n].get(name) != case.get(name) for name in {*seeds[n], *case})
+    )
+    made: dict[str, Any] = dict.fromkeys(seeds[number].keys() - case.keys())
+    for name, content in case.items():
+        if seeds[number].get(name) == content:
+            continue
+        if isinstance(content, str):
+            made[name] = {"link": content}
+            continue
+        try:
+            made[name] = content.decode("utf-8")
+        except UnicodeDecodeError:
+            made[name] = {"base64": base64.b64encode(content).decode()}
+    return {"target": target.name, "was": was, "seed": number, "case": made}
+
+
+def found(target: Target) -> list[Case]:
+    """The committed inputs that once were faults of a target."""
+    entries = json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.is_file() else []
+    return [unpacked(entry, target.seeds()) for entry in entries if entry["target"] == target.name]
+
+
+# ---------------------------------------------------------------------- carrying out
+
+
+def prepared(chosen: list[Target]) -> None:
+    """Everything imported and made once, before processes are forked: each target reads its own seeds."""
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="weft-fuzz-", dir=memory()) as top, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        here = Path.cwd()
+        for number, target in enumerate(chosen):
+            sandbox = engine.Sandbox(Path(top) / str(number), target)
+            for case in target.seeds():
+                kind, detail = engine.tried(target, sandbox, case, must_work=True)
+                if kind:
+                    print(f"{target.name}: a seed is a fault: {kind} {detail}", flush=True)
+        os.chdir(here)
+
+
+def memory() -> str | None:
+    """A folder in memory, where the machine has one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def learnt(target: str) -> Path:
+    return LEARNT / f"{hashlib.sha256(target.encode()).hexdigest()[:12]}.pickle"
+
+
+def corpus_of(target: str) -> list[Case]:
+    try:
+        kept: list[Case] = pickle.loads(learnt(target).read_bytes())
+        return kept
+    except (OSError, ValueError, pickle.UnpicklingError, EOFError):
+        return []
+
+
+def keep_corpus(target: str, corpus: list[Case]) -> None:
+    LEARNT.mkdir(parents=True, exist_ok=True)
+    partial = learnt(target).with_suffix(".tmp")
+    partial.write_bytes(pickle.dumps(corpus[: engine.MOST]))
+    partial.replace(learnt(target))
+
+
+def campaign(
+    chosen: list[Target],
+    counts: dict[str, int],
+    seconds: float,
+    seed: str,
+    jobs: int,
+    turn: float,
+    learning: bool = True,
+) -> list[engine.Outcome]:
+    """Slices of targets until the time is over: those that have had the fewest inputs first, until each has had enough."""
+    end, done = time.monotonic() + seconds, list[engine.Outcome]()
+    had = {target.name: counts.get(target.name, 0) for target in chosen}
+    turns = dict.fromkeys(had, 0)
+    running: dict[str, engine.Running] = {}
+    top = Path(tempfile.mkdtemp(prefix="weft-fuzz-", dir=memory()))
+    while running or time.monotonic() < end:
+        free = [target for target in chosen if target.name not in running]
+        if len(running) < jobs and free and time.monotonic() < end:
+            target = min(free, key=lambda each: (had[each.name] >= LEAST, turns[each.name]))
+            turns[target.name] += 1
+            work = engine.Slice(
+                target, seed, had[target.name], min(turn, end - time.monotonic()), 10**9,
+                found(target) if turns[target.name] == 1 else [], corpus_of(target.name) if learning else [],
+            )  # fmt: skip
+            running[target.name] = engine.start(work, top / str(len(done) * 100 + len(running)))
+        for name, each in [*running.items()]:
+            if (out := engine.look(each)) is not None:
+                del running[name]
+                had[name] += out.inputs
+                if learning:
+                    keep_corpus(name, out.corpus)
+                done.append(out)
+                print(f"{name}: {had[name]:,} inputs, {out.reached}/{out.of} arms, {out.inputs / max(out.seconds, 0.01):.0f} a second"
+                      + "".join(f"\n    FAULT {kind} ({out.times[kind]} times)" for kind in out.faults), flush=True)  # fmt: skip
+        time.sleep(0.05)
+    return done
+
+
+# ---------------------------------------------------------------------- what is kept
+
+
+def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
+    """Every fault put back: whether the slice finds it, and after how many inputs mutations of good inputs alone do."""
+    from faults import FAULTS, put_back
+
+    by_name = {target.name: target for target in chosen}
+    top = Path(tempfile.mkdtemp(prefix="weft-fuzz-", dir=memory()))
+    rows = []
+    for fault in [fault for fault in FAULTS if fault.target in by_name]:
+        target, row = by_name[fault.target], {"fault": fault.name, "target": fault.target}
+        for how, known in (("slice", found(target)), ("without", [])):
+            most = len(target.seeds()) + len(known) if how == "slice" else 20_000
+            work = engine.Slice(
+                target, "faults", 0, seconds, most, known, [], functools.partial(put_back, fault), until_fault=True
+            )
+            running = engine.start(work, top)
+            while (out := engine.look(running)) is None:
+                time.sleep(0.02)
+            met = next(iter(out.faults.values()), None)
+            if how == "slice":
+                row |= {"again": met is not None, "as": met.kind if met else ""}
+            else:
+                row |= {"inputs_without": met.number + 1 if met else None}
+        rows.append(row)
+        print(f"{'found' if row['again'] else 'NOT FOUND'}: {row}", flush=True)
+    return rows
+
+
+def source_digest() -> str:
+    """Of weftlora's source: counts of several parts are of one source only where these agree."""
+    whole = hashlib.sha256()
+    for path in sorted((ROOT / "src" / "weftlora").rglob("*.py")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:12]
+
+
+def added(record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds: float) -> dict[str, Any]:
+    """The record with a part more in it."""
+    kept = record.setdefault("targets", {})
+    writes = {target.name for target in writers()}
+    for out in done:
+        entry = kept.setdefault(out.target, {
+            "is": "writer" if out.target in writes else "reader", "inputs": 0, "faults": 0, "arms": 0, "of": 0, "grew": 0, "slowest": 0.0, "peak_mib": 0,
+        })  # fmt: skip
+        entry["inputs"] += out.inputs
+        entry["faults"] += sum(out.times.values())
+        if out.reached > entry["arms"]:
+            entry["arms"], entry["of"] = out.reached, out.of
+            entry["grew"] = out.grew or entry["grew"]
+        entry["slowest"] = round(max(entry["slowest"], out.slowest), 2)
+        entry["peak_mib"] = max(entry["peak_mib"], out.peak >> 20)
+    record.setdefault("parts", []).append({
+        "seed": seed, "source": source_digest(), "seconds": round(seconds), "inputs": sum(out.inputs for out in done),
+        "faults": sum(sum(out.times.values()) for out in done),
+    })  # fmt: skip
+    record["inputs"] = sum(entry["inputs"] for entry in kept.values())
+    record["faults"] = sum(entry["faults"] for entry in kept.values())
+    record["bounds"] = {"cpu_seconds": engine.CPU, "memory_mib": engine.MEMORY >> 20, "message_characters": 2000}
+    return record
+
+
+def shown(faults: list[engine.Fault]) -> str:
+    return "\n".join(
+        f"{each.target}: {each.kind} (input {each.number}, by {each.by})\n    {each.detail[:300]}" for each in faults
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--slice", type=float, help="seconds over all targets; nothing is counted")
+    parser.add_argument("--only", action="append", help="this target; may be given several times")
+    parser.add_argument("--seed", help="of the inputs; by default the number of the part")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "evidence" / "fuzz.json")
+    parser.add_argument("--new", type=Path, help="write what was found to this file, as seeds/found.json has it")
+    parser.add_argument("--faults", action="store_true", help="put every fault back that was fixed, and find it again")
+    given = parser.parse_args()
+    chosen = [target for target in targets() if not given.only or target.name in given.only]
+    if not chosen:
+        sys.exit(f"there is no target {given.only}: use {', '.join(target.name for target in targets())}")
+    began = time.monotonic()
+    prepared(chosen)
+    print(f"ready in {time.monotonic() - began:.1f} s", flush=True)
+    by_name = {target.name: target for target in chosen}
+    record = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    if given.faults:
+        record["put_back"] = found_again(chosen, 20)
+        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        missed = [row["fault"] for row in record["put_back"] if not row["again"]]
+        print(f"{len(record['put_back'])} faults put back, {len(missed)} not found again: {', '.join(missed)}")
+        return 1 if missed else 0
+    if given.slice is not None:
+        done = campaign(chosen, {}, given.slice, given.seed or "slice", given.jobs, given.slice / len(chosen), False)
+    else:
+        counts = {name: entry["inputs"] for name, entry in record.get("targets", {}).items()}
+        seed = given.seed or f"part {len(record.get('parts', [])) + 1}"
+        done = campaign(chosen, counts, 60 * given.minutes, seed, given.jobs, TURN)
+        given.out.write_text(
+            json.dumps(added(record, done, seed, time.monotonic() - began), indent=1) + "\n", encoding="utf-8"
+        )
+    faults = list({(out.target, kind): fault for out in done for kind, fault in out.faults.items()}.values())
+    print(f"{sum(out.inputs for out in done):,} inputs, {len(faults)} kinds of fault")
+    if faults:
+        print(shown(faults))
+    if given.new and faults:
+        given.new.write_text(
+            json.dumps([packed(by_name[f.target], f.kind, f.case) for f in faults], indent=1) + "\n",
+            encoding="utf-8",
+        )
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

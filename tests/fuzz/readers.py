@@ -1,0 +1,787 @@
+"""Every reader of files: what it is called with, inputs that it takes, and how they are changed.
+
+A reader is called as the command that reads such a file calls it, in one process, with no model loaded. What it may do is give a value
+or raise an error of weftlora's tree.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mutations as m
+from mutations import Case
+
+SEEDS = Path(__file__).parent / "seeds"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader or a writer."""
+
+    name: str
+    seeds: Callable[[], list[Case]]
+    """Inputs that are as they should be."""
+    mutate: Callable[[random.Random, Case], Case]
+    call: Callable[[Path, Case], None]
+    """Read or write the case in the folder. Raises AssertionError where what was written does not hold what was promised."""
+    base: Callable[[], Case] = dict
+    """What lies in the folder beside the case."""
+    writer: bool = False
+
+
+def one_file(change: m.Mutate, *names: str) -> Callable[[random.Random, Case], Case]:
+    """Mutates one of these files of a case, by default any."""
+
+    def mutate(rng: random.Random, case: Case) -> Case:
+        name = rng.choice([name for name in case if not names or name in names])
+        content = case[name]
+        return {**case, name: change(rng, content)} if isinstance(content, bytes) else case
+
+    return mutate
+
+
+def now_and_then(case: Case, every: int) -> bool:
+    """Whether an input is one of those that a slower way is tried with: of the input, not of chance, so that it happens again."""
+    return zlib.crc32(repr(sorted(case.items())).encode("utf-8", "backslashreplace")) % every == 0
+
+
+@functools.cache
+def folders() -> dict[str, bytes]:
+    """Records of runs, a search and a comparison that took place."""
+    content: dict[str, str] = json.loads((SEEDS / "folders.json").read_text(encoding="utf-8"))
+    return {name: text.encode() for name, text in content.items()}
+
+
+def below(top: str) -> dict[str, bytes]:
+    """The records of one of these folders."""
+    return {name.removeprefix(f"{top}/"): text for name, text in folders().items() if name.startswith(f"{top}/")}
+
+
+# ---------------------------------------------------------------------- recipes
+
+RECIPES = [
+    "model: demo\ndata: demo\nadapter: lora\nout: runs/a\n",
+    "model: {path: demo, dtype: bfloat16, task: causal}\n"
+    "data:\n  train: demo\n  max_length: 64\n  fields: {prompt: question, completion: answer}\n  limit: 100\n"
+    "adapter:\n  recipe: hydralora\n  r: 8\n  heads: 3\n  target_modules: [q_proj, v_proj]\n"
+    "train:\n  steps: 150\n  batch_size: 32\n  lr: 5e-3\n  warmup: 0.1\n  args: {adam_beta2: 0.95}\nout: runs/hydra\n",
+    "model: &m {path: demo}\ndata: {<<: {train: demo}, max_length: 32}\nadapter: {recipe: lora, r: 4}\nout: runs/m\n",
+    "model: demo\ndata: {train: demo}\nadapter:\n  <<: &x {r: 4}\n  structure: {kind: hydra, heads: 2}\n  boost: {kind: dash, after: 0.1}\n"
+    "  layers: [0, 3]\n  rank_pattern: {q_proj: 2}\ntrain: {epochs: 0.5, seed: 3, lora_plus_ratio: 16.0, report_to: [none]}\nout: runs/x\n",
+    "model: demo\ndata: demo\nadapter: {recipe: alora, first: 0.2, every: {epochs: 0.5}, max_rounds: 2, score: random}\n"
+    "train: {steps: 40}\nout: runs/alora\n",
+    "model: demo\ndata: demo\nadapter: {recipe: flexora, steps: 8, val_size: 32}\ntrain: {steps: 40, trainer: sft}\nout: runs/f\n",
+    "model: demo\ndata: demo\nadapter: {recipe: tied_lora, train: tl6}\ntrain: {steps: 4}\nout: runs/t\n",
+    "model: demo\ndata: demo\nadapter: {recipe: 'peft:adalora', target_r: 4}\ntrain: {steps: 4}\nout: ~/runs/t\n",
+]
+COMPARISONS = [
+    "model: demo\ndata: demo\nmethods: [lora, hydralora, none]\nout: runs/c\n",
+    "model: demo\ndata: {train: demo, limit: 64}\ntrain: {steps: 8}\nmethods:\n  - lora\n  - {recipe: lora, structure: hydra, name: mine}\n"
+    "  - {control: random_layers, count: 2}\n  - random_moves\nbudget: {equal: parameters, r: 4}\nscale: own\nseeds: [0, 3]\n"
+    "rates: {values: [1e-3, 2e-3], seeds: 2}\nmetric: exact_match\nbaseline: lora\nout: runs/c\n",
+]
+
+
+def _asked(source: Any, *overrides: str) -> None:
+    from transformers import set_seed
+
+    from weftlora.runs.adapter import adapter_config
+    from weftlora.runs.recipe import asked
+    from weftlora.train import arguments
+
+    recipe, _ = asked(source, overrides)
+    arguments.check(recipe.train)
+    set_seed(recipe.train.seed)  # as training does first of all
+    adapter_config(recipe.adapter, total_steps=100)
+
+
+def _recipe(folder: Path, case: Case) -> None:
+    _asked(folder / "recipe.yaml")
+
+
+def _comparison_recipe(folder: Path, case: Case) -> None:
+    from transformers import set_seed
+
+    from weftlora.compare.methods import contenders
+    from weftlora.compare.recipe import CompareRecipe
+    from weftlora.train import arguments
+
+    recipe = CompareRecipe.read(folder / "recipe.yaml")
+    recipe.check_places()
+    found = contenders(recipe.methods)
+    arguments.check(recipe.train)
+    for each in found:
+        _ = each.slug, each.search
+    for seed in recipe.all_seeds[:5]:
+        set_seed(seed)
+
+
+OVERRIDES = [
+    ["train.lr=1e-3"],
+    ["adapter.r=16", "adapter.lora_dropout=0.1"],
+    ["model=demo", "data.train=demo", "out=runs/x"],
+    ["adapter.layers=[0, 3]", "train.steps=5"],
+    ["data.fields.prompt=question", "data.format=prompt_completion"],
+    ["adapter.recipe=lora_dash", "adapter.after=0.1"],
+    ["train.args.adam_beta2=0.9", "train.report_to=[none]"],
+    ["model.path=demo", "model.dtype=auto", "data.separator= -> "],
+]
+KEYS = (
+    "model model.path model.dtype model.task model.attn_implementation data data.train data.validation data.format data.fields.prompt data.fields "
+    "data.separator data.quoting data.unit data.prompt_template data.max_length data.truncate data.limit data.seed data.validation_fraction adapter "
+    "adapter.recipe adapter.r adapter.lora_alpha adapter.heads adapter.layers adapter.target_modules adapter.rank_pattern adapter.structure adapter.start "
+    "adapter.boost adapter.ranks adapter.after adapter.modules_to_save train train.steps train.epochs train.lr train.batch_size train.seed train.warmup "
+    "train.schedule train.optimizer train.num_threads train.save_every train.report_to train.args train.args.seed train.args.hub_token train.trainer out"
+).split()
+
+
+def _overrides(folder: Path, case: Case) -> None:
+    from weftlora.runs.recipe import builtin
+
+    given = json.loads(case["overrides"])
+    _asked(builtin("hydralora"), *given)
+
+
+def _change_overrides(rng: random.Random, case: Case) -> Case:
+    """Overrides with another key, another value or other characters; they come from a shell, so none holds a NUL."""
+    given: list[str] = [*json.loads(case["overrides"])]
+    for _ in range(rng.choice((1, 1, 2))):
+        number = rng.randrange(len(given)) if given else 0
+        key, _, value = given[number].partition("=") if given else ("", "", "")
+        kind = rng.randrange(6)
+        if kind == 0:
+            key = rng.choice(KEYS)
+        elif kind == 1:
+            key = rng.choice((key + ".x", "." + key, key.replace(".", ".."), rng.choice(m.TEXTS), key[:-1]))
+        elif kind == 2:
+            value = m.write_tree(rng, m.value(rng)).decode("utf-8", "surrogateescape")
+        elif kind == 3:
+            value = rng.choice(m.TEXTS)
+        elif kind == 4:
+            value = m.change_bytes(rng, value.encode("utf-8", "surrogatepass"), m.YAML).decode(
+                "utf-8", "surrogateescape"
+            )
+        else:
+            given = [*given, f"{rng.choice(KEYS)}={rng.choice(m.TEXTS)}"]
+            continue
+        made = f"{key}={value}" if rng.random() < 0.97 else key + value
+        given[number : number + 1] = [made.replace("\0", "")]
+    return {"overrides": json.dumps(given).encode()}
+
+
+# ---------------------------------------------------------------------- run folders
+
+
+def _run_record(folder: Path, case: Case) -> None:
+    from weftlora.cli.output import run_summary
+    from weftlora.compare import load
+    from weftlora.runs.load import _wanted, recipe_of
+    from weftlora.runs.run import Run, check_continues
+
+    run = Run.load(folder)
+    for step in (
+        lambda: run_summary(run.whole()),
+        lambda: _wanted(run),
+        lambda: check_continues(run, recipe_of(run).model_dump(mode="json")),
+        lambda: load([folder]),
+    ):
+        _refused_or_not(step)
+
+
+def _refused_or_not(step: Callable[[], Any]) -> None:
+    """A step of several that may each refuse: what is refused by one is tried with the others."""
+    from weftlora.errors import WeftError
+
+    try:
+        step()
+    except WeftError as error:
+        check_message(error)
+
+
+def check_message(error: Exception) -> None:
+    """An error's text is short, and nothing in it steers a terminal or hides. Raises AssertionError."""
+    text = str(error)
+    assert text, f"{type(error).__name__} says nothing"
+    assert len(text) <= 2000, f"the message of {type(error).__name__} has {len(text)} characters"
+    assert not (hidden := unseen(text, "\n\t")), f"the message of {type(error).__name__} holds {hidden[:3]!r}"
+
+
+def unseen(text: str, allowed: str = "") -> list[str]:
+    """What a terminal would obey, or a reader not see."""
+    return [c for c in _hidden().findall(text) if c not in allowed]
+
+
+@functools.cache
+def _hidden() -> re.Pattern[str]:
+    """Controls, formats, surrogates, private characters and separators of lines; without the joiners, which scripts need."""
+    import unicodedata
+
+    kinds = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    every = [n for n in range(0x110000) if unicodedata.category(chr(n)) in kinds and n not in (0x200C, 0x200D)]
+    ends = [n for n, after in zip(every, [*every[1:], -1], strict=True) if after != n + 1]
+    starts = [every[0], *(after for n, after in zip(every, every[1:], strict=False) if after != n + 1)]
+    return re.compile(
+        "[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in zip(starts, ends, strict=True)) + "]"
+    )
+
+
+def _run_folder() -> Case:
+    return {"run.json": folders()["alora/run.json"]}
+
+
+def _metrics(folder: Path, case: Case) -> None:
+    from weftlora.compare import load
+    from weftlora.compare.workers import _has_diverged
+    from weftlora.runs.run import Run
+
+    Run.load(folder).history()
+    _has_diverged(folder)
+    load([folder])
+
+
+def _change_metrics(rng: random.Random, case: Case) -> Case:
+    return {"metrics.jsonl": m.json_lines(rng, case["metrics.jsonl"])}  # type: ignore[arg-type]
+
+
+def _events(folder: Path, case: Case) -> None:
+    from weftlora.inspection.inspecting import inspect
+
+    found = inspect(folder, base=False, spectra=0)
+    if now_and_then(case, 20):
+        from weftlora.cli.inspect import shown
+
+        on_screen(shown(found))
+
+
+def without_libraries() -> None:
+    """Pages without the megabytes of Vega, which hold nothing of anybody's."""
+    from weftlora.report import web
+
+    web._bundle = lambda: "/* the libraries */"  # type: ignore[assignment]
+
+
+def on_screen(renderable: Any) -> str:
+    """What a terminal of 100 columns would get."""
+    import io
+
+    from weftlora.cli import output
+
+    screen = output.Screen(file=io.StringIO(), width=100)
+    screen.print(renderable)
+    text: str = screen.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+def _tiny(name: str) -> Case:
+    """An adapter of a recipe on a Llama of 2 layers, as peft saves it: on q_proj alone, its tensors random."""
+    import tempfile
+
+    import families
+    import torch
+    from peft import get_peft_model
+
+    import weftlora
+
+    common: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    made = {
+        "lora": lambda: weftlora.PlainLoraConfig(**common, layers=weftlora.Only([0, 1])),
+        "hydra": lambda: weftlora.HydraLoraConfig(**common, heads=2),
+        "tied": lambda: weftlora.TiedLoraConfig(r=2),
+        "dash": lambda: weftlora.LoraTsdConfig(**common, directions=2, after=2),
+        "alora": lambda: weftlora.AllocLoraConfig(**common, first=2, every=2, max_rounds=2, score="random"),
+        "stock": lambda: __import__("peft").LoraConfig(**common),
+    }[name]()
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="weft-fuzz-") as top:
+        warnings.simplefilter("ignore")
+        model = get_peft_model(families.FAMILIES["llama"].build(), made)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.uniform_(-0.1, 0.1)
+        model.save_pretrained(top)
+        return {name: (Path(top) / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+@functools.cache
+def adapters() -> dict[str, Case]:
+    return {name: _tiny(name) for name in ("lora", "hydra", "tied", "dash", "alora", "stock")}
+
+
+def _adapter(folder: Path, case: Case) -> None:
+    from weftlora.inspection.inspecting import inspect
+    from weftlora.runs.load import _read_config
+
+    _refused_or_not(lambda: _read_config(folder))
+    found = inspect(folder, base=False, spectra=0)
+    if now_and_then(case, 20):
+        from weftlora.cli.inspect import shown
+
+        on_screen(shown(found))
+
+
+def _adapter_seeds() -> list[Case]:
+    return [dict(case) for case in adapters().values()]
+
+
+@functools.cache
+def _released() -> list[Case]:
+    """Adapters as the released code of HydraLoRA and LoRA-Dash writes them, in safetensors."""
+    import torch
+    from safetensors.torch import save
+
+    site = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    hydra = {f"{site}A.weight": torch.ones(2, 4), f"{site}route.weight": torch.ones(2, 4)}
+    hydra |= {f"{site}B{n}.weight": torch.ones(4, 2) for n in range(2)}
+    dash = {
+        f"{site}A.weight": torch.ones(2, 4),
+        f"{site}B.weight": torch.ones(4, 2),
+        f"{site}index.weight": torch.ones(1, 3),
+    }
+    dash |= {f"{site}w_u": torch.ones(4, 3), f"{site}w_vt": torch.ones(3, 4)}
+    settings = json.dumps({"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}).encode()
+    return [{"adapter_config.json": settings, "adapter_model.safetensors": save(each)} for each in (hydra, dash)]
+
+
+def _released_adapter(folder: Path, case: Case) -> None:
+    import shutil
+
+    from weftlora.host.released_code import import_hydralora, import_lora_dash
+
+    for read in (import_hydralora, import_lora_dash):
+        shutil.rmtree(folder / "made", ignore_errors=True)
+        _refused_or_not(lambda read=read: read(folder, folder / "made"))  # type: ignore[misc]
+
+
+def _change_released(rng: random.Random, case: Case) -> Case:
+    if rng.random() < 0.4:
+        return one_file(m.json_file, "adapter_config.json")(rng, case)
+    change = m.safetensors_tensors if rng.random() < 0.8 else m.safetensors_header
+    return one_file(change, "adapter_model.safetensors")(rng, case)
+
+
+def _base_weights(folder: Path, case: Case) -> None:
+    from weftlora.adapted.frozen_weights import Checkpoint
+    from weftlora.data.paths import locate
+
+    locate(str(folder), folder)
+    found = Checkpoint(folder)
+    for name in [*found.where][:3]:
+        _refused_or_not(lambda name=name: found.read(name.removesuffix(".weight")))  # type: ignore[misc]
+
+
+@functools.cache
+def _weights() -> list[Case]:
+    """A model folder in two files, with their index."""
+    import torch
+    from safetensors.torch import save
+
+    names = {f"model.layers.{n}.self_attn.q_proj.weight": f"model-0000{n}.safetensors" for n in (0, 1)}
+    files: Case = {file: save({name: torch.ones(4, 4)}) for name, file in names.items()}
+    index = json.dumps({"metadata": {"total_size": 128}, "weight_map": names}).encode()
+    return [{"config.json": b"{}", "model.safetensors.index.json": index, **files}]
+
+
+def _change_weights(rng: random.Random, case: Case) -> Case:
+    if rng.random() < 0.4:
+        return one_file(m.json_file, "model.safetensors.index.json")(rng, case)
+    change = m.safetensors_tensors if rng.random() < 0.3 else m.safetensors_header
+    return one_file(change, "model-00000.safetensors", "model-00001.safetensors")(rng, case)
+
+
+# ---------------------------------------------------------------------- searches, comparisons, checkpoints
+
+
+def _selection(folder: Path, case: Case) -> None:
+    from weftlora.cli.output import controls
+    from weftlora.search import Selection
+
+    found = Selection.load(folder / "selection.json")
+    _ = found.layers, found.blocks, found.margin, found.near_ties, found.filled, found.others
+    _refused_or_not(found.peft_config)
+    controls(found)
+    assert Selection.load(folder / "selection.json").text() == found.text() or "nan" in found.text().lower()
+
+
+def _comparison(folder: Path, case: Case) -> None:
+    from weftlora.cli.compare import plan_table, result
+    from weftlora.compare import load
+    from weftlora.compare.plan import Plan
+
+    _refused_or_not(lambda: on_screen(plan_table(Plan.load(folder))))
+    found = load([folder])
+    if now_and_then(case, 3):
+        on_screen(result(found))
+    if now_and_then(case, 20):
+        from weftlora.report.comparison.page import page
+        from weftlora.report.comparison.runs import gather
+
+        without_libraries()
+        page(gather(found))
+
+
+def _comparison_folder() -> Case:
+    return {name: text for name, text in below("comparison").items() if "/adapter/" not in name}
+
+
+def _change_comparison(rng: random.Random, case: Case) -> Case:
+    """The plan, mostly; else a record of one of its runs, or a link where a folder was."""
+    kind = rng.random()
+    if kind < 0.75:
+        return {**case, "compare.json": m.json_file(rng, case.get("compare.json", below("comparison")["compare.json"]))}  # type: ignore[arg-type]
+    base = _comparison_folder()
+    name = rng.choice([name for name in base if name != "compare.json"])
+    if kind < 0.95:
+        change = m.json_lines if name.endswith("l") else m.json_file
+        return {**case, name: change(rng, case.get(name, base[name]))}  # type: ignore[arg-type]
+    if kind < 0.98:
+        problem = {"status": rng.choice(("failed", "diverged", "x")), "problem": rng.choice(m.TEXTS)}
+        return {**case, f"{Path(name).parent}/problem.json": m.json_file(rng, json.dumps(problem).encode())}
+    return {**case, name: f"../../../../{m.OUTSIDE}/{Path(name).name}"}
+
+
+def _checkpoint_case() -> Case:
+    """Two checkpoints with small files, marked as they should be."""
+    import hashlib
+
+    state = folders()["alora/checkpoints/checkpoint-3/trainer_state.json"]
+    case: Case = {}
+    for step in (3, 6):
+        files = {
+            "trainer_state.json": state.replace(b'"global_step": 3', f'"global_step": {step}'.encode()),
+            "optimizer.pt": b"x" * 8,
+        }
+        digests = {name: [len(text), hashlib.sha256(text).hexdigest()] for name, text in files.items()}
+        marker = json.dumps({"step": step, "files": digests}).encode()
+        case |= {
+            f"checkpoints/checkpoint-{step}/{name}": text for name, text in {**files, "complete.json": marker}.items()
+        }
+    return case
+
+
+def _checkpoints(folder: Path, case: Case) -> None:
+    from weftlora.runs.run import Run, settle
+    from weftlora.train import checkpoint
+    from weftlora.train.resuming import check_can_resume, resume_point
+
+    run = Run.load(folder)
+    _refused_or_not(lambda: _is_whole(checkpoint.newest(run.checkpoints)))
+    _refused_or_not(lambda: check_can_resume(run))
+    _refused_or_not(lambda: resume_point(run, main=True))
+    settle(folder)
+    checkpoint.rotate(run.checkpoints, 1)
+
+
+def _is_whole(chosen: Path | None) -> None:
+    """Training goes on from no checkpoint that lacks a file, or has another than its marker says. Raises AssertionError."""
+    if chosen is None:
+        return
+    try:
+        marker = json.loads((chosen / "complete.json").read_text(encoding="utf-8"))
+        sizes = {name: size for name, (size, _) in marker.get("files", {}).items()}
+        whole = int(chosen.name.removeprefix("checkpoint-")) == marker["step"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise AssertionError("a checkpoint with a damaged marker is gone on from") from None
+    whole = whole and all(
+        (chosen / name).is_file() and (chosen / name).stat().st_size == size for name, size in sizes.items()
+    )
+    assert whole, "a checkpoint that is not what its marker says is gone on from"
+
+
+def _change_checkpoints(rng: random.Random, case: Case) -> Case:
+    """Another marker, state or file; another name of a folder; a link, or something missing."""
+    kind = rng.random()
+    name = rng.choice([*case])
+    content = case[name]
+    if kind < 0.5 and isinstance(content, bytes):
+        marks = [n for n in case if n.endswith(".json") and isinstance(case[n], bytes)]
+        if marks:
+            name = rng.choice(marks)
+        return {**case, name: m.json_file(rng, case[name])}  # type: ignore[arg-type]
+    if kind < 0.6:
+        return {key: value for key, value in case.items() if key != name} or case
+    if kind < 0.8:
+        step = rng.choice(
+            (
+                "²",
+                "-1",
+                "00007",
+                "9",
+                "٣",
+                "1e3",
+                "6 ",
+                "9" * 17,
+                "9" * 30,
+                "keep-1",
+                "",
+                "\x1b[31m",
+                "x\ny",
+                "3/nested",
+            )
+        )
+        old = (name.split("/") + [""])[1]
+        return {
+            key.replace(f"/{old}/", f"/checkpoint-{step}/") if rng.random() < 0.9 else key: value
+            for key, value in case.items()
+        }
+    if kind < 0.9:
+        return {
+            **case,
+            rng.choice((name, "checkpoints/checkpoint-9", "metrics.jsonl", f".run.weft-{'0' * 16}")): m.OUTSIDE,
+        }
+    if kind < 0.95:
+        return {
+            **case,
+            rng.choice(
+                (f".run.weft-{'a' * 16}/run.json", "checkpoints/checkpoint-7/trainer_state.json", "checkpoints/x/")
+            ): b"{}",
+        }
+    return {**case, "metrics.jsonl": m.json_lines(rng, folders()["alora/metrics.jsonl"])}
+
+
+# ---------------------------------------------------------------------- rows
+
+SECTIONS: list[dict[str, Any]] = [
+    {}, {"format": "prompt_completion"}, {"format": "chat"}, {"format": "text"}, {"format": "classification"},
+    {"quoting": "none"}, {"separator": " -> "}, {"separator": "\t"}, {"unit": "line"}, {"unit": "paragraph"},
+    {"prompt_template": "{prompt} is"}, {"prompt_template": "{a:>5}{b!r}"}, {"fields": {"prompt": "a", "completion": "b"}},
+    {"fields": {"domain": "d"}}, {"max_length": 8}, {"prompt_template": "{prompt:>99999999}"},
+]  # fmt: skip
+"""data sections beside `train`; one of them is part of a case, by its number."""
+ROWS: list[list[dict[str, Any]]] = [
+    [{"prompt": f"p{n}", "completion": f"c{n}", "domain": "ab"[n % 2]} for n in range(4)],
+    [{"text": f"some words {n}", "label": n % 2} for n in range(4)],
+    [{"text": f"words {n}"} for n in range(3)],
+    [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": f"b{n}"}]} for n in range(3)],
+]
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    from weftlora.data.demo import demo_model_path
+
+    made = AutoTokenizer.from_pretrained(demo_model_path(), trust_remote_code=False)
+    made.chat_template = TEMPLATES[0]
+    return made
+
+
+def _rows(name: str) -> Callable[[Path, Case], None]:
+    def call(folder: Path, case: Case) -> None:
+        from weftlora.data import DataConfig, load
+        from weftlora.data.examples import examples, find_columns, label_names
+        from weftlora.data.read import Blocks, read
+
+        number = case.get("section", b"0")
+        config = DataConfig.parse({"train": str(folder / name), **SECTIONS[int(number) % len(SECTIONS)]})  # type: ignore[arg-type]
+        source = read(folder / name, config, Blocks(lambda lines: [len(line) for line in lines], 60))
+        columns = find_columns(source, config)
+        rows = examples(source, columns)
+        if columns.format == "classification":
+            _refused_or_not(lambda: label_names(rows, source))
+        if now_and_then(case, 50):
+            load(config, _tokenizer(), base_dir=folder)
+
+    return call
+
+
+def _change_rows(name: str, change: m.Mutate) -> Callable[[random.Random, Case], Case]:
+    def mutate(rng: random.Random, case: Case) -> Case:
+        if rng.random() < 0.15:
+            return {**case, "section": str(rng.randrange(len(SECTIONS))).encode()}
+        return {**case, name: change(rng, case[name])}  # type: ignore[arg-type]
+
+    return mutate
+
+
+def _as_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def _as_table(rows: list[dict[str, Any]], comma: str) -> bytes:
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    return "".join(comma.join(line) + "\n" for line in lines).encode()
+
+
+def _row_targets() -> list[Target]:
+    table = [_as_table(rows, ",") for rows in ROWS[:3]]
+    spelt: dict[str, tuple[list[bytes], m.Mutate]] = {
+        "jsonl": ([_as_jsonl(rows) for rows in ROWS], m.json_lines),
+        "json": ([json.dumps(rows, indent=1).encode() for rows in ROWS], m.json_file),
+        "csv": ([*table, b'prompt,completion\n"a, b","c ""d"""\n"two\nlines",x\n'], m.lines_and_bytes),
+        "tsv": ([text.replace(b",", b"\t") for text in table], m.lines_and_bytes),
+        "txt": (
+            [b"one line\nanother\n\nafter a blank\n", b"what -> that\nwho -> them\n", b"a\tb\nc\td\n"],
+            m.lines_and_bytes,
+        ),
+    }
+    found = []
+    for suffix, (seeds, change) in spelt.items():
+        name = f"rows.{suffix}"
+        made = functools.partial(lambda name, seeds: [{name: seed, "section": b"0"} for seed in seeds], name, seeds)
+        found.append(Target(f"data: .{suffix}", made, _change_rows(name, change), _rows(name)))
+    return found
+
+
+@functools.cache
+def _saved() -> list[Case]:
+    """Datasets as `save_to_disk` writes them: one split, two of them, and one with classes."""
+    import tempfile
+
+    import datasets
+
+    plain = datasets.Dataset.from_list(ROWS[0])
+    labelled = datasets.Dataset.from_list(ROWS[1]).cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+    found = []
+    for made in (plain, datasets.DatasetDict({"train": plain, "test": plain}), labelled):
+        with tempfile.TemporaryDirectory(prefix="weft-fuzz-") as top:
+            made.save_to_disk(f"{top}/saved")
+            found.append({str(p.relative_to(top)): p.read_bytes() for p in sorted(Path(top).rglob("*")) if p.is_file()})
+    return found
+
+
+def _change_saved(rng: random.Random, case: Case) -> Case:
+    name = rng.choice([name for name in case if isinstance(case[name], bytes)])
+    kind = rng.random()
+    if kind < 0.05:
+        return {key: value for key, value in case.items() if key != name} or case
+    if name.endswith(".arrow"):
+        return {**case, name: m.change_bytes(rng, case[name])}  # type: ignore[arg-type]
+    return {**case, name: m.json_file(rng, case[name])}  # type: ignore[arg-type]
+
+
+def _saved_dataset(folder: Path, case: Case) -> None:
+    from weftlora.data import DataConfig
+    from weftlora.data.examples import examples, find_columns
+    from weftlora.data.read import Blocks, read
+
+    config = DataConfig.parse(str(folder / "saved"))
+    source = read(folder / "saved", config, Blocks(lambda lines: [len(line) for line in lines], 60))
+    for each in (source, *source.parts.values()):
+        _refused_or_not(lambda each=each: examples(each, find_columns(each, config)))  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------------- chat templates
+
+TEMPLATES = [
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '[INST] ' + m['content'] | trim + ' [/INST]' if m.role == 'user' else ' ' + m['content'] + eos_token }}{% endfor %}",
+    "{% set ns = namespace(x=0) %}{%- for m in messages -%}{% set ns.x = ns.x + 1 %}{{ m.role | upper ~ ': ' ~ m.content | replace('a', 'b') }}\n"
+    "{%- endfor -%}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "{% macro say(m) %}{{ m.role }}: {{ m.content }}\n{% endmacro %}{% for m in messages %}{{ say(m) }}{% endfor %}",
+]
+JINJA = [
+    *(b"{{ ", b" }}", b"{% ", b" %}", b"{# ", b" #}", b"{% endfor %}", b"{% endif %}", b"{% raw %}", b"{{ messages }}", b"{{ x.y.z }}", b"{{ 1/0 }}"),
+    *(b"{{ ''.__class__.__mro__ }}", b"{{ messages.__class__ }}", b"{{ cycler.__init__.__globals__.os.popen('x') }}", b"{{ self }}", b"{{ raise_exception(1) }}"),
+    *(b"{% include 'x' %}", b"{% import 'x' as y %}", b"{% extends 'x' %}", b"{{ messages[9] }}", b"{{ messages[0]['nothing'] + 1 }}", b"{{ 'a' * 999 }}"),
+    *(b"{{ none }}", b"{{ messages|tojson }}", b"{{ '%s' % 3 }}", b"{{ '{0.__class__}'.format(1) }}", b"{% break %}", b"{{ strftime_now(1) }}", b"{{ 9**9**3 }}"),
+    *(b"{% set messages = 3 %}", b"{{ messages|sort }}", b"{{ 'a'|int + [] }}", b"{{ {}[[]] }}", b"{{ messages.append(1) }}", b"{{ loop.index }}", b"{{ undefined.x() }}"),
+    *(b"{{ '\\x1b[31m' }}", b"{{ raise_exception('\\x1b[31m[/b]') }}", b"{{ raise_exception('x' * 99999) }}", b"{{ say(3) }}", b"{{ 'a'.encode() }}", b"{{ [1]|map('x')|list }}"),
+]  # fmt: skip
+TALKS = [
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    [{"role": "system", "content": "s"}, *({"role": role, "content": role} for role in ("user", "assistant") * 2)],
+    [{"role": "assistant", "content": ""}],
+]
+
+
+def _template(folder: Path, case: Case) -> None:
+    from weftlora.data.encode import encode_prompt, pieces
+
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = case["template"].decode("utf-8", "replace")  # type: ignore[union-attr]
+    for talk in TALKS:
+        _refused_or_not(lambda talk=talk: pieces(tokenizer, talk, "rows.jsonl, line 3"))  # type: ignore[misc]
+    encode_prompt(tokenizer, TALKS[0])
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+def _yaml(texts: list[str]) -> Callable[[], list[Case]]:
+    return lambda: [{"recipe.yaml": text.encode()} for text in texts]
+
+
+def readers() -> list[Target]:
+    """Every reader, in the order of a recipe's life."""
+    return [
+        Target("recipes", _yaml(RECIPES), one_file(m.yaml_file), _recipe),
+        Target(
+            "overrides",
+            lambda: [{"overrides": json.dumps(o).encode()} for o in OVERRIDES],
+            _change_overrides,
+            _overrides,
+        ),
+        Target("comparison recipes", _yaml(COMPARISONS), one_file(m.yaml_file), _comparison_recipe),
+        *_row_targets(),
+        Target("data: saved datasets", _saved, _change_saved, _saved_dataset),
+        Target(
+            "chat templates",
+            lambda: [{"template": text.encode()} for text in TEMPLATES],
+            one_file(lambda rng, text: m.change_bytes(rng, text, JINJA)),
+            _template,
+        ),
+        Target(
+            "run.json",
+            lambda: [
+                {"run.json": folders()[f"{name}/run.json"]} for name in ("alora", "flexora", "comparison/runs/lora/s0")
+            ],
+            one_file(m.json_file),
+            _run_record,
+            base=lambda: {"metrics.jsonl": folders()["alora/metrics.jsonl"]},
+        ),
+        Target(
+            "metrics",
+            lambda: [{"metrics.jsonl": below("alora")["metrics.jsonl"]}],
+            _change_metrics,
+            _metrics,
+            base=lambda: {"run.json": below("comparison/runs/lora/s0")["run.json"]},
+        ),
+        Target(
+            "events",
+            lambda: [{"events.jsonl": below("alora")["events.jsonl"]}],
+            one_file(m.json_lines),
+            _events,
+            base=lambda: {**_run_folder(), **{f"adapter/{name}": text for name, text in adapters()["alora"].items()}},
+        ),
+        Target("checkpoints", lambda: [_checkpoint_case()], _change_checkpoints, _checkpoints, base=_run_folder),
+        Target(
+            "selections",
+            lambda: [{"selection.json": below("flexora")["selection.json"]}],
+            one_file(m.json_file),
+            _selection,
+        ),
+        Target(
+            "comparisons",
+            lambda: [{"compare.json": below("comparison")["compare.json"]}],
+            _change_comparison,
+            _comparison,
+            base=_comparison_folder,
+        ),
+        Target("adapter configs", _adapter_seeds, one_file(m.json_file, "adapter_config.json"), _adapter),
+        Target(
+            "safetensors headers", _adapter_seeds, one_file(m.safetensors_header, "adapter_model.safetensors"), _adapter
+        ),
+        Target(
+            "safetensors tensors",
+            _adapter_seeds,
+            one_file(m.safetensors_tensors, "adapter_model.safetensors"),
+            _adapter,
+        ),
+        Target("adapters of released code", _released, _change_released, _released_adapter),
+        Target("weights of a base", _weights, _change_weights, _base_weights),
+    ]
