@@ -25,6 +25,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora.data import sampled
 from weftlora.disk.lock import claimed
 from weftlora.disk.ownership import check_no_links
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
@@ -191,6 +192,9 @@ def _announce(run: Run, prepared: Prepared) -> None:
     for split, count in run.data["counts"].items():
         extra = ", ".join(f"{count[key]:,} {key}" for key in ("empty", "repeated") if count[key])
         log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
+    for line in prepared.data.columns:
+        log.info("%s", line)
+    log.info("the first row, what is learnt in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
     for sentence in lost_rows(run):
         log.warning("%s", sentence)
     if prepared.defaults:
