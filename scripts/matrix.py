@@ -47,7 +47,7 @@ BESIDE = (
 MINORS = range(11, 20)
 """Minor versions of Python 3 that a row may be given."""
 LIMIT = 1200
-"""Seconds after which a row is given up; the suite takes one or two minutes, on a busy machine several times that."""
+"""Seconds after which a row is given up; the suite takes one or two minutes, and many times that beside other work."""
 
 
 def main() -> int:
