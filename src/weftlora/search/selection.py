@@ -16,7 +16,7 @@ from torch import nn
 
 from weftlora.errors import ConfigError, TargetError
 from weftlora.extras import needs
-from weftlora.search.stability import Stability, stability
+from weftlora.search.agreement import Stability, stability
 from weftlora.terms.layers.only import Only
 
 FORMAT = 1
