@@ -17,7 +17,7 @@ from torch import nn
 from weftlora.disk.files import write_text
 from weftlora.errors import ConfigError, TargetError
 from weftlora.extras import needs
-from weftlora.search.stability import Stability, stability
+from weftlora.search.agreement import Stability, stability
 from weftlora.terms.layers.only import Only
 
 FORMAT = 1
