@@ -98,7 +98,7 @@ bench: $(STAMP) ## the table of figures: a training step against the frozen base
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-soak: $(STAMP) ## kill `weftlora train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
+soak: $(STAMP) ## kill, stop and hinder commands at random moments for ten minutes; every result must be the undisturbed one (as root)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 # Both without a network: setuptools is the environment's. What an earlier build left would be packed again, so it goes first.
