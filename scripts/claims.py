@@ -237,6 +237,8 @@ SOURCES = {
         alone="it makes an environment per row, two of several GB",
     ),
     "soak": Source(
-        "commands killed, stopped and hindered", "python scripts/soak.py --minutes 30", alone="it kills for half an hour"
+        "commands killed, stopped and hindered",
+        "python scripts/soak.py --minutes 30",
+        alone="it kills for half an hour",
     ),
 }
