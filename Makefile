@@ -99,7 +99,7 @@ bench: $(STAMP) ## the table of figures: a training step against the frozen base
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-soak: $(STAMP) ## kill `weftlora train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
+soak: $(STAMP) ## kill, stop and hinder commands at random moments for ten minutes; every result must be the undisturbed one (as root)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 fuzz: $(STAMP) ## bad files through every reader, names of strangers through every writer: a part of 25 minutes, added to evidence/fuzz.json

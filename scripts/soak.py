@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -723,6 +724,17 @@ def source() -> str:
     return whole.hexdigest()[:16]
 
 
+def shown(arguments: list[str]) -> list[str]:
+    """Arguments without those that only name a folder of this machine."""
+    kept: list[str] = []
+    for argument in arguments:
+        if argument.startswith("/"):
+            kept.pop()
+        elif "=/" not in argument:
+            kept.append(argument)
+    return kept
+
+
 def read_parts(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text(encoding="utf-8"))["parts"] if out.is_file() else {}
 
@@ -736,10 +748,10 @@ def tallies_of(part: dict[str, Any]) -> dict[str, Tally]:
 
 
 def record(parts: dict[str, Any]) -> dict[str, Any]:
-    """What evidence/soak.json holds: the sums, and every part."""
+    """What evidence/soak.json holds: the sums, and every part with its own command."""
     every = [tally for part in parts.values() for tally in tallies_of(part).values()]
     return {
-        "command": "python scripts/soak.py --minutes N --seed PART, for every part",
+        "command": "python scripts/soak.py --minutes 30",
         "settings": SETTINGS,
         "recipes": RECIPES,
         "comparison": COMPARISON,
@@ -761,7 +773,11 @@ def soak(top: Path, minutes: float, seed: int, share: float, out: Path, only: li
     every = {name: each for name, each in commands(top).items() if not only or name in only}
     parts = read_parts(out)
     part = parts.setdefault(str(seed), {"commands": {}, "seconds": 0})
-    part |= {"source": source(), "versions": f"torch {torch.__version__}, {platform.machine()}"}
+    part |= {
+        "command": f"python {shlex.join(['scripts/soak.py', *shown(sys.argv[1:])])}",
+        "source": source(),
+        "versions": f"torch {torch.__version__}, {platform.machine()}",
+    }
     tallies = {name: tallies_of(part).get(name, Tally()) for name in every}
     before, wholes, importing = part["seconds"], {}, 0.0
     for name, command in every.items():

@@ -69,11 +69,13 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        if control.should_save:
+            self.run.check_there()  # Trainer makes a folder anew where there is none
         self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.run.check_there()  # Trainer makes a folder anew where there is none
+            self.run.check_there()
             if self.prepared.name_weights(self.run):  # before the first one counts
                 self.run.save()
         finish(args, state, self.keep)
