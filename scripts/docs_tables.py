@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import docs_api
 import docs_bench
+import docs_formats
 import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -33,15 +34,21 @@ MEANING: dict[str, str] = {
     "model.task": "`auto` takes it from the model and the data",
     "model.trust_remote_code": "there is no other value: code from a model folder never runs",
     "model.attn_implementation": "passed to transformers",
-    "data.train": "the training rows: a file, a folder saved by `datasets`, or `demo`",
+    "data.train": "the training rows: a file, a folder, a data set of the hub (`owner/name:config`), `demo`; several as a list, or "
+    "with weights",
     "data.validation": "the validation rows; left out, they are split off `train`",
     "data.test": "the rows `weftlora eval` uses",
-    "data.format": "`auto` looks at the columns of the first row",
+    "data.split": "which split of a folder or data set is trained on; left out, `train`",
+    "data.format": "`auto` looks at the columns of all rows",
     "data.fields": "role: column, where a column has another name",
     "data.separator": "for `.txt`: what stands between prompt and completion on a line",
     "data.quoting": "`none` for tables whose quotation marks are text",
     "data.unit": "for `.txt`: what makes a document",
     "data.prompt_template": "text with `{column}` in it, instead of one prompt column",
+    "data.answers": "what is learnt of a conversation: `all` answers, the `last`, or `each` as a row of its own",
+    "data.system": "`fold` puts a system message before the first user's, for chat templates that take none",
+    "data.ignore": "columns, and keys of messages, that are meant to be left out",
+    "data.packing": "several training rows in one of up to `max_length` tokens, without seeing each other",
     "data.max_length": "tokens a row may have",
     "data.truncate": "what gives way in a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
@@ -50,6 +57,9 @@ MEANING: dict[str, str] = {
     "data.validation_limit": "draw so many validation rows instead",
     "data.test_limit": "draw so many test rows instead",
     "data.seed": "of the split and the draws",
+    "data.streaming": "take the first `limit` rows of a data set of the hub as they come; left out, where it is larger than 5 GB",
+    "data.processes": "processes that encode the rows of a large file",
+    "data.cache": "keep the encoded rows of 20,000 and more for the next start",
     "data.fields.prompt": "column of the prompt",
     "data.fields.completion": "column of the answer, which the loss is on",
     "data.fields.messages": "column of the chat messages",
@@ -220,6 +230,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "config-fields": config_fields,
     "recipes": recipes,
     "recipe-keys": recipe_keys,
+    "formats": docs_formats.rows_table,
+    "templates": docs_formats.templates_table,
     "command-help": command_help,
     "api-weftlora": docs_api.of_weft,
     "api-packages": docs_api.of_packages,
@@ -278,7 +290,7 @@ def _type(annotation: Any) -> str:
         return " · ".join(f"`{value}`" for value in inner)
     if origin is Union or origin is type(int | None):
         return " · ".join(_type(part) for part in inner if part is not type(None))
-    if origin in (dict, list):
+    if origin in (dict, list, tuple):
         return "mapping" if origin is dict else "list"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"

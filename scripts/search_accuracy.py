@@ -118,9 +118,11 @@ def hypergradients(seed: int, length: int, inner: dict[str, Any], warm: int) -> 
         if kind == "direct":
             units = torch.eye(BLOCKS, dtype=torch.float64) * H
             truth = torch.tensor([(loss_at(search, e) - loss_at(search, -e)) / (2 * H) for e in units])
+            units *= search.search.alpha_lr / H  # what a whole step on α does
+            step = torch.tensor([loss_at(search, e) - loss_at(search, -e) for e in units])
         _, gradient = search.hypergradient(search._inner_steps()[1])
         found[kind] = float(torch.nn.functional.cosine_similarity(gradient, truth.double(), dim=0))
-        found[f"{kind} length"] = float(gradient.norm() / truth.norm())
+        found[f"{kind} of a step"] = float(torch.nn.functional.cosine_similarity(gradient, step.double(), dim=0))
     return found | {"rough": search.rough}
 
 

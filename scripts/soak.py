@@ -255,7 +255,11 @@ def commands(top: Path) -> dict[str, Command]:
         return ["search", "flexora", *short, "--out", str(place / "selection.json")]
 
     def exporting(*more: str) -> Callable[[Path, bool], list[str]]:
-        return lambda place, moved: ["export", str(top / "ran-lora"), "--out", str(place / "export"), *more]
+        def arguments(place: Path, moved: bool) -> list[str]:
+            there = ["--overwrite"] if (place / "export").exists() else []  # a kill came after the end
+            return ["export", str(top / "ran-lora"), "--out", str(place / "export"), *more, *there]
+
+        return arguments
 
     def reporting(place: Path, moved: bool) -> list[str]:
         return ["report", str(top / "ran-lora"), str(top / "ran-tied_lora"), "-o", str(place / "page.html")]
@@ -466,6 +470,7 @@ class Try:
     gone: Path | None = None
     before: Pieces = field(default_factory=dict)
     checkpoint: int = 0
+    alive: list[Life] = field(default_factory=list)
     said: bytes = b""
     """run.json before the present life."""
 
@@ -492,6 +497,10 @@ class Try:
             try:
                 self.lives(wanted, size is not None)
             finally:
+                for each in self.alive:
+                    if not each.ended():
+                        each.signal(signal.SIGKILL, True)
+                        each.wait(10)
                 immutable(self.place, False)
 
     def lives(self, wanted: str, mounted: bool) -> None:
@@ -550,7 +559,7 @@ class Try:
         began, life = time.monotonic(), born(arguments, log, self.fresh)
         self.tally.lives += 1
         self.tally.fresh_lives += self.fresh
-        others = [life]
+        self.alive = others = [life]
         early = (
             self.draw.random() < 0.8
         )  # a life that goes on is shorter, and several deaths make the most of what they cost
@@ -575,7 +584,8 @@ class Try:
             if self.place.exists():  # what it has written where the folder had been
                 self.look()
                 shutil.rmtree(self.place)
-            self.gone.rename(self.place)
+            if self.gone.exists():
+                self.gone.rename(self.place)
             self.gone = None
         if not self.place.exists():
             self.command.begin(self.place)
@@ -605,9 +615,8 @@ class Try:
         elif wanted == "gone":
             gone = self.place.with_suffix(".gone")
             self.place.rename(gone)
+            self.gone = gone
             if self.draw.random() < 0.5:
-                self.gone = gone
-            else:
                 shutil.rmtree(gone)
         return []
 
@@ -795,6 +804,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep what failed here")
     parser.add_argument("--out", type=Path, default=Path("evidence/soak.json"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is mounted is taken away again
     torch.set_num_threads(1)
     AutoModelForCausalLM.from_pretrained(demo_model_path())
     AutoTokenizer.from_pretrained(demo_model_path())

@@ -90,6 +90,11 @@ def main() -> None:
             "r": 4,
             "target_modules": ["q_proj", "down_proj"],
         },
+        "sieve": {
+            "layers": {"kind": "sieve", "keep": 1, "steps": 3},
+            "r": 4,
+            "target_modules": ["q_proj", "down_proj"],
+        },
     }
     for name, adapter in adapters.items():
         file = recipe(name, adapter)
@@ -118,6 +123,9 @@ def main() -> None:
         command(f"{name} untrusted", *arguments)
         command(f"{name} trusted", *arguments, *trusting)
     command("eval by variable", "eval", run, WEFT_TRUST_TERMS="stranger-terms")
+    command("search", "search", TOP / "sieve.yaml", "--out", TOP / "selection.json", "--rows", 16, "--json")
+    command("eval sieve", "eval", TOP / "sieve", "--json")
+    command("export sieve", "export", TOP / "sieve", "--to", "lora")
     command("export trim", "export", TOP / "trim", "--to", "lora", *trusting)
     command("recipes", "recipes")
     command("doctor", "doctor")
@@ -130,6 +138,7 @@ def main() -> None:
             "lora",
             {"structure": {"kind": "top2", "after": 3}},
             {"ranks": {"kind": "trim", "at": 3, "rows": 8}},
+            {"layers": {"kind": "sieve", "steps": 2}},
         ],
         "seeds": 2,
         "out": str(TOP / "comparison"),

@@ -1,8 +1,9 @@
-"""A package outside of the repository brings two terms; it is installed beside weftlora, in which nothing is edited for it."""
+"""A package outside of the repository brings three terms; it is installed beside weftlora, in which nothing is edited for it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -61,7 +62,7 @@ def life(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     env.pop("WEFT_TRUST_TERMS", None)
     done = subprocess.run(
         [sys.executable, "-P", str(HERE / "stranger_life.py"), str(top)],
-        env=env, cwd=top, capture_output=True, text=True, timeout=400, check=False,
+        env=env, cwd=top, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return top, json.loads((top / "told.json").read_text())
@@ -88,6 +89,14 @@ def test_its_ranks_keep_the_contract(importable: None) -> None:
     assert found.notes["events"] == "trim"
 
 
+def test_its_search_of_layers_keeps_the_contract(importable: None) -> None:
+    from stranger_terms.sieve import Sieve
+
+    found = check_term(Sieve(steps=3), processes=False)
+    assert found.notes["training"] == "a search comes first"
+    assert "search" in found.held
+
+
 def test_what_does_not_go_with_them_is_refused_with_their_reasons(importable: None) -> None:
     from stranger_terms.top2 import Top2
     from stranger_terms.trim import Trim
@@ -98,11 +107,12 @@ def test_what_does_not_go_with_them_is_refused_with_their_reasons(importable: No
     assert weftlora.WeftConfig(structure=Top2(), layers=[0]).structure == Top2()
 
 
-def test_both_train_in_two_processes(importable: None) -> None:
+def test_all_train_in_two_processes(importable: None) -> None:
+    from stranger_terms.sieve import Sieve
     from stranger_terms.top2 import Top2
     from stranger_terms.trim import Trim
 
-    check_processes([Top2(after=3), Trim(at=3, slots=2, rows=8)])
+    check_processes([Top2(after=3), Trim(at=3, slots=2, rows=8), Sieve(steps=3)])
 
 
 # ---------------------------------------------------------------------- every command
@@ -116,6 +126,31 @@ def test_a_recipe_that_names_it_trains(life) -> None:
         assert [e["step"] for e in events if e["event"] == event] == [4]
     [trimmed] = [e for e in events if e["event"] == "trim"]
     assert len(trimmed["pruned"]) == 3
+
+
+def test_a_recipe_with_its_search_searches_and_trains_what_it_chose(life) -> None:
+    top, told = life
+    assert told["train sieve"]["code"] == 0, told["train sieve"]["err"]
+    selection = json.loads((top / "sieve" / "selection.json").read_text())
+    assert selection["search"] | {"kind": "sieve", "package": "stranger-terms", "version": "0.3"} == selection["search"]
+    gates = [2 / (1 + math.exp(-each["alpha"])) for each in selection["candidates"]]
+    assert [each["alpha_hat"] for each in selection["candidates"]] == pytest.approx(gates)
+    best = max(selection["candidates"], key=lambda each: each["alpha"])
+    assert [each["name"] for each in selection["candidates"] if each["selected"]] == [best["name"]]
+    assert min(abs(each["alpha"]) for each in selection["candidates"]) > 0
+    adapter = json.loads((top / "sieve" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["layers"] == {"kind": "only", "blocks": [best["block"]], "gated": False}
+    assert len((top / "sieve" / "search.jsonl").read_text().splitlines()) == 3
+
+
+def test_its_search_alone_and_what_comes_of_it(life) -> None:
+    top, told = life
+    assert told["search"]["code"] == 0, told["search"]["err"]
+    assert len(json.loads(told["search"]["out"])["layers"]) == 1
+    assert weftlora.Selection.load(top / "selection.json").search["kind"] == "sieve"  # without importing it
+    for command in ("eval sieve", "export sieve"):  # what was trained has no term of the package's any more
+        assert told[command]["code"] == 0, told[command]["err"]
+        assert not told[command]["imported"]
 
 
 def test_so_does_an_override(life) -> None:
@@ -148,7 +183,7 @@ def test_its_adapter_says_how_it_is_loaded(life, installed: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", ["top2", "trim"])
+@pytest.mark.parametrize("name", ["top2", "trim", "sieve"])
 @pytest.mark.parametrize(("how", "said"), [("recipe", "by its recipe"), ("folder", "trusted")])
 def test_a_killed_run_ends_in_the_unkilled_adapter(life, name: str, how: str, said: str) -> None:
     top, told = life
@@ -157,7 +192,7 @@ def test_a_killed_run_ends_in_the_unkilled_adapter(life, name: str, how: str, sa
     assert killed.read_bytes() == whole.read_bytes()
 
 
-@pytest.mark.parametrize("name", ["top2", "trim"])
+@pytest.mark.parametrize("name", ["top2", "trim", "sieve"])
 def test_a_run_folder_alone_is_not_resumed_without_trust(life, name: str) -> None:
     refused_for_want_of_trust(life[1][f"resume {name} untrusted"], name)
 
@@ -218,7 +253,7 @@ def test_a_comparison_trains_them_beside_a_built_in_method(life) -> None:
     assert told["code"] == 0, told["err"]
     outcomes = json.loads(told["out"])["outcomes"]
     assert {(each["method"], each["status"]) for each in outcomes} == {
-        (name, "complete") for name in ("lora", "top2", "trim")
+        (name, "complete") for name in ("lora", "top2", "trim", "sieve")
     }
 
 

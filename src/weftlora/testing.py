@@ -39,6 +39,8 @@ from weftlora.errors import ConfigError, MergeError, WeftError
 from weftlora.host.attach import schedules
 from weftlora.kernel.fast_path import use_reference
 from weftlora.terms import registry
+from weftlora.terms.layers import SearchedLayers
+from weftlora.terms.structure import OutsideTerm
 
 __all__ = ["STEPS", "Checked", "check_processes", "check_term"]
 
@@ -74,10 +76,12 @@ def check_term(
 
         a frozen dataclass of plain data     through JSON and back it is the same; unknown fields are refused
         identity at the start                the adapted model computes what the base does, bit for bit
+        search, where one comes first        gates start at 1, their gradient is theirs, what is chosen is there, and again the same
         training                             the loss falls; gradients reach all that trains, and nothing else moves
         events                               each is plain data, and none is left undone
         reference                            the fast path computes what the equation says, gradients too
-        saving                               from_pretrained, load_adapter and transformers' load_adapter give equal logits
+        saving                               its tensors are those that it names; from_pretrained, load_adapter and transformers'
+                                             load_adapter give equal logits
         resuming                             a run that was stopped and continued ends in the same adapter
         merging, export                      are exact, or refused with the term's own reason
         two processes                        data-parallel training ends in the adapter of one process
@@ -104,6 +108,7 @@ def check_term(
     checks: list[tuple[str, Callable[[_Trial, dict[str, str]], None]]] = [
         ("a frozen dataclass of plain data", _check_plain),
         ("identity at the start", _check_identity),
+        *([("search", _check_search)] if trial.search is not None else []),
         ("training", _check_training),
         ("reference", _check_reference),
         ("saving", _check_saving),
@@ -162,6 +167,10 @@ class _Trial:
         return axis
 
     @property
+    def search(self) -> SearchedLayers | None:
+        return self.config().layers.search
+
+    @property
     def encoded(self) -> dict[str, Any]:
         return cast("dict[str, Any]", encode_choice(self.term))
 
@@ -179,8 +188,7 @@ class _Trial:
         """The same, after what has to come before training, told how long it will be and given rows to measure on."""
         model = self.adapted()
         if _waits(model):
-            selection = weftlora.search_layers(model, _rows(), batch_size=2, accumulation=1, lr=LR)
-            model = cast(PeftModel, weftlora.second_stage(model, selection))
+            model = cast(PeftModel, weftlora.second_stage(model, _searched(model)))
         _attach(model, total)
         return model
 
@@ -236,6 +244,11 @@ def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _waits(model: nn.Module) -> bool:
     """Whether training is refused before a search."""
     return any(found.awaits_search for found in _sites(model))
+
+
+def _searched(model: nn.Module) -> weftlora.Selection:
+    torch.manual_seed(0)
+    return weftlora.search_layers(model, _rows(), batch_size=2, accumulation=1, lr=LR)
 
 
 def _sites(model: nn.Module) -> list[site.Site]:
@@ -301,6 +314,10 @@ def _check_plain(trial: _Trial, notes: dict[str, str]) -> None:
     registry.check_form(type(trial.term))
     about = vars(type(trial.term)).get("__doc__") or ""
     _require(bool(about) and not about.startswith(f"{type(trial.term).__name__}("), "its class says nothing of itself.")
+    try:
+        trial.term.label()
+    except AttributeError as error:
+        raise AssertionError(f"its headline names a field that it does not have ({error}).") from None
     trial.config()  # from now on its name is known here
     through = json.loads(json.dumps(trial.encoded))
     _require(
@@ -322,6 +339,12 @@ def _check_plain(trial: _Trial, notes: dict[str, str]) -> None:
 
 def _check_identity(trial: _Trial, notes: dict[str, str]) -> None:
     model, expected = trial.adapted(), _logits(_base())
+    for found in _sites(model):
+        _require(
+            isinstance(found.structure, OutsideTerm) == found.outside,
+            "the class of its sites inherits from OutsideTerm and it does not say so, or the other way round: write outside = True in "
+            "the choice exactly where its sites have an update of their own.",
+        )
     _require(torch.equal(_logits(model), expected), "a fresh adapter does not compute exactly what the base does.")
     if _waits(model):
         notes["training"] = "a search comes first"
@@ -329,6 +352,33 @@ def _check_identity(trial: _Trial, notes: dict[str, str]) -> None:
     with torch.no_grad():
         trained = model.train()(input_ids=_batch()["input_ids"]).logits
     _require(torch.equal(trained, expected), "in training mode a fresh adapter is not exactly the base.")
+
+
+def _check_search(trial: _Trial, notes: dict[str, str]) -> None:
+    search = cast(SearchedLayers, trial.search)
+    model = trial.adapted()
+    _require(_waits(model), "it has a search, and training does not wait for it.")
+    start = search.gates(torch.zeros(5, dtype=torch.float64))
+    _require(torch.equal(start, torch.ones_like(start)), f"its gates start at {start.tolist()}, not at 1 where α = 0.")
+    alpha = torch.tensor([0.3, -0.2, 0.0, 0.5, -0.6], dtype=torch.float64, requires_grad=True)
+    slope = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    gates = search.gates(alpha)
+    [expected] = torch.autograd.grad((gates * slope).sum(), alpha)
+    with torch.no_grad():
+        h, nothing = gates * slope, torch.zeros_like(slope)
+        given = search.gradient(h, alpha) - search.gradient(nothing, alpha)
+    _require(
+        _close(given, expected, 1e-9),
+        f"its gradient is not that of its gates: {given.tolist()} where autograd gives {expected.tolist()}.",
+    )
+    first = _searched(model)
+    _require(bool(first.chosen), "its search selects nothing.")
+    _require(_searched(trial.adapted()).layers == first.layers, "the same search again selects something else.")
+    try:
+        told = search.selecting(1).selects
+    except ConfigError:
+        return
+    _require(told == 1, f"made to select one group, it says that it selects {told}.")
 
 
 def _check_training(trial: _Trial, notes: dict[str, str]) -> None:
@@ -406,6 +456,7 @@ def _check_saving(trial: _Trial, notes: dict[str, str]) -> None:
     model = trial.trained()
     expected = _logits(model)
     _require(not torch.equal(expected, _logits(_base())), "a trained adapter computes what the base does.")
+    _check_names(model)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for name, load in _PATHS.items():
@@ -414,6 +465,25 @@ def _check_saving(trial: _Trial, notes: dict[str, str]) -> None:
             _require(torch.equal(_logits(loaded), expected), f"{name} gives other logits than were saved.")
             if apart := _differing(_nameless(_adapter(model)), _nameless(_adapter(loaded))):
                 raise AssertionError(f"{name} gives another {apart[0]} than was saved.")
+
+
+def _check_names(model: nn.Module) -> None:
+    """Every tensor of the adapter is one that a choice says it keeps, and the structure's are all there."""
+    for config in cast("dict[str, WeftConfig]", cast(Any, model).peft_config).values():
+        structure = config.structure
+        kept = set().union(*(found.structure.state_dict() for found in _sites(model)))
+        _require(
+            kept == structure.tensors() <= set(structure.saves),
+            f"its sites keep {', '.join(sorted(kept))}, and it says {', '.join(sorted(structure.tensors()))} of "
+            f"{', '.join(sorted(structure.saves))}: saves, tensors() and what build makes must agree.",
+        )
+        said = {"steps"}.union(*(choice.saves.keys() | choice.counts.keys() for choice in config.choices().values()))
+        there = {name.rpartition(".")[2] for name in _adapter(model)}
+        _require(
+            there <= said,
+            f"the adapter keeps {', '.join(sorted(there - said))}, which no choice names: add it to `saves`, or to `counts` if the "
+            "first site keeps it for all.",
+        )
 
 
 def _nameless(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

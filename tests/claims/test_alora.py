@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from torch import nn
 
 import weftlora
 from families import FAMILIES, adapter_config, logits
+from weftlora.terms.ranks.reallocate import Room, Slot, decide
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
 from allocating import TOKENS, adam, alora, controller, events, random_factors, ranks, scorer, train
@@ -148,14 +151,66 @@ def test_a_round_changes_the_output_by_what_the_pruned_slots_gave_and_nothing_el
 )
 def test_how_many_slots_a_round_moves(fields: dict, count: int) -> None:
     """R1: kinds of modules per block, 7 in a llama; R2: adapted modules, 14 here; R3: 7 in each of two blocks."""
-    model = alora(score="random", max_rounds=1, **fields)
+    model = alora(score="random", max_rounds=1, max_rank=8, **fields)
     train(model, 4)
     [event] = events(model)
-    assert len(event["pruned"]) == count
+    assert event["asked"] == count
+    assert count - 2 <= len(event["pruned"]) <= count  # a block's modules may be full before it has moved all
     if fields.get("scope") == "block":
         for block in (0, 1):
-            assert sum(f".{block}." in name for name, *_ in event["pruned"]) == count // 2
-            assert 0 < sum(f".{block}." in name for name, _ in event["added"]) <= count // 2  # as there is room
+            taken = sum(f".{block}." in name for name, *_ in event["pruned"])
+            assert count // 2 - 1 <= taken <= count // 2
+            assert sum(f".{block}." in name for name, _ in event["added"]) == taken
+
+
+def test_footnote_3_eight_slots_over_three_modules_that_lost_none_are_3_3_2() -> None:
+    """ "If n_A = 8 and 3 modules are not pruned, then two of them get 3 new ranks and the one with the lowest mean score 2"."""
+    slots = [Slot(m, i, float(10 * m + i)) for m in range(11) for i in range(8)]
+    lowest = {(m, 0) for m in range(8)}
+    slots = [replace(s, score=-100.0 + s.module) if (s.module, s.slot) in lowest else s for s in slots]
+    rooms = [Room(m, tuple(range(8, 16))) for m in range(11)]
+    plan = decide(slots, rooms, 8)
+    assert {m for m, _ in plan.pruned} == set(range(8))
+    assert plan.receivers == (10, 9, 8)  # by mean score
+    assert Counter(m for m, _ in plan.added) == {10: 3, 9: 3, 8: 2}
+    assert plan.clipped == ()
+
+
+def test_footnote_4_where_every_module_lost_a_slot_the_total_falls_and_rounds_go_on() -> None:
+    """Algorithm 1 adds `if there are modules not pruned`, and trains on to the next round either way."""
+    model = alora(score="random", move=20, max_rounds=3, every=1, seed=2, max_rank=20)
+    train(model, 8)
+    told = events(model)
+    assert len(told) == 3
+    assert [e["lost"] for e in told] == [20, 0, 0] or any(e["lost"] for e in told)
+    totals = [28]
+    for event in told:
+        totals.append(totals[-1] - event["lost"])
+        assert event["slots"] == totals[-1]
+        assert bool(event["lost"]) == (event.get("clipped", [""])[-1] == "every module lost a slot, so none were made")
+    assert sum(ranks(model).values()) == totals[-1]
+
+
+def test_the_sensitivity_ablation_is_adaloras_importance_of_the_numbers_of_a_slot() -> None:
+    """|w ∂L/∂w| by a plain backward; the mean over the row of A plus the mean over the column of B."""
+    model = alora(score="sensitivity", first=1, max_rounds=1, move=3).double()
+    random_factors(model)
+    s, slots = scorer(model), controller(model).scoring.live()
+    found = s.sensitivity(slots, "0/1").tolist()
+    model.eval()
+    rows = s.drawn("0/1")
+    model(**rows).loss.backward()
+    own = list(sites(model).values())
+    for (m, slot), value in zip(slots, found, strict=True):
+        a, b = own[m].structure.A, own[m].structure.B
+        expected = (a[slot] * a.grad[slot]).abs().mean() + (b[:, slot] * b.grad[:, slot]).abs().mean()
+        assert value == pytest.approx(float(expected), rel=1e-6)
+    model.zero_grad()
+    train(model.train(), 1, adam(model, lr=1e-12))
+    [event] = events(model)
+    lowest = sorted(range(len(slots)), key=lambda n: found[n])[:3]
+    names = list(sites(model))
+    assert [each[:2] for each in event["pruned"]] == [[names[slots[n][0]], slots[n][1]] for n in lowest]
 
 
 def test_the_budget_holds_in_every_round() -> None:

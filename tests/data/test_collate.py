@@ -1,7 +1,9 @@
 import pytest
 import torch
+from datasets import Dataset
 
 from weftlora.data import IGNORE, Collator
+from weftlora.data.collate import packed
 from weftlora.errors import ConfigError
 
 
@@ -51,3 +53,31 @@ def test_rows_without_labels_can_be_batched():
 def test_what_cannot_pad_is_refused(given):
     with pytest.raises(ConfigError, match="Collator"):
         Collator(**given)
+
+
+def rows_of(*sizes):
+    """Rows that are told apart by their tokens: the first is 10 11 12 ..., the second 20 21 ..."""
+    made = [list(range(10 * n, 10 * n + size)) for n, size in enumerate(sizes, start=1)]
+    return Dataset.from_dict({"input_ids": made, "attention_mask": [[1] * len(ids) for ids in made], "labels": made})
+
+
+def test_packed_rows_are_told_apart_and_none_is_lost():
+    split = rows_of(5, 3, 4, 2, 6)
+    made = packed(split, 8)
+    assert len(made) < len(split)
+    assert max(map(len, made["input_ids"])) <= 8
+    seen = []
+    for row in made:
+        for number in range(1, max(row["attention_mask"]) + 1):
+            places = [at for at, held in enumerate(row["attention_mask"]) if held == number]
+            ids = [row["input_ids"][at] for at in places]
+            assert [row["labels"][at] for at in places] == [IGNORE, *ids[1:]]  # nothing predicts a first token
+            seen.append(ids)
+    assert sorted(seen) == sorted(split["input_ids"])
+
+
+def test_positions_of_packed_rows_begin_anew():
+    batch = Collator(pad_token_id=0)([*packed(rows_of(3, 2), 5), *packed(rows_of(2), 5)])
+    assert "attention_mask" not in batch
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert batch["labels"].tolist() == [[IGNORE, 11, 12, IGNORE, 21], [IGNORE, 11, IGNORE, IGNORE, IGNORE]]

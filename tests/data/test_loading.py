@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weftlora.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load, loading, shown
+from weftlora.data import IGNORE, DataConfig, encode_prompt, generation_prompts, load, loading, sampled, shown
 from weftlora.errors import ConfigError, DataError, ModelError
 
 BOS, EOS = 0, 1
@@ -394,7 +394,9 @@ def test_a_beginning_that_the_prompt_brings_is_not_put_twice(tmp_path, letters):
 def test_what_is_learnt_can_be_looked_at(tmp_path, letters, chat_letters, framed_letters):
     jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "cd"}])
     section = {"train": "a.jsonl", "validation_fraction": 0}
-    assert list(shown(load_in(tmp_path, letters, section).train, letters)) == [[("<s>p", False), ("cd</s>", True)]]
+    plain = load_in(tmp_path, letters, section).train
+    assert list(shown(plain, letters)) == [[("<s>p", False), ("cd</s>", True)]]
+    assert sampled(plain, letters) == "<s>p⟦cd</s>⟧"
     pieces = list(shown(load_in(tmp_path, framed_letters, section, task="seq2seq").train, framed_letters))
     assert pieces == [[("<s>p</s>", False), ("cd</s>", True)]]
     jsonl(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 from peft import PeftModel
 
@@ -33,6 +35,36 @@ def test_importing_weft_is_blocked_and_not_only_left_undone(tmp_path: Path) -> N
     assert done.stdout.strip() == "[]"
     assert done.returncode
     assert "import of weftlora halted" in done.stderr
+
+
+ELSEWHERE = """
+import peft
+from pathlib import Path
+from weftlora.export import proof
+
+script = Path("script.py")
+script.write_text(
+    "import importlib.util, json, runpy\\n"
+    f"runpy.run_path({proof.stock_process.__file__!r}, run_name='__main__')\\n"
+    "print(json.dumps([importlib.util.find_spec('peft').origin, importlib.util.find_spec('planted') and 'planted']))\\n"
+)
+proof.stock_process.__file__ = str(script.absolute())
+print(*proof.run_jobs([], Path(".")))
+"""
+
+
+def test_what_proves_are_the_libraries_that_run_here_and_nothing_else_of_this_path(tmp_path: Path) -> None:
+    """A peft that PYTHONPATH names is the one that the export is made for; what else lies about is not looked at."""
+    row, around = tmp_path / "row", tmp_path / "around"
+    row.mkdir(), around.mkdir()
+    (row / "peft").symlink_to(Path(peft.__file__).parent)
+    (around / "planted.py").write_text("")
+    here = os.pathsep.join([str(around), str(row), *(entry for entry in sys.path if entry)])
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env=os.environ | {"PYTHONPATH": here},
+    )  # fmt: skip
+    assert done.stdout.split() == [str(row / "peft" / "__init__.py"), "None"], done.stderr
 
 
 def test_a_process_that_comes_to_nothing_is_one_sentence(

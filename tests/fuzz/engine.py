@@ -111,7 +111,7 @@ class Watch:
     """An audit hook; there is one a process, and it looks only while `on` is true."""
 
     def __init__(self) -> None:
-        self.on, self.top, self.outside, self.seen = False, "", "", list[str]()
+        self.on, self.top, self.outside, self.seen = False, "", "\0", list[str]()
         sys.addaudithook(self._look)
 
     def _look(self, event: str, given: tuple[Any, ...]) -> None:
@@ -174,8 +174,18 @@ class Sandbox:
         self.base = target.base()
         victim = self.outside / "victim"
         victim.mkdir(parents=True, exist_ok=True)
-        for name in ("run.json", "metrics.jsonl", "compare.json", "secret"):
-            (victim / name).write_text("{}", encoding="utf-8")
+        for folder in (victim, victim / "s0", victim / "base", self.outside / "lr0.001-s1000"):
+            folder.mkdir(exist_ok=True)
+            for name in (
+                "run.json",
+                "metrics.jsonl",
+                "compare.json",
+                "eval-test.json",
+                "problem.json",
+                "complete.json",
+                "trainer_state.json",
+            ):
+                (folder / name).write_text("{}", encoding="utf-8")
         self.there: Case = {}
 
     def put(self, case: Case) -> None:
@@ -216,8 +226,12 @@ def _interrupt(number: int, frame: object) -> None:
     raise Hang
 
 
-def tried(target: Target, sandbox: Sandbox, case: Case) -> tuple[str, str]:
-    """Run one input. The kind of fault and its detail; empty where there is none."""
+def tried(target: Target, sandbox: Sandbox, case: Case, must_work: bool = False) -> tuple[str, str]:
+    """Run one input. The kind of fault and its detail; empty where there is none.
+
+    Args:
+        must_work: it is as it should be, and to refuse it is a fault.
+    """
     from weftlora.errors import WeftError
 
     eyes = watch()
@@ -229,6 +243,8 @@ def tried(target: Target, sandbox: Sandbox, case: Case) -> tuple[str, str]:
         target.call(sandbox.folder, case)
     except WeftError as error:
         eyes.on = False
+        if must_work:
+            return f"a good input is refused at {_place(error)}", str(error)[:300]
         try:
             check_message(error)
         except AssertionError as said:
@@ -333,7 +349,7 @@ def carry_out(work: Slice, top: Path, note: mmap.mmap) -> Outcome:
             break
         _note(note, out.inputs + 1, case)
         before = time.process_time()
-        kind, detail = tried(target, sandbox, case)
+        kind, detail = tried(target, sandbox, case, must_work=by == "seed")
         out.slowest = max(out.slowest, time.process_time() - before)
         out.inputs += 1
         if kind:

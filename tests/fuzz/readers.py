@@ -7,13 +7,14 @@ or raise an error of weftlora's tree.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ RECIPES = [
     "data:\n  train: demo\n  max_length: 64\n  fields: {prompt: question, completion: answer}\n  limit: 100\n"
     "adapter:\n  recipe: hydralora\n  r: 8\n  heads: 3\n  target_modules: [q_proj, v_proj]\n"
     "train:\n  steps: 150\n  batch_size: 32\n  lr: 5e-3\n  warmup: 0.1\n  args: {adam_beta2: 0.95}\nout: runs/hydra\n",
-    "base: &b {r: 4, lora_alpha: 8}\nmodel: demo\ndata: demo\n",
+    "model: &m {path: demo}\ndata: {<<: {train: demo}, max_length: 32}\nadapter: {recipe: lora, r: 4}\nout: runs/m\n",
     "model: demo\ndata: {train: demo}\nadapter:\n  <<: &x {r: 4}\n  structure: {kind: hydra, heads: 2}\n  boost: {kind: dash, after: 0.1}\n"
     "  layers: [0, 3]\n  rank_pattern: {q_proj: 2}\ntrain: {epochs: 0.5, seed: 3, lora_plus_ratio: 16.0, report_to: [none]}\nout: runs/x\n",
     "model: demo\ndata: demo\nadapter: {recipe: alora, first: 0.2, every: {epochs: 0.5}, max_rounds: 2, score: random}\n"
@@ -92,12 +93,15 @@ COMPARISONS = [
 
 
 def _asked(source: Any, *overrides: str) -> None:
+    from transformers import set_seed
+
     from weftlora.runs.adapter import adapter_config
     from weftlora.runs.recipe import asked
     from weftlora.train import arguments
 
     recipe, _ = asked(source, overrides)
     arguments.check(recipe.train)
+    set_seed(recipe.train.seed)  # as training does first of all
     adapter_config(recipe.adapter, total_steps=100)
 
 
@@ -106,6 +110,8 @@ def _recipe(folder: Path, case: Case) -> None:
 
 
 def _comparison_recipe(folder: Path, case: Case) -> None:
+    from transformers import set_seed
+
     from weftlora.compare.methods import contenders
     from weftlora.compare.recipe import CompareRecipe
     from weftlora.train import arguments
@@ -116,6 +122,8 @@ def _comparison_recipe(folder: Path, case: Case) -> None:
     arguments.check(recipe.train)
     for each in found:
         _ = each.slug, each.search
+    for seed in recipe.all_seeds[:5]:
+        set_seed(seed)
 
 
 OVERRIDES = [
@@ -128,13 +136,59 @@ OVERRIDES = [
     ["train.args.adam_beta2=0.9", "train.report_to=[none]"],
     ["model.path=demo", "model.dtype=auto", "data.separator= -> "],
 ]
-KEYS = (
-    "model model.path model.dtype model.task model.attn_implementation data data.train data.validation data.format data.fields.prompt data.fields "
-    "data.separator data.quoting data.unit data.prompt_template data.max_length data.truncate data.limit data.seed data.validation_fraction adapter "
-    "adapter.recipe adapter.r adapter.lora_alpha adapter.heads adapter.layers adapter.target_modules adapter.rank_pattern adapter.structure adapter.start "
-    "adapter.boost adapter.ranks adapter.after adapter.modules_to_save train train.steps train.epochs train.lr train.batch_size train.seed train.warmup "
-    "train.schedule train.optimizer train.num_threads train.save_every train.report_to train.args train.args.seed train.args.hub_token train.trainer out"
-).split()
+KEYS = [
+    "model",
+    "model.path",
+    "model.dtype",
+    "model.task",
+    "model.attn_implementation",
+    "data",
+    "data.train",
+    "data.validation",
+    "data.format",
+    "data.fields.prompt",
+    "data.fields",
+    "data.separator",
+    "data.quoting",
+    "data.unit",
+    "data.prompt_template",
+    "data.max_length",
+    "data.truncate",
+    "data.limit",
+    "data.seed",
+    "data.validation_fraction",
+    "adapter",
+    "adapter.recipe",
+    "adapter.r",
+    "adapter.lora_alpha",
+    "adapter.heads",
+    "adapter.layers",
+    "adapter.target_modules",
+    "adapter.rank_pattern",
+    "adapter.structure",
+    "adapter.start",
+    "adapter.boost",
+    "adapter.ranks",
+    "adapter.after",
+    "adapter.modules_to_save",
+    "train",
+    "train.steps",
+    "train.epochs",
+    "train.lr",
+    "train.batch_size",
+    "train.seed",
+    "train.warmup",
+    "train.schedule",
+    "train.optimizer",
+    "train.num_threads",
+    "train.save_every",
+    "train.report_to",
+    "train.args",
+    "train.args.seed",
+    "train.args.hub_token",
+    "train.trainer",
+    "out",
+]
 
 
 def _overrides(folder: Path, case: Case) -> None:
@@ -221,7 +275,7 @@ def _hidden() -> re.Pattern[str]:
     kinds = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
     every = [n for n in range(0x110000) if unicodedata.category(chr(n)) in kinds and n not in (0x200C, 0x200D)]
     ends = [n for n, after in zip(every, [*every[1:], -1], strict=True) if after != n + 1]
-    starts = [every[0], *(after for n, after in zip(every, every[1:], strict=False) if after != n + 1)]
+    starts = [every[0], *(after for n, after in itertools.pairwise(every) if after != n + 1)]
     return re.compile(
         "[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in zip(starts, ends, strict=True)) + "]"
     )
@@ -281,10 +335,10 @@ def _tiny(name: str) -> Case:
     """An adapter of a recipe on a Llama of 2 layers, as peft saves it: on q_proj alone, its tensors random."""
     import tempfile
 
-    import families
     import torch
     from peft import get_peft_model
 
+    import families
     import weftlora
 
     common: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
@@ -469,11 +523,27 @@ def _checkpoints(folder: Path, case: Case) -> None:
     from weftlora.train.resuming import check_can_resume, resume_point
 
     run = Run.load(folder)
-    _refused_or_not(lambda: checkpoint.newest(run.checkpoints))
+    _refused_or_not(lambda: _is_whole(checkpoint.newest(run.checkpoints)))
     _refused_or_not(lambda: check_can_resume(run))
     _refused_or_not(lambda: resume_point(run, main=True))
     settle(folder)
     checkpoint.rotate(run.checkpoints, 1)
+
+
+def _is_whole(chosen: Path | None) -> None:
+    """Training goes on from no checkpoint that lacks a file, or has another than its marker says. Raises AssertionError."""
+    if chosen is None:
+        return
+    try:
+        marker = json.loads((chosen / "complete.json").read_text(encoding="utf-8"))
+        sizes = {name: size for name, (size, _) in marker.get("files", {}).items()}
+        whole = int(chosen.name.removeprefix("checkpoint-")) == marker["step"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise AssertionError("a checkpoint with a damaged marker is gone on from") from None
+    whole = whole and all(
+        (chosen / name).is_file() and (chosen / name).stat().st_size == size for name, size in sizes.items()
+    )
+    assert whole, "a checkpoint that is not what its marker says is gone on from"
 
 
 def _change_checkpoints(rng: random.Random, case: Case) -> Case:
@@ -507,7 +577,7 @@ def _change_checkpoints(rng: random.Random, case: Case) -> Case:
                 "3/nested",
             )
         )
-        old = (name.split("/") + [""])[1]
+        old = [*name.split("/"), ""][1]
         return {
             key.replace(f"/{old}/", f"/checkpoint-{step}/") if rng.random() < 0.9 else key: value
             for key, value in case.items()

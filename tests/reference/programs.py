@@ -1,8 +1,8 @@
 """Training programs written from the papers, sharing no code with weftlora: what its hypergradients are derivatives of.
 
 Plain functions of fp64 tensors; torch is used for arithmetic and for the gradients of a loss alone. Optimisers are those of
-"Decoupled Weight Decay Regularization" (arXiv 1711.05101) and plain descent, clipping is by the norm of all gradients, the transformer
-is that of "LLaMA" (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU.
+"Decoupled Weight Decay Regularization" (arXiv 1711.05101) and plain descent, clipping is by the norm of all gradients, the
+transformer is that of "LLaMA" (arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU.
 """
 
 from __future__ import annotations

@@ -90,6 +90,18 @@ def test_swapped_rows_are_other_rows(given: dict[str, Any], tmp_path: Path) -> N
         weftlora.train(given, resume=True)
 
 
+def test_the_same_rows_as_other_tokens_are_refused(given: dict[str, Any]) -> None:
+    """As where another version of weftlora tokenised them: the files are the same, and what is trained on is not."""
+    with pytest.raises(KeyboardInterrupt):
+        weftlora.train(given, callbacks=[Interrupt(3)])
+    record = Path(given["out"]) / "run.json"
+    data = read_json(record)["data"]
+    data["counts"]["train"]["answer_tokens"] -= 1
+    edit(record, data=data)
+    with pytest.raises(WeftError, match=r"the train rows of .* are the same and their tokens are not .*--overwrite"):
+        weftlora.train(given, resume=True)
+
+
 def test_the_same_base_elsewhere_is_the_same(given: dict[str, Any], tmp_path: Path) -> None:
     run = weftlora.train(given)
     shutil.copytree(tmp_path / "base", tmp_path / "copy")

@@ -37,6 +37,7 @@ def bare(family: str = "llama", **fields: Any) -> PeftModel:
         "every": 2,
         "max_rounds": 2,
         "rows": 4,
+        "score": "exact",
     }
     return get_peft_model(base, weftlora.AllocLoraConfig(**{**given, **fields})).train()
 

@@ -142,26 +142,72 @@ def test_the_block_and_the_kind_of_a_module(name: str, block: str, kind: str) ->
     assert (block_of(name), kind_of(name)) == (block, kind)
 
 
-def test_a_network_without_a_slot_is_refused_and_stays_as_it_was() -> None:
-    """The second of two slots would go in round 2: nobody had room for the first."""
+def test_the_last_slot_stays_and_the_event_says_so() -> None:
+    """The second of two slots would go in round 2: nobody had room for the first. Nothing raises within `optimizer.step`."""
     fields = {"target_modules": ["0.mlp.up_proj", "1.mlp.up_proj"], "r": 1, "move": 1, "max_rank": 1, "every": 1}
-    model = alora(score="random", first=1, **fields)
+    model = alora(score="random", first=1, all_lost="end", **fields)
+    train(model, 2)
+    assert sorted(ranks(model).values()) == [0, 1]
+    one, other = events(model)
+    assert (one["lost"], one["clipped"]) == (1, ["modules that lost none have no room for 1 (max_rank)"])
+    assert (other["pruned"], other["clipped"]) == ([], ["the last slot stays"])
+    kept = alora(score="random", first=1, **fields)
+    train(kept, 2)
+    assert sorted(ranks(kept).values()) == [1, 1]
+    assert [e["clipped"] for e in events(kept)] == [["modules that lost none have room for 0 (max_rank)"]] * 2
+
+
+def test_as_many_slots_move_as_there_is_room_for() -> None:
+    """20 of 28 slots, room for 4 in each of 14 modules: the more are taken away, the fewer modules can take them."""
+    model = alora(score="random", move=20, max_rounds=5, every=1, seed=1)
+    train(model, 8)
+    fitted = [e for e in events(model) if "have room for" in e["clipped"][0]]
+    assert fitted
+    for event in fitted:
+        assert event["asked"] == 20
+        assert 0 < len(event["pruned"]) < 20
+        assert (len(event["added"]), event["lost"]) == (len(event["pruned"]), 0)
+        assert event["clipped"] == [f"modules that lost none have room for {len(event['added'])} (max_rank)"]
+
+
+@pytest.mark.parametrize("rule", ["go_on", "end"])
+def test_where_every_module_lost_a_slot_the_total_drops_and_rounds_go_on_or_end(rule: str) -> None:
+    model = alora(score="random", move=27, max_rounds=3, every=1, seed=1, all_lost=rule)
+    train(model, 8)
+    first, *others = events(model)
+    assert (first["added"], first["slots"], first["lost"]) == ([], 1, 27)
+    assert len(others) == (2 if rule == "go_on" else 0)
+    assert sum(ranks(model).values()) == 1
+    assert controller(model).done()
+
+
+def test_a_config_saved_before_keeps_the_rule_that_it_was_saved_with() -> None:
+    """Its format says so, not whether it names the field: format 1 had none."""
+    saved = weftlora.AllocLoraConfig(first=1).to_dict()
+    assert (saved["format_version"], saved["ranks"]["all_lost"]) == (2, "go_on")
+    old = {**saved, "format_version": 1, "ranks": {k: v for k, v in saved["ranks"].items() if k != "all_lost"}}
+    assert weftlora.WeftConfig(**old).ranks.all_lost == "end"
+    again = weftlora.WeftConfig(**old).to_dict()
+    assert (again["format_version"], again["ranks"]["all_lost"]) == (2, "end")
+    new = {**old, "format_version": 2}
+    assert weftlora.WeftConfig(**new).ranks.all_lost == "go_on"
+
+
+def test_scores_that_are_no_numbers_move_nothing_and_training_goes_on() -> None:
+    model = alora(max_rounds=2)
     optimizer = adam(model)
-    train(model, 1, optimizer)
-    assert sorted(ranks(model).values()) == [0, 1]
-    with pytest.raises(
-        weftlora.ConfigError, match="would leave no live slot in the network: move fewer, or do fewer rounds"
-    ):
-        train(model, 2, optimizer, start=1)
-    assert sorted(ranks(model).values()) == [0, 1]
+    train(model, 2, optimizer)
+    site = next(iter(sites(model).values()))
+    with torch.no_grad():
+        site.structure.B[0, 0] = float("inf")
+    with pytest.warns(UserWarning, match="round 1 of moving ranks moves nothing"):
+        train(model, 3, optimizer, start=2)
+    [event] = events(model)
+    assert (event["pruned"], event["added"], event["slots"], event["lost"]) == ([], [], 28, 0)
+    assert "diverged" in event["clipped"][0]
     assert controller(model).rounds == 1
 
 
-def test_where_every_module_lost_a_slot_the_total_drops_and_rounds_end() -> None:
-    model = alora(score="random", move=27, max_rounds=3, every=1, seed=1)
-    train(model, 8)
-    [event] = events(model)
-    assert event["added"] == []
-    assert sum(ranks(model).values()) == event["slots"] == 1
-    assert not controller(model).scoring.choice.needs_data
-    assert controller(model).done()
+def test_one_module_has_nowhere_to_move_a_slot() -> None:
+    with pytest.raises(weftlora.ConfigError, match="one adapted module to move rank slots between: target two or more"):
+        train(alora(score="random", target_modules=["0.mlp.up_proj"], move=1), 1)

@@ -71,6 +71,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ("class", "start", "no name of a term"),
         ("../quiet", "start", "no name of a term"),
         ("dash", "start", "a term of weftlora's on the axis boost"),
+        ("hydra_", "start", "no name of a term"),
+        ("none", "boost", "nothing on an axis"),
+        ("torch", "start", "a module that Python has here already"),
+        ("json", "start", "a module that Python has here already"),
+        ("setup", "start", "runs by itself"),
+        ("tensor", "structure", "would be the class Tensor"),
+        ("start", "start", "would be the class Start"),
         ("quiet", "strat", "did you mean 'start'"),
     ],
 )
@@ -78,6 +85,13 @@ def test_what_cannot_be_a_term_is_refused(tmp_path: Path, name: str, axis: str, 
     with pytest.raises(ConfigError, match=said):
         new_term(name, axis, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_link_to_nowhere_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "quiet.py").symlink_to(tmp_path / "elsewhere.py")
+    with pytest.raises(RunError, match=r"quiet\.py is there already"):
+        new_term("quiet", "start", tmp_path)
+    assert not (tmp_path / "elsewhere.py").exists()
 
 
 def test_from_the_command_line(

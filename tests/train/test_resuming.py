@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 from interrupting import Interrupt, weights
+from transformers import TrainerCallback
 
 import weftlora
 from weftlora.errors import AdapterError, ConfigError, RunError
@@ -236,3 +240,53 @@ def test_a_signal_after_the_last_record_does_not_take_it_back(recipe: Make, monk
         with pytest.raises(KeyboardInterrupt):
             weftlora.train(given := recipe(train=LENGTH | {"steps": 2}))
     assert Run.load(given["out"]).status == "complete"
+
+
+@pytest.mark.parametrize("how", ["read-only", "gone"])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_folder_that_cannot_be_written_any_more_is_one_sentence(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, step: int
+) -> None:
+    """Whatever touches it first: a checkpoint, its deletion, the record of the failure."""
+    given = recipe(train=LENGTH | {"steps": 4, "save_every": 2, "keep": 1})
+    out = Path(given["out"])
+
+    class Trouble(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step != step:
+                return
+            if how == "gone":
+                out.rename(tmp_path / "elsewhere")
+                return
+            (out / "checkpoints" / "checkpoint-9").mkdir()  # as an earlier kill leaves one
+            for name in ("open", "unlink", "rmdir", "mkdir", "rename", "replace"):
+                monkeypatch.setattr(os, name, read_only)
+
+    def read_only(*given: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(given[0]))
+
+    with monkeypatch.context(), pytest.raises(RunError, match=r"cannot write|taken away"):
+        weftlora.train(given, callbacks=[Trouble()])
+    monkeypatch.undo()
+    if how == "gone":
+        shutil.rmtree(out, ignore_errors=True)
+        (tmp_path / "elsewhere").rename(out)
+    assert weftlora.train(given, resume=True).status == "complete"
+
+
+def test_a_run_started_before_goes_on_with_the_rule_of_moving_ranks_that_it_was_started_with(
+    recipe: Make, tmp_path: Path
+) -> None:
+    """Its recipe leaves the rule to a default, which has changed since; its record, of format 1, says which it was."""
+    adapter = {"recipe": "alora", "r": 2, "first": 2, "every": 2, "max_rounds": 3, "score": "random"}
+    given = recipe(adapter=adapter, train=LENGTH, data=None, out=str(tmp_path / "run")) | {}
+    given["data"] = recipe()["data"] | {"validation_fraction": 0.2}
+    interrupted(given)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    assert record["adapter"]["ranks"].pop("all_lost") == "go_on"
+    record["adapter"]["format_version"] = 1
+    path.write_text(json.dumps(record))
+    resumed = weftlora.train(given, resume=True)
+    saved = json.loads((resumed.adapter_folder / "adapter_config.json").read_text())
+    assert saved["ranks"]["all_lost"] == resumed.adapter["ranks"]["all_lost"] == "end"

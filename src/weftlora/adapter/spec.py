@@ -37,7 +37,8 @@ from weftlora.terms.structure import Structure
 from weftlora.terms.trust import from_folder
 from weftlora.version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of a saved config. 1: 0.1.0rc1. 2: moving ranks go on where every module lost a slot (`Choice.earlier`)."""
 
 DROPOUT_MASKS = ("linear", "input")
 
@@ -52,11 +53,12 @@ def encode_choice(choice: Choice | None) -> dict[str, Any] | None:
     return {**registry.encoded(choice), **plain}
 
 
-def decode_choice(axis: str, value: Any) -> Any:
+def decode_choice(axis: str, value: Any, version: int = FORMAT_VERSION) -> Any:
     """The choice that `value` means on `axis`: an instance, a name ("tied"), {"kind": ...} or {"hydra": {"heads": 3}}.
 
     A plain value that stands for a choice is that: on the axis layers, a bare list is `Only`. A name that is not weftlora's own is
-    looked up among the terms that installed packages offer (`weftlora.terms.registry`).
+    looked up among the terms that installed packages offer (`weftlora.terms.registry`). `version` is the format of the config that
+    it stands in.
     """
     if value is None:
         return None
@@ -84,10 +86,13 @@ def decode_choice(axis: str, value: Any) -> Any:
         raise ConfigError(f"{axis}={dict(value)!r} does not say which choice it is: add `kind`. {_choices(axis)}")
     if kind == "none":
         return None
-    package, version = (
+    package, made_by = (
         (fields.pop(key, None) for key in ("package", "version")) if kind not in AXES[axis] else (None, None)
     )
-    return registry.from_plain(registry.find(axis, kind, package, version), axis, kind, fields)
+    cls = registry.find(axis, kind, package, made_by)
+    for format_version, meant in sorted(cls.earlier.items()):
+        fields = {**(meant if version <= format_version else {}), **fields}
+    return registry.from_plain(cls, axis, kind, fields)
 
 
 def _choices(axis: str) -> str:
@@ -163,7 +168,8 @@ class WeftConfig(PeftConfig):
             raise ConfigError(f"peft refuses this config: {error}") from None
         self.peft_type = PeftType("WEFT")  # the host reads its .value
         for axis in AXES:
-            setattr(self, axis, decode_choice(axis, getattr(self, axis)))
+            setattr(self, axis, decode_choice(axis, getattr(self, axis), self.format_version))
+        self.format_version = FORMAT_VERSION  # from here on it names what it means
         for axis, one in PROTOCOLS.items():
             if one.default is not None and getattr(self, axis) is None:
                 raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")

@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from weftlora.data.collate import Collator
     from weftlora.data.config import DataConfig, Fields, Task
     from weftlora.data.encode import GenerationPrompt, encode_prompt, generation_prompts
-    from weftlora.data.loaded import Counts, Loaded, shown
-    from weftlora.data.loading import load, texts
+    from weftlora.data.loaded import Counts, Loaded, sampled, shown
+    from weftlora.data.loading import load
     from weftlora.data.paths import resolve_path
+    from weftlora.data.sources import texts
 
 _LAZY = {
     "Collator": "collate",
     **dict.fromkeys(("DataConfig", "Fields", "Task"), "config"),
     **dict.fromkeys(("GenerationPrompt", "encode_prompt", "generation_prompts"), "encode"),
-    **dict.fromkeys(("Counts", "Loaded", "shown"), "loaded"),
-    **dict.fromkeys(("load", "texts"), "loading"),
+    **dict.fromkeys(("Counts", "Loaded", "sampled", "shown"), "loaded"),
+    "load": "loading",
+    "texts": "sources",
     "resolve_path": "paths",
 }
 
@@ -38,6 +40,7 @@ __all__ = [
     "generation_prompts",
     "load",
     "resolve_path",
+    "sampled",
     "shown",
     "texts",
 ]

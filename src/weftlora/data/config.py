@@ -62,6 +62,9 @@ class DataConfig(RecipeSection):
     after what stood before it. That is for chat templates that write earlier turns otherwise once a later one follows. `system: fold`
     puts a system message before the first user's, for templates that take none.
 
+    `packing` puts several training rows into one of up to `max_length` tokens, none of which sees the others: no step is spent on
+    padding. It is for causal models, and tried on the model before training.
+
     `ignore` names columns, and keys of messages, that are meant to be left out.
 
     A classified text is cut at its end unless `drop`. Plain text is never cut: a document longer than `max_length`
@@ -93,6 +96,7 @@ class DataConfig(RecipeSection):
     answers: Literal["all", "last", "each"] = "all"
     system: Literal["keep", "fold"] = "keep"
     ignore: tuple[str, ...] = ()
+    packing: bool = False
     max_length: int = Field(default=512, ge=8, le=2**24)
     truncate: Literal["prompt", "completion", "drop"] = "prompt"
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)

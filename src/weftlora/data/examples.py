@@ -340,7 +340,7 @@ def example(row: Row, source: Source, columns: Columns, ignore: Sequence[str] = 
     if columns.template is not None:
         head = _filled(row, source, columns.template)
     elif columns.prompts:
-        head = _together(row, source, columns.prompts)
+        head = _together(row, source, columns.prompts) + "\n\n"  # or the answer would go on in the same line
     elif first in columns.of:
         head = _text(row, source, columns.of[first])
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weftlora.data.config import Format, Task
+from weftlora.foreign_text import shortened, visible
 from weftlora.settings import IGNORE
 
 if TYPE_CHECKING:
@@ -84,6 +85,13 @@ def shown(split: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3) -> 
             yield [(tokenizer.decode(ids), False), (tokenizer.decode(labels), True)]
         else:
             yield _stretches(ids, labels, tokenizer)
+
+
+def sampled(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first row in one line as the model is given it, what is learnt of it between ⟦ and ⟧."""
+    pieces = next(shown(split, tokenizer, 1), [])
+    text = "".join(f"⟦{text}⟧" if learnt else text for text, learnt in pieces)
+    return shortened(visible(text.replace("\n", "↵")), 400)
 
 
 def _stretches(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

@@ -14,26 +14,24 @@ the rows. That file stays in the user's cache folder (`weftlora.data.cache`).
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weftlora.data import cache, hub
-from weftlora.data.config import DEMO, DataConfig, Format, Task, hub_name, named
-from weftlora.data.demo import demo_rows
+from weftlora.data import cache
+from weftlora.data.collate import packed
+from weftlora.data.config import DataConfig, Format, Task
 from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
-from weftlora.data.examples import Columns, Example, check_columns, example, find_columns, label_names
+from weftlora.data.examples import Example, example, label_names
 from weftlora.data.loaded import BOOKS, Counts, Loaded
-from weftlora.data.paths import resolve_path
-from weftlora.data.read import Blocks, Row, Source, bad_row, flat, quiet, read, taken
+from weftlora.data.read import Blocks, Source, bad_row, quiet
+from weftlora.data.sources import SPLITS, Part, parts_of
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.settings import IGNORE
 
@@ -103,20 +101,6 @@ def repeats(keys: Sequence[Hashable] | Numbers) -> int:
 
 
 # ---------------------------------------------------------------------- looking at every row
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of a split, with what its columns are and its weight in training."""
-
-    source: Source
-    columns: Columns
-    weight: float = 1.0
-    ignore: tuple[str, ...] = ()
-
-    def examples(self, indices: Sequence[int]) -> list[Example]:
-        """The rows at `indices`, by role."""
-        return [example(row, self.source, self.columns, self.ignore) for row in taken(self.source.rows, indices)]
 
 
 @dataclass(frozen=True)
@@ -379,7 +363,6 @@ TASKS: dict[Task, tuple[Format, ...]] = {
     "seq2seq": ("prompt_completion",),
     "classification": ("classification",),
 }
-SPLITS = ("train", "validation", "test")
 
 
 def load(
@@ -427,10 +410,12 @@ def _load(
     max_length: int,
     place: cache.Workplace,
 ) -> Loaded:
-    parts = _parts(config, base_dir, Blocks(frame.lengths, max_length - len(frame.opened([]))), task)
+    parts = parts_of(config, base_dir, Blocks(frame.lengths, max_length - len(frame.opened([]))), task)
     form = parts["train"][0].columns.format
     task = _task(task, form)
     looked = {name: Looked.at(held, config) for name, held in parts.items()}
+    if config.packing and task != "causal":
+        raise ConfigError(f"data.packing is for causal models, and this task is {task}: leave it out.")
     names = _labels(looked, labels) if task == "classification" else None
     domains = sorted({domain for held in looked.values() for domain in held.domains})
     limits = {
@@ -445,6 +430,10 @@ def _load(
         has_domain = any("domain" in part.columns.of for part in split.looked.parts)
         encoder = Encoder(encode, features(form, task, has_domain), config.seed, place, config.processes)
         held, counts, joined_rows = encoder(split, name, limits[name])
+        if name == "train" and config.packing:
+            with quiet():
+                held = packed(held, max_length, place.folder() if held.cache_files else None)
+            counts = replace(counts, rows=len(held))
         done[name] = (held, counts)
         if joined_rows:
             notes.append(
@@ -470,27 +459,6 @@ def _load(
     )
 
 
-def texts(config: DataConfig, *, base_dir: str | os.PathLike[str] | None = None) -> list[str]:
-    """The training rows as text, without a tokenizer: prompt and answer, all messages, or the text without its label.
-
-    Blocks of running text are cut at `max_length` words here, not tokens.
-
-    Raises DataError and ConfigError as `load` does.
-    """
-    words = Blocks(lambda lines: [len(line.split()) for line in lines], config.max_length)
-    alone = config.model_copy(update={"validation": None, "test": None})
-    out = []
-    for part in _parts(alone, base_dir, words, None)["train"]:
-        for row in part.examples(range(len(part.source.rows))):
-            if part.columns.format == "classification":
-                out.append(row.prompt)
-            elif part.columns.format == "chat":
-                out.append("\n".join(message["content"] for message in row.messages))
-            else:
-                out.append("\n".join(filter(None, (row.prompt, row.answer))))
-    return out
-
-
 def _max_length(config: DataConfig, frame: Frame) -> int:
     """The length rows are held to: the config's, but no more than the tokenizer says its model takes."""
     takes = frame.tokenizer.model_max_length or config.max_length
@@ -505,63 +473,6 @@ def _max_length(config: DataConfig, frame: Frame) -> int:
             f"the tokenizer's model_max_length={takes} leaves no room for text: set it to the model's real length."
         )
     return length
-
-
-def _parts(
-    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks, task: Task | None
-) -> dict[str, list[Part]]:
-    """The files of each split, each with its columns; those of the training files are known to the other splits."""
-    wanted: Format | None = "classification" if task == "classification" else None
-    parts: dict[str, list[Part]] = {}
-    for split, held in _sources(config, base_dir, blocks).items():
-        trained = parts.get("train", [])
-        for source, weight in held:
-            for one in flat(source):
-                fits = [part.columns for part in trained if len(trained) == 1 or part.columns.fit(one.rows[0].values)]
-                columns = check_columns(one, fits[0], config) if fits else find_columns(one, config, wanted)
-                first = next(iter(trained or parts.get(split, [])), None)
-                if first is not None and columns.format != first.columns.format:
-                    raise ConfigError(
-                        f"{one.name} is read as {columns.format} and {first.source.name} as {first.columns.format}: files of one run "
-                        "need one format, which data.format and data.fields can say."
-                    )
-                parts.setdefault(split, []).append(Part(one, columns, weight, config.ignore))
-    return parts
-
-
-def _sources(
-    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks
-) -> dict[str, list[tuple[Source, float]]]:
-    """The sources of each split that is given; one training source with further splits supplies those that are not."""
-    sources: dict[str, list[tuple[Source, float]]] = {}
-    for split in SPLITS:
-        written = named(getattr(config, split))
-        if not written and config.train == DEMO:
-            written = [(DEMO, 1.0)]
-        for name, weight in written:
-            sources.setdefault(split, []).append((_source(name, split, config, base_dir, blocks), weight))
-        if not written and len(sources["train"]) == 1 and split in (parts := sources["train"][0][0].parts):
-            sources[split] = [(parts[split], 1.0)]
-    return sources
-
-
-def _source(
-    name: str, split: str, config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks
-) -> Source:
-    if name == DEMO:
-        return _demo(split)
-    path = resolve_path(name, base_dir)
-    alone = config if split == "train" else config.model_copy(update={"split": None})
-    if (found := hub_name(name, path)) is not None:
-        return hub.read_hub(*found, alone, split)
-    return read(path, alone, blocks)
-
-
-def _demo(split: str) -> Source:
-    rows = demo_rows(split)
-    digest = sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-    held = [Row(dict(row), number) for number, row in enumerate(rows, start=1)]
-    return Source(f"demo {split}", held, {f"demo {split}": digest}, unit="row")
 
 
 def _task(task: Task | None, form: Format) -> Task:

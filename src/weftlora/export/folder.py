@@ -46,7 +46,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
     """
     place = _real(out)
     if not place.exists() and unfinished(place):  # killed between two renames
-        with holding(place.parent, "weftlora export", beside(place)):
+        with holding(place.parent, "weftlora export", beside(place)), writing(place):
             restore(place)
     if place.exists() and not place.is_dir():
         raise RunError(f"cannot export to {out}: it is a file; choose another out.")

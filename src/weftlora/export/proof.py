@@ -116,7 +116,7 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | Non
     alive, held = os.pipe()  # nothing is ever written: its end closes with this process, however that ends
     try:
         done = subprocess.run(
-            [sys.executable, "-I", stock_process.__file__, str(file), str(alive)],
+            [sys.executable, "-I", stock_process.__file__, str(file), str(alive), json.dumps(_found_in())],
             capture_output=True,
             text=True,
             check=False,
@@ -132,10 +132,20 @@ def run_jobs(jobs: Sequence[Mapping[str, Any]], scratch: Path) -> list[str | Non
     except (ValueError, IndexError):
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise AdapterError(
-            f"the process that loads the export with stock peft failed ({reason}): install peft and transformers where this Python "
-            "finds them without PYTHONPATH, or use verify=False."
+            f"the process that loads the export with stock peft failed ({reason}): check that `import peft` works in a Python of "
+            "its own, or use verify=False."
         ) from None
     return said
+
+
+def _found_in() -> list[str]:
+    """The folders that the stock libraries were imported from here, in the order in which Python looks through them.
+
+    The isolated process would not see what PYTHONPATH names, and would prove the export with other versions, or find none.
+    """
+    loaded = [getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "transformers", "peft")]
+    folders = {str(Path(file).absolute().parents[1]) for file in loaded if file}
+    return [folder for entry in sys.path if (folder := str(Path(entry).absolute())) in folders]
 
 
 def outputs(file: Path, batches: Sequence[Batch]) -> Outputs:

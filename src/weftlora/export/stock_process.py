@@ -1,6 +1,8 @@
 """What stock transformers and peft compute from an exported folder, in a process where weftlora cannot be imported.
 
-    python -I stock_process.py JOBS.json PIPE          (run by `weftlora.export.proof`; imports nothing of weftlora)
+    python -I stock_process.py JOBS.json PIPE FOLDERS      (run by `weftlora.export.proof`; imports nothing of weftlora)
+
+FOLDERS is a JSON list of where the stock libraries lie, looked through before this Python's own.
 
 Every job names a base (`base`, `model_class`, `load`; `dtype` is what it is loaded in before it computes in fp32), perhaps an
 adapter folder with what its sites should be (`sites`: {name: rank}, null to ask nothing), a safetensors file of batches (`inputs`,
@@ -99,4 +101,5 @@ def _sites(model: Any, wanted: dict[str, int]) -> str | None:
 
 if __name__ == "__main__":
     threading.Thread(target=follow, args=(int(sys.argv[2]),), daemon=True).start()
+    sys.path[:0] = json.loads(sys.argv[3])
     main(sys.argv[1])

@@ -22,6 +22,7 @@ from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeig
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
+from weftlora.progress import Progress, ignore
 from weftlora.schedule.direction_ranking import Ranker
 from weftlora.schedule.launch import LaunchController, forget_moments
 from weftlora.schedule.rank_slots import Scorer
@@ -95,6 +96,8 @@ def attach(
     original: str | Path | None = None,
     cache: str | Path | None = None,
     validation: Any = None,
+    tokens_per_step: float | None = None,
+    on_progress: Progress = ignore,
 ) -> None:
     """Tell the adapters of `model` what they cannot see: how long the run is, what to measure on, where the unquantised
     weights are.
@@ -108,6 +111,9 @@ def attach(
         cache: folder that keeps the decompositions of weights for later runs; without it, the one that WEFT_CACHE names.
         validation: what rank slots are scored on, tokenised and not trained on: a sequence or dataset of rows (dicts with
             `labels`), a DataLoader (its dataset and collate_fn), or a list of batches.
+        tokens_per_step: tokens that one optimiser step of all processes is taken on. `Reallocate(score="auto")` compares with it what
+            scoring would cost; unknown, it takes the cheapest way.
+        on_progress: called with a `Tick` while rank slots are scored.
 
     Raises:
         ConfigError: the model has no weftlora adapter, a length is not a positive number, an event cannot happen in a run of
@@ -116,9 +122,13 @@ def attach(
         DataError: `validation` has no rows.
         ModelError: `original` is not the checkpoint of this base.
     """
-    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+    given = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "tokens_per_step": tokens_per_step}
+    for name, value in given.items():
         if value is not None and not (is_number(value) and 0 < value < math.inf):
-            raise ConfigError(f"{name}={value!r} is no length: give the number of optimiser steps.")
+            raise ConfigError(
+                f"{name}={value!r} is no length: give the number of "
+                + ("tokens." if name == "tokens_per_step" else "optimiser steps.")
+            )
     if total_steps is not None and int(total_steps) != total_steps:
         raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")
     if on_event is not None and not callable(on_event):
@@ -132,11 +142,26 @@ def attach(
         _score_on(model, found, validation)
     for schedule in found.values():
         before = schedule.length
-        length = Length(total_steps or before.total_steps, steps_per_epoch or before.steps_per_epoch)
+        length = Length(
+            total_steps or before.total_steps,
+            steps_per_epoch or before.steps_per_epoch,
+            tokens_per_step or before.tokens_per_step,
+        )
         schedule.check(length, may_grow=total_steps is None and steps_per_epoch is None)
         schedule.length = length
         schedule.on_event = on_event or schedule.on_event
+        _settle(model, schedule, on_progress)
         schedule.prepare()
+
+
+def _settle(model: nn.Module, schedule: Schedule, on_progress: Progress) -> None:
+    """Let what is decided from counts be decided, and the config say so."""
+    for controller in schedule.controllers:
+        if isinstance(controller, ReallocateController):
+            controller.on_progress = on_progress if on_progress is not ignore else controller.on_progress
+            configs = getattr(unwrapped(model), "peft_config", {})
+            controller.config = configs.get(schedule.adapter_name) if isinstance(configs, Mapping) else None
+            controller.settle(schedule.length)
 
 
 def _decompose(
@@ -157,11 +182,15 @@ def _decompose(
             member.weight, member.source = weight, "original"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, as compiled or wrapped for several processes: scoring runs on it."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
 def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> None:
-    rows = rows_of(validation)
-    bare = model
-    while isinstance(inner := getattr(bare, "_orig_mod", getattr(bare, "module", None)), nn.Module):
-        bare = inner  # as compiled or wrapped for several processes: scoring runs on the model itself
+    rows, bare = rows_of(validation), unwrapped(model)
     layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
     taken = False
     for name, schedule in found.items():
@@ -185,6 +214,11 @@ class Held:
     def count(self) -> int:
         """See `Validation`."""
         return len(self.rows.items)
+
+    @property
+    def tokens(self) -> float | None:
+        """See `Validation`."""
+        return self.rows.tokens
 
     def draw(self, count: int, seed: str) -> dict[str, Tensor]:
         """See `Validation`."""
@@ -243,7 +277,9 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     for name, schedule in found.items():
         saved, now = state[name], schedule.length
         schedule.length = Length(
-            saved["total_steps"] or now.total_steps, saved["steps_per_epoch"] or now.steps_per_epoch
+            saved["total_steps"] or now.total_steps,
+            saved["steps_per_epoch"] or now.steps_per_epoch,
+            now.tokens_per_step,
         )
         schedule.events = copy.deepcopy(cast("list[Event]", saved["events"]))
         schedule.prepare()

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlora.adapter.spec import WeftConfig
+from weftlora.disk.files import check_regular, write_folder, writing
 from weftlora.errors import AdapterError
 from weftlora.foreign_json import from_json
 from weftlora.host.tuner import PREFIX
@@ -49,6 +50,7 @@ def import_hydralora(source: str | Path, out: str | Path) -> Path:
 
     Raises:
         AdapterError: a file is missing or unreadable, a tensor has an unknown name, or the sites disagree on r or N.
+        RunError: `out` cannot be written; then nothing is there.
     """
     source, out = Path(source), Path(out)
     settings = _settings(source)
@@ -73,6 +75,7 @@ def import_lora_dash(source: str | Path, out: str | Path) -> Path:
     Raises:
         AdapterError: a file is missing or unreadable, a tensor has an unknown name, the sites disagree on r or s, or gains
             are there without their directions (the copy of the code for sequence classification saves none).
+        RunError: `out` cannot be written; then nothing is there.
     """
     source, out = Path(source), Path(out)
     settings = _settings(source)
@@ -127,13 +130,19 @@ def _write(out: Path, tensors: dict[str, Tensor], config: WeftConfig) -> Path:
     """A weftlora adapter folder with these tensors."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise AdapterError(f"{out} is not an empty folder: name a new folder for the converted adapter.")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(out))
+
+    def fill(place: Path) -> None:
+        save_file(tensors, place / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(place))
+
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_folder(out.resolve(), fill, lambda name: False)
     return out
 
 
 def _settings(source: Path) -> dict[str, Any]:
+    check_regular(source, AdapterError)
     path = source / "adapter_config.json"
     if not path.is_file():
         raise AdapterError(f"{source} has no adapter_config.json: give the folder that the released code saved.")

@@ -4,9 +4,9 @@
 
 Paper: Liu, Lyn, Zhu, Tian, Graham, "ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models",
 arXiv 2403.16187 (NAACL 2024). Not Activated LoRA, which peft and vLLM call aLoRA.
-Defaults: r = 8, first round after a third of the run, then every twelfth, at most 8, 32 rows (paper: epochs 1, 0.25 and 3, 8, 32);
-as many slots per round as a block has kinds of modules (paper; of its readings the one that fits its parameter counts); α = 2r
-(ours); all linear modules (paper). Where the paper is silent: see `weftlora.terms.ranks.reallocate`.
+Defaults: r = 8, at most 8 rounds, 32 rows (paper); the first after a third of the run, then every twelfth (ours; paper: after one
+epoch, then every quarter, of at most 10); as many slots per round as a block has kinds of modules (one of two readings of the
+paper); α = 2r (ours); all linear modules (paper). Where the paper is silent: see `weftlora.terms.ranks.reallocate`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def AllocLoraConfig(
     every: Time = 1 / 12,
     max_rounds: int = 8,
     move: str | int = "types",
+    all_lost: str = "go_on",
     scope: str = "global",
     unit: str = "ranks",
-    score: str = "exact",
+    score: str = "auto",
     terms: str = "both",
     rows: int = 32,
     resample: bool = True,

@@ -31,6 +31,7 @@ def FlexoraConfig(
     outer_batches: int = 8,
     search_epochs: float = 1.0,
     steps: int | None = None,
+    max_share: float | None = 0.1,
     max_search_samples: int = 5000,
     val_size: int = 200,
     select: str | None = None,

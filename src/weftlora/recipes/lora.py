@@ -1,12 +1,14 @@
-"""LoRA: ΔW = (α/r) B A on every linear module; the baseline.
+"""LoRA, ΔW = (α/r) B A on every linear module: on weftlora's kernel, and stock peft's own as a control.
+
+    PlainLoraConfig    LoRA on weftlora's kernel: the baseline of every comparison
+    peft_lora          peft's LoraConfig under the same fields, so that a comparison runs both on equal terms
+    peft_adalora       peft's AdaLoraConfig, likewise
 
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
-Defaults: r = 8 (paper, section 7.2: small ranks suffice); α = 2r (ours, common practice; the paper ties α to the first r
-tried); dropout 0 (ours); all linear modules (ours; the paper adapts q and v).
-Where we differ from peft's LoRA: only in speed and dtype. The factors are computed in the dtype of x, which is never
-cast; on a bf16 base peft casts x to fp32.
-
-Controls: stock peft methods under the same recipe fields, so that a comparison runs them on equal terms.
+Defaults, the controls' too: r = 8 (paper, section 7.2: small ranks suffice); α = 2r (ours, common practice; the paper ties α to
+the first r tried); dropout 0 (ours); all linear modules (ours; the paper adapts q and v).
+Where ours differs from peft's LoRA: only in speed and dtype. The factors are computed in the dtype of x, which is never cast; on
+a bf16 base peft casts x to fp32.
 """
 
 from __future__ import annotations

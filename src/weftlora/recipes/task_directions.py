@@ -1,32 +1,20 @@
-"""LoRA-Dash: plain LoRA for t steps, then gains along the s directions of W that it has moved most, relative to σ.
+"""Task-specific directions: plain LoRA for t steps, then something is done with the directions of W that it moved most, relative to σ.
 
-    ΔW = (α/r) B A + Ū diag(g) V̄ᵀ
+    LoRA-Dash    ΔW = (α/r) B A + Ū diag(g) V̄ᵀ                 gains g along s of them, learned from 0
+    LoRA-Init    ΔW = (α/r) (B A − B₀ A₀)                       A and B start again along r of them: (α/r) B₀ A₀ = Σ σ̄ ū v̄ᵀ
+    LoRA-TSD     ΔW = (α/r) (B A − B₀ A₀) + Ū diag(g) V̄ᵀ       both on one ranking: the s of Dash are the first of the r
 
-Paper: Si et al., "Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning",
-arXiv 2409.01035 (ICLR 2025). An unrelated optimiser is also called LoRA-TSD; nothing here is about it.
-Defaults: s = 8 and t = 100 (released code, which counts forward calls; ours are optimiser steps); α = 2r, all linear
-modules (ours; commonsense runs of the paper: α = 2r on q, k, v, up, down); ε = 1e-8 σ_max and a rank floor (ours).
-Where we differ from the released code: see `weftlora.terms.boost.dash`.
-
-LoRA-Init: plain LoRA for t steps, then A and B start anew along the r directions of W that it has moved most, relative to σ.
-
-    ΔW = (α/r) (B A − B₀ A₀)        (α/r) B₀ A₀ = Σ σ̄ ū v̄ᵀ over those directions
-
-Paper: Si et al., "Task-Specific Directions: Definition, Exploration, and Utilization in Parameter Efficient Fine-Tuning",
-arXiv 2409.01035, version 4 on. Reconstructed from its abstract and framework figure; not verified against text or code (the
-authors' repository has none for it).
-Defaults: t = 100 optimiser steps (as LoRA-Dash; t of LoRA-Init is unread); α = 2r, all linear modules, ε = 1e-8 σ_max, the
-guard and the mode "directions" (ours). Which reading was taken where: see `weftlora.terms.start.directions`.
-
-LoRA-TSD: LoRA-Init and LoRA-Dash after one pre-launch, on one ranking of the directions of W.
-
-    ΔW = (α/r) (B A − B₀ A₀) + Ū diag(g) V̄ᵀ        the s directions of Ū, V̄ are the first of the r of B₀, A₀
-
-Paper: Si et al., "Task-Specific Directions: Definition, Exploration, and Utilization in Parameter Efficient Fine-Tuning",
-arXiv 2409.01035, version 4 on. (An unrelated optimiser, arXiv 2609.02734, is called LoRA-TSD as well.) Reconstructed from its
-abstract and framework figure; not verified against text or code.
-Defaults: s = 8 and t = 100 as LoRA-Dash; the rest as LoRA-Init. Of two readings of the figure we take g = 0 at the switch
-beside A₀, B₀ that hold σ̄ (the other: g = σ̄ beside a zero product; the same function at the switch).
+Papers, both Si et al., arXiv 2409.01035: LoRA-Dash is in "Unleashing the Power of Task-Specific Directions in Parameter Efficient
+Fine-tuning" (ICLR 2025). LoRA-Init and LoRA-TSD are in version 4 on, "Task-Specific Directions: Definition, Exploration, and
+Utilization in Parameter Efficient Fine-Tuning", and are reconstructed from its abstract and framework figure: not verified against
+text or code, of which the authors' repository has none for them. An unrelated optimiser, arXiv 2609.02734, is called LoRA-TSD as
+well; nothing here is about it.
+Defaults: s = 8 and t = 100 (released code of LoRA-Dash, which counts forward calls; ours are optimiser steps; t of LoRA-Init is
+unread); α = 2r, all linear modules (ours; commonsense runs of the paper: α = 2r on q, k, v, up, down); ε = 1e-8 σ_max, a rank
+floor, the guard and the mode "directions" (ours).
+Where we differ from the released code, and which reading was taken of what could not be read: see `weftlora.terms.boost.dash` and
+`weftlora.terms.start.directions`. Of two readings of the figure LoRA-TSD takes g = 0 at the switch beside A₀, B₀ that hold σ̄ (the
+other: g = σ̄ beside a zero product; the same function at the switch).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
-from weftlora.adapter.spec import WeftConfig, write_loading_note
+from weftlora.adapter.spec import WeftConfig, decode_choice, write_loading_note
 from weftlora.disk.files import write_folder
 from weftlora.disk.ownership import ADAPTER
 from weftlora.errors import ConfigError, TargetError, WeftError
@@ -59,6 +60,20 @@ def adapter_config(
         raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the adapter section cannot work: {_sentence(error)}") from None
+
+
+def as_begun(config: PeftConfig | None, begun: Mapping[str, Any] | None) -> PeftConfig | None:
+    """`config` with what the run that it continues was started with: `begun` is the config in that run's record.
+
+    A recipe says only what its user wrote; what it leaves to a default (the rule of moving ranks, how long a search is) is what the
+    default was when the run began.
+    """
+    if begun is not None and isinstance(config, WeftConfig):
+        for axis in ("ranks", "layers"):
+            said = begun.get(axis)
+            if isinstance(said, Mapping) and said.get("kind") == getattr(config, axis).kind:
+                setattr(config, axis, decode_choice(axis, said, int(begun.get("format_version", 1))))
+    return config
 
 
 def saved_selection(section: dict[str, Any], base_dir: Path | None = None) -> Selection | None:

@@ -3,7 +3,7 @@
 The training loop as pseudo-code, with who acts when. Nothing here runs; it is the map of this package.
 
     model = get_peft_model(base, config)        host      sites are built; the first site of an adapter gets its Schedule
-    [weftlora.attach(model, total_steps=...)]       host      for times in fractions or epochs, and validation rows; our trainer and
+    [weftlora.attach(model, total_steps=...)]   host      for times in fractions or epochs, and validation rows; our trainer and
                                                           weftlora.Callback in anybody's do it
 
     for batch in data:
@@ -22,8 +22,7 @@ The training loop as pseudo-code, with who acts when. Nothing here runs; it is t
     switch                        LoRA-Init: A, B and, bit for bit, their frozen twins set; moments of A and B dropped
     afterwards  step t+1 …        gains are trained from 0, A and B from A₀ and B₀; directions and twins are buffers, saved, never
                                   chosen again
-
-rounds      after step t₁, t₂, …     rank slots are scored on validation rows and moved between sites (weftlora.attach gives the rows)
+    rounds      after t₁, t₂, …   rank slots are scored on validation rows and moved between sites (weftlora.attach gives the rows)
 
 State: the step count is a buffer of the adapter's first site, phase and directions are buffers of every site. All of it is in
 every checkpoint that holds the adapter, so a resumed run continues where it was.

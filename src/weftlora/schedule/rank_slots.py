@@ -6,6 +6,7 @@ slots have them, and by which of the `Scorer`'s ways, is the choice's word:
     exact        both brackets of every live slot
     taylor       both brackets of every live slot, estimated
     shortlist    the slots of lowest estimate exactly; what every slot is worth to its module by the estimate
+    sensitivity  no brackets: |w ∂L/∂w| of a slot's numbers, averaged over its part of each parameter and summed over these
     random       numbers drawn by name, slot and round
 
 Beside them stands how far to trust them: how well two ways agree, and whether a decision is above the noise of its rows. Scoring
@@ -39,6 +40,7 @@ from torch.optim import Optimizer
 
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
+from weftlora.progress import Progress, ignore
 from weftlora.schedule import processes, schedule
 from weftlora.schedule.schedule import Member
 from weftlora.terms.events import SlotMoves
@@ -221,6 +223,52 @@ class Scorer(Protocol):
         """Brackets [slots, 2, rows] to second order, from gradients with respect to the gates."""
         ...
 
+    def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
+        ...
+
+    def check(self, *, estimated: bool) -> None:
+        """Raise ConfigError where no row has a label that counts, or the model gives no estimates and these are wanted."""
+        ...
+
+    def watch(self, progress: Progress) -> None:
+        """Tell `progress` how far a round is."""
+        ...
+
+
+CERTAIN = 2.0
+"""Errors of the estimate that a shortlist's first excluded slot must lie above its last taken one."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How sure it is that no slot outside a shortlist belongs to the lowest.
+
+    `error`: standard deviation of estimate − exact over the shortlist. `distance`: how far the estimate of the first slot left out
+    lies above the exact score of the last one taken, in errors; None where nothing was left out.
+    """
+
+    error: float
+    distance: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the shortlist's decision is that of exact scores, as far as the error can tell."""
+        return self.distance is None or self.distance >= CERTAIN
+
+
+def certify(exact: Sequence[float], estimate: Sequence[float], excluded: Sequence[float], count: int) -> Certificate:
+    """Of a shortlist with these exact and estimated scores, from which the `count` lowest are taken.
+
+    The mean of estimate − exact is taken out of those that were left out: it moves no rank.
+    """
+    apart = torch.tensor(estimate, dtype=torch.float64) - torch.tensor(exact, dtype=torch.float64)
+    error = float(apart.std(correction=0)) if len(apart) else 0.0
+    if not excluded or not exact:
+        return Certificate(error, None)
+    gap = min(excluded) - float(apart.mean()) - sorted(exact)[min(count, len(exact)) - 1]
+    return Certificate(error, gap / error if error else math.copysign(math.inf, gap))
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -229,6 +277,7 @@ class Measured:
     slots: list[Slot]
     scored: list[int] = field(default_factory=list)  # positions in `slots`
     brackets: Tensor | None = None  # [len(scored), 2, rows]
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +287,7 @@ class Scoring:
     choice: SlotMoves
     members: list[Member]
     scorer: Scorer | None
+    progress: Progress = ignore
 
     def live(self) -> list[SlotId]:
         """The live slots, in the order of the network."""
@@ -264,12 +314,20 @@ class Scoring:
         ids = self.live()
         births = [int(cast(Tensor, self.members[m].site.birth)[slot]) for m, slot in ids]
         young = [birth > 0 and number - birth <= self.choice.grace_rounds for birth in births]
-        if self.choice.score == "random":
+        certificate = None
+        if self.scorer is not None:
+            self.scorer.watch(self.progress)
+        if self.choice.way == "random":
             dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]
             values, scored, brackets = [die.random() for die in dice], list[int](), None
             worth = values
+        elif self.choice.way == "sensitivity":
+            self._check_same_rows(self._draw(number), other=False)
+            measured = self._together(lambda: cast(Scorer, self.scorer).sensitivity(ids, self._draw(number)))
+            values = worth = processes.from_main(measured, self._device).tolist()
+            scored, brackets = list[int](), None
         else:
-            scored, brackets, worth = self._brackets(ids, young, self._draw(number))
+            scored, brackets, worth, certificate = self._brackets(ids, young, self._draw(number))
             values = list(worth)
             for position, value in zip(scored, scores(brackets, self.choice.terms), strict=True):
                 values[position] = value
@@ -287,13 +345,14 @@ class Scoring:
             ],
             scored,
             brackets,
+            certificate,
         )
 
     def check(self, number: int, found: Measured) -> dict[str, Any]:
         """The score in use against the exact one, and the exact one against itself on other rows: plain numbers to tell."""
         ids, terms = [(slot.module, slot.slot) for slot in found.slots], self.choice.terms
         count = sum(count for _, count in self.groups())
-        exact = self.choice.score == "exact" and found.brackets is not None
+        exact = self.choice.way == "exact" and found.brackets is not None
         truth = scores(found.brackets if exact else self.exact(ids, self._draw(number)), terms)  # type: ignore[arg-type]
         other = scores(self.exact(ids, self._draw(number), other=True), terms)
         told = {"exact_on_other_rows": agreement(other, truth, count)}
@@ -320,23 +379,39 @@ class Scoring:
         processes.sum_up([out], self._device)
         return out
 
-    def _brackets(self, ids: list[SlotId], young: list[bool], draw: str) -> tuple[list[int], Tensor, list[float]]:
-        """Positions of the slots that may be pruned on their score, their brackets, and what every slot is worth."""
+    def _brackets(
+        self, ids: list[SlotId], young: list[bool], draw: str
+    ) -> tuple[list[int], Tensor, list[float], Certificate | None]:
+        """Positions of the slots that may be pruned on their score, their brackets, what every slot is worth, and a shortlist's
+        certificate."""
         everything, terms = list(range(len(ids))), self.choice.terms
-        if self.choice.score == "exact":
+        if self.choice.way == "exact":
             found = self.exact(ids, draw)
-            return everything, found, scores(found, terms)
+            return everything, found, scores(found, terms), None
         scorer = cast(Scorer, self.scorer)
         estimate = processes.from_main(self._together(lambda: scorer.estimate(ids, draw)), self._device)
         worth = scores(estimate, terms)
-        if self.choice.score == "taylor":
-            return everything, estimate, worth
+        if self.choice.way == "taylor":
+            return everything, estimate, worth, None
         short: list[int] = []
+        parts: list[tuple[list[int], list[int], int]] = []
         for group, count in self.groups():
             mine = [n for n in everything if ids[n][0] in group and not young[n]]
-            short += sorted(mine, key=lambda n: (worth[n], n))[: self.choice.shortlist_factor * count]
+            mine.sort(key=lambda n: (worth[n], n))
+            cut = self.choice.shortlist_factor * count
+            parts.append((mine[:cut], mine[cut:], count))
+            short += mine[:cut]
         short.sort()
-        return short, self.exact([ids[n] for n in short], draw), worth
+        found = self.exact([ids[n] for n in short], draw)
+        truth = dict(zip(short, scores(found, terms), strict=True))
+        each = [
+            certify([truth[n] for n in mine], [worth[n] for n in mine], [worth[n] for n in left], count)
+            for mine, left, count in parts
+        ]
+        weakest = min(each, key=lambda one: math.inf if one.distance is None else one.distance)
+        if self.choice.auto and not weakest.holds:  # its own estimate, then, which no slot is left out of
+            return everything, estimate, worth, weakest
+        return short, found, worth, weakest
 
     def _check_same_rows(self, draw: str, *, other: bool) -> None:
         """Scores of other rows than a neighbour's cannot be ranked with its own."""

@@ -6,7 +6,8 @@
     apply     the plan into masks, A, B and the optimisers' moments                     (`schedule.rank_slots`)
 
 With several processes the main one decides, and all hold the same masks or stop. A plan is applied as a whole between two optimiser
-steps, so no checkpoint can hold half of one.
+steps, so no checkpoint can hold half of one. What must fail for every outcome is refused at the first step; a round that cannot move
+all of its slots moves as many as can, and one that cannot be scored moves none: the event says why.
 
 Source: ALoRA with AB-LoRA scores, arXiv 2403.16187.
 """
@@ -26,11 +27,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from weftlora.adapter.buffers import Remembered
-from weftlora.errors import ConfigError
+from weftlora.errors import ConfigError, WeftError
+from weftlora.progress import Progress, ignore
 from weftlora.schedule import processes
 from weftlora.schedule import rank_slots as surgery
 from weftlora.schedule.rank_slots import Measured, Scorer, Scoring, SlotId, by_row, margin
 from weftlora.schedule.schedule import Member
+from weftlora.schedule.scoring_cost import WAYS, Counts
 from weftlora.settings import rounds
 from weftlora.terms.events import Event, Length, SlotMoves, Validation, check_possible
 from weftlora.terms.ranks.reallocate import Plan, Room, decide
@@ -44,6 +47,11 @@ class ReallocateController:
     members: list[Member]
     scorer: Scorer | None = None
     what: str = field(default="moving ranks", init=False)
+    config: Any = field(default=None, init=False, repr=False)
+    """The host's config of the adapter, which is told the way of scoring that "auto" comes to; None where there is none."""
+    on_progress: Progress = field(default_factory=lambda: ignore, init=False, repr=False)
+    given: int | None = field(default=None, init=False)
+    row_tokens: float | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
     _rounds: Remembered[int] = field(default_factory=lambda: Remembered(int), init=False, repr=False)
     _ended: Remembered[bool] = field(default_factory=lambda: Remembered(bool), init=False, repr=False)
@@ -52,11 +60,47 @@ class ReallocateController:
         first = self.members[0].site
         first.register_counter("rounds", torch.zeros((), dtype=torch.long))
         first.register_counter("ended", torch.zeros((), dtype=torch.bool))
+        if self.choice.auto:
+            way = self.choice.way
+            first.register_counter("way", torch.tensor(0 if way == "auto" else 1 + WAYS.index(way)))
 
     @property
     def scoring(self) -> Scoring:
         """What measures its slots."""
-        return Scoring(self.choice, self.members, self.scorer)
+        return Scoring(self.choice, self.members, self.scorer, self.on_progress)
+
+    # ------------------------------------------------------------------ which way of scoring
+
+    def counts(self, length: Length) -> Counts:
+        """What scoring costs, and what is known of the training it is part of."""
+        c, groups = self.choice, self.scoring.groups()
+        blocks = len({surgery.block_of(member.name) for member in self.members})
+        left = max(c.max_rounds - self.rounds, 0)
+        slots, moved = len(self.scoring.live()), sum(count for _, count in groups)
+        rows = min(c.rows, self.given or c.rows)
+        known = self.row_tokens, length.total_steps, length.tokens_per_step
+        return Counts(slots, moved, blocks, left, rows, c.shortlist_factor, *known)
+
+    def settle(self, length: Length, *, now: bool = False) -> None:
+        """Decide what "auto" is, once: when all counts are known, or `now` with those that are.
+
+        The way is a buffer, so a checkpoint brings its own back, on whatever machine; with several processes the main one's counts.
+        """
+        if not self.choice.auto:
+            return
+        kept = cast(Tensor, self.members[0].site.way)
+        if kept.is_meta:
+            return
+        counts = self.counts(length)
+        known = self.scorer is not None and None not in (counts.row_tokens, counts.steps, counts.step_tokens)
+        if not int(kept) and (known or now):
+            kept.fill_(1 + WAYS.index(counts.way()))
+        if now:
+            processes.take_over([kept], self._device)
+        if int(kept) and (way := WAYS[int(kept) - 1]) != self.choice.way:
+            self.choice = self.choice.decided(way)
+        if self.config is not None and getattr(self.config, "ranks", None) != self.choice:
+            self.config.ranks = self.choice
 
     # ------------------------------------------------------------------ when
 
@@ -93,6 +137,7 @@ class ReallocateController:
     def take_rows(self, rows: Validation) -> bool:
         """See `Controller`: slots are scored on them."""
         choice, given = self.choice, rows.count
+        self.given, self.row_tokens = given, rows.tokens
         if choice.check and choice.needs_data and given <= choice.rows:
             raise ConfigError(
                 f"{choice.title}(check=True) compares scores on {choice.rows} rows with scores on others, and {given} were given: "
@@ -110,6 +155,7 @@ class ReallocateController:
     def plan(self, step: int, length: Length, optimizer: Optimizer) -> Callable[[], Event] | None:
         """Score and decide the next round if its step has been reached; at the first step, refuse what could not work then."""
         if not self._begun:
+            self.settle(length, now=True)
             self._check_ready()
             self._begun = True
         due = self.due(length)
@@ -120,17 +166,31 @@ class ReallocateController:
     def _check_ready(self) -> None:
         if self.choice.needs_data and self.scorer is None:
             raise ConfigError(
-                f"{self.choice.title}(score={self.choice.score!r}) scores rank slots on validation rows and was given none: call "
+                f"{self.choice.title}(score={self.choice.way!r}) scores rank slots on validation rows and was given none: call "
                 "weftlora.attach(model, validation=rows_or_dataloader) before training, or use score='random'."
             )
         surgery.check_sliceable([member.site for member in self.members])
-        for group, count in self.scoring.groups():
-            live = sum(len(self.members[m].site.live()) for m in group)
-            if count >= live:
-                raise ConfigError(
-                    f"{self.choice.title}(move={self.choice.move!r}) takes {count} rank slots a round from modules that have {live}: "
-                    "nothing would be left; move fewer."
-                )
+        if self.rounds == 0:
+            self._check_can_move()
+        if self.choice.needs_data and not self.done():
+            estimated = self.choice.way in ("taylor", "shortlist", "sensitivity")
+            scorer = cast(Scorer, self.scorer)
+            processes.attempt(lambda: scorer.check(estimated=estimated), "scoring rank slots", self._device)
+
+    def _check_can_move(self) -> None:
+        """Refuse what no score could make possible, at the start; later rounds do what they can."""
+        groups = self.scoring.groups()
+        live = [sum(len(self.members[m].site.live()) for m in group) for group, _ in groups]
+        if all(len(group) < 2 for group, _ in groups):
+            raise ConfigError(
+                f"{self.choice.title}(scope={self.choice.scope!r}) has one adapted module to move rank slots between: "
+                "target two or more" + ("." if self.choice.scope == "global" else ", or use scope='global'.")
+            )
+        if all(count >= there for (_, count), there in zip(groups, live, strict=True)):
+            raise ConfigError(
+                f"{self.choice.title}(move={self.choice.move!r}) takes {groups[0][1]} rank slots a round from modules that have "
+                f"{live[0]}: nothing would be left; move fewer."
+            )
 
     # ------------------------------------------------------------------ one round
 
@@ -144,10 +204,13 @@ class ReallocateController:
             found = scoring.measure(number)
             return found, scoring.check(number, found) if self.choice.check else {}, self._plan(found)
 
-        found, checked, plan = processes.attempt(decide_here, "a round of moving ranks", self._device)
+        try:
+            found, checked, plan = processes.attempt(decide_here, "a round of moving ranks", self._device)
+        except WeftError as error:  # on all processes; training is worth more than a round
+            warnings.warn(f"round {number} of moving ranks moves nothing: {error}", stacklevel=2)
+            reason = str(error)
+            return lambda: self._skipped(number, reason, clocks.perf_counter() - started)
         plan = self._shared(plan)
-        if len(found.slots) - len(plan.pruned) + len(plan.added) <= 0:
-            raise ConfigError("moving ranks would leave no live slot in the network: move fewer, or do fewer rounds.")
         measured = clocks.perf_counter() - started
         return lambda: self._moved(number, found, plan, checked, measured)
 
@@ -156,15 +219,31 @@ class ReallocateController:
         self._apply(number, found, plan)
         self._check_same_masks()
         return {
-            "event": "reallocation",
-            "round": number,
-            "score": self.choice.score,
-            "slots": len(found.slots) - len(plan.pruned) + len(plan.added),
-            "parameters": sum(len(m.site.live()) * surgery.cost(m.site) for m in self.members),
+            **self._layout(number),
             **self._story(found, plan),
             **checked,
             "seconds": measured + clocks.perf_counter() - started,
         }
+
+    def _skipped(self, number: int, reason: str, seconds: float) -> Event:
+        cast(Tensor, self.members[0].site.rounds).fill_(number)
+        told: Event = {"pruned": [], "added": [], "asked": self._asked, "lost": 0, "clipped": [reason]}
+        return {**self._layout(number), **told, "scored": 0, "seconds": seconds}
+
+    def _layout(self, number: int) -> Event:
+        ranks = {member.name: len(member.site.live()) for member in self.members}
+        return {
+            "event": "reallocation",
+            "round": number,
+            "score": self.choice.score,
+            "slots": sum(ranks.values()),
+            "parameters": sum(ranks[m.name] * surgery.cost(m.site) for m in self.members),
+            "ranks": ranks,
+        }
+
+    @property
+    def _asked(self) -> int:
+        return sum(count for _, count in self.scoring.groups())
 
     def _check_same_masks(self) -> None:
         processes.check_same([cast(Tensor, member.site.mask) for member in self.members], "rank masks", self._device)
@@ -179,8 +258,12 @@ class ReallocateController:
             rooms = [self._room(m) for m in group]
             mine = [slot for slot in found.slots if slot.module in group]
             budget = self._budget(group) if self.choice.unit == "params" else None
-            plans.append(decide(mine, rooms, count, budget=budget, revive=self.choice.revive))
-        return Plan(*(tuple(each for one in part for each in one) for part in zip(*map(_parts, plans), strict=True)))
+            fit = self.choice.all_lost != "end"
+            plans.append(decide(mine, rooms, count, budget=budget, revive=self.choice.revive, fit=fit))
+        pruned, added, receivers = (
+            tuple(each for one in part for each in one) for part in zip(*map(_parts, plans), strict=True)
+        )
+        return Plan(pruned, added, receivers, tuple(dict.fromkeys(why for plan in plans for why in plan.clipped)))
 
     def _room(self, m: int) -> Room:
         site = self.members[m].site
@@ -198,7 +281,7 @@ class ReallocateController:
         parts = [torch.tensor(part, dtype=torch.long).reshape(-1, 2) for part in (plan.pruned, plan.added)]
         pruned, added = (processes.from_main(part, self._device).tolist() for part in parts)
         receivers = processes.from_main(torch.tensor(plan.receivers, dtype=torch.long), self._device).tolist()
-        return Plan(tuple(map(tuple, pruned)), tuple(map(tuple, added)), tuple(receivers))
+        return Plan(tuple(map(tuple, pruned)), tuple(map(tuple, added)), tuple(receivers), plan.clipped)
 
     def _apply(self, number: int, found: Measured, plan: Plan) -> None:
         """All of the plan, or, if something is wrong with it, nothing."""
@@ -213,7 +296,7 @@ class ReallocateController:
             surgery.move(site, gone, made, rows, number)
         first = self.members[0].site
         cast(Tensor, first.rounds).fill_(number)
-        cast(Tensor, first.ended).fill_(not plan.receivers)  # every module lost a slot: the paper's rounds end here
+        cast(Tensor, first.ended).fill_(self.choice.all_lost == "end" and not plan.receivers)
 
     def _new_row(self, number: int, m: int, slot: int) -> Tensor:
         member = self.members[m]
@@ -229,7 +312,9 @@ class ReallocateController:
         story: Event = {
             "pruned": [[name[m], slot, by_id[m, slot].score] for m, slot in plan.pruned],
             "added": [[name[m], slot] for m, slot in plan.added],
-            "ranks": {member.name: len(member.site.live()) for member in self.members},
+            "asked": self._asked,
+            "lost": len(plan.pruned) - len(plan.added),
+            **({"clipped": list(plan.clipped)} if plan.clipped else {}),
             "scored": len(found.scored),
             "lowest": values[0],
             "median": values[len(values) // 2],
@@ -239,6 +324,9 @@ class ReallocateController:
             last_in, first_in = found.brackets.sum(2).std(0).tolist()
             story |= {"spread": {"last_in": last_in, "first_in": first_in}}
             story |= self._certainty(found, plan)
+        if (sure := found.certificate) is not None:
+            distance = sure.distance if sure.distance is not None and math.isfinite(sure.distance) else None
+            story["certificate"] = {"error": sure.error, "distance": distance, "holds": sure.holds}
         return story
 
     def _certainty(self, found: Measured, plan: Plan) -> Event:

@@ -36,6 +36,7 @@ from weftlora.scoring.network import Network
 from weftlora.scoring.rows import Batch
 
 SlotId = tuple[int, int]
+Told = Callable[[int, int], None]
 
 
 def brackets_by_definition(sites: Sequence[Site], slots: Sequence[SlotId], loss: Callable[[], Tensor]) -> Tensor:
@@ -85,12 +86,14 @@ def exact_brackets(
     *,
     chunk_tokens: int | None = None,
     terms: Sequence[int] = (0, 1),
+    tell: Told = lambda done, total: None,
 ) -> Tensor:
     """[slots, 2, rows] fp64; terms that are not wanted (0 last-in, 1 first-in) stay 0.
 
     Args:
         layers, sites: the adapted modules and their sites, in one order.
         slots: (number of the site, slot).
+        tell: called with how much is done, and of how much: blocks that have been run.
     """
     found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
     blocks = [network.block_of(layer) for layer in layers]
@@ -98,7 +101,11 @@ def exact_brackets(
     for n, (m, _) in enumerate(slots):
         by_block.setdefault(blocks[m] or 0, []).append(n)
     size, replicas = shares(batch, chunk_tokens)
-    for rows in torch.arange(len(batch["labels"])).split(size):
+    parts = torch.arange(len(batch["labels"])).split(size)
+    depth = len(network.blocks) or 1
+    work = {block: len(list(_even(at, replicas - 1))) * max(depth - block, 1) for block, at in by_block.items()}
+    done, total = 0, len(parts) * len(terms) * sum(work.values())
+    for rows in parts:
         part = {k: v[rows.to(v.device)] for k, v in batch.items()}
         for term in terms:
             with base_of(sites) if term else whole_of(sites):
@@ -111,6 +118,8 @@ def exact_brackets(
                     change = (losses[1:] - losses[:1]).cpu()
                     for n, row in zip(chunk, -change if term else change, strict=True):
                         found[n, term, rows] = row
+                done += work[block]
+                tell(done, total)
     return found
 
 
@@ -170,21 +179,66 @@ def _each(sites: Sequence[Site], slots: Sequence[SlotId], *, alone: bool) -> Ite
 
 
 def estimated_brackets(
-    network: Network, sites: Sequence[Site], slots: Sequence[SlotId], batch: Batch, *, chunk_tokens: int | None = None
+    network: Network,
+    sites: Sequence[Site],
+    slots: Sequence[SlotId],
+    batch: Batch,
+    *,
+    chunk_tokens: int | None = None,
+    tell: Told = lambda done, total: None,
 ) -> Tensor:
     """[slots, 2, rows] fp64."""
     found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
     size, replicas = shares(batch, chunk_tokens)
     size = size * replicas  # one replica of more rows
-    for rows in torch.arange(len(batch["labels"])).split(size):
+    by_site: dict[int, list[int]] = {}
+    for n, (m, _) in enumerate(slots):
+        by_site.setdefault(m, []).append(n)
+    columns = {m: torch.tensor([slots[n][1] for n in at]) for m, at in by_site.items()}
+    parts = torch.arange(len(batch["labels"])).split(size)
+    for done, rows in enumerate(parts):
         part = {k: v[rows.to(v.device)] for k, v in batch.items()}
         for term, gate in enumerate((1.0, 0.0)):
             slope = gate_gradients(network, sites, part, gate)
-            for n, (m, slot) in enumerate(slots):
-                found[n, term, rows] = -slope[m][:, slot]
-                if term == 0:
-                    found[n, term, rows] += 0.5 * network.loss.count * slope[m][:, slot] ** 2
+            for m, at in by_site.items():
+                own = slope[m][:, columns[m]].T
+                curved = 0.5 * network.loss.count * own**2 if term == 0 else 0.0
+                found[torch.tensor(at)[:, None], term, rows[None, :]] = curved - own
+            tell(2 * done + term + 1, 2 * len(parts))
     return found
+
+
+def sensitivities(
+    network: Network,
+    sites: Sequence[Site],
+    slots: Sequence[SlotId],
+    batch: Batch,
+    *,
+    chunk_tokens: int | None = None,
+    tell: Told = lambda done, total: None,
+) -> Tensor:
+    """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these.
+
+    Source: the importance of a number in AdaLoRA, arXiv 2303.10512, equations 7 and 8, without its smoothing over steps.
+    """
+    views = [site.structure.by_slot() for site in sites]
+    params = list(dict.fromkeys(p for each in views for p, _ in each))
+    slopes = {p: torch.zeros_like(p, dtype=torch.float64) for p in params}
+    size, replicas = shares(batch, chunk_tokens)
+    parts = torch.arange(len(batch["labels"])).split(size * replicas)
+    for done, rows in enumerate(parts):
+        part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+        with torch.enable_grad():
+            found = torch.autograd.grad(network.losses(part).sum(), params, allow_unused=True)
+        for p, slope in zip(params, found, strict=True):
+            if slope is not None:
+                slopes[p] += slope.double()
+        tell(done + 1, len(parts))
+    worth = []
+    for each in views:
+        of_site = [view((p.detach().double() * slopes[p]).abs()).flatten(1).mean(1) for p, view in each]
+        worth.append(torch.stack(of_site).sum(0).cpu())
+    return torch.stack([worth[m][slot] for m, slot in slots])
 
 
 def gate_gradients(network: Network, sites: Sequence[Site], batch: Batch, gate: float) -> list[Tensor]:

@@ -21,6 +21,7 @@ from weftlora.adapted.hooks import in_mode
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
+from weftlora.progress import Progress, Tick, ignore
 from weftlora.schedule.rank_slots import TERMS
 from weftlora.scoring import brackets
 from weftlora.scoring.brackets import SlotId
@@ -74,6 +75,7 @@ class Ablation:
     choice: SlotScoring
     rows: Rows
     way: Network | None = field(default=None, init=False)
+    progress: Progress = field(default_factory=lambda: ignore, init=False)
     known: bool = field(default=False, init=False)
     """Whether `way` has been looked for; None then means the reference."""
 
@@ -97,18 +99,49 @@ class Ablation:
             if way := self._way(batch):
                 tokens = self.choice.chunk_tokens
                 return brackets.exact_brackets(
-                    way, self.layers, self.sites, slots, batch, chunk_tokens=tokens, terms=terms
+                    way, self.layers, self.sites, slots, batch, chunk_tokens=tokens, terms=terms, tell=self._tell
                 )
             return brackets.brackets_by_definition(self.sites, slots, lambda: self._whole_loss(batch))
+
+    def watch(self, progress: Progress) -> None:
+        """See `weftlora.schedule.rank_slots.Scorer`."""
+        self.progress = progress
+
+    def _tell(self, done: int, total: int) -> None:
+        self.progress(Tick("scoring ranks", done, total))
+
+    def check(self, *, estimated: bool) -> None:
+        """See `weftlora.schedule.rank_slots.Scorer`. Nothing of it is kept: slots that have hardly moved prove no way right."""
+        device = next(self.model.parameters()).device
+        batch = {k: v.to(device) for k, v in self.rows.draw(self.choice.rows, "first step").items()}
+        with undisturbed(self.model, self.sites):
+            way = self._way(batch)
+        self.way, self.known = None, False
+        if estimated and way is None:
+            raise self._refusal()
 
     def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots, 2, rows] fp64."""
         batch = self.drawn(draw)
         with undisturbed(self.model, self.sites):
             if way := self._way(batch):
-                return brackets.estimated_brackets(way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens)
-        raise ConfigError(
-            f"{self.choice.title}(score={self.choice.score!r}) needs a cross-entropy over logits with one part per row, which "
+                tokens, tell = self.choice.chunk_tokens, self._tell
+                return brackets.estimated_brackets(way, self.sites, slots, batch, chunk_tokens=tokens, tell=tell)
+        raise self._refusal()
+
+    def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
+        batch = self.drawn(draw)
+        with undisturbed(self.model, self.sites):
+            if way := self._way(batch):
+                return brackets.sensitivities(
+                    way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell
+                )
+        raise self._refusal()
+
+    def _refusal(self) -> ConfigError:
+        return ConfigError(
+            f"{self.choice.title}(score={self.choice.way!r}) needs a cross-entropy over logits with one part per row, which "
             f"{type(self.model).__name__} does not give: use score='exact'."
         )
 

@@ -44,6 +44,10 @@ from weftlora.search.hypergradient import (
 from weftlora.search.selection import Candidate, Selection
 from weftlora.terms.layers import SearchedLayers, Weighed
 
+log = logging.getLogger(__name__)
+
+Listener = Callable[[dict[str, Any]], None]
+
 
 def state_of(job: LayerSearch) -> dict[str, Any]:
     """The state; all processes call it together and get the same."""
@@ -198,11 +202,6 @@ def cost_of_step(search: SearchedLayers, rows: int, outer_rows: int) -> float:
     return search.inner_steps + unrolled + outer_rows * search.outer_batches / rows
 
 
-log = logging.getLogger(__name__)
-
-Listener = Callable[[dict[str, Any]], None]
-
-
 class LayerSearch:
     """A search in progress, one outer step at a time; `weftlora.search_layers` runs one from its start to its end.
 
@@ -224,7 +223,9 @@ class LayerSearch:
         loss: Loss | None = None,
         seed: int = 0,
         max_samples: int | None = None,
+        training: int | None = None,
     ):
+        """`training`: steps of the training that it is the search of, where there is one: a bound of its cost is a share of these."""
         if list(model.active_adapters) != [adapter]:
             raise ConfigError(
                 f"adapter {adapter!r} is to be searched, but active is {', '.join(model.active_adapters) or 'none'}: the steps "
@@ -248,7 +249,7 @@ class LayerSearch:
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
         processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
-        self.steps = search.steps or max(1, int(search.search_epochs * len(self.splits.train) / self._rows_per_step))
+        self.steps = search.steps or self._default_steps(training)
         self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
         self.alpha_optimizer = search.optimizer(self.alpha)
         self._reach = max(float(group["lr"]) for group in self.alpha_optimizer.param_groups)  # how far a step moves α
@@ -262,6 +263,13 @@ class LayerSearch:
         """Of the unrolled hypergradients so far, the largest `weftlora.search.hypergradient.Unrolled.rough`."""
         self.history: list[dict[str, Any]] = []
         self.norms = torch.zeros_like(self.alpha.detach())
+
+    def _default_steps(self, training: int | None) -> int:
+        """`search_epochs`, or as many as `max_share` of the training pays for."""
+        steps = max(1, int(self.search.search_epochs * len(self.splits.train) / self._rows_per_step))
+        if training is None or self.search.max_share is None:
+            return steps
+        return max(1, min(steps, int(self.search.max_share * training / _cost(self))))
 
     @property
     def _rows_per_step(self) -> int:

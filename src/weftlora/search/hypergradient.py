@@ -1,4 +1,6 @@
-"""The hypergradient through inner steps: reverse accumulation with one Hessian-vector product per step.
+"""The inner steps of a search, which train θ while α stands still, and the hypergradient through them.
+
+Reverse accumulation, with one Hessian-vector product per step:
 
     γ_k = ∇_θ R_k(θ_k, α);   n = ‖γ_k‖;   g_k = c_k γ_k,  c_k = min(1, M / n)                           clipping
     m_{k+1} = β₁ m_k + (1 − β₁) g_k;      v_{k+1} = β₂ v_k + (1 − β₂) g_k²
@@ -21,8 +23,6 @@ a double backward through the reference path of the kernel.
 
 Source: the adjoint and the finite differences are ours (specs), the choice c = 1e-2 is that of DARTS, arXiv 1806.09055.
 Flexora's text speaks of unrolled differentiation, its released code keeps the direct term only.
-
-The inner optimiser: what trains θ while α stands still, and what the adjoint needs to know of each of its steps.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from weftlora.schedule import processes
 from weftlora.search.batches import Batch, Passed, Passes, Random, math_attention
 from weftlora.settings import is_number, is_whole
 from weftlora.terms.layers import SearchedLayers
+
+log = logging.getLogger(__name__)
 
 Product = Callable[["InnerStep", list[Tensor]], tuple[list[Tensor], Tensor]]
 
@@ -229,8 +231,6 @@ def parameters_at(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> I
             for p, value in zip(params, before, strict=True):
                 p.copy_(value)
 
-
-log = logging.getLogger(__name__)
 
 OPTIMIZERS = ("adamw", "sgd", "sign_sgd")
 SCHEDULES = ("cosine", "constant")

@@ -97,7 +97,10 @@ class Selection:
         with needs("train", "a stock LoRA of a selection"):
             from weftlora.search.selection_file import Lora
         kept = {key: self.adapter[key] for key in Lora.model_fields if key in self.adapter}
-        return LoraConfig(**{**kept, "target_modules": names, **fields})
+        try:
+            return LoraConfig(**{**kept, "target_modules": names, **fields})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"peft refuses a LoRA of this selection: {error}.") from None
 
     @property
     def others(self) -> int:

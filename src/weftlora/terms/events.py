@@ -28,10 +28,11 @@ Event = dict[str, Any]
 
 @dataclass
 class Length:
-    """How long the run is, where that is known: optimiser steps in all, and per pass over the data."""
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step."""
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
+    tokens_per_step: float | None = None
 
 
 class StructureView(Protocol):
@@ -105,6 +106,11 @@ class Validation(Protocol):
     @property
     def count(self) -> int:
         """How many rows there are."""
+        ...
+
+    @property
+    def tokens(self) -> float | None:
+        """Of a row, on average over some; None where they cannot be counted."""
         ...
 
     def draw(self, count: int, seed: str) -> Mapping[str, Tensor]:
@@ -221,6 +227,8 @@ class SlotScoring(Protocol):
     @property
     def score(self) -> str: ...
     @property
+    def way(self) -> str: ...
+    @property
     def terms(self) -> Literal["both", "last_in", "first_in"]: ...
     @property
     def rows(self) -> int: ...
@@ -240,6 +248,8 @@ class SlotMoves(SlotScoring, Protocol):
     @property
     def move(self) -> Literal["types", "modules"] | int: ...
     @property
+    def all_lost(self) -> str: ...
+    @property
     def scope(self) -> str: ...
     @property
     def unit(self) -> str: ...
@@ -257,6 +267,9 @@ class SlotMoves(SlotScoring, Protocol):
     def seed(self) -> int: ...
     @property
     def needs_data(self) -> bool: ...
+    @property
+    def auto(self) -> bool: ...
+    def decided(self, way: str) -> SlotMoves: ...
 
 
 class Timeline(Protocol):

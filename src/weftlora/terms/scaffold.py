@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
+import os
 import re
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,7 +15,9 @@ from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.records import Record
 from weftlora.terms.axes import AXES
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+_FILES = frozenset({"setup", "conftest"})
+"""Names of files that setuptools and pytest run by themselves."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,7 @@ def new_term(name: str, axis: str, folder: str | Path | None = None) -> Scaffold
     """
     if axis not in AXES:
         raise ConfigError(f"there is no axis {axis!r}: {suggest(str(axis), AXES)}")
-    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-        raise ConfigError(
-            f"{name!r} is no name of a term: use small letters, digits and _, beginning with a letter, such as top2."
-        )
-    if taken := [own for own, kinds in AXES.items() if name in kinds]:
-        raise ConfigError(f"{name!r} is a term of weftlora's on the axis {taken[0]}: choose another name.")
+    _check_name(name, axis)
     place = Path(name if folder is None else folder)
     files = {
         f"{name}.py": f"{axis}.py.txt",
@@ -51,13 +51,12 @@ def new_term(name: str, axis: str, folder: str | Path | None = None) -> Scaffold
         f"{name}.md": "card.md.txt",
         "pyproject.toml": "pyproject.toml.txt",
     }
-    if there := [file for file in files if (place / file).exists()]:
+    if there := [file for file in files if os.path.lexists(place / file)]:
         raise RunError(f"{place / there[0]} is there already: choose another name or another folder with --out.")
-    templates = resources.files("weftlora") / "assets" / "new_term"
     try:
         place.mkdir(parents=True, exist_ok=True)
         for file, template in files.items():
-            text = (templates / template).read_text(encoding="utf-8")
+            text = _template(template)
             (place / file).write_text(_filled(text, name, axis), encoding="utf-8")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -65,8 +64,41 @@ def new_term(name: str, axis: str, folder: str | Path | None = None) -> Scaffold
     return Scaffold(name, axis, str(place), tuple(files))
 
 
+def _check_name(name: str, axis: str) -> None:
+    """Refuse a name that configs, Python, pip or the term's own file could not have. Raises ConfigError."""
+    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise ConfigError(
+            f"{name!r} is no name of a term: use words of small letters and digits with _ between them, beginning with a letter, "
+            "such as top2."
+        )
+    cls = _class_of(name)
+    if taken := [own for own, kinds in AXES.items() if name in kinds]:
+        raise ConfigError(f"{name!r} is a term of weftlora's on the axis {taken[0]}: choose another name.")
+    if name == "none":
+        raise ConfigError("'none' means in a config that there is nothing on an axis: choose another name.")
+    if name in _FILES:
+        raise ConfigError(f"{name}.py is a file that setuptools or pytest runs by itself: choose another name.")
+    spec = importlib.util.find_spec(name)
+    if name in sys.stdlib_module_names or (spec is not None and spec.origin is not None):  # a folder is no module
+        raise ConfigError(
+            f"{name!r} is a module that Python has here already, and {name}.py would take its place: choose another name."
+        )
+    if cls != "NewTerm" and re.search(rf"\b{cls}\b", _template(f"{axis}.py.txt")):
+        raise ConfigError(
+            f"{name!r} would be the class {cls}, and a file of a {axis} uses that name for something else: choose another."
+        )
+
+
+def _template(file: str) -> str:
+    return (resources.files("weftlora") / "assets" / "new_term" / file).read_text(encoding="utf-8")
+
+
+def _class_of(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
 def _filled(text: str, name: str, axis: str) -> str:
-    cls = "".join(part.capitalize() for part in name.split("_"))
+    cls = _class_of(name)
     package = name.replace("_", "-").strip("-")
     text = text.replace("weftlora-new-term", f"weftlora-{package}")
     return text.replace("NewTerm", cls).replace("new_term", name).replace("AXIS", axis)

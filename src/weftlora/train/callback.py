@@ -20,6 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weftlora.host.attach import attach, schedules, warn_of_missing
+from weftlora.scoring.rows import tokens_of
 from weftlora.terms.events import Event
 from weftlora.train import checkpoint
 
@@ -106,7 +107,13 @@ class Callback(Finished):
             "validation": self.validation,
         }
         if schedules(model) or any(option is not None for option in options.values()):
-            attach(model, total_steps=before + state.max_steps, steps_per_epoch=per_epoch, **options)
+            attach(
+                model,
+                total_steps=before + state.max_steps,
+                steps_per_epoch=per_epoch,
+                tokens_per_step=_tokens_per_step(train_dataloader, args),
+                **options,
+            )
         if state.is_hyper_param_search:
             return
         setattr(args, _LIMIT, args.save_total_limit or getattr(args, _LIMIT, None))  # not lost where training failed
@@ -165,6 +172,14 @@ def _begin(model: nn.Module, state: TrainerState) -> int:
         "events": {name: schedule.events for name, schedule in found.items()},  # the live lists
     }
     return before
+
+
+def _tokens_per_step(batches: Any, args: TrainingArguments) -> float | None:
+    """Tokens of an optimiser step of all processes, on average; None where the rows of a data loader cannot be counted."""
+    length = tokens_of(getattr(batches, "dataset", None))
+    if length is None:
+        return None
+    return length * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def _steps_per_epoch(batches: Any, accumulation: int) -> int | None:

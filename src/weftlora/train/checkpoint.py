@@ -108,9 +108,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def drop(checkpoint: Path) -> None:
-    """Delete a checkpoint; the marker goes first, so no half-deleted one counts."""
+    """Delete a checkpoint; the marker goes first, so no half-deleted one counts. Raises RunError."""
     unmark(checkpoint)
-    shutil.rmtree(checkpoint)
+    with writing(checkpoint):
+        shutil.rmtree(checkpoint)
 
 
 def drop_incomplete(checkpoints: Path) -> None:

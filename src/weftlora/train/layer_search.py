@@ -58,11 +58,16 @@ def searches(prepared: Prepared) -> bool:
 
 
 def make_search(
-    prepared: Prepared, args: TrainingArguments | None = None, seed: int | None = None, rows: int | None = None
+    prepared: Prepared,
+    args: TrainingArguments | None = None,
+    seed: int | None = None,
+    rows: int | None = None,
+    training: int | None = None,
 ) -> LayerSearch:
     """The search that a recipe describes: θ as the train section trains it, α on rows held out of the training rows.
 
-    `seed` and `rows`, at most so many of the training rows, take the place of the recipe's.
+    `seed` and `rows`, at most so many of the training rows, take the place of the recipe's; `training` are the steps of the training
+    that it is the search of.
 
     Raises:
         ConfigError: fp16, which would need its gradients scaled, or a setting that cannot work.
@@ -100,6 +105,7 @@ def make_search(
         loss=_loss(train),
         seed=train.seed if seed is None else seed,
         max_samples=rows,
+        training=training,
     )
 
 
@@ -189,7 +195,9 @@ class Stage:
 
 def begin(prepared: Prepared, run: Run, args: TrainingArguments, main: bool) -> Stage | None:
     """The search of a run, ready to start; None where nothing is searched. Raises what `make_search` raises."""
-    return Stage(prepared, run, make_search(prepared, args), main) if searches(prepared) else None
+    return (
+        Stage(prepared, run, make_search(prepared, args, training=prepared.steps), main) if searches(prepared) else None
+    )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora.data import sampled
 from weftlora.disk.lock import claimed
 from weftlora.disk.ownership import check_no_links
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
@@ -35,7 +36,7 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
-from weftlora.train import arguments, checkpoint, costs, extending, layer_search
+from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
@@ -99,7 +100,7 @@ def _train(
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
     started = time.monotonic()
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, None if before is None else before.adapter)
     if prepared.adapter is None:
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
@@ -128,7 +129,7 @@ def _train(
     elif not verify_base:
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
-    with _recorded(main) as record:
+    with _recorded(main) as record, _sentences(record, run):
         with _started(record, run, before, main, prepared.defaults):
             if extends is not None and last is not None and main:
                 said = extending.sentence(run.extends, prepared.recipe.train, run.steps)
@@ -139,6 +140,9 @@ def _train(
             if search is None:
                 trainer = make_trainer(prepared, run, args, progress, callbacks)
         _announce(run, prepared)
+        if main:
+            for line in ahead.lines(prepared, None if search is None else search.search):
+                log.info("%s", line)
 
         def start() -> tuple[Trainer, Prepared, Run]:
             if search is None:
@@ -188,6 +192,9 @@ def _announce(run: Run, prepared: Prepared) -> None:
     for split, count in run.data["counts"].items():
         extra = ", ".join(f"{count[key]:,} {key}" for key in ("empty", "repeated") if count[key])
         log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
+    for line in prepared.data.columns:
+        log.info("%s", line)
+    log.info("the first row, what is learnt in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
     for sentence in lost_rows(run):
         log.warning("%s", sentence)
     if prepared.defaults:
@@ -304,31 +311,31 @@ def _run_trainer(
 ) -> Run:
     """Search layers where the recipe does, train, save the adapter, measure; run.json then says that it is complete."""
     last = resume_point(run, main) if resume else None
-    with _sentences(run):
-        trainer, prepared, run = start()
-        record.trainer, record.run = trainer, run
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
-        if resume and not (run.extends and last and checkpoint.step_of(last) == run.extends["step"]):
-            took["resumed_from"] = checkpoint.step_of(last) if last else 0
-        warn_of_missing(prepared.model, over=True)
-        metrics = _final(trainer, prepared, progress)
-        _check_finite(metrics)
-        metrics |= _kept(trainer, prepared)
-        run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
-        if main:
-            prepared.name_weights(run)
-            write_adapter(prepared.model, run)
-            run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
-            run.event("end", step=trainer.state.global_step)
-            run.save()
-            record.run = None
+    trainer, prepared, run = start()
+    record.trainer, record.run = trainer, run
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    took: dict[str, Any] = {"train_seconds": round(timed(trainer.state).train_seconds, 3), "finished": now()}
+    if resume and not (run.extends and last and checkpoint.step_of(last) == run.extends["step"]):
+        took["resumed_from"] = checkpoint.step_of(last) if last else 0
+    warn_of_missing(prepared.model, over=True)
+    metrics = _final(trainer, prepared, progress)
+    _check_finite(metrics)
+    metrics |= _kept(trainer, prepared)
+    run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
+    if main:
+        run.check_there()
+        prepared.name_weights(run)
+        write_adapter(prepared.model, run)
+        run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
+        run.event("end", step=trainer.state.global_step)
+        run.save()
     return run
 
 
 def _record_failure(run: Run, error: BaseException, step: int) -> None:
     status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
+        run.check_there()
         if Run.load(run.folder).status == "complete":  # a signal between the last write and the return
             return
         checkpoint.drop_incomplete(run.checkpoints)
@@ -337,7 +344,7 @@ def _record_failure(run: Run, error: BaseException, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _sentences(run: Run) -> Iterator[None]:
+def _sentences(record: _Record, run: Run) -> Iterator[None]:
     """Failures of the disk and of memory inside Trainer, as one sentence each."""
     try:
         yield
@@ -348,12 +355,16 @@ def _sentences(run: Run) -> Iterator[None]:
             "the GPU is out of memory: lower train.batch_size or set train.gradient_checkpointing=true."
         ) from None
     except (OSError, SafetensorError) as error:
+        if record.run is not None:
+            record.run.check_there()
         if isinstance(error, OSError) and error.errno not in _DISK:
             raise
         raise RunError(
             f"cannot write below {run.folder}: {_reason(error)}; free space and continue with --resume."
         ) from error
     except RuntimeError as error:
+        if record.run is not None:
+            record.run.check_there()
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
         raise RunError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -22,13 +23,14 @@ from weftlora.host.attach import attach, schedules
 from weftlora.host.optimizer import param_groups
 from weftlora.host.versions import why_no_sft
 from weftlora.runs import base_model, rates
-from weftlora.runs.adapter import adapt, adapter_config, saved_selection
+from weftlora.runs.adapter import adapt, adapter_config, as_begun, saved_selection
 from weftlora.runs.base_model import Fingerprint, fingerprint
 from weftlora.runs.identity import Weights
 from weftlora.runs.load import put_in
 from weftlora.runs.recipe import Recipe, Task, TrainConfig
 from weftlora.runs.run import Run, check_source
-from weftlora.scoring.rows import Rows
+from weftlora.runs.scores import evaluating
+from weftlora.scoring.rows import Rows, tokens_of
 from weftlora.terms.axes import AXES
 from weftlora.train import arguments
 
@@ -69,8 +71,11 @@ class Prepared:
         return True
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
     """Load and adapt what `recipe` names; writes nothing.
+
+    Args:
+        begun: the adapter's config in the record of the run that is continued.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
@@ -93,6 +98,8 @@ def prepare(recipe: Recipe) -> Prepared:
     set_seed(recipe.train.seed)
     plain = base_model.load(base, task, data.labels)
     base_model.check_ids(base, plain, data)
+    if recipe.data.packing:
+        check_packing(plain, base)
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
@@ -100,7 +107,7 @@ def prepare(recipe: Recipe) -> Prepared:
         chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
         recipe = recipe.with_train(lr=chosen.lr)
         defaults += (f"learning rate {chosen.lr:g} {chosen.why}",)
-    config = adapter_config(recipe.adapter, steps, selection, recipe.from_folder)
+    config = as_begun(adapter_config(recipe.adapter, steps, selection, recipe.from_folder), begun)
     if selection is not None:
         selection.check(plain)
     _check_measures(recipe, data)
@@ -118,7 +125,14 @@ def prepare(recipe: Recipe) -> Prepared:
     collator = Collator(base.tokenizer.pad_token_id)
     rows = _scored_on(config, data, collator)
     if isinstance(config, WeftConfig):  # what cannot happen in this run is an error now
-        attach(adapted, total_steps=taken(adapted) + steps, steps_per_epoch=per_epoch, validation=rows)
+        per_step = tokens_per_step(recipe, data)
+        attach(
+            adapted,
+            total_steps=taken(adapted) + steps,
+            steps_per_epoch=per_epoch,
+            validation=rows,
+            tokens_per_step=per_step,
+        )
     _ready_for_checkpointing(plain, recipe)
     measured = rows_to_measure(recipe.train, data, steps)
     return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults)
@@ -164,6 +178,35 @@ def _tokens(data: Loaded, split: str) -> float:
     """Tokens a row, on average."""
     counts = data.counts[split]
     return counts.tokens / counts.rows
+
+
+def tokens_per_step(recipe: Recipe, data: Loaded) -> float | None:
+    """Tokens that an optimiser step of all processes is taken on, on average; None where rows have none."""
+    length = tokens_of(data.train)
+    rows = recipe.train.batch_size * recipe.train.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    return None if length is None else rows * length
+
+
+def check_packing(model: PreTrainedModel, base: base_model.Base) -> None:
+    """Refuse packed rows where the model lets them see each other, by asking it. Raises ConfigError."""
+    model.config.use_cache = False  # with a cache it takes packed rows for one
+    collate = Collator(base.tokenizer.pad_token_id)
+    size = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+    rows = [[(7 * at + 3 * row) % size for at in range(5 + row)] for row in range(2)]
+    apart = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]
+    mask = [number for number, ids in enumerate(rows, start=1) for _ in ids]
+    together = {"input_ids": [token for ids in rows for token in ids], "attention_mask": mask}
+    with evaluating(model), torch.no_grad():
+        alone, held = (
+            model(**{key: value.to(model.device) for key, value in collate([row]).items()}).logits[0].float()
+            for row in (apart[1], together)
+        )
+    if not torch.allclose(held[len(rows[0]) :], alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+        how = model.config._attn_implementation
+        raise ConfigError(
+            f"data.packing cannot be used: rows that are packed together see each other in {base.config.path!r} with {how} attention; "
+            "leave it out, or try another model.attn_implementation."
+        )
 
 
 def locate_adapter(recipe: Recipe) -> Path:

@@ -17,7 +17,7 @@ from weftlora.adapter.spec import WeftConfig
 from weftlora.disk.files import append_json
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
-from weftlora.progress import Progress, Tick
+from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
@@ -63,6 +63,7 @@ class Recorder(TrainerCallback):
             self.rate = (self.since[1] - tokens) / max(self.since[0] - before, 1e-9)
             self.loss = logs["loss"]
             row["tokens_per_s"] = round(self.rate, 1)
+        self.run.check_there()
         append_json(self.run.folder / "metrics.jsonl", row)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -71,8 +72,10 @@ class Recorder(TrainerCallback):
         self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.prepared.name_weights(self.run):  # before the first one counts
-            self.run.save()
+        if state.is_world_process_zero:
+            self.run.check_there()  # Trainer makes a folder anew where there is none
+            if self.prepared.name_weights(self.run):  # before the first one counts
+                self.run.save()
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
@@ -228,7 +231,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         added["extends_at"] = run.extends["step"]
     if isinstance(prepared.adapter, WeftConfig):
         mixins.append(_Grouped)
-        attach(prepared.model, on_event=_recorded(run))
+        attach(prepared.model, on_event=_recorded(run), on_progress=progress if _main() else ignore)
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
     measured = type("Measured" + kind.__name__, (*mixins, kind), added)
@@ -247,11 +250,15 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     return trainer
 
 
+def _main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _recorded(run: Run) -> Callable[[dict[str, Any]], None]:
     """Writes what a schedule does into events.jsonl, from the main process."""
 
     def write(event: dict[str, Any]) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _main():
             run.event(event["event"], **{key: value for key, value in event.items() if key != "event"})
 
     return write

@@ -38,7 +38,7 @@ def test_the_remainder_goes_to_the_highest_mean() -> None:
 
 def test_where_every_module_lost_a_slot_nothing_is_added_and_the_total_drops() -> None:
     plan = decide(slots({0: [0.0, 5.0], 1: [1.0, 5.0]}), rooms(2), 2)
-    assert plan == Plan(((0, 0), (1, 0)), (), ())
+    assert plan == Plan(((0, 0), (1, 0)), (), (), ("every module lost a slot, so none were made",))
 
 
 def test_what_a_full_module_cannot_take_goes_on() -> None:

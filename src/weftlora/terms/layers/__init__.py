@@ -144,6 +144,8 @@ class SearchedLayers(Layers):
     search_epochs: float = 1.0
     steps: int | None = None
     """Steps on α; None is `search_epochs` passes over the search's training rows."""
+    max_share: float | None = None
+    """Of the training that follows, in the same run, what a search without `steps` may cost at most, in rows; None is no bound."""
     max_search_samples: int = 5000
     val_size: int = 200
     """Rows held out where no validation rows are given."""

@@ -71,6 +71,8 @@ class Search(SearchedLayers):
         alpha_hat_max: the gate of a block is α̂ cut off there, which may be all of N otherwise; None (released code) is not.
         outer_batches: validation micro-batches per step on α (released code: 8, of one sample each).
         search_epochs: passes over the search's training rows; `steps`, if given, is the number of steps on α instead.
+        max_share: of the training that follows, in the same run, what a search without `steps` may cost at most, counted in rows
+            (ours); None is no bound.
         max_search_samples: rows used at most, validation included; val_size: rows held out where none are given.
         select: "above_mean": α_i > mean(α), the same for α + c; "raw_zero": α_i > 0 (released code); "top_k": the
             `top_k` largest; "alpha_hat_gt_1": α̂_i > 1, which implies α_i > mean(α) but not the reverse.
@@ -84,6 +86,7 @@ class Search(SearchedLayers):
     """
 
     saves: ClassVar[Mapping[str, str]] = {"layer_gate": "α̂ of the site's block"}
+    earlier: ClassVar[Mapping[int, Mapping[str, Any]]] = {1: {"max_share": None}}
 
     granularity: Literal["block", "module"] = "block"
     hypergrad: Literal["direct", "unrolled_fd", "unrolled_exact"] = "direct"
@@ -97,6 +100,7 @@ class Search(SearchedLayers):
     outer_batches: int = 8
     search_epochs: float = 1.0
     steps: int | None = None
+    max_share: float | None = 0.1
     max_search_samples: int = 5000
     val_size: int = 200
     select: Rule | None = None
@@ -117,6 +121,7 @@ class Search(SearchedLayers):
         self._check(
             "inner_lr", self.inner_lr is None or _is_positive(self.inner_lr), "a positive number, or leave it out"
         )
+        self._check("max_share", self.max_share is None or _is_positive(self.max_share), "a positive number, or none")
         most = self.alpha_hat_max
         self._check(
             "alpha_hat_max", most is None or (is_number(most) and 1 < most < math.inf), "a number above 1, or none"

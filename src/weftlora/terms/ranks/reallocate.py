@@ -5,19 +5,21 @@
     score of a live slot i       [L(M∖i) − L(M)] + [L(∅) − L({i})]      last-in plus first-in; L is cross-entropy
     prune                        the n slots of lowest score
     U                            the modules that lost none
-    add                          n new slots over U as evenly as possible, the remainder to the highest mean score
+    add                          n new slots over U as evenly as possible, the remainder to the highest mean score; none where U is
+                                 empty: the total falls by n, and rounds go on
 
 M is the network with all live slots, M∖i without slot i, {i} with slot i alone and every other slot of the network off, ∅
 the base. A new slot has A Kaiming and B = 0, so adding changes nothing.
 
 Source: ALoRA with AB-LoRA scores, arXiv 2403.16187, equation 6 and algorithm 1. Its score S(M) − S(M∖i) + S({i}), with
-S = −L, is the sum above minus a constant. Ours, where the paper is silent: the order among ties, s fixed, capacity, B = 0.
+S = −L, is the sum above minus a constant. Ours, where the paper is silent: the order among ties, s fixed, capacity, B = 0, when in
+a run the rounds are. How many slots n is can be read in two ways: see `Reallocate.move`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,8 +31,11 @@ from weftlora.settings import Time, check_time, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.ranks import Ranks
 
-SCORES = ("exact", "shortlist", "taylor", "random", "none")
-NEED_DATA = ("exact", "shortlist", "taylor")
+WAYS = ("exact", "shortlist", "taylor")
+AUTO = tuple(f"{way} (auto)" for way in WAYS)
+"""What "auto" is called once it is decided."""
+SCORES = ("auto", *WAYS, "sensitivity", "random", "none", *AUTO)
+NEED_DATA = ("auto", *WAYS, "sensitivity", *AUTO)
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,24 @@ class Reallocate(Ranks):
     """Move rank slots from where removing them costs least to where slots are worth most.
 
     Args:
-        first: the first round: optimiser steps (int), a fraction of the run, or `weftlora.epochs(x)`. A third of the run is the
-            paper's first of three epochs.
-        every: between rounds, in the same units; a twelfth of the run is the paper's quarter epoch of three.
+        first: the first round: optimiser steps (int), a fraction of the run, or `weftlora.epochs(x)`. The paper's is after one
+            epoch of at most 10, with early stopping; a third of the run is ours.
+        every: between rounds, in the same units. The paper's is a quarter epoch; a twelfth of the run is ours.
         max_rounds: at most so many rounds (paper: 8); 0 never moves anything.
-        move: slots moved per round: "types", as many as a block has kinds of adapted modules (the reading of the paper that
-            fits its parameter counts); "modules", as many as there are adapted modules; or a number.
+        move: slots moved per round: "types", as many as a block has kinds of adapted modules (n = 1 · N_mod, with N_mod as the
+            paper defines it); "modules", as many as there are adapted modules (one eighth of the budget at r = 8, which its
+            examples need); or a number. A round moves fewer where not so many can move, and says why.
+        all_lost: what becomes of the rounds when every module has lost a slot in one: "go_on" (Algorithm 1), or "end", the rule
+            of 0.1.0rc1, which also gave up slots that no module had room for. A run started with that rule keeps it.
         scope: "global", one ranking over the network; "block", each block ranks and moves its own `move` slots.
         unit: what the budget counts: "ranks" (the paper), or "params", so that new slots never cost more numbers than
             were freed.
         score: "exact"; "taylor", a second-order estimate from two backward passes; "shortlist", exact scores of the
-            `shortlist_factor` · n slots of lowest estimate; "random" and "none" are controls.
+            `shortlist_factor` · n slots of lowest estimate; "sensitivity", AdaLoRA's |w ∂L/∂w| (an ablation of the paper),
+            averaged over the slot's row of A and its column of B; "random" and "none" are controls. "auto" is exact where that
+            costs at most a tenth of the training; else the shortlist, if that does, in rounds in which it can certify that no
+            slot left out of it belongs to the lowest; else its estimate. It is decided once, from counts
+            (`weftlora.schedule.scoring_cost`), and is called "taylor (auto)" and so on from then on.
         terms: which bracket counts: "both" (the paper), "last_in" or "first_in".
         rows: validation rows per round (paper: 32).
         resample: draw new rows each round; False keeps those of the first.
@@ -67,7 +79,8 @@ class Reallocate(Ranks):
         "birth": "the round that made the slot; 0: the start",
         "score": "of every slot, in the last round that scored it",
     }
-    counts: ClassVar[Mapping[str, str]] = {"rounds": "rounds done", "ended": "whether every module has lost a slot"}
+    counts: ClassVar[Mapping[str, str]] = {"rounds": "rounds done", "ended": "whether no more rounds will come"}
+    earlier: ClassVar[Mapping[int, Mapping[str, Any]]] = {1: {"all_lost": "end", "score": "exact"}}
     refuses: ClassVar[Mapping[str, str]] = {
         "Search": "ranks move in the training after the search, between the selected blocks"
     }
@@ -77,9 +90,21 @@ class Reallocate(Ranks):
     every: Time = 1 / 12
     max_rounds: int = 8
     move: Literal["types", "modules"] | int = "types"
+    all_lost: Literal["go_on", "end"] = "go_on"
     scope: Literal["global", "block"] = "global"
     unit: Literal["ranks", "params"] = "ranks"
-    score: Literal["exact", "shortlist", "taylor", "random", "none"] = "exact"
+    score: Literal[
+        "auto",
+        "exact",
+        "shortlist",
+        "taylor",
+        "sensitivity",
+        "random",
+        "none",
+        "exact (auto)",
+        "shortlist (auto)",
+        "taylor (auto)",
+    ] = "auto"
     terms: Literal["both", "last_in", "first_in"] = "both"
     rows: int = 32
     resample: bool = True
@@ -118,6 +143,20 @@ class Reallocate(Ranks):
         """Whether its rounds need validation rows."""
         return self.max_rounds > 0 and (self.score in NEED_DATA or (self.check and self.score == "random"))
 
+    @property
+    def auto(self) -> bool:
+        """Whether weftlora chose, or is to choose, the way of scoring."""
+        return self.score == "auto" or self.score in AUTO
+
+    @property
+    def way(self) -> str:
+        """The way of scoring without who chose it; "auto" where that is not decided yet."""
+        return self.score.removesuffix(" (auto)")
+
+    def decided(self, way: str) -> Reallocate:
+        """It with a way of scoring that "auto" has come to."""
+        return replace(self, score=f"{way} (auto)")  # type: ignore[arg-type]
+
     def capacity(self, r: int, fan_in: int, out: int) -> int:
         """Slots to make room for at a site of initial rank r; at least r.
 
@@ -144,6 +183,7 @@ class Reallocate(Ranks):
 
 
 _WORDS = {
+    "all_lost": ("go_on", "end"),
     "scope": ("global", "block"),
     "unit": ("ranks", "params"),
     "score": SCORES,
@@ -190,21 +230,56 @@ class Plan:
     added: tuple[tuple[int, int], ...] = ()
     receivers: tuple[int, ...] = field(default=())
     """U, best first: the modules that lost none and could receive."""
+    clipped: tuple[str, ...] = ()
+    """Why not as many were taken away as were to be, or not as many made as were taken away; as clauses."""
 
 
 def decide(
-    slots: Sequence[Slot], rooms: Sequence[Room], count: int, *, budget: int | None = None, revive: bool = False
+    slots: Sequence[Slot],
+    rooms: Sequence[Room],
+    count: int,
+    *,
+    budget: int | None = None,
+    revive: bool = False,
+    fit: bool = True,
 ) -> Plan:
     """Which slots go, and where new ones are made.
 
     Args:
         slots: all live slots of the modules in `rooms`.
-        count: slots to take away; fewer if fewer are able.
+        count: slots to take away; fewer if fewer are able, or the modules would be left without any.
         budget: the most that all slots may cost after the round. None makes as many as were taken away, whatever they cost.
         revive: whether a module without a live slot is in U (last).
+        fit: take away no more than modules that lost none have room for.
     """
-    pruned = sorted((s for s in slots if s.able), key=lambda s: s.order)[:count]
-    lost = {s.module for s in pruned}
+    able = sorted((s for s in slots if s.able), key=lambda s: s.order)
+    most, clipped = count, []
+    if len(able) < min(most, len(slots)):
+        most = len(able)
+        clipped.append(f"only {most} of {len(slots)} slots could be taken away")
+    if most >= len(slots):
+        most = max(len(slots) - 1, 0)
+        clipped.append("the last slot stays")
+    plan = _of(able[:most], slots, rooms, budget, revive)
+    if fit and budget is None and plan.receivers and len(plan.added) < most:
+        fits, fails = len(plan.added), most  # with fewer taken away, more modules have room: a bisection finds the most
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            tried = _of(able[:middle], slots, rooms, budget, revive)
+            fits, fails = (middle, fails) if len(tried.added) == middle or not tried.receivers else (fits, middle)
+        plan = _of(able[:fits], slots, rooms, budget, revive)
+        clipped.append(f"modules that lost none have room for {fits} (max_rank)")
+    short = len(plan.pruned) - len(plan.added)
+    if plan.pruned and not plan.receivers:
+        clipped.append("every module lost a slot, so none were made")
+    elif budget is None and short > 0:
+        clipped.append(f"modules that lost none have no room for {short} (max_rank)")
+    return replace(plan, clipped=tuple(clipped))
+
+
+def _of(gone: Sequence[Slot], slots: Sequence[Slot], rooms: Sequence[Room], budget: int | None, revive: bool) -> Plan:
+    """The plan that takes these slots away."""
+    lost = {s.module for s in gone}
     worth: dict[int, list[float]] = {}
     for s in slots:
         worth.setdefault(s.module, []).append(s.score if s.worth is None else s.worth)
@@ -213,12 +288,12 @@ def decide(
     receivers = sorted(able, key=lambda room: (-mean.get(room.module, float("-inf")), room.module))
 
     if budget is None:
-        added = allocate([Room(room.module, room.free) for room in receivers], len(pruned))
+        added = allocate([Room(room.module, room.free) for room in receivers], len(gone))
     else:
         cost = {room.module: room.cost for room in rooms}
-        live = sum(cost[s.module] for s in slots) - sum(cost[s.module] for s in pruned)
+        live = sum(cost[s.module] for s in slots) - sum(cost[s.module] for s in gone)
         added = allocate(receivers, budget - live)
-    return Plan(tuple((s.module, s.slot) for s in pruned), tuple(added), tuple(room.module for room in receivers))
+    return Plan(tuple((s.module, s.slot) for s in gone), tuple(added), tuple(room.module for room in receivers))
 
 
 def allocate(receivers: Sequence[Room], budget: int) -> list[tuple[int, int]]:
