@@ -23,7 +23,7 @@ from weftlora.cli import bench, output
 from weftlora.cli.compare import compare, report
 from weftlora.cli.data import data, look
 from weftlora.cli.directions import directions, heads
-from weftlora.cli.export import export
+from weftlora.cli.export import export, push
 from weftlora.cli.inspect import inspect
 from weftlora.cli.new_term import new_term
 from weftlora.cli.options import Json, Quiet, TrustTerms
@@ -63,6 +63,7 @@ app.command()(directions)
 app.command()(search)
 app.command()(compare)
 app.command()(export)
+app.command()(push)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
