@@ -236,6 +236,14 @@ SOURCES = {
         "make matrix",
         alone="it makes an environment per row, two of several GB",
     ),
+    "alora-move": Source(
+        "how many rank slots a round of ALoRA moves", "weftlora compare evidence/alora-move.yaml --json", True
+    ),
+    "fuzz": Source(
+        "readers of files and writers of foreign text, fuzzed",
+        "make fuzz",
+        alone="it adds to the counts, half an hour at a time",
+    ),
     "soak": Source(
         "commands killed, stopped and hindered",
         "python scripts/soak.py --minutes 30",

@@ -145,5 +145,5 @@ def test_the_installed_command_trains_the_demo_and_exports_it(installed: Path, t
     assert (run["status"], run["versions"]["weftlora"]) == ("complete", weftlora.__version__)
 
     proof = json.loads(called([command, "export", "run", "--out", "lora", "--json"], tmp_path))["proof"]
-    assert proof["error"] < proof["tolerance"] < proof["moved"]
+    assert proof["error"] < proof["tolerance"] < proof["adapter_effect"]
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"

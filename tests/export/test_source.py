@@ -139,7 +139,7 @@ def test_a_resized_vocabulary_is_there_again_or_is_refused(
     tiny.save_tokenizer(tmp_path / "base")
     found = weftlora.export_lora(tmp_path / "saved", tmp_path / "lora", base=tmp_path / "base")
     assert found.proof
-    assert found.proof.error < 1e-5 < found.proof.moved
+    assert found.proof.error < 1e-5 < found.proof.adapter_effect
     assert weftlora.export_lora(model, tmp_path / "memory", base="memory").proof
     assert weftlora.merge(model, tmp_path / "merged").proof
     assert cls.from_pretrained(tmp_path / "merged").config.vocab_size == tokens + more

@@ -79,7 +79,11 @@ class Reallocate(Ranks):
         "birth": "the round that made the slot; 0: the start",
         "score": "of every slot, in the last round that scored it",
     }
-    counts: ClassVar[Mapping[str, str]] = {"rounds": "rounds done", "ended": "whether no more rounds will come"}
+    counts: ClassVar[Mapping[str, str]] = {
+        "rounds": "rounds done",
+        "ended": "whether no more rounds will come",
+        "way": "where weftlora chooses how slots are scored: 0 before it has, else which way, from 1",
+    }
     earlier: ClassVar[Mapping[int, Mapping[str, Any]]] = {1: {"all_lost": "end", "score": "exact"}}
     refuses: ClassVar[Mapping[str, str]] = {
         "Search": "ranks move in the training after the search, between the selected blocks"
