@@ -91,7 +91,7 @@ def write_runs(found: Comparison, folder: Path) -> Comparison:
                 "model": {"path": "demo"},
                 "data": {"train": "demo"},
                 "adapter": found.method(outcome.method).adapter,
-                "train": {"steps": 150, "seed": outcome.seed},
+                "train": {"steps": 150, "seed": outcome.seed, "lr": 1e-3},
                 "out": outcome.folder,
             }
             Run(

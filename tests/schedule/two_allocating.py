@@ -87,6 +87,7 @@ def odd(rank: int) -> dict[str, Any]:
         except WeftError as error:
             found[name] = str(error)
         found[f"{name} told"] = len(events(model))
+        found[f"{name} clipped"] = [reason for event in events(model) for reason in event["clipped"]]
     return found
 
 
