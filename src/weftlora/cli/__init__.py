@@ -23,13 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with needs("cli", "the command weftlora", *also):
             from weftlora.cli import commands
+        commands.main(arguments)
     except MissingExtraError as error:
         sys.stderr.write(f"weftlora: {error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:  # loading the command takes a moment, too
+    except KeyboardInterrupt:  # before Typer answers it: loading the command takes a moment, too
         sys.stderr.write("weftlora: interrupted.\n")
         sys.exit(130)
-    commands.main(arguments)
 
 
 __all__ = ["main"]
