@@ -9,7 +9,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import docs_api
 import docs_bench
@@ -286,6 +286,8 @@ def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, d
 
 def _type(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(inner[0])
     if origin is Literal:
         return " · ".join(f"`{value}`" for value in inner)
     if origin is Union or origin is type(int | None):
