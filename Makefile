@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak fuzz fuzz-slice fuzz-faults matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,7 +46,8 @@ PARTS := \
 	unit 9 \
 	grid 4 \
 	"docs-run docs-build" 4 \
-	matrix-ci 3
+	matrix-ci 3 \
+	fuzz-slice 1
 
 check: $(STAMP) ## everything: format, lint, types, tests, the documents' code, the site; minutes of each part at the end
 	@MAKE='$(MAKE)' $(BIN)/python scripts/check.py $(PARTS)
@@ -98,8 +99,17 @@ bench: $(STAMP) ## the table of figures: a training step against the frozen base
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-soak: $(STAMP) ## kill `weftlora train` at random moments for ten minutes; every resumed adapter must be the unkilled one's
+soak: $(STAMP) ## kill, stop and hinder commands at random moments for ten minutes; every result must be the undisturbed one (as root)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+
+fuzz: $(STAMP) ## bad files through every reader, names of strangers through every writer: a part of 25 minutes, added to evidence/fuzz.json
+	$(BIN)/python scripts/fuzz.py --minutes 25
+
+fuzz-slice: $(STAMP) ## the same for under a minute, inputs that once were faults first; counts nothing
+	$(BIN)/python scripts/fuzz.py --slice 40 --jobs $(JOBS)
+
+fuzz-faults: $(STAMP) ## every fault that was fixed, put back by a change of the source, is found again (minutes)
+	$(BIN)/python scripts/fuzz.py --faults
 
 # Both without a network: setuptools is the environment's. What an earlier build left would be packed again, so it goes first.
 dist: $(STAMP) ## the wheel and the source distribution into dist/, checked as an index would

@@ -236,5 +236,9 @@ SOURCES = {
         "make matrix",
         alone="it makes an environment per row, two of several GB",
     ),
-    "soak": Source("training killed and resumed", "python scripts/soak.py --minutes 7", alone="it kills for minutes"),
+    "soak": Source(
+        "commands killed, stopped and hindered",
+        "python scripts/soak.py --minutes 30",
+        alone="it kills for half an hour",
+    ),
 }

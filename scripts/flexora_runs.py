@@ -28,7 +28,7 @@ import compared
 from compared import TASKS, section_head, spread
 from compared import paired_gap as _gap
 
-from weftlora.search.stability import Stability, chance, jaccard, stability
+from weftlora.search.agreement import Stability, chance, jaccard, stability
 
 RANK, DRAWS = 4, 3
 SEARCHES: dict[str, tuple[str, float]] = {

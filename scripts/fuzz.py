@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import sys
 import tempfile
 import time
@@ -147,29 +146,40 @@ def campaign(
     seed: str,
     jobs: int,
     turn: float,
-    learning: bool = True,
+    once: bool = False,
 ) -> list[engine.Outcome]:
-    """Slices of targets until the time is over: those that have had the fewest inputs first, until each has had enough."""
+    """Slices of targets until the time is over, those first that have not had enough inputs yet; or one slice of each.
+
+    Args:
+        counts: inputs that each target has had before.
+        turn: seconds of a slice.
+        once: one slice of each target, whatever the time; nothing is learnt from earlier parts, or kept for later ones.
+    """
     end, done = time.monotonic() + seconds, list[engine.Outcome]()
     had = {target.name: counts.get(target.name, 0) for target in chosen}
     turns = dict.fromkeys(had, 0)
     running: dict[str, engine.Running] = {}
     top = Path(tempfile.mkdtemp(prefix="weft-fuzz-", dir=memory()))
-    while running or time.monotonic() < end:
-        free = [target for target in chosen if target.name not in running]
-        if len(running) < jobs and free and time.monotonic() < end:
+
+    def waiting() -> list[Target]:
+        if once:
+            return [target for target in chosen if not turns[target.name]]
+        return [target for target in chosen if target.name not in running] if time.monotonic() < end else []
+
+    while (free := waiting()) or running:
+        if len(running) < jobs and free:
             target = min(free, key=lambda each: (had[each.name] >= LEAST, turns[each.name]))
             turns[target.name] += 1
             work = engine.Slice(
-                target, seed, had[target.name], min(turn, end - time.monotonic()), 10**9,
-                found(target) if turns[target.name] == 1 else [], corpus_of(target.name) if learning else [],
+                target, seed, had[target.name], turn if once else min(turn, end - time.monotonic()), 10**9,
+                found(target) if turns[target.name] == 1 else [], [] if once else corpus_of(target.name),
             )  # fmt: skip
             running[target.name] = engine.start(work, top / str(len(done) * 100 + len(running)))
         for name, each in [*running.items()]:
             if (out := engine.look(each)) is not None:
                 del running[name]
                 had[name] += out.inputs
-                if learning:
+                if not once:
                     keep_corpus(name, out.corpus)
                 done.append(out)
                 print(f"{name}: {had[name]:,} inputs, {out.reached}/{out.of} arms, {out.inputs / max(out.seconds, 0.01):.0f} a second"
@@ -190,7 +200,7 @@ def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
     rows = []
     for fault in [fault for fault in FAULTS if fault.target in by_name]:
         target, row = by_name[fault.target], {"fault": fault.name, "target": fault.target}
-        for how, known in (("slice", found(target)), ("without", [])):
+        for how, known in (("slice", found(target)), ("without", []))[: 2 if seconds else 1]:
             most = len(target.seeds()) + len(known) if how == "slice" else 20_000
             work = engine.Slice(
                 target, "faults", 0, seconds, most, known, [], functools.partial(put_back, fault), until_fault=True
@@ -216,13 +226,16 @@ def source_digest() -> str:
     return whole.hexdigest()[:12]
 
 
-def added(record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds: float) -> dict[str, Any]:
-    """The record with a part more in it."""
-    kept = record.setdefault("targets", {})
+def added(
+    record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds: float, source: str = ""
+) -> dict[str, Any]:
+    """The record with a part more in it; `source` is the digest of what was tried."""
+    every = record.setdefault("targets", {})
     writes = {target.name for target in writers()}
     for out in done:
-        entry = kept.setdefault(out.target, {
-            "is": "writer" if out.target in writes else "reader", "inputs": 0, "faults": 0, "arms": 0, "of": 0, "grew": 0, "slowest": 0.0, "peak_mib": 0,
+        entry = every.setdefault(out.target, {
+            "is": "writer" if out.target in writes else "reader", "inputs": 0, "faults": 0, "arms": 0, "of": 0, "grew": 0,
+            "slowest": 0.0, "peak_mib": 0,
         })  # fmt: skip
         entry["inputs"] += out.inputs
         entry["faults"] += sum(out.times.values())
@@ -232,13 +245,25 @@ def added(record: dict[str, Any], done: list[engine.Outcome], seed: str, seconds
         entry["slowest"] = round(max(entry["slowest"], out.slowest), 2)
         entry["peak_mib"] = max(entry["peak_mib"], out.peak >> 20)
     record.setdefault("parts", []).append({
-        "seed": seed, "source": source_digest(), "seconds": round(seconds), "inputs": sum(out.inputs for out in done),
+        "seed": seed, "source": source, "seconds": round(seconds), "inputs": sum(out.inputs for out in done),
         "faults": sum(sum(out.times.values()) for out in done),
     })  # fmt: skip
-    record["inputs"] = sum(entry["inputs"] for entry in kept.values())
-    record["faults"] = sum(entry["faults"] for entry in kept.values())
+    record["inputs"] = sum(entry["inputs"] for entry in every.values())
+    record["faults"] = sum(entry["faults"] for entry in every.values())
     record["bounds"] = {"cpu_seconds": engine.CPU, "memory_mib": engine.MEMORY >> 20, "message_characters": 2000}
     return record
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """The record so far."""
+    found_so_far: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found_so_far
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def shown(faults: list[engine.Fault]) -> str:
@@ -257,30 +282,40 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "evidence" / "fuzz.json")
     parser.add_argument("--new", type=Path, help="write what was found to this file, as seeds/found.json has it")
     parser.add_argument("--faults", action="store_true", help="put every fault back that was fixed, and find it again")
+    parser.add_argument("--quick", action="store_true", help="with --faults: only whether the slice finds them")
     given = parser.parse_args()
     chosen = [target for target in targets() if not given.only or target.name in given.only]
     if not chosen:
         sys.exit(f"there is no target {given.only}: use {', '.join(target.name for target in targets())}")
-    began = time.monotonic()
+    began, source = time.monotonic(), source_digest()
     prepared(chosen)
     print(f"ready in {time.monotonic() - began:.1f} s", flush=True)
     by_name = {target.name: target for target in chosen}
-    record = json.loads(given.out.read_text(encoding="utf-8")) if given.out.is_file() else {}
+    record = kept(given.out)
     if given.faults:
-        record["put_back"] = found_again(chosen, 20)
-        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        rows = found_again(chosen, 0 if given.quick else 20)
+        record = kept(given.out)  # as it is by now: a part may have ended meanwhile
+        others = [row for row in record.get("put_back", []) if row["target"] not in by_name]
+        record["put_back"] = [*others, *rows]
+        write(given.out, record)
         missed = [row["fault"] for row in record["put_back"] if not row["again"]]
         print(f"{len(record['put_back'])} faults put back, {len(missed)} not found again: {', '.join(missed)}")
         return 1 if missed else 0
     if given.slice is not None:
-        done = campaign(chosen, {}, given.slice, given.seed or "slice", given.jobs, given.slice / len(chosen), False)
+        done = campaign(
+            chosen,
+            {},
+            given.slice,
+            given.seed or "slice",
+            given.jobs,
+            given.slice * given.jobs / len(chosen),
+            once=True,
+        )
     else:
         counts = {name: entry["inputs"] for name, entry in record.get("targets", {}).items()}
         seed = given.seed or f"part {len(record.get('parts', [])) + 1}"
         done = campaign(chosen, counts, 60 * given.minutes, seed, given.jobs, TURN)
-        given.out.write_text(
-            json.dumps(added(record, done, seed, time.monotonic() - began), indent=1) + "\n", encoding="utf-8"
-        )
+        write(given.out, added(kept(given.out), done, seed, time.monotonic() - began, source))
     faults = list({(out.target, kind): fault for out in done for kind, fault in out.faults.items()}.values())
     print(f"{sum(out.inputs for out in done):,} inputs, {len(faults)} kinds of fault")
     if faults:

@@ -39,14 +39,15 @@ ROWS = ROOT / "matrix.toml"
 RESULTS = ROOT / "evidence" / "matrix.json"
 CONSTRAINTS = ROOT / "constraints.txt"
 SHIPPED = ROOT / "src" / "weftlora" / "assets" / "matrix.json"
-SHOWN = ("python", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "tokenizers")
 BESIDE = (
     *("pytest", "typer", "rich", "pydantic", "packaging", "psutil", "pyyaml"),
     *("scipy", "scikit-learn", "sacrebleu", "rouge-score"),
 )
 """What rows with an environment of their own need beside their versions: the tools of the suite, and what the commands import."""
+MINORS = range(11, 20)
+"""Minor versions of Python 3 that a row may be given."""
 LIMIT = 1200
-"""Seconds after which a row is given up; the suite takes one or two minutes, on a busy machine several times that."""
+"""Seconds after which a row is given up; the suite takes one or two minutes, and many times that beside other work."""
 
 
 def main() -> int:
@@ -126,7 +127,7 @@ def interpreter(row: dict[str, Any]) -> str | None:
     """A Python that the row's host takes: this one where it does, else the least minor version that this machine has."""
     if fits(row, platform.python_version()):
         return sys.executable
-    for minor in range(11, 20):
+    for minor in MINORS:
         installed = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python"))
         for candidate in filter(None, (shutil.which(f"python3.{minor}"), *map(str, installed))):
             said = subprocess.run([candidate, "-V"], capture_output=True, text=True)

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / "tests" / "search"), str(ROOT / "tests")]
 from searching import adapted, distinct, make, planted, stack, taught  # noqa: E402
 
 import weftlora  # noqa: E402
-from weftlora.search.stability import chance, jaccard  # noqa: E402
+from weftlora.search.agreement import chance, jaccard  # noqa: E402
 
 RESULTS = ROOT / "evidence" / "search-accuracy.json"
 BLOCKS = 6

@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -470,6 +471,7 @@ class Try:
     gone: Path | None = None
     before: Pieces = field(default_factory=dict)
     checkpoint: int = 0
+    alive: list[Life] = field(default_factory=list)
     said: bytes = b""
     """run.json before the present life."""
 
@@ -496,6 +498,10 @@ class Try:
             try:
                 self.lives(wanted, size is not None)
             finally:
+                for each in self.alive:
+                    if not each.ended():
+                        each.signal(signal.SIGKILL, True)
+                        each.wait(10)
                 immutable(self.place, False)
 
     def lives(self, wanted: str, mounted: bool) -> None:
@@ -554,7 +560,7 @@ class Try:
         began, life = time.monotonic(), born(arguments, log, self.fresh)
         self.tally.lives += 1
         self.tally.fresh_lives += self.fresh
-        others = [life]
+        self.alive = others = [life]
         early = (
             self.draw.random() < 0.8
         )  # a life that goes on is shorter, and several deaths make the most of what they cost
@@ -579,7 +585,8 @@ class Try:
             if self.place.exists():  # what it has written where the folder had been
                 self.look()
                 shutil.rmtree(self.place)
-            self.gone.rename(self.place)
+            if self.gone.exists():
+                self.gone.rename(self.place)
             self.gone = None
         if not self.place.exists():
             self.command.begin(self.place)
@@ -609,9 +616,8 @@ class Try:
         elif wanted == "gone":
             gone = self.place.with_suffix(".gone")
             self.place.rename(gone)
+            self.gone = gone
             if self.draw.random() < 0.5:
-                self.gone = gone
-            else:
                 shutil.rmtree(gone)
         return []
 
@@ -718,6 +724,17 @@ def source() -> str:
     return whole.hexdigest()[:16]
 
 
+def shown(arguments: list[str]) -> list[str]:
+    """Arguments without those that only name a folder of this machine."""
+    kept: list[str] = []
+    for argument in arguments:
+        if argument.startswith("/"):
+            kept.pop()
+        elif "=/" not in argument:
+            kept.append(argument)
+    return kept
+
+
 def read_parts(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text(encoding="utf-8"))["parts"] if out.is_file() else {}
 
@@ -731,10 +748,10 @@ def tallies_of(part: dict[str, Any]) -> dict[str, Tally]:
 
 
 def record(parts: dict[str, Any]) -> dict[str, Any]:
-    """What evidence/soak.json holds: the sums, and every part."""
+    """What evidence/soak.json holds: the sums, and every part with its own command."""
     every = [tally for part in parts.values() for tally in tallies_of(part).values()]
     return {
-        "command": "python scripts/soak.py --minutes N --seed PART, for every part",
+        "command": "python scripts/soak.py --minutes 30",
         "settings": SETTINGS,
         "recipes": RECIPES,
         "comparison": COMPARISON,
@@ -756,7 +773,11 @@ def soak(top: Path, minutes: float, seed: int, share: float, out: Path, only: li
     every = {name: each for name, each in commands(top).items() if not only or name in only}
     parts = read_parts(out)
     part = parts.setdefault(str(seed), {"commands": {}, "seconds": 0})
-    part |= {"source": source(), "versions": f"torch {torch.__version__}, {platform.machine()}"}
+    part |= {
+        "command": f"python {shlex.join(['scripts/soak.py', *shown(sys.argv[1:])])}",
+        "source": source(),
+        "versions": f"torch {torch.__version__}, {platform.machine()}",
+    }
     tallies = {name: tallies_of(part).get(name, Tally()) for name in every}
     before, wholes, importing = part["seconds"], {}, 0.0
     for name, command in every.items():
@@ -799,6 +820,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep what failed here")
     parser.add_argument("--out", type=Path, default=Path("evidence/soak.json"))
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what is mounted is taken away again
     torch.set_num_threads(1)
     AutoModelForCausalLM.from_pretrained(demo_model_path())
     AutoTokenizer.from_pretrained(demo_model_path())

@@ -124,7 +124,6 @@ def main() -> None:
         command(f"{name} trusted", *arguments, *trusting)
     command("eval by variable", "eval", run, WEFT_TRUST_TERMS="stranger-terms")
     command("search", "search", TOP / "sieve.yaml", "--out", TOP / "selection.json", "--rows", 16, "--json")
-    command("search of a folder untrusted", "search", TOP / "sieve")
     command("eval sieve", "eval", TOP / "sieve", "--json")
     command("export sieve", "export", TOP / "sieve", "--to", "lora")
     command("export trim", "export", TOP / "trim", "--to", "lora", *trusting)

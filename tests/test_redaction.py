@@ -83,3 +83,18 @@ def test_settings_are_named_and_not_shown() -> None:
     assert redacted(given)["hub_token"] == MASK
     assert redacted({"hub_token": None, "use_auth_token": True}) == {"hub_token": None, "use_auth_token": True}
     assert list(secrets_in({"hub_model_id": TOKEN}, "train.args")) == ["train.args.hub_model_id"]
+
+
+def test_a_secret_that_is_set_or_taken_away_later_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert redacted("0123456789abcdef") == "0123456789abcdef"
+    monkeypatch.setenv("SOME_TOKEN", "0123456789abcdef")
+    assert redacted("x 0123456789abcdef") == f"x {MASK}"
+    monkeypatch.setenv("SOME_TOKEN", "fedcba9876543210")
+    assert redacted("0123456789abcdef fedcba9876543210") == f"0123456789abcdef {MASK}"
+    monkeypatch.delenv("SOME_TOKEN")
+    assert redacted("fedcba9876543210") == "fedcba9876543210"
+
+
+def test_what_is_redacted_stays_as_it_is_when_it_is_redacted_again() -> None:
+    for value in ({"c?token=a": "x"}, {"https://u:p@h/?key=abc": ["x?sig=y"]}, {"hub_token": "x"}):
+        assert redacted(redacted(value)) == redacted(value)

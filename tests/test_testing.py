@@ -13,6 +13,7 @@ from torch import nn
 
 import weftlora
 from weftlora.terms import registry
+from weftlora.terms.structure import OutsideTerm
 from weftlora.terms.structure.plain import PlainTerm
 from weftlora.testing import Checked, check_processes, check_term
 
@@ -116,6 +117,28 @@ def test_a_tensor_that_it_does_not_name_is_found() -> None:
 
     with pytest.raises(AssertionError, match=r"Quiet, saving: its sites keep A, B, seen, and it says A, B of A, B"):
         checked(Quiet())
+
+
+def test_an_update_that_nobody_would_call_is_found() -> None:
+    class Beside(OutsideTerm):
+        def __init__(self, choice, a, out):
+            super().__init__()
+            self.choice, self.A, self.B = choice, nn.Parameter(a), nn.Parameter(a.new_zeros(out, a.shape[0]))
+
+        factors, by_slot, linear, fix = PlainTerm.factors, PlainTerm.by_slot, PlainTerm.linear, PlainTerm.fix
+
+        def update(self, x, dropped, scale):
+            return scale * dropped @ self.A.T @ self.B.T
+
+    @dataclass(frozen=True)
+    class Unsaid(Sound):
+        """Its sites have an update of their own, which it does not say."""
+
+        def site(self, size, a):
+            return Beside(self, a, size.out)
+
+    with pytest.raises(AssertionError, match="write outside = True"):
+        checked(Unsaid())
 
 
 def test_a_headline_of_no_field_is_found() -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from weftlora.adapter.spec import WeftConfig
     from weftlora.compare import compare
     from weftlora.data.suggest_heads import suggest_heads
-    from weftlora.export import export_lora, merge
+    from weftlora.export import export_lora, merge, push
     from weftlora.host.attach import attach, load_state_dict, state_dict
     from weftlora.host.optimizer import param_groups
     from weftlora.host.released_code import import_hydralora, import_lora_dash
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "compare": "weftlora.compare",
-    **dict.fromkeys(("export_lora", "merge"), "weftlora.export"),
+    **dict.fromkeys(("export_lora", "merge", "push"), "weftlora.export"),
     **dict.fromkeys(("attach", "load_state_dict", "state_dict"), "weftlora.host.attach"),
     **dict.fromkeys(("import_hydralora", "import_lora_dash"), "weftlora.host.released_code"),
     "param_groups": "weftlora.host.optimizer",
@@ -150,6 +150,7 @@ __all__ = [
     "merge",
     "param_groups",
     "preview",
+    "push",
     "report",
     "routing",
     "search_layers",

@@ -40,6 +40,7 @@ from weftlora.host.attach import schedules
 from weftlora.kernel.fast_path import use_reference
 from weftlora.terms import registry
 from weftlora.terms.layers import SearchedLayers
+from weftlora.terms.structure import OutsideTerm
 
 __all__ = ["STEPS", "Checked", "check_processes", "check_term"]
 
@@ -338,6 +339,12 @@ def _check_plain(trial: _Trial, notes: dict[str, str]) -> None:
 
 def _check_identity(trial: _Trial, notes: dict[str, str]) -> None:
     model, expected = trial.adapted(), _logits(_base())
+    for found in _sites(model):
+        _require(
+            isinstance(found.structure, OutsideTerm) == found.outside,
+            "the class of its sites inherits from OutsideTerm and it does not say so, or the other way round: write outside = True in "
+            "the choice exactly where its sites have an update of their own.",
+        )
     _require(torch.equal(_logits(model), expected), "a fresh adapter does not compute exactly what the base does.")
     if _waits(model):
         notes["training"] = "a search comes first"

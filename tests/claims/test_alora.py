@@ -191,6 +191,28 @@ def test_footnote_4_where_every_module_lost_a_slot_the_total_falls_and_rounds_go
     assert sum(ranks(model).values()) == totals[-1]
 
 
+def test_the_sensitivity_ablation_is_adaloras_importance_of_the_numbers_of_a_slot() -> None:
+    """|w ∂L/∂w| by a plain backward; the mean over the row of A plus the mean over the column of B."""
+    model = alora(score="sensitivity", first=1, max_rounds=1, move=3).double()
+    random_factors(model)
+    s, slots = scorer(model), controller(model).scoring.live()
+    found = s.sensitivity(slots, "0/1").tolist()
+    model.eval()
+    rows = s.drawn("0/1")
+    model(**rows).loss.backward()
+    own = list(sites(model).values())
+    for (m, slot), value in zip(slots, found, strict=True):
+        a, b = own[m].structure.A, own[m].structure.B
+        expected = (a[slot] * a.grad[slot]).abs().mean() + (b[:, slot] * b.grad[:, slot]).abs().mean()
+        assert value == pytest.approx(float(expected), rel=1e-6)
+    model.zero_grad()
+    train(model.train(), 1, adam(model, lr=1e-12))
+    [event] = events(model)
+    lowest = sorted(range(len(slots)), key=lambda n: found[n])[:3]
+    names = list(sites(model))
+    assert [each[:2] for each in event["pruned"]] == [[names[slots[n][0]], slots[n][1]] for n in lowest]
+
+
 def test_the_budget_holds_in_every_round() -> None:
     model = alora(max_rounds=3, every=1)
     train(model, 6)

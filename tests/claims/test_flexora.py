@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import weftlora
 from families import FAMILIES, adapter_config, logits, randomise
+from weftlora.search.agreement import chance, jaccard
 from weftlora.search.driver import LayerSearch
 from weftlora.search.groups import Gates, groups_of
 from weftlora.search.hypergradient import Inner
-from weftlora.search.stability import chance, jaccard
 from weftlora.terms.layers.search import weights
 
 ALPHA = torch.tensor([0.4, -0.3], dtype=torch.float64)

@@ -411,3 +411,39 @@ def test_a_merge_is_refused_with_its_reason_and_changes_nothing(merge: str):
         getattr(model, merge)()
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert torch.equal(model(x), y)
+
+
+# ---------------------------------------------------------------------- the control without a gate
+
+
+def test_uniform_gates_are_a_lora_whose_b_is_the_mean_of_the_heads() -> None:
+    """The paper's ablation "w/o gate": ω_i = 1/N; nothing but A and the heads is trained, or saved."""
+    site, x = site_of(router="uniform"), tokens()
+    mean = heads_of(site.structure.B).mean(0)
+    torch.testing.assert_close(update(site, x), S * x @ site.structure.A.T @ mean.T, rtol=1e-12, atol=1e-12)
+    assert {name for name, _ in site.named_parameters()} == {"structure.A", "structure.B"}
+    assert not any("router" in name for name in site.state_dict())
+
+
+def test_uniform_gates_train_save_and_come_back(tmp_path) -> None:
+    def base() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+
+    model = get_peft_model(base(), weftlora.HydraLoraConfig(r=2, router="uniform"))
+    randomise(model)
+    ids = torch.arange(6)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.eval()
+    before = model(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=ids).logits, before)
+    assert not torch.allclose(base().eval()(input_ids=ids).logits, before)
+
+
+def test_uniform_gates_have_no_router_to_balance() -> None:
+    with pytest.raises(ConfigError, match="no router to start or to balance"):
+        Hydra(router="uniform", balance=0.1)

@@ -22,6 +22,8 @@ def test_a_bare_string_is_the_training_data():
         ({"prompt_template": "no column"}, "names no column"),
         ({"prompt_template": "{a.b}"}, "only plain column names"),
         ({"prompt_template": "{}"}, "only plain column names"),
+        ({"prompt_template": "{a:>99999999}"}, "has a format behind {a}"),
+        ({"prompt_template": "{a!r}"}, "has a format behind {a}"),
         ({"prompt_template": "{a"}, "write {column} for a column and {{ }} for literal braces"),
         ({"prompt_template": "{a}", "format": "chat"}, "does not go with format: chat"),
         ({"separator": ""}, "separator=''"),

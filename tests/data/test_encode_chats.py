@@ -97,3 +97,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat_letters):
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
     with pytest.raises(DataError, match=r"line 7: the chat template rewrites earlier turns"):
         encode(tokenizer, turns("hi", "hey", "and", "no"))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["{{ 1 / 0 }}", "{% break %}", "{{ messages[9].x.y }}", "{{ 'x'.format_map(3).y.z }}"],
+)
+def test_a_template_that_fails_in_its_own_way_is_one_sentence(chat_letters, broken):
+    tokenizer = deepcopy(chat_letters)
+    tokenizer.chat_template = broken + tokenizer.chat_template
+    with pytest.raises(DataError, match=r"line 7: the chat template re"):
+        encode(tokenizer, turns("hi", "hey"))

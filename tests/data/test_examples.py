@@ -100,6 +100,8 @@ def test_class_names_are_sorted_as_numbers_or_as_words():
 
     assert names(10, 9, -1, 9) == ["-1", "9", "10"]
     assert names("b", "10", "9") == ["10", "9", "b"]
+    long = "1" * 5000  # more digits than Python makes a number of
+    assert names(long, "9") == [long, "9"]
     with pytest.raises(DataError, match=r"has 1 class \(x\)"):
         names("x")
 

@@ -250,3 +250,31 @@ def test_lines_are_where_they_are_found(tmp_path, monkeypatch, lines, end, last,
     assert held.blank == len(text.split("\n")) - (text.endswith("\n") or not text) - len(wanted)
     assert held.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert [row.values for row in pickle.loads(pickle.dumps(held))] == [value for _, value in wanted]
+
+
+def without_a_class(info):
+    record = json.loads(info)
+    record["features"]["label"]["names"] = ["no"]
+    return json.dumps(record).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("dataset_info.json", lambda content: b"null" + content),
+        ("dataset_info.json", without_a_class),
+        ("state.json", lambda content: content.replace(b"[", b"[null,")),
+        (".arrow", lambda content: content.replace(b"wordy", b"\xff\xfe\xfd\xfc\xfb")),
+        (".arrow", lambda content: content.replace(b"\x10\x00\x00\x00", b"\xff\xff\xff\x7f")),
+        (".arrow", lambda content: content[: len(content) // 2]),
+    ],
+)
+def test_a_saved_dataset_that_is_damaged_is_one_sentence(tmp_path, file, damage):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    rows = [{"text": "wordy", "label": 1}, {"text": "b", "label": 0}]
+    Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    (path,) = (each for each in (tmp_path / "saved").iterdir() if each.name.endswith(file))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"saved") as refused:
+        read(tmp_path / "saved", DataConfig.parse("x"), LETTER_BLOCKS)
+    assert len(str(refused.value)) <= 2000

@@ -75,7 +75,7 @@ def test_what_comes_after_a_line_cut_short_is_kept(tmp_path: Path) -> None:
     assert [row["event"] for row in files.read_lines(path)] == ["start", "resume", "end"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": '])
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": ', "[" * 5000])
 def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(content)
@@ -150,3 +150,19 @@ def test_what_a_killed_writer_left_goes_with_the_next_one_and_not_before(tmp_pat
     (tmp_path / ".out [1].json.weft-mine").write_text("mine")
     files.write_json(path, {"whole": 2})
     assert {file.name for file in tmp_path.iterdir()} == {path.name, new.name, ".out [1].json.weft-mine"}
+
+
+def test_a_record_that_is_a_link_out_of_its_folder_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.json").write_text('{"a": 1}')
+    (tmp_path / "run" / "own.json").write_text('{"a": 1}')
+    for name, leads_to in (("out.json", "../mine.json"), ("folder.json", ".."), ("in.json", "own.json")):
+        (tmp_path / "run" / name).symlink_to(leads_to)
+    for read in (files.read_json, files.read_lines):
+        for name in ("out.json", "folder.json"):
+            with pytest.raises(RunError, match="through a link"):
+                read(tmp_path / "run" / name)
+        assert read(tmp_path / "run" / "in.json")
+    (tmp_path / "run" / "a_folder").mkdir()
+    with pytest.raises(RunError, match="cannot be read"):
+        files.read_lines(tmp_path / "run" / "a_folder")

@@ -56,7 +56,7 @@ def test_a_row_that_was_asked_for_and_could_not_be_run_is_no_success(
 ) -> None:
     ran: list[str] = []
 
-    def run(row: dict[str, Any]) -> dict[str, Any]:
+    def run(row: dict[str, Any], own_python: bool = True) -> dict[str, Any]:
         ran.append(row["name"])
         counts = {"passed": 1, "failed": 0, "skipped": 0, "cpu_seconds": 1, "failures": []}
         return {"name": row["name"], "status": status, "reason": "no Python", **counts}

@@ -11,6 +11,7 @@ import flexora_runs
 import layer_cost
 import pytest
 import real_runs
+import scoring_cost
 import search_accuracy
 
 from claims import SOURCES
@@ -145,3 +146,11 @@ def test_the_tables_of_flexoras_card_are_the_committed_figures() -> None:
     lines = search_accuracy.tables(json.loads(search_accuracy.RESULTS.read_text()))
     card = (ROOT / "docs" / "methods" / "flexora.md").read_text().splitlines()
     assert [line for line in lines if line not in card] == []
+
+
+def test_what_scoring_costs_is_on_aloras_card_as_it_was_measured_and_within_its_bound() -> None:
+    saved = json.loads(scoring_cost.RESULTS.read_text())
+    card = (ROOT / "docs" / "methods" / "alora.md").read_text()
+    assert "\n".join(scoring_cost.table(saved)) in card
+    assert {case["slots"] for case in saved["cases"]} >= {112, 10752}
+    assert all(case["share"] <= 0.1 for case in saved["cases"])

@@ -296,7 +296,7 @@ def test_models_that_have_nothing_to_export(adapted: Adapted, tmp_path: Path) ->
     merged.merge_adapter()
     with pytest.raises(AdapterError, match="unmerge it first"):
         weftlora.export_lora(merged, tmp_path / "lora")
-    with pytest.raises(AdapterError, match="no selection yet"):
+    with pytest.raises(AdapterError, match="has selected none yet"):
         weftlora.export_lora(adapted(weftlora.FlexoraConfig(r=2)), tmp_path / "lora")
     empty = adapted(weftlora.AllocLoraConfig(r=2))
     for name, buffer in empty.named_buffers():

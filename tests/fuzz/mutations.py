@@ -366,7 +366,7 @@ def safetensors_tensors(rng: random.Random, content: bytes) -> bytes:
 
 def _change_tensor(rng: random.Random, kept: dict[str, tuple[str, list[int], bytes]]) -> None:
     name = rng.choice(list(kept))
-    dtype, shape, values = kept[name]
+    dtype, shape, _ = kept[name]
     kind = rng.randrange(7)
     if kind == 0:
         del kept[name]

@@ -7,13 +7,14 @@ or raise an error of weftlora's tree.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,59 @@ OVERRIDES = [
     ["train.args.adam_beta2=0.9", "train.report_to=[none]"],
     ["model.path=demo", "model.dtype=auto", "data.separator= -> "],
 ]
-KEYS = (
-    "model model.path model.dtype model.task model.attn_implementation data data.train data.validation data.format data.fields.prompt data.fields "
-    "data.separator data.quoting data.unit data.prompt_template data.max_length data.truncate data.limit data.seed data.validation_fraction adapter "
-    "adapter.recipe adapter.r adapter.lora_alpha adapter.heads adapter.layers adapter.target_modules adapter.rank_pattern adapter.structure adapter.start "
-    "adapter.boost adapter.ranks adapter.after adapter.modules_to_save train train.steps train.epochs train.lr train.batch_size train.seed train.warmup "
-    "train.schedule train.optimizer train.num_threads train.save_every train.report_to train.args train.args.seed train.args.hub_token train.trainer out"
-).split()
+KEYS = [
+    "model",
+    "model.path",
+    "model.dtype",
+    "model.task",
+    "model.attn_implementation",
+    "data",
+    "data.train",
+    "data.validation",
+    "data.format",
+    "data.fields.prompt",
+    "data.fields",
+    "data.separator",
+    "data.quoting",
+    "data.unit",
+    "data.prompt_template",
+    "data.max_length",
+    "data.truncate",
+    "data.limit",
+    "data.seed",
+    "data.validation_fraction",
+    "adapter",
+    "adapter.recipe",
+    "adapter.r",
+    "adapter.lora_alpha",
+    "adapter.heads",
+    "adapter.layers",
+    "adapter.target_modules",
+    "adapter.rank_pattern",
+    "adapter.structure",
+    "adapter.start",
+    "adapter.boost",
+    "adapter.ranks",
+    "adapter.after",
+    "adapter.modules_to_save",
+    "train",
+    "train.steps",
+    "train.epochs",
+    "train.lr",
+    "train.batch_size",
+    "train.seed",
+    "train.warmup",
+    "train.schedule",
+    "train.optimizer",
+    "train.num_threads",
+    "train.save_every",
+    "train.report_to",
+    "train.args",
+    "train.args.seed",
+    "train.args.hub_token",
+    "train.trainer",
+    "out",
+]
 
 
 def _overrides(folder: Path, case: Case) -> None:
@@ -228,7 +275,7 @@ def _hidden() -> re.Pattern[str]:
     kinds = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
     every = [n for n in range(0x110000) if unicodedata.category(chr(n)) in kinds and n not in (0x200C, 0x200D)]
     ends = [n for n, after in zip(every, [*every[1:], -1], strict=True) if after != n + 1]
-    starts = [every[0], *(after for n, after in zip(every, every[1:], strict=False) if after != n + 1)]
+    starts = [every[0], *(after for n, after in itertools.pairwise(every) if after != n + 1)]
     return re.compile(
         "[" + "".join(f"{re.escape(chr(a))}-{re.escape(chr(b))}" for a, b in zip(starts, ends, strict=True)) + "]"
     )
@@ -288,10 +335,10 @@ def _tiny(name: str) -> Case:
     """An adapter of a recipe on a Llama of 2 layers, as peft saves it: on q_proj alone, its tensors random."""
     import tempfile
 
-    import families
     import torch
     from peft import get_peft_model
 
+    import families
     import weftlora
 
     common: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
@@ -530,7 +577,7 @@ def _change_checkpoints(rng: random.Random, case: Case) -> Case:
                 "3/nested",
             )
         )
-        old = (name.split("/") + [""])[1]
+        old = [*name.split("/"), ""][1]
         return {
             key.replace(f"/{old}/", f"/checkpoint-{step}/") if rng.random() < 0.9 else key: value
             for key, value in case.items()

@@ -191,3 +191,18 @@ def test_factors_of_different_ranks_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "official" / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(weftlora.AdapterError, match="is damaged"):
         weftlora.import_lora_dash(tmp_path / "official", tmp_path / "weftlora")
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B0.weight", "lora_route.weight"])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(()), torch.zeros(2), torch.zeros(2, 2, 2), torch.zeros(3, 5), torch.zeros(2, 6).int()]
+)
+def test_tensors_that_are_no_matrices_of_their_sizes_are_refused(tmp_path, part, value):
+    from safetensors.torch import save_file
+
+    tensors = released_folder(tmp_path / "official", heads=2)
+    tensors[f"base_model.model.gate_proj.{part}"] = value
+    save_file(tensors, tmp_path / "official" / "adapter_model.safetensors")
+    with pytest.raises(weftlora.AdapterError, match=r"matrices of numbers|disagree"):
+        weftlora.import_hydralora(tmp_path / "official", tmp_path / "weftlora")
+    assert not (tmp_path / "weftlora").exists()

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from looking import train_a_little
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import weftlora
 from families import FAMILIES
@@ -157,3 +159,20 @@ def test_the_models_adapter_stays_usable_after_a_refusal(adapted: Callable[[str]
     model = adapted("lora")
     refused(AdapterError, model, "nobody")
     assert weftlora.inspect(model, spectra=0).sites
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2, 2), (32, 5)])
+@pytest.mark.parametrize("letter", ["A", "B"])
+def test_a_stock_lora_whose_factors_are_no_matrices_that_fit(tmp_path: Path, letter: str, shape: tuple[int, ...]):
+    get_peft_model(FAMILIES["llama"].build(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if f"lora_{letter}" in key)
+    save_file({**tensors, name: torch.ones(shape)}, file)
+    assert "no factors of one update" in refused(AdapterError, tmp_path, base=False)
+
+
+def test_settings_nested_too_deep(saved: Callable[[str], Path], tmp_path: Path):
+    folder = shutil.copytree(saved("lora"), tmp_path / "adapter")
+    (folder / "adapter_config.json").write_text('{"a":' * 3000)
+    assert "no adapter_config.json of an adapter" in refused(AdapterError, folder, base=False)

@@ -248,7 +248,7 @@ def pushed(trainer: str, tmp_path: Path) -> Hub:
         }  # fmt: skip
         told = subprocess.run(
             [sys.executable, "-c", PUSH, str(Path(__file__).parent), str(tmp_path), trainer],
-            env=environment, capture_output=True, text=True, timeout=240, check=False,
+            env=environment, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
     finally:
         hub.shutdown()

@@ -72,7 +72,6 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         ("../quiet", "start", "no name of a term"),
         ("dash", "start", "a term of weftlora's on the axis boost"),
         ("hydra_", "start", "no name of a term"),
-        ("on_ly", "start", "a term of weftlora's on the axis layers"),
         ("none", "boost", "nothing on an axis"),
         ("torch", "start", "a module that Python has here already"),
         ("json", "start", "a module that Python has here already"),

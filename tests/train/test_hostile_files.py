@@ -38,6 +38,8 @@ SICK = {
     "no bytes": "!!binary é",
     "a huge number": "a: " + "9" * 5000,
     "a huge hexadecimal's key": "? " + "9" * 5000 + "\n: 1",
+    "a hexadecimal number that cannot be shown": "a: 0x" + "f" * 5000,
+    "a number of sixties": "a: 1" + ":1" * 5000,
     "aliases": BOMB,
     "a chain of aliases": CHAIN,
     "an alias in itself": "&a [*a]",
@@ -292,3 +294,36 @@ def test_a_saved_dataset_reads_nothing_outside_its_folder(tmp_path: Path, name: 
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | record))
     with pytest.raises(DataError, match="does not lie in its folder"):
         read_saved(folder)
+
+
+def test_a_run_whose_record_lacks_something_names_it(tmp_path: Path) -> None:
+    words = dict.fromkeys(("base_dir", "task", "device"), "x")
+    sections = {name: {} for name in ("versions", "base", "adapter", "parameters", "recipe", "data")}
+    record = {**words, **dict.fromkeys(("seed", "steps", "threads"), 1), **sections, "status": "complete"}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    run = Run.load(tmp_path)
+    with pytest.raises(RunError, match=r"run\.json is damaged: it has no recipe\.model\.path\."):
+        run.whole()
+    with pytest.raises(RunError, match=r"run\.json is damaged: it has no "):
+        weftlora.compare.load([tmp_path])
+
+
+def test_rows_of_metrics_that_are_none_are_left_out(tmp_path: Path) -> None:
+    words = dict.fromkeys(("base_dir", "task", "device"), "x")
+    sections = {name: {} for name in ("versions", "base", "adapter", "parameters", "recipe", "data")}
+    (tmp_path / "run.json").write_text(
+        json.dumps({**words, **dict.fromkeys(("seed", "steps", "threads"), 1), **sections, "status": "complete"})
+    )
+    rows = [
+        {"step": 1, "loss": 2.0},
+        {"loss": 2.0},
+        {"step": True},
+        {"step": "2"},
+        {"step": -1},
+        {"step": 2, "loss": "x"},
+        {"step": 3, "validation_loss": None},
+        {"step": 4, "loss": float("nan")},
+        {"step": 1.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["step"] for row in Run.load(tmp_path).history()] == [1, 4]

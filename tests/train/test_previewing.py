@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_a_histogram_counts_every_row_once(lengths: list[int]) -> None:
     assert len(bins) <= 10
     assert sum(count for _, _, count in bins) == len(lengths)
     assert (bins[0][0], bins[-1][1]) == (min(lengths), max(lengths))
-    assert all(one[1] + 1 == other[0] for one, other in zip(bins, bins[1:], strict=False))
+    assert all(one[1] + 1 == other[0] for one, other in itertools.pairwise(bins))
     for low, high, count in bins:
         assert count == sum(low <= length <= high for length in lengths)
 

@@ -1,5 +1,8 @@
 """What no adapter can mend is found before anything is written: tokens that the base has no row for, an end that it cannot write."""
 
+import shutil
+import warnings
+
 import pytest
 import torch
 from tiny_bases import answers, llama, write_rows
@@ -82,9 +85,12 @@ def as_nothing(model, tokenizer):
 def test_an_end_that_the_frozen_base_cannot_write_is_found_before_training(tmp_path, base, change_to, says):
     folder, change = base
     change(change_to)
-    with pytest.raises(
-        ModelError, match=rf"answers end with .* cannot write: .*{says}.*adapter\.modules_to_save=\[lm_head\]"
+    with pytest.warns(
+        UserWarning, match=rf"answers end with .* cannot write: .*{says}.*adapter\.modules_to_save=\[lm_head\]"
     ):
         train(tmp_path, folder)
-    assert not (tmp_path / "run").exists()
-    train(tmp_path, folder, modules_to_save=["lm_head"])  # the cure
+    shutil.rmtree(tmp_path / "run")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(tmp_path, folder, modules_to_save=["lm_head"])  # the cure
+    assert not [each for each in said if "answers end with" in str(each.message)]

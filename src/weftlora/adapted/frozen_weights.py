@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora import change_rates
 from weftlora.adapted.layer import WeftLinear
+from weftlora.disk.files import check_regular
 from weftlora.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        check_regular(self.folder, ModelError)
         files = sorted(p for p in self.folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
         if not files:
             raise ModelError(f"{folder} has no model weights: give a folder with the *.safetensors files of a model.")

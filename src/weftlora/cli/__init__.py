@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MissingExtraError as error:
         sys.stderr.write(f"weftlora: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:  # loading the command takes a moment, too
+        sys.stderr.write("weftlora: interrupted.\n")
+        sys.exit(130)
     commands.main(arguments)
 
 

@@ -6,7 +6,10 @@ code 1.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
+import os
 import signal
 import sys
 import threading
@@ -20,7 +23,7 @@ from weftlora.cli import bench, output
 from weftlora.cli.compare import compare, report
 from weftlora.cli.data import data, look
 from weftlora.cli.directions import directions, heads
-from weftlora.cli.export import export
+from weftlora.cli.export import export, push
 from weftlora.cli.inspect import inspect
 from weftlora.cli.new_term import new_term
 from weftlora.cli.options import Json, Quiet, TrustTerms
@@ -60,6 +63,7 @@ app.command()(directions)
 app.command()(search)
 app.command()(compare)
 app.command()(export)
+app.command()(push)
 app.command()(inspect)
 app.command()(report)
 app.command()(heads)
@@ -279,16 +283,29 @@ _UsageError = typer.BadParameter.__base__
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code.
 
-    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted. 143: told to end (SIGTERM).
+    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted. 143: told to end (SIGTERM);
+    129: the terminal was closed (SIGHUP).
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+    _open_streams()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+                signal.signal(number, _terminated)
     try:
         code = app(given, prog_name="weftlora", standalone_mode=False)
+        sys.stdout.flush()
     except WeftError as error:
         sys.exit(_say(str(error)))
+    except BrokenPipeError:  # whoever read has read enough
+        _show_nothing_more()
+        sys.exit(1)
     except OSError as error:
+        if error.filename is None and error.errno in _OF_A_STREAM:
+            _show_nothing_more()
+            sys.exit(_say(f"what was to be shown cannot be written: {str(error.strerror).lower()}."))
+        if error.errno == errno.ENOENT and _is_nowhere():
+            sys.exit(_say("the working folder was deleted: change to one that is there."))
         if error.errno not in _OF_A_PATH:
             raise
         sys.exit(_say(f"{error.filename!r} cannot be a file or folder here: {str(error.strerror).lower()}."))
@@ -303,6 +320,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "interrupted; `weftlora train ... --resume` continues a run, and `weftlora compare`, given again, a comparison."
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+_OF_A_STREAM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF}
+"""What the operating system has against writing to stdout, such as that the disk is full to which it goes."""
+
+
+def _open_streams() -> None:
+    """Streams that take every text: one that was closed takes it away, and one of few letters writes the others out."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _show_nothing_more() -> None:
+    """What stdout still holds cannot be written, and must not be tried again when Python ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _terminated(number: int, frame: object) -> None:

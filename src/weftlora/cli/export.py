@@ -97,6 +97,26 @@ def export(
     output.show(found.record(), as_json, lambda: shown(found))
 
 
+def push(
+    source: Annotated[str, typer.Argument(metavar="FOLDER", help="A run folder, an adapter folder or an export.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
+    base_name: Annotated[
+        str | None, typer.Option(help="What the hub calls the base, where the adapter names a folder of this machine.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository for all to see.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with weftlora",
+    as_json: Json = False,
+) -> None:
+    """Put an adapter or an export onto the hub, with your own login (HF_TOKEN)."""
+    if not Path(source).is_dir():
+        check_source(Path(source))
+    with output.calling(as_json, quiet=True):
+        from weftlora.export import push as call
+
+        found = call(source, repo, base_name=base_name, private=not public, message=message)
+    output.show(found.record(), as_json, lambda: f"{found.url}: {', '.join(found.files)}")
+
+
 def _place(source: Path, to: str) -> Path:
     """RUN/lora for a run, ADAPTER-lora beside a bare adapter folder."""
     if (source / "run.json").is_file():

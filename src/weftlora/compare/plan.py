@@ -192,6 +192,8 @@ class Plan(Record):
             raise ValueError("its methods and their folders do not belong together")
         if not self.seeds or not self.rates or not all(map(math.isfinite, self.rates)) or self.metric not in METRICS:
             raise ValueError(f"seeds={self.seeds}, rates={self.rates}, metric={self.metric!r} decide nothing")
+        if isinstance(scale := self.recipe["scale"], str) and scale != "own":
+            raise ValueError(f"recipe.scale={scale!r} is no alpha / r")
         if self.baseline not in self.slugs:
             raise ValueError(f"its baseline {self.baseline!r} is none of its methods")
         for name, slug in self.slugs.items():

@@ -259,13 +259,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _plain_method(name: str, run: Run) -> Method:
-    adapter = run.adapter
+    adapter, trained = run.adapter, run.figures.get("trained", run.parameters["trainable"])
     return Method(
         name,
         run.recipe["adapter"],
         rank=adapter.get("target_r") or adapter.get("r"),
         alpha=adapter.get("lora_alpha"),
-        parameters=int(run.figures.get("trained", run.parameters["trainable"])),
+        parameters=int(trained) if math.isfinite(trained) else None,
         steps=run.steps,
         lr=run.recipe["train"]["lr"],
     )

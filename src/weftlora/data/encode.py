@@ -119,12 +119,19 @@ class Frame:
         return ids if ids[-1:] == [self.eos] else [*ids, self.eos]
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes that are no text; tokenizers refuse it."""
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], tools: list[Any] | None = None
 ) -> list[int]:
     """The tokens of a prompt as in training, for a decoder to go on from; messages go through the chat template."""
 
     frame = Frame.of(tokenizer)
+    written = [prompt] if isinstance(prompt, str) else [str(message.get("content", "")) for message in prompt]
+    if any(_SURROGATE.search(text) for text in written):
+        raise DataError("the prompt holds bytes that are not UTF-8 text: write it in UTF-8.")
     if isinstance(prompt, str):
         return frame.opened(frame.ids([prompt])[0])
     return frame.ids(render(tokenizer, [list(prompt)], ["the prompt"], open_answer=True, tools=tools))[0]

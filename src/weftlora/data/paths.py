@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from weftlora.disk.files import check_regular
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.foreign_json import from_json
 from weftlora.foreign_text import shortened
@@ -65,6 +66,7 @@ def locate(path: str, base_dir: Path) -> str:
         if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
             raise ModelError(f"there is no model folder {str(folder)!r}.")
         return path
+    check_regular(folder, ModelError)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
     if not any(folder.glob("*.safetensors")) and (old := sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])):
@@ -90,7 +92,7 @@ def _sharded(folder: Path) -> set[str]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
     for name in names:
-        if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > 255:
+        if Path(name).name != name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
             raise ModelError(
                 f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
             )

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from weftlora.data.config import ENDINGS, DataConfig, ending, missing
+from weftlora.disk.files import check_regular
 from weftlora.errors import ConfigError, DataError
 from weftlora.foreign_json import from_json
 
@@ -257,6 +258,7 @@ def read(path: Path, config: DataConfig, blocks: Blocks) -> Source:
 
     `blocks` says how `.txt` files without `separator` are cut.
     """
+    check_regular(path, DataError)
     if path.is_dir():
         return _read_folder(path, config, blocks)
     kind = ending(path)

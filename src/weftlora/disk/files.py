@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from safetensors import SafetensorError
 
 from weftlora.disk.ownership import is_temporary, keep_foreign, temporary
-from weftlora.errors import RunError
+from weftlora.errors import RunError, WeftError
 from weftlora.foreign_json import from_json
 from weftlora.redaction import redacted
 
@@ -79,6 +79,19 @@ def _clear_killed(path: Path) -> None:
                     found.unlink()
 
 
+def check_regular(path: Path, error: type[WeftError]) -> None:
+    """Refuse a pipe, a socket or a device, as `path` itself or right in the folder: reading one may never end. Raises `error`."""
+    try:
+        odd = next(
+            found
+            for found in (path, *(path.iterdir() if path.is_dir() else ()))
+            if found.exists() and not found.is_file() and not found.is_dir()
+        )
+    except (StopIteration, OSError):
+        return
+    raise error(f"{odd} is a pipe, a socket or a device, not a file: put a file there.")
+
+
 PAGE = '<meta name="generator" content="weftlora">'
 """In the head of every page."""
 
@@ -113,6 +126,8 @@ class Output:
             raise RunError(f"cannot write {path}: it is a folder; choose another file.")
         if path.is_symlink():
             raise RunError(f"cannot write {path}: it is a link; choose another file, or remove the link.")
+        if path.exists() and not path.is_file():
+            raise RunError(f"cannot write {path}: it is a pipe, a socket or a device; choose another file.")
         if path.exists() and not self.overwrite and not self._is_earlier():
             raise RunError(
                 f"{path} is there already and is not {self.what}: choose another file, or replace it with overwrite (--overwrite)."

@@ -112,7 +112,7 @@ def holder(path: Path) -> str:
 def is_held(folder: Path, name: str = NAME) -> bool:
     """Whether a process is at work in `folder`; nothing is written, so this works on what may only be read."""
     try:
-        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

@@ -14,10 +14,12 @@ from weftlora.errors import ConfigError, suggest
 from weftlora.export import lora as _lora
 from weftlora.export import merged as _merged
 from weftlora.export.folder import check_out, dtype_of
+from weftlora.export.hub import Pushed
+from weftlora.export.hub import push as _push
 from weftlora.export.record import LoraExport, Merge
 from weftlora.export.source import Inputs, checked, data_of, inputs_of, read
 
-__all__ = ["LoraExport", "Merge", "export_lora", "merge"]
+__all__ = ["LoraExport", "Merge", "Pushed", "export_lora", "merge", "push"]
 
 Folder = str | Path
 Batches = Iterable[Mapping[str, Any]]
@@ -147,3 +149,30 @@ def merge(
     checkpoint = None if original is None else Checkpoint(original)
     choices = _merged.Choices(chosen, verify, accept_loss, checkpoint)
     return _merged.merge(source, place, choices, None if inputs is None else inputs_of(source, inputs))
+
+
+def push(
+    folder: Folder,
+    repo: str,
+    *,
+    base_name: str | None = None,
+    private: bool = True,
+    message: str = "Upload with weftlora",
+) -> Pushed:
+    """Put an adapter or an export onto the hub, in a repository that is made for it unless it is there.
+
+    A run's adapter is what goes there, not its checkpoints or logs. Nothing names a folder of this machine.
+
+    Args:
+        folder: a run folder, an adapter folder, or what `export_lora` or `merge` wrote.
+        repo: owner/name.
+        base_name: what the hub calls the base; needed where the adapter names a folder of this machine.
+        private: of a repository that is made now.
+        message: of the commit.
+
+    Raises:
+        AdapterError: there is no adapter.
+        ConfigError: no such name, or a base that only this machine knows.
+        RunError: the hub refuses it or cannot be reached. The token is the hub client's own: HF_TOKEN, or its login.
+    """
+    return _push(folder if isinstance(folder, Path) else Path(folder), repo, base_name, private, message)

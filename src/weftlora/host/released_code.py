@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from weftlora.adapter.spec import WeftConfig
-from weftlora.disk.files import write_folder, writing
+from weftlora.disk.files import check_regular, write_folder, writing
 from weftlora.errors import AdapterError
 from weftlora.foreign_json import from_json
 from weftlora.host.tuner import PREFIX
@@ -142,6 +142,7 @@ def _write(out: Path, tensors: dict[str, Tensor], config: WeftConfig) -> Path:
 
 
 def _settings(source: Path) -> dict[str, Any]:
+    check_regular(source, AdapterError)
     path = source / "adapter_config.json"
     if not path.is_file():
         raise AdapterError(f"{source} has no adapter_config.json: give the folder that the released code saved.")

@@ -23,7 +23,7 @@ from weftlora.adapted.targets import by_pattern
 from weftlora.adapted.updates import Update
 from weftlora.adapter.site import Owners, Site, build_site
 from weftlora.adapter.spec import WeftConfig, read_config
-from weftlora.disk.files import read_lines
+from weftlora.disk.files import check_regular, read_lines
 from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
 from weftlora.extras import needs
 from weftlora.foreign_json import from_json
@@ -82,6 +82,7 @@ def bare_subject(folder: Path, source: str) -> Subject:
 
 def _settings(folder: Path) -> tuple[str, dict[str, Any]]:
     path = folder / "adapter_config.json"
+    check_regular(folder, AdapterError)
     try:
         settings = from_json(path.read_text(encoding="utf-8"))
         kind = str(settings["peft_type"])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def HydraLoraConfig(
     r: int = 8,
     heads: int = 3,
+    router: str = "softmax",
     router_input: str = "x",
     per_head_dropout: bool = False,
     balance: float = 0.0,

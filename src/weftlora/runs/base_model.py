@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,13 +257,13 @@ FAINT = 1e-2
 
 
 def check_end(base: Base, model: PreTrainedModel, data: Loaded, trained: Iterable[str]) -> None:
-    """Refuse answers whose end the frozen base cannot write, since nothing that an adapter learns could make it stop.
+    """Warn of answers whose end the frozen base cannot write, since nothing that an adapter learns could make it stop.
+
+    It cannot where the row of the output layer for the token that ends answers is nothing, or that of other tokens too. Texts are
+    learnt all the same, so that it is no error.
 
     Args:
         trained: modules that are trained whole beside the adapter; the output layer among them can learn it.
-
-    Raises:
-        ModelError: the row of the output layer for the token that ends answers is nothing, or that of other tokens too.
     """
     head = model.get_output_embeddings()
     if data.task == "classification" or head is None or getattr(head, "weight", None) is None:
@@ -271,15 +272,18 @@ def check_end(base: Base, model: PreTrainedModel, data: Loaded, trained: Iterabl
     if any(name == given or name.endswith(f".{given}") for name in names for given in trained):
         return
     weight = cast(torch.Tensor, head.weight).detach()
+    if weight.is_meta:
+        return
     for token in sorted(ends(data, base.tokenizer)):
         if token >= len(weight):
             continue
         why = _cannot_be_told(weight, cast("torch.Tensor | None", getattr(head, "bias", None)), token)
         if why:
-            raise ModelError(
+            warnings.warn(
                 f"answers end with {base.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), which {base.config.path!r} cannot "
                 f"write: {why}, so no adapter makes it stop; train that layer too with adapter.modules_to_save="
-                f"[{(names or ['lm_head'])[0].rpartition('.')[2]}], or take the chat model of the same family."
+                f"[{(names or ['lm_head'])[0].rpartition('.')[2]}], or take the chat model of the same family.",
+                stacklevel=3,
             )
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from weftlora.disk.files import check_regular
 from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
 from weftlora.extras import needs
 from weftlora.foreign_json import from_json
@@ -228,6 +229,7 @@ def _not_finite(folder: Path) -> str:
 
 
 def _read_config(folder: Path) -> PeftConfig:
+    check_regular(folder, AdapterError)
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} has no adapter_config.json: give a run folder or an adapter folder.")
     try:

@@ -377,7 +377,10 @@ class _Yaml(yaml.SafeLoader):
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         """A value; what Python cannot make of it is an error of YAML's."""
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MOST_BITS:
+                raise ValueError("it has too many digits to be shown")
+            return value
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
             said = f"this is no {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
@@ -402,6 +405,8 @@ _Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _EXPONENT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
+MOST_BITS = 10_000
+"""Of a whole number; Python shows none of more than 4,300 digits, which hexadecimal ones can have."""
 LARGEST, DEEPEST, MOST = 10**6, 30, 10**5
 """Of a YAML text: characters, sections in sections, and values once every alias is written out."""
 

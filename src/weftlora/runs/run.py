@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from weftlora.disk.files import append_json, read_json, read_lines, write_json, writing
+from weftlora.disk.files import append_json, check_regular, read_json, read_lines, write_json, writing
 from weftlora.disk.lock import NAME, is_held
 from weftlora.disk.ownership import (
     FOLDERS,
@@ -96,6 +96,18 @@ class Run(Record):
         check_kinds(vars(self), dict.fromkeys(_EVERY, object), self.folder / "run.json", needed=True)
         return self
 
+    def check_there(self) -> None:
+        """Refuse to write on where the folder was taken away meanwhile, or is another run's now. Raises RunError."""
+        try:
+            there = read_json(self.folder / "run.json").get("time")
+        except RunError:
+            there = None
+        if not isinstance(there, dict) or there.get("started") != self.time.get("started"):
+            raise RunError(
+                f"the run folder {self.folder} was taken away, or replaced, while it was written: put it back and continue with "
+                "--resume, or start again."
+            )
+
     def event(self, name: str, **facts: Any) -> None:
         """Append to events.jsonl. Raises RunError."""
         append_json(self.folder / "events.jsonl", {"event": name, "time": now(), **facts})
@@ -118,6 +130,8 @@ class Run(Record):
         path = Path(folder)
         if not (path / "run.json").is_file():
             raise RunError(f"{path} is no run folder: it has no run.json.")
+        for part in (path, path / "adapter"):
+            check_regular(part, RunError)
         content = read_json(path / "run.json")
         check_kinds(content, _KINDS, path / "run.json")
         fields = cls.fields_in(content, path / "run.json")

@@ -6,6 +6,7 @@ slots have them, and by which of the `Scorer`'s ways, is the choice's word:
     exact        both brackets of every live slot
     taylor       both brackets of every live slot, estimated
     shortlist    the slots of lowest estimate exactly; what every slot is worth to its module by the estimate
+    sensitivity  no brackets: |w ∂L/∂w| of a slot's numbers, averaged over its part of each parameter and summed over these
     random       numbers drawn by name, slot and round
 
 Beside them stands how far to trust them: how well two ways agree, and whether a decision is above the noise of its rows. Scoring
@@ -222,8 +223,12 @@ class Scorer(Protocol):
         """Brackets [slots, 2, rows] to second order, from gradients with respect to the gates."""
         ...
 
-    def check_estimable(self) -> None:
-        """Raise ConfigError where the model gives no estimates."""
+    def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
+        ...
+
+    def check(self, *, estimated: bool) -> None:
+        """Raise ConfigError where no row has a label that counts, or the model gives no estimates and these are wanted."""
         ...
 
     def watch(self, progress: Progress) -> None:
@@ -316,6 +321,11 @@ class Scoring:
             dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]
             values, scored, brackets = [die.random() for die in dice], list[int](), None
             worth = values
+        elif self.choice.way == "sensitivity":
+            self._check_same_rows(self._draw(number), other=False)
+            measured = self._together(lambda: cast(Scorer, self.scorer).sensitivity(ids, self._draw(number)))
+            values = worth = processes.from_main(measured, self._device).tolist()
+            scored, brackets = list[int](), None
         else:
             scored, brackets, worth, certificate = self._brackets(ids, young, self._draw(number))
             values = list(worth)

@@ -172,11 +172,10 @@ class ReallocateController:
         surgery.check_sliceable([member.site for member in self.members])
         if self.rounds == 0:
             self._check_can_move()
-        if self.choice.way in ("taylor", "shortlist") and not self.done():
-            processes.attempt(self._check_estimable, "scoring rank slots", self._device)
-
-    def _check_estimable(self) -> None:
-        cast(Scorer, self.scorer).check_estimable()
+        if self.choice.needs_data and not self.done():
+            estimated = self.choice.way in ("taylor", "shortlist", "sensitivity")
+            scorer = cast(Scorer, self.scorer)
+            processes.attempt(lambda: scorer.check(estimated=estimated), "scoring rank slots", self._device)
 
     def _check_can_move(self) -> None:
         """Refuse what no score could make possible, at the start; later rounds do what they can."""

@@ -39,7 +39,7 @@ class Counts:
         """Forward passes of the rows of one round."""
         some = {"exact": self.slots, "shortlist": min(self.slots, self.shortlist_factor * self.moved)}.get(way, 0)
         ablated = some * (self.blocks + 1) / self.blocks + 2 if some else 0.0
-        return ablated + (0 if way == "exact" else 2 * BACKWARD)
+        return ablated + {"exact": 0, "sensitivity": BACKWARD}.get(way, 2 * BACKWARD)
 
     def tokens(self, way: str) -> float | None:
         """Of all rounds, each counted as often as it passes forward."""

@@ -208,6 +208,39 @@ def estimated_brackets(
     return found
 
 
+def sensitivities(
+    network: Network,
+    sites: Sequence[Site],
+    slots: Sequence[SlotId],
+    batch: Batch,
+    *,
+    chunk_tokens: int | None = None,
+    tell: Told = lambda done, total: None,
+) -> Tensor:
+    """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these.
+
+    Source: the importance of a number in AdaLoRA, arXiv 2303.10512, equations 7 and 8, without its smoothing over steps.
+    """
+    views = [site.structure.by_slot() for site in sites]
+    params = list(dict.fromkeys(p for each in views for p, _ in each))
+    slopes = {p: torch.zeros_like(p, dtype=torch.float64) for p in params}
+    size, replicas = shares(batch, chunk_tokens)
+    parts = torch.arange(len(batch["labels"])).split(size * replicas)
+    for done, rows in enumerate(parts):
+        part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+        with torch.enable_grad():
+            found = torch.autograd.grad(network.losses(part).sum(), params, allow_unused=True)
+        for p, slope in zip(params, found, strict=True):
+            if slope is not None:
+                slopes[p] += slope.double()
+        tell(done + 1, len(parts))
+    worth = []
+    for each in views:
+        of_site = [view((p.detach().double() * slopes[p]).abs()).flatten(1).mean(1) for p, view in each]
+        worth.append(torch.stack(of_site).sum(0).cpu())
+    return torch.stack([worth[m][slot] for m, slot in slots])
+
+
 def gate_gradients(network: Network, sites: Sequence[Site], batch: Batch, gate: float) -> list[Tensor]:
     """∂L_row/∂α per site, [rows, slots] fp64 on the CPU, with every gate at `gate`."""
     leaves = []

@@ -110,12 +110,15 @@ class Ablation:
     def _tell(self, done: int, total: int) -> None:
         self.progress(Tick("scoring ranks", done, total))
 
-    def check_estimable(self) -> None:
-        """See `weftlora.schedule.rank_slots.Scorer`."""
-        batch = self.drawn("first step")
+    def check(self, *, estimated: bool) -> None:
+        """See `weftlora.schedule.rank_slots.Scorer`. Nothing of it is kept: slots that have hardly moved prove no way right."""
+        device = next(self.model.parameters()).device
+        batch = {k: v.to(device) for k, v in self.rows.draw(self.choice.rows, "first step").items()}
         with undisturbed(self.model, self.sites):
-            if self._way(batch) is None:
-                raise self._refusal()
+            way = self._way(batch)
+        self.way, self.known = None, False
+        if estimated and way is None:
+            raise self._refusal()
 
     def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots, 2, rows] fp64."""
@@ -124,6 +127,16 @@ class Ablation:
             if way := self._way(batch):
                 tokens, tell = self.choice.chunk_tokens, self._tell
                 return brackets.estimated_brackets(way, self.sites, slots, batch, chunk_tokens=tokens, tell=tell)
+        raise self._refusal()
+
+    def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
+        batch = self.drawn(draw)
+        with undisturbed(self.model, self.sites):
+            if way := self._way(batch):
+                return brackets.sensitivities(
+                    way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell
+                )
         raise self._refusal()
 
     def _refusal(self) -> ConfigError:

@@ -4,7 +4,7 @@
     model = get_peft_model(base, weftlora.HydraLoraConfig(layers=selection.layers))
 
 `batches` runs forwards and backwards that leave nothing behind, `groups` are the sites that α weighs, `hypergradient` differentiates
-inner steps, `driver` is the loop, `selection` is what it selects as a file, `stability` says how far selections agree,
+inner steps, `driver` is the loop, `selection` is what it selects as a file, `agreement` says how far selections agree,
 `finetuning_stage` comes after it. What gates, gradient and selection are, the choice of layers says
 (`weftlora.terms.layers.SearchedLayers`).
 """
@@ -19,12 +19,12 @@ from torch import nn
 
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
+from weftlora.search.agreement import Stability, stability
 from weftlora.search.batches import Collate, Loss, Rows
 from weftlora.search.driver import LayerSearch
 from weftlora.search.finetuning_stage import second_stage, unload
 from weftlora.search.hypergradient import Inner
 from weftlora.search.selection import Candidate, Selection, compare
-from weftlora.search.stability import Stability, stability
 from weftlora.terms.layers import SearchedLayers
 
 __all__ = [

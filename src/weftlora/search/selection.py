@@ -17,7 +17,7 @@ from torch import nn
 from weftlora.disk.files import write_text
 from weftlora.errors import ConfigError, TargetError
 from weftlora.extras import needs
-from weftlora.search.stability import Stability, stability
+from weftlora.search.agreement import Stability, stability
 from weftlora.terms.layers.only import Only
 
 FORMAT = 1
@@ -97,7 +97,10 @@ class Selection:
         with needs("train", "a stock LoRA of a selection"):
             from weftlora.search.selection_file import Lora
         kept = {key: self.adapter[key] for key in Lora.model_fields if key in self.adapter}
-        return LoraConfig(**{**kept, "target_modules": names, **fields})
+        try:
+            return LoraConfig(**{**kept, "target_modules": names, **fields})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"peft refuses a LoRA of this selection: {error}.") from None
 
     @property
     def others(self) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from weftlora.disk.files import check_regular
 from weftlora.errors import ConfigError, unknown_key
 from weftlora.foreign_json import from_json
 from weftlora.search.hypergradient import Inner
@@ -68,6 +69,7 @@ def read(path: str | Path, newest: int) -> dict[str, Any]:
 
     `newest`: the highest format that can be read.
     """
+    check_regular(Path(path), ConfigError)
     try:
         content = from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

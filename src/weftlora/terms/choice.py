@@ -11,6 +11,7 @@ choice sets in its body.
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, final
@@ -24,7 +25,8 @@ class Choice(ABC):
     axis: ClassVar[str]
     """Of which axis, as the config calls it."""
     kind: ClassVar[str]
-    """What recipes and saved configs call it: its class's name in small letters, unless the body says otherwise."""
+    """What recipes and saved configs call it: its class's name in small letters with _ between words (TopGroup is top_group), unless
+    the body says otherwise."""
     saves: ClassVar[Mapping[str, str]] = {}
     """Names of the tensors that it may add to a site, and what each is."""
     counts: ClassVar[Mapping[str, str]] = {}
@@ -43,7 +45,7 @@ class Choice(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "kind" not in cls.__dict__:
-            cls.kind = cls.__name__.lower()
+            cls.kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
     @abstractmethod
     def controllers(self, timeline: Timeline) -> list[Controller]:

@@ -72,13 +72,14 @@ def _check_name(name: str, axis: str) -> None:
             "such as top2."
         )
     cls = _class_of(name)
-    if taken := [own for own, kinds in AXES.items() if {name, cls.lower()} & kinds.keys()]:
+    if taken := [own for own, kinds in AXES.items() if name in kinds]:
         raise ConfigError(f"{name!r} is a term of weftlora's on the axis {taken[0]}: choose another name.")
     if name == "none":
         raise ConfigError("'none' means in a config that there is nothing on an axis: choose another name.")
     if name in _FILES:
         raise ConfigError(f"{name}.py is a file that setuptools or pytest runs by itself: choose another name.")
-    if name in sys.stdlib_module_names or importlib.util.find_spec(name) is not None:
+    spec = importlib.util.find_spec(name)
+    if name in sys.stdlib_module_names or (spec is not None and spec.origin is not None):  # a folder is no module
         raise ConfigError(
             f"{name!r} is a module that Python has here already, and {name}.py would take its place: choose another name."
         )

@@ -356,6 +356,7 @@ def evaluate(
     if subject.run and limit is None and not overrides:
         suffix = "" if adapter == "trained" else "-base"
         with holding(subject.run.folder, "weftlora eval"):
+            subject.run.check_there()  # else these are another run's scores
             write_json(subject.run.folder / f"eval-{split}{suffix}.json", evaluation.record())
     return evaluation
 

@@ -129,7 +129,7 @@ def _train(
     elif not verify_base:
         run.base["weights"] = identity.NOT_VERIFIED
     claim()
-    with _recorded(main) as record, _sentences(run):
+    with _recorded(main) as record, _sentences(record, run):
         with _started(record, run, before, main, prepared.defaults):
             if extends is not None and last is not None and main:
                 said = extending.sentence(run.extends, prepared.recipe.train, run.steps)
@@ -323,6 +323,7 @@ def _run_trainer(
     metrics |= _kept(trainer, prepared)
     run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
     if main:
+        run.check_there()
         prepared.name_weights(run)
         write_adapter(prepared.model, run)
         run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
@@ -334,6 +335,7 @@ def _run_trainer(
 def _record_failure(run: Run, error: BaseException, step: int) -> None:
     status = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
     with contextlib.suppress(RunError):  # a full disk may be why we are here
+        run.check_there()
         if Run.load(run.folder).status == "complete":  # a signal between the last write and the return
             return
         checkpoint.drop_incomplete(run.checkpoints)
@@ -342,7 +344,7 @@ def _record_failure(run: Run, error: BaseException, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _sentences(run: Run) -> Iterator[None]:
+def _sentences(record: _Record, run: Run) -> Iterator[None]:
     """Failures of the disk and of memory inside Trainer, as one sentence each."""
     try:
         yield
@@ -353,28 +355,21 @@ def _sentences(run: Run) -> Iterator[None]:
             "the GPU is out of memory: lower train.batch_size or set train.gradient_checkpointing=true."
         ) from None
     except (OSError, SafetensorError) as error:
-        if _has_gone(run):
-            raise RunError(_GONE.format(run.folder)) from error
+        if record.run is not None:
+            record.run.check_there()
         if isinstance(error, OSError) and error.errno not in _DISK:
             raise
         raise RunError(
             f"cannot write below {run.folder}: {_reason(error)}; free space and continue with --resume."
         ) from error
     except RuntimeError as error:
-        if _has_gone(run):
-            raise RunError(_GONE.format(run.folder)) from error
+        if record.run is not None:
+            record.run.check_there()
         if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
             raise
         raise RunError(
             f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."
         ) from error
-
-
-_GONE = "{} was taken away while it was written: put it back and continue with --resume."
-
-
-def _has_gone(run: Run) -> bool:
-    return not (run.folder / "run.json").is_file()
 
 
 def _reason(error: Exception) -> str:

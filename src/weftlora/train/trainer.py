@@ -63,16 +63,21 @@ class Recorder(TrainerCallback):
             self.rate = (self.since[1] - tokens) / max(self.since[0] - before, 1e-9)
             self.loss = logs["loss"]
             row["tokens_per_s"] = round(self.rate, 1)
+        self.run.check_there()
         append_json(self.run.folder / "metrics.jsonl", row)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        if control.should_save:
+            self.run.check_there()  # Trainer makes a folder anew where there is none
         self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.prepared.name_weights(self.run):  # before the first one counts
-            self.run.save()
+        if state.is_world_process_zero:
+            self.run.check_there()
+            if self.prepared.name_weights(self.run):  # before the first one counts
+                self.run.save()
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return

@@ -34,8 +34,8 @@ from weftlora.terms.ranks import Ranks
 WAYS = ("exact", "shortlist", "taylor")
 AUTO = tuple(f"{way} (auto)" for way in WAYS)
 """What "auto" is called once it is decided."""
-SCORES = ("auto", *WAYS, "random", "none", *AUTO)
-NEED_DATA = ("auto", *WAYS, *AUTO)
+SCORES = ("auto", *WAYS, "sensitivity", "random", "none", *AUTO)
+NEED_DATA = ("auto", *WAYS, "sensitivity", *AUTO)
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,10 @@ class Reallocate(Ranks):
         unit: what the budget counts: "ranks" (the paper), or "params", so that new slots never cost more numbers than
             were freed.
         score: "exact"; "taylor", a second-order estimate from two backward passes; "shortlist", exact scores of the
-            `shortlist_factor` · n slots of lowest estimate; "random" and "none" are controls. "auto" is exact where that costs at
-            most a tenth of the training; else the shortlist, if that does, in rounds in which it can certify that no slot
-            left out of it belongs to the lowest; else its estimate. It is decided once, from counts
+            `shortlist_factor` · n slots of lowest estimate; "sensitivity", AdaLoRA's |w ∂L/∂w| (an ablation of the paper),
+            averaged over the slot's row of A and its column of B; "random" and "none" are controls. "auto" is exact where that
+            costs at most a tenth of the training; else the shortlist, if that does, in rounds in which it can certify that no
+            slot left out of it belongs to the lowest; else its estimate. It is decided once, from counts
             (`weftlora.schedule.scoring_cost`), and is called "taylor (auto)" and so on from then on.
         terms: which bracket counts: "both" (the paper), "last_in" or "first_in".
         rows: validation rows per round (paper: 32).
@@ -93,7 +94,16 @@ class Reallocate(Ranks):
     scope: Literal["global", "block"] = "global"
     unit: Literal["ranks", "params"] = "ranks"
     score: Literal[
-        "auto", "exact", "shortlist", "taylor", "random", "none", "exact (auto)", "shortlist (auto)", "taylor (auto)"
+        "auto",
+        "exact",
+        "shortlist",
+        "taylor",
+        "sensitivity",
+        "random",
+        "none",
+        "exact (auto)",
+        "shortlist (auto)",
+        "taylor (auto)",
     ] = "auto"
     terms: Literal["both", "last_in", "first_in"] = "both"
     rows: int = 32

@@ -34,6 +34,8 @@ class Hydra(Structure):
 
     Args:
         heads: N ≥ 2 (the paper: 3 for one domain, 10 for the ten task clusters of Flan-v2).
+        router: "softmax", learned (the paper), or "uniform", its control "w/o gate": every head has weight 1/N and nothing is routed,
+            so that it is LoRA of rank r with the mean of the heads as B.
         router_input: "x", the site's raw input (released code), or "Ax", its r-dimensional projection.
         per_head_dropout: a fresh dropout mask per head, as in the released code, instead of one shared mask.
         balance: weight of the load-balance term N Σ f_n p̄_n of Switch Transformers; 0, as in the paper, is none.
@@ -51,6 +53,7 @@ class Hydra(Structure):
     routed: ClassVar[bool] = True
 
     heads: int = 3
+    router: str = "softmax"
     router_input: RouterInput = "x"
     per_head_dropout: bool = False
     balance: float = 0.0
@@ -60,6 +63,12 @@ class Hydra(Structure):
         if not is_whole(self.heads, 2):
             raise ConfigError(
                 f"Hydra(heads={self.heads!r}) is plain LoRA or nothing: use Plain(), or a whole number of heads from 2 up."
+            )
+        if self.router not in ("softmax", "uniform"):
+            raise ConfigError(f"Hydra(router={self.router!r}): {suggest(str(self.router), ['softmax', 'uniform'])}")
+        if self.router == "uniform" and (self.balance or self.router_init != "kaiming"):
+            raise ConfigError(
+                "Hydra(router='uniform') has no router to start or to balance: leave router_init and balance out."
             )
         if self.router_input not in ("x", "Ax"):
             raise ConfigError(
@@ -89,8 +98,8 @@ class Hydra(Structure):
         return HydraTerm(self, F.pad(draw(size.r, size.fan_in), (0, 0, 0, room)), size.out, router)
 
     def tensors(self) -> frozenset[str]:
-        """A, B and the router."""
-        return frozenset(self.saves)
+        """A, B and the router, unless that is none."""
+        return frozenset(self.saves) - (frozenset({"router"}) if self.router == "uniform" else frozenset())
 
     def shared_keys(self, place: Place) -> dict[str, Hashable]:
         """Nothing is shared."""
@@ -123,7 +132,10 @@ class HydraTerm(Unshared):
         self.choice = choice
         self.A = nn.Parameter(a)
         self.B = nn.Parameter(a.new_zeros(out_features, choice.heads * a.shape[0]))
-        self.router = nn.Parameter(router)
+        if choice.router == "uniform":
+            self.register_buffer("router", torch.zeros_like(router), persistent=False)  # softmax of zeros is 1/N
+        else:
+            self.router = nn.Parameter(router)
 
     def factors(self, scale: float) -> Factors:
         """A, B and the router."""
@@ -136,7 +148,7 @@ class HydraTerm(Unshared):
             (self.A, lambda t: t),
             (self.B, lambda t: t.unflatten(1, (-1, slots)).movedim(2, 0)),
         ]
-        if self.choice.router_input == "Ax":
+        if self.choice.router_input == "Ax" and isinstance(self.router, nn.Parameter):
             found.append((self.router, lambda t: t.movedim(1, 0)))
         return found
 

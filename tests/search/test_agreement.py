@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 
 from weftlora.errors import ConfigError
-from weftlora.search.stability import chance, jaccard, stability
+from weftlora.search.agreement import chance, jaccard, stability
 
 
 def test_chance_is_the_mean_jaccard_over_all_pairs_of_subsets():
