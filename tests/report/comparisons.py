@@ -94,8 +94,10 @@ def write_runs(found: Comparison, folder: Path) -> Comparison:
                 "train": {"steps": 150, "seed": outcome.seed, "lr": 1e-3},
                 "out": outcome.folder,
             }
+            base = {"source": "demo", "kind": "llama", "shapes": "0", "values": "0"}
+            counts, data = {"trainable": 1000, "total": 20000}, {"hashes": {}, "labels": None}
             Run(
-                place, "complete", recipe, str(folder), "causal", outcome.seed, 150, {}, "cpu", 1, {}, {}, {}, {}
+                place, "complete", recipe, str(folder), "causal", outcome.seed, 150, {}, "cpu", 1, base, {}, counts, data
             ).save()
     return dataclasses.replace(found, folder=str(folder))
 
