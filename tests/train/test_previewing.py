@@ -46,7 +46,7 @@ def test_what_it_costs_is_measured_on_the_recipes_own_model(recipe: Make) -> Non
     assert found is not None
     run = weftlora.train(recipe(adapter="lora", train={"steps": 10}))
     assert found.trainable == run.parameters["trainable"]
-    assert found.seconds == pytest.approx(10 * found.seconds_per_step, rel=1e-3)
+    assert found.seconds == pytest.approx(10 * found.seconds_per_step, rel=0.05)  # both are rounded
     assert 0 < found.seconds < 60
     if found.memory_bytes is not None:
         assert found.memory_bytes > 50 * 2**20

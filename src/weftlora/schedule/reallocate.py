@@ -89,7 +89,7 @@ class ReallocateController:
         if not self.choice.auto:
             return
         kept = cast(Tensor, self.members[0].site.way)
-        if kept.is_meta:
+        if kept.is_meta or cast(Tensor, self.members[0].site.mask).is_meta:  # there is nothing to count yet
             return
         counts = self.counts(length)
         known = self.scorer is not None and None not in (counts.row_tokens, counts.steps, counts.step_tokens)
