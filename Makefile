@@ -44,6 +44,7 @@ demo: $(STAMP) ## every recipe on the embedded model, compared: a table and demo
 PARTS := \
 	"lint types" 2 \
 	unit 9 \
+	sharded 2 \
 	grid 4 \
 	"docs-run docs-build" 4 \
 	matrix-ci 3 \
@@ -63,13 +64,16 @@ format: $(STAMP) ## format and fix what can be fixed
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-test: unit grid ## all tests
+test: unit sharded grid ## all tests
 
-unit: $(STAMP) ## all tests but the grid
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid" --durations=5
+unit: $(STAMP) ## all tests but those of the next two
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid and not slow and not sharded" --durations=5
 
-grid: $(STAMP) ## every structure on every family of base models
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m grid --durations=5
+sharded: $(STAMP) ## tests in which several processes train or score together
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m sharded --durations=5
+
+grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "(grid or slow) and not sharded" --durations=5
 
 matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py

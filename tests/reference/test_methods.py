@@ -11,7 +11,7 @@ import torch
 from methods import P
 from peft import get_peft_model
 from programs import transformer_loss
-from test_hypergradients import Branches, Transformer
+from test_true_hypergradients import Branches, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 

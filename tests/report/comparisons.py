@@ -97,7 +97,20 @@ def write_runs(found: Comparison, folder: Path) -> Comparison:
             base = {"source": "demo", "kind": "llama", "shapes": "0", "values": "0"}
             counts, data = {"trainable": 1000, "total": 20000}, {"hashes": {}, "labels": None}
             Run(
-                place, "complete", recipe, str(folder), "causal", outcome.seed, 150, {}, "cpu", 1, base, {}, counts, data
+                place,
+                "complete",
+                recipe,
+                str(folder),
+                "causal",
+                outcome.seed,
+                150,
+                {},
+                "cpu",
+                1,
+                base,
+                {},
+                counts,
+                data,
             ).save()
     return dataclasses.replace(found, folder=str(folder))
 

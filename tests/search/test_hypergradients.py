@@ -206,7 +206,7 @@ INNER = {
 @pytest.mark.parametrize("kind", ["unrolled_fd", "unrolled_exact"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_unrolled_equals_finite_differences_of_steps_of_accumulated_batches(kind: str, steps: int):
-    """SGD; every optimiser, clipped or not, against a program that shares no code: tests/reference/test_hypergradients.py."""
+    """SGD; every optimiser, clipped or not, against a program that shares no code: tests/reference/test_true_hypergradients.py."""
     fields = {"hypergrad": kind, "inner_steps": steps, "inner": {**INNER["sgd"], "accumulation": 2}}
     if kind == "unrolled_fd":
         fields["fd_step"] = 1e-4

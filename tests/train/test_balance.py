@@ -22,7 +22,7 @@ def balanced_trainer(recipe, tmp_path: Path, **train):
 
     class Nowhere:
         folder = tmp_path
-        extends: dict[str, int] = {}
+        extends = None
 
     args = arguments(made.train, tmp_path / "checkpoints", prepared.steps, False)
     trainer = make_trainer(prepared, Nowhere(), args, ignore, ())
