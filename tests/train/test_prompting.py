@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -92,6 +93,21 @@ def test_a_system_turn_and_whole_conversations(spoken: Run) -> None:
         weftlora.generate(spoken, [{"role": "usr", "content": "x"}])
     with pytest.raises(ConfigError, match="raw takes a text as it stands"):
         weftlora.generate(spoken, talk, raw=True)
+
+
+def test_a_system_turn_goes_where_the_rows_had_it() -> None:
+    talk = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "cc"}, {"role": "user", "content": "d"}]
+    folded = Prompting("chat", fold=True)
+    assert folded.written("c", system="be kind") == [{"role": "user", "content": "be kind\n\nc"}]
+    assert folded.written(talk, system="s") == [{"role": "user", "content": "s\n\nc"}, *talk[1:]]
+    assert folded.written([{"role": "system", "content": "s"}, *talk])[0] == {"role": "user", "content": "s\n\nc"}
+    assert folded.written(talk) == talk
+
+
+def test_a_run_says_whether_its_rows_had_a_system_turn_folded(spoken: Run) -> None:
+    recipe = {**spoken.recipe, "data": {**spoken.recipe["data"], "system": "fold"}}
+    assert Prompting.of(dataclasses.replace(spoken, recipe=recipe)).fold
+    assert not Prompting.of(spoken).fold
 
 
 def test_a_conversation_remembers(spoken: Run) -> None:

@@ -1,6 +1,7 @@
 """What a prompt becomes: what the rows were that a run was trained on.
 
-    conversations     the user's turn in the chat template, after a system turn where one is given; or whole messages
+    conversations     the user's turn in the chat template, after a system turn where one is given; or whole messages. A run whose
+                      rows had it folded into the first user's turn (data.system) gets it there
     prompt rows       data.prompt_template filled in, or the prompt as it stands
     text              the text as it stands
     raw               the text as it stands, whatever the run was trained on
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from weftlora.data import encode_prompt
 from weftlora.data.config import template_columns
-from weftlora.data.encode import render
+from weftlora.data.encode import fold_system, render
 from weftlora.data.examples import SPEAKERS
 from weftlora.errors import ConfigError, DataError, ModelError, suggest
 from weftlora.runs.load import Trained, recipe_of
@@ -40,13 +41,16 @@ class Prompting:
 
     form: str | None = None
     template: str | None = None
+    fold: bool = False
+    """Whether a system turn goes before the text of the first user's, as `data.system: fold` has it."""
 
     @classmethod
     def of(cls, run: Run | None) -> Prompting:
         """What a run's record says."""
         if run is None:
             return cls()
-        return cls(run.data.get("format"), recipe_of(run).data.prompt_template)
+        data = recipe_of(run).data
+        return cls(run.data.get("format"), data.prompt_template, data.system == "fold")
 
     @property
     def trained_on(self) -> str:
@@ -111,11 +115,11 @@ class Prompting:
                 "prompt as one text."
             )
         messages = checked(messages)
-        if system is None:
-            return messages
-        if messages[0]["role"] in ("system", "developer"):
-            raise ConfigError("the messages begin with a system turn, and another is given: keep one of the two.")
-        return [{"role": "system", "content": system}, *messages]
+        if system is not None:
+            if messages[0]["role"] in ("system", "developer"):
+                raise ConfigError("the messages begin with a system turn, and another is given: keep one of the two.")
+            messages = [{"role": "system", "content": system}, *messages]
+        return list(fold_system(messages)) if self.fold else messages
 
     def reason(self, tokenizer: PreTrainedTokenizerBase, raw: bool) -> str:
         """Why an answer may have ended at once, as far as that is known, and what to do."""
