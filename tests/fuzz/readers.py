@@ -637,7 +637,7 @@ def _rows(name: str) -> Callable[[Path, Case], None]:
         columns = find_columns(source, config)
         rows = examples(source, columns)
         if columns.format == "classification":
-            _refused_or_not(lambda: label_names(rows, source))
+            _refused_or_not(lambda: label_names([row.answer for row in rows], source))
         if now_and_then(case, 50):
             load(config, _tokenizer(), base_dir=folder)
 
@@ -747,12 +747,14 @@ TALKS = [
 
 
 def _template(folder: Path, case: Case) -> None:
-    from weftlora.data.encode import encode_prompt, pieces
+    from weftlora.data.encode import Frame, chat, encode_prompt
+    from weftlora.data.examples import Example
 
     tokenizer = _tokenizer()
     tokenizer.chat_template = case["template"].decode("utf-8", "replace")  # type: ignore[union-attr]
     for talk in TALKS:
-        _refused_or_not(lambda talk=talk: pieces(tokenizer, talk, "rows.jsonl, line 3"))  # type: ignore[misc]
+        row = Example("", talk[-1]["content"], None, 3, tuple(talk), file="rows.jsonl")
+        _refused_or_not(lambda row=row: chat(Frame.of(tokenizer), 64, "completion")([row]))  # type: ignore[misc]
     encode_prompt(tokenizer, TALKS[0])
 
 

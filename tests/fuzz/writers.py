@@ -142,7 +142,7 @@ def _run() -> Any:
 
     content = json.loads(folders()["alora/run.json"])
     return Run(
-        **{**{f.name: content[f.name] for f in dataclasses.fields(Run) if f.name != "folder"}, "folder": Path("runs/a")}
+        **{**{f.name: content[f.name] for f in dataclasses.fields(Run) if f.name in content}, "folder": Path("runs/a")}
     )
 
 
@@ -222,7 +222,7 @@ def _inspection_of(texts: list[str]) -> Any:
 
 def _terminal(folder: Path, case: Case) -> None:
     """What commands show: texts, tables, summaries, and the lines on stderr while they work."""
-    from weftlora.cli import compare, inspect, output
+    from weftlora.cli import compare, inspect, output, recipes
 
     texts = _as_four(_texts(case))
     a, b, c, d = texts
@@ -249,7 +249,7 @@ def _terminal(folder: Path, case: Case) -> None:
             "domains": {b: scores, c: scores},
         }
         _is_shown(on_screen(output.evaluation_table(Evaluation(**fields))), "an evaluation")
-    _is_shown(on_screen(output.yaml_text({a: b})), "a recipe")
+    _is_shown(on_screen(recipes.recipe_text("lora", {"demo": {a: b}, "own": {c: d}})), "a recipe")
 
 
 def _logs(folder: Path, case: Case) -> None:

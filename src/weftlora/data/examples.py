@@ -369,7 +369,7 @@ def _text(row: Row, source: Source, column: str) -> str:
     value = _value(row, source, column)
     if isinstance(value, str):
         return _encodable(value, row, source, column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         raise _bad(row, source, f"column {column!r} holds {value!r:.60}, not text; quote it.")
     return str(value)
 
