@@ -67,13 +67,13 @@ types: $(STAMP) ## mypy, strict
 test: unit sharded grid ## all tests
 
 unit: $(STAMP) ## all tests but those of the next two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid and not slow and not sharded" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid and not slow and not sharded and not kills" --durations=5
 
 sharded: $(STAMP) ## tests in which several processes train or score together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m sharded --durations=5
 
 grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "(grid or slow) and not sharded" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "(grid or slow) and not sharded and not kills" --durations=5
 
 matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
@@ -103,7 +103,8 @@ bench: $(STAMP) ## the table of figures: a training step against the frozen base
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-soak: $(STAMP) ## kill, stop and hinder commands at random moments for ten minutes; every result must be the undisturbed one (as root)
+soak: $(STAMP) ## kill, stop and hinder commands at the boundaries of their phases and at random moments, twelve minutes; every result must be the undisturbed one (as root)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m kills
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
 
 fuzz: $(STAMP) ## bad files through every reader, names of strangers through every writer: a part of 25 minutes, added to evidence/fuzz.json

@@ -23,9 +23,10 @@ PARTS = {
         *("test_testing.py", "host/test_training.py", "compare/test_running.py", "search/test_processes.py"),
         *("schedule/test_processes.py", "schedule/test_allocate_processes.py"),
     ),
-    "slow": ("test_stranger.py", "test_extras.py", "train/test_kills.py", "compare/test_kills.py", "smoke/"),
+    "slow": ("test_stranger.py", "test_extras.py", "smoke/"),
+    "kills": ("train/test_kills.py", "compare/test_kills.py"),
 }
-"""Files whose tests belong to another part of `make check` than `unit`, by the marker that it runs."""
+"""Files whose tests belong to another part of `make check` than `unit`, or to `make soak` (kills), by the marker that it runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

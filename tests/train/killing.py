@@ -60,7 +60,7 @@ RECIPES = {
     "lora_dash": Killed({"r": 2, "directions": 3, "after": LAUNCH.step}, (LAUNCH,)),
     "lora_init": Killed({"r": 2, "after": SWITCH.step}, (SWITCH,)),
     "lora_tsd": Killed({"r": 2, "directions": 3, "after": SWITCH.step}, (SWITCH, LAUNCH)),
-    "alora": Killed({"r": 2, "first": 4, "every": 2, "max_rounds": 2, "rows": 4, "move": 3}, ROUNDS),
+    "alora": Killed({"r": 2, "first": 4, "every": 2, "max_rounds": 2, "rows": 4, "move": 3, "score": "exact"}, ROUNDS),
     "flexora": Killed({"r": 2, "steps": 5, "val_size": 8, "outer_batches": 2}, search=5),
 }
 SHARED = {"lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
