@@ -184,3 +184,15 @@ def test_every_hint_names_a_key_that_there_is() -> None:
         section, _, own = key.rpartition(".")
         own = "from_adapter" if key == "train.from" else own
         assert own in {**sections, "adapter": CONFIG_KEYS, "": {"out"}}[section], key
+
+
+@pytest.mark.parametrize("text", ['a: "\\UFFFFFFFF"', "%YAML 1." + "9" * 5000 + "\n---\na: 1"])
+def test_yaml_with_numbers_that_are_none_is_one_sentence(text: str) -> None:
+    with pytest.raises(ConfigError, match="x is not valid YAML"):
+        read_yaml(text, "x")
+
+
+def test_a_folder_that_no_path_can_be_is_refused() -> None:
+    content = {"model": "demo", "data": "demo", "adapter": "lora", "out": "o"}
+    with pytest.raises(ConfigError, match="no folder for its relative paths"):
+        Recipe._made(content, (), Path("a\0b"), {})

@@ -274,7 +274,7 @@ def rank_history(subject: Subject) -> RankHistory | None:
     told = [event for event in subject.events if event.get("event") == "reallocation"]
     try:
         mine = [_round(event, subject) for event in told if event.get("adapter") in (None, "default", subject.adapter)]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         subject.left_out.append(f"Ranks over time: {subject.events_from} is damaged.")
         return None
     as_it_went = {each.round: each for each in mine}

@@ -238,7 +238,7 @@ def _read_config(folder: Path) -> PeftConfig:
         config = PeftConfig.from_pretrained(str(folder))
     except WeftError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
         raise AdapterError(f"the adapter {folder} cannot be read: {_short(error)}") from None
     _check_runs_nothing(config, folder)
     return config

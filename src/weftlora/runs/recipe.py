@@ -239,7 +239,10 @@ class Subject(RecipeSection):
             if key not in content and set(content) <= set(cls.model_fields):
                 raise ConfigError(f"{cls.where} has no {key!r}: {hint}")
         recipe = cls.parse(content)
-        recipe._base_dir = base_dir.resolve()
+        try:
+            recipe._base_dir = base_dir.resolve()
+        except (ValueError, OSError) as error:  # a record may name what no path can be
+            raise ConfigError(f"{cls.where} has no folder for its relative paths ({error}): give it another.") from None
         return recipe
 
 
@@ -417,7 +420,10 @@ def read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} has {len(text):,} characters, and {LARGEST:,} are read: give a shorter one.")
     loader = None
     try:
-        _check_depth(text)
+        try:
+            _check_depth(text)
+        except (ValueError, OverflowError) as error:  # an escape beyond the last character, a version of many digits
+            raise yaml.constructor.ConstructorError(None, None, str(error), None) from None
         loader = _Yaml(text)
         node = loader.get_single_node()
         if node is None:
