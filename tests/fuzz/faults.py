@@ -144,7 +144,7 @@ FAULTS = [
     ),
     _fault("compare.json with wrong inner types", "comparisons", _TYPES, _KINDS),
     _fault("a selection with values of any type", "selections", ("weftlora.search.selection_file:read", "_check(content)", "pass")),
-    _fault("damaged events", "events", ("weftlora.inspection.measures:rank_history", "(KeyError, TypeError, ValueError)", "ZeroDivisionError")),
+    _fault("damaged events", "events", ("weftlora.inspection.measures:rank_history", "(KeyError, TypeError, ValueError, OverflowError)", "ZeroDivisionError")),
     _fault("0-d tensors, and factors that do not fit", "safetensors tensors",
            ("weftlora.inspection.folders:_read_stock", "if (\n", "if False and (\n")),
     _fault("values that are no numbers", "safetensors tensors", ("weftlora.inspection.inspecting:_check_finite", "if t.is_floating_point() and", "if False and")),

@@ -219,7 +219,8 @@ def test_the_committed_counts_add_up() -> None:
         assert each["inputs"] > 0
         assert 0 < each["arms"] <= each["of"]
         assert each["grew"] <= each["inputs"]
-        assert each["slowest"] <= record["bounds"]["cpu_seconds"]
+        if not each["faults"]:  # a fault that was counted may be one of time
+            assert each["slowest"] <= record["bounds"]["cpu_seconds"]
         assert each["peak_mib"] <= record["bounds"]["memory_mib"]
     assert {row["fault"] for row in record["put_back"]} == {fault.name for fault in faults.FAULTS}
     assert all(row["again"] for row in record["put_back"])

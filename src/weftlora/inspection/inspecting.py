@@ -160,7 +160,7 @@ _NOT_A_FOLDER = {"inputs": "give data=, a file of rows", "adapter": "a folder ho
 
 def _check_finite(subject: Subject) -> None:
     tensors = ((name, t) for name, site in subject.sites.items() for t in (*site.parameters(), *site.buffers()))
-    if site := next((name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()), None):
+    if site := next((name for name, t in tensors if t.is_floating_point() and not t.float().isfinite().all()), None):
         raise AdapterError(
             f"{site} holds values of the adapter that are not finite, as after a training that diverged: nothing can be measured; "
             "inspect an earlier checkpoint, or train with a smaller rate."
