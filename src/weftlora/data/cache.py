@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weftlora.data.config import DEMO, DataConfig, hub_name, named
+from weftlora.data.config import DEMO, SPLITS, DataConfig, hub_name, named
 from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.paths import resolve_path
+from weftlora.disk.files import file_stamp, user_cache
 from weftlora.disk.ownership import temporary
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 
 MONTH = 30 * 24 * 3600
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class Entry:
             return None
         said = config.model_dump(mode="json") | {"processes": 0}
         told = json.dumps([said, files, tokens, more, code_stamp()], sort_keys=True, default=str)
-        top = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return cls(top / "weftlora" / "rows" / hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:32])
+        return cls(user_cache("rows") / hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:32])
 
     def read(self) -> Loaded | None:
         """What was kept; None where there is nothing whole."""
@@ -174,9 +173,7 @@ def stamps(config: DataConfig, base_dir: str | os.PathLike[str] | None) -> list[
                 return []
             try:
                 files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
-                for file in files:
-                    stat = file.stat()
-                    out.append([str(file), weight, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns])
+                out += [[str(file), weight, *file_stamp(file)] for file in files]
             except OSError:
                 return []
     return out

@@ -22,6 +22,7 @@ from weftlora.errors import ConfigError, DataError
 from weftlora.sections import RecipeSection
 
 DEMO = "demo"
+SPLITS = ("train", "validation", "test")
 HUB = re.compile(r"(?:hub:)?(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?")
 """A data set of the hub: `name`, `owner/name`, either with `:config`. What is on disk goes first; `hub:` in front leaves no doubt."""
 Written = str | list[str] | dict[str, Annotated[float, Field(gt=0, le=1000)]]

@@ -26,12 +26,12 @@ import numpy as np
 
 from weftlora.data import cache
 from weftlora.data.collate import packed
-from weftlora.data.config import DataConfig, Format, Task
+from weftlora.data.config import SPLITS, DataConfig, Format, Task
 from weftlora.data.encode import Encode, Encoded, Frame, causal, chat, classification, seq2seq, text
 from weftlora.data.examples import Example, example, label_names
 from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.read import Blocks, Source, bad_row, quiet
-from weftlora.data.sources import SPLITS, Part, parts_of
+from weftlora.data.sources import Part, parts_of
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.settings import IGNORE
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from weftlora.data.config import ENDINGS, DataConfig, ending, missing
-from weftlora.disk.files import check_regular
+from weftlora.disk.files import check_regular, file_digest
 from weftlora.errors import ConfigError, DataError
 from weftlora.foreign_json import from_json
 
@@ -202,12 +202,6 @@ def _source(dataset: Dataset, split: Path) -> Source:
         raise DataError(f"the saved dataset {split} has no rows: give one with at least one.")
     hashes = {str(file): file_digest(file) for file in sorted(split.glob("*.arrow"))}
     return Source(str(split), Table(dataset, str(split)), hashes, unit="row")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from weftlora.data import hub
-from weftlora.data.config import DEMO, DataConfig, Format, Task, hub_name, named
+from weftlora.data.config import DEMO, SPLITS, DataConfig, Format, Task, hub_name, named
 from weftlora.data.demo import demo_rows
 from weftlora.data.examples import Columns, Example, check_columns, example, find_columns
 from weftlora.data.paths import resolve_path
 from weftlora.data.read import Blocks, Row, Source, flat, read, taken
 from weftlora.errors import ConfigError
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,23 @@ from weftlora.disk.ownership import is_temporary, keep_foreign, temporary
 from weftlora.errors import RunError, WeftError
 from weftlora.foreign_json import from_json
 from weftlora.redaction import redacted
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_stamp(path: Path) -> tuple[int, int, int, int]:
+    """What changes with a file: its device and inode, its size, and when it was written, in ns. Raises OSError."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def user_cache(name: str) -> Path:
+    """The folder of ours for `name` in the user's own cache; it need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weftlora" / name
 
 
 @contextmanager

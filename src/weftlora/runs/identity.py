@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig
 
+from weftlora.disk.files import file_digest, file_stamp, user_cache
 from weftlora.disk.ownership import temporary
 from weftlora.errors import AdapterError, WeftError
 
@@ -85,8 +85,7 @@ def digest(path: Path) -> str:
     with contextlib.suppress(OSError):
         if _BLOB.fullmatch(found := known.read_text(encoding="ascii", errors="replace")):
             return found
-    with real.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_digest(real)
     if known == _known(real):  # it has not changed while it was read
         with contextlib.suppress(OSError):  # a cache that cannot be written costs time only
             known.parent.mkdir(parents=True, exist_ok=True)
@@ -98,10 +97,8 @@ def digest(path: Path) -> str:
 
 def _known(real: Path) -> Path:
     """Where the digest of a file is kept: in the user's own cache, under what would change with the file."""
-    stat = real.stat()
-    key = f"{real}\0{stat.st_dev}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    top = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return top / "weftlora" / "hashes" / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    key = "\0".join(map(str, (real, *file_stamp(real))))
+    return user_cache("hashes") / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Weights:

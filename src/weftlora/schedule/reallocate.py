@@ -33,10 +33,10 @@ from weftlora.schedule import processes
 from weftlora.schedule import rank_slots as surgery
 from weftlora.schedule.rank_slots import Measured, Scorer, Scoring, SlotId, by_row, margin
 from weftlora.schedule.schedule import Member
-from weftlora.schedule.scoring_cost import WAYS, Counts
+from weftlora.schedule.scoring_cost import Counts
 from weftlora.settings import rounds
 from weftlora.terms.events import Event, Length, SlotMoves, Validation, check_possible
-from weftlora.terms.ranks.reallocate import Plan, Room, decide
+from weftlora.terms.ranks.reallocate import WAYS, Plan, Room, decide
 
 
 @dataclass(eq=False)

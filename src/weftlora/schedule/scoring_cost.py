@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weftlora.terms.ranks.reallocate import WAYS
+
 BOUND = 0.1
 """The share of the training that scoring may cost where nobody chose a way."""
 BACKWARD = 2
 """Forward passes that one pass with backward counts as: the base is frozen."""
-WAYS = ("exact", "shortlist", "taylor")
 
 
 @dataclass(frozen=True)

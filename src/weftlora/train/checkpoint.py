@@ -8,13 +8,12 @@ that marks nothing.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-from weftlora.disk.files import sync_tree, write_json, writing
+from weftlora.disk.files import file_digest, sync_tree, write_json, writing
 from weftlora.disk.ownership import CHECKPOINT, files_of, inside
 from weftlora.errors import RunError
 from weftlora.foreign_json import from_json
@@ -34,8 +33,7 @@ def mark(folder: Path, step: int) -> None:
 
 
 def _digest(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return [path.stat().st_size, file_digest(path)]
 
 
 def problem(folder: Path) -> str:
