@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import weftlora
 from weftlora.host.attach import schedules
 from weftlora.schedule.reallocate import ReallocateController
-from weftlora.schedule.scoring_cost import WAYS
+from weftlora.terms.ranks.reallocate import WAYS
 
 RESULTS = Path(__file__).resolve().parent.parent / "bench" / "scoring-cost.json"
 STEPS, ROWS, ROUNDS = 500, 32, 8

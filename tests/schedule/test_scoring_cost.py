@@ -18,7 +18,8 @@ import weftlora
 from families import FAMILIES
 from weftlora.progress import Tick
 from weftlora.schedule.rank_slots import CERTAIN, certify, scores
-from weftlora.schedule.scoring_cost import BOUND, WAYS, Counts
+from weftlora.schedule.scoring_cost import BOUND, Counts
+from weftlora.terms.ranks.reallocate import WAYS
 
 SEVEN_B = Counts(1792, 7, 32, 8, 32, 4, 512.0, 5000, 16 * 512.0)
 

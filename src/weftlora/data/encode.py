@@ -362,40 +362,26 @@ def talks(
             parts += [(at, row, messages[: turn + 1], [turn]) for turn in turns]
         else:
             parts.append((at, row, messages[: turns[-1] + 1], turns if answers == "all" else turns[-1:]))
-    places = [row.where for _, row, _, _ in parts]
-    tools = [row.tools for _, row, _, _ in parts]
-    texts = _each(tokenizer, [messages for _, _, messages, _ in parts], places, tools, False)
-    befores = iter(
-        _each(
-            tokenizer,
-            [messages[:turn] for _, _, messages, turns in parts for turn in turns if turn],
-            [place for place, (_, _, _, turns) in zip(places, parts, strict=True) for turn in turns if turn],
-            [held for held, (_, _, _, turns) in zip(tools, parts, strict=True) for turn in turns if turn],
-            True,
-        )
-    )
+    texts = _each(tokenizer, [(row, messages) for _, row, messages, _ in parts], False)
+    asked = [(row, messages[:turn]) for _, row, messages, turns in parts for turn in turns if turn]
+    befores = iter(_each(tokenizer, asked, True))
     out: list[list[Talk]] = [[] for _ in rows]
-    for place, text, (at, row, messages, turns) in zip(places, texts, parts, strict=True):
+    for text, (at, row, messages, turns) in zip(texts, parts, strict=True):
         opened = [next(befores) if turn else None for turn in turns]
-        spans, as_sent = _spans(tokenizer, row, messages, turns, text, opened, place)
+        spans, as_sent = _spans(tokenizer, row, messages, turns, text, opened)
         out[at].append(Talk(row, messages, text, spans, as_sent))
     return out
 
 
 def _each(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Message]],
-    where: Sequence[str],
-    tools: Sequence[list[Any] | None],
-    open_answer: bool,
+    tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[Example, Sequence[Message]]], open_answer: bool
 ) -> list[str]:
-    """As `render`, each conversation with its own tools."""
-    if not any(tools):
-        return render(tokenizer, conversations, where, open_answer) if conversations else []
-    return [
-        render(tokenizer, [messages], [place], open_answer, held)[0]
-        for messages, place, held in zip(conversations, where, tools, strict=True)
-    ]
+    """As `render`, messages of rows, each with its row's tools."""
+    if not asked:
+        return []
+    if not any(row.tools for row, _ in asked):
+        return render(tokenizer, [messages for _, messages in asked], [row.where for row, _ in asked], open_answer)
+    return [render(tokenizer, [messages], [row.where], open_answer, row.tools)[0] for row, messages in asked]
 
 
 def _spans(
@@ -405,18 +391,17 @@ def _spans(
     turns: list[int],
     text: str,
     opened: list[str | None],
-    where: str,
 ) -> tuple[list[tuple[int, int, int]], bool]:
     """Where in `text` each of `turns` is learnt: from what generation goes on from, to the end that the template gives it.
 
     Where prompts are no beginnings of the text, but the template marks its answers, it is what that says, and False.
     """
-    found = _by_beginnings(tokenizer, row, messages, turns, text, opened, where)
+    found = _by_beginnings(tokenizer, row, messages, turns, text, opened)
     if not isinstance(found, str):
         return found, True
     marked = _by_marks(tokenizer, messages, row.tools, turns)
     if marked is None:
-        raise DataError(f"{where}: {found}")
+        raise DataError(f"{row.where}: {found}")
     return marked, False
 
 
@@ -427,13 +412,12 @@ def _by_beginnings(
     turns: list[int],
     text: str,
     opened: list[str | None],
-    where: str,
 ) -> list[tuple[int, int, int]] | str:
     """As `_spans`, where prompts are beginnings of the text; else what to tell."""
     starts = []
     for turn, before in zip(turns, opened, strict=True):
         if before is None:
-            before = _header(tokenizer, messages, text, row.tools, where)
+            before = _header(tokenizer, messages, text, row.tools, row.where)
         if not text.startswith(before):
             return _rewritten(len(turns), turn == turns[-1])
         starts.append(len(before))
@@ -446,7 +430,7 @@ def _by_beginnings(
             if tail is not None and text.startswith(content + tail, start):
                 end = start + len(content) + len(tail)
             else:
-                whole = render(tokenizer, [messages[: turn + 1]], [where], False, row.tools)[0]
+                whole = render(tokenizer, [messages[: turn + 1]], [row.where], False, row.tools)[0]
                 if not text.startswith(whole):
                     return _rewritten(len(turns), False)
                 end = len(whole)
@@ -510,7 +494,7 @@ def _by_marks(
     return [(*mark, number) for mark, number in zip(marks[0], spoken, strict=True) if number in turns]
 
 
-def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, where: str, known: set[tuple[str, str]]) -> None:
+def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, known: set[tuple[str, str]]) -> None:
     """Refuse what the template would leave out of a row: a system message, tools, keys of a message. Raises DataError.
 
     A key that was seen to reach the text, or to number messages only, is added to `known` and not looked at again.
@@ -518,20 +502,23 @@ def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, where: str, 
     keys = {(message["role"], key) for message in row.messages for key in message} - known
     whole = None
     for role, key in sorted((role, key) for role, key in keys if key not in ("role", "content", *PAIRED)):
-        whole = whole if whole is not None else _text_of(tokenizer, row.messages, row.tools, where)
+        whole = whole if whole is not None else _text_of(tokenizer, row.messages, row.tools, row.where)
         without = [
             {k: v for k, v in message.items() if k != key or message["role"] != role} for message in row.messages
         ]
-        if _text_of(tokenizer, without, row.tools, where) == whole:
+        if _text_of(tokenizer, without, row.tools, row.where) == whole:
             raise DataError(
-                f"{where}: a message of the {role} has the key {key!r}, which the chat template leaves out: say data.ignore={key}, "
-                "or give a template that writes it."
+                f"{row.where}: a message of the {role} has the key {key!r}, which the chat template leaves out: say "
+                f"data.ignore={key}, or give a template that writes it."
             )
         known.add((role, key))
     if row.tools is not None and ("", "tools") not in known:
-        if _text_of(tokenizer, row.messages, None, where) == _text_of(tokenizer, row.messages, row.tools, where):
+        if _text_of(tokenizer, row.messages, None, row.where) == _text_of(
+            tokenizer, row.messages, row.tools, row.where
+        ):
             raise DataError(
-                f"{where}: the row has tools, which the chat template leaves out: say data.ignore=tools, or give a template for tools."
+                f"{row.where}: the row has tools, which the chat template leaves out: say data.ignore=tools, or give a template for "
+                "tools."
             )
         known.add(("", "tools"))
 
@@ -560,7 +547,7 @@ def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fol
     def encode(rows: Sequence[Example]) -> list[list[Encoded]]:
         for row in rows:
             if row.tools is not None or any(len(message) > 2 for message in row.messages):
-                check_reaches(tokenizer, row, row.where, known)
+                check_reaches(tokenizer, row, known)
         spoken = talks(tokenizer, rows, answers, fold)
         for row, held in zip(rows, spoken, strict=True):
             first = row.messages[0]

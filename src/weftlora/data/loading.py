@@ -203,8 +203,7 @@ Made = tuple[int, str | None, list[Encoded]]
 
 
 def draw(split: Split, encode: Encode, limit: int | None, seed: int) -> Iterator[Made]:
-    """The filled rows that are looked at with what becomes of them: all in order, or in a drawn order until `limit` are of use."""
-    empty = split.looked.empty
+    """The rows that are looked at with what becomes of them: all in order, or in a drawn order until `limit` are of use."""
     order = split.indices.tolist()
     if limit is not None and limit < len(order):
         random = Random(seed)
@@ -220,13 +219,18 @@ def draw(split: Split, encode: Encode, limit: int | None, seed: int) -> Iterator
         if size <= 0:
             return
         some, order = order[:size], order[size:]
-        held = [index for index in some if not empty[index]]
-        rows = split.looked.examples(held)
-        made = {index: (row.domain, parts) for index, row, parts in zip(held, rows, encode(rows), strict=True)}
+        made = {each[0]: each for each in encoded_rows(split, encode, some)}
         for index in some:
-            domain, parts = made.get(index, (None, []))
+            _, _, parts = each = made.get(index, (index, None, []))
             useful += bool(parts)
-            yield index, domain, parts
+            yield each
+
+
+def encoded_rows(split: Split, encode: Encode, indices: Sequence[int]) -> list[Made]:
+    """The rows at `indices` that are not empty, with what becomes of them."""
+    held = [index for index in indices if not split.looked.empty[index]]
+    rows = split.looked.examples(held)
+    return [(index, row.domain, parts) for index, row, parts in zip(held, rows, encode(rows), strict=True)]
 
 
 def features(form: Format, task: Task, domain: bool) -> Any:
@@ -245,19 +249,20 @@ def features(form: Format, task: Task, domain: bool) -> Any:
     return Features(columns | {name: Value(kind) for name, kind in BOOKS.items()})
 
 
-def _columns(made: Sequence[tuple[int, str | None, Encoded]], names: Sequence[str]) -> dict[str, list[Any]]:
+def _columns(made: Sequence[Made], names: Sequence[str]) -> dict[str, list[Any]]:
     """Rows of tokens by column; each with the index and the domain of the row it came of."""
+    flat = [(index, domain, part) for index, domain, parts in made for part in parts]
     columns: dict[str, list[Any]] = {
-        "input_ids": [part.input_ids for _, _, part in made],
-        "attention_mask": [[1] * len(part.input_ids) for _, _, part in made],
-        "labels": [part.labels for _, _, part in made],
-        "prompt": [part.prompt for _, _, part in made],
-        "completion": [part.answer for _, _, part in made],
-        "domain": [domain for _, domain, _ in made],
-        "index": [index for index, _, _ in made],
-        "truncated": [part.truncated for _, _, part in made],
-        "joined": [part.joined for _, _, part in made],
-        "answer_tokens": [_answer_tokens(part) for _, _, part in made],
+        "input_ids": [part.input_ids for _, _, part in flat],
+        "attention_mask": [[1] * len(part.input_ids) for _, _, part in flat],
+        "labels": [part.labels for _, _, part in flat],
+        "prompt": [part.prompt for _, _, part in flat],
+        "completion": [part.answer for _, _, part in flat],
+        "domain": [domain for _, domain, _ in flat],
+        "index": [index for index, _, _ in flat],
+        "truncated": [part.truncated for _, _, part in flat],
+        "joined": [part.joined for _, _, part in flat],
+        "answer_tokens": [_answer_tokens(part) for _, _, part in flat],
     }
     return {name: columns[name] for name in names}
 
@@ -316,23 +321,16 @@ class Encoder:
         from datasets import Dataset
 
         made = sorted(draw(split, self.encode, limit, self.seed), key=lambda each: each[0])
-        rows = _columns([(index, domain, part) for index, domain, parts in made for part in parts], list(self.types))
+        rows = _columns(made, list(self.types))
         return Dataset.from_dict(rows, features=self.types), np.array([index for index, _, _ in made], np.int64)
 
     def _to_file(self, split: Split, name: str) -> tuple[Dataset, Numbers]:
         from datasets import Dataset
 
-        folder, empty = self.place.folder(), split.looked.empty
+        folder = self.place.folder()
 
         def encoded(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-            indices = [index for index in batch["index"] if not empty[index]]
-            rows = split.looked.examples(indices)
-            made = [
-                (index, row.domain, part)
-                for index, row, parts in zip(indices, rows, self.encode(rows), strict=True)
-                for part in parts
-            ]
-            return _columns(made, list(self.types))
+            return _columns(encoded_rows(split, self.encode, batch["index"]), list(self.types))
 
         with quiet():
             held = Dataset.from_dict({"index": split.indices}).map(

@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,14 +76,31 @@ def bad_row(name: str | Path, line: int, what: str, unit: str = "line") -> DataE
 
 
 def taken(rows: Sequence[Row], indices: Sequence[int]) -> list[Row]:
-    """The rows at `indices`; a table gives them at once."""
-    return rows.taken(indices) if isinstance(rows, Table) else [rows[index] for index in indices]
+    """The rows at `indices`; what is stored may give them at once."""
+    return rows.taken(indices) if isinstance(rows, Stored) else [rows[index] for index in indices]
+
+
+class Stored(Sequence[Row]):
+    """Rows that are made when they are asked for."""
+
+    @abstractmethod
+    def taken(self, indices: Sequence[int]) -> list[Row]:
+        """The rows at `indices`."""
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return self.taken(range(*index.indices(len(self))))
+        return self.taken([index])[0]
 
 
 # ---------------------------------------------------------------------- tables
 
 
-class Table(Sequence[Row]):
+class Table(Stored):
     """Rows of a `Dataset`, made when they are asked for. Class labels are read as their names."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
@@ -98,15 +116,6 @@ class Table(Sequence[Row]):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return self.taken(range(*index.indices(len(self))))
-        return self.taken([index])[0]
 
     def __iter__(self) -> Iterator[Row]:
         for start in range(0, len(self), 1000):
@@ -372,7 +381,7 @@ def flat(source: Source) -> list[Source]:
     return source.rows.sources if isinstance(source.rows, Several) else [source]
 
 
-class Lines(Sequence[Row]):
+class Lines(Stored):
     """The objects of a file with one JSON object a line. Where lines begin is known, and no row is held."""
 
     def __init__(self, name: str, path: Path, piece: int = 1 << 24) -> None:
@@ -436,17 +445,14 @@ class Lines(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
+    def taken(self, indices: Sequence[int]) -> list[Row]:
         if self._open is None or self._open[0] != os.getpid():
             self._open = (os.getpid(), os.open(self.path, os.O_RDONLY))
-        start = int(self.starts[index])
-        return self._row(os.pread(self._open[1], int(self.ends[index]) - start, start), int(self.numbers[index]))
+        out = []
+        for index in indices:
+            start, end = int(self.starts[index]), int(self.ends[index])
+            out.append(self._row(os.pread(self._open[1], end - start, start), int(self.numbers[index])))
+        return out
 
     def __iter__(self) -> Iterator[Row]:
         with self.path.open("rb") as file:
