@@ -19,6 +19,8 @@ import weftlora
 from families import FAMILIES
 from weftlora.adapted.layer import WeftLinear
 from weftlora.errors import AdapterError, ConfigError, DataError, MissingExtraError, ModelError, RunError, WeftError
+from weftlora.inspection.inspecting import _check_finite
+from weftlora.inspection.subject import live_subject
 from weftlora.report.inspection import page
 
 
@@ -78,6 +80,19 @@ def test_an_adapter_that_diverged_is_named(tmp_path: Path):
         assert "q_proj holds values" in refused(AdapterError, model)
     model.save_pretrained(str(tmp_path))
     assert "not finite" in refused(AdapterError, tmp_path, base=False)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float64, 1e300), (torch.float8_e4m3fn, 1.0)])
+def test_values_are_finite_in_the_type_that_they_have(dtype: torch.dtype, value: float):
+    """Beyond what fp32 holds, and in a type that has no such test of its own."""
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
+    a = next(m for m in model.modules() if isinstance(m, WeftLinear)).site("default").structure.A
+    subject = live_subject(model, None, "here")
+    a.data = torch.full(a.shape, value, dtype=torch.float64).to(dtype)
+    _check_finite(subject)
+    a.data = torch.full(a.shape, float("nan")).to(dtype)
+    with pytest.raises(AdapterError, match="not finite"):
+        _check_finite(subject)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,10 @@ _NOT_A_FOLDER = {"inputs": "give data=, a file of rows", "adapter": "a folder ho
 
 def _check_finite(subject: Subject) -> None:
     tensors = ((name, t) for name, site in subject.sites.items() for t in (*site.parameters(), *site.buffers()))
-    if site := next((name for name, t in tensors if t.is_floating_point() and not t.float().isfinite().all()), None):
+    wide = (
+        (name, t if t.element_size() > 1 else t.float()) for name, t in tensors if t.is_floating_point()
+    )  # no test for 8 bits
+    if site := next((name for name, t in wide if not t.isfinite().all()), None):
         raise AdapterError(
             f"{site} holds values of the adapter that are not finite, as after a training that diverged: nothing can be measured; "
             "inspect an earlier checkpoint, or train with a smaller rate."
