@@ -30,7 +30,7 @@ from weftlora.host.attach import warn_of_missing
 from weftlora.host.stock_lora import foreign_layers
 from weftlora.runs.base_model import HEADS
 from weftlora.runs.load import Trained, load_adapter, load_run, recipe_of
-from weftlora.runs.run import Run
+from weftlora.runs.run import Run, adapter_in
 from weftlora.runs.scores import batches as in_batches
 
 ROWS, BATCH = 8, 4
@@ -146,7 +146,7 @@ def _in_folder(folder: Path, base: str | Path | None) -> Source:
         raise ConfigError(
             f"base={MEMORY!r} means the weights of a model in memory, and {folder} is a folder: name the folder of its base."
         )
-    inside = Path(os.path.abspath(folder / "adapter" if (folder / "run.json").is_file() else folder))
+    inside = Path(os.path.abspath(adapter_in(folder)))
     holder = next((p for p in (inside.parent, inside.parent.parent) if (p / "run.json").is_file()), None)
     place = None if base is None else str(base)
     if holder is not None and inside == holder / "adapter":

@@ -19,7 +19,7 @@ from weftlora.inspection.core_directions import DirectionsReport, Question, True
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
 from weftlora.runs.load import borrowed, load_base, load_run, put_in
-from weftlora.runs.run import Run
+from weftlora.runs.run import Run, adapter_in
 
 Folder = str | Path
 Inputs = Iterable[Mapping[str, Any]]
@@ -139,7 +139,7 @@ class _Saved:
     @classmethod
     def at(cls, folder: Folder) -> _Saved:
         path = Path(folder)
-        inside = path / "adapter" if (path / "run.json").is_file() else path
+        inside = adapter_in(path)
         if not (inside / "adapter_config.json").is_file():
             raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
         holder = next((p for p in (inside.parent, inside.parent.parent) if (p / "run.json").is_file()), None)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
@@ -420,10 +420,7 @@ def read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} has {len(text):,} characters, and {LARGEST:,} are read: give a shorter one.")
     loader = None
     try:
-        try:
-            _check_depth(text)
-        except (ValueError, OverflowError) as error:  # an escape beyond the last character, a version of many digits
-            raise yaml.constructor.ConstructorError(None, None, str(error), None) from None
+        _check_depth(text)
         loader = _Yaml(text)
         node = loader.get_single_node()
         if node is None:
@@ -445,7 +442,7 @@ def read_yaml(text: str, where: str) -> Any:
 def _check_depth(text: str) -> None:
     """Refuse what is nested too deep for a reader that calls itself. Raises YAMLError."""
     depth = 0
-    for event in yaml.parse(text, Loader=_Yaml):
+    for event in _events(text):
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > DEEPEST:
@@ -453,6 +450,13 @@ def _check_depth(text: str) -> None:
                 raise yaml.constructor.ConstructorError(None, None, said, cast(Any, event.start_mark))
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+
+
+def _events(text: str) -> Iterator[Any]:
+    try:
+        yield from yaml.parse(text, Loader=_Yaml)
+    except (ValueError, OverflowError) as error:  # an escape beyond the last character, a version of many digits
+        raise yaml.constructor.ConstructorError(None, None, str(error), None) from None
 
 
 def _size(node: Any, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:

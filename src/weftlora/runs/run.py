@@ -165,6 +165,11 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
 """What the values inside of run.json's sections are; what is not there is looked for where it is needed."""
 
 
+def adapter_in(folder: Path) -> Path:
+    """The adapter folder of a run folder; an adapter folder is its own."""
+    return folder / "adapter" if (folder / "run.json").is_file() else folder
+
+
 def check_source(folder: Path) -> None:
     """Refuse a path that cannot be a run folder or an adapter folder. Raises AdapterError."""
     if not folder.exists():

@@ -60,14 +60,13 @@ class Speaker:
     how: Prompting
 
     @classmethod
-    def opened(cls, source: Run | str | Path, base: str | None) -> Speaker:
-        """A run, a run folder or an adapter folder, ready to answer; an adapter folder in its run's is that run.
+    def opened(cls, source: Run | str | Path, how: Prompting, base: str | None) -> Speaker:
+        """A run, a run folder or an adapter folder, ready to answer what `how` writes out.
 
         Raises:
             AdapterError, ModelError, RunError: as `open_source`; ModelError also for a classifier.
         """
-        run = run_of(source)
-        trained, how = open_source(run if run is not None and run is source else source, base), Prompting.of(run)
+        trained = open_source(source, base)
         if trained.task == "classification":
             raise ModelError(f"{source} is a classifier and generates no text: use `weftlora eval` on it.")
         stop_at_turns(trained, how.form)
@@ -109,8 +108,9 @@ def generate(
 ) -> Generation:
     """See `weftlora.train.generate`."""
     check_sampling(max_new_tokens, temperature)
-    Prompting.of(run_of(source)).written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
-    return Speaker.opened(source, base).answer(prompt, system, raw, max_new_tokens, temperature, seed)
+    how = Prompting.of(run_of(source))
+    how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
+    return Speaker.opened(source, how, base).answer(prompt, system, raw, max_new_tokens, temperature, seed)
 
 
 def check_sampling(max_new_tokens: int, temperature: float) -> None:
@@ -165,8 +165,9 @@ def chat(
 ) -> Conversation:
     """See `weftlora.train.chat`."""
     check_sampling(max_new_tokens, temperature)
-    Prompting.of(run_of(source)).written("", system)
-    return Conversation(Speaker.opened(source, base), system, max_new_tokens, temperature, seed)
+    how = Prompting.of(run_of(source))
+    how.written("", system)
+    return Conversation(Speaker.opened(source, how, base), system, max_new_tokens, temperature, seed)
 
 
 def run_of(source: Run | str | Path) -> Run | None:

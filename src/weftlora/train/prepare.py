@@ -28,7 +28,7 @@ from weftlora.runs.base_model import Fingerprint, fingerprint
 from weftlora.runs.identity import Weights
 from weftlora.runs.load import put_in
 from weftlora.runs.recipe import Recipe, Task, TrainConfig
-from weftlora.runs.run import Run, check_source
+from weftlora.runs.run import Run, adapter_in, check_source
 from weftlora.runs.scores import evaluating
 from weftlora.scoring.rows import Rows, tokens_of
 from weftlora.terms.axes import AXES
@@ -213,7 +213,7 @@ def locate_adapter(recipe: Recipe) -> Path:
     """The adapter folder that `train.from` names. Raises AdapterError."""
     folder = resolve_path(str(recipe.train.from_adapter), recipe.base_dir)
     check_source(folder)
-    return folder / "adapter" if (folder / "run.json").is_file() else folder
+    return adapter_in(folder)
 
 
 def go_on(plain: PreTrainedModel, config: PeftConfig, folder: Path, mark: Fingerprint) -> PeftModel:
