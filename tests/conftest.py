@@ -18,26 +18,6 @@ torch.set_num_threads(1)
 pytest_plugins = ["looking", "small_runs"]  # adapters that were trained a little and a browser; recipes on tiny bases
 
 
-PARTS = {
-    "sharded": (
-        *("test_testing.py", "host/test_training.py", "compare/test_running.py", "search/test_processes.py"),
-        *("schedule/test_processes.py", "schedule/test_allocate_processes.py"),
-    ),
-    "slow": ("test_stranger.py", "test_extras.py", "smoke/"),
-    "kills": ("train/test_kills.py", "compare/test_kills.py"),
-}
-"""Files whose tests belong to another part of `make check` than `unit`, or to `make soak` (kills), by the marker that it runs."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
-        for marker, files in PARTS.items():
-            if place.startswith(files):
-                item.add_marker(marker)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _garbage_is_only_of_this_module() -> None:
     """Takes what is loaded by now from the collector's sight.

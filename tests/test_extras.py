@@ -14,6 +14,8 @@ from packaging.version import Version
 import weftlora
 from weftlora.extras import EXTRAS, PURPOSES
 
+pytestmark = pytest.mark.slow
+
 BLOCKED = sorted(
     {name for names in EXTRAS.values() for name in names} - {"yaml", "jinja2"}
 )  # which torch and peft bring
@@ -84,7 +86,6 @@ def python(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd)
 
 
-@pytest.mark.slow
 def test_adapt_train_save_load_export_and_merge_with_the_core_alone(tmp_path: Path) -> None:
     for code in (WORK, AGAIN):
         done = python(code, cwd=tmp_path)
@@ -124,7 +125,6 @@ def alone(extra: str, code: str, *arguments: str, cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_an_extra_alone_is_enough_for_what_it_is_for(tmp_path: Path) -> None:
     alone("train", TRAIN, cwd=tmp_path)
     alone("compare", COMPARE, cwd=tmp_path)

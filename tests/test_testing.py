@@ -17,6 +17,8 @@ from weftlora.terms.structure import OutsideTerm
 from weftlora.terms.structure.plain import PlainTerm
 from weftlora.testing import Checked, check_processes, check_term
 
+pytestmark = pytest.mark.sharded
+
 
 @pytest.fixture(autouse=True)
 def _own_classes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ import killed_comparison
 import pytest
 from comparing import quality
 
+pytestmark = pytest.mark.kills
+
 KILLS = 5
 
 
-@pytest.mark.slow
 def test_a_comparison_killed_five_times_ends_as_the_uninterrupted_one(tmp_path: Path):
     command = [sys.executable, killed_comparison.__file__, str(tmp_path), str(KILLS)]
     parts = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # where pytest finds what tests share

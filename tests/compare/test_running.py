@@ -26,6 +26,8 @@ from weftlora.disk.files import read_json, write_json
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.runs.run import Run
 
+pytestmark = pytest.mark.sharded
+
 Tried = tuple[dict[str, Any], Comparison]
 
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 import weftlora
 from families import FAMILIES, STRUCTURES, adapter_config, logits, randomise, trainable
 
+pytestmark = pytest.mark.sharded
+
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 ROWS = 16 * FAMILIES["llama"].batch()["input_ids"][:1].tolist()  # one text to learn by heart: the loss falls at once
 ARGUMENTS = {

@@ -7,6 +7,8 @@ import torch
 from pairing import both_of
 from two_processes import CASES, DTYPES, made, train
 
+pytestmark = pytest.mark.sharded
+
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:

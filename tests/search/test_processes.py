@@ -14,6 +14,8 @@ from two_searches import CASES, identity, searched
 import weftlora
 from weftlora.terms.layers.search import weights
 
+pytestmark = pytest.mark.sharded
+
 HERE = Path(__file__).parent
 
 

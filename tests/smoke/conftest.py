@@ -55,6 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.xdist_group(f"smoke {item.path.stem}"))
+            item.add_marker(pytest.mark.slow)
     if ROW:  # whether this is the row at all is said before anything else is tried in it
         items.sort(key=lambda item: item.path.name != "test_versions.py")
 

@@ -15,6 +15,8 @@ import tiny_bases as tiny
 import weftlora
 from weftlora.recipes import RECIPES
 
+pytestmark = pytest.mark.kills
+
 HERE = Path(__file__).parent
 
 
