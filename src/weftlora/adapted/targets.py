@@ -55,7 +55,7 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
         return base.in_features, base.out_features
     if isinstance(base, nn.Embedding):
         raise TargetError(
-            f"{name} is an embedding, which has no low-rank site: "
+            f"{name} is an embedding, which takes no low-rank update: "
             f"train it in full with modules_to_save=[{_last(name)!r}]."
         )
     if isinstance(base, nn.modules.conv._ConvNd):

@@ -45,7 +45,7 @@ class Diagnosis(Record):
     kernel: str | None
     """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off; None where torch does not load."""
     demo: bool
-    """Whether the embedded model is there."""
+    """Whether the bundled model is there."""
     data: str | None
     """WEFT_DATA, where the real models and data lie."""
     free_gib: float

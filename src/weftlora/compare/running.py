@@ -128,8 +128,8 @@ def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
             continue  # a comparison of before a rate could be left out
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
-                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "
-                "with --out, or start anew with --overwrite."
+                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: continue it as it was, choose another folder "
+                "with --out, or start again with --overwrite."
             )
 
 

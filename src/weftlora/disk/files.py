@@ -138,7 +138,7 @@ class Output:
         path = self.path
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise RunError(
-                f"cannot write {path}: {path.parent} is no folder that can be written to; choose another file."
+                f"cannot write {path}: {path.parent} is not a folder that can be written to; choose another file."
             )
         if path.is_dir():
             raise RunError(f"cannot write {path}: it is a folder; choose another file.")

@@ -54,7 +54,7 @@ BUILTIN = {
         Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
         Builtin(
             "lora_init",
-            "LoRA, begun anew along the directions of W it moved most",
+            "LoRA, restarted along the directions of W that training moves most",
             "arXiv:2409.01035",
             {"after": 10},
             5e-3,

@@ -131,4 +131,4 @@ def forget_moments(parameter: nn.Parameter) -> None:
 
 def _warn(names: list[str], sentence: str) -> None:
     if names:
-        warnings.warn(f"{len(names)} sites such as {names[0]} {sentence}", stacklevel=3)
+        warnings.warn(f"{len(names)} modules such as {names[0]} {sentence}", stacklevel=3)

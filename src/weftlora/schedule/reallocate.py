@@ -145,8 +145,8 @@ class ReallocateController:
             )
         if choice.needs_data and given < choice.rows:
             warnings.warn(
-                f"{choice.title}(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
-                "on all of them: give more, or lower rows.",
+                f"{choice.title}(rows={choice.rows}) scores on that many validation rows and {given} were given, so every round "
+                "scores on all of them: give more, or lower rows.",
                 stacklevel=4,
             )
         self.scorer = rows.slots(choice)

@@ -194,7 +194,7 @@ def _announce(run: Run, prepared: Prepared) -> None:
         log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
     for line in prepared.data.columns:
         log.info("%s", line)
-    log.info("the first row, what is learnt in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
+    log.info("the first row, what is learned in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
     for sentence in lost_rows(run):
         log.warning("%s", sentence)
     if prepared.defaults:
