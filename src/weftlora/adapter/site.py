@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from weftlora.adapter.buffers import Remembered
 from weftlora.errors import ConfigError, MergeError
-from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight
+from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight, used
 from weftlora.kernel.dropout import dropped
 from weftlora.terms.boost import Boost, BoostTerm
 from weftlora.terms.layers import Layers
@@ -154,18 +154,22 @@ class Site(nn.Module):
             raise ConfigError(self.untrained)
 
     def _listener(self) -> Callable[[Tensor], None] | None:
-        """Who wants to see the router's weights in this forward; nobody in a recomputation."""
+        """Who wants to see the router in this forward, nobody in a recomputation: the recorder all weights, the meter those used."""
         recorder, meter = self.recorder, self.gate_meter
         if (recorder is None and meter is None) or _in_backward():
             return None
-        if recorder is None or meter is None:
-            return recorder or meter
 
-        def both(omega: Tensor) -> None:
-            recorder(omega)
-            meter(omega)
+        def tell(omega: Tensor) -> None:
+            if recorder is not None:
+                recorder(omega)
+            if meter is not None:
+                meter(self.used(omega))
 
-        return both
+        return tell
+
+    def used(self, omega: Tensor) -> Tensor:
+        """Of a router's weights [..., N] those that its heads are mixed with."""
+        return used(omega, self.structure.factors(self.scale).top)
 
     def roles(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
         """The parameters that the site's terms own, each with its name in its term and what it does in the equation, if its term
