@@ -206,7 +206,7 @@ def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tup
         b = f.v.detach().to(b)[:, None] * b
     if f.router is not None:
         omega = (gate or MeanGate(site)).mean(f.heads).to(b)
-        b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
+        b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, len(a))), omega)
     if (twins := _slots(site.start, site, f.scale)) is not None:
         # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly 0 right after the switch, where the other form leaves rounding
         live = site.live()  # as in f, which has no other slots
