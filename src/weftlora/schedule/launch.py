@@ -106,6 +106,9 @@ class LaunchController:
             applied = self.launch.apply(member.site, found, site.largest)
             for parameter in applied.fresh:
                 forget_moments(parameter)
+            for parameter in applied.resting:
+                parameter.grad = None
+                forget_moments(parameter)
             told[member.name] = {
                 "index": found.index.tolist(),
                 "sigma": found.sigma.tolist(),
