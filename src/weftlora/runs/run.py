@@ -9,7 +9,6 @@ checkpoints/    what --resume continues from
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from weftlora.disk.files import append_json, check_regular, read_json, read_lines, write_json, writing
+from weftlora.disk.files import append_json, check_regular, read_json, read_lines, why_no_file, write_json, writing
 from weftlora.disk.lock import NAME, is_held
 from weftlora.disk.ownership import (
     FOLDERS,
@@ -208,8 +207,10 @@ def check_free(folder: Path, overwrite: bool) -> None:
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir():
         raise RunError(f"the run folder {folder} cannot be made: {nearest} is a file.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"the run folder {folder} cannot be made: {nearest} is read-only; choose another with out=....")
+    if reason := why_no_file(nearest):
+        raise RunError(
+            f"the run folder {folder} cannot be made: {nearest} takes no new file ({reason}); choose another with out=...."
+        )
 
 
 FREE_TO_EXTEND = FREE_ON_RESUME | {

@@ -2,7 +2,8 @@
 
     checkpoint   the run's last one, copied, with its optimiser, its random state and what it has logged
     schedule     begins again at that step: the run's own, warm-up included, from the full rate over the added steps alone
-    fractions    of the run (`train.warmup`) are of the added steps
+    fractions    of the run (`train.warmup`, and times of a method that are still to come) are of the added steps; what has happened
+                 stays
 
 It is not the run that would have been, had it been given so many steps from the start: that one's rate would have fallen more slowly.
 """

@@ -100,7 +100,10 @@ def _train(
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
     started = time.monotonic()
-    prepared = prepare(recipe, None if before is None else before.adapter)
+    begins = 0 if before is None else before.extends.get("step", 0)
+    if extends is not None and (newest := checkpoint.newest(extends.checkpoints)) is not None:
+        begins = checkpoint.step_of(newest)
+    prepared = prepare(recipe, None if before is None else before.adapter, begins)
     if prepared.adapter is None:
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
@@ -117,9 +120,7 @@ def _train(
         last = extending.point(extends, run.steps)
         run = dataclasses.replace(run, extends=extending.described(extends, last))
     validate = prepared.data.validation is not None
-    args = arguments.arguments(
-        prepared.recipe.train, run.checkpoints, run.steps, validate, before=run.extends.get("step", 0)
-    )
+    args = arguments.arguments(prepared.recipe.train, run.checkpoints, run.steps, validate, before=begins)
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
         expected = known if isinstance(known, dict) else None

@@ -71,11 +71,12 @@ class Prepared:
         return True
 
 
-def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
+def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int = 0) -> Prepared:
     """Load and adapt what `recipe` names; writes nothing.
 
     Args:
         begun: the adapter's config in the record of the run that is continued.
+        begins: the last step of the run that is extended.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
@@ -132,6 +133,7 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
             steps_per_epoch=per_epoch,
             validation=rows,
             tokens_per_step=per_step,
+            begins=begins if begins < steps else None,  # which `extending.point` refuses
         )
     _ready_for_checkpointing(plain, recipe)
     measured = rows_to_measure(recipe.train, data, steps)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +127,33 @@ class _Measured:
         return metrics
 
 
+class Card:
+    """The model card of a run's checkpoints, which peft writes from its template once: the next ones get a copy.
+
+    The template costs peft as much as all the rest of saving a small adapter.
+    """
+
+    text: str | None = None
+
+    @contextlib.contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        """While checkpoints of `model` are written."""
+
+        def written(folder: str) -> None:
+            file = Path(folder) / "README.md"
+            if self.text is None or file.exists():
+                type(model).create_or_update_model_card(model, folder)
+                self.text = file.read_text(encoding="utf-8") if file.exists() else None
+            else:
+                file.write_text(self.text, encoding="utf-8")
+
+        model.create_or_update_model_card = written
+        try:
+            yield
+        finally:
+            del model.create_or_update_model_card
+
+
 class _Logged:
     """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
 
@@ -134,6 +163,7 @@ class _Logged:
 
     _not_logged: torch.Tensor | None = None
     _brought: float | None = None
+    _card: Card
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *given: Any, **more: Any) -> Any:
         parent: Any = super()
@@ -147,7 +177,8 @@ class _Logged:
             mean = trainer.accelerator.gather(self._not_logged.detach()).mean().item()
             kept = {"sum": mean, "since": trainer._globalstep_last_logged}
             trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
-        parent._save_checkpoint(model, trial)
+        with self._card.of(trainer.model):
+            parent._save_checkpoint(model, trial)
 
     def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
         parent: Any = super()
@@ -227,7 +258,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
-    added: dict[str, Any] = {"prepared": prepared}
+    added: dict[str, Any] = {"prepared": prepared, "_card": Card()}
     if run.extends:
         mixins.insert(0, Extended)
         added["extends_at"] = run.extends["step"]
