@@ -53,7 +53,7 @@ def spoken(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             "model": str(chat_base),
             "data": {"train": str(tiny.write_rows(folder / "chat.jsonl", rows)), "validation_fraction": 0},  # type: ignore[arg-type]
             "adapter": {"recipe": "lora", "r": 8},
-            "train": {"steps": 80, "batch_size": 16, "lr": 2e-2, "save_every": 0},
+            "train": {"steps": 80, "batch_size": 16, "lr": 2e-2, "save_every": 0, "samples": "c"},
             "out": str(folder / "run"),
         }
     )
@@ -64,6 +64,8 @@ def test_a_chat_adapter_answers(spoken: Run) -> None:
     found = weftlora.generate(spoken, "c", max_new_tokens=6)
     assert (found.text, found.finished, found.note) == ("cc", True, "")
     assert found.given == "u c</s>a "
+    (sample,) = spoken.samples()
+    assert (sample["step"], sample["given"], sample["text"], sample["finished"]) == (80, found.given, "cc", True)
     raw = weftlora.generate(spoken, "c", raw=True, max_new_tokens=6)
     assert raw.given == "c"
     assert raw.text != "cc"

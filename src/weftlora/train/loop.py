@@ -36,7 +36,7 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
-from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search
+from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search, sampling
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
@@ -108,6 +108,7 @@ def _train(
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
         )
+    sampling.asked(prepared)  # what is wrong with them is said before anything is written
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     last = None
     if before is not None:

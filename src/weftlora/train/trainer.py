@@ -27,6 +27,7 @@ from weftlora.train.callback import Finished, finish
 from weftlora.train.costs import Stopwatch, announce_measuring, timed
 from weftlora.train.extending import Extended
 from weftlora.train.prepare import Prepared
+from weftlora.train.sampling import Sampler
 
 log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -255,6 +256,8 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
+    if prepared.recipe.train.samples:
+        own.append(Sampler(run, prepared, progress))
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
