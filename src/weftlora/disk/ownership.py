@@ -34,7 +34,9 @@ _FILES = (
     "problem.json",
 )
 _EVALUATION = re.compile(r"eval-(test|validation)(-base)?\.json")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+PROMPTS = "prompts.json"
+"""What in an adapter folder says how its prompts were written out."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", PROMPTS)
 """What a run saves into adapter/."""
 REPLACED = "run"
 """What the folder is called after, with a temporary name, in which a run waits while another takes its place."""

@@ -20,6 +20,7 @@ from weftlora.disk.files import append_json
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.runs.adapter import write_prompts
 from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
@@ -81,6 +82,7 @@ class Recorder(TrainerCallback):
             self.run.check_there()
             if self.prepared.name_weights(self.run):  # before the first one counts
                 self.run.save()
+            write_prompts(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run)
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
