@@ -300,6 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),
     "step-setting": lambda: _table(*docs_bench.setting("step")),
+    "training": lambda: _table(*docs_bench.training("train")),
+    "rows": lambda: _table(*docs_bench.encoding("rows")),
     "step-dash": lambda: _table(*docs_bench.dash("step")),
 }
 

@@ -197,6 +197,15 @@ def _announce(run: Run, prepared: Prepared) -> None:
     for line in prepared.data.columns:
         log.info("%s", line)
     log.info("the first row, what is learnt in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
+    if prepared.recipe.data.packing:
+        how = getattr(prepared.model.config, "_attn_implementation", None)
+        log.info(
+            "packed rows: %s",
+            f"a batch is one row without padding ({how})"
+            if prepared.flat
+            else f"a batch is padded to its longest, since {how} attention works on a mask "
+            "(model.attn_implementation=flash_attention_2 on a GPU leaves the padding out)",
+        )
     for sentence in lost_rows(run):
         log.warning("%s", sentence)
     if prepared.defaults:

@@ -17,6 +17,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weftlora.data import generation_prompts
+from weftlora.data.loading import sample
 from weftlora.disk.files import append_json
 from weftlora.errors import ConfigError
 from weftlora.foreign_text import shortened, visible
@@ -65,7 +66,8 @@ def asked(prepared: Prepared) -> list[Asked]:
             f"train.samples={wanted} takes prompts from validation rows, and the data has none: set data.validation_fraction=0.1, or "
             "give prompts, as in train.samples=['What is the capital of Mali?']."
         )
-    rows = generation_prompts(data.validation, wanted)
+    drawn = sample(len(data.validation), wanted, prepared.recipe.train.seed)  # the first rows of a file are often alike
+    rows = generation_prompts(data.validation.select(drawn))
     return [Asked(_last_turn(prepared, row.prompt, row.input_ids), row.input_ids, row.reference) for row in rows]
 
 

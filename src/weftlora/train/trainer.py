@@ -279,7 +279,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         args=args,
         train_dataset=prepared.data.train.select_columns(_COLUMNS),
         eval_dataset=validation.select_columns(_COLUMNS) if validation is not None else None,
-        data_collator=prepared.collator,
+        data_collator=prepared.training_collator,
         callbacks=[*own, *extra],
         **options,
     )
