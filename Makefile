@@ -98,8 +98,10 @@ evidence: $(STAMP) ## the results under evidence/ and the pages made of them, on
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
 	$(BIN)/python scripts/evidence.py --all --jobs $(JOBS)
 
-bench: $(STAMP) ## the table of figures: a training step against the frozen base and stock peft LoRA (a quarter of an hour)
+bench: $(STAMP) ## the figures: a training step against the frozen base and stock peft LoRA, a whole training against a plain Trainer, rows against trl (an hour)
 	$(BIN)/weftlora bench step --all --rounds 9 --out bench/step.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_bench.py --out bench/train.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/rows_bench.py --large 2 --out bench/rows.json
 
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py

@@ -85,6 +85,8 @@ MEANING: dict[str, str] = {
     "train.precision": "`bf16` and `fp16` train under autocast",
     "train.gradient_checkpointing": "recompute activations in the backward pass",
     "train.eval_every": "optimiser steps between validation losses; left out, one at the end",
+    "train.samples": "prompts to answer at every measurement and at the end: of so many validation rows, or a list of yours",
+    "train.sample_tokens": "tokens that such an answer may have",
     "train.eval_rows": "validation rows measured each time, or `all`; left out, at most 512 and a quarter of the training's cost",
     "train.save_every": "optimiser steps between checkpoints; left out, about five in a run; 0, none",
     "train.keep": "complete checkpoints kept",
@@ -298,6 +300,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),
     "step-setting": lambda: _table(*docs_bench.setting("step")),
+    "training": lambda: _table(*docs_bench.training("train")),
+    "rows": lambda: _table(*docs_bench.encoding("rows")),
     "step-dash": lambda: _table(*docs_bench.dash("step")),
 }
 

@@ -82,6 +82,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             done.append(write(place, bare, config, sites, heads, choices.dtype, prover))
             if prover is not None and gates is not None:
                 done.append(replace(done[-1], approximation=prover.approximation(gates, measured)))
+            source.say_prompts(place)
             (place / "README.md").write_text(record.lora(done[-1], source, config), encoding="utf-8")
 
         folder.write(out, fill)

@@ -57,7 +57,7 @@ class LaunchController:
 
     def due(self, length: Length) -> int | None:
         """See `Controller`."""
-        return resolve(self.launch.choice.after, length.total_steps, length.steps_per_epoch)
+        return resolve(self.launch.choice.after, length.total_steps, length.steps_per_epoch, length.begins)
 
     def done(self) -> bool:
         """See `Controller`."""

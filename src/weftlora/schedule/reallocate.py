@@ -116,7 +116,8 @@ class ReallocateController:
 
     def _steps(self, length: Length) -> list[int] | None:
         c = self.choice
-        return rounds(c.first, c.every, max(c.max_rounds, 1), length.total_steps, length.steps_per_epoch)
+        count = max(c.max_rounds, 1)
+        return rounds(c.first, c.every, count, length.total_steps, length.steps_per_epoch, length.begins)
 
     def done(self) -> bool:
         """See `Controller`."""

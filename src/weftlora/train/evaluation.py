@@ -108,7 +108,7 @@ def generate(
 ) -> Generation:
     """See `weftlora.train.generate`."""
     check_sampling(max_new_tokens, temperature)
-    how = Prompting.of(run_of(source))
+    how = prompting_of(source)
     how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
     return Speaker.opened(source, how, base).answer(prompt, system, raw, max_new_tokens, temperature, seed)
 
@@ -165,7 +165,7 @@ def chat(
 ) -> Conversation:
     """See `weftlora.train.chat`."""
     check_sampling(max_new_tokens, temperature)
-    how = Prompting.of(run_of(source))
+    how = prompting_of(source)
     how.written("", system)
     return Conversation(Speaker.opened(source, how, base), system, max_new_tokens, temperature, seed)
 
@@ -185,6 +185,12 @@ def run_of(source: Run | str | Path) -> Run | None:
     inside = folder.resolve().name == "adapter" or above.name == "checkpoints"
     holder = above if folder.resolve().name == "adapter" else above.parent
     return Run.load(holder) if inside and (holder / "run.json").is_file() else None
+
+
+def prompting_of(source: Run | str | Path) -> Prompting:
+    """How prompts of a run, or of an adapter folder in its run or out of it, were written out. Raises AdapterError, RunError."""
+    run = run_of(source)
+    return Prompting.of_adapter(Path(source)) if run is None and not isinstance(source, Run) else Prompting.of(run)
 
 
 def open_source(source: Run | str | Path, base: str | None) -> Trained:
