@@ -59,6 +59,17 @@ def why_no_sft() -> str | None:
     return f"trl {trl.__version__} computes its loss by Triton, which is not installed here"
 
 
+def dequantising() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that make plain weights of a GGUF file.
+
+    transformers ≥ 5.20 or so keeps them packed, unless told so; the versions before know nothing else.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why the installed peft cannot carry weftlora's adapters, in one sentence; None if it can."""

@@ -1,6 +1,6 @@
 """A recipe: which model, which data, which adapter, how to train, where to write; from a file, or by its built-in name.
 
-    model:   demo | path | hub id | {path, dtype, task, attn_implementation}
+    model:   demo | smollm2 | path | hub id | {path, dtype, task, attn_implementation}
     data:    demo | path | the keys of `weftlora.data.DataConfig`
     adapter: a recipe name | {recipe: name, its fields} | {structure: ..., the other axes, r, ...} | none
     train:   steps or epochs, batch_size, lr, ...
@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
@@ -117,11 +117,13 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 
 
 class ModelConfig(RecipeSection):
-    """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
+    """The frozen base. `path` is a folder or a GGUF file (relative to the recipe file), a hub id, `demo`, `smollm2`,
+    `package:NAME/FOLDER` or `package:NAME/FILE.gguf`."""
 
     where: ClassVar[str] = "model"
     path: Annotated[str, AfterValidator(checked_path)] = "demo"
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
+    """Of the weights; none is float32, or bfloat16 where that is the checkpoint's own and faster (`weftlora.runs.precision`)."""
     task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
     trust_remote_code: Literal[False] = False
     attn_implementation: str | None = None
@@ -300,10 +302,15 @@ class Recipe(Subject):
         """The recipe with these values in its train section."""
         return self.model_copy(update={"train": self.train.model_copy(update=values)})
 
+    def with_dtype(self, dtype: str) -> Recipe:
+        """The recipe with its base's weights in this type."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
     def settled(self, kept: Mapping[str, Any]) -> Recipe:
-        """The recipe with what it leaves to the model, and the run that keeps `kept` has decided: its rate."""
-        lr = kept.get("train", {}).get("lr")
-        return self if self.train.lr is not None or not is_number(lr) else self.with_train(lr=float(lr))
+        """The recipe with what it leaves to the model or the machine, and the run that keeps `kept` has decided: rate and type."""
+        lr, dtype = kept.get("train", {}).get("lr"), kept.get("model", {}).get("dtype")
+        recipe = self if self.train.lr is not None or not is_number(lr) else self.with_train(lr=float(lr))
+        return recipe if self.model.dtype is not None or dtype not in get_args(Dtype) else recipe.with_dtype(dtype)
 
 
 def asked(

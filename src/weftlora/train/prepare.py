@@ -103,6 +103,9 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
+    if recipe.model.dtype is None:
+        recipe = recipe.with_dtype(base.precision.dtype)
+        defaults += (f"weights in {base.precision.dtype} {base.precision.why}",) if base.precision.why else ()
     if recipe.train.lr is None:
         chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
         recipe = recipe.with_train(lr=chosen.lr)
