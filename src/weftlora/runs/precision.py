@@ -53,7 +53,9 @@ def precision(asked: str | None, settings: Any) -> Precision:
     gain = bfloat16_gain()
     if gain < ENOUGH:
         return Precision("float32")
-    return Precision("bfloat16", f"as the model is stored; this CPU multiplies them {gain:.1f} times as fast as float32")
+    return Precision(
+        "bfloat16", f"as the model is stored; this CPU multiplies them {gain:.1f} times as fast as float32"
+    )
 
 
 @functools.cache
