@@ -217,6 +217,14 @@ def named(arguments_class: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name_in(arguments_class, key): value for key, value in values.items()}
 
 
+def grouped(arguments_class: type, by_length: bool) -> dict[str, Any]:
+    """The argument that puts rows of like length into one batch; transformers 4 has a switch for it, 5 a name."""
+    valid = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    if "train_sampling_strategy" in valid:
+        return {"train_sampling_strategy": "group_by_length"} if by_length else {}
+    return {"group_by_length": True} if by_length else {}
+
+
 def name_in(arguments_class: type, name: str) -> str:
     """What `arguments_class` calls the argument that is called `name` today; `name` itself where it has none of the names."""
     valid = {field.name for field in dataclasses.fields(arguments_class) if field.init}

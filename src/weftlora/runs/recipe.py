@@ -161,6 +161,8 @@ class TrainConfig(RecipeSection):
     keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
     """How many complete checkpoints stay on disk."""
     logging_every: int = Field(default=10, gt=0, le=MOST_OF_ALL)
+    group_by_length: bool | None = None
+    """Whether rows of like length are put into one batch; none does it where random batches would be padded much."""
     num_threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
     report_to: str | list[str] = "none"
     trainer: Literal["auto", "trainer", "sft"] = "auto"
@@ -307,9 +309,11 @@ class Recipe(Subject):
         return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
 
     def settled(self, kept: Mapping[str, Any]) -> Recipe:
-        """The recipe with what it leaves to the model or the machine, and the run that keeps `kept` has decided: rate and type."""
+        """The recipe with what it leaves to model, rows and machine, and the run that keeps `kept` has decided: rate, type, order."""
         lr, dtype = kept.get("train", {}).get("lr"), kept.get("model", {}).get("dtype")
         recipe = self if self.train.lr is not None or not is_number(lr) else self.with_train(lr=float(lr))
+        if recipe.train.group_by_length is None:  # a run of before there was a choice drew its rows at random
+            recipe = recipe.with_train(group_by_length=kept.get("train", {}).get("group_by_length") is True)
         return recipe if self.model.dtype is not None or dtype not in get_args(Dtype) else recipe.with_dtype(dtype)
 
 
@@ -334,9 +338,8 @@ def asked(
             before = Run.load(Path(recipe.out).expanduser()).whole()
     if before is not None:
         recipe = recipe.settled(before.recipe)
-        told = Recipe.read(before.recipe).model_dump(
-            mode="json"
-        )  # with the defaults of keys that are newer than the run
+        # with the defaults of keys that are newer than the run
+        told = Recipe.read(before.recipe).settled(before.recipe).model_dump(mode="json")
         check_continues(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
     if before is None or before.status != "complete":
         check_fields(recipe.adapter)
@@ -362,8 +365,8 @@ def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: 
     kept["train"] |= {"steps": None, "epochs": None}
     if not any(text.startswith("out=") for text in given):
         kept["out"] = f"{Path(source)}-{lengths[-1]}"
-    recipe = Recipe.read(kept, *given, base_dir=Path(before.base_dir), from_folder=True)
-    told = Recipe.read(before.recipe).model_dump(mode="json")
+    recipe = Recipe.read(kept, *given, base_dir=Path(before.base_dir), from_folder=True).settled(before.recipe)
+    told = Recipe.read(before.recipe).settled(before.recipe).model_dump(mode="json")
     check_extends(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
     recipe.check_places()
     return recipe, before
