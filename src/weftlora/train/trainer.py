@@ -23,7 +23,7 @@ from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
-from weftlora.train.costs import Stopwatch, announce_measuring, timed
+from weftlora.train.costs import Stopwatch, announce_measuring, measuring_seconds, timed
 from weftlora.train.extending import Extended
 from weftlora.train.prepare import Prepared
 
@@ -42,6 +42,8 @@ class Recorder(TrainerCallback):
         self.loss: float | None = None
         self.rate: float | None = None
         self.since = (time.monotonic(), 0)
+        rows = prepared.measured_on
+        self.measured_tokens = 0 if rows is None else sum(map(len, rows["input_ids"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,7 +74,20 @@ class Recorder(TrainerCallback):
             return
         if control.should_save:
             self.run.check_there()  # Trainer makes a folder anew where there is none
-        self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
+        self.progress(
+            Tick("train", state.global_step, state.max_steps, self.loss, self.rate, self._seconds_left(args, state))
+        )
+
+    def _seconds_left(self, args: TrainingArguments, state: TrainerState) -> float | None:
+        """Of the steps that are left, as long as those were that are timed, and of the measurements between and after them."""
+        sums, left = timed(state), state.max_steps - state.global_step
+        if not sums.steps:
+            return None
+        every = args.eval_steps if args.eval_strategy != "no" else None
+        times = bool(self.measured_tokens) * (
+            1 + (state.max_steps // every - state.global_step // every if every else 0)
+        )
+        return left * sums.seconds / sums.steps + times * measuring_seconds(sums, self.measured_tokens)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
