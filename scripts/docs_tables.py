@@ -32,8 +32,8 @@ MEANING: dict[str, str] = {
     "adapter": "which adapter; a bare string is a recipe's name",
     "train": "how long and how fast",
     "out": "the run folder, relative to the working folder",
-    "model.path": "a folder, a GGUF file, a hub id, `demo` for the bundled model or `smollm2` for a [real one](#a-real-model-by-one-word); relative "
-    "paths count from the recipe file",
+    "model.path": "a folder, a GGUF file, a hub id, `demo` for the bundled model or `smollm2` for a "
+    "[real one](#a-real-model-by-one-word); relative paths count from the recipe file",
     "model.dtype": "dtype of the base's weights; left out, `bfloat16` on a CPU that is faster with it if the checkpoint is in it too, "
     "else `float32`; `auto` is the checkpoint's own",
     "model.task": "`auto` takes it from the model and the data",
