@@ -48,12 +48,9 @@ TOKENS = 48
 STORY = "Once upon a time there was a little dog who liked to play in the park with his friends."
 STARTS = ("Once upon a time", "The little dog", "Lily wanted", "One day, they went to")
 
-QUESTIONS = (
-    "What is the capital of France?",
-    "Name three fruits.",
-    "Why is the sky blue?",
-    "Write a line about the sea.",
-)
+QUESTIONS = ("What is the capital of France?", "Name three fruits.", "Why is the sky blue?")
+ANSWERED = 24
+"""Tokens of an answer of SmolLM2."""
 ANSWER = "Ask me again tomorrow, for today the gardener is asleep under the apple tree."
 FORCED = """
 import json, sys
@@ -106,14 +103,14 @@ def trained(base: Path, ranks: dict[str, int], text: str = STORY) -> PeftModel:
     return model.eval()
 
 
-def greedy(model: PeftModel, base: Path, starts: Sequence[str] = STARTS) -> list[dict[str, Any]]:
+def greedy(model: PeftModel, base: Path, starts: Sequence[str] = STARTS, tokens: int = TOKENS) -> list[dict[str, Any]]:
     """Prompts in tokens, and what transformers answers with and without the adapter."""
     tokenizer, rows = AutoTokenizer.from_pretrained(base), []
     for start in starts:
         ids = tokenizer(start, return_tensors="pt").input_ids
 
         def answer(ids: torch.Tensor = ids) -> list[int]:
-            options = {"max_new_tokens": TOKENS, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+            options = {"max_new_tokens": tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
             found: list[int] = model.generate(input_ids=ids, **options)[0, ids.shape[1] :].tolist()
             return found
 
@@ -185,19 +182,19 @@ def on_smollm2(source: Path, python: str, work: Path) -> tuple[dict[str, Any] | 
         return str(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=not answer))
 
     model, truth, folder = trained(base, {}, turns(QUESTIONS[0], ANSWER)), work / "smollm2.json", work / "smollm2"
-    rows = greedy(model, base, [turns(question) for question in QUESTIONS])
+    rows = greedy(model, base, [turns(question) for question in QUESTIONS], ANSWERED)
     truth.write_text(json.dumps(rows), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     weftlora.export_lora(model, folder, uniform=True)
     lora = convert(source / "convert_lora_to_gguf.py", folder, work / "smollm2-lora.gguf", "--base", str(base))
     plain = convert(source / "convert_hf_to_gguf.py", base, work / "smollm2-f32.gguf")
     found: dict[str, Any] = {
-        "file": quantised.name, "prompts": len(rows), "tokens": TOKENS,
+        "file": quantised.name, "prompts": len(rows), "tokens": ANSWERED,
         "changed_by_adapter": sum(row["live"] != row["base"] for row in rows),
     }  # fmt: skip
     for what, file in (("dequantised", plain), ("quantised", quantised)):
         for name, given in (("live", lora), ("base", None)):
-            same = agreement(answers(python, file, given, truth), rows, name)
+            same = agreement(answers(python, file, given, truth, last=str(ANSWERED)), rows, name)
             next_tokens = answers(python, file, given, truth, FORCED, name)
             pairs = [
                 pair for got, row in zip(next_tokens, rows, strict=True) for pair in zip(got, row[name], strict=True)
