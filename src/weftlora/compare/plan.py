@@ -229,6 +229,7 @@ def make(recipe: CompareRecipe) -> Plan:
     tried = (recipe.rates.seeds if recipe.rates else 1) if len(rates) > 1 else 0
     plain = recipe.model_dump(mode="json")
     plain["train"]["num_threads"] = recipe.train.num_threads or 1
+    plain["model"]["dtype"] = base.precision.dtype
     return Plan(
         recipe=plain,
         base_dir=str(recipe.base_dir),

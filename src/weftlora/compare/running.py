@@ -121,6 +121,7 @@ def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
     defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
+    given["model"]["dtype"] = recipe.model.dtype or plan.recipe["model"].get("dtype")
     started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
     for key, (before, after) in differences(started, given, ""):
         if key == "train.lr" and after is None and plan.rates == recipe.all_rates:

@@ -26,6 +26,7 @@ from weftlora.export.folder import hub_id
 from weftlora.export.source import Source
 from weftlora.foreign_text import for_markdown, in_code, visible
 from weftlora.records import Record
+from weftlora.runs.identity import Origin, origin_of
 from weftlora.terms.axes import AXES
 from weftlora.version import __version__
 
@@ -150,7 +151,7 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
             "A stock LoRA: it loads without `import weftlora`.",
         ),
         _table(facts),
-        "## Loading it\n\n" + _loading(source, config),
+        "## Loading it\n\n" + _loading(source, config, export.layout == "uniform"),
         "## How it was trained\n\n" + _training(source),
         "## What was measured\n\n" + "\n\n".join([_proof(export.proof), *_costs(export)]),
         _versions(),
@@ -193,6 +194,8 @@ def base_name(source: Source) -> str:
     kind = type(base_of(source.model)).__name__
     if source.base is None:
         return f"a {kind} that was only in memory"
+    if (origin := origin_of(source.base)) is not None:
+        return f"{origin.file} ({kind})"
     return hub_id(source.base) or f"{Path(source.base).name} ({kind})"
 
 
@@ -222,10 +225,14 @@ def _config(source: Source, adapter: str) -> Any:
     return getattr(source.model, "peft_config", {}).get(adapter)
 
 
-def _loading(source: Source, config: LoraConfig) -> str:
+def _loading(source: Source, config: LoraConfig, uniform: bool) -> str:
     kind = type(base_of(source.model)).__name__
     base = config.base_model_name_or_path or "path/to/the/base/model"
     labels = f", num_labels={base_of(source.model).config.num_labels}" if kind.endswith("Classification") else ""  # type: ignore[union-attr]
+    origin = None if source.base is None else origin_of(source.base)
+    if origin is not None:
+        base = "path/to/its/folder"
+        labels += f", gguf_file={origin.file!r}"
     lines = [
         "from peft import PeftModel",
         f"from transformers import {kind}",
@@ -233,7 +240,20 @@ def _loading(source: Source, config: LoraConfig) -> str:
         f"base = {kind}.from_pretrained({base!r}{labels})",
         "model = PeftModel.from_pretrained(base, 'path/to/this/folder')",
     ]
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return "```python\n" + "\n".join(lines) + "\n```" + ("" if origin is None else "\n\n" + _quantised(origin, uniform))
+
+
+def _quantised(origin: Origin, uniform: bool) -> str:
+    """What a reader should know of a base that was a quantised file."""
+    llama = (
+        "llama.cpp applies this LoRA to that very file, once its `convert_lora_to_gguf.py` has made a GGUF file of it."
+        if uniform
+        else "llama.cpp takes one rank for all modules: for it, export with `--uniform`."
+    )
+    return (
+        f"The base is the file {in_code(origin.file)} (SHA-256 {in_code(origin.sha256)}), whose weights were dequantised to bfloat16 "
+        f"for training. {llama}"
+    )
 
 
 def _training(source: Source) -> str:

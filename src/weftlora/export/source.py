@@ -24,6 +24,7 @@ from weftlora.adapted.frozen_weights import Checkpoint
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import adapter_names, base_of
 from weftlora.disk.ownership import PROMPTS
+from weftlora.data.paths import is_model
 from weftlora.errors import AdapterError, ConfigError, ModelError, WeftError, suggest
 from weftlora.export.factors import Pair
 from weftlora.export.live import Batch, seeded_ids
@@ -31,7 +32,7 @@ from weftlora.extras import needs
 from weftlora.host.attach import warn_of_missing
 from weftlora.host.stock_lora import foreign_layers
 from weftlora.runs.adapter import write_prompts
-from weftlora.runs.base_model import HEADS
+from weftlora.runs.base_model import HEADS, resolved
 from weftlora.runs.load import Trained, load_adapter, load_run, recipe_of
 from weftlora.runs.run import Run, adapter_in
 from weftlora.runs.scores import batches as in_batches
@@ -146,8 +147,9 @@ def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
         )
     named = str(getattr(base_of(model), "name_or_path", "") or "")
     there = Path(named).is_dir() or not Path(named).is_absolute()  # a folder that is gone leaves what is in memory
-    place = str(base) if base is not None else named if named and there else None
-    place = None if place == MEMORY else place
+    place = named if named and there else None
+    if base is not None:
+        place = None if str(base) == MEMORY else resolved(str(base), Path.cwd()) if is_model(base) else str(base)
     return Source(model, (), place)
 
 

@@ -171,8 +171,9 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         base={
             "source": prepared.base.source,
             **dataclasses.asdict(prepared.fingerprint),
-            "config": identity.config_digest(prepared.base.settings),
+            "config": identity.config_digest(prepared.base.settings, prepared.base.source),
             "tokenizer": identity.tokenizer_digest(prepared.base.source),
+            **identity.quantised(prepared.base.source),
         },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),
