@@ -65,6 +65,23 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         else:
             site.requires_grad_(False)
 
+    @property
+    def in_features(self) -> int:
+        """What x's last dimension is, as models ask their linear modules; `weight` and `bias` are peft's views of the base's."""
+        return self._sides()[0]
+
+    @property
+    def out_features(self) -> int:
+        """What y's last dimension is."""
+        return self._sides()[1]
+
+    def _sides(self) -> tuple[int, int]:
+        base = self.get_base_layer()
+        if isinstance(base, Conv1D):
+            fan_in, out = base.weight.shape
+            return fan_in, out
+        return cast(int, base.in_features), cast(int, base.out_features)
+
     def site(self, adapter_name: str) -> Site:
         """The adapter called `adapter_name`; KeyError if this module has none."""
         return cast(Site, self.weft_site[adapter_name])

@@ -8,34 +8,38 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from weftlora.adapted.fusion import forget, fuse, unfuse
 from weftlora.adapted.layer import WeftLinear
-from weftlora.adapted.sharing import attention_inputs, shared_keys
+from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
     Blocks,
+    all_linear,
+    by_last_names,
     by_pattern,
     check_adaptable,
     check_saved_modules,
     check_tokens,
-    expert_parameters,
+    default_targets,
     inside_adapter,
     is_all_linear,
     no_match,
+    trained_in_full,
     warn_of_unmatched,
 )
 from weftlora.adapter.site import Owners, Site, build_site
 from weftlora.adapter.spec import WeftConfig
-from weftlora.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
+from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, suggest
 from weftlora.host.attach import make_schedule, warn_of_missing
+from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
 from weftlora.terms.axes import builtin
 from weftlora.terms.structure import StructureTerm
@@ -61,22 +65,19 @@ class WeftTuner(BaseTuner):
     # ------------------------------------------------------------------ config and targets
 
     def _prepare_adapter_config(self, peft_config: WeftConfig, model_config: dict[str, Any]) -> WeftConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
-            if peft_config.structure.targets == "attention inputs":
-                if not (found := attention_inputs(self.model)):
-                    raise TargetError(
-                        f"no attention input projections found in {type(self.model).__name__}, {peft_config.structure.method}'s "
-                        "default target: name target_modules, or use 'all-linear'."
-                    )
-                peft_config.target_modules = found
-        if is_all_linear(peft_config) and peft_config.layers_to_transform is not None:
-            peft_config.target_modules = self._linear_of_blocks(peft_config)
+        by_default = peft_config.target_modules is None
+        if not by_default and not is_all_linear(peft_config):
+            return peft_config
+        found = (default_targets if by_default else all_linear)(peft_config, self.model)
+        if peft_config.layers_to_transform is not None:
+            found = self._of_blocks(peft_config, found)
+        if by_default and peft_config.structure.targets == "attention inputs":
+            found = by_last_names(self.model, found)
+        peft_config.target_modules = found
         return peft_config
 
-    def _linear_of_blocks(self, config: WeftConfig) -> set[str]:
-        """all-linear within layers_to_transform: peft matches full names without looking at the block number."""
-        names = _maybe_include_all_linear_layers(copy.copy(config), self.model).target_modules
+    def _of_blocks(self, config: WeftConfig, names: set[str]) -> set[str]:
+        """Those within layers_to_transform: peft matches full names without looking at the block number."""
         one = copy.copy(config)
         found = set()
         for name in names:
@@ -84,14 +85,16 @@ class WeftTuner(BaseTuner):
             if self._check_target_module_exists(one, name):
                 found.add(name)
         if not found:
-            raise TargetError(
+            raise NoMatchError(
                 f"layers_to_transform={config.layers_to_transform!r} names no block of {type(self.model).__name__} with linear "
                 "modules: count blocks from 0, or leave it out."
             )
         return found
 
     def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
-        """peft's own match of names, and the axis `layers` on top of it."""
+        """peft's own match of names, but what is trained in full, and the axis `layers` on top of it."""
+        if trained_in_full(peft_config, key):
+            return False
         found = super()._check_target_module_exists(peft_config, key)
         if not found:  # an object of peft's that says why, and is false
             return found
@@ -103,14 +106,6 @@ class WeftTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
         """Refuse up front what cannot work, while the model is still untouched."""
-        if is_all_linear(peft_config):
-            if experts := expert_parameters(model):
-                warnings.warn(
-                    f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
-                    "weftlora adapts linear modules only.",
-                    stacklevel=2,
-                )
-            peft_config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         matched = [
             name
             for name, _ in model.named_modules()
@@ -118,7 +113,7 @@ class WeftTuner(BaseTuner):
         ]
         self._check_layers(peft_config, model)
         if not matched:
-            raise TargetError(no_match(peft_config, model))
+            raise NoMatchError(no_match(peft_config, model))
         for name in matched:
             check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
         check_saved_modules(peft_config, model)
@@ -160,6 +155,8 @@ class WeftTuner(BaseTuner):
             ranks=peft_config.ranks,
             layers=peft_config.layers,
         )
+        if not peft_config.init_lora_weights:
+            site.fill_zero_factor()
         site.one_mask = peft_config.dropout_mask == "input"
         for part, key in keys.items():
             self._owners.setdefault((part, key), site.structure)
@@ -292,11 +289,8 @@ class WeftTuner(BaseTuner):
         expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
         mapped = count_on_first_site(mapped, expected.keys(), f"{marked}steps")
         given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
-        wrong = [
-            f"{k}: file {tuple(given[k])}, model {tuple(s)}"
-            for k, s in expected.items()
-            if k in given and given[k] != s
-        ]
+        wrong = [OtherShape(k, tuple(given[k]), tuple(s)) for k, s in expected.items() if k in given and given[k] != s]
+        wrong = [] if passing_over_sizes.get() else wrong
         extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
         if extra or missing or wrong:
             raise tensor_mismatch(extra, missing, wrong)
@@ -305,27 +299,6 @@ class WeftTuner(BaseTuner):
 
 def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
-
-
-def tensor_mismatch(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
-    """The error for a file whose tensors are not those of this base: some too many, some missing, some of another shape."""
-    problem = (
-        (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
-        or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
-        or f"{len(wrong)} tensors have another shape, such as {wrong[0]}"
-    )
-    return AdapterError(
-        f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
-    )
-
-
-def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
-    """The adapter's one step count under the name of this model's first site: converted files may not know which that is."""
-    [*wanted] = (key for key in expected if key.endswith(suffix))
-    [*found] = (key for key in mapped if key.endswith((suffix, f".{PREFIX}site.steps")))  # peft names known keys only
-    if len(wanted) == len(found) == 1 and wanted != found:
-        return {wanted[0] if key == found[0] else key: value for key, value in mapped.items()}
-    return mapped
 
 
 def _check_adapter_name(name: str, config: WeftConfig) -> None:
