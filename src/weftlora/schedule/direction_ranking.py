@@ -90,8 +90,11 @@ class MeanGate:
 
     def __call__(self, omega: Tensor) -> None:
         """Take in weights [..., N]; an evaluation or generation between two steps is none of the training."""
-        if not (self.site.training or torch.is_grad_enabled()):
-            return
+        if self.site.training or torch.is_grad_enabled():
+            self.add(omega)
+
+    def add(self, omega: Tensor) -> None:
+        """Take in weights [..., N]."""
         flat = omega.detach().flatten(0, -2).double()
         seen = torch.cat([flat.sum(0), torch.ones_like(flat[:, 0]).sum(0, keepdim=True)])
         self.seen = seen if self.seen is None else self.seen + seen
