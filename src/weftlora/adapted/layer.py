@@ -1,6 +1,6 @@
 """The one adapted layer: a base module, and a `Site` per adapter name.
 
-    y = base(x);  for each active adapter:  y ← y + h B̃ᵀ
+    y = base(x);  for each active adapter:  y ← y + h B̃ᵀ      in a mixed batch, row by row its own adapter's
 
 The base layer is called, never re-implemented, so any module with in and out features can carry adapters (quantised
 ones too); merging needs a plain weight. A merge keeps the original W (as many bytes as W, for as long as it is merged)
@@ -9,7 +9,7 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,9 +24,13 @@ from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapter.site import Site
-from weftlora.errors import ConfigError, MergeError
+from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.kernel import Linear, current, linears
 from weftlora.terms.axes import mergeable_structures
+
+
+BASE = "__base__"
+"""What peft calls a row of a mixed batch that no adapter is for."""
 
 
 class WeftLinear(nn.Module, BaseTunerLayer):
@@ -50,6 +54,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
+        self.rows: Sequence[str] | None = None  # the adapter of every row of the batch, for the length of a forward
         self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
         self._kept: Tensor | None = None
         self._disable_adapters = False
@@ -87,6 +92,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         return cast(Site, self.weft_site[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.rows is not None and not self._disable_adapters:
+            return self._by_rows(self.rows, x, *args, **kwargs)
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -109,6 +116,29 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             y = self.weft_site[name](read, y, self._mask(name, x, read))
         return cast(Tensor, y)
 
+    def _by_rows(self, rows: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output, and onto every row of x the update of the adapter that `rows` names for it; `BASE` has none.
+
+        Raises:
+            AdapterError: not as many names as rows, or an adapter is merged.
+        """
+        if len(rows) != len(x):
+            raise AdapterError(
+                f"adapter_names has {len(rows)} names and {self.module_name} reads {len(x)} rows: name one adapter per row of the batch "
+                f"(a module that reads the tokens of all rows as one list, as experts do, cannot tell them apart)."
+            )
+        if self.merged_adapters:
+            raise AdapterError(
+                f"adapter_names=[...] on a model in which {self.merged_adapters} is merged: call model.unmerge_adapter() first."
+            )
+        read = self.cast_input(x)
+        y = cast(Tensor, self.base_layer(read, *args, **kwargs))
+        for name in dict.fromkeys(rows):
+            if name in self.weft_site:
+                where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
+                y = y.index_copy(0, where, self.weft_site[name](read[where], y[where]))
+        return y
+
     def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
         """The base's output with the first active adapter's update, if one node can compute both."""
         if self.group is not None and current().groups and not torch.compiler.is_compiling():
@@ -130,7 +160,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     def only_adapter(self) -> str | None:
         """The adapter that takes part in a forward, if exactly one does."""
-        if self._disable_adapters or self.merged_adapters:
+        if self._disable_adapters or self.merged_adapters or self.rows is not None:
             return None
         names = self._names()
         return names[0] if len(names) == 1 else None

@@ -8,17 +8,18 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weftlora.adapted.fusion import forget, fuse, unfuse
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import BASE, WeftLinear
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
     Blocks,
@@ -185,20 +186,54 @@ class WeftTuner(BaseTuner):
             self._owners = {}
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
-        """Called by PeftModel around a forward; without this, it would drop `adapter_names` and use the active adapter."""
-        if adapter_names is not None:
+    def _enable_peft_forward_hooks(
+        self, *_: Any, adapter_names: Sequence[str] | None = None, num_beams: int | None = None, **__: Any
+    ) -> Iterator[None]:
+        """Called by PeftModel around a forward or a generation: for its length, `adapter_names` names an adapter per row."""
+        with nullcontext() if adapter_names is None else self._mixed(adapter_names, num_beams or 1):
+            try:
+                yield
+            except BaseException:
+                forget(
+                    self.model
+                )  # what waits there holds the graph of all layers before, which a retry may need the room of
+                raise
+
+    @contextmanager
+    def _mixed(self, adapter_names: Sequence[str], beams: int) -> Iterator[None]:
+        """Let every adapted layer, and every module trained in full, take these adapters row by row.
+
+        Beams repeat the rows, but not for an encoder, which runs once per row.
+
+        Raises:
+            AdapterError: the model trains, or an adapter that is named does not exist.
+        """
+        if self.training:
+            raise AdapterError("adapter_names=[...] mixes adapters in one batch to infer with: call model.eval() first.")
+        known = {name for layer in self._layers() for name in layer.weft_site}
+        if isinstance(adapter_names, str) or (unknown := [n for n in adapter_names if n not in known and n != BASE]):
+            given = adapter_names if isinstance(adapter_names, str) else unknown[0]
             raise AdapterError(
-                "adapter_names=[...] (another adapter for every row of a batch) works with stock LoRA only: call the model once "
-                "per adapter after set_adapter, or export the adapters to stock LoRA."
+                f"adapter_names names {given!r} and is a list of an adapter per row ({BASE!r} for none): {suggest(given, known)}"
             )
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles, layers = [], []
         try:
+            for module in self.model.modules():
+                rows = list(adapter_names) if module in once else repeated
+                if isinstance(module, WeftLinear):
+                    module.rows = rows
+                    layers.append(module)
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    handles.append(module.register_forward_pre_hook(_with_rows(rows), with_kwargs=True))
             yield
-        except BaseException:
-            forget(
-                self.model
-            )  # what waits there holds the graph of all layers before, which a retry may need the room of
-            raise
+        finally:
+            for layer in layers:
+                layer.rows = None
+            for handle in handles:
+                handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""
@@ -299,6 +334,13 @@ class WeftTuner(BaseTuner):
 
 def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
+
+
+def _with_rows(rows: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": rows}
+
+    return before
 
 
 def _check_adapter_name(name: str, config: WeftConfig) -> None:
