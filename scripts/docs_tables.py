@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import inspect
+import itertools
 import json
 import re
 import tomllib
@@ -224,8 +227,61 @@ def matrix() -> str:
     return _table(("host", "its Python", *shown, "result"), lines)
 
 
+CONTRACT = {
+    "structure": ("choice.Choice", "structure.Structure", "structure.StructureTerm", "structure.OutsideTerm"),
+    "start": ("start.Start", "extra.ExtraTerm", "start.StartTerm"),
+    "boost": ("boost.Boost", "extra.ExtraTerm", "boost.BoostTerm"),
+    "ranks": ("ranks.Ranks",),
+    "layers": ("layers.Layers", "layers.SearchedLayers"),
+}
+"""The classes that a choice of each axis, and what it keeps at a site, inherit from; `Choice` is shown once."""
+
+
+def contract() -> str:
+    """What a term of each axis has to write, and what it may set: every abstract method and class attribute of its protocols."""
+    parts, shown = [], set[str]()
+    for axis, classes in CONTRACT.items():
+        parts.append(f"### {axis}\n")
+        for path in classes:
+            module, _, name = f"weftlora.terms.{path}".rpartition(".")
+            if path in shown:
+                parts.append(f"And what `{module}.{name}` asks, above.\n")
+                continue
+            shown.add(path)
+            rows = [*_members(module, name)]
+            if rows:
+                parts.append(f"`{module}.{name}`\n\n{_table(('you write', 'what it is'), rows)}")
+    return "\n".join(parts)
+
+
+def _members(module: str, name: str) -> Iterator[tuple[str, str]]:
+    """Abstract methods with their signatures, then attributes with their defaults, of one class; final methods are not yours."""
+    source = ast.parse(Path(importlib.import_module(module).__file__ or "").read_text(encoding="utf-8"))
+    kind = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == name)
+    for node in kind.body:
+        if isinstance(node, ast.FunctionDef):
+            marks = {ast.unparse(mark) for mark in node.decorator_list}
+            if "abstractmethod" in marks:
+                arguments = ast.unparse(node.args).removeprefix("self").removeprefix(", ")
+                called = f"`{node.name}`" if "property" in marks else f"`{node.name}({arguments})`"
+                returned = (
+                    f" → `{ast.unparse(node.returns)}`" if node.returns and ast.unparse(node.returns) != "None" else ""
+                )
+                yield called + returned, _told(ast.get_docstring(node) or "")
+    for node, after in itertools.pairwise([*kind.body, ast.Pass()]):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            default = f" = {ast.unparse(node.value)}" if node.value else ", to be set"
+            yield f"`{ast.unparse(node.target)}`{default}", _told(str(after.value.value))
+
+
+def _told(docstring: str) -> str:
+    """A docstring as one line of a table, its arguments after it."""
+    return " ".join(docstring.replace("Args:\n", " ").split())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
+    "contract": contract,
     "choices": choices,
     "config-fields": config_fields,
     "recipes": recipes,

@@ -1,6 +1,7 @@
 """Values that mean the same everywhere: what counts as a number, when something happens in a run, which label no loss counts.
 
-True and False are no numbers here, although Python has them as 1 and 0. A time is in optimiser steps, a fraction of the run, or
+True and False are no numbers here, although Python has them as 1 and 0, and neither is an integer beyond 64 bits, which no float
+and no tensor holds. A time is in optimiser steps, a fraction of the run, or
 epochs.
 """
 
@@ -18,13 +19,18 @@ IGNORE = -100
 
 
 def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
-    """Whether `value` is an int, and no smaller than `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+    """Whether `value` is an int of 64 bits, and no smaller than `least`."""
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and abs(value) < 2**63
+        and (least is None or value >= least)
+    )
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether `value` is an int or a float, which may be infinite or no number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is an int of 64 bits or a float, which may be infinite or no number."""
+    return isinstance(value, float) or is_whole(value)
 
 
 @dataclass(frozen=True)

@@ -491,7 +491,11 @@ def _change_comparison(rng: random.Random, case: Case) -> Case:
     name = rng.choice([name for name in base if name != "compare.json"])
     if kind < 0.95:
         change = m.json_lines if name.endswith("l") else m.json_file
-        return {**case, name: change(rng, case.get(name, base[name]))}  # type: ignore[arg-type]
+        was = case.get(name, base[name])
+        return {
+            **case,
+            name: change(rng, base[name] if isinstance(was, str) else was),
+        }  # a link was there: a file again
     if kind < 0.98:
         problem = {"status": rng.choice(("failed", "diverged", "x")), "problem": rng.choice(m.TEXTS)}
         return {**case, f"{Path(name).parent}/problem.json": m.json_file(rng, json.dumps(problem).encode())}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,3 +111,21 @@ def test_from_the_command_line(
         main(["new-term", "quiet", "--axis", "ranks"])
     assert left.value.code == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, opened = Path.open, []
+
+    def full(path: Path, mode: str = "r", **settings: Any) -> Any:
+        if mode == "x":
+            opened.append(path)
+            if len(opened) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, **settings)
+
+    monkeypatch.setattr(Path, "open", full)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    with pytest.raises(RunError, match="no space left on device; choose another folder"):
+        new_term("quiet_start", "start", tmp_path / "a" / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt"]

@@ -361,14 +361,15 @@ def _value(row: Row, source: Source, column: str) -> Any:
     if column not in row.values:
         has = ", ".join(map(str, row.values)) or "none"
         raise _bad(row, source, f"no column {column!r} (it has {has}); add it.")
-    return row.values[column]
+    value = row.values[column]
+    return _encodable(value, row, source, column) if isinstance(value, str) else value
 
 
 def _text(row: Row, source: Source, column: str) -> str:
     """A text, or a number as it is written."""
     value = _value(row, source, column)
     if isinstance(value, str):
-        return _encodable(value, row, source, column)
+        return value
     if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))):
         raise _bad(row, source, f"column {column!r} holds {value!r:.60}, not text; quote it.")
     return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import keyword
 import os
@@ -53,12 +54,21 @@ def new_term(name: str, axis: str, folder: str | Path | None = None) -> Scaffold
     }
     if there := [file for file in files if os.path.lexists(place / file)]:
         raise RunError(f"{place / there[0]} is there already: choose another name or another folder with --out.")
+    texts = {file: _filled(_template(template), name, axis) for file, template in files.items()}
+    made: list[Path] = []
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        for file, template in files.items():
-            text = _template(template)
-            (place / file).write_text(_filled(text, name, axis), encoding="utf-8")
+        missing = [folder for folder in (place, *place.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.append(folder)
+        for file, text in texts.items():
+            with (place / file).open("x", encoding="utf-8") as out:
+                made.append(place / file)
+                out.write(text)
     except OSError as error:
+        for path in reversed(made):  # a full disk leaves nothing half-written
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
         reason = (error.strerror or str(error)).lower()
         raise RunError(f"cannot write into {place}: {reason}; choose another folder with --out.") from None
     return Scaffold(name, axis, str(place), tuple(files))
