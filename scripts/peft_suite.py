@@ -63,12 +63,19 @@ BESIDE = ("diffusers", "pillow")
 
 CLASSED: tuple[tuple[str, str, str, str], ...] = (
     # pattern of methods, pattern of ids, class, why
-    ("hydra", r"merg|unload|multiple_active|weighted", "mathematics", "a routed update depends on the token: no single ΔW exists"),
+    (
+        "hydra",
+        r"merg|unload|multiple_active|weighted",
+        "mathematics",
+        "a routed update depends on the token: no single ΔW exists",
+    ),
     (".*", r"dora|Dora|DoRA", "refused", "DoRA is no choice of an axis"),
 )
 """What no rule below can see, by method and test; the first row that matches wins."""
 
-NAMES = re.compile(r"lora_(A|B|embedding|magnitude|variant|bias|dropout|alpha)|\blora\b\.|LoraLayer|LoraModel|\bscaling\b|peft_type|\"lora_|'lora_")
+NAMES = re.compile(
+    r"lora_(A|B|embedding|magnitude|variant|bias|dropout|alpha)|\blora\b\.|LoraLayer|LoraModel|\bscaling\b|peft_type|\"lora_|'lora_"
+)
 
 
 # ---------------------------------------------------------------------- the parts, from outside
@@ -132,12 +139,28 @@ def run(work: Path, tests: Path, file: str, method: str, timeout: int, select: s
     """Outcome, and for a failure what it says, of every test of `file` with `method`, by id."""
     out = work / "outcome.json"
     out.unlink(missing_ok=True)
-    options = ["-p", "peft_suite", "-p", "no:cacheprovider", "-p", "no:randomly", "-q", "--no-header", "--tb=short", "-c", os.devnull]
+    options = [
+        "-p",
+        "peft_suite",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        "-q",
+        "--no-header",
+        "--tb=short",
+        "-c",
+        os.devnull,
+    ]
     options += ["--rootdir", str(tests.parent), f"--timeout={timeout}", *(["-k", select] if select else ["--tb=no"])]
     environment = _environment(work, WEFT_SUITE_METHOD=method, WEFT_SUITE_OUT=str(out))
     log = None if select else subprocess.DEVNULL
     subprocess.run(
-        [sys.executable, "-m", "pytest", *options, f"tests/{file}.py"], cwd=tests.parent, env=environment, stdout=log, check=False
+        [sys.executable, "-m", "pytest", *options, f"tests/{file}.py"],
+        cwd=tests.parent,
+        env=environment,
+        stdout=log,
+        check=False,
     )
     return json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
 
@@ -155,7 +178,9 @@ def classed(method: str, test: str, each: dict[str, str]) -> tuple[str, str]:
     for methods, ids, kind, why in CLASSED:
         if re.fullmatch(methods, method) and re.search(ids, test):
             return kind, why
-    if NAMES.search(each.get("at", "")) or re.search(r"(object|module) has no attribute '(lora_|scaling|embedding)|KeyError: '.*lora", each["says"]):
+    if NAMES.search(each.get("at", "")) or re.search(
+        r"(object|module) has no attribute '(lora_|scaling|embedding)|KeyError: '.*lora", each["says"]
+    ):
         return "names", each.get("at", "")
     return "unexplained", each["says"]
 
@@ -207,56 +232,132 @@ def _part(parts: Path, file: str, method: str) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------- the models that the tests name
 
-SMALL: dict[str, Any] = {"vocab_size": 1100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {
+    "vocab_size": 1100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 PLACES: dict[str, Any] = {"max_position_embeddings": 128}
 DECODER: dict[str, Any] = {**SMALL, **PLACES, "num_key_value_heads": 2}
 OPT: dict[str, Any] = {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1}
-GPT: dict[str, Any] = {"vocab_size": 1100, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0, "eos_token_id": 0}
-T5: dict[str, Any] = {"vocab_size": 1100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+GPT: dict[str, Any] = {
+    "vocab_size": 1100,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+T5: dict[str, Any] = {
+    "vocab_size": 1100,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 BART: dict[str, Any] = {"vocab_size": 1100, "d_model": 32, **PLACES} | {
     f"{part}_{what}": value
     for part in ("encoder", "decoder")
     for what, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
 }
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-RESNET: dict[str, Any] = {"embedding_size": 10, "hidden_sizes": [10, 20], "depths": [1, 1], "num_channels": 3, "num_labels": 3}
+RESNET: dict[str, Any] = {
+    "embedding_size": 10,
+    "hidden_sizes": [10, 20],
+    "depths": [1, 1],
+    "num_channels": 3,
+    "num_labels": 3,
+}
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": ("OPTForCausalLM", "OPTConfig", {**SMALL, **PLACES, **OPT}),
     "peft-internal-testing/opt-125m": ("OPTForCausalLM", "OPTConfig", {**SMALL, **PLACES, **OPT}),
     "facebook/opt-125m": ("OPTForCausalLM", "OPTConfig", {**SMALL, **PLACES, **OPT}),
-    "peft-internal-testing/tiny-random-OPTForCausalLM-extended-vocab": ("OPTForCausalLM", "OPTConfig", {**SMALL, **PLACES, **OPT}),
+    "peft-internal-testing/tiny-random-OPTForCausalLM-extended-vocab": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {**SMALL, **PLACES, **OPT},
+    ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": ("GPT2LMHeadModel", "GPT2Config", GPT),
     "peft-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": ("GPTJForCausalLM", "GPTJConfig", {**GPT, "rotary_dim": 4}),
-    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**SMALL, **PLACES}),
-    "peft-internal-testing/tiny-random-BloomForCausalLM": ("BloomForCausalLM", "BloomConfig", {"vocab_size": 1100, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "peft-internal-testing/tiny-random-GPTNeoXForCausalLM": (
+        "GPTNeoXForCausalLM",
+        "GPTNeoXConfig",
+        {**SMALL, **PLACES},
+    ),
+    "peft-internal-testing/tiny-random-BloomForCausalLM": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": 1100, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    ),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", DECODER),
     "peft-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", "LlamaConfig", DECODER),
-    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaForSequenceClassification", "LlamaConfig", {**DECODER, "pad_token_id": 0}),
+    "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
+        "LlamaForSequenceClassification",
+        "LlamaConfig",
+        {**DECODER, "pad_token_id": 0},
+    ),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralForCausalLM", "MistralConfig", DECODER),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
     "Qwen/Qwen2-0.5B": ("Qwen2ForCausalLM", "Qwen2Config", {**DECODER, "tie_word_embeddings": True}),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": ("Qwen3ForCausalLM", "Qwen3Config", {**DECODER, "head_dim": 8}),
-    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**DECODER, "head_dim": 8}),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        {**DECODER, "head_dim": 8},
+    ),
     "peft-internal-testing/tiny-random-t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration": ("T5ForConditionalGeneration", "T5Config", T5),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": ("T5ForConditionalGeneration", "T5Config", T5),
+    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        T5,
+    ),
     "google/flan-t5-small": ("T5ForConditionalGeneration", "T5Config", {**T5, "feed_forward_proj": "gated-gelu"}),
-    "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartForConditionalGeneration", "BartConfig", BART),
+    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        BART,
+    ),
     "peft-internal-testing/tiny-random-BertModel": ("BertModel", "BertConfig", {**SMALL, **PLACES}),
-    "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertForSequenceClassification", "BertConfig", {**SMALL, **PLACES}),
+    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
+        "BertForSequenceClassification",
+        "BertConfig",
+        {**SMALL, **PLACES},
+    ),
     "bert-base-uncased": ("BertForMaskedLM", "BertConfig", {**SMALL, **PLACES}),
     "peft-internal-testing/tiny-random-RobertaModel": ("RobertaModel", "RobertaConfig", {**SMALL, **PLACES}),
-    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaForSequenceClassification", "RobertaConfig", {**SMALL, **PLACES}),
+    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**SMALL, **PLACES},
+    ),
     "peft-internal-testing/tiny-random-DebertaModel": ("DebertaModel", "DebertaConfig", {**SMALL, **PLACES}),
     "peft-internal-testing/tiny-random-DebertaV2Model": ("DebertaV2Model", "DebertaV2Config", {**SMALL, **PLACES}),
-    "peft-internal-testing/tiny-random-ResNetForImageClassification": ("ResNetForImageClassification", "ResNetConfig", RESNET),
-    "hf-internal-testing/tiny-random-ResNetForImageClassification": ("ResNetForImageClassification", "ResNetConfig", RESNET),
+    "peft-internal-testing/tiny-random-ResNetForImageClassification": (
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        RESNET,
+    ),
+    "hf-internal-testing/tiny-random-ResNetForImageClassification": (
+        "ResNetForImageClassification",
+        "ResNetConfig",
+        RESNET,
+    ),
     "peft-internal-testing/tiny-clip-text-2": ("CLIPTextModel", "CLIPTextConfig", {**SMALL, **PLACES}),
-    "tiiuae/falcon-mamba-tiny-dev": ("FalconMambaForCausalLM", "FalconMambaConfig", {"vocab_size": 1100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "tiiuae/falcon-mamba-tiny-dev": (
+        "FalconMambaForCausalLM",
+        "FalconMambaConfig",
+        {"vocab_size": 1100, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    ),
 }
 """Id that a test names → class, config class, and what makes it tiny."""
 
@@ -304,8 +405,9 @@ def _choices(method: str) -> Callable[[], dict[str, Any]]:
 
 def _stand_in(method: str) -> type:
     """A class that the tests take for LoraConfig and that makes the method's configs."""
-    import weftlora
     from peft import PeftType
+
+    import weftlora
 
     choices = _choices(method)
 

@@ -57,8 +57,8 @@ def mixtral() -> nn.Module:
 
 
 REFUSED_TARGETS = [
-    ("embedding", FAMILIES["llama"].build, ["q_proj", "embed_tokens"], "model.embed_tokens is an embedding", "modules_to_save"),
-    ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1)), ["0", "1"], "1 is a Conv1d", "leave it out"),
+    ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
+     "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
     ("experts", mixtral, ["q_proj", "experts"], "experts holds 3-D expert parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a 3-D expert parameter", "target_parameters"),
@@ -90,7 +90,7 @@ def test_what_cannot_be_adapted_is_named_and_the_model_is_left_untouched(build, 
 def test_a_refused_second_adapter_leaves_the_first_alone(build) -> None:
     model = get_peft_model(build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     names = [n for n, _ in model.named_parameters()]
-    for targets in (["q_proj", "embed_tokens"], ["nope"], ["q_porj"]):
+    for targets in (["q_proj", "norm"], ["nope"], ["q_porj"]):
         with pytest.raises(weftlora.TargetError) as error:
             model.add_adapter("second", weftlora.PlainLoraConfig(target_modules=targets))
         assert "base_layer" not in str(error.value)

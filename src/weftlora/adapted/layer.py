@@ -22,19 +22,20 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
+from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
-from weftlora.kernel import Linear, current, linears
+from weftlora.kernel import Linear, Work, current, linears
 from weftlora.terms.axes import mergeable_structures
-
 
 BASE = "__base__"
 """What peft calls a row of a mixed batch that no adapter is for."""
 
 
 class WeftLinear(nn.Module, BaseTunerLayer):
-    """A linear module and the adapters on it. Input [..., in], output [..., out] in the base's dtype.
+    """A linear module, an embedding or a convolution, and the adapters on it. Of a linear module the input is [..., in] and the
+    output [..., out] in the base's dtype; of the others what the base takes and gives.
 
     All state of an adapter lives in `weft_site[name]`, keyed by adapter name first, as peft's saving needs.
     """
@@ -51,6 +52,9 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
+        self.reading = reading_of(
+            base_layer if not isinstance(base_layer, BaseTunerLayer) else base_layer.get_base_layer()
+        )
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
@@ -82,6 +86,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     def _sides(self) -> tuple[int, int]:
         base = self.get_base_layer()
+        if self.reading is not None:
+            return self.reading.sides
         if isinstance(base, Conv1D):
             fan_in, out = base.weight.shape
             return fan_in, out
@@ -113,8 +119,12 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             rest = names[1:]
         for name in rest:
             self._check_distributed(name)
-            y = self.weft_site[name](read, y, self._mask(name, x, read))
+            y = self.weft_site[name](read, y, self._mask(name, x, read), self._add)
         return cast(Tensor, y)
+
+    @property
+    def _add(self) -> Callable[[Tensor, Tensor, Work], Tensor] | None:
+        return None if self.reading is None else self.reading.add
 
     def _by_rows(self, rows: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, and onto every row of x the update of the adapter that `rows` names for it; `BASE` has none.
@@ -124,8 +134,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """
         if len(rows) != len(x):
             raise AdapterError(
-                f"adapter_names has {len(rows)} names and {self.module_name} reads {len(x)} rows: name one adapter per row of the batch "
-                f"(a module that reads the tokens of all rows as one list, as experts do, cannot tell them apart)."
+                f"adapter_names has {len(rows)} names and {self.module_name} reads {len(x)} rows: name one adapter per row of the "
+                "batch (a module that reads the tokens of all rows as one list, as experts do, cannot tell them apart)."
             )
         if self.merged_adapters:
             raise AdapterError(
@@ -136,7 +146,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(rows):
             if name in self.weft_site:
                 where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
-                y = y.index_copy(0, where, self.weft_site[name](read[where], y[where]))
+                y = y.index_copy(0, where, self.weft_site[name](read[where], y[where], None, self._add))
         return y
 
     def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
@@ -275,6 +285,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
         delta = self.site(adapter_name).delta_weight()
+        if self.reading is not None:
+            return self.reading.stored(delta)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def base_matrix(self) -> Tensor:
@@ -291,6 +303,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             )
         if not weight.is_floating_point():
             weight = dequantize_module_weight(base)
+        if self.reading is not None:
+            return self.reading.matrix(weight.detach())
         return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
 
     @property
@@ -314,7 +328,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if (
-            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            (self.reading is not None or type(base).forward in (nn.Linear.forward, Conv1D.forward))
             and isinstance(weight, nn.Parameter)
             and type(weight.detach()) is Tensor
             and weight.is_floating_point()

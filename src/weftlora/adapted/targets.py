@@ -26,6 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import attention_inputs
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import NoMatchError, TargetError, suggest
@@ -37,7 +38,7 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     """(in, out) features of a module that can carry an adapter.
 
     Raises:
-        TargetError: an embedding, a convolution, 3-D expert parameters, a module whose caller reads its weight instead of
+        TargetError: a grouped convolution, 3-D expert parameters, a module whose caller reads its weight instead of
             calling it, or anything else without in and out features; says what to do.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -61,14 +62,13 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
         return fan_in, out
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
-    if isinstance(base, nn.Embedding):
-        raise TargetError(
-            f"{name} is an embedding, which has no low-rank site: "
-            f"train it in full with modules_to_save=[{_last(name)!r}]."
-        )
+    if (reading := reading_of(base)) is not None:
+        return reading.sides
     if isinstance(base, nn.modules.conv._ConvNd):
+        grouped = f"{kind} with groups={base.groups}" if base.groups > 1 else kind
         raise TargetError(
-            f"{name} is a {kind}; weftlora adapts linear modules only: leave it out, or train it with modules_to_save."
+            f"{name} is a {grouped}; of convolutions those without groups (Conv1d, Conv2d, Conv3d) carry an adapter: leave it out, or "
+            "train it with modules_to_save."
         )
     if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
         raise TargetError(
@@ -85,6 +85,22 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def check_reading(config: WeftConfig, name: str, module: nn.Module) -> None:
+    """Refuse an embedding or a convolution where the structure or its dropout is defined on the x of a linear module alone.
+
+    Raises:
+        TargetError: names the module.
+    """
+    if reading_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module) is None:
+        return
+    structure = config.structure
+    if structure.outside or (structure.per_head_dropout and config.lora_dropout):
+        what = f"{structure.title} is outside the equation" if structure.outside else "a dropout mask per head is drawn"
+        raise TargetError(
+            f"{name} is a {type(module).__name__}, and {what}, which linear modules alone can have: leave it out."
+        )
 
 
 READ_BY_STATE_SPACE = ("out_proj", "dt_proj")

@@ -124,8 +124,19 @@ class Site(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return Work(self.factors(), dropout, self.per_head_dropout, self._listener(), mask if dropout else None)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`."""
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        add: Callable[[Tensor, Tensor, Work], Tensor] | None = None,
+    ) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`.
+
+        `add` adds it where x is not what the matrices are multiplied with: tokens, or an image (`weftlora.adapted.reading`).
+        """
+        if add is not None:
+            return add(x, y, self.work(mask))
         return self._beside(x, y, mask) if self.outside else add_low_rank(y, x, self.work(mask))
 
     def _beside(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

@@ -27,6 +27,7 @@ from weftlora.adapted.targets import (
     by_last_names,
     by_pattern,
     check_adaptable,
+    check_reading,
     check_saved_modules,
     check_tokens,
     default_targets,
@@ -116,7 +117,9 @@ class WeftTuner(BaseTuner):
         if not matched:
             raise NoMatchError(no_match(peft_config, model))
         for name in matched:
-            check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+            module = model.get_submodule(name)
+            check_adaptable(name, module, model.get_submodule(name.rpartition(".")[0]))
+            check_reading(peft_config, name, module)
         check_saved_modules(peft_config, model)
         check_tokens(peft_config, model)
         warn_of_unmatched(peft_config, model)
@@ -209,7 +212,9 @@ class WeftTuner(BaseTuner):
             AdapterError: the model trains, or an adapter that is named does not exist.
         """
         if self.training:
-            raise AdapterError("adapter_names=[...] mixes adapters in one batch to infer with: call model.eval() first.")
+            raise AdapterError(
+                "adapter_names=[...] mixes adapters in one batch to infer with: call model.eval() first."
+            )
         known = {name for layer in self._layers() for name in layer.weft_site}
         if isinstance(adapter_names, str) or (unknown := [n for n in adapter_names if n not in known and n != BASE]):
             given = adapter_names if isinstance(adapter_names, str) else unknown[0]
