@@ -143,6 +143,11 @@ def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Upda
     )
 
 
+def update_of(layer: WeftLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """(A [R, in], B [out, R]) of one unrouted adapter on one layer, fp64, with B A = ΔW: all of its slots, those of Dash last."""
+    return _weft_update(layer, adapter, None).factors()
+
+
 def _lora_update(name: str, layer: LoraLayer, adapter: str) -> Update:
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     if adapter in getattr(layer, "lora_variant", {}) or not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):

@@ -131,6 +131,8 @@ class WeftConfig(PeftConfig):
         use_rslora: scale by lora_alpha / √r instead.
         init_lora_weights: False fills the factor that starts at zero too, as in peft: an adapter that changes the base from the start,
             for tests. It is no part of what is trained later.
+        ensure_weight_tying: on a model that ties its embeddings, modules_to_save and trainable_token_indices train them as one, as
+            in peft; an adapter on a tied embedding cannot be tied.
 
     What else LoraConfig has is accepted at the value that changes nothing there (`bias="none"`, `use_dora=False`), so that a config of
     stock LoRA needs no line taken out; fan_in_fan_out at both, since weftlora sees a Conv1D by itself.
@@ -159,6 +161,7 @@ class WeftConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
     init_lora_weights: bool = True
+    ensure_weight_tying: bool = False
     format_version: int = FORMAT_VERSION
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -196,8 +199,9 @@ class WeftConfig(PeftConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is a way of starting that only stock LoRA has: write True or False, or "
                 "start=weftlora.Directions() for a start along directions of W."
             )
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
+        for name in ("use_rslora", "ensure_weight_tying"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}={value!r} is neither true nor false: write one of the two.")
         self.structure.check(self.lora_dropout)
         self._check_targets()
 
@@ -268,8 +272,9 @@ class WeftConfig(PeftConfig):
             out[axis] = encode_choice(out[axis])
         for name in ("target_modules", "exclude_modules"):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
-        if out["init_lora_weights"]:  # files of those who do not ask for it are as they were
-            del out["init_lora_weights"]
+        for name, usual in (("init_lora_weights", True), ("ensure_weight_tying", False)):
+            if out[name] is usual:  # files of those who do not ask for it are as they were
+                del out[name]
         out["peft_type"] = "WEFT"
         out["weft_version"] = __version__
         return out
@@ -339,7 +344,6 @@ _ELSEWHERE = {
     "lora_bias": "an update has no bias of its own",
     "layer_replication": "no layer of the base is doubled",
     "target_parameters": "only modules are adapted, no bare parameters",
-    "ensure_weight_tying": "embeddings carry no adapter that could be tied",
 }
 """What a LoraConfig can ask for and weftlora refuses: why, where there is more to say than that it is stock LoRA's."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,7 +40,8 @@ from weftlora.adapted.targets import (
 )
 from weftlora.adapter.site import Owners, Site, build_site
 from weftlora.adapter.spec import WeftConfig
-from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, suggest
+from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, TargetError, suggest
+from weftlora.host import weighted
 from weftlora.host.attach import make_schedule, warn_of_missing
 from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
@@ -250,6 +252,65 @@ class WeftTuner(BaseTuner):
                         for name, buffer in list(module.named_buffers(recurse=False)):
                             if buffer.dtype in (torch.float16, torch.bfloat16):
                                 setattr(module, name, buffer.float())
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As peft does; but a module that is put back has its own weight, and peft takes that of what stood around it, which may be
+        a tensor (trained tokens) or have none (a head of several modules)."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _add_modules_to_save_to_tie(self, peft_config: WeftConfig, tied_weight_keys: list[str]) -> None:
+        """peft asks for this where ensure_weight_tying is set and a tied embedding is trained in full: the embedding is, and what is
+        tied to it takes its values; the attribute is where peft looks for their names."""
+        embedding = next(
+            name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings()
+        )
+        saved = [
+            name
+            for name in peft_config.modules_to_save or []
+            if not any(re.match(rf"(^|.*\.){name}($|\..*)", key) for key in tied_weight_keys)
+        ]
+        peft_config.modules_to_save = saved if embedding in saved else [*saved, embedding]
+        peft_config.__dict__["modules_to_tie"] = set(tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: WeftConfig, tied_weight_keys: list[str]) -> None:
+        """peft asks for this where ensure_weight_tying is set and an embedding is a target."""
+        raise TargetError(
+            f"ensure_weight_tying=True would tie adapters of {', '.join(tied_weight_keys)} to that of the embedding, which works in "
+            "stock LoRA only: leave the embedding out of target_modules, or ensure_weight_tying out."
+        )
+
+    # ------------------------------------------------------------------ adapters added up
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **others: Any,
+    ) -> None:
+        """Make an adapter whose update is the weighted sum of others', as peft's LoRA does; see `weftlora.host.weighted`.
+
+        Args:
+            combination_type: "cat" (exact; ranks add up) or "svd" (of rank `svd_rank`; a warning says what it leaves out).
+            svd_rank: without it, the largest rank of the adapters on a module.
+            others: of peft's method, for ways that are not offered; ignored at None.
+
+        Raises:
+            AdapterError, ConfigError, MergeError: see `weftlora.host.weighted.check`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        way = weighted.check(self.peft_config, adapters, weights, combination_type)
+        _check_adapter_name(adapter_name, self.peft_config[adapters[0]])
+        found = weighted.sums(self._layers(), adapters, weights, way, svd_rank)
+        self.peft_config[adapter_name] = weighted.config_of(found, self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        weighted.fill(self._layers(), adapter_name, found)
 
     # ------------------------------------------------------------------ merging
 
