@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from weftlora.adapted.frozen_weights import Checkpoint
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import adapter_names, base_of
-from weftlora.disk.ownership import PROMPTS
 from weftlora.data.paths import is_model
-from weftlora.errors import AdapterError, ConfigError, ModelError, WeftError, suggest
+from weftlora.disk.ownership import PROMPTS
+from weftlora.errors import AdapterError, ConfigError, MergeError, ModelError, WeftError, suggest
 from weftlora.export.factors import Pair
 from weftlora.export.live import Batch, seeded_ids
 from weftlora.extras import needs
@@ -264,6 +264,20 @@ def data_of(source: Source, path: str, limit: int) -> Inputs:
 
 
 PARTS = frozenset({*HEADS, "pooler"})
+
+
+def check_linear(source: Source) -> None:
+    """Refuse adapters on embeddings and convolutions, whose updates are no pair of matrices of a linear module.
+
+    Raises:
+        MergeError: names the first such module.
+    """
+    for layer in source.layers:
+        if layer.reading is not None and any(name in layer.weft_site for name in source.adapters):
+            raise MergeError(
+                f"{layer.module_name} is a {type(layer.get_base_layer()).__name__}; weftlora writes adapters of linear modules alone: "
+                "put the update into the model with model.merge_and_unload(), or leave such modules out of target_modules."
+            )
 
 
 def drawn_parts(source: Source) -> dict[str, nn.Module]:
