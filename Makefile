@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## every recipe on the embedded model, compared: a table and demo-report.html (under 3 minutes)
+demo: $(STAMP) ## every recipe on the bundled model, compared: a table and demo-report.html (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
 # The parts of `make check`: targets, and the minutes they may take on the build server (2 cores). A new part is one more line.
@@ -53,9 +53,10 @@ PARTS := \
 check: $(STAMP) ## everything: format, lint, types, tests, the documents' code, the site; minutes of each part at the end
 	@MAKE='$(MAKE)' $(BIN)/python scripts/check.py $(PARTS)
 
-lint: $(STAMP) ## formatting and lint, changing nothing
+lint: $(STAMP) ## formatting, lint and the words that users read, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python scripts/words.py
 
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -111,7 +111,7 @@ def test_planted_numbers_stand_in_the_results(written: str, found: Comparison):
     heads = [th.text for th in tree(written).find("table", id="results-table")[0].find("thead")[0].find("th")]
     at = {head: n - 1 for n, head in enumerate(heads)}
     hydra = results(written)["hydralora"]
-    assert hydra[at["trained numbers"]].text == "146,001 \N{MINUS SIGN}0.3% of budget"
+    assert hydra[at["trainable parameters"]].text == "146,001 \N{MINUS SIGN}0.3% of budget"
     assert hydra[at["step ratio CPU, to lora"]].text.startswith("1.28")
     assert hydra[at["tokens/s"]].text.startswith("6,923")
     assert hydra[at["export on disk"]].text == "598 KiB"

@@ -121,14 +121,15 @@ def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
     defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
+    given["model"]["dtype"] = recipe.model.dtype or plan.recipe["model"].get("dtype")
     started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
     for key, (before, after) in differences(started, given, ""):
         if key == "train.lr" and after is None and plan.rates == recipe.all_rates:
             continue  # a comparison of before a rate could be left out
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
-                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "
-                "with --out, or start anew with --overwrite."
+                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: continue it as it was, choose another folder "
+                "with --out, or start again with --overwrite."
             )
 
 

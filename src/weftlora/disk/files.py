@@ -137,7 +137,7 @@ class Output:
         """
         path = self.path
         if not path.parent.is_dir():
-            raise RunError(f"cannot write {path}: {path.parent} is no folder; choose another file.")
+            raise RunError(f"cannot write {path}: {path.parent} is not a folder; choose another file.")
         if path.is_dir():
             raise RunError(f"cannot write {path}: it is a folder; choose another file.")
         if path.is_symlink():

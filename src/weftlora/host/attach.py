@@ -115,7 +115,7 @@ def attach(
         tokens_per_step: tokens that one optimiser step of all processes is taken on. `Reallocate(score="auto")` compares with it what
             scoring would cost; unknown, it takes the cheapest way.
         begins: the step after which a run goes on that had ended: times in fractions that are still to come are of the steps after it.
-        on_progress: called with a `Tick` while rank slots are scored.
+        on_progress: called with a `Tick` while rank slots are scored, and directions of weights ranked.
 
     Raises:
         ConfigError: the model has no weftlora adapter, a length is not a positive number, an event cannot happen in a run of
@@ -162,6 +162,8 @@ def attach(
 def _settle(model: nn.Module, schedule: Schedule, on_progress: Progress) -> None:
     """Let what is decided from counts be decided, and the config say so."""
     for controller in schedule.controllers:
+        if isinstance(controller, LaunchController) and on_progress is not ignore:
+            controller.ranker.on_progress = on_progress
         if isinstance(controller, ReallocateController):
             controller.on_progress = on_progress if on_progress is not ignore else controller.on_progress
             configs = getattr(unwrapped(model), "peft_config", {})

@@ -173,6 +173,8 @@ class LaunchEffect(NamedTuple):
     """Plain numbers for the record of events."""
     fresh: Iterable[nn.Parameter]
     """What starts fresh: an optimiser's moments of what it was before are dropped."""
+    resting: Iterable[nn.Parameter] = ()
+    """What is trained no more: it gets no gradient from now on, and the one it has would be stepped along again."""
 
 
 class LaunchSettings(Protocol):

@@ -71,11 +71,16 @@ def timed(state: TrainerState) -> Timed:
     return Timed(**state.stateful_callbacks[KEY])
 
 
+def measuring_seconds(sums: Timed, tokens: int) -> float:
+    """What measuring a loss on so many tokens will take: a forward pass is under half of a step."""
+    return 0.5 * tokens * sums.seconds / sums.tokens if sums.tokens else 0.0
+
+
 def announce_measuring(sums: Timed, rows: Any) -> None:
-    """Say how long measuring a loss on these rows will take, where that is worth saying: a forward pass is under half of a step."""
+    """Say how long measuring a loss on these rows will take, where that is worth saying."""
     if not sums.tokens:
         return
-    seconds = 0.5 * sum(map(len, rows["input_ids"])) * sums.seconds / sums.tokens
+    seconds = measuring_seconds(sums, sum(map(len, rows["input_ids"])))
     if seconds > WORTH_SAYING:
         log.info("measuring the validation loss on %d rows: about %.0f s", len(rows), seconds)
 

@@ -171,8 +171,9 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         base={
             "source": prepared.base.source,
             **dataclasses.asdict(prepared.fingerprint),
-            "config": identity.config_digest(prepared.base.settings),
+            "config": identity.config_digest(prepared.base.settings, prepared.base.source),
             "tokenizer": identity.tokenizer_digest(prepared.base.source),
+            **identity.quantised(prepared.base.source),
         },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),
@@ -196,7 +197,7 @@ def _announce(run: Run, prepared: Prepared) -> None:
         log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
     for line in prepared.data.columns:
         log.info("%s", line)
-    log.info("the first row, what is learnt in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
+    log.info("the first row, what is learned in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
     if prepared.recipe.data.packing:
         how = getattr(prepared.model.config, "_attn_implementation", None)
         log.info(

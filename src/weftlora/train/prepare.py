@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -112,10 +113,18 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int 
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
+    if recipe.model.dtype is None:
+        recipe = recipe.with_dtype(base.precision.dtype)
+        defaults += (f"weights in {base.precision.dtype} {base.precision.why}",) if base.precision.why else ()
     if recipe.train.lr is None:
         chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
         recipe = recipe.with_train(lr=chosen.lr)
         defaults += (f"learning rate {chosen.lr:g} {chosen.why}",)
+    if recipe.train.group_by_length is None:
+        padded = 0.0 if recipe.data.packing else padding(data.train, recipe.train.batch_size)
+        recipe = recipe.with_train(group_by_length=padded >= MOST_PADDING)
+        if recipe.train.group_by_length:
+            defaults += (f"rows of like length together (at random {padded:.0%} of the tokens would be padding)",)
     config = as_begun(adapter_config(recipe.adapter, steps, selection, recipe.from_folder), begun)
     if selection is not None:
         selection.check(plain)
@@ -160,6 +169,23 @@ def _defaults(recipe: Recipe, steps: int, rows: int) -> tuple[str, ...]:
     if "batch_size" not in train.model_fields_set:
         said.append(f"batches of {train.batch_size} rows")
     return tuple(said)
+
+
+MOST_PADDING, LONG = 0.15, 128
+"""Share of padding above which rows are grouped by length, where one of them has so many tokens."""
+
+
+def padding(rows: Dataset, size: int, drawn: int = 200) -> float:
+    """The share of padding in random batches of `size` rows; 0 where all rows are short, which is not worth a thought."""
+    import pyarrow.compute as pc
+
+    chunks = rows.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"].chunks
+    lengths = [length for chunk in chunks for length in pc.list_value_length(chunk).to_pylist()]
+    if size < 2 or len(lengths) <= size or max(lengths) < LONG:
+        return 0.0
+    draw = Random(0)
+    batches = [draw.sample(lengths, size) for _ in range(drawn)]
+    return 1 - sum(map(sum, batches)) / sum(size * max(batch) for batch in batches)
 
 
 MOST_MEASURED = 512
