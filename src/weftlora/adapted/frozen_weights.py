@@ -88,7 +88,7 @@ def load(path: Path, key: str) -> change_rates.Spectrum | None:
         reason = "it was not made from this weight, or was changed since"
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error)
-    logger.warning("%s is computed anew and replaced: %s", path, reason)
+    logger.warning("%s is computed again and replaced: %s", path, reason)
     return None
 
 

@@ -82,6 +82,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             done.append(write(place, bare, config, sites, heads, choices.dtype, prover))
             if prover is not None and gates is not None:
                 done.append(replace(done[-1], approximation=prover.approximation(gates, measured)))
+            source.say_prompts(place)
             (place / "README.md").write_text(record.lora(done[-1], source, config), encoding="utf-8")
 
         folder.write(out, fill)
@@ -153,7 +154,7 @@ def laid_out(found: Mapping[str, Pair], choices: Choices) -> dict[str, Pair]:
     sites = {name: pair for name, pair in found.items() if pair.rank}
     if not sites:
         raise AdapterError(
-            "no site of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
+            "no module of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
         )
     if not (choices.uniform or choices.server_ranks):
         return sites

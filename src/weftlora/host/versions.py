@@ -60,6 +60,17 @@ def why_no_sft() -> str | None:
     return f"trl {trl.__version__} computes its loss by Triton, which is not installed here"
 
 
+def dequantising() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that make plain weights of a GGUF file.
+
+    transformers ≥ 5.20 or so keeps them packed, unless told so; the versions before know nothing else.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why the installed peft cannot carry weftlora's adapters, in one sentence; None if it can."""
@@ -223,6 +234,14 @@ RENAMED: dict[str, tuple[str, ...]] = {
 def named(arguments_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """`values` under the names that this version of an arguments class (of transformers or trl) has for them."""
     return {name_in(arguments_class, key): value for key, value in values.items()}
+
+
+def grouped(arguments_class: type, by_length: bool) -> dict[str, Any]:
+    """The argument that puts rows of like length into one batch; transformers 4 has a switch for it, 5 a name."""
+    valid = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    if "train_sampling_strategy" in valid:
+        return {"train_sampling_strategy": "group_by_length"} if by_length else {}
+    return {"group_by_length": True} if by_length else {}
 
 
 def name_in(arguments_class: type, name: str) -> str:

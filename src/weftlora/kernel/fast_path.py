@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weftlora.kernel.dropout import draw, dropped
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import Work, branch, by_part, joined, like, mixture, softmax, without_autocast
+from weftlora.kernel.factors import Work, branch, by_part, joined, like, mixture, softmax, used, without_autocast
 from weftlora.kernel.gated_mlp_node import run_gated
 from weftlora.kernel.node import Member, Parts, Plan, run
 
@@ -124,7 +124,7 @@ def _planned(
         if p and not (masks and work.mask is masks[-1]):
             masks.append(draw(x, p, width) if work.mask is None else work.mask)
         told = work.on_mix is not None and b.heads > 0
-        found.append(Member(b.scale / (1 - p), b.heads, b.r, len(masks) - 1, told))
+        found.append(Member(b.scale / (1 - p), b.heads, b.r, len(masks) - 1, told, b.top))
         tensors.append(
             Parts(
                 weight,
@@ -184,7 +184,7 @@ def add_read(y: Tensor, read: Read, work: Work) -> Tensor:
         omega = softmax(logits)
         if work.on_mix is not None:
             work.on_mix(omega.view(*lead, omega.shape[1]))
-        h = mixture(h, omega, b.r)
+        h = mixture(h, used(omega, b.top), b.r)
     with without_autocast(y):
         out = torch.addmm(y.reshape(-1, y.shape[-1]), h.to(y.dtype), like(b.up, y).T, alpha=b.scale)
     return out.view(y.shape)
