@@ -1,4 +1,4 @@
-"""`make demo`: every recipe on the embedded model and tasks, compared at equal trained numbers, and a report of it.
+"""`make demo`: every recipe on the bundled model and tasks, compared at equal trainable parameters, and a report of it.
 
     python scripts/demo.py [--out runs/demo] [--steps N] [--rows N] [--jobs N] [--report demo-report.html]
 

@@ -2,7 +2,7 @@
 
     python scripts/interop.py [--archive llama_cpp_python-*.tar.gz] [--python PYTHON] [--work build/interop]
 
-A LoRA-TSD adapter is trained on the real decoder in WEFT_DATA (stories260k; else on the embedded demo model), exported with
+A LoRA-TSD adapter is trained on the real decoder in WEFT_DATA (stories260k; else on the bundled demo model), exported with
 `uniform=True`, converted together with its base by llama.cpp's own converters, which ship in the source archive of
 llama-cpp-python, and run by llama-cpp-python in float32 with a float32 key-value cache. A pattern export of an adapter with unequal
 ranks is converted too: llama.cpp must get that one wrong, or the advice in docs/serving.md is out of date.

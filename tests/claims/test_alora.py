@@ -19,7 +19,8 @@ from torch import nn
 
 import weftlora
 from families import FAMILIES, adapter_config, logits
-from weftlora.terms.ranks.reallocate import Room, Slot, decide
+from weftlora.adapted.layer import WeftLinear
+from weftlora.terms.ranks.reallocate import GATE_MOVE, GATE_STEPS, Room, Slot, decide
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedule"))
 from allocating import TOKENS, adam, alora, controller, events, random_factors, ranks, scorer, train
@@ -211,6 +212,43 @@ def test_the_sensitivity_ablation_is_adaloras_importance_of_the_numbers_of_a_slo
     lowest = sorted(range(len(slots)), key=lambda n: found[n])[:3]
     names = list(sites(model))
     assert [each[:2] for each in event["pruned"]] == [[names[slots[n][0]], slots[n][1]] for n in lowest]
+
+
+def test_the_gate_ablation_trains_the_relaxed_gates_of_equation_5() -> None:
+    """α' = 2 sigmoid(a'), a' = 0 at the start, trained on the validation rows; written out with gates on the columns of B."""
+    model = alora(score="gate", first=1, max_rounds=1, move=3).double()
+    random_factors(model)
+    s, slots = scorer(model), controller(model).scoring.live()
+    found = s.gates(slots, "0/1").tolist()
+    model.eval()
+    own, rows = list(sites(model).values()), s.drawn("0/1")
+    b = [site.structure.B.detach().clone() for site in own]
+    a = [torch.zeros(each.shape[1], dtype=torch.float64) for each in b]
+    eta = None
+    for _ in range(GATE_STEPS):
+        leaves = [each.clone().requires_grad_() for each in a]
+        swapped = {
+            f"{name}.weft_site.default.structure.B": b[m] * (2 * torch.sigmoid(leaves[m]))
+            for m, name in enumerate(n for n, layer in model.named_modules() if isinstance(layer, WeftLinear))
+        }
+        slopes = torch.autograd.grad(torch.func.functional_call(model, swapped, (), rows).loss, leaves)
+        eta = eta or GATE_MOVE / max(float(g.abs().max()) for g in slopes)
+        a = [each - eta * g for each, g in zip(a, slopes, strict=True)]
+    expected = [float(2 * torch.sigmoid(a[m][slot])) for m, slot in slots]
+    assert found == pytest.approx(expected, rel=1e-4)  # its norms are fp32
+    assert max(found) > 1 > min(found)
+    train(model.train(), 1, adam(model, lr=1e-12))
+    [event] = events(model)
+    lowest = sorted(range(len(slots)), key=lambda n: found[n])[:3]
+    names = list(sites(model))
+    assert [each[:2] for each in event["pruned"]] == [[names[slots[n][0]], slots[n][1]] for n in lowest]
+    assert event["score"] == "gate"
+
+
+def test_slots_that_contribute_nothing_keep_their_gates_at_one() -> None:
+    model = alora(score="gate", first=1, max_rounds=1, move=3)
+    found = scorer(model).gates(controller(model).scoring.live(), "0/1")
+    assert torch.equal(found, torch.ones_like(found))  # B = 0 at the start
 
 
 def test_the_budget_holds_in_every_round() -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
+from weftlora import kernel
 from weftlora.adapter.site import Site, build_site
-from weftlora.errors import ConfigError, MergeError
+from weftlora.errors import CombinationError, ConfigError, MergeError
 from weftlora.kernel import Factors, Work, add_low_rank
 from weftlora.kernel.dropout import dropped as dropout_of
-from weftlora.terms.structure.hydra import Hydra
+from weftlora.terms.structure.hydra import Hydra, balance_loss
 
 IN, OUT, R, N, S = 5, 4, 2, 3, 1.5
 
@@ -447,3 +448,142 @@ def test_uniform_gates_train_save_and_come_back(tmp_path) -> None:
 def test_uniform_gates_have_no_router_to_balance() -> None:
     with pytest.raises(ConfigError, match="no router to start or to balance"):
         Hydra(router="uniform", balance=0.1)
+
+
+# ---------------------------------------------------------------------- some heads per token
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_token_uses_its_k_best_heads_with_the_softmax_over_these(k: int) -> None:
+    """The released multimodal code dispatches each token to its best head, whose output it does not scale (`dense_moe=False`)."""
+    site, x = site_of(router="topk", k=k, balance=0.05).eval(), tokens()
+    term = site.structure
+    for t in range(len(x)):
+        logits = term.router @ x[t]
+        best = sorted(range(N), key=lambda i: -float(logits[i].detach()))[:k]
+        share = torch.softmax(logits[best], 0)
+        want = sum(S * w * heads_of(term.B)[i] @ (term.A @ x[t]) for w, i in zip(share, best, strict=True))
+        torch.testing.assert_close(update(site, x)[t], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("router_input", ["x", "Ax"])
+@pytest.mark.parametrize("told", [False, True])
+def test_the_node_of_some_heads_is_the_equation(told: bool, router_input: str) -> None:
+    """Values and gradients, also where the whole softmax, which a listener is told, has a gradient of its own."""
+    found = []
+    for path in (add_low_rank, lambda y, x, work: y + kernel.reference(x, work)):
+        site = site_of(router="topk", k=2, router_input=router_input)
+        x = tokens().requires_grad_()
+        omegas: list[Tensor] = []
+        work = Work(site.factors(), on_mix=omegas.append if told else None)
+        y = path(x.new_zeros(len(x), OUT), x, work)
+        loss = y.square().sum() + sum((omega * torch.arange(N)).square().sum() for omega in omegas)
+        found.append([y, *omegas, *torch.autograd.grad(loss, [x, *site.parameters()])])
+        if told:
+            torch.testing.assert_close(omegas[0].sum(-1), torch.ones(len(x), dtype=torch.float64))
+            assert (omegas[0] > 0).all()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_all_heads_of_top_k_are_the_dense_router() -> None:
+    dense, every = site_of(), site_of(router="topk", k=N)
+    torch.testing.assert_close(update(every, tokens()), update(dense, tokens()), rtol=0, atol=0)
+
+
+def test_a_hard_choice_leaves_the_router_to_the_balance_term() -> None:
+    """With k = 1 the weight is 1 whatever the logits: the loss's gradient of the router is 0, that of the balance term is not."""
+    site, x = site_of(router="topk", k=1, balance=0.05).train(), tokens()
+    omegas: list[Tensor] = []
+    site.recorder = omegas.append
+    y = update(site, x)
+    [g] = torch.autograd.grad(y.square().sum(), [site.structure.router], retain_graph=True)
+    assert torch.equal(g, torch.zeros_like(g))
+    [g] = torch.autograd.grad(balance_loss(omegas[0]), [site.structure.router])
+    assert g.abs().max() > 1e-4
+    with pytest.raises(ConfigError, match="the loss moves no router"):
+        Hydra(router="topk", k=1)
+
+
+def test_equal_logits_take_the_first_heads_and_the_unused_have_gradient_zero() -> None:
+    site, x = site_of(router="topk", k=2), tokens()
+    site.structure.router.data[:] = site.structure.router.data[0]
+    update(site, x).square().sum().backward()
+    by_head = heads_of(site.structure.B.grad)
+    assert by_head[:2].abs().amin(dim=(1, 2)).min() > 0
+    assert torch.equal(by_head[2], torch.zeros_like(by_head[2]))
+
+
+def test_the_mean_gate_is_of_the_weights_used_and_a_fixed_one_uses_all_heads() -> None:
+    model = net(router="topk", k=1, balance=0.01).eval()
+    x = torch.randn(64, IN, dtype=torch.float64)
+    with weftlora.routing(model) as record, torch.no_grad():
+        model(x)
+    for name, mean in record.mean_gate().items():
+        [omega] = record.omega[name]
+        share = torch.bincount(omega.argmax(-1), minlength=N).to(mean) / len(x)
+        torch.testing.assert_close(mean, share)
+    site = next(m for m in model.modules() if isinstance(m, Site))
+    fixed = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    mixed = torch.einsum("n,nor->or", fixed, heads_of(site.structure.B.detach()))
+    site.structure.fix(fixed)
+    torch.testing.assert_close(site(x, x.new_zeros(64, IN)), site.scale * x @ site.structure.A.T @ mixed.T)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"router": "topk", "k": 2}, {"split": True}, {"router": "topk", "k": 1, "balance": 0.1}]
+)
+def test_its_variants_come_back_from_a_config(fields: dict[str, object]) -> None:
+    config = weftlora.HydraLoraConfig(heads=3, **fields)
+    again = weftlora.WeftConfig(**config.to_dict())
+    assert again.structure == config.structure == Hydra(heads=3, **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"router": "topk"}, "give both or none"),
+        ({"k": 2}, "give both or none"),
+        ({"router": "topk", "k": 4}, "from 1 to 3"),
+        ({"router": "topk", "k": 2, "router_init": "zero", "per_head_dropout": True}, "to the first heads"),
+        ({"split": True, "router_input": "Ax"}, "share no A"),
+        ({"split": "yes"}, "neither true nor false"),
+    ],
+)
+def test_variants_that_mean_nothing_are_refused(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Hydra(**fields)
+
+
+# ---------------------------------------------------------------------- the control with an A per head
+
+
+def test_lora_split_is_n_loras_with_an_a_of_their_own() -> None:
+    """The ablation "w/o Hydra": N·r (in + out) trained numbers, as many as one LoRA of rank N·r, and the router."""
+    site, x = site_of(split=True), tokens()
+    term = site.structure
+    assert sum(p.numel() for p in (term.A, term.B)) == N * R * (IN + OUT)
+    each = [(term.A[n * R : (n + 1) * R], heads_of(term.B)[n]) for n in range(N)]
+    for t in range(len(x)):
+        omega = torch.softmax(term.router @ x[t], 0)
+        want = sum(S * w * b @ (a @ x[t]) for w, (a, b) in zip(omega, each, strict=True))
+        torch.testing.assert_close(update(site, x)[t], want, rtol=1e-12, atol=1e-12)
+    whole = site_of(split=True, router="uniform")
+    one = S / N * whole.structure.B @ whole.structure.A
+    assert torch.linalg.matrix_rank(one) == min(N * R, IN, OUT)  # not r, as with one A
+    torch.testing.assert_close(update(whole, x), x @ one.T, rtol=1e-12, atol=1e-12)
+
+
+def test_lora_split_trains_saves_exports_and_has_no_slots_to_move(tmp_path) -> None:
+    model = net(split=True)
+    x = tokens()
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path).double().eval()
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-6, atol=1e-6)
+    with pytest.raises(CombinationError, match="Hydra with Reallocate: with split=True"):
+        weftlora.AllocLoraConfig(structure=Hydra(split=True))
+    weftlora.AllocLoraConfig(structure=Hydra())

@@ -284,3 +284,71 @@ def test_what_the_launch_did_is_an_event_with_its_numbers() -> None:
         assert said["rate"] == pytest.approx(site.boost.rate.tolist(), rel=1e-6)
         assert said["seconds"] > 0
     assert steps(model) == T
+
+
+# ---------------------------------------------------------------------- gains alone, after the launch
+
+
+@pytest.mark.parametrize("structure", [weftlora.Plain(), weftlora.Hydra(heads=2), weftlora.Hydra(heads=2, split=True)])
+@pytest.mark.parametrize("pair", ["freeze", "drop"])
+def test_a_and_b_rest_after_the_launch_whatever_an_optimiser_would_do(pair: str, structure) -> None:
+    """Asked of the authors (issue 8 of the released code): drop LoRA and train the gains alone. Decay and momentum move nothing."""
+    model = dash(after=T, pair=pair, structure=structure)
+    optimizer = adam(model, weight_decay=0.5)
+    train(model, T, optimizer)
+    assert launched(model)
+    of_site = {
+        n: (s.structure, {k: p.detach().clone() for k, p in s.structure.named_parameters()})
+        for n, s in sites(model).items()
+    }
+    start = {n: deltas(s) for n, s in sites(model).items()} if not structure.routed else {}
+    for step in range(T, T + 4):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+    for name, (term, before) in of_site.items():
+        assert all(torch.equal(p, before[k]) for k, p in term.named_parameters()), name
+    assert all(term.gain.abs().min() > 0 for term in terms(model))
+    for name, site in sites(model).items():
+        if structure.routed:
+            continue
+        gains = site.boost.up @ torch.diag(site.boost.gain) @ site.boost.down
+        kept = start[name] if pair == "freeze" else torch.zeros_like(gains)
+        torch.testing.assert_close(site.delta_weight(), (kept + gains).float(), rtol=1e-5, atol=1e-6)
+        assert site.phase == {"freeze": "launched, A and B frozen", "drop": "launched, A and B dropped"}[pair]
+        assert site.live() == ([] if pair == "drop" else [0, 1])
+
+
+def deltas(site) -> Tensor:
+    return site.delta_weight().detach()
+
+
+@pytest.mark.parametrize("pair", ["freeze", "drop"])
+def test_resting_pairs_come_back_from_a_file_and_leave_as_stock_lora(pair: str, tmp_path) -> None:
+    model = dash(after=T, pair=pair)
+    train(model, T + 3)
+    x = batch(99)
+    model.eval().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    from dashing import Net
+
+    again = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(again.eval()(x), model(x))
+    before = [s.structure.A.detach().clone() for s in sites(again).values()]
+    train(again.train(), 2)
+    assert all(torch.equal(s.structure.A, a) for s, a in zip(sites(again).values(), before, strict=True))
+    weftlora.export_lora(model, tmp_path / "stock", inputs=None, verify=False)
+    torch.manual_seed(0)
+    stock = PeftModel.from_pretrained(Net(), tmp_path / "stock").eval()
+    torch.testing.assert_close(stock(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_pair_that_rests_does_not_go_with_what_needs_it() -> None:
+    with pytest.raises(weftlora.CombinationError, match="pair='drop'"):
+        weftlora.WeftConfig(boost=weftlora.Dash(pair="drop"), ranks=weftlora.Reallocate())
+    with pytest.raises(weftlora.CombinationError, match="pair='freeze'"):
+        weftlora.WeftConfig(boost=weftlora.Dash(pair="freeze"), start=weftlora.Directions())
+    with pytest.raises(weftlora.ConfigError, match="pair"):
+        weftlora.Dash(pair="keep")
+    config = weftlora.LoraDashConfig(pair="drop")
+    assert weftlora.WeftConfig(**config.to_dict()).boost == config.boost == weftlora.Dash(pair="drop")

@@ -36,6 +36,27 @@ def uniform(x: Tensor, p: P, s: float) -> Tensor:
     return sum(s / heads * (x @ p["A"].T) @ p["B"][:, i * r : (i + 1) * r].T for i in range(heads))
 
 
+def topk(x: Tensor, p: P, s: float, k: int = 2) -> Tensor:
+    """HydraLoRA with k experts per token: softmax over the k largest logits, one token at a time."""
+    r, rows = len(p["A"]), []
+    for token in x:
+        logits = p["router"] @ token
+        order = sorted(range(len(logits)), key=lambda i: -float(logits[i]))[:k]
+        weights = logits[order].exp() / logits[order].exp().sum()
+        rows.append(
+            sum(w * s * p["B"][:, i * r : (i + 1) * r] @ (p["A"] @ token) for w, i in zip(weights, order, strict=True))
+        )
+    return torch.stack(rows)
+
+
+def split(x: Tensor, p: P, s: float) -> Tensor:
+    """LoRA-Split behind the same router: Σ_i ω_i s B_i A_i x, every LoRA with an A of its own."""
+    omega = torch.softmax(x @ p["router"].T, -1)
+    n = omega.shape[1]
+    each = zip(p["A"].chunk(n), p["B"].chunk(n, 1), strict=True)
+    return sum(omega[:, i : i + 1] * (s * (x @ a.T) @ b.T) for i, (a, b) in enumerate(each))
+
+
 def tied(x: Tensor, p: P, s: float) -> Tensor:
     """Tied-LoRA: s v ⊙ (B (u ⊙ (A x))), A and B of all layers the same."""
     return s * p["v"] * ((p["u"] * (x @ p["A"].T)) @ p["B"].T)
@@ -51,6 +72,11 @@ def init(x: Tensor, p: P, s: float) -> Tensor:
     """LoRA-Init: s (B A − B₀ A₀) x, once there are A₀ and B₀."""
     y = lora(x, p, s)
     return y if "A0" not in p else y - s * (x @ p["A0"].T) @ p["B0"].T
+
+
+def tsd(x: Tensor, p: P, s: float) -> Tensor:
+    """LoRA-TSD: s (B A − B₀ A₀) x + Σ_i g_i ū_i v̄_iᵀ x."""
+    return init(x, p, s) + (((x @ p["V"]) * p["gain"]) @ p["U"].T if "U" in p else 0)
 
 
 def directions(weight: Tensor, delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,6 +35,15 @@ def launched(weights: list[Tensor], count: int) -> Callable[[int, list[P]], froz
     return after
 
 
+def both(weights: list[Tensor], count: int) -> Callable[[int, list[P]], frozenset[str]]:
+    def after(step: int, params: list[P]) -> frozenset[str]:
+        return launched(weights, count)(step, params) | switched(weights)(
+            step, params
+        )  # Dash ranks on the ΔW before the switch
+
+    return after
+
+
 def switched(weights: list[Tensor]) -> Callable[[int, list[P]], frozenset[str]]:
     def after(step: int, params: list[P]) -> frozenset[str]:
         if step != LAUNCH:
@@ -62,6 +71,24 @@ CASES: dict[str, tuple[Any, methods.Update, set[str], set[str]]] = {
         {"A", "B", "gain"},
         set(),
     ),
+    "hydralora, top 2": (
+        lambda **f: weftlora.HydraLoraConfig(heads=3, router="topk", k=2, **f),
+        methods.topk,
+        {"A", "B", "router"},
+        set(),
+    ),
+    "lora-split": (
+        lambda **f: weftlora.HydraLoraConfig(heads=3, split=True, **f),
+        methods.split,
+        {"A", "B", "router"},
+        set(),
+    ),
+    "lora_tsd": (
+        lambda **f: weftlora.LoraTsdConfig(directions=2, after=LAUNCH, **f),
+        methods.tsd,
+        {"A", "B", "gain"},
+        set(),
+    ),
     "lora_init": (lambda **f: weftlora.LoraInitConfig(after=LAUNCH, **f), methods.init, {"A", "B"}, set()),
 }
 
@@ -72,7 +99,7 @@ def tensors(sites: list[Any]) -> list[P]:
     for site in sites:
         f = site.structure.factors(S)
         own = {name.rsplit(".", 1)[-1]: p.detach().clone() for name, p in site.named_parameters()}
-        found.append({**own, "A": f.A.detach().clone(), "B": f.B.detach().clone()})
+        found.append({"A": f.A.detach().clone(), "B": f.B.detach().clone(), **own})
     return found
 
 
@@ -93,7 +120,8 @@ def test_a_run_is_the_papers_equations_step_by_step(method: str) -> None:
                 if not name.endswith("gain"):
                     p.add_(0.2 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
     x, y = (torch.randn(24, n, generator=draw, dtype=torch.float64) for n in (5, 4))
-    after = {"lora_dash": launched(weights, 3), "lora_init": switched(weights)}.get(method, lambda *_: NOTHING)
+    happens = {"lora_dash": launched(weights, 3), "lora_init": switched(weights), "lora_tsd": both(weights, 2)}
+    after = happens.get(method, lambda *_: NOTHING)
     start = tensors(sites)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     losses = []
@@ -110,7 +138,9 @@ def test_a_run_is_the_papers_equations_step_by_step(method: str) -> None:
     assert losses[-1] < losses[0]
     mine = tensors(sites)
     for p, q in zip(mine, end, strict=True):
-        for name in trained - {"gain"} if method != "lora_init" else ():  # a direction's sign is free: ΔW below
+        for name in (
+            trained - {"gain"} if method not in ("lora_init", "lora_tsd") else ()
+        ):  # a direction's sign is free: ΔW below
             torch.testing.assert_close(p[name], q[name], rtol=1e-7, atol=1e-9)
     probe = torch.eye(5, dtype=torch.float64)
     theirs = sum(update(probe, q, S) + probe @ w.T for q, w in zip(end, weights, strict=True))

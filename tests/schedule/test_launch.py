@@ -15,6 +15,7 @@ from dashing import (
     batch,
     dash,
     event,
+    init,
     launch_step,
     launched,
     loss_of,
@@ -34,6 +35,7 @@ from families import FAMILIES, adapter_config
 from weftlora import change_rates
 from weftlora.change_rates import decide
 from weftlora.errors import ConfigError
+from weftlora.progress import Tick
 
 T = 2
 
@@ -301,3 +303,11 @@ def test_the_forward_never_decomposes(monkeypatch) -> None:
     model.eval()
     model(batch(0))
     assert steps(model) == T + 2
+
+
+def test_a_launch_tells_how_far_it_is_once_for_all_who_ask() -> None:
+    ticks: list[Tick] = []
+    model = init(after=T, directions=2)  # LoRA-TSD: Dash and Init at one step
+    weftlora.attach(model, on_progress=ticks.append)
+    train(model, T)
+    assert [(tick.phase, tick.done, tick.total) for tick in ticks] == [("ranking directions", n, 2) for n in (1, 2)]

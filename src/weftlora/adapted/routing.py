@@ -25,10 +25,14 @@ from weftlora.terms.structure.hydra import balance_loss
 
 @dataclass
 class Routing:
-    """The router weights ω of one forward, [..., N] fp32 with their graph, by module name; one entry per call of a site."""
+    """The router weights ω of one forward, [..., N] fp32 with their graph, by module name; one entry per call of a site.
+
+    They are the whole softmax, also where a token uses only some of the heads: `used(name, omega)` are the weights of those.
+    """
 
     omega: dict[str, list[Tensor]] = field(default_factory=dict)
     weight: dict[str, float] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict, repr=False)
 
     def balance_loss(self, attention_mask: Tensor | None = None) -> Tensor:
         """Mean over sites of balance × N Σ f_n p̄_n, a scalar to add to the task loss.
@@ -49,7 +53,7 @@ class Routing:
         terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
         if not counted:
             raise ConfigError(
-                "no routed site with balance > 0 ran inside weftlora.routing(model): put the forward inside the block."
+                "no routed module with balance > 0 ran inside weftlora.routing(model): put the forward inside the block."
             )
         if torch.is_grad_enabled() and not all(term.requires_grad for term in terms):
             raise ConfigError(
@@ -59,10 +63,15 @@ class Routing:
         return torch.stack(terms).mean() if terms else torch.zeros(())
 
     def mean_gate(self) -> dict[str, Tensor]:
-        """Mean router weight [N] of every site over all tokens recorded."""
+        """Mean weight [N] that every site's heads are used with, over all tokens recorded."""
         return {
-            name: torch.cat([o.detach().flatten(0, -2) for o in calls]).mean(0) for name, calls in self.omega.items()
+            name: torch.cat([self.used(name, o).detach().flatten(0, -2) for o in calls]).mean(0)
+            for name, calls in self.omega.items()
         }
+
+    def used(self, name: str, omega: Tensor) -> Tensor:
+        """Of weights [..., N] of that site those that its heads are mixed with."""
+        return self.sites[name].used(omega)
 
 
 @contextmanager
@@ -78,6 +87,7 @@ def routing(model: nn.Module) -> Iterator[Routing]:
             if site is not None and site.routed:
                 name = module_name if len(layer.active_adapters) == 1 else f"{module_name}[{adapter_name}]"
                 router = site.structure.factors(site.scale).router
+                record.sites[name] = site
                 record.weight[name] = site.balance if router is not None and router.requires_grad else 0.0
                 before.append((site, site.recorder))
                 site.recorder = partial(_append, record.omega.setdefault(name, []), site.recorder)

@@ -17,6 +17,7 @@ def check(*choices: Choice | None) -> None:
     """Raise `CombinationError` if two of the choices do not go together."""
     given = [choice for choice in choices if choice is not None]
     names = [choice.title for choice in given]
-    for (one, other), reason in (REFUSED | refusals(map(type, given))).items():
+    own = {(one.title, other): reason for one in given for other, reason in one.objections.items()}
+    for (one, other), reason in (REFUSED | refusals(map(type, given)) | own).items():
         if one in names and other in names:
             raise CombinationError(f"{one} with {other}: {reason}. Drop one of the two, or see docs/composing.md.")

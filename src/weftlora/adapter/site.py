@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from weftlora.adapter.buffers import Remembered
 from weftlora.errors import ConfigError, MergeError
-from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight
+from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight, used
 from weftlora.kernel.dropout import dropped
 from weftlora.terms.boost import Boost, BoostTerm
 from weftlora.terms.layers import Layers
@@ -74,6 +74,7 @@ class Site(nn.Module):
         self.per_head_dropout = structure.choice.per_head_dropout
         self.one_mask = False  # whether linears that read one input also drop the same of its elements
         self.boost: BoostTerm | None = None
+        self.pair = "train"  # what becomes of A and B once the boost has happened: see `Boost.pair`
         self.start: StartTerm | None = None
         self.draw: Draw = kaiming_uniform
         for name in ("mask", "layer_gate", "birth", "score"):
@@ -97,6 +98,8 @@ class Site(nn.Module):
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
         f = self.structure.factors(self.scale)
+        if self.pair != "train" and self.boost is not None and self.boost.happened:
+            f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
             f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[0]), f.gate))
         if self.keep is not None:
@@ -124,8 +127,19 @@ class Site(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return Work(self.factors(), dropout, self.per_head_dropout, self._listener(), mask if dropout else None)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`."""
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        add: Callable[[Tensor, Tensor, Work], Tensor] | None = None,
+    ) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`.
+
+        `add` adds it where x is not what the matrices are multiplied with: tokens, or an image (`weftlora.adapted.reading`).
+        """
+        if add is not None:
+            return add(x, y, self.work(mask))
         return self._beside(x, y, mask) if self.outside else add_low_rank(y, x, self.work(mask))
 
     def _beside(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,18 +168,22 @@ class Site(nn.Module):
             raise ConfigError(self.untrained)
 
     def _listener(self) -> Callable[[Tensor], None] | None:
-        """Who wants to see the router's weights in this forward; nobody in a recomputation."""
+        """Who wants to see the router in this forward, nobody in a recomputation: the recorder all weights, the meter those used."""
         recorder, meter = self.recorder, self.gate_meter
         if (recorder is None and meter is None) or _in_backward():
             return None
-        if recorder is None or meter is None:
-            return recorder or meter
 
-        def both(omega: Tensor) -> None:
-            recorder(omega)
-            meter(omega)
+        def tell(omega: Tensor) -> None:
+            if recorder is not None:
+                recorder(omega)
+            if meter is not None:
+                meter(self.used(omega))
 
-        return both
+        return tell
+
+    def used(self, omega: Tensor) -> Tensor:
+        """Of a router's weights [..., N] those that its heads are mixed with."""
+        return used(omega, self.structure.factors(self.scale).top)
 
     def roles(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
         """The parameters that the site's terms own, each with its name in its term and what it does in the equation, if its term
@@ -177,12 +195,26 @@ class Site(nn.Module):
 
     def live(self) -> list[int]:
         """The structure's live slots, ascending."""
+        if self.pair == "drop" and self.boost is not None and self.boost.happened:
+            return []
         slots = range(self.structure.factors(self.scale).A.shape[0])
         return list(slots) if self.mask is None else self.mask.nonzero().flatten().tolist()
 
     def fresh_row(self, generator: torch.Generator) -> Tensor:
         """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
         return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+
+    @torch.no_grad()
+    def fill_zero_factor(self) -> None:
+        """Draw the factor that starts at zero like the others, where it is this site's own and not on meta; dead slots stay zero."""
+        value = getattr(self.structure, self.structure.zero, None)
+        if not isinstance(value, Tensor) or value.is_meta:
+            return
+        drawn = kaiming_uniform(*value.shape) if value.dim() == 2 else torch.empty_like(value).uniform_(-1, 1)
+        value.copy_(drawn)
+        for parameter, by_slot in self.structure.by_slot():
+            if parameter is value and self.mask is not None:
+                by_slot(value)[self.mask == 0] = 0
 
     def register_counter(self, name: str, value: Tensor) -> None:
         """Keep a buffer of the adapter as a whole on this site, its first: it is saved and loaded with it."""
@@ -247,7 +279,7 @@ def build_site(
     for name, value in ({} if ranks is None else ranks.state(r, room)).items():
         site.register_buffer(name, value)
     if boost is not None:
-        site.boost = boost.build(fan_in, out)
+        site.boost, site.pair = boost.build(fan_in, out), boost.pair
     if start is not None:
         site.start = start.build(r + room, fan_in, out)
     if layers is not None and layers.gated:
@@ -265,10 +297,19 @@ def _say_once(title: str) -> None:
     )
 
 
+def _detached(f: Factors) -> Factors:
+    """The same without a gradient for what the structure has."""
+    parts = {name: getattr(f, name) for name in ("A", "B", "gate", "v", "router")}
+    return replace(f, **{name: part.detach() for name, part in parts.items() if part is not None})
+
+
 def _times(gate: Tensor, other: Tensor | None) -> Tensor:
     return gate if other is None else other * gate.to(other)
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running: a forward now is gradient checkpointing's recomputation, not another step."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd is running: a forward now is gradient checkpointing's recomputation, not another step.
+
+    Never in a compiled graph, which holds its recomputation in itself and could not ask.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -47,7 +47,7 @@ class Diagnosis(Record):
     kernel: str | None
     """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off; None where torch does not load."""
     demo: bool
-    """Whether the embedded model is there."""
+    """Whether the bundled model is there."""
     models: dict[str, str]
     """Word for a real model → where its file is, or the line that installs it."""
     data: str | None

@@ -139,7 +139,7 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
         "ranks": shown,
         "scale": "1 (lora_alpha = r; every scale and gate is folded into B)",
         "numbers": f"{export.parameters:,} in A and B, {export.dtype}",
-        "sites left out": f"{len(export.left_out)} without a live rank slot" if export.left_out else None,
+        "modules left out": f"{len(export.left_out)} without a live rank slot" if export.left_out else None,
         "in full": ", ".join(export.whole_modules) or None,
     }
     sections = [
@@ -161,12 +161,12 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
 
 def merged(export: Merge, source: Source) -> str:
     """README.md of a folder of merged weights."""
-    lost = f"‖ΔW‖ lost to rounding into {export.dtype}: {export.lost:.3%} over all sites"
+    lost = f"‖ΔW‖ lost to rounding into {export.dtype}: {export.lost:.3%} over all modules"
     nf4 = "" if export.lost_logits_nf4 is None else f" and {export.lost_logits_nf4:.1%} of the change of the logits"
     logits = "" if export.lost_logits is None else f"; of the change of the logits: {export.lost_logits:.3%}"
     facts = {
         "weights": f"{export.dtype}; added in float32 to {export.weights}, rounded once",
-        "sites merged": str(len(export.sites)),
+        "modules merged": str(len(export.sites)),
         "lost": lost + logits + (" (accepted when it was exported)" if export.accepted else ""),
         "if quantised to NF4 from here": f"{export.lost_nf4:.1%} of ‖ΔW‖{nf4} would be lost (blocks of 64)",
     }
@@ -265,7 +265,7 @@ def _training(source: Source) -> str:
             "taken from": None if source.is_outcome or source.folder is None else f"{source.folder.name} of the run",
             "optimiser steps": str(run.steps) if source.is_outcome else None,
             "seed": str(run.seed),
-            "trained numbers": f"{run.parameters.get('trainable', 0):,}",
+            "trainable parameters": f"{run.parameters.get('trainable', 0):,}",
             "data": ", ".join(
                 f"{Path(name).name} (sha256 {digest[:12]})" for name, digest in run.data.get("hashes", {}).items()
             )
@@ -330,8 +330,8 @@ def _costs(export: LoraExport) -> list[str]:
         losses = {"live": fixed.loss_live, "this export": fixed.loss_fixed, "no adapter": fixed.loss_base}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         parts.append(
-            "**An approximation.** The adapter is HydraLoRA, whose heads are mixed anew for every token; here they are fixed at "
-            f"their mean weights over {for_markdown(fixed.gates)}. Against the live adapter the largest difference of a logit is "
+            "**An approximation.** The adapter is HydraLoRA, whose heads are mixed differently for every token; here they are fixed "
+            f"at their mean weights over {for_markdown(fixed.gates)}. Against the live adapter the largest difference of a logit is "
             f"{fixed.error:.2g} of the largest logit, and {fixed.lost:.1%} of the adapter's change of the logits is lost"
             + (f" (loss: {shown})." if shown else ".")
             + " The measurement above compares the folder with the adapter at these fixed weights."

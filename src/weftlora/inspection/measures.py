@@ -103,7 +103,7 @@ def measure_site(
 
 
 def trained_numbers(site: Site) -> dict[int, int]:
-    """Trained numbers by tensor (its id, so that shared ones can be told): of rank slots, the live ones."""
+    """Trainable parameters by tensor (its id, so that shared ones can be told): of rank slots, the live ones."""
     room = site.structure.factors(site.scale).A.shape[0]
     live = len(site.live())
     slotted = set() if site.mask is None else {id(parameter) for parameter, _ in site.structure.by_slot()}
@@ -120,11 +120,17 @@ def heads(name: str, site: Site) -> HeadSimilarity | None:
     """How alike the heads of a routed site are; None where there is one B."""
     if not site.routed:
         return None
-    factors, live = site.structure.factors(site.scale), site.live()
-    b_onr = factors.B.detach().double().unflatten(1, (factors.heads, -1))[:, :, live]
-    table = cosines(b_onr.transpose(0, 1).flatten(1))
+    table = cosines(head_factors(site).double().transpose(0, 1).flatten(1))
     pairs = [value for i, row in enumerate(table) for value in row[i + 1 :] if value is not None]
     return HeadSimilarity(name, table, sum(pairs) / len(pairs) if pairs else None)
+
+
+def head_factors(site: Site) -> Tensor:
+    """B [out, N, live] of a site's heads. Where they share no A, only what is a head's own: the rest of B̃'s columns are zeros."""
+    f = site.structure.factors(site.scale)
+    b = [*site.structure.linear(), f.B][0] if site.routed else f.B
+    b_onr = b.detach().unflatten(1, (f.heads, -1))
+    return b_onr if site.mask is None else b_onr[:, :, site.live()]
 
 
 def cosines(rows_nd: Tensor) -> list[list[float | None]]:
@@ -158,10 +164,9 @@ def factor_similarity(now_ki: Tensor, then_ki: Tensor) -> FactorSimilarity:
 
 def factor(site: Site, part: str) -> Tensor:
     """A [live, in] or Bᵀ [heads · live, out] of a site, as trained: without scale, gates and masks' dead slots."""
-    live, f = site.live(), site.structure.factors(site.scale)
     if part == "A":
-        return f.A.detach()[live]
-    return f.B.detach().unflatten(1, (f.heads, -1))[:, :, live].flatten(1).T
+        return site.structure.factors(site.scale).A.detach()[site.live()]
+    return head_factors(site).flatten(1).T
 
 
 def size_of_a_fresh_draw(a_ki: Tensor) -> float:

@@ -1,5 +1,6 @@
 """What routers do over rows: how much of each head is used, how sharply, and for which domain.
 
+    ω_n        the weight that head n is used with
     mean_n     mean of ω_n over tokens
     entropy    mean over tokens of −Σ ω ln ω / ln N            1: every token mixes all heads evenly
     balance    −Σ mean ln mean / ln N                           1: all heads are used equally over the data
@@ -83,7 +84,7 @@ def measure_usage(
                     if (site := _of(name.removeprefix(prefix), adapter)) in seen:
                         for omega in calls:
                             into = seen[site].setdefault(domain, Seen(omega.shape[-1]))
-                            into.add(_counted(omega, masks))
+                            into.add(_counted(record.used(name, omega), masks))
                 done += 1
                 progress(Tick("routers", done, total))
     ran = {name: parts for name, parts in seen.items() if any(part.tokens for part in parts.values())}
@@ -108,7 +109,8 @@ def _site_usage(name: str, parts: Mapping[str, Seen]) -> SiteUsage:
 
 def _gate(site: Site, parts: Iterable[Seen]) -> MeanGate:
     found = list(parts)
-    return MeanGate(site, torch.stack([part.total for part in found]).sum(0), sum(part.tokens for part in found))
+    tokens = torch.tensor([sum(part.tokens for part in found)], dtype=torch.float64)
+    return MeanGate(site, torch.cat([torch.stack([part.total for part in found]).sum(0), tokens]))
 
 
 def _prefix(model: nn.Module) -> str:

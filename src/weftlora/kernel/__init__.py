@@ -5,6 +5,8 @@
     h = ω(x) ⊗ z            ω  [N]         softmax router over N heads, only where one exists; else h = z
     y = x Wᵀ + b + h B̃ᵀ     B̃ = [v ⊙ B | Ū]
 
+A router may be asked to use only some heads per token: ω is then 0 for the others and sums to 1 over those (`Factors.top`).
+
 `B` is [out, N·r] (head n owns columns n·r … n·r+r−1) or [out, r]; `v` scales the rows of B only. Extra slots (the
 directions of Dash, the frozen −B₀A₀ of LoRA-Init) have rows in A and columns Ū in B̃ of their own, their own gates, and
 no router: on a routed site they are one more head of weight 1.
@@ -19,11 +21,12 @@ site use `reference`.
 
 from weftlora.kernel.dropout import draw
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import Factors, Role, RouterInput, Slots, Work, delta_weight
+from weftlora.kernel.factors import Factors, Role, RouterInput, Slots, Work, delta_weight, used
 from weftlora.kernel.fast_path import (
     Linear,
     Switches,
     add_low_rank,
+    add_read,
     current,
     gated_mlp,
     linears,
@@ -40,6 +43,7 @@ __all__ = [
     "Switches",
     "Work",
     "add_low_rank",
+    "add_read",
     "current",
     "delta_weight",
     "draw",
@@ -48,4 +52,5 @@ __all__ = [
     "reference",
     "switched",
     "use_reference",
+    "used",
 ]

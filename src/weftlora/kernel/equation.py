@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from weftlora.kernel.dropout import dropped
-from weftlora.kernel.factors import Work, by_part, like, softmax
+from weftlora.kernel.factors import Work, by_part, like, softmax, used
 
 
 def reference(x: Tensor, work: Work) -> Tensor:
@@ -28,7 +28,7 @@ def reference(x: Tensor, work: Work) -> Tensor:
             work.on_mix(omega)
         x_n = dropped(x[..., None, :].expand(*x.shape[:-1], f.heads, -1), p) if work.plain else None
         u_nr = torch.einsum("...i,ri->...r", x_dropped, A)[..., None, :] if x_n is None else x_n @ A.T
-        h = omega.to(x.dtype)[..., None] * (by_part(u_nr, f.keep) * g_r)
+        h = used(omega, f.top).to(x.dtype)[..., None] * (by_part(u_nr, f.keep) * g_r)
         y = torch.einsum("...nr,onr->...o", h, B.unflatten(1, (f.heads, A.shape[0])))
     for slots in f.extra:
         u_e = by_part(torch.einsum("...i,ei->...e", x_dropped, like(slots.down, x)), slots.keep)

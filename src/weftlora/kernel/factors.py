@@ -3,7 +3,10 @@
     u = [u_r | u_e]        [t, r + E]     what the slots read; extra slots last
     q                      [t, N or r]    what the router reads, of x without dropout
     ω = softmax(q) or softmax(q mixᵀ)     in fp32 or wider
-    h = f(u) = [ω ⊗ u_r | u_e]            [t, N·r + E]; without a router f is the identity
+    ω⁺ = ω of the `top` heads of largest ω, over their sum; 0 for the others; without a `top` all of ω
+    h = f(u) = [ω⁺ ⊗ u_r | u_e]           [t, N·r + E]; without a router f is the identity
+
+ω⁺ is the softmax of the logits of the heads that are left. Who listens to a router is told ω.
 
 One site's update is two matrices, and f between them:
 
@@ -71,6 +74,7 @@ class Factors:
     keep: Tensor | None = (
         None  # [K, r]: the tokens are K equal consecutive parts; part k has slot r scaled by keep[k, r]
     )
+    top: int | None = None  # how many heads every token uses; None is all of them
 
     @property
     def heads(self) -> int:
@@ -102,9 +106,7 @@ def delta_weight(f: Factors) -> Tensor:
         MergeError: the update depends on the token, so no ΔW exists.
     """
     if f.router is not None:
-        raise MergeError(
-            "a routed update depends on the token, so it has no weight-space form; keep the adapter unmerged."
-        )
+        raise MergeError("a routed update depends on the token, so it cannot be merged; keep the adapter unmerged.")
     dtype = torch.promote_types(f.A.dtype, torch.float32)
     A, B = f.A.to(dtype), f.B.to(dtype)
     if f.v is not None:
@@ -146,29 +148,48 @@ def softmax(logits: Tensor) -> Tensor:
     return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def used(omega: Tensor, top: int | None) -> Tensor:
+    """ω⁺ [..., N] of ω [..., N]: the `top` largest over their sum, 0 for the others; of equal ones those of the lowest index."""
+    if top is None or top >= omega.shape[-1]:
+        return omega
+    first = omega.sort(dim=-1, descending=True, stable=True).indices[..., :top]
+    kept = omega * torch.zeros_like(omega).scatter_(-1, first, 1.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
 def mixture(u: Tensor, omega: Tensor, r: int) -> Tensor:
-    """h [t, N·r + E] in u's dtype, rounded once, of u [t, r + E] and ω [t, N]."""
+    """h [t, N·r + E] in u's dtype, rounded once, of u [t, r + E] and ω⁺ [t, N]."""
     h = (omega[:, :, None] * u[:, None, :r]).flatten(1).to(u.dtype)
     return h if u.shape[1] == r else torch.cat([h, u[:, r:]], 1)
 
 
 def mixture_backward(
-    gh: Tensor | None, gomega: Tensor | None, u: Tensor, omega: Tensor, r: int
+    gh: Tensor | None, gomega: Tensor | None, u: Tensor, omega: Tensor, r: int, top: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of u and of the logits; gh [t, ≥ N·r + E] is h's, gomega [t, N] what came to ω from elsewhere."""
+    glogits = None
     if gh is None:
         gu = torch.zeros_like(u)
     else:
-        heads = omega.shape[1]
+        heads, mixed = omega.shape[1], used(omega, top)
         by_head = gh[:, : heads * r].unflatten(1, (heads, r)).to(omega.dtype)
-        through_u = (by_head * u[:, None, :r]).sum(2)
-        gomega = through_u if gomega is None else gomega + through_u
-        gu = (omega[:, :, None] * by_head).sum(1).to(u.dtype)
+        g = (by_head * u[:, None, :r]).sum(2)
+        if mixed is omega and gomega is not None:
+            g, gomega = g + gomega, None
+        glogits = _through_softmax(g, mixed)
+        gu = (mixed[:, :, None] * by_head).sum(1).to(u.dtype)
         if u.shape[1] > r:
             gu = torch.cat([gu, gh[:, heads * r : heads * r + u.shape[1] - r]], 1)
-    assert gomega is not None  # a member without any gradient is left out before
-    glogits = omega * (gomega - (gomega * omega).sum(1, keepdim=True))
+    if gomega is not None:
+        told = _through_softmax(gomega, omega)
+        glogits = told if glogits is None else glogits + told
+    assert glogits is not None  # a member without any gradient is left out before
     return gu, glogits.to(u.dtype)
+
+
+def _through_softmax(g: Tensor, omega: Tensor) -> Tensor:
+    """The gradient of the logits, given that of their softmax; of those left out, whose ω is 0, it is 0."""
+    return omega * (g - (g * omega).sum(1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -210,6 +231,7 @@ class Branch(NamedTuple):
     r: int
     route: Tensor | None
     mix: Tensor | None
+    top: int | None = None
 
 
 def branch(f: Factors, device: torch.device, dropout: bool) -> Branch:
@@ -237,4 +259,4 @@ def branch(f: Factors, device: torch.device, dropout: bool) -> Branch:
         router = f.router.to(device)
         rows = f.A.to(device).view(f.A.shape) if dropout else None  # a view: Dynamo takes no tensor twice in one node
         route, mix = (router, None) if f.router_input == "x" else (rows, router)
-    return Branch(down, up, 1.0 if f.extra else f.scale, 0 if f.router is None else f.heads, r, route, mix)
+    return Branch(down, up, 1.0 if f.extra else f.scale, 0 if f.router is None else f.heads, r, route, mix, f.top)

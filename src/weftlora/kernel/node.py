@@ -26,7 +26,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from weftlora.kernel.dropout import masked
-from weftlora.kernel.factors import mixture, mixture_backward, softmax, without_autocast
+from weftlora.kernel.factors import mixture, mixture_backward, softmax, used, without_autocast
 
 
 class Member(NamedTuple):
@@ -37,6 +37,7 @@ class Member(NamedTuple):
     r: int
     mask: int
     told: bool  # whether ω is handed out
+    top: int | None = None  # how many heads every token uses; None is all
 
 
 class Parts(NamedTuple):
@@ -229,7 +230,7 @@ def gated(m: Member, own: Parts, seen: Latents) -> Tensor:
     """h of one member, as many columns as GEMMs are fast in."""
     if seen.omega is None:
         return seen.u
-    h = mixture(seen.u, seen.omega, m.r)
+    h = mixture(seen.u, used(seen.omega, m.top), m.r)
     return F.pad(h, (0, fast_width(h.shape[1], h) - h.shape[1]))
 
 
@@ -297,7 +298,7 @@ def member_backward(
         gup = scaled(h.T, g, m.scale)[: own.up.shape[1]].T.to(own.up.dtype)  # hᵀ g: the other form, gᵀ h, takes longer
     if seen.omega is None:
         return gh, None, None, gup
-    gu, glogits = mixture_backward(gh, gomega, seen.u, seen.omega, m.r)
+    gu, glogits = mixture_backward(gh, gomega, seen.u, seen.omega, m.r, m.top)
     if own.mix is None or seen.q is None:
         return gu, glogits, None, gup
     gq = glogits @ own.mix.to(glogits.dtype)

@@ -20,6 +20,8 @@ def HydraLoraConfig(
     r: int = 8,
     heads: int = 3,
     router: str = "softmax",
+    k: int | None = None,
+    split: bool = False,
     router_input: str = "x",
     per_head_dropout: bool = False,
     balance: float = 0.0,

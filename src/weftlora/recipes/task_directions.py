@@ -34,6 +34,7 @@ def LoraDashConfig(
     eps: float = 1e-8,
     select: str = "rate",
     seed: int = 0,
+    pair: str = "train",
     **fields: Any,
 ) -> WeftConfig:
     """LoRA with Dash slots launched after `after`; fields as in `Dash` and `WeftConfig` (another `structure` composes)."""

@@ -276,7 +276,7 @@ def check_end(base: Base, model: PreTrainedModel, data: Loaded, trained: Iterabl
     """Warn of answers whose end the frozen base cannot write, since nothing that an adapter learns could make it stop.
 
     It cannot where the row of the output layer for the token that ends answers is nothing, or that of other tokens too. Texts are
-    learnt all the same, so that it is no error.
+    learned all the same, so that it is no error.
 
     Args:
         trained: modules that are trained whole beside the adapter; the output layer among them can learn it.

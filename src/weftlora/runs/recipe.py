@@ -54,7 +54,7 @@ BUILTIN = {
         Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
         Builtin(
             "lora_init",
-            "LoRA, begun anew along the directions of W it moved most",
+            "LoRA, restarted along the directions of W that training moves most",
             "arXiv:2409.01035",
             {"after": 10},
             5e-3,
@@ -156,6 +156,10 @@ class TrainConfig(RecipeSection):
     """Optimiser steps between validation losses; none measures it once, at the end."""
     eval_rows: Annotated[int, Field(gt=0, le=MOST_OF_ALL)] | Literal["all"] | None = None
     """Validation rows that are measured each time, drawn from the seed; none bounds them, so that it costs a part of the training."""
+    samples: Annotated[int, Field(ge=0, le=1000)] | list[str] = 0
+    """Prompts that are answered at every measurement and at the end: of so many validation rows, or a list of one's own."""
+    sample_tokens: int = Field(default=64, gt=0, le=10**6)
+    """Tokens that such an answer may have."""
     save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
     """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
     keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
@@ -174,6 +178,11 @@ class TrainConfig(RecipeSection):
     """An adapter, or a run, whose values are where training begins; in files and on the command line also `from`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Passed on to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _one_sample(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod

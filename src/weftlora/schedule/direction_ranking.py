@@ -14,7 +14,7 @@ measured over the forward passes of step t.
 from __future__ import annotations
 
 import time as clocks
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from weftlora import change_rates
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.kernel import Slots
+from weftlora.progress import Progress, Tick, ignore
 from weftlora.schedule import processes
 from weftlora.schedule.schedule import Member
 from weftlora.terms.events import Length
@@ -84,31 +85,33 @@ class MeanGate:
     """Running mean of the weights of `site`'s router over tokens, filled by the training passes of one step."""
 
     site: Site
-    total: Tensor | None = None
-    tokens: int = 0
+    seen: Tensor | None = None
+    """[N + 1] fp64: the sum of the weights over tokens, then how many tokens; a tensor, since a number would be a constant of a
+    compiled graph."""
 
     def __call__(self, omega: Tensor) -> None:
         """Take in weights [..., N]; an evaluation or generation between two steps is none of the training."""
-        if not (self.site.training or torch.is_grad_enabled()):
-            return
-        flat = omega.detach().flatten(0, -2)
-        self.total = flat.double().sum(0) if self.total is None else self.total + flat.double().sum(0)
-        self.tokens += flat.shape[0]
+        if self.site.training or torch.is_grad_enabled():
+            self.add(omega)
+
+    def add(self, omega: Tensor) -> None:
+        """Take in weights [..., N]."""
+        flat = omega.detach().flatten(0, -2).double()
+        seen = torch.cat([flat.sum(0), torch.ones_like(flat[:, 0]).sum(0, keepdim=True)])
+        self.seen = seen if self.seen is None else self.seen + seen
 
     def mean(self, heads: int) -> Tensor:
         """[N] fp64; uniform if nothing was seen."""
-        if self.total is None or not self.tokens:
+        if self.seen is None or not self.seen[-1]:
             return torch.full((heads,), 1 / heads, dtype=torch.float64)
-        return self.total / self.tokens
+        return self.seen[:-1] / self.seen[-1]
 
     def share(self) -> None:
         """Take in what the other processes saw; all of them must call it."""
         f = self.site.factors()
-        seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
-        if self.total is not None:
-            seen[:-1], seen[-1] = self.total, self.tokens
-        dist.all_reduce(seen)
-        self.total, self.tokens = seen[:-1], int(seen[-1])
+        if self.seen is None:
+            self.seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
+        dist.all_reduce(self.seen)
 
 
 def decompose(name: str, w: Tensor) -> change_rates.Spectrum:
@@ -124,6 +127,7 @@ class Ranker:
     askers: list[Asker] = field(default_factory=list)
     decompose: Callable[[str, Tensor], change_rates.Spectrum] = decompose
     gates: dict[str, MeanGate] = field(default_factory=dict)
+    on_progress: Progress = field(default_factory=lambda: ignore, repr=False)
     _last: tuple[int, list[Ranked]] | None = field(default=None, init=False)
 
     def before_step(self, step: int | None, length: Length) -> None:
@@ -153,16 +157,24 @@ class Ranker:
     def _rank_all(self, due: list[Asker]) -> list[Ranked]:
         numbers = range(len(self.members))
         if processes.world() == 1:
-            return [self._rank_one(n, due) for n in numbers]
+            return list(self._ranked(numbers, due).values())
         for gate in self.gates.values():
             gate.share()
         world, rank = processes.world(), processes.rank()
         rules = list(dict.fromkeys(asker.rule for asker in due))
         device = next(self.members[0].site.parameters()).device
         mine = processes.attempt(
-            lambda: {n: self._rank_one(n, due) for n in numbers if n % world == rank}, _names(due), device
+            lambda: self._ranked([n for n in numbers if n % world == rank], due), _names(due), device
         )
         return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
+
+    def _ranked(self, numbers: Sequence[int], due: list[Asker]) -> dict[int, Ranked]:
+        """Those members one after the other, as whoever watches is told."""
+        found = {}
+        for done, n in enumerate(numbers):
+            found[n] = self._rank_one(n, due)
+            self.on_progress(Tick("ranking directions", done + 1, len(numbers)))
+        return found
 
     def _rank_one(self, number: int, due: list[Asker]) -> Ranked:
         started, member = clocks.perf_counter(), self.members[number]
@@ -206,7 +218,7 @@ def factor_pair(site: Site, gate: MeanGate | None, *, dash: bool = False) -> tup
         b = f.v.detach().to(b)[:, None] * b
     if f.router is not None:
         omega = (gate or MeanGate(site)).mean(f.heads).to(b)
-        b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, -1)), omega)
+        b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, len(a))), omega)
     if (twins := _slots(site.start, site, f.scale)) is not None:
         # B A − B₀ A₀ as (B − B₀) A + B₀ (A − A₀): exactly 0 right after the switch, where the other form leaves rounding
         live = site.live()  # as in f, which has no other slots

@@ -7,6 +7,7 @@ slots have them, and by which of the `Scorer`'s ways, is the choice's word:
     taylor       both brackets of every live slot, estimated
     shortlist    the slots of lowest estimate exactly; what every slot is worth to its module by the estimate
     sensitivity  no brackets: |w ∂L/∂w| of a slot's numbers, averaged over its part of each parameter and summed over these
+    gate         no brackets: the slot's gate after some steps of descent on the rows' loss, from 1
     random       numbers drawn by name, slot and round
 
 Beside them stands how far to trust them: how well two ways agree, and whether a decision is above the noise of its rows. Scoring
@@ -44,7 +45,7 @@ from weftlora.progress import Progress, ignore
 from weftlora.schedule import processes, schedule
 from weftlora.schedule.schedule import Member
 from weftlora.terms.events import SlotMoves
-from weftlora.terms.ranks.reallocate import Slot
+from weftlora.terms.ranks.reallocate import ABLATIONS, Slot
 from weftlora.terms.structure import SlotFirst
 
 TERMS = {"both": (0, 1), "last_in": (0,), "first_in": (1,)}
@@ -131,7 +132,7 @@ def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
 
 
 def cost(site: Site) -> int:
-    """How many trained numbers one slot of the site has."""
+    """How many trainable parameters one slot of the site has."""
     return sum(view(p).numel() for p, view in by_slot(site)) // by_slot(site)[0][0].shape[0]
 
 
@@ -225,6 +226,10 @@ class Scorer(Protocol):
 
     def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
+        ...
+
+    def gates(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: gates α' = 2 sigmoid(a') of the slots, trained on these rows from a' = 0."""
         ...
 
     def check(self, *, estimated: bool) -> None:
@@ -321,9 +326,11 @@ class Scoring:
             dice = [random.Random(f"{self.choice.seed}/{number}/{self.members[m].name}/{slot}") for m, slot in ids]
             values, scored, brackets = [die.random() for die in dice], list[int](), None
             worth = values
-        elif self.choice.way == "sensitivity":
+        elif self.choice.way in ABLATIONS:
+            scorer = cast(Scorer, self.scorer)
+            measure = scorer.gates if self.choice.way == "gate" else scorer.sensitivity
             self._check_same_rows(self._draw(number), other=False)
-            measured = self._together(lambda: cast(Scorer, self.scorer).sensitivity(ids, self._draw(number)))
+            measured = self._together(lambda: measure(ids, self._draw(number)))
             values = worth = processes.from_main(measured, self._device).tolist()
             scored, brackets = list[int](), None
         else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weftlora.terms.ranks.reallocate import WAYS
+from weftlora.terms.ranks.reallocate import GATE_STEPS, WAYS
 
 BOUND = 0.1
 """The share of the training that scoring may cost where nobody chose a way."""
@@ -40,7 +40,8 @@ class Counts:
         """Forward passes of the rows of one round."""
         some = {"exact": self.slots, "shortlist": min(self.slots, self.shortlist_factor * self.moved)}.get(way, 0)
         ablated = some * (self.blocks + 1) / self.blocks + 2 if some else 0.0
-        return ablated + {"exact": 0, "sensitivity": BACKWARD}.get(way, 2 * BACKWARD)
+        once = {"exact": 0, "sensitivity": BACKWARD, "gate": GATE_STEPS * BACKWARD}
+        return ablated + once.get(way, 2 * BACKWARD)
 
     def tokens(self, way: str) -> float | None:
         """Of all rounds, each counted as often as it passes forward."""

@@ -34,6 +34,7 @@ from weftlora.adapted.layer import WeftLinear
 from weftlora.adapter.site import Site
 from weftlora.scoring.network import Network
 from weftlora.scoring.rows import Batch
+from weftlora.terms.ranks.reallocate import GATE_MOVE, GATE_STEPS
 
 SlotId = tuple[int, int]
 Told = Callable[[int, int], None]
@@ -241,13 +242,53 @@ def sensitivities(
     return torch.stack([worth[m][slot] for m, slot in slots])
 
 
-def gate_gradients(network: Network, sites: Sequence[Site], batch: Batch, gate: float) -> list[Tensor]:
-    """∂L_row/∂α per site, [rows, slots] fp64 on the CPU, with every gate at `gate`."""
+def trained_gates(
+    network: Network,
+    sites: Sequence[Site],
+    slots: Sequence[SlotId],
+    batch: Batch,
+    *,
+    chunk_tokens: int | None = None,
+    tell: Told = lambda done, total: None,
+) -> Tensor:
+    """[slots] fp64: α' = 2 sigmoid(a') after some steps of descent on the loss of the batch, from a' = 0.
+
+    The step is as long as lets the a' of largest slope at the start move by GATE_MOVE. Where no gate has a slope all stay 1.
+
+    Source: equation 5 of ALoRA, whose ablation scores slots by architecture weights as differentiable architecture search trains
+    them; that they are trained in the round, from 1, and by how much is ours.
+    """
+    values = [torch.zeros(len(cast(Tensor, site.mask)), dtype=torch.float64) for site in sites]
+    size, replicas = shares(batch, chunk_tokens)
+    parts = torch.arange(len(batch["labels"])).split(size * replicas)
+    rate: float | None = None
+    for step in range(GATE_STEPS):
+        slopes = [torch.zeros_like(value) for value in values]
+        for done, rows in enumerate(parts):
+            part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+            gates = [2 * value.sigmoid() for value in values]
+            for slope, found in zip(slopes, gate_gradients(network, sites, part, gates), strict=True):
+                slope += found.sum(0)
+            tell(step * len(parts) + done + 1, GATE_STEPS * len(parts))
+        down = [slope * 2 * v.sigmoid() * (1 - v.sigmoid()) for slope, v in zip(slopes, values, strict=True)]
+        if rate is None:
+            largest = max(float(slope.abs().max()) for slope in down)
+            rate = GATE_MOVE / largest if largest else 0.0
+        for value, slope in zip(values, down, strict=True):
+            value -= rate * slope
+    return torch.stack([2 * values[m][slot].sigmoid() for m, slot in slots])
+
+
+def gate_gradients(
+    network: Network, sites: Sequence[Site], batch: Batch, gate: float | Sequence[Tensor]
+) -> list[Tensor]:
+    """∂L_row/∂α per site, [rows, slots] fp64 on the CPU, with every gate at `gate`, or those of each site at `gate[site]` [slots]."""
     leaves = []
-    for site in sites:
+    for m, site in enumerate(sites):
         mask = cast(Tensor, site.mask)
         dtype = torch.promote_types(site.structure.factors(1.0).A.dtype, torch.float32)
-        leaves.append(torch.full((len(batch["labels"]), len(mask)), gate, dtype=dtype, device=mask.device))
+        at = torch.full((len(mask),), gate) if isinstance(gate, float) else gate[m]
+        leaves.append(at.to(mask.device, dtype).repeat(len(batch["labels"]), 1))
     try:
         with torch.enable_grad():
             for site, leaf in zip(sites, leaves, strict=True):

@@ -139,6 +139,16 @@ class Ablation:
                 )
         raise self._refusal()
 
+    def gates(self, slots: Sequence[SlotId], draw: str) -> Tensor:
+        """[slots] fp64: gates α' = 2 sigmoid(a') of the slots, trained on these rows from a' = 0."""
+        batch = self.drawn(draw)
+        with undisturbed(self.model, self.sites):
+            if way := self._way(batch):
+                return brackets.trained_gates(
+                    way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell
+                )
+        raise self._refusal()
+
     def _refusal(self) -> ConfigError:
         return ConfigError(
             f"{self.choice.title}(score={self.choice.way!r}) needs a cross-entropy over logits with one part per row, which "

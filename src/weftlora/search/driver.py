@@ -101,8 +101,8 @@ def restore(job: LayerSearch, state: dict[str, Any]) -> None:
         Random(mine["cpu"], mine["cuda"]).set()
     else:
         warnings.warn(
-            f"the search was saved by {len(state['random'])} processes and goes on in {processes.world()}: its rows are the same, "
-            "its dropout is drawn anew.",
+            f"the search was saved by {len(state['random'])} processes and continues in {processes.world()}: its rows are the same, "
+            "its dropout is drawn again.",
             stacklevel=3,
         )
 

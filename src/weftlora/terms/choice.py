@@ -14,6 +14,7 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, final
 
 from weftlora.terms.events import Controller, Timeline
@@ -33,6 +34,8 @@ class Choice(ABC):
     """Names of the buffers that its controllers keep on the adapter's first site, and what each is."""
     refuses: ClassVar[Mapping[str, str]] = {}
     """Class names of choices that it does not go with, each with the reason as a clause."""
+    objections: Mapping[str, str] = MappingProxyType({})
+    """The same because of what its fields are: a choice sets it when it is made."""
     equation_only: ClassVar[str | None] = None
     """Why it needs a structure inside the equation, as a clause; None where it goes with one outside too."""
     headline: ClassVar[tuple[str, ...] | None] = ()

@@ -28,11 +28,15 @@ Event = dict[str, Any]
 
 @dataclass
 class Length:
-    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step."""
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step.
+
+    Times in fractions are of the steps after `begins`: of a run that goes on with another, those that it adds.
+    """
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
     tokens_per_step: float | None = None
+    begins: int = 0
 
 
 class StructureView(Protocol):
@@ -169,6 +173,8 @@ class LaunchEffect(NamedTuple):
     """Plain numbers for the record of events."""
     fresh: Iterable[nn.Parameter]
     """What starts fresh: an optimiser's moments of what it was before are dropped."""
+    resting: Iterable[nn.Parameter] = ()
+    """What is trained no more: it gets no gradient from now on, and the one it has would be stepped along again."""
 
 
 class LaunchSettings(Protocol):

@@ -80,7 +80,7 @@ def preview(
     rows: int = 3,
     progress: Progress = ignore,
 ) -> Preview:
-    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learnt, time and memory.
+    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learned, time and memory.
 
     Nothing is written. Time and memory are measured by a few passes of the recipe's own model over its rows, on this machine.
 

@@ -1,24 +1,27 @@
 """What a run will spend beside its steps, said before the first of them.
 
     8 rounds of scoring rank slots by taylor (auto), about 40 s, 6 % of this run
-    the launch of Dash decomposes 28 weights, about 12 s, 2 % of this run
-    a search of 30 steps on α, worth 45 training steps, 45 % of this run
+    the launch of Dash decomposes 28 weights, about 12 s, 2 % of this run (nothing where they are kept from an earlier one)
+    a search of 30 steps on α, worth 45 training steps, about 90 s, 45 % of this run
 
-Shares are from counts; what decides anything decides by them. Seconds are for whoever waits: one forward pass, and one
-decomposition of a small matrix, are timed and scaled.
+Shares of scoring and of a search are from counts; what decides anything decides by them. A launch happens once and is part of the
+method, so nothing bounds it: where it is more than a tenth of the run, the line says what makes it less. Seconds are for whoever
+waits: one forward pass, and one decomposition of a small matrix, are timed and scaled.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
+from weftlora.adapter.site import Site
 from weftlora.host.attach import schedules
 from weftlora.schedule.launch import LaunchController
 from weftlora.schedule.reallocate import ReallocateController
 from weftlora.schedule.schedule import Schedule
-from weftlora.schedule.scoring_cost import BACKWARD
+from weftlora.schedule.scoring_cost import BACKWARD, BOUND
 from weftlora.scoring.scorer import undisturbed
 from weftlora.search.driver import LayerSearch, cost_of_step
 from weftlora.train.prepare import Prepared, tokens_per_step
@@ -34,7 +37,10 @@ def lines(prepared: Prepared, search: LayerSearch | None) -> list[str]:
     if search is not None:
         asked, inner = search.search, search.inner
         worth = search.steps * cost_of_step(asked, inner.batch_size * inner.accumulation, search.sizes["validation"])
-        said = f"a search of {search.steps} steps on α, worth {worth:.0f} training steps, {worth / prepared.steps:.0%} of this run"
+        said = f"a search of {search.steps} steps on α, worth {worth:.0f} training steps"
+        if (step := tokens_per_step(prepared.recipe, prepared.data)) is not None:
+            said += f", about {_seconds(worth * BACKWARD * step * _per_token(prepared, search.gates.sites))}"
+        said += f", {worth / prepared.steps:.0%} of this run"
         bound = (
             "" if asked.steps or asked.max_share is None else f" (at most {asked.max_share:.0%}; adapter.steps sets it)"
         )
@@ -54,7 +60,7 @@ def _scoring(prepared: Prepared, schedule: Schedule, controller: ReallocateContr
     share, tokens = counts.share(choice.way), counts.tokens(choice.way)
     said = f"{counts.rounds} rounds of scoring rank slots by {choice.score}"
     if tokens is not None:
-        said += f", about {_seconds(tokens * _per_token(prepared, schedule))}"
+        said += f", about {_seconds(tokens * _per_token(prepared, [member.site for member in schedule.members]))}"
     return said + (f", {share:.0%} of this run" if share is not None else "")
 
 
@@ -67,17 +73,19 @@ def _launch(prepared: Prepared, schedule: Schedule, controller: LaunchController
     step = tokens_per_step(prepared.recipe, prepared.data)
     if step is None:
         return said
-    training = BACKWARD * prepared.steps * step * _per_token(prepared, schedule)
-    return said + f" ({took / max(training, 1e-9):.0%} of this run) unless they are kept from an earlier one"
+    training = BACKWARD * prepared.steps * step * _per_token(prepared, [member.site for member in schedule.members])
+    share = took / max(training, 1e-9)
+    less = "; fewer adapter.target_modules make it less" if share > BOUND else ""
+    return said + f", {share:.0%} of this run (nothing where they are kept from an earlier one{less})"
 
 
-def _per_token(prepared: Prepared, schedule: Schedule) -> float:
+def _per_token(prepared: Prepared, sites: Sequence[Site]) -> float:
     """Seconds of a forward pass per token, on a few rows, the second time."""
     rows = prepared.data.train.select(range(min(PROBED, len(prepared.data.train))))
     batch = prepared.collator([rows[i] for i in range(len(rows))])
     device = next(prepared.model.parameters()).device
     given = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-    with undisturbed(prepared.model, [member.site for member in schedule.members]):
+    with undisturbed(prepared.model, sites):
         for _ in range(2):
             began = time.perf_counter()
             prepared.model(**given)

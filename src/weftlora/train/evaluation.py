@@ -172,14 +172,6 @@ def chat(
     return Conversation(Speaker.opened(source, how, base), system, max_new_tokens, temperature, seed)
 
 
-def prompting_of(source: Run | str | Path) -> Prompting:
-    """How prompts are written out: as the run was trained; for a model by itself in its chat template, if it has one."""
-    if isinstance(source, Run) or not is_model(source):
-        return Prompting.of(run_of(source))
-    tokenizer = base_model.find(base_model.Wanted(str(source)), Path.cwd()).tokenizer
-    return Prompting("chat" if getattr(tokenizer, "chat_template", None) else "text")
-
-
 def run_of(source: Run | str | Path) -> Run | None:
     """The run that a source is, or in whose folder the adapter is; None for an adapter folder by itself.
 
@@ -195,6 +187,16 @@ def run_of(source: Run | str | Path) -> Run | None:
     inside = folder.resolve().name == "adapter" or above.name == "checkpoints"
     holder = above if folder.resolve().name == "adapter" else above.parent
     return Run.load(holder) if inside and (holder / "run.json").is_file() else None
+
+
+def prompting_of(source: Run | str | Path) -> Prompting:
+    """How prompts are written out: as a run, or an adapter folder in its run or out of it, was trained; for a model by itself in its
+    chat template, if it has one. Raises AdapterError, RunError."""
+    if not isinstance(source, Run) and is_model(source):
+        tokenizer = base_model.find(base_model.Wanted(str(source)), Path.cwd()).tokenizer
+        return Prompting("chat" if getattr(tokenizer, "chat_template", None) else "text")
+    run = run_of(source)
+    return Prompting.of_adapter(Path(source)) if run is None and not isinstance(source, Run) else Prompting.of(run)
 
 
 def open_source(source: Run | str | Path, base: str | None) -> Trained:

@@ -51,6 +51,7 @@ class Prepared:
     adapter: PeftConfig | None
     fingerprint: Fingerprint
     collator: Collator
+    """Of batches that are measured, and of those that are trained on where no rows are packed."""
     steps: int
     """Optimiser steps of the whole run."""
     measured_on: Dataset | None = None
@@ -59,6 +60,13 @@ class Prepared:
     """What the recipe did not say, and was therefore taken, in words."""
     weights: Weights | None = None
     """The weights of the base, being looked at; None where nobody asked."""
+    flat: bool = False
+    """Whether batches that are trained on have no padding (`takes_flat_rows`)."""
+
+    @property
+    def training_collator(self) -> Collator:
+        """Of the batches that are trained on."""
+        return dataclasses.replace(self.collator, flat=self.flat)
 
     def name_weights(self, run: Run) -> bool:
         """Put the digests of the base's weights into a run's record, and whether they were not there yet.
@@ -72,11 +80,12 @@ class Prepared:
         return True
 
 
-def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
+def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int = 0) -> Prepared:
     """Load and adapt what `recipe` names; writes nothing.
 
     Args:
         begun: the adapter's config in the record of the run that is continued.
+        begins: the last step of the run that is extended.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
@@ -141,10 +150,12 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
             steps_per_epoch=per_epoch,
             validation=rows,
             tokens_per_step=per_step,
+            begins=begins if begins < steps else None,  # which `extending.point` refuses
         )
     _ready_for_checkpointing(plain, recipe)
     measured = rows_to_measure(recipe.train, data, steps)
-    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults)
+    flat = recipe.data.packing and takes_flat_rows(plain)
+    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults, flat=flat)
 
 
 def _defaults(recipe: Recipe, steps: int, rows: int) -> tuple[str, ...]:
@@ -233,6 +244,11 @@ def check_packing(model: PreTrainedModel, base: base_model.Base) -> None:
             f"data.packing cannot be used: rows that are packed together see each other in {base.config.path!r} with {how} attention; "
             "leave it out, or try another model.attn_implementation."
         )
+
+
+def takes_flat_rows(model: PreTrainedModel) -> bool:
+    """Whether packed rows are cheapest one behind the other: flash attention takes them apart by their positions, without a mask."""
+    return "flash" in str(getattr(model.config, "_attn_implementation", None))
 
 
 def locate_adapter(recipe: Recipe) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from weftlora.disk.files import append_json
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.runs.adapter import write_prompts
 from weftlora.runs.head_loss import answer_loss, head_of, is_the_models_own
 from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
@@ -26,6 +29,7 @@ from weftlora.train.callback import Finished, finish
 from weftlora.train.costs import Stopwatch, announce_measuring, measuring_seconds, timed
 from weftlora.train.extending import Extended
 from weftlora.train.prepare import Prepared
+from weftlora.train.sampling import Sampler
 
 log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -94,6 +98,7 @@ class Recorder(TrainerCallback):
             self.run.check_there()
             if self.prepared.name_weights(self.run):  # before the first one counts
                 self.run.save()
+            write_prompts(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run)
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
@@ -141,6 +146,33 @@ class _Measured:
         return metrics
 
 
+class Card:
+    """The model card of a run's checkpoints, which peft writes from its template once: the next ones get a copy.
+
+    The template costs peft as much as all the rest of saving a small adapter.
+    """
+
+    text: str | None = None
+
+    @contextlib.contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        """While checkpoints of `model` are written."""
+
+        def written(folder: str) -> None:
+            file = Path(folder) / "README.md"
+            if self.text is None or file.exists():
+                type(model).create_or_update_model_card(model, folder)
+                self.text = file.read_text(encoding="utf-8") if file.exists() else None
+            else:
+                file.write_text(self.text, encoding="utf-8")
+
+        model.create_or_update_model_card = written
+        try:
+            yield
+        finally:
+            del model.create_or_update_model_card
+
+
 class _Logged:
     """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
 
@@ -150,6 +182,7 @@ class _Logged:
 
     _not_logged: torch.Tensor | None = None
     _brought: float | None = None
+    _card: Card
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *given: Any, **more: Any) -> Any:
         parent: Any = super()
@@ -163,7 +196,8 @@ class _Logged:
             mean = trainer.accelerator.gather(self._not_logged.detach()).mean().item()
             kept = {"sum": mean, "since": trainer._globalstep_last_logged}
             trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
-        parent._save_checkpoint(model, trial)
+        with self._card.of(trainer.model):
+            parent._save_checkpoint(model, trial)
 
     def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
         parent: Any = super()
@@ -265,10 +299,12 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
+    if prepared.recipe.train.samples:
+        own.append(Sampler(run, prepared, progress))
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
-    added: dict[str, Any] = {"prepared": prepared}
+    added: dict[str, Any] = {"prepared": prepared, "_card": Card()}
     if run.extends:
         mixins.insert(0, Extended)
         added["extends_at"] = run.extends["step"]
@@ -287,7 +323,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         args=args,
         train_dataset=prepared.data.train.select_columns(_COLUMNS),
         eval_dataset=validation.select_columns(_COLUMNS) if validation is not None else None,
-        data_collator=prepared.collator,
+        data_collator=prepared.training_collator,
         callbacks=[*own, *extra],
         **options,
     )

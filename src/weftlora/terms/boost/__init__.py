@@ -6,7 +6,7 @@ y += ((x V̄ᵀᵀ) ⊙ g) Ūᵀ        Ū [out, s], V̄ᵀ [s, in] fixed when t
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,6 +20,8 @@ class Boost(Choice):
     """Slots that the structure does not have."""
 
     axis: ClassVar[str] = "boost"
+    pair: Literal["train", "freeze", "drop"] = "train"
+    """What becomes of the structure's A and B once its slots are launched."""
 
     @abstractmethod
     def build(self, fan_in: int, out: int) -> BoostTerm:

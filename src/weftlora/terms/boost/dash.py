@@ -3,6 +3,9 @@
     before the launch    ΔW = (α/r) B A
     after it             ΔW = (α/r) B A + Ū diag(g) V̄ᵀ       Ū [out, s], V̄ᵀ [s, in] fixed, g [s] learned
 
+    pair="freeze"        the same, with A and B as they are at the launch
+    pair="drop"          ΔW = Ū diag(g) V̄ᵀ
+
 Ū and V̄ are the s core directions of W with the largest change rate under the ΔW of the moment of the launch
 (`weftlora.change_rates`). Dash slots have scale 1, not α/r.
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -45,6 +48,8 @@ class Dash(Boost):
         eps: ε of the change rate, relative to σ_max.
         select: "rate" (the paper); "top" (largest σ), "bottom" (smallest σ) and "random" are controls.
         seed: of the directions that "random" draws.
+        pair: what becomes of A and B after the launch: "train" (the paper, and its authors where they were asked); "freeze", so
+            that only the gains are trained; "drop", the same without A and B, so that the update starts again from 0.
     """
 
     headline: ClassVar[tuple[str, ...] | None] = ("directions",)
@@ -67,8 +72,15 @@ class Dash(Boost):
     eps: float = 1e-8
     select: Literal["rate", "top", "bottom", "random"] = "rate"
     seed: int = 0
+    pair: Literal["train", "freeze", "drop"] = "train"
+    objections: Mapping[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.pair not in (pairs := ("train", "freeze", "drop")):
+            raise ConfigError(f"Dash(pair={self.pair!r}): {suggest(str(self.pair), pairs)}")
+        if self.pair != "train":
+            reason = f"with pair={self.pair!r} A and B are not trained after the launch"
+            object.__setattr__(self, "objections", {"Reallocate": reason, "Directions": reason})
         if not is_whole(self.directions, 1):
             raise ConfigError(f"Dash(directions={self.directions!r}) launches nothing: use a whole number from 1 up.")
         object.__setattr__(self, "after", check_time(self.after, "Dash(after=...)"))
@@ -140,7 +152,8 @@ class DashTerm(BoostTerm):
     @property
     def phase(self) -> str:
         """Before or after the launch."""
-        return "launched" if self.happened else "before the launch"
+        rests = {"train": "", "freeze": ", A and B frozen", "drop": ", A and B dropped"}[self.choice.pair]
+        return f"launched{rests}" if self.happened else "before the launch"
 
     def chosen(self) -> list[Direction]:
         """Those of the slots at work; what a file imported from the released code does not say is None."""
@@ -173,7 +186,9 @@ class DashLaunch:
         """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""
         term = _term(site)
         term.launch(found)
-        return LaunchEffect({}, [term.gain])
+        if self.choice.pair == "train":
+            return LaunchEffect({}, [term.gain])
+        return LaunchEffect({"pair": self.choice.pair}, [term.gain], cast(nn.Module, site.structure).parameters())
 
     def gap(self) -> str:
         """See `Launch`."""

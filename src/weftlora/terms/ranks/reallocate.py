@@ -32,10 +32,14 @@ from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.ranks import Ranks
 
 WAYS = ("exact", "shortlist", "taylor")
+GATE_STEPS, GATE_MOVE = 8, 0.5
+"""Of the gates that `score="gate"` trains, and how far the first step moves the a' of largest slope: ours, the paper does not say."""
 AUTO = tuple(f"{way} (auto)" for way in WAYS)
 """What "auto" is called once it is decided."""
-SCORES = ("auto", *WAYS, "sensitivity", "random", "none", *AUTO)
-NEED_DATA = ("auto", *WAYS, "sensitivity", *AUTO)
+ABLATIONS = ("sensitivity", "gate")
+"""The scores that the paper compares its own with: of a slot as a whole, not of its brackets."""
+SCORES = ("auto", *WAYS, *ABLATIONS, "random", "none", *AUTO)
+NEED_DATA = ("auto", *WAYS, *ABLATIONS, *AUTO)
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,11 @@ class Reallocate(Ranks):
             were freed.
         score: "exact"; "taylor", a second-order estimate from two backward passes; "shortlist", exact scores of the
             `shortlist_factor` · n slots of lowest estimate; "sensitivity", AdaLoRA's |w ∂L/∂w| (an ablation of the paper),
-            averaged over the slot's row of A and its column of B; "random" and "none" are controls. "auto" is exact where that
-            costs at most a tenth of the training; else the shortlist, if that does, in rounds in which it can certify that no
-            slot left out of it belongs to the lowest; else its estimate. It is decided once, from counts
-            (`weftlora.schedule.scoring_cost`), and is called "taylor (auto)" and so on from then on.
+            averaged over the slot's row of A and its column of B; "gate", its other ablation: gates α' = 2 sigmoid(a') of the live
+            slots, from a' = 0, trained on the round's rows for GATE_STEPS steps of descent, everything else as it is; "random"
+            and "none" are controls. "auto" is exact where that costs at most a tenth of the training; else the shortlist, if that
+            does, in rounds in which it can certify that no slot left out of it belongs to the lowest; else its estimate. It is
+            decided once, from counts (`weftlora.schedule.scoring_cost`), and is called "taylor (auto)" and so on from then on.
         terms: which bracket counts: "both" (the paper), "last_in" or "first_in".
         rows: validation rows per round (paper: 32).
         resample: draw new rows each round; False keeps those of the first.
@@ -103,6 +108,7 @@ class Reallocate(Ranks):
         "shortlist",
         "taylor",
         "sensitivity",
+        "gate",
         "random",
         "none",
         "exact (auto)",
