@@ -79,7 +79,7 @@ def test_plain_text_is_asked_only_what_one_gives(recipe: Make, tmp_path: Path) -
 
 
 def test_every_checkpoint_says_how_it_is_loaded_and_asked(recipe: Make, tmp_path: Path) -> None:
-    run = sampled(recipe, tmp_path / "run")
+    run = sampled(recipe, tmp_path / "run", "adapter={recipe: lora, r: 2}")
     first, second = (run.checkpoints / f"checkpoint-{step}" for step in (2, 4))
     card = (first / "README.md").read_text()
     assert card == (second / "README.md").read_text(), "peft's template is filled in once"
