@@ -232,6 +232,23 @@ def matrix() -> str:
     return _table(("host", "its Python", *shown, "result"), lines)
 
 
+def peft_suite() -> str:
+    """What peft's own tests say of every method that they were run with (`scripts/peft_suite.py`)."""
+    record = json.loads((BENCH.parent / "evidence" / "peft-suite.json").read_text(encoding="utf-8"))
+    kinds = ("refused", "names", "words", "mathematics", "unexplained")
+    rows = []
+    for method, found in record["methods"].items():
+        wanted = found["stock"] - sum(found.get(kind, 0) for kind in kinds[:4]) - found.get("skipped", 0)
+        share = f"{found.get('passed', 0) / wanted:.1%}" if wanted else "none"
+        files = len(record["files"][method])
+        rows.append(
+            (f"`{method}`", str(files), *(str(found.get(kind, 0)) for kind in ("stock", "passed", *kinds)), share)
+        )
+    head = ("method", "files", "stock LoRA passes", "passes", *kinds, "of what is offered")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{_table(head, rows)}\n\nWith {versions}."
+
+
 CONTRACT = {
     "structure": ("choice.Choice", "structure.Structure", "structure.StructureTerm", "structure.OutsideTerm"),
     "start": ("start.Start", "extra.ExtraTerm", "start.StartTerm"),
@@ -299,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "launch": launch,
     "extras": extras,
     "matrix": matrix,
+    "peft_suite": peft_suite,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),

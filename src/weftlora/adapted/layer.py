@@ -58,6 +58,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
+        self.shares_weight = False  # with another module, which a merge must leave as it is
         self.rows: Sequence[str] | None = None  # the adapter of every row of the batch, for the length of a forward
         self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
         self._kept: Tensor | None = None
@@ -98,8 +99,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         return cast(Site, self.weft_site[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.rows is not None and not self._disable_adapters:
-            return self._by_rows(self.rows, x, *args, **kwargs)
+        rows = kwargs.pop(
+            "adapter_names", self.rows
+        )  # a layer that is called by itself takes them too, as stock LoRA's
+        if rows is not None and not self._disable_adapters:
+            return self._by_rows(rows, x, *args, **kwargs)
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -243,9 +247,13 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             return
         self.check_mergeable(names, finite=safe_merge)
         merged, weight = self._merged_weight(names), self._plain_weight()
-        if self._kept is None and self.keep_base:
-            self._kept = weight.detach().clone()
-        weight.data = merged
+        if self.shares_weight:
+            self._kept = weight if self._kept is None else self._kept
+            setattr(self.get_base_layer(), "weight", nn.Parameter(merged, requires_grad=weight.requires_grad))  # noqa: B010
+        else:
+            if self._kept is None and self.keep_base:
+                self._kept = weight.detach().clone()
+            weight.data = merged
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -256,8 +264,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             raise MergeError(
                 f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
             )
-        weight = self._plain_weight()
-        weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
+        if self.shares_weight:
+            setattr(self.get_base_layer(), "weight", self._kept)  # noqa: B010
+        else:
+            weight = self._plain_weight()
+            weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
         self._kept = None
         self.merged_adapters.clear()
 

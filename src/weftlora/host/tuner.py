@@ -353,11 +353,16 @@ class WeftTuner(BaseTuner):
             raise MergeError(f"there is no adapter {unknown[0]!r} to merge: {suggest(unknown[0], self.peft_config)}")
         for layer in self._layers():
             layer.check_mergeable(names, finite=safe_merge)
-        if tied := self._get_tied_target_modules(self.model):
-            raise MergeError(
-                f"{tied[0]} shares its weight with the other embedding (tie_word_embeddings), so a merge would change both: "
-                "untie the model's embeddings first, or leave this module out of target_modules."
-            )
+        self._untie()
+
+    def _untie(self) -> None:
+        """Let the adapted layers whose weight another module has too (tied embeddings) merge into a weight of their own."""
+        holders: dict[int, int] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+        for layer in (layer for layer in self._layers() if not layer.merged_adapters):
+            layer.shares_weight = holders.get(id(getattr(layer.get_base_layer(), "weight", None)), 0) > 1
 
     def _layers(self) -> list[WeftLinear]:
         return [layer for _, layer in _sites(self.model)]
