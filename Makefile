@@ -103,7 +103,7 @@ bench: $(STAMP) ## the figures: a training step against the frozen base and stoc
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_bench.py --out bench/train.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/rows_bench.py --large 2 --out bench/rows.json
 
-interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
+interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, also on the GGUF file of SmolLM2 (builds llama-cpp-python; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
 peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)
