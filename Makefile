@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## every recipe on the embedded model, compared: a table and demo-report.html (under 3 minutes)
+demo: $(STAMP) ## every recipe on the bundled model, compared: a table and demo-report.html (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
 # The parts of `make check`: targets, and the minutes they may take on the build server (2 cores). A new part is one more line.
@@ -53,9 +53,10 @@ PARTS := \
 check: $(STAMP) ## everything: format, lint, types, tests, the documents' code, the site; minutes of each part at the end
 	@MAKE='$(MAKE)' $(BIN)/python scripts/check.py $(PARTS)
 
-lint: $(STAMP) ## formatting and lint, changing nothing
+lint: $(STAMP) ## formatting, lint and the words that users read, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python scripts/words.py
 
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -97,11 +98,16 @@ evidence: $(STAMP) ## the results under evidence/ and the pages made of them, on
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
 	$(BIN)/python scripts/evidence.py --all --jobs $(JOBS)
 
-bench: $(STAMP) ## the table of figures: a training step against the frozen base and stock peft LoRA (a quarter of an hour)
+bench: $(STAMP) ## the figures: a training step against the frozen base and stock peft LoRA, a whole training against a plain Trainer, rows against trl (an hour)
 	$(BIN)/weftlora bench step --all --rounds 9 --out bench/step.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_bench.py --out bench/train.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/rows_bench.py --large 2 --out bench/rows.json
 
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
+
+peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)
+	OMP_NUM_THREADS=1 nice $(BIN)/python scripts/peft_suite.py
 
 soak: $(STAMP) ## kill, stop and hinder commands at the boundaries of their phases and at random moments, twelve minutes; every result must be the undisturbed one (as root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m kills

@@ -124,7 +124,7 @@ READING = """
 - LoRA trained from the start at the ranks found is better than at uniform ranks by 0.03 nats on the demo and E2E and by
   0.2 points on SST-2, each within what five seeds leave open.
 - Slots are budgeted, not numbers: on E2E the ranks go to the MLP, whose slots are larger, and ALoRA ends with an eighth
-  more trained numbers than LoRA. No row corrects for that; it favours ALoRA.
+  more trainable parameters than LoRA. No row corrects for that; it favours ALoRA.
 - Where ranks go depends on the task: away from q and k on the demo, from all of attention to the MLP on E2E (AdaLoRA
   moves them so too). The paper reports the opposite, more for q and k.
 - `taylor` decides as `exact` does: what it gets wrong is a fraction of what other 32 rows change.
@@ -193,7 +193,7 @@ def _gap(runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> st
 
 
 def _parameters(runs: Sequence[dict[str, Any]], plain: Sequence[dict[str, Any]]) -> int:
-    """Trained numbers, the mean over seeds; of moving ranks those that are live at the end, with a classifier's head."""
+    """Trainable parameters, the mean over seeds; of moving ranks those that are live at the end, with a classifier's head."""
     counts = [run["trainable"] for run in runs]
     if "rounds" in runs[0]:
         # there is room for 2 r slots, so `trainable` is twice LoRA's adapter and the head once

@@ -2,7 +2,7 @@
 
     python scripts/check_docs.py                    all pages, several at a time
     python scripts/check_docs.py docs/index.md      some pages
-    python scripts/check_docs.py --write            write the generated tables anew
+    python scripts/check_docs.py --write            write the generated tables again
 
 A page is read top to bottom in an empty folder, with one Python namespace:
 
@@ -14,7 +14,7 @@ A page is read top to bottom in an empty folder, with one Python namespace:
     ```text                    shown only: output, equations
 
 Other languages and unlabelled blocks are errors. A block that cannot run here carries, in the text right above it, the
-visible line `*Not run here: REASON.*`. Between `<!-- generated: NAME -->` and `<!-- end -->` stands what
+comment `<!-- not run: REASON. -->`, which readers do not see. Between `<!-- generated: NAME -->` and `<!-- end -->` stands what
 `docs_tables.py` makes from the code.
 """
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE_SECONDS = 600
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>.*)$")
 TITLE = re.compile(r'title="([^"]+)"')
-NOT_RUN = re.compile(r"^\*Not run here: (?P<reason>.+)\*$")
+NOT_RUN = re.compile(r"^<!-- not run: (?P<reason>.+) -->$")
 GENERATED = re.compile(
     r"(?P<open><!-- generated: (?P<name>[\w-]+) -->\n)(?:(?!<!-- generated).)*?(?P<close><!-- end -->)", re.DOTALL
 )
@@ -232,7 +232,7 @@ def _name(page: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("pages", nargs="*", type=Path)
-    parser.add_argument("--write", action="store_true", help="write the generated tables anew")
+    parser.add_argument("--write", action="store_true", help="write the generated tables again")
     parser.add_argument("--jobs", type=int, default=2, help="pages at a time")
     given = parser.parse_args()
     chosen = [page.resolve() for page in given.pages] or pages()

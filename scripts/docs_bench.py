@@ -58,6 +58,30 @@ def dash(name: str) -> tuple[Row, list[Row]]:
     return ("base", "case", "step / the frozen base's", "saved / the frozen base's"), rows
 
 
+def training(name: str) -> tuple[Row, list[Row]]:
+    """Head and rows: what a training costs a step, beside a plain Trainer with peft."""
+    head = ("case", "n", "CPU ms a step", "/ plain Trainer and peft [range]")
+    rows = []
+    for case, found in record(name)["cases"].items():
+        ratio = f"{found['ratio']:.3f} [{found['lowest']:.3f}, {found['highest']:.3f}]"
+        rows.append((case, str(len(found["all"])), f"{1000 * found['cpu_per_step']:.1f}", ratio))
+    return head, rows
+
+
+def encoding(name: str) -> tuple[Row, list[Row]]:
+    """Head and rows: what rows cost, beside trl's preparation of the same ones."""
+    head = ("", "n", "CPU s", "s", "most memory, MB")
+    names = {"ours": "weftlora", "theirs": "trl", "ours again": "weftlora, second start"}
+    rows = []
+    for case, found in record(name)["cases"].items():
+        for side, called in names.items():
+            rounds = found[side]["rounds"]
+            cpu, wall = (f"{found[side][key]:.1f}" for key in ("median_cpu_s", "median_s"))
+            memory = f"{max(each['mb'] for each in rounds):.0f}"
+            rows.append((f"{called}, {case}" if case != "1 processes" else called, str(len(rounds)), cpu, wall, memory))
+    return head, rows
+
+
 def setting(*names: str) -> tuple[Row, list[Row]]:
     """Head and rows: rounds, command and versions of each record."""
     head = ("record", "n", "command", "versions")

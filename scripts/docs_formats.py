@@ -1,4 +1,4 @@
-"""The tables of docs/formats.md: rows and chat templates as people have them, read by weftlora, with what is learnt of each.
+"""The tables of docs/formats.md: rows and chat templates as people have them, read by weftlora, with what is learned of each.
 
 Nothing in the tables is written by hand but the rows and the templates themselves; what a model is given comes from `weftlora.data`.
 """
@@ -234,7 +234,7 @@ def tokenizer() -> Any:
 
 
 def outcome(case: Case) -> tuple[str, bool]:
-    """What is learnt of a row, as Markdown, and whether it was read; else what is said of it."""
+    """What is learned of a row, as Markdown, and whether it was read; else what is said of it."""
     from weftlora.data import DataConfig, load, shown
     from weftlora.errors import WeftError
 
@@ -258,7 +258,7 @@ def outcome(case: Case) -> tuple[str, bool]:
 
 
 def _pieces(pieces: list[tuple[str, bool]]) -> str:
-    return " ".join(f"**{_code(text)}**" if learnt else _code(text) for text, learnt in pieces)
+    return " ".join(f"**{_code(text)}**" if learned else _code(text) for text, learned in pieces)
 
 
 def _code(text: str) -> str:

@@ -32,8 +32,10 @@ MEANING: dict[str, str] = {
     "adapter": "which adapter; a bare string is a recipe's name",
     "train": "how long and how fast",
     "out": "the run folder, relative to the working folder",
-    "model.path": "a folder, a hub id, or `demo` for the embedded model; a relative folder counts from the recipe file",
-    "model.dtype": "dtype of the base's weights; `auto` is the checkpoint's own",
+    "model.path": "a folder, a GGUF file, a hub id, `demo` for the bundled model or `smollm2` for a "
+    "[real one](#a-real-model-by-one-word); relative paths count from the recipe file",
+    "model.dtype": "dtype of the base's weights; left out, `bfloat16` on a CPU that is faster with it if the checkpoint is in it too, "
+    "else `float32`; `auto` is the checkpoint's own",
     "model.task": "`auto` takes it from the model and the data",
     "model.trust_remote_code": "there is no other value: code from a model folder never runs",
     "model.attn_implementation": "passed to transformers",
@@ -48,7 +50,7 @@ MEANING: dict[str, str] = {
     "data.quoting": "`none` for tables whose quotation marks are text",
     "data.unit": "for `.txt`: what makes a document",
     "data.prompt_template": "text with `{column}` in it, instead of one prompt column",
-    "data.answers": "what is learnt of a conversation: `all` answers, the `last`, or `each` as a row of its own",
+    "data.answers": "what is learned of a conversation: `all` answers, the `last`, or `each` as a row of its own",
     "data.system": "`fold` puts a system message before the first user's, for chat templates that take none",
     "data.ignore": "columns, and keys of messages, that are meant to be left out",
     "data.packing": "several training rows in one of up to `max_length` tokens, without seeing each other",
@@ -56,9 +58,9 @@ MEANING: dict[str, str] = {
     "data.truncate": "what gives way in a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
     "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
-    "data.limit": "draw so many rows of every split; rows that are empty or dropped are not among them",
-    "data.validation_limit": "draw so many validation rows instead",
-    "data.test_limit": "draw so many test rows instead",
+    "data.limit": "draw this many rows of every split; rows that are empty or dropped are not among them",
+    "data.validation_limit": "draw this many validation rows instead",
+    "data.test_limit": "draw this many test rows instead",
     "data.seed": "of the split and the draws",
     "data.streaming": "take the first `limit` rows of a data set of the hub as they come; left out, where it is larger than 5 GB",
     "data.processes": "processes that encode the rows of a large file",
@@ -85,15 +87,18 @@ MEANING: dict[str, str] = {
     "train.precision": "`bf16` and `fp16` train under autocast",
     "train.gradient_checkpointing": "recompute activations in the backward pass",
     "train.eval_every": "optimiser steps between validation losses; left out, one at the end",
+    "train.samples": "prompts to answer at every measurement and at the end: of so many validation rows, or a list of yours",
+    "train.sample_tokens": "tokens that such an answer may have",
     "train.eval_rows": "validation rows measured each time, or `all`; left out, at most 512 and a quarter of the training's cost",
     "train.save_every": "optimiser steps between checkpoints; left out, about five in a run; 0, none",
     "train.keep": "complete checkpoints kept",
     "train.logging_every": "optimiser steps between lines of `metrics.jsonl`",
+    "train.group_by_length": "rows of like length into one batch; left out, where random batches would be padded by 15 % or more",
     "train.num_threads": "torch threads",
     "train.report_to": "loggers of transformers",
     "train.trainer": "`sft` is trl's `SFTTrainer`",
     "train.best": "keep the adapter of the lowest validation loss; without `eval_every` it is measured ten times",
-    "train.early_stopping": "stop after so many measurements without a lower loss, and keep the best",
+    "train.early_stopping": "stop after this many measurements without a lower loss, and keep the best",
     "train.from_adapter": "also `from`: an adapter or a run whose values are where training begins, on these rows",
     "train.args": "further arguments of transformers' `TrainingArguments`",
 }
@@ -227,6 +232,23 @@ def matrix() -> str:
     return _table(("host", "its Python", *shown, "result"), lines)
 
 
+def peft_suite() -> str:
+    """What peft's own tests say of every method that they were run with (`scripts/peft_suite.py`)."""
+    record = json.loads((BENCH.parent / "evidence" / "peft-suite.json").read_text(encoding="utf-8"))
+    kinds = ("refused", "names", "words", "mathematics", "unexplained")
+    rows = []
+    for method, found in record["methods"].items():
+        wanted = found["stock"] - sum(found.get(kind, 0) for kind in kinds[:4]) - found.get("skipped", 0)
+        share = f"{found.get('passed', 0) / wanted:.1%}" if wanted else "none"
+        files = len(record["files"][method])
+        rows.append(
+            (f"`{method}`", str(files), *(str(found.get(kind, 0)) for kind in ("stock", "passed", *kinds)), share)
+        )
+    head = ("method", "files", "stock LoRA passes", "passes", *kinds, "of what is offered")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{_table(head, rows)}\n\nWith {versions}."
+
+
 CONTRACT = {
     "structure": ("choice.Choice", "structure.Structure", "structure.StructureTerm", "structure.OutsideTerm"),
     "start": ("start.Start", "extra.ExtraTerm", "start.StartTerm"),
@@ -294,10 +316,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "launch": launch,
     "extras": extras,
     "matrix": matrix,
+    "peft_suite": peft_suite,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),
     "step-setting": lambda: _table(*docs_bench.setting("step")),
+    "training": lambda: _table(*docs_bench.training("train")),
+    "rows": lambda: _table(*docs_bench.encoding("rows")),
     "step-dash": lambda: _table(*docs_bench.dash("step")),
 }
 

@@ -16,7 +16,7 @@ from weftlora.compare.record import METRICS, Interval, Method, Outcome, Row, Ver
 from weftlora.compare.statistics import expected_false, interval, rows, verdict
 
 PLACES = {
-    "demo": "demo tasks, embedded model",
+    "demo": "demo tasks, bundled model",
     "e2e": "E2E, stories260k (decoder)",
     "sst2": "SST-2, MiniLM (encoder)",
 }
@@ -33,11 +33,11 @@ holds the true mean difference at 95 %; `weftlora.compare.statistics` says how i
 
 - *holds here*: the method is better, and the interval leaves out 0;
 - *does not hold here*: the method is worse, and the interval leaves out 0;
-- *not distinguishable*: the interval has 0 in it. The number of seeds that would settle it supposes a difference as large as the
+- *not distinguishable*: the interval contains 0. The number of seeds that would settle it supposes a difference as large as the
   one that was seen.
 
 Models and runs are small: 60 to 150 steps on models of 0.2 to 23 million parameters. They can refute an effect that shows
-everywhere, and no other. The last column names the data: `evidence/NAME.json`, made anew by `python scripts/evidence.py NAME`.
+everywhere, and no other. The last column names the data: `evidence/NAME.json`, made by `python scripts/evidence.py NAME`.
 [Real runs](real-runs.md) has all variants and controls of these runs."""
 
 
@@ -154,7 +154,7 @@ def section(claim: Claim, found: Sequence[Found]) -> list[str]:
     out = [
         f"## {claim.method}",
         "",
-        f"[The card](methods/{claim.card}.md), [arXiv:{claim.paper}](https://arxiv.org/abs/{claim.paper}).",
+        f"[Its page](methods/{claim.card}.md), [arXiv:{claim.paper}](https://arxiv.org/abs/{claim.paper}).",
         "",
         f"**Claim.** {claim.says}",
         "",
@@ -205,7 +205,7 @@ def demo_table(data: Mapping[str, Any]) -> list[str]:
         f"{data['budget']} Seeds: {len(data['seeds'])}; {data['machine']}.",
         f"Scores are {data['metric']} on the test rows, steps CPU time over the baseline's; {expected_false(compared)}.",
         "",
-        "| method | rank | trained numbers | lr | score (95 %) | difference to "
+        "| method | rank | trainable parameters | lr | score (95 %) | difference to "
         + data["baseline"]
         + " (95 %) | wins | step | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -246,9 +246,9 @@ def sources(data: Mapping[str, Any]) -> list[str]:
     out = [
         "## Data and commands",
         "",
-        "Every result is committed as data and made anew by one command. `make evidence` makes all but those that say why not.",
+        "Every result is committed as data and made by one command. `make evidence` makes all but those that say why not.",
         "",
-        "| file | what | make it anew | which runs | not by `make evidence` |",
+        "| file | what | make it again | which runs | not by `make evidence` |",
         "|---|---|---|---|---|",
     ]
     for name, source in SOURCES.items():

@@ -148,11 +148,11 @@ def made(task: str, args: Namespace) -> dict[str, Any]:
 READING = """
 ### How to read selections
 
-- No selection beats adapting every block. Not distinguishable from it, with a quarter to half of the trained numbers, are a
+- No selection beats adapting every block. Not distinguishable from it, with a quarter to half of the trainable parameters, are a
   slow search on the demo (of blocks or of modules: worse by 0.10 and 0.08 nats, intervals with 0) and on SST-2 (0.5 points of
   accuracy); on E2E every selection is worse, by 0.09 nats.
 - What a search costs, spent on training all blocks longer, gains 0.16 nats on the demo, 0.06 on E2E and 1.8 points on SST-2. So
-  a search pays where fewer trained numbers are wanted, or its result is used many times, not as a way to a lower loss.
+  a search pays where fewer trainable parameters are wanted, or its result is used many times, not as a way to a lower loss.
 - At the training's own rate (1e-2 and 2e-2 here, 30 steps) the search is harmful: on the demo it leaves out the one
   block that matters, in all five seeds, and loses to random blocks by 0.62 nats; on E2E it names the last three blocks
   every time, as good as a random draw. Seeds agreeing is no sign of being right. At a tenth of the rate it selects that
@@ -175,7 +175,7 @@ def section() -> list[str]:
         "",
         f"Plain LoRA with r = {RANK} and α = 2r on all linear modules of the named blocks; all share steps, batch, rate, seeds",
         f"and data order. `flexora` are the blocks that a search of {SEARCH['steps']} steps on α selects (α above its mean; the",
-        "adapter starts anew); `random` are three draws per seed of as many blocks, `norm` those of largest gradient norm",
+        "adapter starts from scratch); `random` are three draws per seed of as many blocks, `norm` those of largest gradient norm",
         "during the search, and `longer` is `all` trained for as many more steps as the search was worth. A search is at the",
         "training's rate, a slow one at a tenth of it. The training's rate was chosen with `all` on validation rows over two",
         "seeds that are not reported. Differences are paired by seed, with 95 % intervals.",

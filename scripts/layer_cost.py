@@ -1,4 +1,4 @@
-"""What a second stage on some of the blocks costs, against one on all of them: step time, saved activations, trained numbers.
+"""What a second stage on some of the blocks costs, against one on all of them: step time, saved activations, trainable parameters.
 
     python scripts/layer_cost.py [--layers 8] [--hidden 256] [--rounds 9]
 
@@ -59,7 +59,7 @@ def step(model: nn.Module, tokens: Tensor) -> tuple[float, int]:
 
 
 def measure(layers: int, hidden: int, rounds: int) -> dict[str, Any]:
-    """Seconds per round, bytes and trained numbers of every case."""
+    """Seconds per round, bytes and trainable parameters of every case."""
     cases = {
         "all": range(layers),
         "every second": range(0, layers, 2),
@@ -80,7 +80,7 @@ def measure(layers: int, hidden: int, rounds: int) -> dict[str, Any]:
 
 def table(cases: dict[str, Any]) -> list[str]:
     """The table of the card: medians and quartiles of ratios within a round."""
-    lines = ["| blocks | step time / all | saved activations / all | trained numbers / all |", "|---|---|---|---|"]
+    lines = ["| blocks | step time / all | saved activations / all | trainable parameters / all |", "|---|---|---|---|"]
     whole = cases["all"]
     for name, case in cases.items():
         if name == "all":

@@ -35,7 +35,7 @@ READING_DASH = """
 - So are the controls. Directions drawn at random gain as much at r = 2 (0.003 and 0.008 nats, both intervals without
   0), and in no cell of these tables is Dash better than random directions. Against those of largest σ there is one
   cell of nine, the demo at r = 8; among nine intervals of 95 % that is not far from chance. What helps at a small
-  rank is eight more trained numbers per module; that they stand along *the directions that moved most* shows nowhere
+  rank is eight more trainable parameters per module; that they stand along *the directions that moved most* shows nowhere
   here.
 - These are small models and short runs, 60 to 100 steps with the launch after a fifth, where the paper has LLaMA-7B,
   thousands of steps and a launch after a hundred. What this table refutes is a large effect that shows everywhere,

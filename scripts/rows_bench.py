@@ -213,6 +213,7 @@ def main() -> int:
             memory = [a["mb"] / b["mb"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
             case["memory_of_theirs"] = round(statistics.median(memory), 3)
             record["cases"][f"{processes} processes"] = case
+            keep(record, given.out)  # what was measured is not lost with what is measured next
             print(
                 case["times_as_many_rows_per_cpu_second"],
                 processes,
@@ -229,9 +230,14 @@ def main() -> int:
             found = measured("ours", folder, large, max(given.processes), folder / "cache-large")
             record["large"] = {**found, "megabytes": round(large.stat().st_size / 2**20)}
             print("large", record["large"], flush=True)
-    if given.out:
-        given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep(record, given.out)
     return 0
+
+
+def keep(record: dict[str, object], out: Path | None) -> None:
+    """Write the record, as far as it goes."""
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The screenshots of docs/inspect.md: trains on the embedded model, writes the pages, opens them in the machine's Chromium.
+"""The screenshots of docs/inspect.md: trains on the bundled model, writes the pages, opens them in the machine's Chromium.
 
 python scripts/screenshots.py            # into docs/images, about three minutes
 """

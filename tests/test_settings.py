@@ -11,7 +11,7 @@ import pytest
 import weftlora
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
-from weftlora.settings import Epochs, check_time, is_number, is_whole, resolve
+from weftlora.settings import Epochs, check_time, is_number, is_whole, resolve, rounds
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,10 @@ def test_what_a_time_means_in_steps() -> None:
     assert resolve(0.25, None, 100) is None
     assert resolve(0.25, 100, None) == 25
     assert resolve(0.001, 100, None) == 1  # never before the first step
+    assert resolve(0.25, 100, None, begins=60) == 70  # of the steps after it
+    assert (resolve(7, 100, None, begins=60), resolve(weftlora.epochs(2), 100, 10, begins=60)) == (7, 20)
+    assert rounds(0.5, 0.25, 2, 100, None, begins=60) == [80, 90]
+    assert rounds(70, 0.25, 2, 100, None, begins=60) == [70, 80]
     assert resolve(weftlora.epochs(0.5), 1000, None) is None
     assert resolve(weftlora.epochs(0.5), None, 30) == 15
     assert resolve(weftlora.epochs(2), None, 12.5) == 25

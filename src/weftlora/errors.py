@@ -9,10 +9,16 @@ from weftlora.foreign_text import shortened, visible
 from weftlora.redaction import redacted
 
 
-class WeftError(Exception):
+class _PlainError(Exception):
+    """What `WeftError` is made of where peft is not loaded. Python lets a class that is written in Python take the place of another
+    among its bases, and not the built-in Exception's."""
+
+
+class WeftError(_PlainError):
     """Base of every error weftlora raises on purpose; the command line prints it as one line and exits 1.
 
-    Its message is fit to be shown: no secret is in it, control characters are written out, and a huge value is cut.
+    Its message is fit to be shown: no secret is in it, control characters are written out, and a huge value is cut. Where peft is
+    loaded, and has an error of its own, every one of these is a `peft.PeftError` too.
     """
 
     def __init__(self, *given: object) -> None:
@@ -31,6 +37,10 @@ class CombinationError(ConfigError):
 
 class TargetError(WeftError, ValueError):
     """A module that cannot be adapted, or a target that matches nothing."""
+
+
+class NoMatchError(TargetError):
+    """Targets that match no module of the model; `peft.utils.error.NoMatchingPeftModuleError` too, where peft has it."""
 
 
 class MergeError(WeftError, ValueError):
@@ -59,6 +69,23 @@ class DivergedError(RunError):
 
 class MissingExtraError(WeftError, ImportError):
     """A package that the call needs is in an extra that is not installed; says the `pip install` line."""
+
+
+def are_also(host_error: type[Exception], no_match: type[Exception] | None = None) -> None:
+    """Make every error of this tree one of the host's too, so that its `except` clauses catch them; once is enough.
+
+    Args:
+        host_error: what the host calls the base of its errors.
+        no_match: what it raises where an adapter matches no module.
+    """
+    if not issubclass(WeftError, host_error):
+        _give_bases(WeftError, host_error)
+    if no_match is not None and not issubclass(NoMatchError, no_match):
+        _give_bases(NoMatchError, TargetError, no_match)
+
+
+def _give_bases(kind: type[Exception], *bases: type[Exception]) -> None:
+    kind.__bases__ = bases
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "cli": {"pydantic": "pydantic", "rich": "rich", "typer": "typer", "yaml": "pyyaml"},
     "train": _TRAIN,
     "compare": {**_TRAIN, "scipy": "scipy"},
+    "gguf": {"gguf": "gguf"},
     "report": {
         "jinja2": "jinja2",
         "pydantic": "pydantic",
@@ -40,6 +41,7 @@ PURPOSES = {
     "cli": "the command `weftlora`; with nothing else installed it exports, inspects and measures",
     "train": "recipes: `train`, `evaluate`, `generate`, `suggest_heads`; brings datasets, trl and the libraries of the scores",
     "compare": "`compare`, with all of `train`",
+    "gguf": "models in GGUF files, `smollm2` among them, wherever a model is named",
     "report": "HTML pages: `report`, `inspect --html`",
 }
 """Extra → what you can do with it. The tables of the documents and `weftlora doctor` say these."""

@@ -15,6 +15,8 @@ class Tick:
     total: int
     loss: float | None = None
     tokens_per_s: float | None = None
+    seconds_left: float | None = None
+    """Of the whole call, with what comes between and after the units that are counted; None where only these are known."""
 
 
 Progress = Callable[[Tick], None]

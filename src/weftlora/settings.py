@@ -65,23 +65,31 @@ def check_time(time: Any, where: str) -> Time:
     )
 
 
-def resolve(time: Time, total_steps: int | None, steps_per_epoch: float | None) -> int | None:
-    """The optimiser step that `time` means, at least 1; None while the length of the run or of an epoch is unknown."""
+def resolve(time: Time, total_steps: int | None, steps_per_epoch: float | None, begins: int = 0) -> int | None:
+    """The optimiser step that `time` means, at least 1; None while the length of the run or of an epoch is unknown.
+
+    A fraction is of the steps after `begins`.
+    """
     if isinstance(time, Epochs):
         return None if steps_per_epoch is None else max(1, round(time.epochs * steps_per_epoch))
     if isinstance(time, float):
-        return None if total_steps is None else max(1, round(time * total_steps))
+        return None if total_steps is None else begins + max(1, round(time * (total_steps - begins)))
     return time
 
 
 def rounds(
-    first: Time, every: Time, count: int, total_steps: int | None, steps_per_epoch: float | None
+    first: Time, every: Time, count: int, total_steps: int | None, steps_per_epoch: float | None, begins: int = 0
 ) -> list[int] | None:
-    """The optimiser steps round(first + n·every), n < count, each at least one after the one before; None where unknown."""
-    start, gap = (_in_steps(time, total_steps, steps_per_epoch) for time in (first, every))
+    """The optimiser steps round(first + n·every), n < count, each at least one after the one before; None where unknown.
+
+    Fractions are of the steps after `begins`.
+    """
+    length = None if total_steps is None else total_steps - begins
+    start, gap = (_in_steps(time, length, steps_per_epoch) for time in (first, every))
     gap = 0.0 if count < 2 else gap  # which nobody needs to know then
     if start is None or gap is None:
         return None
+    start += begins if isinstance(first, float) else 0
     found: list[int] = []
     for n in range(count):
         found.append(max(round(start + n * gap), found[-1] + 1 if found else 1))

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 import weftlora
 from families import FAMILIES, STRUCTURES, Mixer, adapter_config, logits, randomise, trainable
+from weftlora.adapted.layer import WeftLinear
 
 every_structure = pytest.mark.parametrize("structure", STRUCTURES)
 
@@ -57,6 +58,25 @@ def test_a_model_compiles_in_one_graph_to_the_same_loss_and_gradients(structure:
     assert torch.allclose(compiled_loss, loss, atol=1e-6)
     for name, gradient in gradients.items():
         assert torch.allclose(compiled_gradients[name], gradient, atol=1e-6), name
+
+
+def test_a_router_is_listened_to_in_a_compiled_graph_before_a_launch() -> None:
+    """Dash on a router ranks at the mean gate of the step before, which a controller measures in the forward."""
+    ranked = {}
+    for compiled in (False, True):
+        model = trained("hydra", one_block("hydra"), boost=weftlora.Dash(directions=2, after=1))
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        run(**FAMILIES["plain"].batch()).loss.backward()
+        gate = next(m for m in model.modules() if isinstance(m, WeftLinear)).site("default").gate_meter
+        mean = gate.mean(3)
+        optimizer.step()
+        [event] = weftlora.state_dict(model)["default"]["events"]
+        ranked[compiled] = mean, {name: site["rate"] for name, site in event["sites"].items()}
+    assert ranked[True][0].std() > 0
+    assert torch.allclose(ranked[True][0], ranked[False][0], atol=1e-6)
+    for name, rate in ranked[True][1].items():
+        assert rate == pytest.approx(ranked[False][1][name], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -138,17 +138,12 @@ def test_one_routed_adapter_among_two_keeps_both_unmerged() -> None:
     assert all(layer.merged_adapters == ["default"] for layer in layers(model))
 
 
-def test_tied_embeddings_are_refused_and_fine_where_they_are_no_target() -> None:
-    tie = {"tie_word_embeddings": True}
-    model = trained(base=FAMILIES["llama"].build(**tie), target_modules=["q_proj", "lm_head"])
-    before = snapshot(model)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(weftlora.MergeError, match="lm_head shares its weight"):
-            merge()
-        assert equal(model, before)
-    model = trained(base=FAMILIES["llama"].build(**tie), target_modules=["q_proj"])
+def test_tied_embeddings_that_are_no_target_stay_tied() -> None:
+    model = trained(base=FAMILIES["llama"].build(tie_word_embeddings=True), target_modules=["q_proj"])
     expected = logits(model, BATCH)
-    assert torch.allclose(logits(model.merge_and_unload(), BATCH), expected, atol=1e-5)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged, BATCH), expected, atol=1e-5)
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
 
 
 def test_disabling_a_merged_adapter_gives_the_base_and_loses_nothing() -> None:
@@ -261,3 +256,24 @@ def test_a_quantised_base_is_adapted_but_never_merged(structure: str) -> None:
     if structure != "hydra":
         with pytest.raises(weftlora.MergeError, match="load the base model unquantised"):
             model.merge_and_unload()
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_merge_into_a_tied_embedding_leaves_the_other_as_it_was(target: str) -> None:
+    base = FAMILIES["llama"].build(tie_word_embeddings=True)
+    before = base.get_input_embeddings().weight.detach().clone()
+    model = get_peft_model(
+        base, weftlora.PlainLoraConfig(r=2, target_modules=[target, "q_proj"], init_lora_weights=False)
+    )
+    batch = FAMILIES["llama"].batch()
+    expected = logits(model, batch)
+    model.merge_adapter()
+    assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, batch), expected)
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    assert inputs.weight is outputs.weight
+    assert torch.equal(inputs.weight, before)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged, batch), expected, atol=1e-5)
+    assert not merged.config.tie_word_embeddings

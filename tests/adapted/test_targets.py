@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import weftlora
 from families import FAMILIES, SIZE, adapter_config, logits, randomise
@@ -40,14 +57,16 @@ def mixtral() -> nn.Module:
 
 
 REFUSED_TARGETS = [
-    ("embedding", FAMILIES["llama"].build, ["q_proj", "embed_tokens"], "model.embed_tokens is an embedding", "modules_to_save"),
-    ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.Conv1d(3, 3, 1)), ["0", "1"], "1 is a Conv1d", "leave it out"),
+    ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
+     "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
     ("experts", mixtral, ["q_proj", "experts"], "experts holds 3-D expert parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a 3-D expert parameter", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),
-    ("attention by all-linear", attention, "all-linear", "1.out_proj belongs to a torch Multihead", "exclude it"),
+    ("attention alone", lambda: nn.Sequential(attention()[1]), "all-linear", "0.out_proj belongs to a torch Multihead", "exclude it"),
+    ("mamba", lambda: mamba(), ["in_proj", "out_proj"], "mixer.out_proj belongs to a state-space mixer", "target in_proj"),
+    ("mamba's step", lambda: mamba(), ["dt_proj"], "mixer.dt_proj belongs to a state-space mixer", "target in_proj"),
     ("fast path", encoder_layer, ["0", "linear1"], "1.linear1 belongs to a torch TransformerEncoderLayer", "set_fastpath_enabled"),
     ("misspelt", FAMILIES["llama"].build, ["q_porj"], "['q_porj'] match no module", "did you mean 'q_proj'?"),
     ("regex of nothing", FAMILIES["llama"].build, r".*\.qq", r"'.*\\.qq' matches no module", "q_proj"),
@@ -71,7 +90,7 @@ def test_what_cannot_be_adapted_is_named_and_the_model_is_left_untouched(build, 
 def test_a_refused_second_adapter_leaves_the_first_alone(build) -> None:
     model = get_peft_model(build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     names = [n for n, _ in model.named_parameters()]
-    for targets in (["q_proj", "embed_tokens"], ["nope"], ["q_porj"]):
+    for targets in (["q_proj", "norm"], ["nope"], ["q_porj"]):
         with pytest.raises(weftlora.TargetError) as error:
             model.add_adapter("second", weftlora.PlainLoraConfig(target_modules=targets))
         assert "base_layer" not in str(error.value)
@@ -90,6 +109,165 @@ def test_all_linear_warns_of_the_expert_parameters_it_leaves_out() -> None:
     with pytest.warns(UserWarning, match="leaves out 4 3-D expert parameters such as model.layers.0.mlp.experts"):
         model = get_peft_model(mixtral(), weftlora.PlainLoraConfig())
     assert {n.rpartition(".")[2] for n in adapted_names(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_all_linear_leaves_out_what_torch_attention_reads_and_says_so() -> None:
+    with pytest.warns(
+        UserWarning, match=r"leaves out what cannot carry an adapter: 1\.out_proj belongs to a torch Multihead"
+    ):
+        model = get_peft_model(attention(), weftlora.PlainLoraConfig(r=2))
+    assert adapted_names(model) == ["0"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(attention(), weftlora.PlainLoraConfig(r=2, exclude_modules=["out_proj"]))
+    assert adapted_names(model) == ["0"]
+
+
+def siglip() -> nn.Module:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return SiglipVisionModel(SiglipVisionConfig(**size, image_size=8, patch_size=4))
+
+
+def test_a_siglip_tower_is_adapted_but_for_the_attention_of_its_pooling_head() -> None:
+    for config in (weftlora.PlainLoraConfig(r=2), weftlora.TiedLoraConfig(r=2)):
+        with pytest.warns(UserWarning, match="head.attention.out_proj belongs to a torch MultiheadAttention"):
+            model = get_peft_model(siglip(), config)
+        assert not [name for name in adapted_names(model) if "head.attention" in name]
+        assert {"q_proj", "k_proj", "v_proj"} <= {name.rpartition(".")[2] for name in adapted_names(model)}
+
+
+def mamba() -> nn.Module:
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2))
+
+
+def test_a_mamba_is_adapted_where_its_modules_are_called_on_every_device() -> None:
+    with pytest.warns(
+        UserWarning, match=r"mixer.dt_proj belongs to a state-space mixer .* \(and 5 more such modules\)"
+    ):
+        model = get_peft_model(mamba(), weftlora.PlainLoraConfig(r=2))
+    assert {name.rpartition(".")[2] for name in adapted_names(model)} == {"in_proj"}
+
+
+def test_modules_without_a_gradient_in_the_first_step_are_named() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.read, self.unused = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x) @ self.read.weight.T
+
+    model = get_peft_model(Half(), weftlora.PlainLoraConfig(r=2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(3, 4)).sum().backward()
+    with pytest.warns(
+        UserWarning, match="2 of the 3 modules of adapter 'default' had no gradient in the first step: read, unused"
+    ):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------- heads
+
+ENCODER = {**SIZE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TASKS = [
+    ("TOKEN_CLS", lambda: BertForTokenClassification(BertConfig(**ENCODER)), "classifier"),
+    ("QUESTION_ANS", lambda: BertForQuestionAnswering(BertConfig(**ENCODER)), "qa_outputs"),
+    ("SEQ_CLS", lambda: RobertaForSequenceClassification(RobertaConfig(**ENCODER)), "classifier"),
+]
+
+
+@pytest.mark.parametrize("recipe", [weftlora.HydraLoraConfig, weftlora.TiedLoraConfig])
+@pytest.mark.parametrize(("task", "build", "head"), TASKS)
+def test_a_head_that_is_trained_in_full_carries_no_adapter(task, build, head, recipe, tmp_path) -> None:
+    """Also every part of it: RoBERTa's head has two linear modules."""
+    torch.manual_seed(0)
+    base = build()
+    model = get_peft_model(copy.deepcopy(base), recipe(r=2, task_type=task, init_lora_weights=False)).eval()
+    assert not [name for name in adapted_names(model) if head in name]
+    assert [n for n, p in model.named_parameters() if p.requires_grad and f"{head}.modules_to_save" in n]
+    x = {"input_ids": torch.arange(6)[None] + 3}
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(**x)[0]
+        again = PeftModel.from_pretrained(base, tmp_path).eval()
+        assert torch.equal(again(**x)[0], expected)
+
+
+def test_a_head_that_is_named_as_a_target_is_told_of() -> None:
+    config = weftlora.PlainLoraConfig(r=2, task_type="TOKEN_CLS", target_modules=["query", "classifier"])
+    with pytest.warns(UserWarning, match=r"\['classifier'\] are trained in full beside the adapter"):
+        model = get_peft_model(TASKS[0][1](), config)
+    assert {name.rpartition(".")[2] for name in adapted_names(model)} == {"query"}
+
+
+# ---------------------------------------------------------------------- defaults
+
+
+def llava() -> nn.Module:
+    text = LlamaConfig(**SIZE, num_key_value_heads=2)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**size, image_size=8, patch_size=4, projection_dim=16)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
+
+
+def test_of_a_model_that_sees_the_language_part_is_adapted_by_default() -> None:
+    with pytest.warns(
+        UserWarning, match=r"the language part of Llava\w+ \(model.language_model\) is adapted and \d+ linear"
+    ):
+        model = get_peft_model(llava(), weftlora.PlainLoraConfig(r=2))
+    assert adapted_names(model)
+    assert all(name.startswith("model.language_model.") for name in adapted_names(model))
+    whole = get_peft_model(llava(), weftlora.PlainLoraConfig(r=2, target_modules="all-linear"))
+    assert [name for name in adapted_names(whole) if "vision_tower" in name]
+
+
+def test_tied_takes_modules_of_one_shape_where_there_are_no_attention_inputs() -> None:
+    names = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 4)}
+    base = nn.Module()
+    base.blocks = nn.ModuleList(
+        [nn.ModuleDict(dict(names)), nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})]
+    )
+    with pytest.warns(
+        UserWarning, match=r"has no attention input projections, .* 4 linear modules .* \(\['a', 'b'\]\)"
+    ):
+        model = get_peft_model(base, weftlora.TiedLoraConfig(r=2))
+    assert set(adapted_names(model)) == {f"blocks.{i}.{last}" for i in (0, 1) for last in "ab"}
+
+
+def test_tied_does_not_adapt_one_kind_of_block_alone() -> None:
+    """As in hybrids of attention and linear attention, where the attention inputs are in one block of four."""
+
+    def block(*names: str) -> nn.Module:
+        return nn.ModuleDict({name: nn.Linear(8, 8) for name in names})
+
+    base = nn.Module()
+    base.blocks = nn.ModuleList(
+        [block("q_proj", "k_proj", "v_proj", "up"), block("in_proj", "up"), block("in_proj", "up")]
+    )
+    with pytest.warns(UserWarning, match="attention input projections in some of its blocks only"):
+        model = get_peft_model(base, weftlora.TiedLoraConfig(r=2))
+    assert {name.rpartition(".")[2] for name in adapted_names(model)} == {"in_proj", "up"}
+
+
+def test_an_adapted_layer_answers_as_the_linear_it_was(llama) -> None:
+    for family in ("llama", "gpt2"):
+        base = FAMILIES[family].build()
+        sizes = {}
+        for name, module in base.named_modules():
+            if isinstance(module, nn.Linear):
+                sizes[name] = module.in_features, module.out_features
+            elif type(module).__name__ == "Conv1D":
+                sizes[name] = tuple(module.weight.shape)
+        model = get_peft_model(base, weftlora.PlainLoraConfig(r=2))
+        layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, WeftLinear)}
+        assert layers
+        for name, layer in layers.items():
+            assert (layer.in_features, layer.out_features) == sizes[name]
+            assert layer.weight is layer.base_layer.weight
+            assert layer.bias is layer.base_layer.bias
 
 
 def test_an_encoder_layer_without_the_fast_path_can_be_adapted() -> None:

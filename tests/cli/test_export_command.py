@@ -60,14 +60,14 @@ def test_what_was_lost_is_on_the_screen(weftlora: Weft, runs: dict[str, Path], t
         "export", runs["lora"], "--uniform", "--dtype", "bfloat16", "--no-verify", "--out", tmp_path / "lora"
     )
     assert said.code == 0, said.err
-    assert "stock LoRA, uniform, rank 2 at 14 sites, bfloat16" in said.out
+    assert "stock LoRA, uniform, rank 2 at 14 modules, bfloat16" in said.out
     assert "not verified" in said.out
     assert "rounding to bfloat16 loses" in said.out
     said = weftlora(
         "export", runs["lora"], "--to", "merged", "--no-verify", "--out", tmp_path / "merged", "--accept-loss"
     )
     assert said.code == 0, said.err
-    assert "all 14 sites" in said.out
+    assert "all 14 modules" in said.out
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
@@ -135,4 +135,4 @@ def test_the_proof_and_what_an_approximation_costs_are_on_the_screen() -> None:
     assert "mean gates over 64 rows of demo" in said
     assert "0.21 of the largest logit; 15.5% of the adapter's change of the logits is lost" in said
     assert "loss: live 0.9274, mean gate 0.9744, no adapter 3.1836" in said
-    assert "1 sites without a live slot left out" in said
+    assert "1 modules without a live slot left out" in said

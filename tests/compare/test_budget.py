@@ -1,4 +1,4 @@
-"""Equal trained numbers: as many as the solver says, counted on models that were really made, and as near as a rank can come."""
+"""Equal trainable parameters: as many as the solver says, counted on models that were really made, and as near as a rank can come."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def planned(top: Path, base: str = "llama", **more: Any) -> Plan:
 
 
 def trained(plan: Plan, name: str) -> int:
-    """Trained numbers of a run as it is really prepared, with values: of moving ranks those in use, of a search what it selects."""
+    """Trainable parameters of a run as it is prepared, with values: of moving ranks those in use, of a search what it selects."""
     job = plan.reported(plan.of(name), 1e-3)[0]
     adapter = dict(job.recipe["adapter"])
     config: Any = adapter_config(adapter, 40)
@@ -100,7 +100,7 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
     hydra = plan.of("hydralora")
     assert hydra.rank == 1
     assert hydra.budget_gap > 0.5
-    assert f"{hydra.parameters:,} trained numbers at rank 1 (+{hydra.budget_gap:.0%})" in hydra.note
+    assert f"{hydra.parameters:,} trainable parameters at rank 1 (+{hydra.budget_gap:.0%})" in hydra.note
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def begins(labels):
     return [at for at, label in enumerate(labels) if label != IGNORE and (at == 0 or labels[at - 1] == IGNORE)]
 
 
-def learnt(tokenizer, row):
-    """The text of each stretch that is learnt."""
+def learned(tokenizer, row):
+    """The text of each stretch that is learned."""
     out = []
     for at in begins(row.labels):
         end = next((n for n in range(at, len(row.labels)) if row.labels[n] == IGNORE), len(row.labels))
@@ -94,7 +94,7 @@ def test_whatever_is_said_the_tokens_are_those_of_the_template(kind, contents):
 def test_the_end_of_an_answer_is_learnt_and_the_line_break_after_it_is_not():
     tokenizer = byte_level()
     (row,) = encoded(tokenizer, TALK)
-    assert learnt(tokenizer, row) == ["Mira has the lamp.<|im_end|>", "Tomas has it<|im_end|>"]
+    assert learned(tokenizer, row) == ["Mira has the lamp.<|im_end|>", "Tomas has it<|im_end|>"]
 
 
 def test_a_token_that_spans_prompt_and_answer_is_seen(tmp_path):
@@ -141,9 +141,9 @@ def test_a_template_that_forgets_is_refused_and_two_ways_are_offered():
     with pytest.raises(DataError, match=r"line 7: .*data\.answers=each .*data\.answers=last"):
         encoded(tokenizer, talk)
     (last,) = encoded(tokenizer, talk, "last")
-    assert learnt(tokenizer, last) == ["<think>the other one</think>Tomas has it<|im_end|>"]
+    assert learned(tokenizer, last) == ["<think>the other one</think>Tomas has it<|im_end|>"]
     first, second = encoded(tokenizer, talk, "each")
-    assert learnt(tokenizer, first) == ["<think>who was it</think>Mira has the lamp.<|im_end|>"]
+    assert learned(tokenizer, first) == ["<think>who was it</think>Mira has the lamp.<|im_end|>"]
     assert second == last
     for row, turn in ((first, 1), (second, 3)):
         assert row.input_ids[: begins(row.labels)[0]] == sent(tokenizer, talk[:turn])
@@ -161,7 +161,7 @@ def test_a_template_that_marks_what_the_assistant_says_is_believed():
     talk = [dict(message) for message in TALK]
     talk[1]["reasoning_content"] = talk[3]["reasoning_content"] = "hm"
     (row,) = encoded(tokenizer, talk)
-    assert learnt(tokenizer, row) == ["Mira has the lamp.<|im_end|>", "<think>hm</think>Tomas has it<|im_end|>"]
+    assert learned(tokenizer, row) == ["Mira has the lamp.<|im_end|>", "<think>hm</think>Tomas has it<|im_end|>"]
     mask = tokenizer.apply_chat_template(talk, return_assistant_tokens_mask=True, return_dict=True)["assistant_masks"]
     assert [label != IGNORE for label in row.labels] == [bool(bit) for bit in mask]
 
@@ -175,7 +175,7 @@ def test_a_template_without_a_system_role_says_so_and_folds_it():
     folded = fold_system(talk)
     assert folded[0]["content"] == "Be brief.\n\nWho has the lamp?"
     assert row.input_ids == whole(tokenizer, folded)
-    assert learnt(tokenizer, row) == [" Mira has the lamp.</s>", " Tomas has it</s>"]
+    assert learned(tokenizer, row) == [" Mira has the lamp.</s>", " Tomas has it</s>"]
 
 
 def test_a_template_that_drops_the_system_message_without_a_word_is_refused():
@@ -190,17 +190,17 @@ def test_a_conversation_may_open_with_the_assistant(kind):
     talk = ({"role": "assistant", "content": "Hello!"}, *TALK)
     (row,) = encoded(tokenizer, talk)
     assert row.input_ids == whole(tokenizer, talk)
-    assert learnt(tokenizer, row)[0].replace(" ", "") == "Hello!<|im_end|>"
+    assert learned(tokenizer, row)[0].replace(" ", "") == "Hello!<|im_end|>"
     with pytest.raises(DataError, match="begin with the assistant: put what it answers"):
         encoded(KINDS[kind](BRACKETS), talk)
 
 
 def test_only_messages_that_are_to_be_learnt_are():
     tokenizer = byte_level()
-    (row,) = encoded(tokenizer, TALK, learnt=(False, False, False, True))
-    assert learnt(tokenizer, row) == ["Tomas has it<|im_end|>"]
+    (row,) = encoded(tokenizer, TALK, learned=(False, False, False, True))
+    assert learned(tokenizer, row) == ["Tomas has it<|im_end|>"]
     assert row.input_ids == whole(tokenizer, TALK)
-    (row,) = encoded(tokenizer, TALK, learnt=(False, True, False, False))
+    (row,) = encoded(tokenizer, TALK, learned=(False, True, False, False))
     assert row.input_ids == whole(tokenizer, TALK[:2])
 
 
@@ -218,7 +218,7 @@ def test_tool_calls_and_tools_reach_the_template_or_are_refused():
     tokenizer = byte_level(TOOLS)
     (row,) = encoded(tokenizer, talk, tools=tools)
     assert row.input_ids == whole(tokenizer, talk, tools)
-    assert learnt(tokenizer, row) == [
+    assert learned(tokenizer, row) == [
         '<tool_call>look {"where": "river"}</tool_call><|im_end|>',
         "At the river.<|im_end|>",
     ]
@@ -253,7 +253,7 @@ def test_templates_that_are_in_use(path):
             messages = in_parts(messages) if takes_parts(tokenizer) else messages
             ids = whole(tokenizer, messages)
             assert row.input_ids[: len(ids)] == ids
-            text = "".join(learnt(tokenizer, row))
+            text = "".join(learned(tokenizer, row))
             assert "lamp?" not in text
             assert "rope" not in text
             assert ("Tomas has it" if answers == "all" or number else "Mira has the lamp.") in text

@@ -1,4 +1,4 @@
-"""The demo corpus, the demo tasks and the embedded model."""
+"""The demo corpus, the demo tasks and the bundled model."""
 
 from __future__ import annotations
 

@@ -175,9 +175,9 @@ def test_conversations_in_the_usual_forms_become_messages(row, messages):
     assert columns.format == "chat"
     assert list(example.messages) == talk(*messages)
     taught = [
-        message["content"] for message, learn in zip(example.messages, example.learnt or [], strict=False) if learn
+        message["content"] for message, learn in zip(example.messages, example.learned or [], strict=False) if learn
     ]
-    assert example.learnt is None or taught == [messages[-1][1]]
+    assert example.learned is None or taught == [messages[-1][1]]
     assert example.answer == messages[-1][1]
 
 
@@ -189,7 +189,7 @@ def test_only_what_is_to_be_learnt_of_a_conversation_is():
         {"role": "assistant", "content": "b", "train": True},
     ]
     (example,) = of({"messages": turns})[1]
-    assert example.learnt == (False, False, False, True)
+    assert example.learned == (False, False, False, True)
     assert example.answer == "b"
     assert all(set(message) == {"role", "content"} for message in example.messages)
     assert of({"messages": [{**turns[1]}]})[1][0].empty

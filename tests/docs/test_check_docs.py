@@ -59,7 +59,7 @@ def test_blocks_that_would_escape_the_check_are_errors(text):
 
 def test_leaving_a_block_out_takes_a_visible_reason(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_docs.run_page(page(tmp_path, "*Not run here: it needs a GPU.*\n\n" + fenced("bash", "false")))
+    check_docs.run_page(page(tmp_path, "<!-- not run: it needs a GPU. -->\n\n" + fenced("bash", "false")))
     with pytest.raises(check_docs.PageError):
         check_docs.run_page(page(tmp_path, "<!-- not run -->\n\n" + fenced("bash", "false")))
 
@@ -68,7 +68,7 @@ def test_a_page_with_an_old_table_or_a_dead_link_is_untrue(tmp_path):
     old = "<!-- generated: refused -->\n| pair | why |\n<!-- end -->\n"
     assert "make docs-write" in check_docs.check_page(page(tmp_path, old))
     new = check_docs.with_tables(old, "page")
-    assert "tied sites share one A and B" in new
+    assert "tied modules share one A and B" in new
     assert check_docs.with_tables(new, "page") == new
     assert check_docs.check_page(page(tmp_path, new)) is None
     assert "gone.md" in check_docs.check_page(page(tmp_path, "[a](gone.md)"))

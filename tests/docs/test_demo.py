@@ -25,7 +25,13 @@ def test_demo_compares_every_recipe_and_says_that_one_seed_decides_nothing(
     monkeypatch.setattr(sys, "argv", ["demo.py", *given])
     demo.main()
     shown = capsys.readouterr().out
-    for words in ("loss, n = 1", "one seed: no verdict", "the frozen base", "Equal trained numbers", "The answer is"):
+    for words in (
+        "loss, n = 1",
+        "one seed: no verdict",
+        "the frozen base",
+        "Equal trainable parameters",
+        "The answer is",
+    ):
         assert words in shown
     found = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert {outcome["status"] for outcome in found["outcomes"]} == {"complete"}

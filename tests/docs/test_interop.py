@@ -18,5 +18,5 @@ def test_the_counts_of_the_page_are_those_of_the_record() -> None:
         f"the same {uniform['tokens']} greedy tokens as transformers for {uniform['same_with']} of {uniform['prompts']}"
         in page
     )
-    assert f"per-site ranks gave {pattern['same_with']} of {pattern['prompts']}" in page
+    assert f"per-module ranks gave {pattern['same_with']} of {pattern['prompts']}" in page
     assert f"llama-cpp-python {found['versions']['llama-cpp-python']}" in page

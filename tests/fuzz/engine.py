@@ -77,6 +77,8 @@ class Outcome:
     faults: dict[str, Fault] = field(default_factory=dict)
     times: dict[str, int] = field(default_factory=dict)
     """How often each kind of fault was met."""
+    apart: int = 0
+    """How often what is not promised was met."""
 
 
 # ---------------------------------------------------------------------- what is watched

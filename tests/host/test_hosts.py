@@ -148,10 +148,60 @@ def test_a_head_in_modules_to_save_is_trained_saved_and_kept_apart(structure: st
     assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-def test_a_batch_with_an_adapter_per_row_is_refused_instead_of_ignored(llama) -> None:
-    model = get_peft_model(llama, weftlora.PlainLoraConfig()).eval()
-    with pytest.raises(weftlora.AdapterError, match="works with stock LoRA only"):
-        model(**BATCH, adapter_names=["default", "__base__"])
+def test_every_row_of_a_batch_can_have_another_adapter() -> None:
+    """Whatever their structures, and with a head of each; every row is that of its adapter alone."""
+    torch.manual_seed(0)
+    model = trained("hydra", "bert")
+    model.add_adapter("two", adapter_config("tied_tl6", "bert"))
+    model.add_adapter("three", weftlora.PlainLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    for seed, name in enumerate(("two", "three")):
+        model.set_adapter(name)
+        randomise(model, seed)
+    batch = {name: value.repeat(3, *[1] * (value.dim() - 1))[:5] for name, value in FAMILIES["bert"].batch().items()}
+    rows = ["two", "__base__", "default", "three", "two"]
+    alone = {}
+    for name in ("default", "two", "three"):
+        model.set_adapter(name)
+        alone[name] = logits(model, batch)
+    with model.disable_adapter():
+        alone["__base__"] = logits(model, batch)
+    model.set_adapter("default")
+    mixed = logits(model, {**batch, "adapter_names": rows})
+    for i, name in enumerate(rows):
+        assert torch.allclose(mixed[i], alone[name][i], atol=1e-6), name
+    assert not torch.allclose(alone["default"], alone["two"])
+    assert torch.equal(logits(model, batch), alone["default"])  # and nothing of it stays
+
+
+def test_a_mixed_batch_goes_through_beams() -> None:
+    model = trained("plain", "llama")
+    model.add_adapter("two", weftlora.HydraLoraConfig(r=2, heads=2))
+    model.set_adapter("two")
+    randomise(model, size=0.5)
+    rows, found = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 7]])}, {}
+    for name in ("default", "two"):
+        model.set_adapter(name)
+        found[name] = model.generate(**rows, num_beams=2, max_new_tokens=6, do_sample=False)[0]
+    mixed = model.generate(**rows, num_beams=2, max_new_tokens=6, do_sample=False, adapter_names=["default", "two"])
+    assert not torch.equal(found["default"], found["two"])
+    for i, name in enumerate(("default", "two")):
+        assert mixed[i].tolist() == found[name].tolist()
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["default", "nope"], "adapter_names names 'nope'"),
+        (["default"], "adapter_names has 1 names and .* reads 2 rows"),
+        ("default", "is a list of an adapter per row"),
+    ],
+)
+def test_names_of_a_mixed_batch_that_do_not_fit_are_refused(names, says) -> None:
+    model = trained("plain")
+    with pytest.raises(weftlora.AdapterError, match=says):
+        model(**BATCH, adapter_names=names)
+    with pytest.raises(weftlora.AdapterError, match=r"model\.eval\(\)"):
+        model.train()(**BATCH, adapter_names=["default"] * 2)
 
 
 def test_auto_classes_find_the_base_and_the_adapter(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import json
 import struct
 from pathlib import Path
 
+import peft
 import pytest
-from peft import PeftConfig, get_peft_model
+import torch
+from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors import safe_open
 
 import weftlora
-from families import FAMILIES, STRUCTURES, trainable
+from families import FAMILIES, STRUCTURES, randomise, trainable
 
 D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
 PAIR = {
@@ -89,3 +92,43 @@ def test_a_key_nobody_knows_in_a_saved_config_is_refused(llama, tmp_path: Path) 
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_drop_out": 0.5}))
     with pytest.raises(weftlora.ConfigError, match="did you mean 'lora_dropout'"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+def test_another_rank_is_said_and_not_another_base(llama, tmp_path: Path) -> None:
+    get_peft_model(llama, weftlora.PlainLoraConfig(r=4)).save_pretrained(tmp_path)
+    tensors = load_peft_weights(str(tmp_path), device="cpu")
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
+    with pytest.raises(
+        weftlora.AdapterError, match=r"the file's adapter has rank 4 at .*q_proj and this one has 2"
+    ) as error:
+        set_peft_model_state_dict(model, tensors)
+    assert "base model" not in str(error.value)
+    assert "r=4" in str(error.value)
+
+
+def test_tensors_of_another_size_are_passed_over_where_that_is_asked_for(llama, tmp_path: Path) -> None:
+    model = get_peft_model(llama, weftlora.PlainLoraConfig(r=4, rank_pattern={"layers.1.self_attn.q_proj": 2}))
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=4))
+    before = {name: p.clone() for name, p in trainable(other).items()}
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+        set_peft_model_state_dict(other, load_peft_weights(str(tmp_path), device="cpu"), ignore_mismatched_sizes=True)
+    theirs = trainable(model)
+    for name, parameter in trainable(other).items():
+        expected = before[name] if "layers.1.self_attn.q_proj" in name else theirs[name]
+        assert torch.equal(parameter, expected), name
+
+
+def test_an_error_of_ours_is_one_of_pefts_where_peft_has_one(llama) -> None:
+    base = getattr(peft, "PeftError", weftlora.WeftError)
+    assert issubclass(weftlora.WeftError, base)
+    no_match = (
+        getattr(peft.utils.error, "NoMatchingPeftModuleError", ValueError)
+        if hasattr(peft.utils, "error")
+        else ValueError
+    )
+    with pytest.raises(no_match):
+        get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=["nothing"]))
+    with pytest.raises(base):
+        get_peft_model(llama, weftlora.PlainLoraConfig(r=0))

@@ -1,8 +1,8 @@
-"""Adapters of every recipe on the embedded demo model, trained for a few steps in a bare loop.
+"""Adapters of every recipe on the bundled demo model, trained for a few steps in a bare loop.
 
 model = train_a_little(CONFIGS["hydralora"]())
 
-Adapters of every recipe on the embedded demo model, each trained for a few steps once, and a browser where there is one.
+Adapters of every recipe on the bundled demo model, each trained for a few steps once, and a browser where there is one.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def test_everything_fits_into_80_columns(
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     assert "…" not in out
-    assert "trained numbers" in out
+    assert "trainable parameters" in out
     section = {"hydra_run": "routers and heads", "alora_run": "ranks over time", "flexora_run": "over threshold"}[name]
     assert section in out
 
@@ -50,7 +50,7 @@ def test_dash_directions_and_tied_groups_are_shown(
     monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run(capsys, "inspect", saved("lora_tsd"), "--no-base")
     assert "largest gain" in out
-    assert "more sites in --json and --html" in out
+    assert "more modules in --json and --html" in out
     _, out, _ = run(capsys, "inspect", saved("tied_lora"), "--no-base")
     assert "tied groups" in out
     assert "left out" in out

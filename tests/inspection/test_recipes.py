@@ -76,7 +76,7 @@ def test_a_folder_alone_says_what_the_live_adapter_says(
 def test_trained_numbers_are_those_that_an_optimiser_would_hold(name: str, adapted: Callable[[str], PeftModel]):
     found, model = weftlora.inspect(adapted(name), spectra=0), adapted(name)
     held = sum(p.numel() for layer in layers(model).values() for p in layer.site("default").parameters())
-    if name == "alora":  # room for slots that are not live is no trained number
+    if name == "alora":  # room for slots that are not live is no trainable parameter
         live = {n: len(layer.site("default").live()) for n, layer in layers(model).items()}
         shapes = {n: layer.base_matrix().shape for n, layer in layers(model).items()}
         held = sum(live[n] * sum(shapes[n]) for n in live)

@@ -70,15 +70,16 @@ def test_sizes_and_movement_are_counted(looked_at: Inspection):
     sites[4] = dataclasses.replace(sites[4], norm=0.0, relative=0.0)
     found = dataclasses.replace(looked_at, sites=sites, parameters=Parameters(1234, 5678, 9, 12340))
     said = verdict(found)
-    assert said[0] == "1,234 trained numbers (10.00% of the base) on 28 sites in 4 blocks."
+    assert said[0] == "1,234 trainable parameters (10.00% of the base) on 28 adapted modules in 4 blocks."
     assert (
-        said[1] == f"ΔW is 2.00% of W at the median site and 50.00% at most, in {sites[3].site}; 1 site did not move."
+        said[1]
+        == f"ΔW is 2.00% of W at the median module and 50.00% at most, in {sites[3].site}; 1 module did not move."
     )
     assert dict(tiles(found)) == {
-        "trained numbers": "1,234",
+        "trainable parameters": "1,234",
         "of the base": "10.00%",
         "stored numbers": "5,678",
-        "adapted sites": "28",
+        "adapted modules": "28",
         "saved in full beside it": "9",
         "rank": "2",
         "can be merged": "0 of 28",
@@ -90,7 +91,7 @@ def test_gains_are_averaged_by_size_and_merging_is_counted(looked_at: Inspection
     sites = [dataclasses.replace(s, mergeable=n > 0, why_not="because.") for n, s in enumerate(looked_at.sites)]
     found = dataclasses.replace(looked_at, sites=sites, directions=[SiteDirections("q", "launched", chosen)])
     assert "Dash has learned gains of 0.2 on average, 0.3 at most." in verdict(found)
-    assert verdict(found)[-1] == "Of 28 sites, 1 cannot be merged: because."
+    assert verdict(found)[-1] == "Of 28 modules, 1 cannot be merged: because."
 
 
 def printed(found: Inspection) -> list[list[str]]:

@@ -107,7 +107,7 @@ def test_adapters_of_one_seed_are_alike_in_a_and_those_of_two_are_not(tmp_path: 
 
 def test_another_adapter_with_no_site_in_common_is_refused(saved: Callable[[str], Path], tmp_path: Path):
     train_a_little(weftlora.PlainLoraConfig(r=2, target_modules=["o_proj"]), steps=1).save_pretrained(str(tmp_path))
-    with pytest.raises(AdapterError, match="no site in common"):
+    with pytest.raises(AdapterError, match="no module in common"):
         weftlora.inspect(saved("tied_lora"), base=False, against=tmp_path)
 
 
@@ -118,4 +118,4 @@ def test_sites_of_another_name_or_shape_are_not_compared_and_said(saved: Callabl
         weftlora.inspect(saved("lora"), base=False, against=tmp_path / "smaller")
     found = weftlora.inspect(saved("flexora"), base=False, against=saved("lora"))  # two blocks beside all four
     assert len(found.factor_comparison.sites) == len(found.sites) == 14
-    assert any(sentence.startswith("14 sites of") for sentence in found.left_out)
+    assert any(sentence.startswith("14 modules of") for sentence in found.left_out)

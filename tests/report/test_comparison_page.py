@@ -111,7 +111,7 @@ def test_planted_numbers_stand_in_the_results(written: str, found: Comparison):
     heads = [th.text for th in tree(written).find("table", id="results-table")[0].find("thead")[0].find("th")]
     at = {head: n - 1 for n, head in enumerate(heads)}
     hydra = results(written)["hydralora"]
-    assert hydra[at["trained numbers"]].text == "146,001 \N{MINUS SIGN}0.3% of budget"
+    assert hydra[at["trainable parameters"]].text == "146,001 \N{MINUS SIGN}0.3% of budget"
     assert hydra[at["step ratio CPU, to lora"]].text.startswith("1.28")
     assert hydra[at["tokens/s"]].text.startswith("6,923")
     assert hydra[at["export on disk"]].text == "598 KiB"
@@ -340,3 +340,15 @@ def test_another_metric_and_another_baseline_can_be_asked_for(found: Comparison)
     assert (
         next(row["value"] for row in specs(text)["differences-0"]["data"]["values"] if row["name"] == "tied_lora") < -13
     )
+
+
+def test_what_runs_answered_stands_on_the_page(found: Comparison, tmp_path: Path):
+    evidence = gather(write_runs(found, tmp_path))
+    run = next(run for folder, run in evidence.runs.items() if "hydralora" in folder)
+    rows = [{"step": step, "prompt": NASTY, "text": f"answer {step}", "reference": "as asked"} for step in (10, 20, 30)]
+    (run.folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page_tree = tree(page(evidence))
+    (table,) = page_tree.find("table", id="samples-table")
+    lines = [[cell.text for cell in row.find("td")] for row in table.find("tbody")[0].find("tr")]
+    assert [(line[0], *line[2:]) for line in lines] == [(str(n), f"answer {n}", "as asked") for n in (10, 30)]
+    assert not page(Evidence(found)).count("samples-table")

@@ -173,11 +173,7 @@ def test_the_peak_grows_with_what_a_step_holds_and_forgets_what_was_before() -> 
 
 def test_a_machine_that_cannot_reset_its_peak_tells_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was resident before the training would pass for its own."""
-
-    def refuse(path: Path, text: str) -> None:
-        raise PermissionError(path)
-
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(costs, "_RESET", "/proc/self/no_such_file")
     state = TrainerState(max_steps=9)
     steps(costs.Stopwatch(), state, [nothing, nothing])
     assert costs.timed(state).peak_bytes is None

@@ -67,6 +67,32 @@ def test_a_longer_run_goes_on_from_the_last_checkpoint_and_names_what_it_extends
     assert weights(run) != weights(short)
 
 
+class StopAfter(TrainerCallback):
+    """Ends training early, as early stopping does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step >= self.step
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' has trained")
+def test_what_is_still_to_come_counts_its_fraction_over_the_added_steps(short: Run, tmp_path: Path) -> None:
+    late = {**short.recipe, "adapter": {**short.recipe["adapter"], "after": 0.75}, "out": str(tmp_path / "late")}
+    stopped = weftlora.train(late, "train.steps=8", callbacks=[StopAfter(4)])
+    assert [event for event in events(stopped) if event["event"] == "dash_launch"] == []
+    longer = weftlora.train(stopped.folder, "train.steps=12", extend=True)
+    assert [event["step"] for event in events(longer) if event["event"] == "dash_launch"] == [
+        10
+    ]  # 4 + 3/4 of 8, not of 12
+    with pytest.raises(KeyboardInterrupt):
+        weftlora.train(
+            stopped.folder, "train.steps=12", f"out={tmp_path / 'cut'}", extend=True, callbacks=[Interrupt(9)]
+        )
+    assert weights(weftlora.train(tmp_path / "cut", resume=True)) == weights(longer)
+
+
 def test_an_extended_run_is_not_the_run_of_so_many_steps(short: Run, tmp_path: Path) -> None:
     whole = weftlora.train({**short.recipe, "out": str(tmp_path / "whole")}, "train.steps=8")
     longer = weftlora.train(short.folder, "train.steps=8", f"out={tmp_path / 'longer'}", extend=True)

@@ -17,6 +17,7 @@ from weftlora.disk import files
 from weftlora.errors import ConfigError, ModelError, RunError, TargetError, WeftError
 from weftlora.runs.run import Run
 from weftlora.train import Tick
+from weftlora.train.layer_search import search_recipe
 
 Make = Callable[..., dict[str, Any]]
 
@@ -241,13 +242,15 @@ def test_a_file_in_the_way(recipe: Make, tmp_path: Path) -> None:
             weftlora.train(recipe(out=str(tmp_path / out)))
 
 
-def test_a_read_only_place_is_refused_before_anything_is_loaded(
-    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere: permissions cannot be used here
+def test_a_read_only_place_is_refused_before_anything_is_loaded(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc takes no file of anybody, root included, whose permissions say that it may."""
     monkeypatch.setattr("weftlora.runs.base_model.load", lambda *_, **__: pytest.fail("the model was loaded"))
-    with pytest.raises(RunError, match="read-only"):
-        weftlora.train(recipe())
+    for start in (
+        lambda: weftlora.train(recipe(out="/proc/run")),
+        lambda: search_recipe(recipe(), out="/proc/selection.json"),
+    ):
+        with pytest.raises(RunError, match=r"/proc takes no new file"):
+            start()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -1,4 +1,4 @@
-"""A look before training: the account of every row, what is learnt, and what the run will cost, measured."""
+"""A look before training: the account of every row, what is learned, and what the run will cost, measured."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_every_row_is_accounted_for_and_what_is_learnt_is_marked(recipe: Make, t
     assert found.measured_rows == held.rows
     assert len(found.samples) == 3
     answer = {row["prompt"]: row["completion"] for row in rows}
-    for given, learnt in found.samples:
-        assert (given[1], learnt[1]) == (False, True)
-        assert learnt[0] == f"{answer[given[0]]}</s>"
+    for given, learned in found.samples:
+        assert (given[1], learned[1]) == (False, True)
+        assert learned[0] == f"{answer[given[0]]}</s>"
 
 
 def test_what_it_costs_is_measured_on_the_recipes_own_model(recipe: Make) -> None:
@@ -66,7 +66,7 @@ def test_a_classifier_and_an_encoder_decoder_have_one_too(recipe: Make) -> None:
     classes = weftlora.preview(recipe("bert", adapter="lora"))
     assert (classes.task, classes.samples[0][0][1]) == ("classification", False)
     pairs = weftlora.preview(recipe("t5", adapter="lora"))
-    assert [learnt for _, learnt in pairs.samples[0]] == [False, True]
+    assert [learned for _, learned in pairs.samples[0]] == [False, True]
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 5, 5], [1, 2], list(range(1, 100)), [1, 1000]])

@@ -14,7 +14,7 @@ import tiny_bases as tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import weftlora
-from weftlora.errors import ConfigError, DataError
+from weftlora.errors import AdapterError, ConfigError, DataError
 from weftlora.runs.run import Run
 from weftlora.train import evaluation
 from weftlora.train.prompting import Prompting, end_of_turn, read_messages
@@ -53,7 +53,7 @@ def spoken(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
             "model": str(chat_base),
             "data": {"train": str(tiny.write_rows(folder / "chat.jsonl", rows)), "validation_fraction": 0},  # type: ignore[arg-type]
             "adapter": {"recipe": "lora", "r": 8},
-            "train": {"steps": 80, "batch_size": 16, "lr": 2e-2, "save_every": 0},
+            "train": {"steps": 80, "batch_size": 16, "lr": 2e-2, "save_every": 0, "samples": "c"},
             "out": str(folder / "run"),
         }
     )
@@ -64,15 +64,28 @@ def test_a_chat_adapter_answers(spoken: Run) -> None:
     found = weftlora.generate(spoken, "c", max_new_tokens=6)
     assert (found.text, found.finished, found.note) == ("cc", True, "")
     assert found.given == "u c</s>a "
+    (sample,) = spoken.samples()
+    assert (sample["step"], sample["given"], sample["text"], sample["finished"]) == (80, found.given, "cc", True)
     raw = weftlora.generate(spoken, "c", raw=True, max_new_tokens=6)
     assert raw.given == "c"
     assert raw.text != "cc"
     assert weftlora.generate(spoken, "u c</s>a ", raw=True, max_new_tokens=6).given.endswith("u c</s>a ")
 
 
-def test_the_adapter_folder_of_a_run_answers_as_the_run(spoken: Run, tmp_path: Path) -> None:
+def test_the_adapter_folder_of_a_run_answers_as_the_run_wherever_it_goes(
+    spoken: Run, chat_base: Path, tmp_path: Path
+) -> None:
     assert weftlora.generate(spoken.adapter_folder, "c", max_new_tokens=6).text == "cc"
     alone = shutil.copytree(spoken.adapter_folder, tmp_path / "alone")
+    assert weftlora.generate(alone, "c", max_new_tokens=6).text == "cc"
+    exported = weftlora.export_lora(spoken.folder, tmp_path / "out" / "lora", verify=False).folder
+    again = weftlora.export_lora(alone, tmp_path / "again", verify=False).folder
+    for folder in (exported, again):
+        assert weftlora.generate(folder, "c", base=str(chat_base), max_new_tokens=6).text == "cc"
+    (alone / "prompts.json").write_text('{"format": "chat", "prompt_template": 3, "system": "keep"}')
+    with pytest.raises(AdapterError, match=r"prompts\.json cannot be read"):
+        weftlora.generate(alone, "c")
+    (alone / "prompts.json").unlink()
     assert weftlora.generate(alone, "c", max_new_tokens=6).given == "c"  # nobody knows; messages still work
     messages = [{"role": "user", "content": "c"}]
     assert weftlora.generate(alone, messages, max_new_tokens=6).text == "cc"

@@ -88,7 +88,7 @@ def load(path: Path, key: str) -> change_rates.Spectrum | None:
         reason = "it was not made from this weight, or was changed since"
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error)
-    logger.warning("%s is computed anew and replaced: %s", path, reason)
+    logger.warning("%s is computed again and replaced: %s", path, reason)
     return None
 
 
@@ -200,7 +200,8 @@ class OriginalWeight:
 
     def __post_init__(self) -> None:
         base = self.layer.get_base_layer()
-        wanted = tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+        as_stored = isinstance(base, Conv1D) or self.layer.reading is not None
+        wanted = tuple(cast(Tensor, base.weight).shape) if as_stored else (base.out_features, base.in_features)
         if (found := self.checkpoint.shape(self.layer.module_name)) != wanted:
             raise ModelError(
                 f"{self.layer.module_name} is {list(found)} in {self.checkpoint.folder} and {list(wanted)} in the model: give "
@@ -216,6 +217,7 @@ class OriginalWeight:
         here = self.layer.base_matrix()
         stored = self.checkpoint.read(self.layer.module_name).to(here.device)
         w = stored.T if isinstance(self.layer.get_base_layer(), Conv1D) else stored
+        w = w if self.layer.reading is None else self.layer.reading.matrix(stored)
         far = torch.dist(w.float(), here.float()) / w.float().norm()
         if not far < FAR:
             raise ModelError(

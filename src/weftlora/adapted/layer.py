@@ -1,6 +1,6 @@
 """The one adapted layer: a base module, and a `Site` per adapter name.
 
-    y = base(x);  for each active adapter:  y ← y + h B̃ᵀ
+    y = base(x);  for each active adapter:  y ← y + h B̃ᵀ      in a mixed batch, row by row its own adapter's
 
 The base layer is called, never re-implemented, so any module with in and out features can carry adapters (quantised
 ones too); merging needs a plain weight. A merge keeps the original W (as many bytes as W, for as long as it is merged)
@@ -9,7 +9,7 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,15 +22,20 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
+from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapter.site import Site
-from weftlora.errors import ConfigError, MergeError
-from weftlora.kernel import Linear, current, linears
+from weftlora.errors import AdapterError, ConfigError, MergeError
+from weftlora.kernel import Linear, Work, current, linears
 from weftlora.terms.axes import mergeable_structures
+
+BASE = "__base__"
+"""What peft calls a row of a mixed batch that no adapter is for."""
 
 
 class WeftLinear(nn.Module, BaseTunerLayer):
-    """A linear module and the adapters on it. Input [..., in], output [..., out] in the base's dtype.
+    """A linear module, an embedding or a convolution, and the adapters on it. Of a linear module the input is [..., in] and the
+    output [..., out] in the base's dtype; of the others what the base takes and gives.
 
     All state of an adapter lives in `weft_site[name]`, keyed by adapter name first, as peft's saving needs.
     """
@@ -47,9 +52,14 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.module_name = module_name
+        self.reading = reading_of(
+            base_layer if not isinstance(base_layer, BaseTunerLayer) else base_layer.get_base_layer()
+        )
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
+        self.shares_weight = False  # with another module, which a merge must leave as it is
+        self.rows: Sequence[str] | None = None  # the adapter of every row of the batch, for the length of a forward
         self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
         self._kept: Tensor | None = None
         self._disable_adapters = False
@@ -65,11 +75,35 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         else:
             site.requires_grad_(False)
 
+    @property
+    def in_features(self) -> int:
+        """What x's last dimension is, as models ask their linear modules; `weight` and `bias` are peft's views of the base's."""
+        return self._sides()[0]
+
+    @property
+    def out_features(self) -> int:
+        """What y's last dimension is."""
+        return self._sides()[1]
+
+    def _sides(self) -> tuple[int, int]:
+        base = self.get_base_layer()
+        if self.reading is not None:
+            return self.reading.sides
+        if isinstance(base, Conv1D):
+            fan_in, out = base.weight.shape
+            return fan_in, out
+        return cast(int, base.in_features), cast(int, base.out_features)
+
     def site(self, adapter_name: str) -> Site:
         """The adapter called `adapter_name`; KeyError if this module has none."""
         return cast(Site, self.weft_site[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = kwargs.pop(
+            "adapter_names", self.rows
+        )  # a layer that is called by itself takes them too, as stock LoRA's
+        if rows is not None and not self._disable_adapters:
+            return self._by_rows(rows, x, *args, **kwargs)
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -89,8 +123,35 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             rest = names[1:]
         for name in rest:
             self._check_distributed(name)
-            y = self.weft_site[name](read, y, self._mask(name, x, read))
+            y = self.weft_site[name](read, y, self._mask(name, x, read), self._add)
         return cast(Tensor, y)
+
+    @property
+    def _add(self) -> Callable[[Tensor, Tensor, Work], Tensor] | None:
+        return None if self.reading is None else self.reading.add
+
+    def _by_rows(self, rows: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output, and onto every row of x the update of the adapter that `rows` names for it; `BASE` has none.
+
+        Raises:
+            AdapterError: not as many names as rows, or an adapter is merged.
+        """
+        if len(rows) != len(x):
+            raise AdapterError(
+                f"adapter_names has {len(rows)} names and {self.module_name} reads {len(x)} rows: name one adapter per row of the "
+                "batch (a module that reads the tokens of all rows as one list, as experts do, cannot tell them apart)."
+            )
+        if self.merged_adapters:
+            raise AdapterError(
+                f"adapter_names=[...] on a model in which {self.merged_adapters} is merged: call model.unmerge_adapter() first."
+            )
+        read = self.cast_input(x)
+        y = cast(Tensor, self.base_layer(read, *args, **kwargs))
+        for name in dict.fromkeys(rows):
+            if name in self.weft_site:
+                where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
+                y = y.index_copy(0, where, self.weft_site[name](read[where], y[where], None, self._add))
+        return y
 
     def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
         """The base's output with the first active adapter's update, if one node can compute both."""
@@ -113,7 +174,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     def only_adapter(self) -> str | None:
         """The adapter that takes part in a forward, if exactly one does."""
-        if self._disable_adapters or self.merged_adapters:
+        if self._disable_adapters or self.merged_adapters or self.rows is not None:
             return None
         names = self._names()
         return names[0] if len(names) == 1 else None
@@ -186,9 +247,13 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             return
         self.check_mergeable(names, finite=safe_merge)
         merged, weight = self._merged_weight(names), self._plain_weight()
-        if self._kept is None and self.keep_base:
-            self._kept = weight.detach().clone()
-        weight.data = merged
+        if self.shares_weight:
+            self._kept = weight if self._kept is None else self._kept
+            setattr(self.get_base_layer(), "weight", nn.Parameter(merged, requires_grad=weight.requires_grad))  # noqa: B010
+        else:
+            if self._kept is None and self.keep_base:
+                self._kept = weight.detach().clone()
+            weight.data = merged
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -199,8 +264,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             raise MergeError(
                 f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
             )
-        weight = self._plain_weight()
-        weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
+        if self.shares_weight:
+            setattr(self.get_base_layer(), "weight", self._kept)  # noqa: B010
+        else:
+            weight = self._plain_weight()
+            weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
         self._kept = None
         self.merged_adapters.clear()
 
@@ -228,6 +296,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
         delta = self.site(adapter_name).delta_weight()
+        if self.reading is not None:
+            return self.reading.stored(delta)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def base_matrix(self) -> Tensor:
@@ -244,6 +314,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             )
         if not weight.is_floating_point():
             weight = dequantize_module_weight(base)
+        if self.reading is not None:
+            return self.reading.matrix(weight.detach())
         return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
 
     @property
@@ -267,7 +339,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if (
-            type(base).forward in (nn.Linear.forward, Conv1D.forward)
+            (self.reading is not None or type(base).forward in (nn.Linear.forward, Conv1D.forward))
             and isinstance(weight, nn.Parameter)
             and type(weight.detach()) is Tensor
             and weight.is_floating_point()

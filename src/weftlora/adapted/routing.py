@@ -53,7 +53,7 @@ class Routing:
         terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
         if not counted:
             raise ConfigError(
-                "no routed site with balance > 0 ran inside weftlora.routing(model): put the forward inside the block."
+                "no routed module with balance > 0 ran inside weftlora.routing(model): put the forward inside the block."
             )
         if torch.is_grad_enabled() and not all(term.requires_grad for term in terms):
             raise ConfigError(

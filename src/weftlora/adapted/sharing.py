@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
 import torch
 from torch import nn
@@ -37,13 +37,18 @@ def same_input(parent: str, last: str) -> tuple[str, ...] | None:
     return family
 
 
-def attention_inputs(model: nn.Module) -> set[str]:
-    """The last names of the model's attention input projections: Tied-LoRA's default targets."""
-    lasts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    found = lasts & FUSED_QKV
-    for family in QKV_FAMILIES:
-        if lasts.issuperset(family):
-            found |= set(family)
+def attention_inputs(names: Collection[str]) -> set[str]:
+    """Of the modules of these full names, the attention input projections: a fused one, or q, k and v beside each other."""
+    by_parent: dict[str, set[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        by_parent.setdefault(parent, set()).add(last)
+    found = set()
+    for parent, lasts in by_parent.items():
+        taken = lasts & FUSED_QKV
+        for family in QKV_FAMILIES:
+            taken |= set(family) if lasts.issuperset(family) else set()
+        found |= {f"{parent}.{last}" if parent else last for last in taken}
     return found
 
 

@@ -13,19 +13,23 @@ Lists inside a block (T5's sublayers, experts) belong to the block. A block that
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import TypeVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.reading import reading_of
+from weftlora.adapted.sharing import attention_inputs
 from weftlora.adapter.spec import WeftConfig
-from weftlora.errors import TargetError, suggest
+from weftlora.errors import NoMatchError, TargetError, suggest
 
 T = TypeVar("T")
 
@@ -34,7 +38,7 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     """(in, out) features of a module that can carry an adapter.
 
     Raises:
-        TargetError: an embedding, a convolution, 3-D expert parameters, a module whose caller reads its weight instead of
+        TargetError: a grouped convolution, 3-D expert parameters, a module whose caller reads its weight instead of
             calling it, or anything else without in and out features; says what to do.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -48,19 +52,23 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
             f"{name} belongs to a torch TransformerEncoderLayer, whose fast path skips adapters in evaluation: call "
             "torch.backends.mha.set_fastpath_enabled(False) first."
         )
+    if _is_state_space(parent) and _last(name) in READ_BY_STATE_SPACE:
+        raise TargetError(
+            f"{name} belongs to a state-space mixer ({type(parent).__name__}), which reads its weight without calling it, on every "
+            "device or by its kernels: target in_proj instead."
+        )
     if isinstance(base, Conv1D):
         fan_in, out = base.weight.shape
         return fan_in, out
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
-    if isinstance(base, nn.Embedding):
-        raise TargetError(
-            f"{name} is an embedding, which has no low-rank site: "
-            f"train it in full with modules_to_save=[{_last(name)!r}]."
-        )
+    if (reading := reading_of(base)) is not None:
+        return reading.sides
     if isinstance(base, nn.modules.conv._ConvNd):
+        grouped = f"{kind} with groups={base.groups}" if base.groups > 1 else kind
         raise TargetError(
-            f"{name} is a {kind}; weftlora adapts linear modules only: leave it out, or train it with modules_to_save."
+            f"{name} is a {grouped}; of convolutions those without groups (Conv1d, Conv2d, Conv3d) carry an adapter: leave it out, or "
+            "train it with modules_to_save."
         )
     if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
         raise TargetError(
@@ -77,6 +85,162 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def check_reading(config: WeftConfig, name: str, module: nn.Module) -> None:
+    """Refuse an embedding or a convolution where the structure or its dropout is defined on the x of a linear module alone.
+
+    Raises:
+        TargetError: names the module.
+    """
+    if reading_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module) is None:
+        return
+    structure = config.structure
+    if structure.outside or (structure.per_head_dropout and config.lora_dropout):
+        what = f"{structure.title} is outside the equation" if structure.outside else "a dropout mask per head is drawn"
+        raise TargetError(
+            f"{name} is a {type(module).__name__}, and {what}, which linear modules alone can have: leave it out."
+        )
+
+
+READ_BY_STATE_SPACE = ("out_proj", "dt_proj")
+"""What a state-space mixer (Mamba and its kin) never calls on some device, by its last name. Stock peft refuses out_proj as well."""
+READ_BY_KERNELS = (*READ_BY_STATE_SPACE, "x_proj")
+"""What it does not call where its kernels are installed: a good target on a CPU, a dead one in training on a GPU."""
+
+
+def _is_state_space(module: nn.Module) -> bool:
+    """Whether this is the mixer of a state-space model: the decay A and the skip D of its recurrence are parameters of it."""
+    return all(isinstance(getattr(module, name, None), nn.Parameter) for name in ("A_log", "D"))
+
+
+# ---------------------------------------------------------------------- what is targeted where nobody names modules
+
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Task → the heads that peft trains in full beside every adapter of it; it adds them to modules_to_save once targets are chosen."""
+NOT_TEXT = ("vision_config", "audio_config")
+
+
+def trained_in_full(config: WeftConfig, name: str) -> bool:
+    """Whether the module `name` is, or is part of, one that is trained and saved in full beside the adapter."""
+    task = getattr(config.task_type, "value", config.task_type)
+    wanted = [*(config.modules_to_save or []), *HEADS.get(str(task), ())]
+    return any(re.match(rf"(^|.*\.){head}($|\..*)", name) for head in wanted)
+
+
+def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
+    """The full names of the linear modules that can carry an adapter, but the output layer and what is trained in full.
+
+    Whatever is linear and cannot is left out with a warning that says why.
+
+    Raises:
+        TargetError: there is none.
+    """
+    of = copy.copy(config)
+    of.target_modules = "all-linear"
+    found = cast("set[str]", _maybe_include_all_linear_layers(of, model).target_modules)
+    modules = dict(model.named_modules())
+    wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
+    found = {
+        n for n in found if n and not (n.startswith(wrapped) or trained_in_full(config, n) or _excluded(config, n))
+    }
+    refused: dict[str, TargetError] = {}
+    for name in sorted(found):
+        parent = modules[name.rpartition(".")[0]]
+        try:
+            check_adaptable(name, modules[name], parent)
+            if _is_state_space(parent) and _last(name) in READ_BY_KERNELS:
+                raise TargetError(
+                    f"{name} is read without being called by the kernels of {type(parent).__name__}: name it."
+                )
+        except TargetError as error:
+            refused[name] = error
+    left = found - refused.keys()
+    if refused and not left:
+        raise next(iter(refused.values()))
+    if not left:
+        raise NoMatchError(no_match(of, model))
+    if refused:
+        names = list(refused)
+        also = f" (and {len(names) - 1} more such modules)" if len(names) > 1 else ""
+        warnings.warn(f"all-linear leaves out what cannot carry an adapter: {refused[names[0]]}{also}", stacklevel=6)
+    if experts := expert_parameters(model):
+        warnings.warn(
+            f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
+            "weftlora adapts linear modules only.",
+            stacklevel=6,
+        )
+    return left
+
+
+def _excluded(config: WeftConfig, name: str) -> bool:
+    """Whether exclude_modules takes the module `name` away, as peft reads it."""
+    wanted = config.exclude_modules or ()
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
+
+
+def default_targets(config: WeftConfig, model: nn.Module) -> set[str]:
+    """What a config without target_modules adapts, by full names: every linear module, or the attention inputs where the structure
+    asks for them; of a generating model that also sees or hears, its language part."""
+    found = all_linear(config, model)
+    if (part := language_part(model)) is not None and (inside := {n for n in found if n.startswith(f"{part}.")}):
+        if rest := len(found) - len(inside):
+            warnings.warn(
+                f"target_modules is not given, so the language part of {type(model).__name__} ({part}) is adapted and {rest} linear "
+                "modules elsewhere are not: target_modules='all-linear' takes them too.",
+                stacklevel=5,
+            )
+        found = inside
+    if config.structure.targets != "attention inputs":
+        return found
+    taken = attention_inputs(found)
+    blocks = Blocks(model)
+    if taken and {blocks.of(name) for name in taken} >= {blocks.of(name) for name in found} - {None}:
+        return taken
+    return _by_shape(config, model, found, taken)
+
+
+def by_last_names(model: nn.Module, names: set[str]) -> set[str]:
+    """The same modules by their last names, where these mean no others."""
+    lasts = {_last(name) for name in names}
+    return lasts if {name for name, _ in model.named_modules() if _last(name) in lasts} == names else names
+
+
+def _by_shape(config: WeftConfig, model: nn.Module, found: set[str], partly: set[str]) -> set[str]:
+    """The modules of `found` that can share: of which several have one last name and one size.
+
+    Raises:
+        TargetError: none can.
+    """
+    modules = dict(model.named_modules())
+    kinds = {n: (_last(n), check_adaptable(n, modules[n], modules[n.rpartition(".")[0]])) for n in found}
+    members = Counter(kinds.values())
+    if not (taken := {name for name, kind in kinds.items() if members[kind] > 1}):
+        raise TargetError(
+            f"no attention input projections found in {type(model).__name__}, {config.structure.method}'s default target, and no two "
+            "linear modules of one name and shape: name target_modules, or use 'all-linear'."
+        )
+    lasts = _few(sorted({_last(name) for name in taken}))
+    only = f"attention input projections in some of its blocks only ({_last(min(partly))} among them)" if partly else ""
+    warnings.warn(
+        f"{type(model).__name__} has {only or 'no attention input projections'}, {config.structure.method}'s default target, so all "
+        f"{len(taken)} linear modules of which several have one name and shape are adapted ({lasts}): "
+        "name target_modules to choose others.",
+        stacklevel=6,
+    )
+    return taken
+
+
+def language_part(model: nn.Module) -> str | None:
+    """The name of the module that generates text in a model which sees or hears too; None where the whole model does, or nothing."""
+    config, head = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)
+    if not any(getattr(config, name, None) is not None for name in NOT_TEXT) or head() is None:
+        return None
+    text = getattr(config, "get_text_config", lambda: config)()
+    named = model.named_modules() if text is not config else ()
+    return next((name for name, module in named if name and getattr(module, "config", None) is text), None)
 
 
 def is_all_linear(config: WeftConfig) -> bool:
@@ -160,10 +324,17 @@ def check_tokens(config: WeftConfig, model: nn.Module) -> None:
 
 
 def warn_of_unmatched(config: WeftConfig, model: nn.Module) -> None:
-    """Name the entries of target_modules that no module is called while others adapt: often a misspelt name."""
+    """Name the entries of target_modules that no module is called while others adapt, often a misspelt name, and those that are
+    trained in full instead."""
     targets = config.target_modules
     if not isinstance(targets, set):
         return
+    if heads := sorted(target for target in targets if trained_in_full(config, target)):
+        warnings.warn(
+            f"target_modules={_few(heads)} are trained in full beside the adapter (modules_to_save, or the head of the task), so they "
+            "get no adapter: leave them out of target_modules.",
+            stacklevel=5,
+        )
     names = [name for name, _ in model.named_modules()]
     unused = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
     if unused:
@@ -174,7 +345,8 @@ def warn_of_unmatched(config: WeftConfig, model: nn.Module) -> None:
         )
 
 
-def _few(names: list[str]) -> str:
+def _few(names: Collection[str]) -> str:
+    names = list(names)
     return f"{names[:4]}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
 
 
@@ -193,6 +365,11 @@ def no_match(config: WeftConfig, model: nn.Module) -> str:
         return f"{type(model).__name__} has no linear module, so there is nothing that weftlora could adapt."
     names = {n for n, _ in model.named_modules()}
     found = [w for w in wanted if any(n == w or n.endswith(f".{w}") for n in names)]
+    if is_all_linear(config):
+        return (
+            f"all-linear leaves no module of {type(model).__name__}: exclude_modules={config.exclude_modules}, modules_to_save="
+            f"{config.modules_to_save} or the head of the task take all of them away."
+        )
     if isinstance(targets, str):
         if any(re.fullmatch(targets, n) for n in names):
             return f"target_modules={targets!r} matches only modules that exclude_modules or modules_to_save take away."

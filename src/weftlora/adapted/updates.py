@@ -143,6 +143,11 @@ def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Upda
     )
 
 
+def update_of(layer: WeftLinear, adapter: str) -> tuple[Tensor, Tensor]:
+    """(A [R, in], B [out, R]) of one unrouted adapter on one layer, fp64, with B A = ΔW: all of its slots, those of Dash last."""
+    return _weft_update(layer, adapter, None).factors()
+
+
 def _lora_update(name: str, layer: LoraLayer, adapter: str) -> Update:
     a, b = layer.lora_A[adapter], layer.lora_B[adapter]
     if adapter in getattr(layer, "lora_variant", {}) or not (isinstance(a, nn.Linear) and isinstance(b, nn.Linear)):
@@ -157,9 +162,7 @@ class _Watched(MeanGate):
     """A mean gate over evaluation passes, which the launch's leaves out."""
 
     def __call__(self, omega: Tensor) -> None:
-        seen = omega.detach().flatten(0, -2).double()
-        self.total = seen.sum(0) if self.total is None else self.total + seen.sum(0)
-        self.tokens += seen.shape[0]
+        self.add(omega)
 
 
 def _mean_gates(

@@ -127,8 +127,19 @@ class Site(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return Work(self.factors(), dropout, self.per_head_dropout, self._listener(), mask if dropout else None)
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`."""
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        add: Callable[[Tensor, Tensor, Work], Tensor] | None = None,
+    ) -> Tensor:
+        """The base output y [..., out] plus this site's update of x [..., in]; shape and dtype of y. `mask` as in `work`.
+
+        `add` adds it where x is not what the matrices are multiplied with: tokens, or an image (`weftlora.adapted.reading`).
+        """
+        if add is not None:
+            return add(x, y, self.work(mask))
         return self._beside(x, y, mask) if self.outside else add_low_rank(y, x, self.work(mask))
 
     def _beside(self, x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
@@ -192,6 +203,18 @@ class Site(nn.Module):
     def fresh_row(self, generator: torch.Generator) -> Tensor:
         """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
         return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+
+    @torch.no_grad()
+    def fill_zero_factor(self) -> None:
+        """Draw the factor that starts at zero like the others, where it is this site's own and not on meta; dead slots stay zero."""
+        value = getattr(self.structure, self.structure.zero, None)
+        if not isinstance(value, Tensor) or value.is_meta:
+            return
+        drawn = kaiming_uniform(*value.shape) if value.dim() == 2 else torch.empty_like(value).uniform_(-1, 1)
+        value.copy_(drawn)
+        for parameter, by_slot in self.structure.by_slot():
+            if parameter is value and self.mask is not None:
+                by_slot(value)[self.mask == 0] = 0
 
     def register_counter(self, name: str, value: Tensor) -> None:
         """Keep a buffer of the adapter as a whole on this site, its first: it is saved and loaded with it."""
@@ -285,5 +308,8 @@ def _times(gate: Tensor, other: Tensor | None) -> Tensor:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running: a forward now is gradient checkpointing's recomputation, not another step."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether autograd is running: a forward now is gradient checkpointing's recomputation, not another step.
+
+    Never in a compiled graph, which holds its recomputation in itself and could not ask.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from packaging.version import InvalidVersion, Version
-from peft import PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftType
 
 from weftlora.adapter import before_configs, compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
@@ -129,6 +129,13 @@ class WeftConfig(PeftConfig):
         trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
             a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
         use_rslora: scale by lora_alpha / √r instead.
+        init_lora_weights: False fills the factor that starts at zero too, as in peft: an adapter that changes the base from the start,
+            for tests. It is no part of what is trained later.
+        ensure_weight_tying: on a model that ties its embeddings, modules_to_save and trainable_token_indices train them as one, as
+            in peft; an adapter on a tied embedding cannot be tied.
+
+    What else LoraConfig has is accepted at the value that changes nothing there (`bias="none"`, `use_dora=False`), so that a config of
+    stock LoRA needs no line taken out; fan_in_fan_out at both, since weftlora sees a Conv1D by itself.
 
     Raises:
         ConfigError (a ValueError): a value that cannot work, an unknown key, or two choices that do not go together.
@@ -153,6 +160,8 @@ class WeftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
+    init_lora_weights: bool = True
+    ensure_weight_tying: bool = False
     format_version: int = FORMAT_VERSION
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -185,8 +194,14 @@ class WeftConfig(PeftConfig):
             )
         if self.dropout_mask not in DROPOUT_MASKS:
             raise ConfigError(f"dropout_mask={self.dropout_mask!r}: {suggest(str(self.dropout_mask), DROPOUT_MASKS)}")
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora={self.use_rslora!r} is neither true nor false: write one of the two.")
+        if not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} is a way of starting that only stock LoRA has: write True or False, or "
+                "start=weftlora.Directions() for a start along directions of W."
+            )
+        for name in ("use_rslora", "ensure_weight_tying"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}={value!r} is neither true nor false: write one of the two.")
         self.structure.check(self.lora_dropout)
         self._check_targets()
 
@@ -257,6 +272,9 @@ class WeftConfig(PeftConfig):
             out[axis] = encode_choice(out[axis])
         for name in ("target_modules", "exclude_modules"):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
+        for name, usual in (("init_lora_weights", True), ("ensure_weight_tying", False)):
+            if out[name] is usual:  # files of those who do not ask for it are as they were
+                del out[name]
         out["peft_type"] = "WEFT"
         out["weft_version"] = __version__
         return out
@@ -308,8 +326,8 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
             )
         with from_folder() if saved else nullcontext():
             try:
-                for key in kwargs:
-                    if key not in valid:
+                for key in [key for key in kwargs if key not in valid]:
+                    if not _is_neutral(key, kwargs.pop(key)):
                         raise unknown_key(key, valid, type(self).__name__)
                 init(self, *args, **kwargs)
             except ConfigError as error:
@@ -318,6 +336,33 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
                 raise
 
     return strict
+
+
+_ELSEWHERE = {
+    "bias": "the base stays as it is, its biases too",
+    "use_dora": "DoRA is no choice of an axis",
+    "lora_bias": "an update has no bias of its own",
+    "layer_replication": "no layer of the base is doubled",
+    "target_parameters": "only modules are adapted, no bare parameters",
+}
+"""What a LoraConfig can ask for and weftlora refuses: why, where there is more to say than that it is stock LoRA's."""
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether this is a field of peft's LoraConfig at the value that changes nothing; False for a name that it does not have.
+
+    Raises:
+        ConfigError: a field of LoraConfig that weftlora does not have, at a value that would do something.
+    """
+    known = {f.name: f for f in dataclasses.fields(LoraConfig)}
+    if key not in known:
+        return False
+    of = known[key]
+    neutral = of.default_factory() if of.default_factory is not dataclasses.MISSING else of.default
+    if value is None or value == neutral or (key == "fan_in_fan_out" and isinstance(value, bool)):
+        return True
+    why = _ELSEWHERE.get(key, "weftlora's adapters do not have it")
+    raise ConfigError(f"{key}={value!r} works in stock LoRA only ({why}): leave it out, or use peft's LoraConfig.")
 
 
 def _written_by(made_by: Any, made_with: Any) -> str:

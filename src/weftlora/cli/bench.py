@@ -114,7 +114,7 @@ def launch(
     hidden: Annotated[int, typer.Option(help="Its width, a multiple of 64.")] = 768,
     rounds: Annotated[int, typer.Option(help="Rounds of the model.")] = 3,
     r: Annotated[int, typer.Option("--r", help="Rank of ΔW.")] = 8,
-    directions: Annotated[int, typer.Option(help="Directions per site.")] = 8,
+    directions: Annotated[int, typer.Option(help="Directions per module.")] = 8,
     threads: Threads = 1,
     clock: Clock = "cpu",
     seed: Seed = 0,

@@ -159,7 +159,7 @@ System = Annotated[
 
 @app.command()
 def generate(
-    run: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
+    run: Annotated[str, typer.Argument(help="A run or adapter folder, or a model as it is before training.")],
     prompt: Annotated[
         str | None,
         typer.Argument(help="The prompt, or as JSON the columns of a prompt template; - reads it from stdin."),
@@ -176,7 +176,7 @@ def generate(
     trust_terms: TrustTerms = None,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with a trained adapter.
+    """Answer a prompt with a trained adapter, or with a model as it is before training.
 
     What the run was trained on decides what the prompt becomes: the user's turn in the chat template, the prompt template filled in,
     or the text as it stands.
@@ -207,7 +207,7 @@ def _read_messages(file: Path) -> list[dict[str, str]]:
 
 @app.command()
 def chat(
-    run: Annotated[str, typer.Argument(help="A run folder or an adapter folder.")],
+    run: Annotated[str, typer.Argument(help="A run or adapter folder, or a model as it is before training.")],
     system: System = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -215,7 +215,7 @@ def chat(
     base: Base = None,
     trust_terms: TrustTerms = None,
 ) -> None:
-    """Talk to a trained adapter, turn after turn.
+    """Talk to a trained adapter, or to a model as it is before training, turn after turn.
 
     /new begins again and /exit leaves, as Ctrl-D does. Lines from a pipe are answered one after the other.
     """

@@ -35,7 +35,7 @@ def compare(
         bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the comparison in the folder, start anew.")
+        bool, typer.Option("--overwrite", help="Delete the comparison in the folder and start again.")
     ] = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
@@ -126,7 +126,7 @@ def standing_table(standing: Standing) -> RenderableType:
 
 
 def plan_table(plan: Plan) -> RenderableType:
-    """The methods of a plan: rank, alpha, trained numbers, how far from the budget; and how many runs it is."""
+    """The methods of a plan: rank, alpha, trainable parameters, how far from the budget; and how many runs it is."""
     table = output.table("method", "rank", "alpha", "trained", "from the budget", "steps", look="headed")
     for method in plan.methods:
         gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"

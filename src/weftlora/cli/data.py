@@ -37,7 +37,7 @@ def data(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Look at what a recipe will train on: its rows, their lengths, what is learnt, how long it will take.
+    """Look at what a recipe will train on: its rows, their lengths, what is learned, how long it will take.
 
     Nothing is written and nothing is trained.
     """
@@ -59,7 +59,7 @@ def shown(found: Preview) -> RenderableType:
     parts += [f"{name}: {count:,} rows" for name, count in found.files.items()]
     parts += [*found.columns, "", _splits(found.splits), *_histogram(found.splits["train"])]
     for number, row in enumerate(found.samples, start=1):
-        parts += ["", f"row {number} (what is learnt is marked)", _coloured(row)]
+        parts += ["", f"row {number} (what is learned is marked)", _coloured(row)]
     return Group(*parts, "", *_cost(found))
 
 
@@ -89,13 +89,13 @@ def _histogram(rows: Rows) -> list[str]:
 
 
 def _coloured(row: list[list[object]]) -> Text:
-    """A row with what is learnt in colour, and between marks where there is no colour."""
+    """A row with what is learned in colour, and between marks where there is no colour."""
     text, left = Text(), SHOWN
     plain = not output.Screen().is_terminal
-    for piece, learnt in row:
+    for piece, learned in row:
         words = str(piece)[:left]
         left -= len(words)
-        text.append(f"⟦{words}⟧" if learnt and plain else words, style=LEARNT if learnt else GIVEN)
+        text.append(f"⟦{words}⟧" if learned and plain else words, style=LEARNT if learned else GIVEN)
         if left <= 0:
             text.append(" …", style=GIVEN)
             break

@@ -88,7 +88,7 @@ def site_table(adapter: AdapterDirections, count: int) -> Table:
         *("site", "of", "directions", "δ", *_columns(adapter, judged)),
         words=("site", "directions"),
         title=f"{adapter.adapter} · {adapter.phase} · {count} directions",
-        caption=f"sites in {common or 'the model'} · directions: {CHOSEN.get(adapter.phase, 'of largest δ')}, best first, "
+        caption=f"modules in {common or 'the model'} · directions: {CHOSEN.get(adapter.phase, 'of largest δ')}, best first, "
         "0 is the largest σ · δ: largest change rate · "
         + ("Dash: Σ|d| with its slots / without, on these directions · " if launched else "")
         + "LoRA: ‖ΔW‖ / ‖U_ΔᵀWV_Δ‖",
@@ -139,8 +139,8 @@ def overlap_table(overlap: Overlap) -> Table:
     """Rank against rank: at how many sites two adapters predict the same direction."""
     table = output.table(
         *("rank", *map(str, range(1, len(overlap.grid) + 1))),
-        title=f"{overlap.adapters[0]} (rows) and {overlap.adapters[1]}: sites with the same direction",
-        caption=f"{overlap.shared:.2f} of {len(overlap.grid)} shared per site over {overlap.sites} sites; "
+        title=f"{overlap.adapters[0]} (rows) and {overlap.adapters[1]}: modules with the same direction",
+        caption=f"{overlap.shared:.2f} of {len(overlap.grid)} shared per module over {overlap.sites} modules; "
         f"by chance {overlap.chance:.2f}",
     )
     for rank, row in enumerate(overlap.grid, 1):
@@ -177,7 +177,7 @@ BAR = 30
 def heads(
     data: Annotated[str, typer.Argument(help="A data file, a recipe file (its data section), or demo.")],
     largest: Annotated[int, typer.Option(min=3, help="The largest number tried.")] = 10,
-    rows: Annotated[int, typer.Option(min=10, help="Draw so many rows of a larger file.")] = 2000,
+    rows: Annotated[int, typer.Option(min=10, help="Draw this many rows of a larger file.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from weftlora.data.paths import WORDS, locate
+from weftlora.errors import WeftError
 from weftlora.extras import EXTRAS, PURPOSES, install_line
 from weftlora.host.versions import why_not
 from weftlora.records import Record
@@ -45,7 +47,9 @@ class Diagnosis(Record):
     kernel: str | None
     """fused, or reference where WEFT_REFERENCE is set, and the nodes that are switched off; None where torch does not load."""
     demo: bool
-    """Whether the embedded model is there."""
+    """Whether the bundled model is there."""
+    models: dict[str, str]
+    """Word for a real model → where its file is, or the line that installs it."""
     data: str | None
     """WEFT_DATA, where the real models and data lie."""
     free_gib: float
@@ -74,6 +78,7 @@ class Diagnosis(Record):
         yield "cores, torch threads", f"{self.cores}, {self.threads or UNKNOWN}"
         yield "kernel", self.kernel or UNKNOWN
         yield "demo model", "present" if self.demo else "absent"
+        yield from ((f"model {word}", found) for word, found in self.models.items())
         yield "WEFT_DATA", self.data or "not set"
         yield "free disk", f"{self.free_gib:.1f} GiB"
         for node, names in self._by_node().items():
@@ -137,6 +142,7 @@ def diagnose(folder: Path, adapted: Path | None = None) -> Diagnosis:
         threads=threads,
         kernel=None if fails == "torch" else _kernel(),
         demo=demo is None,
+        models={word: _model(word) for word in WORDS},
         data=os.environ.get("WEFT_DATA"),
         free_gib=round(shutil.disk_usage(folder).free / 2**30, 2),
         problems=problems,
@@ -226,9 +232,15 @@ def _devices() -> tuple[list[str], int]:
     return [*found, "cpu"], torch.get_num_threads()
 
 
+def _model(word: str) -> str:
+    try:
+        return locate(word, Path.cwd())
+    except WeftError as error:
+        return str(error)
+
+
 def _demo_problem() -> str | None:
     from weftlora.data.demo import demo_model_path
-    from weftlora.errors import WeftError
 
     try:
         demo_model_path()

@@ -28,7 +28,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="The new folder; by default lora or merged in the run folder.")
     ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all sites, no patterns.")] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all modules, no patterns.")] = False,
     server_ranks: Annotated[
         bool, typer.Option("--server-ranks", help="Uniform, at the next of 8, 16, 32, 64, 128, 256, 320, 512.")
     ] = False,
@@ -136,9 +136,9 @@ def lora_text(found: LoraExport) -> str:
     """A line on what was written, one on the proof, and what an approximation or a narrower dtype costs."""
     ranks = sorted(set(found.ranks.values()))
     span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    gone = f", {len(found.left_out)} sites without a live slot left out" if found.left_out else ""
+    gone = f", {len(found.left_out)} modules without a live slot left out" if found.left_out else ""
     lines = [
-        f"{found.folder}: stock LoRA, {found.layout}, rank {span} at {len(found.ranks)} sites{gone}, {found.dtype}"
+        f"{found.folder}: stock LoRA, {found.layout}, rank {span} at {len(found.ranks)} modules{gone}, {found.dtype}"
     ]
     if found.proof is None:
         lines.append("not verified")
@@ -166,7 +166,7 @@ def merge_text(found: Merge) -> RenderableType:
     """The sites that lose most to rounding, and what is lost in all."""
     chosen = sorted(found.sites, key=lambda site: -site.lost)[:SHOWN]
     table = output.table(
-        *("site", "‖ΔW‖", "lost", "lost if 4-bit"),
+        *("module", "‖ΔW‖", "lost", "lost if 4-bit"),
         title=f"{found.folder}: merged, {found.dtype}",
         caption="lost: ‖ΔW that rounding leaves − ΔW‖ / ‖ΔW‖; above 100 % the noise of rounding is larger than the update · "
         "4-bit: if these weights are quantised to NF4",
@@ -174,7 +174,7 @@ def merge_text(found: Merge) -> RenderableType:
     for site in chosen:
         table.add_row(site.site, f"{site.norm:.3g}", f"{site.lost:.2%}", f"{site.lost_nf4:.1%}")
     table.add_section()
-    table.add_row(f"all {len(found.sites)} sites", "", f"{found.lost:.2%}", f"{found.lost_nf4:.1%}")
+    table.add_row(f"all {len(found.sites)} modules", "", f"{found.lost:.2%}", f"{found.lost_nf4:.1%}")
     last = "not verified"
     if found.proof is not None and found.lost_logits is not None:
         last = (

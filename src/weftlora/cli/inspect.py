@@ -36,14 +36,14 @@ def inspect(
         str | None, typer.Option(help="Rows for the routers; a run has validation rows of its own.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="A run or adapter folder, such as a checkpoint, to hold A and B beside.")
+        str | None, typer.Option(help="A run or adapter folder, such as a checkpoint, to compare A and B with.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Where the base model lies now, if not where the folder says.")
     ] = None,
     no_base: Annotated[bool, typer.Option("--no-base", help="Read the adapter's files alone.")] = False,
     rows: Annotated[int, typer.Option(min=1, help="Rows per domain for the routers.")] = 64,
-    spectra: Annotated[int, typer.Option(min=0, help="Decompose W of so many sites for change rates.")] = 4,
+    spectra: Annotated[int, typer.Option(min=0, help="Decompose W of this many modules for change rates.")] = 4,
     cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --html even if it is no page of weftlora.")
@@ -194,8 +194,8 @@ def _routers(found: Inspection) -> list[RenderableType]:
         own = [_number(_mean(values)) for values in [*(numbers if used else []), [cosine[name] for name in names]]]
         table.add_row(labels[block], *own)
     if found.routers is None:
-        return _section("heads", table, "mean cosine between the B's of a site, over the block's sites")
-    note = "means over the block's sites; entropy and balance: 1 is even; top-1: of the most used head"
+        return _section("heads", table, "mean cosine between the B's of a module, over the block's modules")
+    note = "means over the block's modules; entropy and balance: 1 is even; top-1: of the most used head"
     return [*_section(f"routers and heads, over {found.routers.source}", table, note), *_domains(found.routers)]
 
 
@@ -239,7 +239,7 @@ def _against(found: Inspection) -> list[RenderableType]:
     return _section(
         f"beside {found.factor_comparison.what}",
         table,
-        "means over the sites; overlap: mean cos² of the principal angles",
+        "means over the modules; overlap: mean cos² of the principal angles",
     )
 
 
@@ -254,7 +254,7 @@ def _directions(found: Inspection) -> list[RenderableType]:
         name = ".".join(site.site.split(".")[-3:])
         chosen = " ".join(str(c.index) for c in site.chosen if c.index is not None) or "not told" * bool(site.chosen)
         table.add_row(name, chosen, rate, f"{max(gains):.2g}" if gains else "")
-    more = f"; {len(rows) - MOST} more sites in --json and --html" if len(rows) > MOST else ""
+    more = f"; {len(rows) - MOST} more modules in --json and --html" if len(rows) > MOST else ""
     return _section("directions of W", table, f"0 is the direction of the largest σ{more}")
 
 

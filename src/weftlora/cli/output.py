@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.segment import Segment
 from rich.table import Table
@@ -61,20 +61,21 @@ class _Bar:
     """A bar per phase with loss, tokens per second and time left."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.phase, self.began, self.task = clock, "", 0.0, TaskID(0)
+        self.clock, self.phase, self.began, self.task, self.first = clock, "", 0.0, TaskID(0), 0
         self.bar: Bar | None = None
 
     def __call__(self, tick: Tick) -> None:
         if tick.phase != self.phase:
             self.close()
-            self.phase, self.began = tick.phase, self.clock()
+            self.phase, self.began, self.first = tick.phase, self.clock(), tick.done
         if self.bar is None:
             if self.clock() - self.began < PATIENCE:
                 return
             self.bar = _progress()
-            self.task = self.bar.add_task(tick.phase, total=tick.total, facts="")
+            self.task = self.bar.add_task(tick.phase, total=tick.total, facts="", left="")
             self.bar.start()
-        self.bar.update(self.task, completed=tick.done, facts=_facts(tick))
+        left = _left(tick, self.first, self.clock() - self.began)
+        self.bar.update(self.task, completed=tick.done, facts=_facts(tick), left=left)
 
     def close(self) -> None:
         """End the bar of the present phase."""
@@ -90,7 +91,7 @@ def _progress() -> Bar:
         MofNCompleteColumn(),
         TextColumn("{task.fields[facts]}", markup=False),
     )
-    return Bar(*columns, TimeRemainingColumn(compact=True), console=Screen(stderr=True), transient=True)
+    return Bar(*columns, TextColumn("{task.fields[left]}", markup=False), console=Screen(stderr=True), transient=True)
 
 
 class _Lines:
@@ -106,13 +107,22 @@ class _Lines:
         if now - self.shown < LINE_EVERY:
             return
         self.shown = now
-        done = tick.done - self.first
-        left = f"{(tick.total - tick.done) * (now - self.began) / done:.0f} s left" if done else ""
+        left = _left(tick, self.first, now - self.began)
         line = "  ".join(filter(None, [f"{tick.phase} {tick.done}/{tick.total}", _facts(tick), left]))
         sys.stderr.write(visible(line) + "\n")
 
     def close(self) -> None:
         """Lines need no ending."""
+
+
+def _left(tick: Tick, first: int, took: float) -> str:
+    """The time left: as the call itself knows it, else from the units since `first`, which took so many seconds."""
+    done, seconds = tick.done - first, tick.seconds_left
+    if seconds is None:
+        if not done:
+            return ""
+        seconds = (tick.total - tick.done) * took / done
+    return f"{seconds / 60:.0f} min left" if seconds >= 600 else f"{seconds:.0f} s left"
 
 
 def _facts(tick: Tick) -> str:

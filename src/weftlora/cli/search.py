@@ -24,7 +24,7 @@ def search(
     seeds: Annotated[int, typer.Option(min=1, help="Searches, to see how far they agree; the first is written.")] = 1,
     rows: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Search on so many rows too, to see how far that decides; repeatable."),
+        typer.Option(min=1, help="Also search on this many rows, to see how stable the selection is; repeatable."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is no selection.")] = False,
     as_json: Json = False,

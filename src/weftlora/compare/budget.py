@@ -1,6 +1,6 @@
-"""What makes methods equal: the rank at which each has as many trained numbers as plain LoRA, counted on the model itself.
+"""What makes methods equal: the rank at which each has as many trainable parameters as plain LoRA, counted on the model itself.
 
-    target   trained numbers of plain LoRA at rank `budget.r`
+    target   trainable parameters of plain LoRA at rank `budget.r`
     rank     argmin over whole r ≥ 1 of |trained(r) − target|, the lower one of equals
     alpha    scale · r
 
@@ -71,7 +71,7 @@ class Scales:
         return model
 
     def trained(self, section: dict[str, Any]) -> int:
-        """The trained numbers of an adapter, without a classification head."""
+        """The trainable parameters of an adapter, without a classification head."""
         key = repr(sorted(section.items(), key=str))
         if key not in self._known:
             with warnings.catch_warnings():
@@ -127,7 +127,7 @@ class Solved:
 
 
 def solve(recipe: CompareRecipe, found: list[Contender], scales: Scales) -> tuple[list[Solved], int | None]:
-    """Every method at the rank that the budget gives it, and the budget in trained numbers (None for one of steps).
+    """Every method at the rank that the budget gives it, and the budget in trainable parameters (None for one of steps).
 
     Raises:
         ConfigError, TargetError: a method that cannot have this budget, or not be trained at all.
@@ -171,7 +171,9 @@ def _solved(
     gap = None if target is None else parameters / target - 1
     alpha, notes = _put_on(scales, made)
     if gap is not None and abs(gap) > CLOSE:
-        notes.append(f"{parameters:,} trained numbers at rank {r} ({gap:+.0%}) are as near to {target:,} as it comes.")
+        notes.append(
+            f"{parameters:,} trainable parameters at rank {r} ({gap:+.0%}) are as near to {target:,} as it comes."
+        )
     if blocks is not None and counted(r, last=True) != parameters:
         notes.append("Its blocks differ in size, so its numbers depend on which it has.")
     steps, said = _steps(recipe, contender, scales)

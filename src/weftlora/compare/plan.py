@@ -83,7 +83,7 @@ class Plan(Record):
     """Empty where a single rate is used for all."""
     steps: int
     budget: int | None
-    """Trained numbers; None for a budget of steps."""
+    """Trainable parameters; None for a budget of steps."""
     methods: list[Method]
     slugs: dict[str, str]
     draws: dict[str, list[int]]
@@ -160,9 +160,7 @@ class Plan(Record):
         if self.budget is None:
             return f"Equal steps: {self.steps} each, those of a search included; {alpha}."
         r = self.recipe["budget"]["r"]
-        return (
-            f"Equal trained numbers: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
-        )
+        return f"Equal trainable parameters: {self.budget:,}, those of plain LoRA at r = {r}; {self.steps} steps each; {alpha}."
 
     def save(self, folder: Path) -> None:
         """Write compare.json. Raises RunError."""
@@ -231,6 +229,7 @@ def make(recipe: CompareRecipe) -> Plan:
     tried = (recipe.rates.seeds if recipe.rates else 1) if len(rates) > 1 else 0
     plain = recipe.model_dump(mode="json")
     plain["train"]["num_threads"] = recipe.train.num_threads or 1
+    plain["model"]["dtype"] = base.precision.dtype
     return Plan(
         recipe=plain,
         base_dir=str(recipe.base_dir),
@@ -263,7 +262,7 @@ def check_rows(plan: Plan, recipe: CompareRecipe) -> None:
     if plan.hashes != list(data.hashes.values()):
         raise RunError(
             f"the rows of {recipe.data.train} have changed since this comparison began: put them back, choose another folder with "
-            "--out, or start anew with --overwrite."
+            "--out, or start again with --overwrite."
         )
 
 

@@ -35,7 +35,7 @@ RATES = (5e-4, 2e-3, 8e-3)
 
 
 class Budget(RecipeSection):
-    """What is equal: trained numbers, as plain LoRA of rank `r` has them, or optimiser steps, a search's cost included."""
+    """What is equal: trainable parameters, as plain LoRA of rank `r` has them, or optimiser steps, a search's cost included."""
 
     where: ClassVar[str] = "budget"
     equal: Literal["parameters", "steps"] = "parameters"

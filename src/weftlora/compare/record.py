@@ -111,7 +111,7 @@ class Method:
     rank: int | None = None
     alpha: float | None = None
     parameters: int | None = None
-    """Trained numbers of the adapter, without a classification head."""
+    """Trainable parameters of the adapter, without a classification head."""
     budget_gap: float | None = None
     """parameters / budget − 1; None where the budget is not one of parameters."""
     steps: int = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import Comparison, Method
 from weftlora.compare.workers import NAMES, SCORES, in_charge, status
-from weftlora.disk.files import read_json, write_json, writing
+from weftlora.disk.files import read_json, why_no_file, write_json, writing
 from weftlora.disk.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
 from weftlora.errors import ConfigError, RunError
 from weftlora.progress import Tick
@@ -112,9 +111,9 @@ def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
     ):
         raise RunError(f"{folder} holds other files, such as {other[0]}, and no comparison: choose another with --out.")
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    if reason := why_no_file(nearest):
         raise RunError(
-            f"the comparison's folder {folder} cannot be made: {nearest} is read-only; choose another with --out."
+            f"the comparison's folder {folder} cannot be made: {nearest} takes no new file ({reason}); choose another with --out."
         )
 
 
@@ -122,14 +121,15 @@ def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
     defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
+    given["model"]["dtype"] = recipe.model.dtype or plan.recipe["model"].get("dtype")
     started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
     for key, (before, after) in differences(started, given, ""):
         if key == "train.lr" and after is None and plan.rates == recipe.all_rates:
             continue  # a comparison of before a rate could be left out
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):
             raise ConfigError(
-                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: go on with it as it was, choose another folder "
-                "with --out, or start anew with --overwrite."
+                f"{folder} holds a comparison with {key}={before!r}, not {after!r}: continue it as it was, choose another folder "
+                "with --out, or start again with --overwrite."
             )
 
 

@@ -27,7 +27,9 @@ class Collator:
     which come as lists.
 
     Packed rows (`packed`) come with `position_ids` that begin at 0 for each of the rows they are made of, and without an
-    `attention_mask`: that is how models of transformers tell that these do not see each other.
+    `attention_mask`: that is how models of transformers tell that these do not see each other. With `flat`, a batch is one row
+    of that kind, [1, time], and nothing is padded; a first token of theirs has no label, since nothing predicts it. That is for flash
+    attention, which takes rows apart by their positions; others would work on a mask of time × time.
 
     The padding is masked out, so a tokenizer without a padding token may give its end-of-text token here.
     """
@@ -35,6 +37,7 @@ class Collator:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     keep: tuple[str, ...] = ()
+    flat: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
@@ -46,6 +49,8 @@ class Collator:
             raise ConfigError(f"Collator(pad_to_multiple_of={self.pad_to_multiple_of}) must be at least 1, or None.")
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if self.flat:
+            return _flattened(features)
         mask = self._padded([row["attention_mask"] for row in features], 0)
         batch: dict[str, Any] = {"input_ids": self._padded([row["input_ids"] for row in features], self.pad_token_id)}
         batch |= {"position_ids": positions(mask)} if int(mask.max()) > 1 else {"attention_mask": mask}
@@ -64,6 +69,24 @@ class Collator:
         for number, row in enumerate(rows):
             out[number, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
         return out
+
+
+def _flattened(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The rows of a batch, packed or not, one behind the other."""
+    tokens: list[int] = []
+    labels: list[int] = []
+    places: list[int] = []
+    for row in features:
+        numbers = list(row["attention_mask"])
+        begins = [at for at, number in enumerate(numbers) if at == 0 or number != numbers[at - 1]]
+        own = list(row["labels"])
+        for start, end in zip(begins, [*begins[1:], len(numbers)], strict=True):
+            own[start] = IGNORE
+            places += range(end - start)
+        tokens += row["input_ids"]
+        labels += own
+    columns = {"input_ids": tokens, "position_ids": places, "labels": labels}
+    return {name: torch.tensor([values], dtype=torch.int64) for name, values in columns.items()}
 
 
 def positions(numbers: Tensor) -> Tensor:

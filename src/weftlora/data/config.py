@@ -59,9 +59,9 @@ class DataConfig(RecipeSection):
       fit is dropped. In a chat, the oldest turns are cut.
     - `completion`: the end of the row is cut, first the answer's; a row with no answer token left is dropped.
     - `drop`: the row is dropped.
-    In a conversation, `answers` says what is learnt: `all` of the assistant's messages, the `last` one, or `each` as a row of its own,
-    after what stood before it. That is for chat templates that write earlier turns otherwise once a later one follows. `system: fold`
-    puts a system message before the first user's, for templates that take none.
+    In a conversation, `answers` says what is learned: `all` of the assistant's messages, the `last` one, or `each` as a row of its
+    own, after what stood before it. That is for chat templates that write earlier turns otherwise once a later one follows.
+    `system: fold` puts a system message before the first user's, for templates that take none.
 
     `packing` puts several training rows into one of up to `max_length` tokens, none of which sees the others: no step is spent on
     padding. It is for causal models, and tried on the model before training.

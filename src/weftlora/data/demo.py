@@ -112,7 +112,7 @@ def split_of(payload: str) -> str:
 
 
 def demo_model_path() -> Path:
-    """The folder of the embedded model and tokenizer; `from_pretrained` reads it without a network.
+    """The folder of the bundled model and tokenizer; `from_pretrained` reads it without a network.
 
     Raises ModelError where the installation lacks it.
     """

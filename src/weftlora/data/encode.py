@@ -12,7 +12,7 @@ tokens exactly, and the prompt's tokens in training are those of generation. Wit
 the answer therefore starts with such a mark whether or not the text has a space there; write " answer" only for tokenizers that
 keep the space themselves (byte-level BPE).
 
-A conversation is rendered whole and tokenised once, so that its tokens are those of `apply_chat_template`. Which of them are learnt
+A conversation is rendered whole and tokenised once, so that its tokens are those of `apply_chat_template`. Which of them are learned
 is found in the text, and mapped to tokens by their offsets (by lengths of prefixes where a tokenizer has no offsets):
 
     from   len render(messages[:i], open_answer)      everything up to the assistant's i-th message, its header included
@@ -329,7 +329,7 @@ def fold_system(messages: Sequence[Message]) -> tuple[Message, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """A conversation up to its last learnt answer, as it is trained on: its text, and where in it the learnt answers are."""
+    """A conversation up to its last learned answer, as it is trained on: its text, and where in it the learned answers are."""
 
     row: Example
     messages: tuple[Message, ...]
@@ -345,7 +345,7 @@ def talks(
     answers: str = "all",
     fold: bool = False,
 ) -> list[list[Talk]]:
-    """Of each row its conversations: one, or one for each learnt answer with `answers="each"`. Rows have something to learn.
+    """Of each row its conversations: one, or one for each learned answer with `answers="each"`. Rows have something to learn.
 
     Raises DataError where the template refuses or drops something, or rewrites what stood before.
     """
@@ -356,7 +356,7 @@ def talks(
         turns = [
             number - shift
             for number, message in enumerate(row.messages)
-            if (message["role"] == "assistant" if row.learnt is None else row.learnt[number])
+            if (message["role"] == "assistant" if row.learned is None else row.learned[number])
         ]
         if answers == "each":
             parts += [(at, row, messages[: turn + 1], [turn]) for turn in turns]
@@ -392,7 +392,7 @@ def _spans(
     text: str,
     opened: list[str | None],
 ) -> tuple[list[tuple[int, int, int]], bool]:
-    """Where in `text` each of `turns` is learnt: from what generation goes on from, to the end that the template gives it.
+    """Where in `text` each of `turns` is learned: from what generation goes on from, to the end that the template gives it.
 
     Where prompts are no beginnings of the text, but the template marks its answers, it is what that says, and False.
     """
@@ -538,7 +538,7 @@ COMPARED = 200
 
 
 def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fold: bool = False) -> Encode:
-    """Labels on what the assistant says; what follows the last learnt answer is left out."""
+    """Labels on what the assistant says; what follows the last learned answer is left out."""
     tokenizer = frame.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     known: set[tuple[str, str]] = set()
@@ -562,8 +562,8 @@ def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fol
         compared += len(flat)
         return [[made for talk in held if (made := _made(talk, *next(done))) is not None] for held in spoken]
 
-    def _made(talk: Talk, ids: list[int], learnt: list[Span], joined: bool) -> Encoded | None:
-        stops = [(start, _ended_by(ids, start, end)) for start, end in learnt]
+    def _made(talk: Talk, ids: list[int], learned: list[Span], joined: bool) -> Encoded | None:
+        stops = [(start, _ended_by(ids, start, end)) for start, end in learned]
         start, end = stops[-1]
         if special.isdisjoint(
             ids[start:end]
@@ -598,7 +598,7 @@ def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fol
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, spoken: Sequence[Talk], compared: int
 ) -> list[tuple[list[int], list[Span], bool]]:
-    """Of each conversation its tokens, which of them are learnt, and whether those before are not what a server sends.
+    """Of each conversation its tokens, which of them are learned, and whether those before are not what a server sends.
 
     That is seen where a token spans both; of the first `compared` conversations all tokens before their answers are looked at.
     """
@@ -612,14 +612,14 @@ def _tokenised(
     )
     out: list[tuple[list[int], list[Span], bool]] = []
     for talk, ids, offsets in zip(spoken, batch["input_ids"], batch["offset_mapping"], strict=True):
-        learnt, joined = [], not talk.as_sent
+        learned, joined = [], not talk.as_sent
         for begins, ends, _ in talk.spans:
             start = bisect_right(offsets, begins, key=itemgetter(1))
             joined = joined or (start < len(offsets) and offsets[start][0] < begins)
             if len(out) < compared and not joined:
                 joined = tokenizer(talk.text[:begins], add_special_tokens=False)["input_ids"] != ids[:start]
-            learnt.append((start, bisect_left(offsets, ends, key=itemgetter(0))))
-        out.append((list(ids), learnt, joined))
+            learned.append((start, bisect_left(offsets, ends, key=itemgetter(0))))
+        out.append((list(ids), learned, joined))
     return out
 
 
@@ -629,7 +629,7 @@ def _by_prefix(tokenizer: PreTrainedTokenizerBase, talk: Talk) -> tuple[list[int
     def ids_of(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    ids, learnt = ids_of(talk.text), []
+    ids, learned = ids_of(talk.text), []
     for begins, ends, _ in talk.spans:
         start, end = ids_of(talk.text[:begins]), ids_of(talk.text[:ends])
         if ids[: len(start)] != start or ids[: len(end)] != end:
@@ -637,8 +637,8 @@ def _by_prefix(tokenizer: PreTrainedTokenizerBase, talk: Talk) -> tuple[list[int
                 f"{talk.row.where}: this tokenizer is a slow one, which does not say where its tokens are, and joins the end of a "
                 "prompt with its answer: give a model with a tokenizer.json."
             )
-        learnt.append((len(start), len(end)))
-    return ids, learnt, False
+        learned.append((len(start), len(end)))
+    return ids, learned, False
 
 
 @dataclass(frozen=True, slots=True)

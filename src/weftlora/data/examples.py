@@ -3,7 +3,7 @@
 Conversations in any of the usual forms become messages as the tokenizer's chat template takes them:
 
     messages                role and content; from and value; plain texts in turns, the user's first
-    prompt + completion     both lists of messages: only the completion is learnt
+    prompt + completion     both lists of messages: only the completion is learned
     prompt + chosen         the answer that was preferred; what was rejected plays no part here
     instruction + output    with a column `system`, or `history` (pairs of question and answer), a conversation of them all
 
@@ -49,13 +49,13 @@ SPOKEN = {speaker: speaker for speaker in SPEAKERS} | {
 SAYS = ("content", "value")
 WHO = ("role", "from")
 LEARN = ("weight", "train", "loss")
-"""Keys of a message that say whether it is learnt: 1 and true, or 0 and false."""
+"""Keys of a message that say whether it is learned: 1 and true, or 0 and false."""
 PAIRED = ("id", "tool_call_id")
 """Keys that only number messages; a template may leave them out."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called; templates read the first, some the second."""
 MATTERS = ("system", "history", "tools", "context", "input", "chat_template_kwargs")
-"""Columns that what is learnt depends on: never dropped without a word."""
+"""Columns that what is learned depends on: never dropped without a word."""
 JOINS = {
     ("instruction", "input"): 0,
     ("instruction", "context"): 0,
@@ -71,7 +71,7 @@ Message = dict[str, Any]
 class Example:
     """One row by role. `answer` is what the loss is on: the completion, the whole text, or the label's name.
 
-    `learnt` says of each message whether it is; None where all of the assistant's are. `tools` are those of a conversation, and
+    `learned` says of each message whether it is; None where all of the assistant's are. `tools` are those of a conversation, and
     `file` and `unit` place its line.
     """
 
@@ -81,7 +81,7 @@ class Example:
     line: int
     messages: tuple[Message, ...] = ()
     whole: bool = True
-    learnt: tuple[bool, ...] | None = None
+    learned: tuple[bool, ...] | None = None
     tools: list[Any] | None = None
     file: str = ""
     unit: str = "line"
@@ -451,15 +451,15 @@ def _conversation(row: Row, source: Source, columns: Columns, domain: str | None
         flags.insert(0, None)
     if all(message["role"] != "assistant" for message in messages):
         raise _bad(row, source, "no assistant message to learn from; add one.")
-    learnt = None
+    learned = None
     if any(flag is not None for flag in flags):
-        learnt = tuple(
+        learned = tuple(
             message["role"] == "assistant" and flag is not False for message, flag in zip(messages, flags, strict=True)
         )
     spoken = [
         message["content"] or ("tool_calls" if message.get("tool_calls") else "")
         for number, message in enumerate(messages)
-        if (message["role"] == "assistant" if learnt is None else learnt[number])
+        if (message["role"] == "assistant" if learned is None else learned[number])
     ]
     return Example(
         "",
@@ -467,7 +467,7 @@ def _conversation(row: Row, source: Source, columns: Columns, domain: str | None
         domain,
         row.line,
         tuple(messages),
-        learnt=learnt,
+        learned=learned,
         tools=_tools(row, source, columns),
         file=source.name,
         unit=source.unit,
@@ -494,7 +494,7 @@ def _parsed(text: str) -> Any:
 def _from_columns(
     row: Row, source: Source, columns: Columns, ignore: Sequence[str]
 ) -> tuple[list[Message], list[bool | None]]:
-    """A conversation that is spread over columns: only the completion is learnt."""
+    """A conversation that is spread over columns: only the completion is learned."""
     of = columns.of
     before: list[Message] = []
     if "history" in of and filled(row.values.get("history")):
@@ -538,7 +538,7 @@ def _history(row: Row, source: Source, ignore: Sequence[str]) -> list[Message]:
 
 
 def _messages(row: Row, source: Source, column: str, ignore: Sequence[str]) -> tuple[list[Message], list[bool | None]]:
-    """The messages of a column, and of each whether it says that it is learnt (None: it says nothing)."""
+    """The messages of a column, and of each whether it says that it is learned (None: it says nothing)."""
     turns = _value(row, source, column)
     if isinstance(turns, str) and isinstance(inner := _parsed(turns), list):
         turns = inner  # a table may keep them as JSON
@@ -616,7 +616,7 @@ def _spoken(said: Any, number: int, row: Row, source: Source, column: str) -> st
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise _bad(
-                row, source, f"message {number} has a part of type {kind!r:.40}; only parts of text can be learnt."
+                row, source, f"message {number} has a part of type {kind!r:.40}; only parts of text can be learned."
             )
         texts.append(_encodable(text, row, source, column))
     return "".join(texts)

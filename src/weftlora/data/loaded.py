@@ -1,4 +1,4 @@
-"""What comes of loading: tokenised splits, and the account of how they came about; and a look at what of a row is learnt."""
+"""What comes of loading: tokenised splits, and the account of how they came about; and a look at what of a row is learned."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ class Loaded:
 
 
 Piece = tuple[str, bool]
-"""A stretch of text, and whether it is learnt."""
+"""A stretch of text, and whether it is learned."""
 
 
 def shown(split: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3) -> Iterator[list[Piece]]:
-    """The first rows as the model is given them, in stretches that are learnt or not.
+    """The first rows as the model is given them, in stretches that are learned or not.
 
-    Of a decoder with its own input the answer follows its prompt; a class is no text, so nothing of a classified row is learnt.
+    Of a decoder with its own input the answer follows its prompt; a class is no text, so nothing of a classified row is learned.
     """
     for row in split.select(range(min(rows, len(split)))):
         ids, labels = row["input_ids"], row["labels"]
@@ -88,9 +88,9 @@ def shown(split: Dataset, tokenizer: PreTrainedTokenizerBase, rows: int = 3) -> 
 
 
 def sampled(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The first row in one line as the model is given it, what is learnt of it between ⟦ and ⟧."""
+    """The first row in one line as the model is given it, what is learned of it between ⟦ and ⟧."""
     pieces = next(shown(split, tokenizer, 1), [])
-    text = "".join(f"⟦{text}⟧" if learnt else text for text, learnt in pieces)
+    text = "".join(f"⟦{text}⟧" if learned else text for text, learned in pieces)
     return shortened(visible(text.replace("\n", "↵")), 400)
 
 

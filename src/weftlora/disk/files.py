@@ -136,10 +136,8 @@ class Output:
             RunError: a folder, a link or a foreign file is there, or the folder of the file cannot be written to.
         """
         path = self.path
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise RunError(
-                f"cannot write {path}: {path.parent} is no folder that can be written to; choose another file."
-            )
+        if not path.parent.is_dir():
+            raise RunError(f"cannot write {path}: {path.parent} is not a folder; choose another file.")
         if path.is_dir():
             raise RunError(f"cannot write {path}: it is a folder; choose another file.")
         if path.is_symlink():
@@ -150,6 +148,8 @@ class Output:
             raise RunError(
                 f"{path} is there already and is not {self.what}: choose another file, or replace it with overwrite (--overwrite)."
             )
+        if reason := why_no_file(path.parent):
+            raise RunError(f"cannot write {path}: {path.parent} takes no new file ({reason}); choose another file.")
 
     def _is_earlier(self) -> bool:
         try:
@@ -166,6 +166,20 @@ class Output:
     def write_json(self, value: Any) -> None:
         """Write a record as JSON, as `write` does."""
         self.write(_json(value))
+
+
+def why_no_file(folder: Path) -> str | None:
+    """Why no file can be made in `folder`, by making one and taking it away again; None where it can.
+
+    What permissions say is not what a file system does: root may write anywhere, and nobody into /sys.
+    """
+    tried = temporary(folder / "tried")
+    try:
+        tried.open("xb").close()
+        tried.unlink()
+    except OSError as error:
+        return (error.strerror or type(error).__name__).lower()
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -37,12 +37,13 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def holding(folder: Path, what: str, name: str = NAME) -> Iterator[None]:
+def holding(folder: Path, what: str, name: str = NAME, patience: float = PATIENCE) -> Iterator[None]:
     """Be the only process that writes `folder`, which exists.
 
     Args:
         what: the command, for whoever finds the folder taken.
         name: the lock's file in the folder.
+        patience: seconds to wait for another process that is at work there.
 
     Raises:
         RunError: another process is at work there, or the lock cannot be written.
@@ -56,7 +57,7 @@ def holding(folder: Path, what: str, name: str = NAME) -> Iterator[None]:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, note.encode(), 0)
 
-    lock = FileLock(path, timeout=PATIENCE, thread_local=False, fallback_to_soft=False, on_acquired=sign)
+    lock = FileLock(path, timeout=patience, thread_local=False, fallback_to_soft=False, on_acquired=sign)
     with writing(path):
         try:
             lock.acquire()

@@ -24,9 +24,19 @@ TEMPORARY = re.compile(r"\..*\.weft-[0-9a-f]{16}", re.DOTALL)
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,18}")
 """How Trainer calls a checkpoint; a folder that a user has named after one is the user's."""
 
-_FILES = ("run.json", "metrics.jsonl", "events.jsonl", "search.jsonl", "selection.json", "problem.json")
+_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "events.jsonl",
+    "samples.jsonl",
+    "search.jsonl",
+    "selection.json",
+    "problem.json",
+)
 _EVALUATION = re.compile(r"eval-(test|validation)(-base)?\.json")
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+PROMPTS = "prompts.json"
+"""What in an adapter folder says how its prompts were written out."""
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", PROMPTS)
 """What a run saves into adapter/."""
 REPLACED = "run"
 """What the folder is called after, with a temporary name, in which a run waits while another takes its place."""

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from weftlora.adapted.updates import base_of
-from weftlora.disk.files import restore, unfinished, write_folder, writing
+from weftlora.disk.files import restore, unfinished, why_no_file, write_folder, writing
 from weftlora.disk.lock import beside, holding
 from weftlora.disk.ownership import is_export, listed, of_export
 from weftlora.errors import AdapterError, ConfigError, RunError, suggest
@@ -63,8 +63,8 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
                 f"{out} is not empty and holds no export of weftlora, so it is not replaced: choose another out."
             )
     nearest = next(path for path in place.parents if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"cannot export to {out}: {nearest} cannot be written to; choose another out.")
+    if reason := why_no_file(nearest):
+        raise RunError(f"cannot export to {out}: {nearest} takes no new file ({reason}); choose another out.")
 
 
 def write(out: Path, fill: Callable[[Path], None]) -> None:

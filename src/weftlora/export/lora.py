@@ -28,7 +28,7 @@ from weftlora.export.folder import config_of, name_of, save
 from weftlora.export.live import Gates, mean_gates
 from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
-from weftlora.export.source import Inputs, Source, drawn_parts, in_full, inputs_of
+from weftlora.export.source import Inputs, Source, check_linear, drawn_parts, in_full, inputs_of
 from weftlora.host.stock_lora import HOST, trained_modules
 from weftlora.runs.identity import folder_of
 
@@ -82,6 +82,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             done.append(write(place, bare, config, sites, heads, choices.dtype, prover))
             if prover is not None and gates is not None:
                 done.append(replace(done[-1], approximation=prover.approximation(gates, measured)))
+            source.say_prompts(place)
             (place / "README.md").write_text(record.lora(done[-1], source, config), encoding="utf-8")
 
         folder.write(out, fill)
@@ -92,9 +93,10 @@ def check_routed(source: Source, approximate: bool) -> None:
     """Refuse an adapter without a closed form, but for `approximate` of a routed one, and `approximate` without one.
 
     Raises:
-        MergeError: exact, and an adapter is routed; or no pair of matrices stands for it.
+        MergeError: exact, and an adapter is routed; or no pair of matrices stands for it; or it is on an embedding or a convolution.
         ConfigError: approximate, and none is.
     """
+    check_linear(source)
     here = [(name, layer.site(name)) for layer in source.layers for name in source.adapters if name in layer.weft_site]
     unpaired = [(name, site.structure.choice) for name, site in here if not site.mergeable]
     routed = bool(unpaired) and all(structure.routed for _, structure in unpaired)
@@ -152,7 +154,7 @@ def laid_out(found: Mapping[str, Pair], choices: Choices) -> dict[str, Pair]:
     sites = {name: pair for name, pair in found.items() if pair.rank}
     if not sites:
         raise AdapterError(
-            "no site of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
+            "no module of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
         )
     if not (choices.uniform or choices.server_ranks):
         return sites

@@ -35,7 +35,7 @@ from weftlora.export.live import Outputs
 from weftlora.export.lora import pairs
 from weftlora.export.proof import TOLERANCE, Prover
 from weftlora.export.record import Merge, SiteLoss
-from weftlora.export.source import Inputs, Source, inputs_of
+from weftlora.export.source import Inputs, Source, check_linear, inputs_of
 from weftlora.host.stock_lora import replace_module, without_adapters
 
 # The 16 values of NF4: quantiles of a normal distribution scaled to [−1, 1], with an exact zero.
@@ -117,6 +117,7 @@ def check(source: Source, choices: Choices) -> None:
         raise MergeError(
             f"a {type(base).__name__} is no model of transformers, so there is no folder to write: use model.merge_and_unload()."
         )
+    check_linear(source)
     for layer in source.layers:
         for name in source.adapters:
             if name in layer.weft_site and not layer.site(name).mergeable:

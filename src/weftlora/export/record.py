@@ -26,6 +26,7 @@ from weftlora.export.folder import hub_id
 from weftlora.export.source import Source
 from weftlora.foreign_text import for_markdown, in_code, visible
 from weftlora.records import Record
+from weftlora.runs.identity import Origin, origin_of
 from weftlora.terms.axes import AXES
 from weftlora.version import __version__
 
@@ -138,7 +139,7 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
         "ranks": shown,
         "scale": "1 (lora_alpha = r; every scale and gate is folded into B)",
         "numbers": f"{export.parameters:,} in A and B, {export.dtype}",
-        "sites left out": f"{len(export.left_out)} without a live rank slot" if export.left_out else None,
+        "modules left out": f"{len(export.left_out)} without a live rank slot" if export.left_out else None,
         "in full": ", ".join(export.whole_modules) or None,
     }
     sections = [
@@ -150,7 +151,7 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
             "A stock LoRA: it loads without `import weftlora`.",
         ),
         _table(facts),
-        "## Loading it\n\n" + _loading(source, config),
+        "## Loading it\n\n" + _loading(source, config, export.layout == "uniform"),
         "## How it was trained\n\n" + _training(source),
         "## What was measured\n\n" + "\n\n".join([_proof(export.proof), *_costs(export)]),
         _versions(),
@@ -160,12 +161,12 @@ def lora(export: LoraExport, source: Source, config: LoraConfig) -> str:
 
 def merged(export: Merge, source: Source) -> str:
     """README.md of a folder of merged weights."""
-    lost = f"‖ΔW‖ lost to rounding into {export.dtype}: {export.lost:.3%} over all sites"
+    lost = f"‖ΔW‖ lost to rounding into {export.dtype}: {export.lost:.3%} over all modules"
     nf4 = "" if export.lost_logits_nf4 is None else f" and {export.lost_logits_nf4:.1%} of the change of the logits"
     logits = "" if export.lost_logits is None else f"; of the change of the logits: {export.lost_logits:.3%}"
     facts = {
         "weights": f"{export.dtype}; added in float32 to {export.weights}, rounded once",
-        "sites merged": str(len(export.sites)),
+        "modules merged": str(len(export.sites)),
         "lost": lost + logits + (" (accepted when it was exported)" if export.accepted else ""),
         "if quantised to NF4 from here": f"{export.lost_nf4:.1%} of ‖ΔW‖{nf4} would be lost (blocks of 64)",
     }
@@ -193,6 +194,8 @@ def base_name(source: Source) -> str:
     kind = type(base_of(source.model)).__name__
     if source.base is None:
         return f"a {kind} that was only in memory"
+    if (origin := origin_of(source.base)) is not None:
+        return f"{origin.file} ({kind})"
     return hub_id(source.base) or f"{Path(source.base).name} ({kind})"
 
 
@@ -222,10 +225,14 @@ def _config(source: Source, adapter: str) -> Any:
     return getattr(source.model, "peft_config", {}).get(adapter)
 
 
-def _loading(source: Source, config: LoraConfig) -> str:
+def _loading(source: Source, config: LoraConfig, uniform: bool) -> str:
     kind = type(base_of(source.model)).__name__
     base = config.base_model_name_or_path or "path/to/the/base/model"
     labels = f", num_labels={base_of(source.model).config.num_labels}" if kind.endswith("Classification") else ""  # type: ignore[union-attr]
+    origin = None if source.base is None else origin_of(source.base)
+    if origin is not None:
+        base = "path/to/its/folder"
+        labels += f", gguf_file={origin.file!r}"
     lines = [
         "from peft import PeftModel",
         f"from transformers import {kind}",
@@ -233,7 +240,20 @@ def _loading(source: Source, config: LoraConfig) -> str:
         f"base = {kind}.from_pretrained({base!r}{labels})",
         "model = PeftModel.from_pretrained(base, 'path/to/this/folder')",
     ]
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return "```python\n" + "\n".join(lines) + "\n```" + ("" if origin is None else "\n\n" + _quantised(origin, uniform))
+
+
+def _quantised(origin: Origin, uniform: bool) -> str:
+    """What a reader should know of a base that was a quantised file."""
+    llama = (
+        "llama.cpp applies this LoRA to that very file, once its `convert_lora_to_gguf.py` has made a GGUF file of it."
+        if uniform
+        else "llama.cpp takes one rank for all modules: for it, export with `--uniform`."
+    )
+    return (
+        f"The base is the file {in_code(origin.file)} (SHA-256 {in_code(origin.sha256)}), whose weights were dequantised to bfloat16 "
+        f"for training. {llama}"
+    )
 
 
 def _training(source: Source) -> str:
@@ -245,7 +265,7 @@ def _training(source: Source) -> str:
             "taken from": None if source.is_outcome or source.folder is None else f"{source.folder.name} of the run",
             "optimiser steps": str(run.steps) if source.is_outcome else None,
             "seed": str(run.seed),
-            "trained numbers": f"{run.parameters.get('trainable', 0):,}",
+            "trainable parameters": f"{run.parameters.get('trainable', 0):,}",
             "data": ", ".join(
                 f"{Path(name).name} (sha256 {digest[:12]})" for name, digest in run.data.get("hashes", {}).items()
             )
@@ -310,8 +330,8 @@ def _costs(export: LoraExport) -> list[str]:
         losses = {"live": fixed.loss_live, "this export": fixed.loss_fixed, "no adapter": fixed.loss_base}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if value is not None)
         parts.append(
-            "**An approximation.** The adapter is HydraLoRA, whose heads are mixed anew for every token; here they are fixed at "
-            f"their mean weights over {for_markdown(fixed.gates)}. Against the live adapter the largest difference of a logit is "
+            "**An approximation.** The adapter is HydraLoRA, whose heads are mixed differently for every token; here they are fixed "
+            f"at their mean weights over {for_markdown(fixed.gates)}. Against the live adapter the largest difference of a logit is "
             f"{fixed.error:.2g} of the largest logit, and {fixed.lost:.1%} of the adapter's change of the logits is lost"
             + (f" (loss: {shown})." if shown else ".")
             + " The measurement above compares the folder with the adapter at these fixed weights."

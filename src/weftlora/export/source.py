@@ -8,6 +8,7 @@ as what was trained in full does, and an update on one of them is added to its w
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +23,16 @@ from transformers.pytorch_utils import Conv1D
 from weftlora.adapted.frozen_weights import Checkpoint
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.updates import adapter_names, base_of
-from weftlora.errors import AdapterError, ConfigError, ModelError, WeftError, suggest
+from weftlora.data.paths import is_model
+from weftlora.disk.ownership import PROMPTS
+from weftlora.errors import AdapterError, ConfigError, MergeError, ModelError, WeftError, suggest
 from weftlora.export.factors import Pair
 from weftlora.export.live import Batch, seeded_ids
 from weftlora.extras import needs
 from weftlora.host.attach import warn_of_missing
 from weftlora.host.stock_lora import foreign_layers
-from weftlora.runs.base_model import HEADS
+from weftlora.runs.adapter import write_prompts
+from weftlora.runs.base_model import HEADS, resolved
 from weftlora.runs.load import Trained, load_adapter, load_run, recipe_of
 from weftlora.runs.run import Run, adapter_in
 from weftlora.runs.scores import batches as in_batches
@@ -57,6 +61,13 @@ class Source:
     def is_outcome(self) -> bool:
         """Whether it is what a run ended with, and not one of the run's checkpoints: the run's figures are of its outcome."""
         return self.run is not None and self.folder is not None and self.folder.name == "adapter"
+
+    def say_prompts(self, place: Path) -> None:
+        """Say in `place` how prompts were written out in training, where that is known."""
+        if self.run is not None:
+            write_prompts(place, self.run)
+        elif self.folder is not None and (self.folder / PROMPTS).is_file():
+            shutil.copyfile(self.folder / PROMPTS, place / PROMPTS)
 
     @property
     def layers(self) -> list[WeftLinear]:
@@ -136,8 +147,9 @@ def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
         )
     named = str(getattr(base_of(model), "name_or_path", "") or "")
     there = Path(named).is_dir() or not Path(named).is_absolute()  # a folder that is gone leaves what is in memory
-    place = str(base) if base is not None else named if named and there else None
-    place = None if place == MEMORY else place
+    place = named if named and there else None
+    if base is not None:
+        place = None if str(base) == MEMORY else resolved(str(base), Path.cwd()) if is_model(base) else str(base)
     return Source(model, (), place)
 
 
@@ -252,6 +264,20 @@ def data_of(source: Source, path: str, limit: int) -> Inputs:
 
 
 PARTS = frozenset({*HEADS, "pooler"})
+
+
+def check_linear(source: Source) -> None:
+    """Refuse adapters on embeddings and convolutions, whose updates are no pair of matrices of a linear module.
+
+    Raises:
+        MergeError: names the first such module.
+    """
+    for layer in source.layers:
+        if layer.reading is not None and any(name in layer.weft_site for name in source.adapters):
+            raise MergeError(
+                f"{layer.module_name} is a {type(layer.get_base_layer()).__name__}; weftlora writes adapters of linear modules alone: "
+                "put the update into the model with model.merge_and_unload(), or leave such modules out of target_modules."
+            )
 
 
 def drawn_parts(source: Source) -> dict[str, nn.Module]:

@@ -30,7 +30,7 @@ from weftlora.schedule.reallocate import ReallocateController
 from weftlora.schedule.schedule import Member, Schedule
 from weftlora.scoring.rows import Rows, rows_of
 from weftlora.scoring.scorer import Ablation, undisturbed
-from weftlora.settings import is_number
+from weftlora.settings import is_number, is_whole
 from weftlora.terms.events import Controller, Event, Launch, Length, SlotMoves, SlotScoring
 
 
@@ -97,6 +97,7 @@ def attach(
     cache: str | Path | None = None,
     validation: Any = None,
     tokens_per_step: float | None = None,
+    begins: int | None = None,
     on_progress: Progress = ignore,
 ) -> None:
     """Tell the adapters of `model` what they cannot see: how long the run is, what to measure on, where the unquantised
@@ -113,6 +114,7 @@ def attach(
             `labels`), a DataLoader (its dataset and collate_fn), or a list of batches.
         tokens_per_step: tokens that one optimiser step of all processes is taken on. `Reallocate(score="auto")` compares with it what
             scoring would cost; unknown, it takes the cheapest way.
+        begins: the step after which a run goes on that had ended: times in fractions that are still to come are of the steps after it.
         on_progress: called with a `Tick` while rank slots are scored, and directions of weights ranked.
 
     Raises:
@@ -131,6 +133,8 @@ def attach(
             )
     if total_steps is not None and int(total_steps) != total_steps:
         raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")
+    if begins is not None and not (is_whole(begins, 0) and (total_steps is None or begins < total_steps)):
+        raise ConfigError(f"begins={begins!r} is no step before the end of the run: give a smaller whole number.")
     if on_event is not None and not callable(on_event):
         raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
     if not any(isinstance(layer, WeftLinear) for layer in model.modules()):
@@ -146,6 +150,7 @@ def attach(
             total_steps or before.total_steps,
             steps_per_epoch or before.steps_per_epoch,
             tokens_per_step or before.tokens_per_step,
+            before.begins if begins is None else begins,
         )
         schedule.check(length, may_grow=total_steps is None and steps_per_epoch is None)
         schedule.length = length
@@ -282,6 +287,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
             saved["total_steps"] or now.total_steps,
             saved["steps_per_epoch"] or now.steps_per_epoch,
             now.tokens_per_step,
+            now.begins,
         )
         schedule.events = copy.deepcopy(cast("list[Event]", saved["events"]))
         schedule.prepare()

@@ -4,7 +4,8 @@
 
 peft's own helpers (`peft.optimizers`) look for tensors called `lora_A` and `lora_B` and for vectors. weftlora's are called otherwise,
 on disk too: a server that goes by these names would compute something else from them without a word. So such a helper
-misses A and B, takes u, v and gains for what it trains fast, and says nothing; the first step of its optimiser warns instead.
+misses A and B, takes u, v and gains for what it trains fast, and says nothing; the first step of its optimiser warns instead. So it
+does of modules that had no gradient by then: what a model does not call trains nothing, silently.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from weftlora.kernel import Role
 from weftlora.schedule import schedule
 from weftlora.settings import is_number
 
+SHOWN = 8
+"""Modules that a warning names."""
 _UNDECAYED: frozenset[Role] = frozenset({"gain", "router"})
 
 
@@ -132,9 +135,11 @@ def freeze(model: nn.Module) -> None:
 
 @dataclass(eq=False)
 class Watch:
-    """Looks, at the first step of an optimiser, at the groups that one adapter's tensors stand in; hangs on its first site."""
+    """Looks, at the first step of an optimiser, at the groups that one adapter's tensors stand in, and at which of them have
+    gradients; hangs on its first site."""
 
     adapter_name: str
+    names: list[str]
     sites: list[Site]
 
     def __post_init__(self) -> None:
@@ -145,7 +150,15 @@ class Watch:
         schedule.watch(self)  # a copy of the model is looked after by itself
 
     def first_step(self, optimizer: Optimizer) -> None:
-        """Warn once where groups were made by somebody who went by names."""
+        """Warn once where groups were made by somebody who went by names, and of modules that the model does not call."""
+        if idle := self._without_gradient(optimizer):
+            warnings.warn(
+                f"{len(idle)} of the {len(self.sites)} modules of adapter {self.adapter_name!r} had no gradient in the first step: "
+                f"{', '.join(idle[:SHOWN])}{f' and {len(idle) - SHOWN} more' if len(idle) > SHOWN else ''}. The model did not call "
+                "them, or reads their weight instead, so their adapter stays as it is: leave them out with exclude_modules (experts "
+                "that no token reached may come later).",
+                stacklevel=2,
+            )
         if (problem := self._problem(optimizer)) is not None:
             warnings.warn(
                 f"adapter {self.adapter_name!r} is trained by an optimiser that {problem}: make its groups with "
@@ -153,6 +166,16 @@ class Watch:
                 '"peft\'s own optimisers".',
                 stacklevel=2,
             )
+
+    def _without_gradient(self, optimizer: Optimizer) -> list[str]:
+        """The modules none of whose trained tensors has a gradient; [] where no module's has, as these are kept elsewhere then."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        reached = {}
+        for name, site in zip(self.names, self.sites, strict=True):
+            own = [p for _, p, _ in site.roles() if p.requires_grad and id(p) in held]
+            if own:
+                reached[name] = any(p.grad is not None for p in own)
+        return [name for name, was in reached.items() if not was] if any(reached.values()) else []
 
     def _problem(self, optimizer: Optimizer) -> str | None:
         of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -193,7 +216,7 @@ def watch(adapter_name: str, layers: Sequence[WeftLinear]) -> None:
     """Look after the first optimiser steps on an adapter that has just been put on these layers."""
     sites = [layer.site(adapter_name) for layer in layers]
     if sites:
-        sites[0].watch = Watch(adapter_name, sites)
+        sites[0].watch = Watch(adapter_name, [layer.module_name for layer in layers], sites)
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weftlora.adapter import before_configs
-from weftlora.errors import WeftError
+from weftlora.errors import WeftError, are_also
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,6 +51,7 @@ def register() -> None:
     from weftlora.host.tuner import PREFIX, WeftTuner
 
     with _lock:
+        _share_errors()
         member = PeftType.__members__.get(NAME) or _extended(PeftType)
         tables = (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, mapping.PEFT_TYPE_TO_TUNER_MAPPING)
         found = [table.get(member) for table in tables]
@@ -83,9 +84,17 @@ def announce() -> bool:
     if types is None or mapping is None:
         return False
     with _lock:
+        _share_errors()
         if NAME not in types.PeftType.__members__:
             mapping.PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(_extended(types.PeftType), Later)
     return True
+
+
+def _share_errors() -> None:
+    """Let `except peft.PeftError` catch weftlora's errors, where this peft has one (0.21)."""
+    found = sys.modules.get("peft.utils.error")
+    if (base := getattr(found, "PeftError", None)) is not None:
+        are_also(base, getattr(found, "NoMatchingPeftModuleError", None))
 
 
 def _whole(name: str) -> Any:

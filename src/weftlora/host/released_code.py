@@ -105,7 +105,7 @@ def _converted(
 def _one(source: Path, shapes: set[tuple[int, int]], settings: dict[str, Any], what: str) -> tuple[int, int]:
     """The one pair that all sites share, with the rank that the settings name."""
     if len(shapes) != 1:
-        raise AdapterError(f"{source}: sites disagree on {what}: {sorted(shapes)}; one adapter has one of each.")
+        raise AdapterError(f"{source}: modules disagree on {what}: {sorted(shapes)}; one adapter has one of each.")
     [(r, other)] = shapes
     if int(settings.get("r", r)) != r:
         raise AdapterError(

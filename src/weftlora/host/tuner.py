@@ -7,35 +7,43 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from weftlora.adapted.fusion import forget, fuse, unfuse
-from weftlora.adapted.layer import WeftLinear
-from weftlora.adapted.sharing import attention_inputs, shared_keys
+from weftlora.adapted.layer import BASE, WeftLinear
+from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
     Blocks,
+    all_linear,
+    by_last_names,
     by_pattern,
     check_adaptable,
+    check_reading,
     check_saved_modules,
     check_tokens,
-    expert_parameters,
+    default_targets,
     inside_adapter,
     is_all_linear,
     no_match,
+    trained_in_full,
     warn_of_unmatched,
 )
 from weftlora.adapter.site import Owners, Site, build_site
 from weftlora.adapter.spec import WeftConfig
-from weftlora.errors import AdapterError, ConfigError, MergeError, TargetError, suggest
+from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, TargetError, suggest
+from weftlora.host import weighted
 from weftlora.host.attach import make_schedule, warn_of_missing
+from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
 from weftlora.terms.axes import builtin
 from weftlora.terms.structure import StructureTerm
@@ -61,22 +69,19 @@ class WeftTuner(BaseTuner):
     # ------------------------------------------------------------------ config and targets
 
     def _prepare_adapter_config(self, peft_config: WeftConfig, model_config: dict[str, Any]) -> WeftConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
-            if peft_config.structure.targets == "attention inputs":
-                if not (found := attention_inputs(self.model)):
-                    raise TargetError(
-                        f"no attention input projections found in {type(self.model).__name__}, {peft_config.structure.method}'s "
-                        "default target: name target_modules, or use 'all-linear'."
-                    )
-                peft_config.target_modules = found
-        if is_all_linear(peft_config) and peft_config.layers_to_transform is not None:
-            peft_config.target_modules = self._linear_of_blocks(peft_config)
+        by_default = peft_config.target_modules is None
+        if not by_default and not is_all_linear(peft_config):
+            return peft_config
+        found = (default_targets if by_default else all_linear)(peft_config, self.model)
+        if peft_config.layers_to_transform is not None:
+            found = self._of_blocks(peft_config, found)
+        if by_default and peft_config.structure.targets == "attention inputs":
+            found = by_last_names(self.model, found)
+        peft_config.target_modules = found
         return peft_config
 
-    def _linear_of_blocks(self, config: WeftConfig) -> set[str]:
-        """all-linear within layers_to_transform: peft matches full names without looking at the block number."""
-        names = _maybe_include_all_linear_layers(copy.copy(config), self.model).target_modules
+    def _of_blocks(self, config: WeftConfig, names: set[str]) -> set[str]:
+        """Those within layers_to_transform: peft matches full names without looking at the block number."""
         one = copy.copy(config)
         found = set()
         for name in names:
@@ -84,14 +89,16 @@ class WeftTuner(BaseTuner):
             if self._check_target_module_exists(one, name):
                 found.add(name)
         if not found:
-            raise TargetError(
+            raise NoMatchError(
                 f"layers_to_transform={config.layers_to_transform!r} names no block of {type(self.model).__name__} with linear "
                 "modules: count blocks from 0, or leave it out."
             )
         return found
 
     def _check_target_module_exists(self, peft_config: WeftConfig, key: str) -> Any:
-        """peft's own match of names, and the axis `layers` on top of it."""
+        """peft's own match of names, but what is trained in full, and the axis `layers` on top of it."""
+        if trained_in_full(peft_config, key):
+            return False
         found = super()._check_target_module_exists(peft_config, key)
         if not found:  # an object of peft's that says why, and is false
             return found
@@ -103,14 +110,6 @@ class WeftTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
         """Refuse up front what cannot work, while the model is still untouched."""
-        if is_all_linear(peft_config):
-            if experts := expert_parameters(model):
-                warnings.warn(
-                    f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
-                    "weftlora adapts linear modules only.",
-                    stacklevel=2,
-                )
-            peft_config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
         matched = [
             name
             for name, _ in model.named_modules()
@@ -118,9 +117,11 @@ class WeftTuner(BaseTuner):
         ]
         self._check_layers(peft_config, model)
         if not matched:
-            raise TargetError(no_match(peft_config, model))
+            raise NoMatchError(no_match(peft_config, model))
         for name in matched:
-            check_adaptable(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0]))
+            module = model.get_submodule(name)
+            check_adaptable(name, module, model.get_submodule(name.rpartition(".")[0]))
+            check_reading(peft_config, name, module)
         check_saved_modules(peft_config, model)
         check_tokens(peft_config, model)
         warn_of_unmatched(peft_config, model)
@@ -160,6 +161,8 @@ class WeftTuner(BaseTuner):
             ranks=peft_config.ranks,
             layers=peft_config.layers,
         )
+        if not peft_config.init_lora_weights:
+            site.fill_zero_factor()
         site.one_mask = peft_config.dropout_mask == "input"
         for part, key in keys.items():
             self._owners.setdefault((part, key), site.structure)
@@ -188,20 +191,56 @@ class WeftTuner(BaseTuner):
             self._owners = {}
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_: Any, adapter_names: list[str] | None = None, **__: Any) -> Iterator[None]:
-        """Called by PeftModel around a forward; without this, it would drop `adapter_names` and use the active adapter."""
-        if adapter_names is not None:
+    def _enable_peft_forward_hooks(
+        self, *_: Any, adapter_names: Sequence[str] | None = None, num_beams: int | None = None, **__: Any
+    ) -> Iterator[None]:
+        """Called by PeftModel around a forward or a generation: for its length, `adapter_names` names an adapter per row."""
+        with nullcontext() if adapter_names is None else self._mixed(adapter_names, num_beams or 1):
+            try:
+                yield
+            except BaseException:
+                forget(
+                    self.model
+                )  # what waits there holds the graph of all layers before, which a retry may need the room of
+                raise
+
+    @contextmanager
+    def _mixed(self, adapter_names: Sequence[str], beams: int) -> Iterator[None]:
+        """Let every adapted layer, and every module trained in full, take these adapters row by row.
+
+        Beams repeat the rows, but not for an encoder, which runs once per row.
+
+        Raises:
+            AdapterError: the model trains, or an adapter that is named does not exist.
+        """
+        if self.training:
             raise AdapterError(
-                "adapter_names=[...] (another adapter for every row of a batch) works with stock LoRA only: call the model once "
-                "per adapter after set_adapter, or export the adapters to stock LoRA."
+                "adapter_names=[...] mixes adapters in one batch to infer with: call model.eval() first."
             )
+        known = {name for layer in self._layers() for name in layer.weft_site}
+        if isinstance(adapter_names, str) or (unknown := [n for n in adapter_names if n not in known and n != BASE]):
+            given = adapter_names if isinstance(adapter_names, str) else unknown[0]
+            raise AdapterError(
+                f"adapter_names names {given!r} and is a list of an adapter per row ({BASE!r} for none): {suggest(given, known)}"
+            )
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles, layers = [], []
         try:
+            for module in self.model.modules():
+                rows = list(adapter_names) if module in once else repeated
+                if isinstance(module, WeftLinear):
+                    module.rows = rows
+                    layers.append(module)
+                elif isinstance(module, AuxiliaryTrainingWrapper):
+                    handles.append(module.register_forward_pre_hook(_with_rows(rows), with_kwargs=True))
             yield
-        except BaseException:
-            forget(
-                self.model
-            )  # what waits there holds the graph of all layers before, which a retry may need the room of
-            raise
+        finally:
+            for layer in layers:
+                layer.rows = None
+            for handle in handles:
+                handle.remove()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As peft does for parameters, upcast an adapter's 16-bit buffers (frozen factors) to fp32 too."""
@@ -213,6 +252,65 @@ class WeftTuner(BaseTuner):
                         for name, buffer in list(module.named_buffers(recurse=False)):
                             if buffer.dtype in (torch.float16, torch.bfloat16):
                                 setattr(module, name, buffer.float())
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As peft does; but a module that is put back has its own weight, and peft takes that of what stood around it, which may be
+        a tensor (trained tokens) or have none (a head of several modules)."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def _add_modules_to_save_to_tie(self, peft_config: WeftConfig, tied_weight_keys: list[str]) -> None:
+        """peft asks for this where ensure_weight_tying is set and a tied embedding is trained in full: the embedding is, and what is
+        tied to it takes its values; the attribute is where peft looks for their names."""
+        embedding = next(
+            name for name, module in self.model.named_modules() if module is self.model.get_input_embeddings()
+        )
+        saved = [
+            name
+            for name in peft_config.modules_to_save or []
+            if not any(re.match(rf"(^|.*\.){name}($|\..*)", key) for key in tied_weight_keys)
+        ]
+        peft_config.modules_to_save = saved if embedding in saved else [*saved, embedding]
+        peft_config.__dict__["modules_to_tie"] = set(tied_weight_keys)
+
+    def _add_targets_to_tie(self, peft_config: WeftConfig, tied_weight_keys: list[str]) -> None:
+        """peft asks for this where ensure_weight_tying is set and an embedding is a target."""
+        raise TargetError(
+            f"ensure_weight_tying=True would tie adapters of {', '.join(tied_weight_keys)} to that of the embedding, which works in "
+            "stock LoRA only: leave the embedding out of target_modules, or ensure_weight_tying out."
+        )
+
+    # ------------------------------------------------------------------ adapters added up
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **others: Any,
+    ) -> None:
+        """Make an adapter whose update is the weighted sum of others', as peft's LoRA does; see `weftlora.host.weighted`.
+
+        Args:
+            combination_type: "cat" (exact; ranks add up) or "svd" (of rank `svd_rank`; a warning says what it leaves out).
+            svd_rank: without it, the largest rank of the adapters on a module.
+            others: of peft's method, for ways that are not offered; ignored at None.
+
+        Raises:
+            AdapterError, ConfigError, MergeError: see `weftlora.host.weighted.check`.
+        """
+        if adapter_name in self.peft_config:
+            return
+        way = weighted.check(self.peft_config, adapters, weights, combination_type)
+        _check_adapter_name(adapter_name, self.peft_config[adapters[0]])
+        found = weighted.sums(self._layers(), adapters, weights, way, svd_rank)
+        self.peft_config[adapter_name] = weighted.config_of(found, self.peft_config[adapters[0]])
+        self.inject_adapter(self.model, adapter_name)
+        weighted.fill(self._layers(), adapter_name, found)
 
     # ------------------------------------------------------------------ merging
 
@@ -255,11 +353,16 @@ class WeftTuner(BaseTuner):
             raise MergeError(f"there is no adapter {unknown[0]!r} to merge: {suggest(unknown[0], self.peft_config)}")
         for layer in self._layers():
             layer.check_mergeable(names, finite=safe_merge)
-        if tied := self._get_tied_target_modules(self.model):
-            raise MergeError(
-                f"{tied[0]} shares its weight with the other embedding (tie_word_embeddings), so a merge would change both: "
-                "untie the model's embeddings first, or leave this module out of target_modules."
-            )
+        self._untie()
+
+    def _untie(self) -> None:
+        """Let the adapted layers whose weight another module has too (tied embeddings) merge into a weight of their own."""
+        holders: dict[int, int] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+        for layer in (layer for layer in self._layers() if not layer.merged_adapters):
+            layer.shares_weight = holders.get(id(getattr(layer.get_base_layer(), "weight", None)), 0) > 1
 
     def _layers(self) -> list[WeftLinear]:
         return [layer for _, layer in _sites(self.model)]
@@ -292,11 +395,8 @@ class WeftTuner(BaseTuner):
         expected = {key: tensor.shape for key, tensor in model.state_dict().items() if marked in key}
         mapped = count_on_first_site(mapped, expected.keys(), f"{marked}steps")
         given = {key: tensor.shape for key, tensor in mapped.items() if f".{PREFIX}site." in key}
-        wrong = [
-            f"{k}: file {tuple(given[k])}, model {tuple(s)}"
-            for k, s in expected.items()
-            if k in given and given[k] != s
-        ]
+        wrong = [OtherShape(k, tuple(given[k]), tuple(s)) for k, s in expected.items() if k in given and given[k] != s]
+        wrong = [] if passing_over_sizes.get() else wrong
         extra, missing = sorted(given.keys() - expected.keys()), sorted(expected.keys() - given.keys())
         if extra or missing or wrong:
             raise tensor_mismatch(extra, missing, wrong)
@@ -307,25 +407,11 @@ def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
 
 
-def tensor_mismatch(extra: list[str], missing: list[str], wrong: list[str]) -> AdapterError:
-    """The error for a file whose tensors are not those of this base: some too many, some missing, some of another shape."""
-    problem = (
-        (f"the file has {len(extra)} tensors this model has no place for, such as {extra[0]}" if extra else "")
-        or (f"the file lacks {len(missing)} tensors, such as {missing[0]}" if missing else "")
-        or f"{len(wrong)} tensors have another shape, such as {wrong[0]}"
-    )
-    return AdapterError(
-        f"the adapter was not made for this base model: {problem}; load it onto the base it was trained on."
-    )
+def _with_rows(rows: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": rows}
 
-
-def count_on_first_site(mapped: dict[str, Tensor], expected: Iterable[str], suffix: str) -> dict[str, Tensor]:
-    """The adapter's one step count under the name of this model's first site: converted files may not know which that is."""
-    [*wanted] = (key for key in expected if key.endswith(suffix))
-    [*found] = (key for key in mapped if key.endswith((suffix, f".{PREFIX}site.steps")))  # peft names known keys only
-    if len(wanted) == len(found) == 1 and wanted != found:
-        return {wanted[0] if key == found[0] else key: value for key, value in mapped.items()}
-    return mapped
+    return before
 
 
 def _check_adapter_name(name: str, config: WeftConfig) -> None:

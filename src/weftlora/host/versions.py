@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from weftlora.errors import WeftError
+from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "peft.utils": ("register_peft_method", "ModulesToSaveWrapper"),
@@ -59,6 +60,17 @@ def why_no_sft() -> str | None:
     return f"trl {trl.__version__} computes its loss by Triton, which is not installed here"
 
 
+def dequantising() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that make plain weights of a GGUF file.
+
+    transformers ≥ 5.20 or so keeps them packed, unless told so; the versions before know nothing else.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
 @functools.cache
 def why_not() -> str | None:
     """Why the installed peft cannot carry weftlora's adapters, in one sentence; None if it can."""
@@ -83,14 +95,15 @@ def check_peft() -> None:
 
 
 def bridge_saving() -> None:
-    """Let a peft without a tuner's hooks save and load weftlora's adapters as later ones do; nothing to do for those that have them.
+    """Let a peft without a tuner's hooks save and load weftlora's adapters as later ones do; where it has them, let the one for
+    loading know whether tensors of another size are to be passed over, which peft does not tell it.
 
-    The two functions are replaced wherever they have been imported by name, so that no caller is left with peft's own.
+    The functions are replaced wherever they have been imported by name, so that no caller is left with peft's own.
     """
-    if _saving() != "generic":
-        return
     module = importlib.import_module("peft.utils.save_and_load")
-    for name, wrap in (("get_peft_model_state_dict", _saved), ("set_peft_model_state_dict", _loaded)):
+    hooked = (("set_peft_model_state_dict", _loaded_by_hook),)
+    generic = (("get_peft_model_state_dict", _saved), ("set_peft_model_state_dict", _loaded))
+    for name, wrap in hooked if _saving() == "hooks" else generic:
         original = getattr(module, name)
         if not hasattr(original, "__wrapped__"):
             _replace(name, original, wrap(original))
@@ -141,6 +154,19 @@ def _saved(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
     return get_peft_model_state_dict
 
 
+def _loaded_by_hook(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = _arguments(original, args, kwargs)
+        before = passing_over_sizes.set(bool(given.get("ignore_mismatched_sizes")))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            passing_over_sizes.reset(before)
+
+    return set_peft_model_state_dict
+
+
 def _loaded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def set_peft_model_state_dict(*args: Any, **kwargs: Any) -> Any:
@@ -148,8 +174,6 @@ def _loaded(original: Callable[..., Any]) -> Callable[..., Any]:
         model, name = given["model"], given["adapter_name"]
         if not _is_ours(model, name):
             return original(*args, **kwargs)
-        from weftlora.host.tuner import count_on_first_site, tensor_mismatch
-
         mark = f".weft_site.{name}."
         expected = [key for key in model.state_dict() if mark in key]
         tensors = count_on_first_site(dict(given["peft_model_state_dict"]), expected, f"{mark}steps")
@@ -157,7 +181,9 @@ def _loaded(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = original(**given)
         except RuntimeError as error:
-            if not (wrong := [f"{key}: file ({file}), model ({own})" for key, file, own in _SIZES.findall(str(error))]):
+            if not (
+                wrong := [OtherShape(key, _shape(file), _shape(own)) for key, file, own in _SIZES.findall(str(error))]
+            ):
                 raise
             raise tensor_mismatch([], [], wrong) from None
         extra, missing = _of(result.unexpected_keys, ".weft_site."), _of(result.missing_keys, mark)
@@ -172,6 +198,10 @@ def _arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(int(side) for side in text.split(",") if side.strip())
 
 
 def _is_ours(model: Any, name: str) -> bool:
@@ -204,6 +234,14 @@ RENAMED: dict[str, tuple[str, ...]] = {
 def named(arguments_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """`values` under the names that this version of an arguments class (of transformers or trl) has for them."""
     return {name_in(arguments_class, key): value for key, value in values.items()}
+
+
+def grouped(arguments_class: type, by_length: bool) -> dict[str, Any]:
+    """The argument that puts rows of like length into one batch; transformers 4 has a switch for it, 5 a name."""
+    valid = {field.name for field in dataclasses.fields(arguments_class) if field.init}
+    if "train_sampling_strategy" in valid:
+        return {"train_sampling_strategy": "group_by_length"} if by_length else {}
+    return {"group_by_length": True} if by_length else {}
 
 
 def name_in(arguments_class: type, name: str) -> str:

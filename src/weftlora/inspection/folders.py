@@ -76,7 +76,9 @@ def bare_subject(folder: Path, source: str) -> Subject:
             f"the tensors of {folder} do not fit its config ({' '.join(str(error).split())[:200]}): save the adapter again."
         ) from None
     if not subject.sites:
-        raise AdapterError(f"the adapter {folder} has no tensor of a site: it is empty or damaged, save it again.")
+        raise AdapterError(
+            f"the adapter {folder} has no tensor of an adapted module: it is empty or damaged, save it again."
+        )
     return subject
 
 
@@ -143,11 +145,11 @@ def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     if missing := len(by_site) - len(subject.sites):
         subject.left_out.append(
-            f"{missing} tied sites: their shapes are those of the base's modules, which was not read."
+            f"{missing} tied modules: their shapes are those of the base's modules, which was not read."
         )
     if config.structure.shares and config.structure.tensors() <= {*LETTERS}:
         subject.left_out.append(
-            "Tied sites that only share tensors: they keep none of their own, so the file does not name them; give the base."
+            "Tied modules that only share tensors: they keep none of their own, so the file does not name them; give the base."
         )
 
 
@@ -214,7 +216,14 @@ def _site(
             boost=config.boost, start=config.start, ranks=config.ranks, layers=config.layers,
         )  # fmt: skip
     counters = {"steps"}.union(*(choice.counts for choice in config.choices().values()))
-    site.load_state_dict({k: t for k, t in tensors.items() if k not in counters}, assign=True)
+    kept = {k: t for k, t in tensors.items() if k not in counters}
+    for inside, tensor in site.state_dict().items():
+        given = kept.get(inside, tensor).dtype
+        if given != tensor.dtype and not (given.is_floating_point and tensor.is_floating_point()):
+            raise AdapterError(
+                f"{name} has {inside} as {given}, which is {tensor.dtype}: the file is damaged, save it again."
+            )
+    site.load_state_dict(kept, assign=True)
     for part, key in keys.items():
         owners.setdefault((part, key), site.structure)
     return site.eval().requires_grad_(False)
@@ -410,12 +419,12 @@ def other_adapter(folder: str | Path, subject: Subject) -> Start:
     both = {name: site for name, site in other.sites.items() if own.get(name) == _shape(site)}
     if not both:
         raise AdapterError(
-            f"{folder} has no site in common with {subject.source}, by name and shape: give an adapter of the same base and "
+            f"{folder} has no module in common with {subject.source}, by name and shape: give an adapter of the same base and "
             "targets."
         )
     if apart := len(other.sites) - len(both):
         subject.left_out.append(
-            f"{apart} sites of {folder}: this adapter has none of their name and shape beside them."
+            f"{apart} modules of {folder}: this adapter has none of their name and shape beside them."
         )
     found: dict[str, dict[str, Any]] = {
         part: {name: value for name, site in both.items() if (value := factor(site, part)) is not None} for part in "AB"

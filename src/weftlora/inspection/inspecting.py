@@ -55,7 +55,7 @@ def site_directions(
         if len(moving) > spectra:
             done_for = f"the {spectra} that moved most" if spectra else "none"
             subject.left_out.append(
-                f"Change rates of {len(moving) - spectra} sites: W was decomposed for {done_for} (spectra={len(moving)}, "
+                f"Change rates of {len(moving) - spectra} modules: W was decomposed for {done_for} (spectra={len(moving)}, "
                 f"--spectra {len(moving)}, does all)."
             )
     return [row for row in found.values() if row.chosen or row.sigma is not None or row.phase.startswith("before")]

@@ -103,7 +103,7 @@ def measure_site(
 
 
 def trained_numbers(site: Site) -> dict[int, int]:
-    """Trained numbers by tensor (its id, so that shared ones can be told): of rank slots, the live ones."""
+    """Trainable parameters by tensor (its id, so that shared ones can be told): of rank slots, the live ones."""
     room = site.structure.factors(site.scale).A.shape[0]
     live = len(site.live())
     slotted = set() if site.mask is None else {id(parameter) for parameter, _ in site.structure.by_slot()}

@@ -306,24 +306,28 @@ def _size(found: Inspection) -> str:
     of_base = f" ({p.trained / p.base:.2%} of the base)" if p.base else ""
     shared = f", in {_count(len(found.groups), 'tied group')}" if found.groups else ""
     where = f" in {_count(len(blocks), 'block')}" if blocks else ""
-    return f"{p.trained:,} trained numbers{of_base} on {_count(len(found.sites), 'site')}{where}{shared}."
+    return (
+        f"{p.trained:,} trainable parameters{of_base} on {_count(len(found.sites), 'adapted module')}{where}{shared}."
+    )
 
 
 def _movement(found: Inspection) -> str:
     moving = [site for site in found.sites if site.norm > 0]
     if not moving:
-        return "ΔW is 0 at every site: this adapter does nothing yet."
-    still = f"; {_count(len(found.sites) - len(moving), 'site')} did not move" if len(moving) < len(found.sites) else ""
+        return "ΔW is 0 in every adapted module: this adapter does nothing yet."
+    still = (
+        f"; {_count(len(found.sites) - len(moving), 'module')} did not move" if len(moving) < len(found.sites) else ""
+    )
     relative = [site.relative for site in moving if site.relative is not None]
     if relative:
         most = max(moving, key=lambda site: site.relative or 0.0)
         return (
-            f"ΔW is {statistics.median(relative):.2%} of W at the median site and {most.relative:.2%} at most, in {most.site}"
+            f"ΔW is {statistics.median(relative):.2%} of W at the median module and {most.relative:.2%} at most, in {most.site}"
             f"{still}."
         )
     most = max(moving, key=lambda site: site.norm)
     median = statistics.median(site.norm for site in moving)
-    return f"‖ΔW‖ is {median:.3g} at the median site and largest, {most.norm:.3g}, in {most.site}{still}."
+    return f"‖ΔW‖ is {median:.3g} at the median module and largest, {most.norm:.3g}, in {most.site}{still}."
 
 
 def _routers(found: Inspection) -> list[str]:
@@ -360,7 +364,7 @@ def _ranks(found: Inspection) -> list[str]:
     taken = sum(len(each.taken) for each in found.history.rounds)
     now = sum(site.rank for site in found.sites)
     empty = sum(site.rank == 0 for site in found.sites)
-    none = f"; {_count(empty, 'site')} ended without any" if empty else ""
+    none = f"; {_count(empty, 'module')} ended without any" if empty else ""
     return [
         f"{_count(taken, 'move')} of rank slots in {_count(len(found.history.rounds), 'round')}, among {now}{none}."
     ]
@@ -394,9 +398,9 @@ def _merging(found: Inspection) -> str:
     cannot = [site for site in found.sites if not site.mergeable]
     if not cannot:
         there = "" if found.base else " (whether this base can take it was not asked)"
-        return f"Every site can be merged exactly{there}."
-    which = "No site" if len(cannot) == len(found.sites) else f"Of {len(found.sites)} sites, {len(cannot)}"
-    return f"{which} can{'' if which == 'No site' else 'not'} be merged: {str(cannot[0].why_not).rstrip('.')}."
+        return f"Every module can be merged exactly{there}."
+    which = "No module" if len(cannot) == len(found.sites) else f"Of {len(found.sites)} modules, {len(cannot)}"
+    return f"{which} can{'' if which == 'No module' else 'not'} be merged: {str(cannot[0].why_not).rstrip('.')}."
 
 
 def _count(number: int, what: str) -> str:

@@ -202,7 +202,8 @@ def _site_usage(name: str, parts: Mapping[str, Seen]) -> SiteUsage:
 
 def _gate(site: Site, parts: Iterable[Seen]) -> MeanGate:
     found = list(parts)
-    return MeanGate(site, torch.stack([part.total for part in found]).sum(0), sum(part.tokens for part in found))
+    tokens = torch.tensor([sum(part.tokens for part in found)], dtype=torch.float64)
+    return MeanGate(site, torch.cat([torch.stack([part.total for part in found]).sum(0), tokens]))
 
 
 def _prefix(model: nn.Module) -> str:

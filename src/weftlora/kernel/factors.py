@@ -106,9 +106,7 @@ def delta_weight(f: Factors) -> Tensor:
         MergeError: the update depends on the token, so no ΔW exists.
     """
     if f.router is not None:
-        raise MergeError(
-            "a routed update depends on the token, so it has no weight-space form; keep the adapter unmerged."
-        )
+        raise MergeError("a routed update depends on the token, so it cannot be merged; keep the adapter unmerged.")
     dtype = torch.promote_types(f.A.dtype, torch.float32)
     A, B = f.A.to(dtype), f.B.to(dtype)
     if f.v is not None:

@@ -11,7 +11,7 @@ whole process, from the environment at the start, and within a `with` block:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -146,23 +146,44 @@ def _tell(works: Sequence[Work], omegas: Sequence[Tensor]) -> None:
         tell(omega)
 
 
+Read = Callable[[Tensor, bool], Tensor]
+"""M [rows, in] → x Mᵀ [..., rows] in the dtype of y; with True, of x through dropout."""
+
+
 def _scored(y: Tensor, x: Tensor, work: Work) -> Tensor:
     """`add_low_rank` with gates per part of the batch (`Factors.keep`), left to autograd: scores may ask for their gradient."""
+    x_dropped = dropped(x, work.dropout, work.mask) if work.dropout else x
+
+    def read(matrix: Tensor, through_dropout: bool) -> Tensor:
+        return F.linear(x_dropped if through_dropout else x, like(matrix, x))
+
+    return add_read(y, read, work)
+
+
+def add_read(y: Tensor, read: Read, work: Work) -> Tensor:
+    """y + h B̃ᵀ where only `read` knows how x is multiplied with a matrix, left to autograd.
+
+    Of an embedding x is the one-hot row of a token, of a convolution the patch at every position (`weftlora.adapted.reading`).
+    One dropout mask serves all heads.
+    """
     f = work.factors
-    x_ti = x.reshape(-1, x.shape[-1])
-    dropped_ti = dropped(x_ti, work.dropout, work.mask) if work.dropout else x_ti
-    u = F.linear(dropped_ti, like(joined([f.A, *(s.down for s in f.extra)], 0), x))
+    u = read(joined([f.A, *(s.down for s in f.extra)], 0), True)
+    lead, u = u.shape[:-1], u.flatten(0, -2)
     keeps = [f.keep, *(s.keep for s in f.extra)]
     seen = [
         by_part(t, keep) for t, keep in zip(u.split([len(f.A), *(len(s.down) for s in f.extra)], 1), keeps, strict=True)
     ]
-    b = branch(f, x.device, work.dropout > 0)
+    b = branch(f, u.device, work.dropout > 0)
     h = torch.cat(seen, 1) if f.extra else seen[0]
     if f.router is not None:
-        plain = seen[0] if not work.dropout else by_part(F.linear(x_ti, like(f.A, x)), f.keep)
-        omega = softmax(F.linear(x_ti if f.router_input == "x" else plain, like(f.router, x)))
+        if f.router_input == "x":
+            logits = read(f.router, False).flatten(0, -2)
+        else:
+            plain = seen[0] if not work.dropout else by_part(read(f.A, False).flatten(0, -2), f.keep)
+            logits = F.linear(plain, like(f.router, plain))
+        omega = softmax(logits)
         if work.on_mix is not None:
-            work.on_mix(omega.view(*x.shape[:-1], omega.shape[1]))
+            work.on_mix(omega.view(*lead, omega.shape[1]))
         h = mixture(h, used(omega, b.top), b.r)
     with without_autocast(y):
         out = torch.addmm(y.reshape(-1, y.shape[-1]), h.to(y.dtype), like(b.up, y).T, alpha=b.scale)

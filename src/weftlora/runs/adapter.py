@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from weftlora.adapter.spec import WeftConfig, decode_choice, write_loading_note
 from weftlora.disk.files import write_folder
-from weftlora.disk.ownership import ADAPTER
+from weftlora.disk.ownership import ADAPTER, PROMPTS
 from weftlora.errors import ConfigError, TargetError, WeftError
 from weftlora.foreign_text import for_markdown, in_code
 from weftlora.recipes import RECIPES, check_fields
@@ -115,10 +116,22 @@ def write_adapter(model: PeftModel, run: Run) -> None:
     def fill(folder: Path) -> None:
         model.save_pretrained(str(folder))
         (folder / "README.md").write_text(_readme(run), encoding="utf-8")
+        write_prompts(folder, run)
         if isinstance(model.active_peft_config, WeftConfig):  # stock peft's own load anywhere
             write_loading_note(folder, _packages(run))
 
     write_folder(run.adapter_folder, fill, lambda name: name.as_posix() in ADAPTER)
+
+
+def write_prompts(folder: Path, run: Run) -> None:
+    """Say in the folder what the rows were that its adapter was trained on, for whoever asks it without its run."""
+    rows = data if isinstance(data := run.recipe.get("data"), dict) else {}
+    said = {
+        "format": run.data.get("format"),
+        "prompt_template": rows.get("prompt_template"),
+        "system": rows.get("system", "keep"),
+    }
+    (folder / PROMPTS).write_text(json.dumps(said, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
 
 
 def _method(run: Run) -> str:
@@ -127,7 +140,9 @@ def _method(run: Run) -> str:
 
 def _readme(run: Run) -> str:
     kind = f"`{in_code(run.base['source'])}` ({for_markdown(run.base['kind'])}), task: {run.task}"
-    return _README.format(run=run, method=for_markdown(_method(run)), base=kind)
+    return _README.format(
+        run=run, method=for_markdown(_method(run)), base=kind, rows=_ROWS.get(str(run.data.get("format")), "")
+    )
 
 
 def _packages(run: Run) -> list[str]:
@@ -136,8 +151,14 @@ def _packages(run: Run) -> list[str]:
     return sorted({str(choice["package"]) for choice in choices if isinstance(choice, dict) and choice.get("package")})
 
 
+_ROWS = {
+    "chat": "\nIt answers conversations: write prompts in the chat template of the base.\n",
+    "prompt_completion": "\nIt answers prompts as they stand, without a chat template.\n",
+    "text": "\nIt continues plain text.\n",
+}
+
 _README = """\
 # Adapter {method}
 
 Trained by weftlora {run.versions[weftlora]} for {run.steps} steps on {base}.
-"""
+{rows}"""

@@ -37,6 +37,8 @@ from transformers.models.auto.modeling_auto import (
 
 from weftlora.data.paths import locate
 from weftlora.errors import AdapterError, ModelError
+from weftlora.runs.gguf import dequantised
+from weftlora.runs.precision import Precision, precision
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +62,8 @@ class Wanted:
     """Which base, and how to load it: what a recipe's `model` section says, for those who have no recipe."""
 
     path: str
-    dtype: str = "float32"
+    dtype: str | None = "float32"
+    """None: as `weftlora.runs.precision` chooses."""
     task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
     attn_implementation: str | None = None
 
@@ -75,6 +78,9 @@ class Base:
     settings: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
+    precision: Precision
+    """The type that its weights are held in."""
+
     @property
     def wants(self) -> Task | None:
         """The task the recipe names or the architecture implies; None leaves it to the data."""
@@ -83,13 +89,24 @@ class Base:
         return "seq2seq" if self.settings.is_encoder_decoder else None
 
 
+def resolved(path: str, base_dir: Path) -> str:
+    """The folder or hub id of a model as people write it: the one place where every command's model goes through.
+
+    Raises:
+        ModelError: no such folder or file, or a GGUF file that cannot be a base.
+        MissingExtraError: a GGUF file, and the package `gguf` is not installed.
+    """
+    place = locate(path, base_dir)
+    return str(dequantised(Path(place), path)) if Path(place).is_file() else place
+
+
 def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
     """Locate a base, read its config and tokenizer.
 
     Raises:
         ModelError: no such folder or hub model, or a folder without config, tokenizer or safetensors weights.
     """
-    source = locate(config.path, base_dir)
+    source = resolved(config.path, base_dir)
     try:
         settings = AutoConfig.from_pretrained(source, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -100,7 +117,7 @@ def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ModelError(f"the tokenizer of {config.path!r} has no padding, end or unknown token: give it a pad_token.")
-    return Base(config, source, settings, tokenizer)
+    return Base(config, source, settings, tokenizer, precision(config.dtype, settings))
 
 
 def _check_attention(settings: PretrainedConfig, path: str) -> None:
@@ -121,9 +138,8 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
         ModelError: the architecture cannot do `task`, or weights other than a new head are missing.
     """
     _check_task(base, task)
-    options: dict[str, Any] = {
-        "dtype": base.config.dtype if base.config.dtype == "auto" else getattr(torch, base.config.dtype)
-    }
+    dtype = base.precision.dtype
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if base.config.attn_implementation:
         options["attn_implementation"] = base.config.attn_implementation
     if task == "classification":
@@ -260,7 +276,7 @@ def check_end(base: Base, model: PreTrainedModel, data: Loaded, trained: Iterabl
     """Warn of answers whose end the frozen base cannot write, since nothing that an adapter learns could make it stop.
 
     It cannot where the row of the output layer for the token that ends answers is nothing, or that of other tokens too. Texts are
-    learnt all the same, so that it is no error.
+    learned all the same, so that it is no error.
 
     Args:
         trained: modules that are trained whole beside the adapter; the output layer among them can learn it.

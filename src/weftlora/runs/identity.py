@@ -5,6 +5,9 @@
                          which is its SHA-256; else what was found the last time for the same file (path, inode, size and time of
                          change), from the user's own cache; else the file is read, in the background, while the first steps run
 
+A folder that was made of a GGUF file is known by that file: weights, config and tokenizer are all in it. The weights in the folder are
+held against what was written there.
+
 Two folders with equal files are one base, wherever they lie. The fingerprint of the weights in memory (`weftlora.runs.base_model`)
 says at once that a base is another; this says that it is the same to the last value.
 """
@@ -17,15 +20,17 @@ import json
 import re
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import PretrainedConfig
 
-from weftlora.disk.files import file_digest, file_stamp, user_cache
+from weftlora.disk.files import file_digest, file_stamp, read_json, user_cache
 from weftlora.disk.ownership import temporary
-from weftlora.errors import AdapterError, WeftError
+from weftlora.errors import AdapterError, ModelError, RunError, WeftError
+from weftlora.records import Record
 
 _BLOB = re.compile(r"[0-9a-f]{64}")
 _TOKENIZER = re.compile(
@@ -52,14 +57,61 @@ def folder_of(source: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def config_digest(settings: PretrainedConfig) -> str:
-    """Digest of all in a config that decides what the model computes."""
+ORIGIN = "gguf.json"
+"""In a folder that was made of a GGUF file: which, and what came of it."""
+
+
+@dataclass(frozen=True)
+class Origin(Record):
+    """The GGUF file that a folder was made of."""
+
+    format_version: ClassVar[int | None] = 1
+    file: str
+    """Its name."""
+    sha256: str
+    architecture: str
+    """As llama.cpp calls it."""
+    types: dict[str, int]
+    """Tensors of each type: Q4_1, F32, ..."""
+    weights: dict[str, str]
+    """SHA-256 of every weights file that was made."""
+    versions: dict[str, str]
+
+
+def origin_of(source: str) -> Origin | None:
+    """What a folder was made of; None where it was made of no GGUF file, by another version, or not to its end."""
+    file = Path(source) / ORIGIN
+    if not file.is_file():
+        return None
+    try:
+        content = read_json(file)
+        origin = Origin(**Origin.fields_in(content, file)) if content.get("format") == Origin.format_version else None
+    except (RunError, TypeError):
+        return None
+    there = origin is not None and all((Path(source) / name).is_file() for name in ("config.json", *origin.weights))
+    return origin if there else None
+
+
+def quantised(source: str) -> dict[str, Any]:
+    """What a run's record says of a base that came from a quantised file; empty for others."""
+    origin = origin_of(source)
+    if origin is None:
+        return {}
+    return {"quantised": {key: getattr(origin, key) for key in ("file", "sha256", "architecture", "types")}}
+
+
+def config_digest(settings: PretrainedConfig, source: str) -> str:
+    """Digest of all in a config that decides what the model computes; of a GGUF file its own."""
+    if (origin := origin_of(source)) is not None:
+        return origin.sha256[:16]
     content = {key: value for key, value in settings.to_dict().items() if key not in _NOT_ITS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def tokenizer_digest(source: str) -> str:
-    """Digest of a base's tokenizer files; empty where they cannot be found."""
+    """Digest of a base's tokenizer files, of a GGUF file its own; empty where they cannot be found."""
+    if (origin := origin_of(source)) is not None:
+        return origin.sha256[:16]
     folder = folder_of(source)
     files = (
         [] if folder is None else sorted(p for p in folder.iterdir() if _TOKENIZER.fullmatch(p.name) and p.is_file())
@@ -71,8 +123,16 @@ def tokenizer_digest(source: str) -> str:
 
 
 def weights_of(source: str) -> dict[str, str]:
-    """SHA-256 of every weights file of a base; empty where they cannot be found."""
+    """SHA-256 of every weights file of a base, of the GGUF file that it was made of; empty where they cannot be found.
+
+    Raises:
+        ModelError: the weights that were made of a GGUF file have been changed since.
+    """
     folder = folder_of(source)
+    if folder is not None and (origin := origin_of(source)) is not None:
+        if changed := [name for name, known in origin.weights.items() if digest(folder / name) != known]:
+            raise ModelError(f"{folder / changed[0]} was changed since it was made of {origin.file}: delete {folder}.")
+        return {origin.file: origin.sha256}
     return {} if folder is None else {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
@@ -147,7 +207,7 @@ def check_weights(expected: Mapping[str, str] | None, found: Mapping[str, str], 
 def check_files(base: Mapping[str, Any], settings: PretrainedConfig, source: str, adapter: str) -> None:
     """Refuse another config or tokenizer than those that a run's record names. Raises AdapterError."""
     for what, known, found in (
-        ("config", base.get("config"), config_digest(settings)),
+        ("config", base.get("config"), config_digest(settings, source)),
         ("tokenizer", base.get("tokenizer"), tokenizer_digest(source)),
     ):
         if known and found and known != found:

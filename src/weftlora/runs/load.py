@@ -111,6 +111,17 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
     return Trained(found, plain.eval(), task)
 
 
+def load_model(path: str) -> Trained:
+    """A model without an adapter, as people write it, to be talked to.
+
+    Raises:
+        ModelError: it is missing or incomplete, or generates no text.
+    """
+    found = base_model.find(base_model.Wanted(path, dtype=None), Path.cwd())
+    task: Task = "seq2seq" if found.settings.is_encoder_decoder else "causal"
+    return Trained(found, base_model.load(found, task).eval(), task)
+
+
 def _wanted(run: Run) -> base_model.Wanted:
     """The base that a run names. Raises RunError where its record is damaged."""
     section = run.recipe.get("model")

@@ -1,6 +1,6 @@
 """A recipe: which model, which data, which adapter, how to train, where to write; from a file, or by its built-in name.
 
-    model:   demo | path | hub id | {path, dtype, task, attn_implementation}
+    model:   demo | smollm2 | path | hub id | {path, dtype, task, attn_implementation}
     data:    demo | path | the keys of `weftlora.data.DataConfig`
     adapter: a recipe name | {recipe: name, its fields} | {structure: ..., the other axes, r, ...} | none
     train:   steps or epochs, batch_size, lr, ...
@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
@@ -54,7 +54,7 @@ BUILTIN = {
         Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
         Builtin(
             "lora_init",
-            "LoRA, begun anew along the directions of W it moved most",
+            "LoRA, restarted along the directions of W that training moves most",
             "arXiv:2409.01035",
             {"after": 10},
             5e-3,
@@ -117,11 +117,13 @@ Dtype = Literal["float32", "bfloat16", "auto"]
 
 
 class ModelConfig(RecipeSection):
-    """The frozen base. `path` is a folder (relative to the recipe file), a hub id, `demo` or `package:NAME/FOLDER`."""
+    """The frozen base. `path` is a folder or a GGUF file (relative to the recipe file), a hub id, `demo`, `smollm2`,
+    `package:NAME/FOLDER` or `package:NAME/FILE.gguf`."""
 
     where: ClassVar[str] = "model"
     path: Annotated[str, AfterValidator(checked_path)] = "demo"
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
+    """Of the weights; none is float32, or bfloat16 where that is the checkpoint's own and faster (`weftlora.runs.precision`)."""
     task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
     trust_remote_code: Literal[False] = False
     attn_implementation: str | None = None
@@ -154,11 +156,17 @@ class TrainConfig(RecipeSection):
     """Optimiser steps between validation losses; none measures it once, at the end."""
     eval_rows: Annotated[int, Field(gt=0, le=MOST_OF_ALL)] | Literal["all"] | None = None
     """Validation rows that are measured each time, drawn from the seed; none bounds them, so that it costs a part of the training."""
+    samples: Annotated[int, Field(ge=0, le=1000)] | list[str] = 0
+    """Prompts that are answered at every measurement and at the end: of so many validation rows, or a list of one's own."""
+    sample_tokens: int = Field(default=64, gt=0, le=10**6)
+    """Tokens that such an answer may have."""
     save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
     """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
     keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
     """How many complete checkpoints stay on disk."""
     logging_every: int = Field(default=10, gt=0, le=MOST_OF_ALL)
+    group_by_length: bool | None = None
+    """Whether rows of like length are put into one batch; none does it where random batches would be padded much."""
     num_threads: int | None = Field(default=None, gt=0, le=MOST_THREADS)
     report_to: str | list[str] = "none"
     trainer: Literal["auto", "trainer", "sft"] = "auto"
@@ -170,6 +178,11 @@ class TrainConfig(RecipeSection):
     """An adapter, or a run, whose values are where training begins; in files and on the command line also `from`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Passed on to transformers' TrainingArguments (trl's SFTConfig with `trainer: sft`)."""
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _one_sample(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -300,10 +313,17 @@ class Recipe(Subject):
         """The recipe with these values in its train section."""
         return self.model_copy(update={"train": self.train.model_copy(update=values)})
 
+    def with_dtype(self, dtype: str) -> Recipe:
+        """The recipe with its base's weights in this type."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"dtype": dtype})})
+
     def settled(self, kept: Mapping[str, Any]) -> Recipe:
-        """The recipe with what it leaves to the model, and the run that keeps `kept` has decided: its rate."""
-        lr = kept.get("train", {}).get("lr")
-        return self if self.train.lr is not None or not is_number(lr) else self.with_train(lr=float(lr))
+        """The recipe with what it leaves to model, rows and machine, and the run that keeps `kept` has decided: rate, type, order."""
+        lr, dtype = kept.get("train", {}).get("lr"), kept.get("model", {}).get("dtype")
+        recipe = self if self.train.lr is not None or not is_number(lr) else self.with_train(lr=float(lr))
+        if recipe.train.group_by_length is None:  # a run of before there was a choice drew its rows at random
+            recipe = recipe.with_train(group_by_length=kept.get("train", {}).get("group_by_length") is True)
+        return recipe if self.model.dtype is not None or dtype not in get_args(Dtype) else recipe.with_dtype(dtype)
 
 
 def asked(
@@ -327,9 +347,8 @@ def asked(
             before = Run.load(Path(recipe.out).expanduser()).whole()
     if before is not None:
         recipe = recipe.settled(before.recipe)
-        told = Recipe.read(before.recipe).model_dump(
-            mode="json"
-        )  # with the defaults of keys that are newer than the run
+        # with the defaults of keys that are newer than the run
+        told = Recipe.read(before.recipe).settled(before.recipe).model_dump(mode="json")
         check_continues(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
     if before is None or before.status != "complete":
         check_fields(recipe.adapter)
@@ -355,8 +374,8 @@ def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: 
     kept["train"] |= {"steps": None, "epochs": None}
     if not any(text.startswith("out=") for text in given):
         kept["out"] = f"{Path(source)}-{lengths[-1]}"
-    recipe = Recipe.read(kept, *given, base_dir=Path(before.base_dir), from_folder=True)
-    told = Recipe.read(before.recipe).model_dump(mode="json")
+    recipe = Recipe.read(kept, *given, base_dir=Path(before.base_dir), from_folder=True).settled(before.recipe)
+    told = Recipe.read(before.recipe).settled(before.recipe).model_dump(mode="json")
     check_extends(dataclasses.replace(before, recipe=told), recipe.model_dump(mode="json"))
     recipe.check_places()
     return recipe, before

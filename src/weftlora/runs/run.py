@@ -3,13 +3,13 @@
 run.json        what was asked and what came out; written whole or not at all
 metrics.jsonl   one line per logged step: loss, rate, tokens
 events.jsonl    what happened when: start, checkpoints, resume, end
+samples.jsonl   what it answered to a few prompts while it was trained, if it was asked
 adapter/        the trained adapter, as peft saves it
 checkpoints/    what --resume continues from
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from weftlora.disk.files import append_json, check_regular, read_json, read_lines, write_json, writing
+from weftlora.disk.files import append_json, check_regular, read_json, read_lines, why_no_file, write_json, writing
 from weftlora.disk.lock import NAME, is_held
 from weftlora.disk.ownership import (
     FOLDERS,
@@ -40,9 +40,17 @@ from weftlora.settings import is_number, is_whole
 FORMAT = 1
 """Version of run.json; a newer one is refused by name."""
 
+SAMPLES = "samples.jsonl"
+"""What the run answered to the prompts of `train.samples`, if there are some."""
 LOSSES = ("loss", "validation_loss")
 """Of a row of metrics.jsonl, as far as it has them; NaN where training has diverged."""
-FREE_ON_RESUME = {"train.report_to", "train.keep", "train.logging_every"}
+FREE_ON_RESUME = {
+    "train.report_to",
+    "train.keep",
+    "train.logging_every",
+    "train.samples",
+    "train.sample_tokens",
+}
 """Keys that may differ when a run is resumed: they do not touch the adapter."""
 
 
@@ -119,6 +127,15 @@ class Run(Record):
             return is_whole(row.get("step"), 0) and all(is_number(row[key]) for key in LOSSES if key in row)
 
         return [row for row in read_lines(self.folder / "metrics.jsonl") if is_row(row)]
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The rows of samples.jsonl, in order; none where no samples were asked for, and none that is no answer."""
+
+        def is_row(row: dict[str, Any]) -> bool:
+            texts = isinstance(row.get("prompt"), str) and isinstance(row.get("text"), str)
+            return texts and is_whole(row.get("step"), 0) and isinstance(row.get("reference", ""), str)
+
+        return [row for row in read_lines(self.folder / SAMPLES) if is_row(row)]
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -208,8 +225,10 @@ def check_free(folder: Path, overwrite: bool) -> None:
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir():
         raise RunError(f"the run folder {folder} cannot be made: {nearest} is a file.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"the run folder {folder} cannot be made: {nearest} is read-only; choose another with out=....")
+    if reason := why_no_file(nearest):
+        raise RunError(
+            f"the run folder {folder} cannot be made: {nearest} takes no new file ({reason}); choose another with out=...."
+        )
 
 
 FREE_TO_EXTEND = FREE_ON_RESUME | {

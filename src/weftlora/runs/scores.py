@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.runs.head_loss import answer_loss, head_of, is_the_models_own
 from weftlora.settings import IGNORE
 
 ROUGE = "rouge-score {}, rougeL F-measure, no stemming"
@@ -117,9 +118,18 @@ def mean_loss(model: Any, rows: Any, collate: Collate, size: int, progress: Prog
     total, count, predicted = 0.0, 0, list[int]()
     rows = rows.select_columns(["input_ids", "attention_mask", "labels"])
     causal = not model.config.is_encoder_decoder
+    head = head_of(forward)
     with evaluating(model):
+        if head is not None and not is_the_models_own(forward, head):
+            head = None
         for done, batch in enumerate(batches(rows, size), start=1):
             inputs = {key: value.to(model.device) for key, value in collate(batch).items()}
+            if head is not None:
+                summed, scored, _ = answer_loss(forward, head, inputs)
+                total += float(summed)
+                count += scored
+                progress(Tick("loss", done, math.ceil(len(rows) / size), total / max(count, 1)))
+                continue
             output = forward(**inputs)
             labels = inputs["labels"]
             if labels.dim() == 1:

@@ -85,31 +85,33 @@ class MeanGate:
     """Running mean of the weights of `site`'s router over tokens, filled by the training passes of one step."""
 
     site: Site
-    total: Tensor | None = None
-    tokens: int = 0
+    seen: Tensor | None = None
+    """[N + 1] fp64: the sum of the weights over tokens, then how many tokens; a tensor, since a number would be a constant of a
+    compiled graph."""
 
     def __call__(self, omega: Tensor) -> None:
         """Take in weights [..., N]; an evaluation or generation between two steps is none of the training."""
-        if not (self.site.training or torch.is_grad_enabled()):
-            return
-        flat = omega.detach().flatten(0, -2)
-        self.total = flat.double().sum(0) if self.total is None else self.total + flat.double().sum(0)
-        self.tokens += flat.shape[0]
+        if self.site.training or torch.is_grad_enabled():
+            self.add(omega)
+
+    def add(self, omega: Tensor) -> None:
+        """Take in weights [..., N]."""
+        flat = omega.detach().flatten(0, -2).double()
+        seen = torch.cat([flat.sum(0), torch.ones_like(flat[:, 0]).sum(0, keepdim=True)])
+        self.seen = seen if self.seen is None else self.seen + seen
 
     def mean(self, heads: int) -> Tensor:
         """[N] fp64; uniform if nothing was seen."""
-        if self.total is None or not self.tokens:
+        if self.seen is None or not self.seen[-1]:
             return torch.full((heads,), 1 / heads, dtype=torch.float64)
-        return self.total / self.tokens
+        return self.seen[:-1] / self.seen[-1]
 
     def share(self) -> None:
         """Take in what the other processes saw; all of them must call it."""
         f = self.site.factors()
-        seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
-        if self.total is not None:
-            seen[:-1], seen[-1] = self.total, self.tokens
-        dist.all_reduce(seen)
-        self.total, self.tokens = seen[:-1], int(seen[-1])
+        if self.seen is None:
+            self.seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
+        dist.all_reduce(self.seen)
 
 
 def decompose(name: str, w: Tensor) -> change_rates.Spectrum:

@@ -57,7 +57,7 @@ class LaunchController:
 
     def due(self, length: Length) -> int | None:
         """See `Controller`."""
-        return resolve(self.launch.choice.after, length.total_steps, length.steps_per_epoch)
+        return resolve(self.launch.choice.after, length.total_steps, length.steps_per_epoch, length.begins)
 
     def done(self) -> bool:
         """See `Controller`."""
@@ -134,4 +134,4 @@ def forget_moments(parameter: nn.Parameter) -> None:
 
 def _warn(names: list[str], sentence: str) -> None:
     if names:
-        warnings.warn(f"{len(names)} sites such as {names[0]} {sentence}", stacklevel=3)
+        warnings.warn(f"{len(names)} modules such as {names[0]} {sentence}", stacklevel=3)

@@ -132,7 +132,7 @@ def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
 
 
 def cost(site: Site) -> int:
-    """How many trained numbers one slot of the site has."""
+    """How many trainable parameters one slot of the site has."""
     return sum(view(p).numel() for p, view in by_slot(site)) // by_slot(site)[0][0].shape[0]
 
 

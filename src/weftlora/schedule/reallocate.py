@@ -116,7 +116,8 @@ class ReallocateController:
 
     def _steps(self, length: Length) -> list[int] | None:
         c = self.choice
-        return rounds(c.first, c.every, max(c.max_rounds, 1), length.total_steps, length.steps_per_epoch)
+        count = max(c.max_rounds, 1)
+        return rounds(c.first, c.every, count, length.total_steps, length.steps_per_epoch, length.begins)
 
     def done(self) -> bool:
         """See `Controller`."""
@@ -145,8 +146,8 @@ class ReallocateController:
             )
         if choice.needs_data and given < choice.rows:
             warnings.warn(
-                f"{choice.title}(rows={choice.rows}) scores on so many validation rows and {given} were given, so every round scores "
-                "on all of them: give more, or lower rows.",
+                f"{choice.title}(rows={choice.rows}) scores on that many validation rows and {given} were given, so every round "
+                "scores on all of them: give more, or lower rows.",
                 stacklevel=4,
             )
         self.scorer = rows.slots(choice)

@@ -85,7 +85,7 @@ def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
     layers = {m.module_name: m for m in base.modules() if isinstance(m, WeftLinear) and adapter in m.weft_site}
     if missing := sorted(set(kept) - set(layers)):
         raise ConfigError(
-            f"the selection names {missing[0]}, where the model has no site: use the selection of this search."
+            f"the selection names {missing[0]}, where the model has no adapted module: use the selection of this search."
         )
     for name, layer in layers.items():
         if name not in kept:

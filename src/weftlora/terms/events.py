@@ -28,11 +28,15 @@ Event = dict[str, Any]
 
 @dataclass
 class Length:
-    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step."""
+    """How long the run is, where that is known: optimiser steps in all, and per pass over the data; tokens of a step.
+
+    Times in fractions are of the steps after `begins`: of a run that goes on with another, those that it adds.
+    """
 
     total_steps: int | None = None
     steps_per_epoch: float | None = None
     tokens_per_step: float | None = None
+    begins: int = 0
 
 
 class StructureView(Protocol):

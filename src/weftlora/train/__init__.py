@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from weftlora.data.paths import is_model, locate
 from weftlora.errors import ConfigError
 from weftlora.extras import needs
 from weftlora.progress import Progress, Tick, ignore
@@ -79,7 +80,7 @@ def preview(
     rows: int = 3,
     progress: Progress = ignore,
 ) -> Preview:
-    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learnt, time and memory.
+    """Look at what a recipe will train on: rows of each file, what was cut and dropped, lengths, what is learned, time and memory.
 
     Nothing is written. Time and memory are measured by a few passes of the recipe's own model over its rows, on this machine.
 
@@ -153,7 +154,7 @@ def generate(
     seed: int = 0,
     base: str | None = None,
 ) -> Generation:
-    """Answer a prompt with a run, its folder, or a bare adapter folder.
+    """Answer a prompt with a run, its folder, a bare adapter folder, or a model by itself (`smollm2`, a GGUF file, a folder).
 
     What the run was trained on decides what a text becomes: the user's turn in the chat template, the prompt template filled in, or
     the text as it stands.
@@ -170,8 +171,7 @@ def generate(
         ConfigError, DataError: a prompt that the run has no place for.
         ModelError: the base is missing, or the run is a classifier.
     """
-    if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
-        Run.load(run)  # says what the folder lacks
+    _check_speaks(run)
     with needs("train", "weftlora.generate"):
         from weftlora.train import evaluation as module
 
@@ -189,6 +189,8 @@ def chat(
 ) -> Conversation:
     """Open a run to talk to: `weftlora.chat(run).say("hello").text`, turn after turn, with the model loaded once.
 
+    A model by itself (`smollm2`, a GGUF file, a folder) answers as it does before it is trained, in its chat template if it has one.
+
     Args:
         system: a system turn before all others, for runs that were trained on conversations.
         temperature: 0 is greedy; above, tokens are sampled with `seed`.
@@ -199,12 +201,21 @@ def chat(
         ConfigError: a system turn for a run that has no place for one.
         ModelError: the base is missing, or the run is a classifier.
     """
-    if not isinstance(run, Run) and not (Path(run) / "adapter_config.json").is_file():
-        Run.load(run)
+    _check_speaks(run)
     with needs("train", "weftlora.chat"):
         from weftlora.train import evaluation as module
 
         return module.chat(run, system, max_new_tokens, temperature, seed, base)
+
+
+def _check_speaks(source: Run | str | Path) -> None:
+    """Whether there is a run, an adapter or a model to talk to, before anything that takes seconds to load."""
+    if isinstance(source, Run):
+        return
+    if is_model(source):
+        locate(str(source), Path.cwd())
+    elif not (Path(source) / "adapter_config.json").is_file():
+        Run.load(source)  # says what the folder lacks
 
 
 def _check_source(source: Run | str | Path | Recipe, bare: bool) -> None:

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.host.versions import named
+from weftlora.host.versions import grouped, named
 from weftlora.redaction import secrets_in
 from weftlora.runs.recipe import TrainConfig
 
@@ -182,6 +182,7 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         "dataloader_pin_memory": torch.cuda.is_available(),
         "include_num_input_tokens_seen": "non_padding",
         "label_names": ["labels"],
+        **grouped(arguments_class(config), bool(config.group_by_length)),
         **_checkpointing(config),
         **(_BEST if keeps_best(config) else {}),
         **config.args,

@@ -23,7 +23,6 @@ What a run has none of, or the machine cannot tell, is absent.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
@@ -72,11 +71,16 @@ def timed(state: TrainerState) -> Timed:
     return Timed(**state.stateful_callbacks[KEY])
 
 
+def measuring_seconds(sums: Timed, tokens: int) -> float:
+    """What measuring a loss on so many tokens will take: a forward pass is under half of a step."""
+    return 0.5 * tokens * sums.seconds / sums.tokens if sums.tokens else 0.0
+
+
 def announce_measuring(sums: Timed, rows: Any) -> None:
-    """Say how long measuring a loss on these rows will take, where that is worth saying: a forward pass is under half of a step."""
+    """Say how long measuring a loss on these rows will take, where that is worth saying."""
     if not sums.tokens:
         return
-    seconds = 0.5 * sum(map(len, rows["input_ids"])) * sums.seconds / sums.tokens
+    seconds = measuring_seconds(sums, sum(map(len, rows["input_ids"])))
     if seconds > WORTH_SAYING:
         log.info("measuring the validation loss on %d rows: about %.0f s", len(rows), seconds)
 
@@ -132,7 +136,10 @@ class Stopwatch(TrainerCallback):
 
     def _keep(self, state: TrainerState) -> None:
         self.sums.train_seconds = time.monotonic() - self.began
-        state.stateful_callbacks[KEY] = dataclasses.asdict(self.sums)
+        state.stateful_callbacks[KEY] = {**vars(self.sums)}
+
+
+_RESET = "/proc/self/clear_refs"
 
 
 def forget_peak(device: torch.device) -> bool:
@@ -143,7 +150,8 @@ def forget_peak(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to what is resident now, see proc(5)
+        with open(_RESET, "wb", buffering=0) as file:
+            file.write(b"5")  # sets VmHWM back to what is resident now, see proc(5)
     except OSError:
         return False
     return True
@@ -153,8 +161,9 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory in use since `forget_peak`: allocated tensors on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    with open("/proc/self/status", "rb", buffering=0) as file:  # in every step, so no more than is needed
+        _, _, behind = file.read().partition(b"VmHWM:")
+    return 1024 * int(behind.split(None, 1)[0])
 
 
 WEIGHTS = "adapter_model.safetensors"

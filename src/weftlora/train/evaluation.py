@@ -21,12 +21,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from weftlora.data import IGNORE, Collator, generation_prompts
 from weftlora.data import load as load_data
+from weftlora.data.paths import is_model
 from weftlora.disk.files import write_json
 from weftlora.disk.lock import holding
 from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.progress import Progress, Tick
 from weftlora.records import Record
-from weftlora.runs.load import Trained, load_adapter, load_run, recipe_of
+from weftlora.runs import base_model
+from weftlora.runs.load import Trained, load_adapter, load_model, load_run, recipe_of
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Run
 from weftlora.runs.scores import Measured, accuracy, bleu, evaluating, exact_match, macro_f1, mean_loss, rouge_l
@@ -108,7 +110,7 @@ def generate(
 ) -> Generation:
     """See `weftlora.train.generate`."""
     check_sampling(max_new_tokens, temperature)
-    how = Prompting.of(run_of(source))
+    how = prompting_of(source)
     how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
     return Speaker.opened(source, how, base).answer(prompt, system, raw, max_new_tokens, temperature, seed)
 
@@ -165,7 +167,7 @@ def chat(
 ) -> Conversation:
     """See `weftlora.train.chat`."""
     check_sampling(max_new_tokens, temperature)
-    how = Prompting.of(run_of(source))
+    how = prompting_of(source)
     how.written("", system)
     return Conversation(Speaker.opened(source, how, base), system, max_new_tokens, temperature, seed)
 
@@ -187,10 +189,24 @@ def run_of(source: Run | str | Path) -> Run | None:
     return Run.load(holder) if inside and (holder / "run.json").is_file() else None
 
 
+def prompting_of(source: Run | str | Path) -> Prompting:
+    """How prompts are written out: as a run, or an adapter folder in its run or out of it, was trained; for a model by itself in its
+    chat template, if it has one. Raises AdapterError, RunError."""
+    if not isinstance(source, Run) and is_model(source):
+        tokenizer = base_model.find(base_model.Wanted(str(source)), Path.cwd()).tokenizer
+        return Prompting("chat" if getattr(tokenizer, "chat_template", None) else "text")
+    run = run_of(source)
+    return Prompting.of_adapter(Path(source)) if run is None and not isinstance(source, Run) else Prompting.of(run)
+
+
 def open_source(source: Run | str | Path, base: str | None) -> Trained:
-    """A run, a run folder or a bare adapter folder, loaded."""
+    """A run, a run folder, a bare adapter folder or a model by itself, loaded."""
     if isinstance(source, Run):
         return load_run(source, base)
+    if is_model(source):
+        if base is not None:
+            raise ConfigError(f"{source} is a model by itself, which has no other base: leave out --base.")
+        return load_model(str(source))
     folder = Path(source)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, base)

@@ -2,7 +2,8 @@
 
     checkpoint   the run's last one, copied, with its optimiser, its random state and what it has logged
     schedule     begins again at that step: the run's own, warm-up included, from the full rate over the added steps alone
-    fractions    of the run (`train.warmup`) are of the added steps
+    fractions    of the run (`train.warmup`, and times of a method that are still to come) are of the added steps; what has happened
+                 stays
 
 It is not the run that would have been, had it been given so many steps from the start: that one's rate would have fallen more slowly.
 """
@@ -20,7 +21,7 @@ from transformers import get_scheduler
 from weftlora.disk.files import read_lines, write_lines, writing
 from weftlora.errors import ConfigError, RunError
 from weftlora.runs.recipe import TrainConfig
-from weftlora.runs.run import Run
+from weftlora.runs.run import SAMPLES, Run
 from weftlora.settings import is_number
 from weftlora.train import checkpoint
 
@@ -66,6 +67,8 @@ def take_over(before: Run, run: Run, last: Path) -> None:
                 (run.folder / name).parent.mkdir(exist_ok=True)
                 shutil.copy2(before.folder / name, run.folder / name)
     write_lines(run.folder / "metrics.jsonl", [row for row in before.history() if row["step"] <= step])
+    if samples := before.samples():
+        write_lines(run.folder / SAMPLES, [row for row in samples if row["step"] <= step])
     happened = read_lines(before.folder / "events.jsonl")
     kept = [row for row in happened if not is_number(row.get("step")) or row["step"] <= step]
     begun = read_lines(run.folder / "events.jsonl")

@@ -36,7 +36,7 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
-from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search
+from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search, sampling
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
@@ -100,11 +100,15 @@ def _train(
     folder = Path(recipe.out).expanduser()
     main = int(os.environ.get("RANK", "0")) == 0
     started = time.monotonic()
-    prepared = prepare(recipe, None if before is None else before.adapter)
+    begins = 0 if before is None else before.extends.get("step", 0)
+    if extends is not None and (newest := checkpoint.newest(extends.checkpoints)) is not None:
+        begins = checkpoint.step_of(newest)
+    prepared = prepare(recipe, None if before is None else before.adapter, begins)
     if prepared.adapter is None:
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
         )
+    sampling.asked(prepared)  # what is wrong with them is said before anything is written
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     last = None
     if before is not None:
@@ -117,9 +121,7 @@ def _train(
         last = extending.point(extends, run.steps)
         run = dataclasses.replace(run, extends=extending.described(extends, last))
     validate = prepared.data.validation is not None
-    args = arguments.arguments(
-        prepared.recipe.train, run.checkpoints, run.steps, validate, before=run.extends.get("step", 0)
-    )
+    args = arguments.arguments(prepared.recipe.train, run.checkpoints, run.steps, validate, before=begins)
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
         expected = known if isinstance(known, dict) else None
@@ -169,8 +171,9 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         base={
             "source": prepared.base.source,
             **dataclasses.asdict(prepared.fingerprint),
-            "config": identity.config_digest(prepared.base.settings),
+            "config": identity.config_digest(prepared.base.settings, prepared.base.source),
             "tokenizer": identity.tokenizer_digest(prepared.base.source),
+            **identity.quantised(prepared.base.source),
         },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),
@@ -194,7 +197,16 @@ def _announce(run: Run, prepared: Prepared) -> None:
         log.info("%s: %d rows, %d tokens%s", split, count["rows"], count["tokens"], f" ({extra})" if extra else "")
     for line in prepared.data.columns:
         log.info("%s", line)
-    log.info("the first row, what is learnt in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
+    log.info("the first row, what is learned in ⟦ ⟧: %s", sampled(prepared.data.train, prepared.base.tokenizer))
+    if prepared.recipe.data.packing:
+        how = getattr(prepared.model.config, "_attn_implementation", None)
+        log.info(
+            "packed rows: %s",
+            f"a batch is one row without padding ({how})"
+            if prepared.flat
+            else f"a batch is padded to its longest, since {how} attention works on a mask "
+            "(model.attn_implementation=flash_attention_2 on a GPU leaves the padding out)",
+        )
     for sentence in lost_rows(run):
         log.warning("%s", sentence)
     if prepared.defaults:
@@ -365,7 +377,7 @@ def _sentences(record: _Record, run: Run) -> Iterator[None]:
     except RuntimeError as error:
         if record.run is not None:
             record.run.check_there()
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        if not any(said in str(error) for said in ("PytorchStreamWriter", "unexpected pos", "inline_container")):
             raise
         raise RunError(
             f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."

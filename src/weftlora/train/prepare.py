@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,6 +51,7 @@ class Prepared:
     adapter: PeftConfig | None
     fingerprint: Fingerprint
     collator: Collator
+    """Of batches that are measured, and of those that are trained on where no rows are packed."""
     steps: int
     """Optimiser steps of the whole run."""
     measured_on: Dataset | None = None
@@ -58,6 +60,13 @@ class Prepared:
     """What the recipe did not say, and was therefore taken, in words."""
     weights: Weights | None = None
     """The weights of the base, being looked at; None where nobody asked."""
+    flat: bool = False
+    """Whether batches that are trained on have no padding (`takes_flat_rows`)."""
+
+    @property
+    def training_collator(self) -> Collator:
+        """Of the batches that are trained on."""
+        return dataclasses.replace(self.collator, flat=self.flat)
 
     def name_weights(self, run: Run) -> bool:
         """Put the digests of the base's weights into a run's record, and whether they were not there yet.
@@ -71,11 +80,12 @@ class Prepared:
         return True
 
 
-def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
+def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int = 0) -> Prepared:
     """Load and adapt what `recipe` names; writes nothing.
 
     Args:
         begun: the adapter's config in the record of the run that is continued.
+        begins: the last step of the run that is extended.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: whatever in the recipe cannot work.
@@ -103,10 +113,18 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
     mark = fingerprint(plain)
     steps = arguments.total_steps(recipe.train, len(data.train), int(os.environ.get("WORLD_SIZE", "1")))
     defaults = _defaults(recipe, steps, len(data.train))
+    if recipe.model.dtype is None:
+        recipe = recipe.with_dtype(base.precision.dtype)
+        defaults += (f"weights in {base.precision.dtype} {base.precision.why}",) if base.precision.why else ()
     if recipe.train.lr is None:
         chosen = rates.rate(recipe.adapter.get("recipe"), base.settings, base_model.is_encoder(base.settings))
         recipe = recipe.with_train(lr=chosen.lr)
         defaults += (f"learning rate {chosen.lr:g} {chosen.why}",)
+    if recipe.train.group_by_length is None:
+        padded = 0.0 if recipe.data.packing else padding(data.train, recipe.train.batch_size)
+        recipe = recipe.with_train(group_by_length=padded >= MOST_PADDING)
+        if recipe.train.group_by_length:
+            defaults += (f"rows of like length together (at random {padded:.0%} of the tokens would be padding)",)
     config = as_begun(adapter_config(recipe.adapter, steps, selection, recipe.from_folder), begun)
     if selection is not None:
         selection.check(plain)
@@ -132,10 +150,12 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None) -> Prepared:
             steps_per_epoch=per_epoch,
             validation=rows,
             tokens_per_step=per_step,
+            begins=begins if begins < steps else None,  # which `extending.point` refuses
         )
     _ready_for_checkpointing(plain, recipe)
     measured = rows_to_measure(recipe.train, data, steps)
-    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults)
+    flat = recipe.data.packing and takes_flat_rows(plain)
+    return Prepared(recipe, base, data, task, adapted, config, mark, collator, steps, measured, defaults, flat=flat)
 
 
 def _defaults(recipe: Recipe, steps: int, rows: int) -> tuple[str, ...]:
@@ -149,6 +169,23 @@ def _defaults(recipe: Recipe, steps: int, rows: int) -> tuple[str, ...]:
     if "batch_size" not in train.model_fields_set:
         said.append(f"batches of {train.batch_size} rows")
     return tuple(said)
+
+
+MOST_PADDING, LONG = 0.15, 128
+"""Share of padding above which rows are grouped by length, where one of them has so many tokens."""
+
+
+def padding(rows: Dataset, size: int, drawn: int = 200) -> float:
+    """The share of padding in random batches of `size` rows; 0 where all rows are short, which is not worth a thought."""
+    import pyarrow.compute as pc
+
+    chunks = rows.select_columns(["input_ids"]).with_format("arrow")[:]["input_ids"].chunks
+    lengths = [length for chunk in chunks for length in pc.list_value_length(chunk).to_pylist()]
+    if size < 2 or len(lengths) <= size or max(lengths) < LONG:
+        return 0.0
+    draw = Random(0)
+    batches = [draw.sample(lengths, size) for _ in range(drawn)]
+    return 1 - sum(map(sum, batches)) / sum(size * max(batch) for batch in batches)
 
 
 MOST_MEASURED = 512
@@ -207,6 +244,11 @@ def check_packing(model: PreTrainedModel, base: base_model.Base) -> None:
             f"data.packing cannot be used: rows that are packed together see each other in {base.config.path!r} with {how} attention; "
             "leave it out, or try another model.attn_implementation."
         )
+
+
+def takes_flat_rows(model: PreTrainedModel) -> bool:
+    """Whether packed rows are cheapest one behind the other: flash attention takes them apart by their positions, without a mask."""
+    return "flash" in str(getattr(model.config, "_attn_implementation", None))
 
 
 def locate_adapter(recipe: Recipe) -> Path:

@@ -1,4 +1,4 @@
-"""A look before training: what becomes of the rows, what of them is learnt, how long the run will take and what memory.
+"""A look before training: what becomes of the rows, what of them is learned, how long the run will take and what memory.
 
     time      seconds of a forward and a backward pass over a batch of the run, by padded token, times those of the whole run
     memory    the most in use during such passes over the longest rows, and the optimiser's two moments of every trained parameter
@@ -81,7 +81,7 @@ class Preview(Record):
     """Rows of each file."""
     splits: dict[str, Rows]
     samples: list[list[list[Any]]]
-    """The first training rows as [text, whether it is learnt] in order."""
+    """The first training rows as [text, whether it is learned] in order."""
     steps: int
     epochs: float
     rows_per_step: int

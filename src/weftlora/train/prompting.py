@@ -24,7 +24,9 @@ from weftlora.data import encode_prompt
 from weftlora.data.config import template_columns
 from weftlora.data.encode import fold_system, render
 from weftlora.data.examples import SPEAKERS
-from weftlora.errors import ConfigError, DataError, ModelError, suggest
+from weftlora.disk.ownership import PROMPTS
+from weftlora.errors import AdapterError, ConfigError, DataError, ModelError, suggest
+from weftlora.foreign_json import from_json
 from weftlora.runs.load import Trained, recipe_of
 from weftlora.runs.run import Run
 
@@ -51,6 +53,29 @@ class Prompting:
             return cls()
         data = recipe_of(run).data
         return cls(run.data.get("format"), data.prompt_template, data.system == "fold")
+
+    @classmethod
+    def of_adapter(cls, folder: Path) -> Prompting:
+        """What an adapter folder says that was taken out of its run.
+
+        Raises:
+            AdapterError: its `prompts.json` is damaged.
+        """
+        file = folder / PROMPTS
+        if not file.is_file():
+            return cls()
+        try:
+            said = from_json(file.read_text(encoding="utf-8"))
+            form, template, fold = said["format"], said["prompt_template"], said["system"] == "fold"
+            if form not in (*_WORDS, "classification", None) or not isinstance(template, str | None):
+                raise ValueError("it holds other values than weftlora writes")
+            if template is not None:
+                template_columns(template)
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+            raise AdapterError(
+                f"{file} cannot be read ({type(error).__name__}): delete it, and say with --messages or --raw what prompts become."
+            ) from None
+        return cls(form, template, fold)
 
     @property
     def trained_on(self) -> str:

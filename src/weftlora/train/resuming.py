@@ -15,7 +15,7 @@ from weftlora.disk.files import write_lines
 from weftlora.errors import RunError
 from weftlora.runs import identity
 from weftlora.runs.base_model import Fingerprint, check_same
-from weftlora.runs.run import Run
+from weftlora.runs.run import SAMPLES, Run
 from weftlora.train import checkpoint
 from weftlora.train.prepare import Prepared
 
@@ -70,4 +70,6 @@ def resume_point(run: Run, main: bool) -> Path | None:
         run.folder / "metrics.jsonl",
         [row for row in run.history() if row["step"] <= step],
     )
+    if samples := run.samples():
+        write_lines(run.folder / SAMPLES, [row for row in samples if row["step"] <= step])
     return last

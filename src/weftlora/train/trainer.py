@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftType
+from peft import PeftModel, PeftType
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weftlora.adapted.routing import routing
@@ -18,13 +20,16 @@ from weftlora.disk.files import append_json
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.runs.adapter import write_prompts
+from weftlora.runs.head_loss import answer_loss, head_of, is_the_models_own
 from weftlora.runs.run import Run
 from weftlora.runs.scores import mean_loss
 from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
-from weftlora.train.costs import Stopwatch, announce_measuring, timed
+from weftlora.train.costs import Stopwatch, announce_measuring, measuring_seconds, timed
 from weftlora.train.extending import Extended
 from weftlora.train.prepare import Prepared
+from weftlora.train.sampling import Sampler
 
 log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -41,6 +46,8 @@ class Recorder(TrainerCallback):
         self.loss: float | None = None
         self.rate: float | None = None
         self.since = (time.monotonic(), 0)
+        rows = prepared.measured_on
+        self.measured_tokens = 0 if rows is None else sum(map(len, rows["input_ids"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,13 +78,27 @@ class Recorder(TrainerCallback):
             return
         if control.should_save:
             self.run.check_there()  # Trainer makes a folder anew where there is none
-        self.progress(Tick("train", state.global_step, state.max_steps, self.loss, self.rate))
+        self.progress(
+            Tick("train", state.global_step, state.max_steps, self.loss, self.rate, self._seconds_left(args, state))
+        )
+
+    def _seconds_left(self, args: TrainingArguments, state: TrainerState) -> float | None:
+        """Of the steps that are left, as long as those were that are timed, and of the measurements between and after them."""
+        sums, left = timed(state), state.max_steps - state.global_step
+        if not sums.steps:
+            return None
+        every = args.eval_steps if args.eval_strategy != "no" else None
+        times = bool(self.measured_tokens) * (
+            1 + (state.max_steps // every - state.global_step // every if every else 0)
+        )
+        return left * sums.seconds / sums.steps + times * measuring_seconds(sums, self.measured_tokens)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.run.check_there()
             if self.prepared.name_weights(self.run):  # before the first one counts
                 self.run.save()
+            write_prompts(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run)
         finish(args, state, self.keep)
         if not state.is_world_process_zero:
             return
@@ -125,6 +146,33 @@ class _Measured:
         return metrics
 
 
+class Card:
+    """The model card of a run's checkpoints, which peft writes from its template once: the next ones get a copy.
+
+    The template costs peft as much as all the rest of saving a small adapter.
+    """
+
+    text: str | None = None
+
+    @contextlib.contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        """While checkpoints of `model` are written."""
+
+        def written(folder: str) -> None:
+            file = Path(folder) / "README.md"
+            if self.text is None or file.exists():
+                type(model).create_or_update_model_card(model, folder)
+                self.text = file.read_text(encoding="utf-8") if file.exists() else None
+            else:
+                file.write_text(self.text, encoding="utf-8")
+
+        model.create_or_update_model_card = written
+        try:
+            yield
+        finally:
+            del model.create_or_update_model_card
+
+
 class _Logged:
     """Mixed into a trainer: a loss that is logged is the mean since the last one, also where the run was interrupted in between.
 
@@ -134,6 +182,7 @@ class _Logged:
 
     _not_logged: torch.Tensor | None = None
     _brought: float | None = None
+    _card: Card
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *given: Any, **more: Any) -> Any:
         parent: Any = super()
@@ -147,7 +196,8 @@ class _Logged:
             mean = trainer.accelerator.gather(self._not_logged.detach()).mean().item()
             kept = {"sum": mean, "since": trainer._globalstep_last_logged}
             trainer.state.stateful_callbacks.setdefault(checkpoint.SIGNATURE, {})[_LOSS] = kept
-        parent._save_checkpoint(model, trial)
+        with self._card.of(trainer.model):
+            parent._save_checkpoint(model, trial)
 
     def training_step(self, *given: Any, **more: Any) -> torch.Tensor:
         parent: Any = super()
@@ -213,6 +263,31 @@ class _Balanced:
         return (loss, outputs) if return_outputs else loss
 
 
+class _OnAnswers:
+    """Mixed into a trainer of a model with a large, frozen output layer: logits are made of the learnt tokens alone."""
+
+    head: Any
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        trainer: Any = self
+        total, count, outputs = answer_loss(model, self.head, inputs)
+        summed = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        loss = total / (num_items_in_batch if summed else max(count, 1))
+        return (loss, outputs) if return_outputs else loss
+
+
+def _head(prepared: Prepared, args: TrainingArguments) -> Any:
+    """The output layer, where the loss can be computed on answers alone; else None, and the model computes its own."""
+    plain = prepared.recipe.train.trainer != "sft" and prepared.recipe.train.precision == "fp32"
+    if prepared.task != "causal" or not plain or args.world_size > 1 or args.n_gpu > 1 or args.label_smoothing_factor:
+        return None
+    base = prepared.model.get_base_model() if isinstance(prepared.model, PeftModel) else prepared.model
+    head = head_of(base)
+    return head if head is not None and is_the_models_own(base, head) else None
+
+
 def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any) -> Trainer:
     """The trainer that `train.trainer` names, around a prepared model."""
     kind: Any = Trainer
@@ -224,10 +299,12 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
+    if prepared.recipe.train.samples:
+        own.append(Sampler(run, prepared, progress))
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
-    added: dict[str, Any] = {"prepared": prepared}
+    added: dict[str, Any] = {"prepared": prepared, "_card": Card()}
     if run.extends:
         mixins.insert(0, Extended)
         added["extends_at"] = run.extends["step"]
@@ -236,6 +313,9 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         attach(prepared.model, on_event=_recorded(run), on_progress=progress if _main() else ignore)
     if _has_balance(prepared.adapter):
         mixins.append(_Balanced)
+    if (head := _head(prepared, args)) is not None:
+        mixins.append(_OnAnswers)
+        added["head"] = head
     measured = type("Measured" + kind.__name__, (*mixins, kind), added)
     validation = prepared.measured_on
     trainer = measured(
@@ -243,7 +323,7 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
         args=args,
         train_dataset=prepared.data.train.select_columns(_COLUMNS),
         eval_dataset=validation.select_columns(_COLUMNS) if validation is not None else None,
-        data_collator=prepared.collator,
+        data_collator=prepared.training_collator,
         callbacks=[*own, *extra],
         **options,
     )

@@ -22,13 +22,13 @@ Numbers = Callable[[Inspection], Mapping[str, float]]
 def adapter_differences(evidence: Evidence) -> Iterator[Part]:
     """Charts of everything that differs between the methods' adapters."""
     shown = [
-        *_by_site(evidence, "‖ΔW‖ of every site", ".2g", ".3g", _norms),
-        *_by_site(evidence, "Live rank slots of every site, where ranks move", ".1f", ".2f", _ranks),
+        *_by_site(evidence, "‖ΔW‖ of every module", ".2g", ".3g", _norms),
+        *_by_site(evidence, "Live rank slots of every module, where ranks move", ".1f", ".2f", _ranks),
         *_selected(evidence),
         *_by_site(
-            evidence, "Mean cosine between the heads of every site: 1 where they do the same", ".2f", ".3f", _heads
+            evidence, "Mean cosine between the heads of every module: 1 where they do the same", ".2f", ".3f", _heads
         ),
-        *_by_site(evidence, "Mean size of the gains of Dash at every site", ".2g", ".3g", _gains),
+        *_by_site(evidence, "Mean size of the gains of Dash at every module", ".2g", ".3g", _gains),
     ]
     shown += _routed(evidence)
     if shown:
@@ -63,8 +63,8 @@ def _sheet(evidence: Evidence) -> Sheet:
                     Cell(format(values[site], form), order=values[site], link=link) if site in values else Cell("–")
                 )
             lines.append(Line(name, "", cells))
-    columns = [Column("method", number=False), Column("site", number=False), *(Column(what) for what, *_ in numbers)]
-    return Sheet("Means by site", columns, lines)
+    columns = [Column("method", number=False), Column("module", number=False), *(Column(what) for what, *_ in numbers)]
+    return Sheet("Means by module", columns, lines)
 
 
 def _gathered(looks: Sequence[Inspection], numbers: Numbers) -> dict[str, list[float]]:
@@ -120,7 +120,7 @@ def _by_site(evidence: Evidence, what: str, written: str, told: str, numbers: Nu
     if rows:
         says = tooltip(
             ("pick", "method", None),
-            ("site", "site", None),
+            ("site", "name", None),
             ("value", "mean", told),
             ("spread", "over seeds", None),
             ("seeds", "seeds", "d"),

@@ -26,7 +26,7 @@ from weftlora.report.comparison.results import (
     verdicts,
     warnings,
 )
-from weftlora.report.comparison.runs import Evidence, columns, gather, groups, recipes
+from weftlora.report.comparison.runs import Evidence, columns, gather, groups, recipes, samples
 from weftlora.report.web import check_extra, check_place, render, write
 
 
@@ -37,6 +37,7 @@ def parts(evidence: Evidence) -> Iterator[Part]:
     yield results(found)
     for part in (quality, learning_curves, domains):
         yield from part(found)
+    yield from samples(evidence)
     yield from adapter_differences(evidence)
 
 

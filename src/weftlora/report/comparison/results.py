@@ -212,7 +212,7 @@ def results(found: Comparison) -> Part:
         Column("wins", "of its seeds"),
         *(Column(metric(name).title, metric(name).direction) for name in others),
         Column("rank"),
-        Column("trained", "numbers"),
+        Column("trainable", "parameters"),
         Column("stored", "numbers"),
         Column("export", "on disk"),
         Column("learning rate", "chosen for it"),
@@ -272,7 +272,7 @@ def _cells(found: Comparison, row: Row, others: Iterable[str]) -> Iterable[Cell]
 
 
 def _trained(found: Comparison, name: str, complete: list[Outcome], link: str) -> Cell:
-    """Trained numbers, and by how much they miss the budget."""
+    """Trainable parameters, and by how much they miss the budget."""
     method = found.method(name)
     if method.parameters is None:
         return spread_cell(figures(complete, "trained"), count, link)
@@ -341,7 +341,7 @@ def quality(found: Comparison) -> Iterator[Part]:
     """A chart per cost, where at least two methods are known by it."""
     how = metric(found.metric)
     costs: list[tuple[str, str, Mapping[str, Interval], Text]] = [
-        ("trained numbers", f"{how.title.capitalize()} and trained numbers", trained(found), count),
+        ("trainable parameters", f"{how.title.capitalize()} and trainable parameters", trained(found), count),
         (
             "CPU seconds of training",
             f"{how.title.capitalize()} and time",
@@ -374,7 +374,7 @@ def quality(found: Comparison) -> Iterator[Part]:
 
 
 def trained(found: Comparison) -> dict[str, Interval]:
-    """Trained numbers of every method."""
+    """Trainable parameters of every method."""
     given = {m.name: Interval(m.parameters, None, None, 1) for m in found.methods if m.parameters is not None}
     return _over_runs(found, lambda outcome: next(iter(figures([outcome], "trained")), None)) | given
 

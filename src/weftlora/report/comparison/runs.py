@@ -14,9 +14,24 @@ import yaml
 
 from weftlora.compare.record import Comparison, Outcome
 from weftlora.errors import AdapterError, RunError
+from weftlora.foreign_text import shortened
 from weftlora.inspection.inspecting import inspect
 from weftlora.inspection.record import Inspection
-from weftlora.report.comparison.elements import Cell, Column, figures, is_frozen, listed, metric, of_method, rate, score
+from weftlora.report.comparison.elements import (
+    Cell,
+    Column,
+    Line,
+    Part,
+    Sheet,
+    figures,
+    is_frozen,
+    kind_of,
+    listed,
+    metric,
+    of_method,
+    rate,
+    score,
+)
 from weftlora.report.comparison.results import other_metrics
 from weftlora.runs.run import Run, differences
 
@@ -147,6 +162,37 @@ def _cells(found: Comparison, outcome: Outcome) -> Iterator[Cell]:
     seconds = figures([outcome], "train_seconds")
     yield Cell(f"{seconds[0]:,.1f}" if seconds else "–")
     yield Cell(outcome.folder)
+
+
+LONGEST = 600
+"""Characters of a prompt or an answer that the page shows; the run's folder has all."""
+
+
+def samples(evidence: Evidence) -> Iterator[Part]:
+    """What each method's first run that was asked (`train.samples`) has answered, at first and at last."""
+    found, lines = evidence.found, list[Line]()
+    kinds = {row.name: kind_of(found, row) for row in found.rows}
+    for method in found.methods:
+        asked = (evidence.runs[o.folder] for o in found.of(method.name) if o.folder in evidence.runs)
+        run, rows = next(((run, rows) for run in asked if (rows := run.samples())), (None, []))
+        steps = sorted({row["step"] for row in rows})
+        for row in rows:
+            if run is not None and row["step"] in (steps[0], steps[-1]):
+                texts = (shortened(str(row.get(key, "–")), LONGEST) for key in ("prompt", "text", "reference"))
+                cells = [
+                    Cell(method.name, link=of_method(found, method.name, "runs")),
+                    Cell(str(row["step"]), order=row["step"]),
+                ]
+                lines.append(Line(method.name, kinds.get(method.name, ""), [*cells, *map(Cell, texts)]))
+    if not lines:
+        return
+    heads = [Column(title, number=False) for title in ("prompt", "answer", "the row's own answer")]
+    lead = (
+        "Greedy answers to train.samples by the first run of each method that was asked, at its first and its last measurement; "
+        "samples.jsonl in its folder has those in between."
+    )
+    columns = [Column("method", number=False), Column("step"), *heads]
+    yield Part("samples", "What they answer", lead, sheet=Sheet("What they answer", columns, lines))
 
 
 def recipes(evidence: Evidence) -> list[Recipe]:

@@ -138,7 +138,7 @@ class Section:
 
 
 OF_A_SITE = (
-    ("site", "site", None),
+    ("site", "name", None),
     ("norm", "‖ΔW‖", ".4g"),
     ("rank", "rank", "d"),
     ("effective", "effective rank", ".2f"),

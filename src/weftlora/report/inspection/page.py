@@ -46,9 +46,9 @@ def write_page(found: Inspection, path: str | Path, overwrite: bool = False) -> 
 def tiles(found: Inspection) -> list[tuple[str, str]]:
     """The figures at the top: (what, how much)."""
     p = found.parameters
-    shown = [("trained numbers", f"{p.trained:,}")]
+    shown = [("trainable parameters", f"{p.trained:,}")]
     shown += [("of the base", f"{p.trained / p.base:.2%}")] if p.base else []
-    shown += [("stored numbers", f"{p.stored:,}"), ("adapted sites", f"{len(found.sites):,}")]
+    shown += [("stored numbers", f"{p.stored:,}"), ("adapted modules", f"{len(found.sites):,}")]
     shown += [("saved in full beside it", f"{p.saved_modules:,}")] if p.saved_modules else []
     ranks = sorted({site.rank for site in found.sites})
     shown += [("rank", str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}")] if ranks else []

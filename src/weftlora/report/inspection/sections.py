@@ -41,9 +41,9 @@ def sites(found: Inspection) -> Iterator[Section]:
     what = "‖ΔW‖ / ‖W‖" if relative else "‖ΔW‖"
     says = tooltip(("value", what, ".2%" if relative else ".4g"), *OF_A_SITE)
     routed = next((site.norm_kind for site in found.sites if site.norm_kind != "exact"), None)
-    at = f" On a routed site ΔW depends on the token; here it is taken at the {routed}." if routed else ""
+    at = f" On a routed module ΔW depends on the token; here it is taken at the {routed}." if routed else ""
     table = Table(
-        ("site", "out × in", "rank", "effective rank", "trained", "‖ΔW‖", "‖ΔW‖ / ‖W‖"),
+        ("module", "out × in", "rank", "effective rank", "trained", "‖ΔW‖", "‖ΔW‖ / ‖W‖"),
         [
             (
                 s.site,
@@ -62,7 +62,7 @@ def sites(found: Inspection) -> Iterator[Section]:
         f"{what}, the Frobenius norm of the update{' relative to that of the frozen weight' if relative else ''}.{at}"
     )
     yield Section(
-        "update", "How far each site moved", lead, [(f"{what} of every site, by block and module", chart)], table
+        "update", "How far each module moved", lead, [(f"{what} of every module, by block and module", chart)], table
     )
 
 
@@ -72,14 +72,12 @@ def ranks(found: Inspection) -> Iterator[Section]:
         return
     says = tooltip(("value", "rank", "d"), *OF_A_SITE)
     chart = charts.heatmap(cells(found, {site.site: float(site.rank) for site in found.sites}), "d", says)
-    lead = (
-        "Live rank slots of every site. The effective rank of its update, in the tooltip, says how many of them matter."
-    )
+    lead = "Live rank slots of every module. The effective rank of its update, in the tooltip, says how many of them matter."
     table = Table(
-        ("site", "rank", "highest possible rank", "initial rank", "effective rank"),
+        ("module", "rank", "highest possible rank", "initial rank", "effective rank"),
         [(s.site, str(s.rank), str(s.max_rank), str(s.initial_rank), f"{s.effective_rank:.2f}") for s in found.sites],
     )
-    yield Section("ranks", "Ranks", lead, [("Rank of every site, by block and module", chart)], table)
+    yield Section("ranks", "Ranks", lead, [("Rank of every module, by block and module", chart)], table)
 
 
 def history(found: Inspection) -> Iterator[Section]:
@@ -101,14 +99,14 @@ def history(found: Inspection) -> Iterator[Section]:
         charts.drop_down("by", "Lines by", ["kind of module", "block"], "by"),
         says,
         "optimiser step",
-        "mean rank per site",
+        "mean rank per module",
     )
     table = Table(
         ("after step", "slots taken from", "slots made in"),
         [(str(e.step), _counted(s for s, *_ in e.taken), _counted(s for s, _ in e.made)) for e in history.rounds],
     )
     lead = f"{len(history.rounds)} rounds of moving rank slots, from {history.source}. A click in the legend picks a line out."
-    yield Section("moves", "Ranks over time", lead, [("Mean rank per site over the steps of the run", chart)], table)
+    yield Section("moves", "Ranks over time", lead, [("Mean rank per module over the steps of the run", chart)], table)
 
 
 def _counted(sites: Iterable[str]) -> str:
@@ -177,7 +175,7 @@ def groups(found: Inspection) -> Iterator[Section]:
             ("shared", "sites", "numbers", "untied"),
             [(g.parts, ", ".join(g.sites), f"{g.stored:,}", f"{g.untied:,}") for g in found.groups],
         )
-        lead = f"Sites that share their factors: {stored:,} numbers stand for {untied:,}."
+        lead = f"Modules that share their factors: {stored:,} numbers stand for {untied:,}."
         yield Section("groups", "Tied groups", lead, [], table)
 
 
@@ -196,7 +194,7 @@ def merging(found: Inspection) -> Iterator[Section]:
 
 
 ALL_ROWS = "all rows"
-MEAN = "mean of all sites"
+MEAN = "mean of all modules"
 
 
 def routers(found: Inspection) -> Iterator[Section]:
@@ -217,14 +215,14 @@ def routers(found: Inspection) -> Iterator[Section]:
             )
         )
     table = Table(
-        ("site", "rows", "tokens", "entropy", "balance", "mean gate", "top-1 share"),
+        ("module", "rows", "tokens", "entropy", "balance", "mean gate", "top-1 share"),
         [
             (name, rows, f"{u.tokens:,}", f"{u.entropy:.3f}", f"{u.balance:.3f}", _shares(u.mean), _shares(u.top1))
             for name, rows, u in _usages(found.routers)
         ],
     )
     lead = (
-        f"Measured over {found.routers.source}. Heads are numbered within a site: head 1 of two sites has nothing in common. "
+        f"Measured over {found.routers.source}. Heads are numbered within a module: head 1 of two modules has nothing in common. "
         "Entropy and balance near 1 together mean a router that does not choose."
     )
     yield Section("routers", "Routers", lead, shown, table)
@@ -255,7 +253,7 @@ def _gates(routers: Routers) -> charts.Spec:
         for n, (mean, top) in enumerate(zip(usage.mean, usage.top1, strict=True), 1)
     ]
     says = tooltip(
-        ("site", "site", None),
+        ("site", "name", None),
         ("head", "head", "d"),
         ("mean", "mean gate", ".1%"),
         ("top", "first choice of tokens", ".1%"),
@@ -310,7 +308,7 @@ def _entropies(routers: Routers) -> charts.Spec:
         for site in routers.sites
     ]
     says = tooltip(
-        ("site", "site", None),
+        ("site", "name", None),
         ("entropy", "entropy", ".3f"),
         ("balance", "balance", ".3f"),
         ("top", "top-1 share of the most used head", ".1%"),
@@ -345,16 +343,16 @@ def heads(found: Inspection) -> Iterator[Section]:
     means = cells(found, {head.site: head.mean for head in found.heads})
     everywhere = charts.heatmap(means, ".2f", tooltip(("value", "mean cosine", ".4f"), *OF_A_SITE))
     table = Table(
-        ("site", "mean cosine", "pairs"),
+        ("module", "mean cosine", "pairs"),
         [(head.site, text(head.mean, ".4f"), ", ".join(_pairs(head))) for head in found.heads],
     )
     lead = (
-        "Cosine between the B heads of a site: 1 means that they do the same, 0 that they have nothing in common. All of a "
-        "site's heads share one A."
+        "Cosine between the B heads of a module: 1 means that they do the same, 0 that they have nothing in common. All of a "
+        "module's heads share one A."
     )
     shown = [
         ("Cosine between every two heads", _matrix(tables)),
-        ("Mean cosine between the heads of every site", everywhere),
+        ("Mean cosine between the heads of every module", everywhere),
     ]
     yield Section("heads", "How alike the heads are", lead, shown, table)
 
@@ -371,7 +369,7 @@ def _matrix(tables: dict[str, list[list[float | None]]]) -> charts.Spec:
         for j, value in enumerate(row, 1)
         if value is not None
     ]
-    says = tooltip(("pick", "site", None), ("head", "head", None), ("other", "and", None), ("value", "cosine", ".4f"))
+    says = tooltip(("pick", "name", None), ("head", "head", None), ("other", "and", None), ("value", "cosine", ".4f"))
     picks = charts.drop_down("pick", "Site", list(tables), "pick")
     return charts.heatmap(rows, ".2f", says, axes=("other", "head"), pick=picks)
 
@@ -413,7 +411,7 @@ def factor_comparison(found: Inspection) -> Iterator[Section]:
         f"same space; two random ones overlap by {statistics.mean(chances):.2g} on average. Adapters of one seed start from one "
         "A, so an A that is alike says little by itself."
     )
-    table = Table(("site", "factor", "overlap", "by chance", "cosine", "moved", "largest angle"), rows)
+    table = Table(("module", "factor", "overlap", "by chance", "cosine", "moved", "largest angle"), rows)
     yield Section(
         "start", "Beside another adapter" if against.kind == "adapter" else "A and its start", lead, shown, table
     )
@@ -425,7 +423,7 @@ def _overlap(found: Inspection, factors: dict[str, FactorSimilarity]) -> charts.
         one = factors[row["site"]]
         row |= {"chance": one.chance, "cosine": one.cosine, "moved": one.relative_change, "angle": max(one.angles)}
     says = tooltip(
-        ("site", "site", None),
+        ("site", "name", None),
         ("value", "overlap", ".4f"),
         ("chance", "by chance", ".4f"),
         ("angle", "largest angle, degrees", ".1f"),
@@ -448,7 +446,7 @@ def _fresh(found: Inspection, against: FactorComparison) -> Section:
         "The start of A is not stored, so no angle to it can be given. Its size beside that of a fresh draw says how far it "
         "moved at least: by the difference."
     )
-    table = Table(("site", "‖A‖ / ‖a fresh draw‖"), [(site, text(size, ".4f")) for site, size in sizes.items()])
+    table = Table(("module", "‖A‖ / ‖a fresh draw‖"), [(site, text(size, ".4f")) for site, size in sizes.items()])
     return Section(
         "start", "A and its start", lead, [("Size of A beside a fresh draw, by block and module", chart)], table
     )
@@ -461,7 +459,7 @@ def directions(found: Inspection) -> Iterator[Section]:
     if rows:
         shown.append(("Change rate of every direction of W against its singular value", _rates(rows)))
     table = Table(
-        ("site", "direction", "σ", "δ when chosen", "gain"),
+        ("module", "direction", "σ", "δ when chosen", "gain"),
         [
             (site.site, text(c.index, "d"), text(c.sigma, ".4g"), text(c.rate, ".4g"), text(c.gain, ".4g"))
             for site in found.directions

@@ -30,7 +30,7 @@ class Only(Layers):
     """
 
     takes: ClassVar[tuple[type, ...]] = (list, tuple, set, range)
-    saves: ClassVar[Mapping[str, str]] = {"layer_gate": "what the site's update is weighed by"}
+    saves: ClassVar[Mapping[str, str]] = {"layer_gate": "what the module's update is weighed by"}
     source: ClassVar[str] = "named in the config"
 
     blocks: tuple[int | str, ...]

@@ -85,7 +85,7 @@ class Search(SearchedLayers):
             summed validation losses.
     """
 
-    saves: ClassVar[Mapping[str, str]] = {"layer_gate": "α̂ of the site's block"}
+    saves: ClassVar[Mapping[str, str]] = {"layer_gate": "α̂ of the module's block"}
     earlier: ClassVar[Mapping[int, Mapping[str, Any]]] = {1: {"max_share": None}}
 
     granularity: Literal["block", "module"] = "block"

@@ -36,7 +36,7 @@ class Start(Choice):
 
     @abstractmethod
     def build(self, slots: int, fan_in: int, out: int) -> StartTerm | None:
-        """What a site of so many rank slots keeps of its start; None where nothing is kept."""
+        """What a site of that many rank slots keeps of its start; None where nothing is kept."""
 
 
 class StartTerm(ExtraTerm):

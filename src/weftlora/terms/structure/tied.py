@@ -76,8 +76,8 @@ class Tied(Structure):
     headline: ClassVar[tuple[str, ...] | None] = ("train",)
     saves: ClassVar[Mapping[str, str]] = {"A": "A [r, in]", "B": "B [out, r]", "u": "u [r]", "v": "v [out]"}
     refuses: ClassVar[Mapping[str, str]] = {
-        "Reallocate": "tied sites share one A and B: a slot cannot move to another site",
-        "Directions": "one shared pair cannot start at each site's own directions",
+        "Reallocate": "tied modules share one A and B: a slot cannot move to another module",
+        "Directions": "one shared pair cannot start at each module's own directions",
     }
     alpha_per_rank: ClassVar[float] = 1.0
     shares: ClassVar[bool] = True
