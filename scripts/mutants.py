@@ -8,7 +8,7 @@ A mutant is one change of one expression or statement of kernel, terms, schedule
 constant, a condition, an argument or a call less. Which are tried is drawn by SEED from all of them: candidates are put in order by a
 digest of seed and name, so that a change of one function draws no other mutants elsewhere. A name holds its function, and a result
 counts as long as that function is the same. Each is tried by the fast tests that run its line, cheapest first, up to `BUDGET` seconds
-of them; the first that fails ends it. What survives is killed by a new test, or has a line in evidence/mutants-explained.json.
+of them; the first that fails ends it. What survives is killed by a new test, or has a line in tests/mutants_explained.json.
 
 Why not mutmut (3.8 was tried): it has no draw by a seed, and it puts every function behind a wrapper, so that what weftlora reads of
 its own functions (signatures of recipes, abstract and final methods, autograd nodes under torch.compile) is the wrapper's. Here the
@@ -48,7 +48,7 @@ LEFT_OUT = {
     "terms/trust.py": "asks for consent; no mathematics",
 }
 RESULTS = ROOT / "evidence" / "mutants.json"
-EXPLAINED = ROOT / "evidence" / "mutants-explained.json"
+EXPLAINED = ROOT / "tests" / "mutants_explained.json"
 MAP = ROOT / "build" / "mutants"
 SEED, DRAWN = 19, 330
 BUDGET, FILES = 8.0, 6

@@ -64,7 +64,7 @@ def test_a_site_that_did_not_move_is_named_and_left_empty() -> None:
     model = dash(after=T)
     sites(model)["second"].structure.B.requires_grad_(False)
     train(model, 1, optimizer := adam(model))
-    with pytest.warns(UserWarning, match=r"1 sites such as second have fewer moved directions .*stay empty"):
+    with pytest.warns(UserWarning, match=r"1 modules such as second have fewer moved directions .*stay empty"):
         train(model, 1, optimizer, start=1)
     first, second = terms(model)
     assert bool(second.launched)
@@ -112,7 +112,7 @@ def test_more_directions_asked_than_the_weight_has() -> None:
 
     model = dash(after=T, net=poor)
     train(model, 1, optimizer := adam(model))
-    with pytest.warns(UserWarning, match="1 sites such as first have fewer moved directions"):
+    with pytest.warns(UserWarning, match="1 modules such as first have fewer moved directions"):
         train(model, 1, optimizer, start=1)
     first, second = terms(model)
     assert sorted(first.index.tolist()) == [-1, 0, 1]

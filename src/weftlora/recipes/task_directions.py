@@ -76,10 +76,11 @@ def LoraTsdConfig(
     kappa: float = 1.0,
     select: str = "rate",
     seed: int = 0,
+    pair: str = "train",
     **fields: Any,
 ) -> WeftConfig:
     """LoRA-Init with Dash slots launched at the same step; fields as in `Directions`, `Dash` and `WeftConfig`."""
     from weftlora.terms.boost.dash import Dash
 
-    boost = Dash(directions, after, eps, select, seed)  # type: ignore[arg-type]
+    boost = Dash(directions, after, eps, select, seed, pair)  # type: ignore[arg-type]
     return LoraInitConfig(r, after, mode, eps, guard, kappa, select, seed, boost=boost, **fields)
