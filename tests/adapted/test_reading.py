@@ -162,6 +162,8 @@ def test_what_is_no_linear_module_is_not_exported(tmp_path) -> None:
         FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
     )
     for write in (weftlora.export_lora, weftlora.merge):
-        with pytest.raises(weftlora.MergeError, match=r"model\.embed_tokens is a Embedding; .* model\.merge_and_unload\(\)"):
+        with pytest.raises(
+            weftlora.MergeError, match=r"model\.embed_tokens is a Embedding; .* model\.merge_and_unload\(\)"
+        ):
             write(model, tmp_path / write.__name__)
     assert not list(tmp_path.iterdir())
