@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,7 +103,7 @@ bench: $(STAMP) ## the figures: a training step against the frozen base and stoc
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_bench.py --out bench/train.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/rows_bench.py --large 2 --out bench/rows.json
 
-interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers (builds llama-cpp-python; minutes)
+interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, also on the GGUF file of SmolLM2 (builds llama-cpp-python; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
 peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)
@@ -121,6 +121,9 @@ fuzz-slice: $(STAMP) ## the same for under a minute, inputs that once were fault
 
 fuzz-faults: $(STAMP) ## every fault that was fixed, put back by a change of the source, is found again (minutes)
 	$(BIN)/python scripts/fuzz.py --faults
+
+mutants: $(STAMP) ## small changes of kernel, terms, schedule, scoring and search, drawn by a seed: a test must notice each (25 minutes a part)
+	nice $(BIN)/python scripts/mutants.py --minutes 25
 
 # Both without a network: setuptools is the environment's. What an earlier build left would be packed again, so it goes first.
 dist: $(STAMP) ## the wheel and the source distribution into dist/, checked as an index would

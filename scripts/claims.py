@@ -250,6 +250,11 @@ SOURCES = {
         "make fuzz",
         alone="it adds to the counts, half an hour at a time",
     ),
+    "mutants": Source(
+        "small changes of the mathematics, which a test must notice",
+        "make mutants",
+        alone="it takes parts of 25 minutes",
+    ),
     "soak": Source(
         "commands killed, stopped and hindered",
         "python scripts/soak.py --minutes 30",

@@ -39,7 +39,9 @@ def build(name: str, jobs: int, more: list[str]) -> None:
     if any("mixture" in task for task in source.recipes):
         real_tasks.mixture()
     records = [run(name, command, jobs if source.takes_jobs else 0, more) for command in source.commands]
-    if source.recipes:
+    if name == "alora-move":
+        keep_moves(name, source.commands[0], records[0])
+    elif source.recipes:
         keep_rows(name, dict(zip(source.recipes, records, strict=True)))
     elif records[0]:
         keep_record(name, records[0])
@@ -80,6 +82,28 @@ def keep_record(name: str, record: dict[str, Any]) -> None:
     folder = ROOT / str(record["folder"])
     record["folder"] = str(folder.relative_to(ROOT)) if folder.is_relative_to(ROOT) else folder.name
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def keep_moves(name: str, command: str, record: dict[str, Any]) -> None:
+    """Save the loss of every run, and of each of its rounds how many slots were to move, moved, and were lost, and why fewer."""
+    check_complete(name, record)
+    runs = []
+    for done in sorted(record["outcomes"], key=lambda each: (each["method"], each["seed"])):
+        lines = (ROOT / record["folder"] / done["folder"] / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        rounds = [event for event in map(json.loads, lines) if event["event"] == "reallocation"]
+        runs.append(
+            {
+                "method": done["method"],
+                "seed": done["seed"],
+                "loss": done["scores"][record["metric"]],
+                "asked": [event["asked"] for event in rounds],
+                "moved": [len(event["pruned"]) for event in rounds],
+                "lost": [event["lost"] for event in rounds],
+                "clipped": [event.get("clipped", []) for event in rounds],
+            }
+        )
+    result = {"command": command, "versions": record["versions"], "metric": record["metric"], "runs": runs}
+    (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def environment() -> dict[str, str]:

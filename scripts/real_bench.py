@@ -148,31 +148,41 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", name, "--steps", str(given.steps)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(name, found[name][-1], flush=True)
+            print(name, json.dumps(found[name][-1]), flush=True)
+        result = summary(found, given.steps, given.seed)
+        if given.out is not None:  # after every round: a round takes minutes
+            given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name, kept in result["cases"].items():
+        shown = {key: [round(value, 3) for value in kept[f"{key}_range"]] for key in MEASURED}
+        print(f"{name:12} {kept['tokens_per_s']:8.1f} tokens per CPU s  {kept['peak_rss'] / 2**30:.2f} GiB  {shown}")
+
+
+MEASURED = ("tokens_per_s", "peak_rss")
+
+
+def summary(found: dict[str, list[dict[str, float]]], steps: int, seed: int) -> dict[str, Any]:
+    """The record of rounds that are complete: medians, ratios over the stock one paired by round, and every run."""
+    rounds = min(map(len, found.values()))
+    names = " ".join(repr(name) for name in found)
     result: dict[str, Any] = {
-        "command": f"scripts/real_bench.py --steps {given.steps} --rounds {given.rounds} --seed {given.seed} --cases "
-        + " ".join(repr(name) for name in given.cases),
-        "model": "smollm2", "rank": RANK, "rows_per_step": BATCH, "max_length": LENGTH,
+        "command": f"scripts/real_bench.py --steps {steps} --rounds {rounds} --seed {seed} --cases {names}",
+        "model": "smollm2",
+        "rank": RANK,
+        "rows_per_step": BATCH,
+        "max_length": LENGTH,
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(), "threads": 1},
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         "against": AGAINST,
         "cases": {},
-    }  # fmt: skip
+    }
     for name, runs in found.items():
-        of = {key: [run[key] for run in runs] for key in ("tokens_per_s", "peak_rss")}
-        base = {key: [run[key] for run in found[AGAINST]] for key in of}
-        ratios = {key: [a / b for a, b in zip(of[key], base[key], strict=True)] for key in of}
-        result["cases"][name] = {
-            **{key: statistics.median(values) for key, values in of.items()},
-            **{f"{key}_ratio": statistics.median(values) for key, values in ratios.items()},
-            **{f"{key}_range": [min(values), max(values)] for key, values in ratios.items()},
-            "all": runs,
-        }
-        kept = result["cases"][name]
-        shown = {key: [round(value, 3) for value in (min(each), max(each))] for key, each in ratios.items()}
-        print(f"{name:12} {kept['tokens_per_s']:8.1f} tokens per CPU s  {kept['peak_rss'] / 2**30:.2f} GiB  {shown}")
-    if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        kept: dict[str, Any] = {}
+        for key in MEASURED:
+            ratios = [run[key] / base[key] for run, base in zip(runs, found[AGAINST], strict=False)]
+            kept |= {key: statistics.median(run[key] for run in runs[:rounds])}
+            kept |= {f"{key}_ratio": statistics.median(ratios), f"{key}_range": [min(ratios), max(ratios)]}
+        result["cases"][name] = {**kept, "all": runs[:rounds]}
+    return result
 
 
 if __name__ == "__main__":

@@ -141,8 +141,10 @@ def of_comparison(out: Path) -> Pieces:
     for path, problem in problems.items():
         if problem["status"] != "failed":  # as on a full disk, and what failed is tried again
             found[str(path.relative_to(out))] = problem
-    if (out / "comparison.json").is_file() and not problems:
-        found["comparison.json"] = steady(read_json(out / "comparison.json"))
+    if (out / "comparison.json").is_file():
+        record = read_json(out / "comparison.json")
+        if record["complete"] and not problems:
+            found["comparison.json"] = steady(record)
     return found
 
 

@@ -115,7 +115,13 @@ def test_doctor_lists_the_extras_and_how_to_install_what_is_not_there(
     for module in ("trl", "sacrebleu"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     found = json.loads(weftlora("doctor", "--json").out)
-    assert found["extras"] == {"cli": [], "train": ["sacrebleu", "trl"], "compare": ["sacrebleu", "trl"], "report": []}
+    assert found["extras"] == {
+        "cli": [],
+        "train": ["sacrebleu", "trl"],
+        "compare": ["sacrebleu", "trl"],
+        "gguf": [],
+        "report": [],
+    }
     assert not [problem for problem in found["problems"] if "trl" in problem]
     said = weftlora("doctor").out
     assert re.search(

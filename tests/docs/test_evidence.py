@@ -85,7 +85,7 @@ def test_a_recipe_of_the_evidence_can_be_planned(path: Path, tmp_path: Path, req
         rows = [f"data.{split}={file}" for split, file in real_tasks.mixture(tmp_path).items()]
     plan = make(CompareRecipe.read(path, *rows, f"out={tmp_path / 'out'}"))
     assert len(plan.methods) == len(recipe["methods"])
-    assert plan.seeds == list(range(3 if path.stem == "alora-move" else 5))
+    assert plan.seeds == list(range(5))
     assert all(method.alpha == 2 * (method.rank or 0) for method in plan.methods if not method.frozen)
     assert recipe["out"] == f"runs/compare-{path.stem}"
 

@@ -19,4 +19,13 @@ def test_the_counts_of_the_page_are_those_of_the_record() -> None:
         in page
     )
     assert f"per-module ranks gave {pattern['same_with']} of {pattern['prompts']}" in page
+    real = found["smollm2"]
+    for what in ("dequantised", "quantised"):
+        for how in ("with", "without"):
+            assert f"{real[f'{what}_{how}_same']} of {real['prompts']}" in page
+    assert real["dequantised_with_same"] == real["dequantised_without_same"] == real["prompts"]
+    assert real["changed_by_adapter"] == real["prompts"]
+    shares = [f"{100 * real[f'quantised_{how}_next_token']:.1f} %" for how in ("with", "without")]
+    assert f"up to {real['tokens']} for each of {real['prompts']} questions" in page
+    assert f"the same in {shares[0]} and {shares[1]} of the places" in page
     assert f"llama-cpp-python {found['versions']['llama-cpp-python']}" in page

@@ -190,3 +190,57 @@ def test_data_and_inputs_go_with_what_they_are_for():
         weftlora.inspect(model(), data="rows.jsonl")
     with pytest.raises(ConfigError, match="inputs does not go with a folder"):
         weftlora.inspect("somewhere", inputs=[batch([5])])
+
+
+# ---------------------------------------------------------------------- what the heads give, by domain
+
+
+def planted_heads() -> torch.nn.Module:
+    """Heads that give something."""
+    torch.manual_seed(0)
+    adapted = model()
+    for layer in (m for m in adapted.modules() if isinstance(m, WeftLinear)):
+        term = layer.site("default").structure
+        torch.nn.init.normal_(term.A, std=1.0)
+        torch.nn.init.normal_(term.B)
+    return adapted
+
+
+def test_head_outputs_are_the_mean_of_what_each_head_gives_and_their_axes_those_of_a_plain_svd() -> None:
+    adapted = planted_heads()
+    domains = {"fives": [batch([5, 5, 5, 0], masked=1), batch([5, 6])], "eights": [batch([8, 8, 9]), batch([9, 8])]}
+    seen: dict[str, list[torch.Tensor]] = {}
+    layer = next(m for m in adapted.modules() if isinstance(m, WeftLinear))
+    handle = layer.register_forward_pre_hook(lambda _, given: seen.setdefault("x", []).append(given[0].detach()))
+    for given in (one for each in domains.values() for one in each):
+        adapted.eval()(**given)
+    handle.remove()
+    x = torch.stack([t[0, : 3 if n in (0, 2) else 2].mean(0) for n, t in enumerate(seen["x"])]).double()
+    term, scale = layer.site("default").structure, layer.site("default").scale
+    heads = term.B.detach().double().unflatten(1, (2, 2))
+    given = torch.stack([scale * x @ term.A.detach().double().T @ heads[:, n].T for n in range(2)], 1)
+    apart = (given - given.mean((0, 1))).flatten(0, 1)
+    sigma = torch.linalg.svdvals(apart)
+    within = given - given.mean(0)
+    between = sum(2 * part.mean(0).square().sum() for part in (within[:2], within[2:])) / within.square().sum()
+    found = weftlora.inspect(adapted, inputs=domains, spectra=0).routers.outputs
+    assert [each.site for each in found] == [m.module_name for m in adapted.modules() if isinstance(m, WeftLinear)]
+    first = found[0]
+    assert first.explained == pytest.approx((sigma[:2].square() / sigma.square().sum()).tolist(), rel=1e-4)
+    assert first.between_heads == pytest.approx(float(1 - within.square().sum() / apart.square().sum()), rel=1e-4)
+    assert first.between_domains == pytest.approx(float(between), rel=1e-4)
+    assert first.chance == pytest.approx(1 / 3)
+    assert [(p.domain, p.head) for p in first.points] == [
+        (d, n) for d in ("fives", "fives", "eights", "eights") for n in (1, 2)
+    ]
+    distance = torch.cdist(torch.tensor([[p.x, p.y] for p in first.points]).double(), torch.zeros(1, 2).double())
+    assert float(distance.square().sum()) == pytest.approx(float(sigma[:2].square().sum()), rel=1e-4)
+
+
+def test_domains_that_read_alike_are_not_apart_and_heads_of_zeros_give_nothing() -> None:
+    same = {"one": [batch([5, 6]), batch([7, 8])], "other": [batch([5, 6]), batch([7, 8])]}
+    [first, *_] = weftlora.inspect(planted_heads(), inputs=same, spectra=0).routers.outputs
+    assert first.between_domains == pytest.approx(0, abs=1e-12)
+    assert weftlora.inspect(model(), inputs=same, spectra=0).routers.outputs == []
+    [alone, *_] = weftlora.inspect(planted_heads(), inputs=[batch([5]), batch([6])], spectra=0).routers.outputs
+    assert (alone.between_domains, alone.chance) == (None, None)

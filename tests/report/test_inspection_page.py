@@ -86,3 +86,16 @@ def test_an_adapter_that_did_nothing_yet_has_a_page_too(inspections: dict[str, I
     empty = dataclasses.replace(found, sites=nothing, groups=[], factor_comparison=None, heads=[], directions=[])
     assert "does nothing yet" in empty.verdict[1]
     assert specs(page(empty))
+
+
+def test_what_heads_give_is_drawn_for_every_row_and_head(inspections: dict[str, Inspection]):
+    drawn = specs(page(inspections["hydralora"]))
+    sites = [site for site in inspections["hydralora"].routers.outputs if site.points]
+    points = [
+        row
+        for name, chart in drawn.items()
+        if name.startswith("routers-")
+        for row in chart["data"]["values"]
+        if "x" in row
+    ]
+    assert len(points) == sum(len(site.points) for site in sites) > 0

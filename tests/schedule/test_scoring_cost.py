@@ -185,3 +185,14 @@ def test_tokens_of_rows_are_counted_over_some_of_them() -> None:
     assert controller(model).row_tokens == len(HELD_OUT[0]["input_ids"])
     weftlora.attach(model, validation=[{"pixel_values": torch.ones(1), "labels": torch.ones(1)}] * 8)
     assert controller(model).row_tokens is None
+
+
+def test_as_many_rows_as_a_round_scores_on_are_enough_and_one_fewer_is_said() -> None:
+    import warnings
+
+    for rows, warned in ((len(HELD_OUT), False), (len(HELD_OUT) + 1, True)):
+        model = bare(score="taylor", first=1, max_rounds=1, rows=rows)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            weftlora.attach(model, validation=HELD_OUT)
+        assert any("were given" in str(one.message) for one in said) == warned

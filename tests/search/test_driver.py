@@ -295,3 +295,8 @@ def test_a_damaged_state_is_refused_in_a_sentence(content: bytes | None, tmp_pat
     (tmp_path / "state.pt").write_bytes(whole[:300] if content is None else content)
     with pytest.raises(RunError, match="damaged"):
         found.load(tmp_path / "state.pt")
+
+
+def test_a_disk_that_refuses_the_state_says_so_as_other_files_do(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):  # torch.save to a path: a RuntimeError that names its own source
+        search().save(tmp_path / "gone" / "state.pt")

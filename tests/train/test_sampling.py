@@ -76,3 +76,13 @@ def test_plain_text_is_asked_only_what_one_gives(recipe: Make, tmp_path: Path) -
     with pytest.raises(ConfigError, match="rows of plain text have none"):
         weftlora.train(made, "train.samples=2")
     assert [row["prompt"] for row in weftlora.train(made, "train.samples=[line]").samples()] == ["line"]
+
+
+def test_every_checkpoint_says_how_it_is_loaded_and_asked(recipe: Make, tmp_path: Path) -> None:
+    run = sampled(recipe, tmp_path / "run", "adapter={recipe: lora, r: 2}")
+    first, second = (run.checkpoints / f"checkpoint-{step}" for step in (2, 4))
+    card = (first / "README.md").read_text()
+    assert card == (second / "README.md").read_text(), "peft's template is filled in once"
+    assert "import weftlora" in card
+    assert json.loads((second / "prompts.json").read_text())["format"] == "prompt_completion"
+    assert "prompts.json" in json.loads((second / "complete.json").read_text())["files"]

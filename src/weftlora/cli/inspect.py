@@ -210,6 +210,9 @@ def _domains(routers: Routers) -> list[RenderableType]:
         tokens = f"{max((u.tokens for u in own), default=0):,}"
         table.add_row(domain, tokens, *(_number(_mean(values)) for values in numbers))
     note = "apart: how differently it uses the heads, from 0 (as all rows do) to 1 (quite other ones)"
+    if between := [each for each in routers.outputs if each.between_domains is not None]:
+        share, chance = (_mean([getattr(each, name) for each in between]) for name in ("between_domains", "chance"))
+        note += f"; of what a head's outputs differ by over rows, {share:.0%} lies between domains (by chance: {chance:.0%})"
     return _section("routers by domain", table, note)
 
 

@@ -216,7 +216,14 @@ def _site(
             boost=config.boost, start=config.start, ranks=config.ranks, layers=config.layers,
         )  # fmt: skip
     counters = {"steps"}.union(*(choice.counts for choice in config.choices().values()))
-    site.load_state_dict({k: t for k, t in tensors.items() if k not in counters}, assign=True)
+    kept = {k: t for k, t in tensors.items() if k not in counters}
+    for inside, tensor in site.state_dict().items():
+        given = kept.get(inside, tensor).dtype
+        if given != tensor.dtype and not (given.is_floating_point and tensor.is_floating_point()):
+            raise AdapterError(
+                f"{name} has {inside} as {given}, which is {tensor.dtype}: the file is damaged, save it again."
+            )
+    site.load_state_dict(kept, assign=True)
     for part, key in keys.items():
         owners.setdefault((part, key), site.structure)
     return site.eval().requires_grad_(False)

@@ -132,6 +132,33 @@ class SiteUsage:
 
 
 @dataclass(frozen=True)
+class HeadPoint:
+    """What one head gave for one row, on the two axes along which a site's head outputs differ most."""
+
+    domain: str
+    head: int
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Outputs of the heads of one site, s Bₙ A x, each a mean over the tokens of a row."""
+
+    site: str
+    between_heads: float
+    """Share of their variance that is between the means of the heads."""
+    between_domains: float | None
+    """Share of what is left within heads that is between domains; None where there are not two."""
+    chance: float | None
+    """What that share is, on average, where domains are dealt to rows by chance."""
+    explained: list[float]
+    """Share of the variance along the two principal axes."""
+    points: list[HeadPoint]
+    """Of some sites only, spread evenly over the network."""
+
+
+@dataclass(frozen=True)
 class Routers:
     """All routers over the same rows."""
 
@@ -139,6 +166,7 @@ class Routers:
     rows: int
     sites: list[SiteUsage]
     domains: list[str]
+    outputs: list[HeadOutputs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

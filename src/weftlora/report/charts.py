@@ -191,6 +191,19 @@ def dots(rows: Rows, x: Spec, y: Spec, says: list[Spec], *, pick: Pick = ([], []
     return spec(on_top, 240, params=pick[0], transform=pick[1], mark=mark, encoding=encoding)
 
 
+def clouds(rows: Rows, colour: str, shape: str, says: list[Spec], pick: Pick, size: int = 320) -> Spec:
+    """A point per row at x and y, both on one scale, with a colour per `colour` and a shape per `shape`."""
+    encoding = {
+        "x": quantity("x", "first principal axis"),
+        "y": quantity("y", "second principal axis"),
+        "color": {"field": colour, "type": "nominal"},
+        "shape": {"field": shape, "type": "nominal"},
+        "tooltip": says,
+    }
+    mark = {"type": "point", "size": 60, "opacity": 0.8}
+    return spec(rows, size, params=pick[0], transform=pick[1], mark=mark, encoding=encoding)
+
+
 def lines(rows: Rows, pick: Pick, says: list[Spec], x: str, y: str) -> Spec:
     """`value` over `step`, a line per `name`; a click in the legend picks one out."""
     legend = {"name": "picked", "select": {"type": "point", "fields": ["name"]}, "bind": "legend"}

@@ -14,6 +14,7 @@ Source: Algorithm 1 of Flexora, arXiv 2408.10774, as its released code runs it.
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import math
 import pickle
@@ -412,7 +413,11 @@ class LayerSearch:
         """Write `state_dict`, from the main process, to a file that holds tensors and plain values only. All call it."""
         found = self.state_dict()
         if processes.rank() == 0:
-            torch.save(found, path)
+            written = (
+                io.BytesIO()
+            )  # torch itself says of a disk that refuses a file no more than where in its source it was
+            torch.save(found, written)
+            Path(path).write_bytes(written.getbuffer())
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote. Raises RunError if it is damaged, or of another model or other rows."""

@@ -377,7 +377,7 @@ def _sentences(record: _Record, run: Run) -> Iterator[None]:
     except RuntimeError as error:
         if record.run is not None:
             record.run.check_there()
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+        if not any(said in str(error) for said in ("PytorchStreamWriter", "unexpected pos", "inline_container")):
             raise
         raise RunError(
             f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."

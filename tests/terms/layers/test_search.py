@@ -164,6 +164,7 @@ def test_the_margin_is_the_smallest_distance_and_near_ties_are_flagged():
     assert choose([1.0, 0.01, -1.01], "above_mean", step=0.005).near == ()
     top = choose([3.0, 2.0, 1.0], "top_k", top_k=1)
     assert top.distance == (0.5, -0.5, -1.5)
+    assert choose([3.0, 2.0, 1.0], "top_k", top_k=3).distance == (2.0, 1.0, 0.0)  # all: the lowest is the threshold
 
 
 @pytest.mark.parametrize("fields", [{"select": "top_k", "top_k": 5}, {"min_layers": 5}])

@@ -139,8 +139,15 @@ def test_a_choice_survives_the_configs_own_json() -> None:
     assert weftlora.WeftConfig(**config.to_dict()).ranks == config.ranks
 
 
+def test_a_run_draws_by_its_own_seed_unless_the_user_named_one() -> None:
+    assert Reallocate().seeded(7).seed == 7
+    assert Reallocate(seed=1).seeded(7).seed == 1
+    assert weftlora.Plain().seeded(7) == weftlora.Plain()
+
+
 def test_the_papers_times() -> None:
     """Rounds at epochs 1, 1.25, … 2.75 of three, by fraction of the run and by epochs."""
+    assert (Reallocate().first, Reallocate().every, Reallocate().max_rounds) == (1 / 3, 1 / 12, 8)
     expected = [100, 125, 150, 175, 200, 225, 250, 275]
     assert rounds(1 / 3, 1 / 12, 8, 300, None) == expected
     assert rounds(epochs(1), epochs(0.25), 8, None, 100) == expected

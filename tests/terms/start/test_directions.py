@@ -217,3 +217,15 @@ def test_structures_that_it_does_not_go_with_are_refused_by_the_table(structure,
 def test_a_misspelt_field_in_a_saved_form_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'guard'"):
         weftlora.WeftConfig(start={"kind": "directions", "gaurd": 1e-6})
+
+
+def test_a_twin_that_is_cleared_says_nothing_of_its_direction() -> None:
+    site = site_of()
+    switch(site, found([3.0, 2.0]))
+    term = site.start
+    before = term.rate.clone()
+    term.clear([0])
+    assert (int(term.index[0]), float(term.sigma[0]), float(term.rate[0])) == (-1, 0.0, 0.0)
+    assert torch.equal(term.rate[1:], before[1:])
+    assert not term.down[0].any()
+    assert not term.up[:, 0].any()

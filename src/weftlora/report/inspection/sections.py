@@ -207,6 +207,13 @@ def routers(found: Inspection) -> Iterator[Section]:
     ]
     if len(found.routers.domains) > 1:
         shown.append(("How differently each domain uses the heads", _domains(found.routers)))
+    if any(site.points for site in found.routers.outputs):
+        shown.append(
+            (
+                "What every head gives for every row, on the axes along which they differ most",
+                _head_outputs(found.routers),
+            )
+        )
     table = Table(
         ("module", "rows", "tokens", "entropy", "balance", "mean gate", "top-1 share"),
         [
@@ -259,6 +266,34 @@ def _gates(routers: Routers) -> charts.Spec:
     ]
     share = charts.field_drop_down("share", "Show", {"mean gate": "mean", "first choices": "top"})
     return charts.stacked(rows, charts.drop_downs(*picks, share), max(row["head"] for row in rows), says, "share")
+
+
+def _head_outputs(routers: Routers) -> charts.Spec:
+    drawn = {site.site: site for site in routers.outputs if site.points}
+    rows: list[dict[str, Any]] = [
+        {
+            "site": name,
+            "domain": point.domain or ALL_ROWS,
+            "head": f"head {point.head}",
+            "x": point.x,
+            "y": point.y,
+            "heads": site.between_heads,
+            "domains": site.between_domains,
+            "axes": sum(site.explained),
+        }
+        for name, site in drawn.items()
+        for point in site.points
+    ]
+    says = tooltip(
+        ("site", "site", None),
+        ("domain", "domain", None),
+        ("head", "head", None),
+        ("heads", "variance between heads", ".1%"),
+        ("domains", "of the rest, between domains", ".1%"),
+        ("axes", "variance on these axes", ".1%"),
+    )
+    pick = charts.drop_down("site_of_heads", "Site", list(drawn), "site")
+    return charts.clouds(rows, "domain", "head", says, pick)
 
 
 def _entropies(routers: Routers) -> charts.Spec:
