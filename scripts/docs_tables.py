@@ -235,10 +235,10 @@ def matrix() -> str:
 def peft_suite() -> str:
     """What peft's own tests say of every method that they were run with (`scripts/peft_suite.py`)."""
     record = json.loads((BENCH.parent / "evidence" / "peft-suite.json").read_text(encoding="utf-8"))
-    kinds = ("refused", "names", "words", "mathematics", "unexplained")
+    kinds = ("refused", "names", "words", "defaults", "mathematics", "unexplained")
     rows = []
     for method, found in record["methods"].items():
-        wanted = found["stock"] - sum(found.get(kind, 0) for kind in kinds[:4]) - found.get("skipped", 0)
+        wanted = found["stock"] - sum(found.get(kind, 0) for kind in kinds[:5]) - found.get("skipped", 0)
         share = f"{found.get('passed', 0) / wanted:.1%}" if wanted else "none"
         files = len(record["files"][method])
         rows.append(
@@ -316,7 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "launch": launch,
     "extras": extras,
     "matrix": matrix,
-    "peft_suite": peft_suite,
+    "peft-suite": peft_suite,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),
