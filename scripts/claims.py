@@ -255,6 +255,11 @@ SOURCES = {
         "make mutants",
         alone="it takes parts of 25 minutes",
     ),
+    "peft-suite": Source(
+        "peft's own tests with our configs in place of LoraConfig",
+        "make peft-suite",
+        alone="it runs for hours, a part at a time",
+    ),
     "soak": Source(
         "commands killed, stopped and hindered",
         "python scripts/soak.py --minutes 30",

@@ -171,10 +171,6 @@ _STRING, _ARRAY, _DEEPEST = 8, 9, 4
 MOST_KEYS, MOST_TENSORS, MOST_DIMENSIONS = 10**5, 10**6, 8
 
 
-class _DamagedError(Exception):
-    """A header whose numbers do not belong to its file."""
-
-
 @dataclass(frozen=True)
 class Header:
     """What is told of a GGUF file before its tensors are read."""
@@ -196,7 +192,7 @@ class Header:
         try:
             with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as held:
                 return _Reader(held).header(file)
-        except (_DamagedError, struct.error, UnicodeDecodeError, ValueError, OSError) as error:
+        except (struct.error, ValueError, OSError) as error:
             raise ModelError(f"the GGUF file {path!r} is damaged ({error}): copy it again.") from None
 
     def check(self, path: str) -> None:
@@ -227,12 +223,12 @@ class _Reader:
         version = self.number("I")
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
-            raise _DamagedError(
+            raise ValueError(
                 "its bytes are in the other order" if swapped else f"it is of version {version}, and 2 and 3 are read"
             )
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:
-            raise _DamagedError(f"it says that it has {tensors:,} tensors and {keys:,} keys")
+            raise ValueError(f"it says that it has {tensors:,} tensors and {keys:,} keys")
         settings: dict[str, Any] = {}
         for _ in range(keys):
             name = self.text()
@@ -240,16 +236,16 @@ class _Reader:
                 settings[name] = value
         types = Counter(self.tensor() for _ in range(tensors))
         if not tensors:
-            raise _DamagedError("it has no tensors")
+            raise ValueError("it has no tensors")
         if self.ends > self.size:
-            raise _DamagedError(f"it ends after {self.size:,} bytes, and its tensors begin as late as {self.ends:,}")
+            raise ValueError(f"it ends after {self.size:,} bytes, and its tensors begin as late as {self.ends:,}")
         return Header(file, settings, types)
 
     ends = 0
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
-            raise _DamagedError(f"it ends after {self.size:,} bytes, within its header")
+            raise ValueError(f"it ends after {self.size:,} bytes, within its header")
         self.at += count
         return self.held[self.at - count : self.at]
 
@@ -267,13 +263,13 @@ class _Reader:
             length = self.number("Q")
             return self.take(length).decode("utf-8", "replace")
         if kind != _ARRAY or depth > _DEEPEST:
-            raise _DamagedError(f"it has a value of type {kind}")
+            raise ValueError(f"it has a value of type {kind}")
         inner, count = self.number("I"), self.number("Q")
         if inner in _NUMBERS:
             self.take(count * struct.calcsize(f"<{_NUMBERS[inner]}"))
             return None
         if count > self.size - self.at:  # each takes a byte at the least
-            raise _DamagedError(f"it says that it has {count:,} values")
+            raise ValueError(f"it says that it has {count:,} values")
         for _ in range(count):
             self.value(inner, depth + 1)
         return None
@@ -283,7 +279,7 @@ class _Reader:
         self.text()
         dimensions = self.number("I")
         if dimensions > MOST_DIMENSIONS:
-            raise _DamagedError(f"it has a tensor of {dimensions} dimensions")
+            raise ValueError(f"it has a tensor of {dimensions} dimensions")
         self.take(8 * dimensions)
         kind, offset = self.number("I"), self.number("Q")
         self.ends = max(self.ends, offset)
