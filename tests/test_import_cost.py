@@ -54,7 +54,7 @@ def test_what_loads_nothing_heavy(code: str) -> None:
         ("recipes", 0, "hydralora"),
         ("recipes hydralora", 0, "adapter:"),
         ("recipes hydralroa", 1, "did you mean 'hydralora'"),
-        ("trian x", 1, "train"),
+        ("trian x", 2, "train"),
         ("train nowhere.yaml", 1, "nowhere.yaml"),
         ("train hydralroa", 1, "did you mean 'hydralora'"),
         ("train hydralora trian.steps=3", 1, "did you mean 'train'"),

@@ -1,3 +1,3 @@
 """The version of weftlora, for whatever is written into files: the one place; pyproject.toml reads it from here."""
 
-__version__ = "0.1.0rc1"
+__version__ = "0.1.0rc2"

@@ -249,7 +249,7 @@ def test_help_without_arguments(weftlora: Weft) -> None:
 )
 def test_a_misspelt_command_is_one_sentence(weftlora: Weft, arguments: list[str], near: str) -> None:
     said = weftlora(*arguments)
-    assert (said.code, said.out) == (1, "")
+    assert (said.code, said.out) == (2, "")
     assert near in said.err
     assert said.err.count("\n") == 1
 

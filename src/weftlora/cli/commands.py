@@ -283,7 +283,7 @@ _UsageError = typer.BadParameter.__base__
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code.
 
-    0: done. 1: something in the input cannot work; one sentence on stderr says what. 130: interrupted. 143: told to end (SIGTERM);
+    0: done. 1: something in the input cannot work; one sentence on stderr says what. 2: no such command, option or argument. 130: interrupted. 143: told to end (SIGTERM);
     129: the terminal was closed (SIGHUP).
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(_say("a path holds a NUL, which no path can: write it again."))
         if _UsageError is None or not isinstance(error, _UsageError):
             raise
-        sys.exit(_say(f"{error.format_message()} See `weftlora --help`."))  # type: ignore[attr-defined]
+        sys.exit(_say(f"{error.format_message()} See `weftlora --help`.", 2))  # type: ignore[attr-defined]
     if code == INTERRUPTED:
         _say(
             "interrupted; `weftlora train ... --resume` continues a run, and `weftlora compare`, given again, a comparison."
@@ -355,6 +355,6 @@ def _terminated(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _say(sentence: str) -> int:
+def _say(sentence: str, code: int = 1) -> int:
     sys.stderr.write(f"weftlora: {shortened(visible(redacted(' '.join(sentence.split()))))}\n")
-    return 1
+    return code
