@@ -283,8 +283,8 @@ _UsageError = typer.BadParameter.__base__
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `weftlora` with `arguments` (the shell's by default) and leave with its exit code.
 
-    0: done. 1: something in the input cannot work; one sentence on stderr says what. 2: no such command, option or argument. 130: interrupted. 143: told to end (SIGTERM);
-    129: the terminal was closed (SIGHUP).
+    0: done. 1: something in the input cannot work; one sentence on stderr says what. 2: no such command, option or argument.
+    130: interrupted. 143: told to end (SIGTERM). 129: the terminal was closed (SIGHUP).
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _open_streams()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextvars import ContextVar
-from typing import NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from weftlora.errors import AdapterError
+
+if TYPE_CHECKING:  # `doctor` gets here where torch is not installed
+    from torch import Tensor
 
 SITE = ".weft_site."
 
