@@ -288,6 +288,23 @@ def test_a_disk_full_on_the_way_leaves_what_resume_needs(recipe: Make) -> None:
     assert weftlora.train(given, resume=True).status == "complete"
 
 
+class _Saves(TrainerCallback):
+    """What Trainer does of optimiser and schedule, where the disk refuses it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            torch.save({"state": torch.zeros(10**5)}, self.path)
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/proc/version"])
+def test_whatever_torch_says_of_a_disk_that_refuses_a_file_is_one_sentence(recipe: Make, path: str) -> None:
+    with pytest.raises(RunError, match="the disk refused a checkpoint; free space and --resume"):
+        weftlora.train(recipe(train={"save_every": 2}), callbacks=[_Saves(path)])
+
+
 class _Stops(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step == 2

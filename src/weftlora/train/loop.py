@@ -16,6 +16,7 @@ import math
 import os
 import platform
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -377,11 +378,17 @@ def _sentences(record: _Record, run: Run) -> Iterator[None]:
     except RuntimeError as error:
         if record.run is not None:
             record.run.check_there()
-        if not any(said in str(error) for said in ("PytorchStreamWriter", "unexpected pos", "inline_container")):
+        if not _is_of_saving(error):
             raise
         raise RunError(
             f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."
         ) from error
+
+
+def _is_of_saving(error: BaseException) -> bool:
+    """Whether torch was writing a file: what a disk does to it then is a RuntimeError, which has many texts and no number."""
+    frames = (frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(code.co_name == "save" and Path(code.co_filename).name == "serialization.py" for code in frames)
 
 
 def _reason(error: Exception) -> str:
