@@ -257,7 +257,7 @@ SOURCES = {
     ),
     "peft-suite": Source(
         "peft's own tests with our configs in place of LoraConfig",
-        "make peft-suite",
+        "python scripts/peft_suite.py",
         alone="it runs for hours, a part at a time",
     ),
     "soak": Source(

@@ -101,7 +101,7 @@ def another_weights(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_a_byte, cut_short, empty, somebody_elses, another_weights])
-def test_a_damaged_or_foreign_file_is_computed_anew_and_replaced(tmp_path: Path, counted: list[int], caplog, damage):
+def test_a_damaged_or_foreign_file_is_computed_again_and_replaced(tmp_path: Path, counted: list[int], caplog, damage):
     w = torch.randn(4, 4)
     right = Decomposer(tmp_path)("q", w)
     damage(tmp_path / f"{weight_key(w)}.safetensors")
@@ -109,7 +109,7 @@ def test_a_damaged_or_foreign_file_is_computed_anew_and_replaced(tmp_path: Path,
     with caplog.at_level(logging.WARNING, "weftlora"):
         assert same(Decomposer(tmp_path)("q", w), right)
     assert len(counted) == 1
-    assert "computed anew" in caplog.text
+    assert "computed again" in caplog.text
     assert same(Decomposer(tmp_path)("q", w), right)
     assert len(counted) == 1, "the file was not replaced"
 
@@ -222,7 +222,7 @@ def quantise(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 def test_a_quantised_base_is_noted_and_warned_of_and_its_original_used_where_named(tmp_path: Path, monkeypatch):
     FAMILIES["llama"].build().save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"14 sites .* dequantised base"):
+    with pytest.warns(UserWarning, match=r"14 modules .* dequantised base"):
         blurred = sites_of(launched("llama", base=quantise(FAMILIES["llama"].build(), monkeypatch)))
     assert {site["ranked_on"] for site in blurred.values()} == {"dequantised"}
     sharp = sites_of(launched("llama", base=quantise(FAMILIES["llama"].build(), monkeypatch), original=tmp_path))

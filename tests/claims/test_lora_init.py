@@ -180,7 +180,7 @@ def test_on_a_four_bit_base_the_function_is_the_pretrained_one_and_the_bits_stay
 
     model, x = init(after=T, net=net, **fields), batch(50)
     before, expected = {n: (w, w.clone()) for n, w in weights(model).items()}, base_of(model, x)
-    with pytest.warns(UserWarning, match=r"2 sites .* dequantised base"):
+    with pytest.warns(UserWarning, match=r"2 modules .* dequantised base"):
         train(model, T)
     assert all(said["ranked_on"] == "dequantised" for said in events(model)["start_switch"]["sites"].values())
     torch.testing.assert_close(model(x), expected, rtol=0, atol=2e-6)
@@ -304,7 +304,7 @@ def test_slots_without_a_direction_start_as_plain_loras() -> None:
 
     model = init(after=T, net=poor, r=4)
     train(model, T - 1, optimizer := adam(model))
-    with pytest.warns(UserWarning, match=r"1 sites such as first have fewer moved directions .* without a direction"):
+    with pytest.warns(UserWarning, match=r"1 modules such as first have fewer moved directions .* without a direction"):
         train(model, 1, optimizer, start=T - 1)
     site, x = sites(model)["first"], batch(50)
     assert sorted(site.start.index.tolist()) == [-1, -1, 0, 1]

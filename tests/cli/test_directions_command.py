@@ -74,18 +74,18 @@ def test_full_shows_every_direction(adapters: list[str], capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "code", "sentence"),
     [
-        (["demo"], "is no adapter"),
-        (["demo", "nowhere"], "nowhere is no adapter"),
-        (["demo", "ADAPTER", "--out", "/nowhere/x.json"], "not a folder that can be written to"),
-        (["demo", "ADAPTER", "--directions", "0"], "directions"),
+        (["demo"], 1, "is no adapter"),
+        (["demo", "nowhere"], 1, "nowhere is no adapter"),
+        (["demo", "ADAPTER", "--out", "/nowhere/x.json"], 1, "/nowhere is not a folder; choose another file"),
+        (["demo", "ADAPTER", "--directions", "0"], 2, "directions"),
     ],
 )
-def test_what_cannot_work_is_one_sentence_and_exit_code_1(
-    adapters: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+def test_what_cannot_work_is_one_sentence(
+    adapters: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, sentence: str
 ):
-    assert run(*(adapters[0] if word == "ADAPTER" else word for word in arguments)) == 1
+    assert run(*(adapters[0] if word == "ADAPTER" else word for word in arguments)) == code
     shown = capsys.readouterr().err.strip().splitlines()[-1]
     assert shown.startswith("weftlora: ")
     assert sentence in shown

@@ -210,7 +210,7 @@ def test_adalora_starts_anew_where_it_was_stopped(copied, tried: Tried):
 
 def test_another_recipe_in_the_folder_is_refused_by_its_first_difference(copied):
     made, _ = copied
-    with pytest.raises(ConfigError, match=r"budget\.r=4, not 6: go on with it as it was"):
+    with pytest.raises(ConfigError, match=r"budget\.r=4, not 6: continue it as it was"):
         compare(made | {"budget": {"r": 6}}, jobs=0)
 
 

@@ -152,7 +152,7 @@ FAULTS = [
             "ZeroDivisionError")),
     _fault("a header that is none", "safetensors headers", ("weftlora.inspection.folders:bare_subject", "(OSError, SafetensorError)", "OSError")),
     _fault("heads that are no matrices, in an adapter of the released code", "adapters of released code",
-           ("weftlora.host.released_code:_by_site", "if tensor.dim() != 2 or not tensor.is_floating_point():", "if False:")),
+           ("weftlora.host.released_code:_by_site", "if tensor.dim() != 2 or not whole:", "if False:")),
     _fault("an index that names files elsewhere", "weights of a base",
            ("weftlora.data.paths:_sharded", "for name in names:", "for name in ():")),
     _fault("a saved dataset with null info, or damaged in any way", "data: saved datasets", ("weftlora.data.read:read_saved", "except Exception as error:", "except OSError as error:")),

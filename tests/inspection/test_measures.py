@@ -95,7 +95,7 @@ def test_a_routed_site_is_measured_at_the_gate_that_was_seen():
     site = hydra(r=2, heads=2)
     heads = torch.randn(2, 8, 2)
     site.structure.B.data = torch.cat(list(heads), 1)
-    gate = measures.MeanGate(site, torch.tensor([3.0, 1.0], dtype=torch.float64), 4)
+    gate = measures.MeanGate(site, torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64))
     for given, weights, said in ((gate, (0.75, 0.25), "mean gate"), (None, (0.5, 0.5), "uniform gate")):
         found = measures.measure_site("layers.0.q", site, given, 10.0, None)
         delta = 2.0 * (weights[0] * heads[0] + weights[1] * heads[1]) @ site.structure.A

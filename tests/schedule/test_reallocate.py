@@ -334,7 +334,7 @@ def test_a_fraction_needs_the_length_of_the_run() -> None:
 
 
 def test_a_tied_structure_is_refused_with_its_reason() -> None:
-    with pytest.raises(weftlora.CombinationError, match="a slot cannot move to another site"):
+    with pytest.raises(weftlora.CombinationError, match="a slot cannot move to another module"):
         weftlora.AllocLoraConfig(structure=weftlora.Tied())
 
 

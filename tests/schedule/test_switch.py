@@ -118,7 +118,7 @@ def test_a_site_that_did_not_move_starts_as_plain_lora_does() -> None:
     model = init(after=T)
     sites(model)["second"].structure.B.requires_grad_(False)
     train(model, T - 1, optimizer := adam(model))
-    with pytest.warns(UserWarning, match=r"1 sites such as second have fewer moved directions than rank slots"):
+    with pytest.warns(UserWarning, match=r"1 modules such as second have fewer moved directions than rank slots"):
         train(model, 1, optimizer, start=T - 1)
     second = sites(model)["second"]
     assert second.start.index.tolist() == [-1, -1]

@@ -88,7 +88,7 @@ def test_two_adapters_that_have_switched_add_up() -> None:
 def test_more_slots_than_the_weight_has_directions() -> None:
     """r = 7, W with 6 and 5 of them: all are split, the other slots start along their own rows."""
     model, x = init(after=T, r=7), batch(50)
-    with pytest.warns(UserWarning, match="2 sites such as first have fewer moved directions"):
+    with pytest.warns(UserWarning, match="2 modules such as first have fewer moved directions"):
         train(model, T)
     for site, k in zip(sites(model).values(), (6, 5), strict=True):
         assert sorted(site.start.index.tolist()) == [-1] * (7 - k) + list(range(k))

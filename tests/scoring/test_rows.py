@@ -112,7 +112,7 @@ def test_checking_scores_needs_rows_beside_those_of_a_round() -> None:
 
 
 def test_fewer_rows_than_a_round_wants_are_said() -> None:
-    with pytest.warns(UserWarning, match=r"rows=32\) scores on so many validation rows and 24 were given"):
+    with pytest.warns(UserWarning, match=r"rows=32\) scores on that many validation rows and 24 were given"):
         weftlora.attach(bare(rows=32), validation=HELD_OUT)
 
 

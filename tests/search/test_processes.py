@@ -80,5 +80,5 @@ def test_a_search_resumed_by_another_number_of_processes_says_what_is_not_exact(
     search = make(model, planted(stack(3), {1}, 40))
     state = search.state_dict()
     state["random"] *= 2
-    with pytest.warns(UserWarning, match="saved by 2 processes and goes on in 1"):
+    with pytest.warns(UserWarning, match="saved by 2 processes and continues in 1"):
         search.load_state_dict(state)

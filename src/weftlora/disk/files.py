@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -171,12 +172,11 @@ class Output:
 def why_no_file(folder: Path) -> str | None:
     """Why no file can be made in `folder`, by making one and taking it away again; None where it can.
 
-    What permissions say is not what a file system does: root may write anywhere, and nobody into /sys.
+    What permissions say is not what a file system does: root may write anywhere, and nobody into /sys. Where the system has
+    files without a name, the one that is made has none, so that a kill leaves nothing.
     """
-    tried = temporary(folder / "tried")
     try:
-        tried.open("xb").close()
-        tried.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         return (error.strerror or type(error).__name__).lower()
     return None

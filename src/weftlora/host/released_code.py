@@ -190,9 +190,8 @@ def _by_site(
     for key, tensor in tensors.items():
         if (match := pattern.match(key)) is None:
             raise AdapterError(f"tensor {key!r} is not part of a {method} adapter: expected {expected}.")
-        if (
-            tensor.dim() != 2 or not tensor.is_floating_point() or tensor.element_size() == 1
-        ):  # of 8 bits: torch adds none
+        whole = tensor.is_floating_point() and tensor.element_size() > 1  # torch computes with none of 8 bits
+        if tensor.dim() != 2 or not whole:
             raise AdapterError(
                 f"tensor {key!r} is {tuple(tensor.shape)}, {tensor.dtype}: a {method} adapter has matrices of numbers."
             )

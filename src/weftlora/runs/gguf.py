@@ -95,11 +95,16 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
     place: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     try:
         with _quietly():
-            settings = AutoConfig.from_pretrained(**place)
-            tokenizer = AutoTokenizer.from_pretrained(**place)
+            settings = AutoConfig.from_pretrained(**place, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
             kind: Any = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
             model, report = kind.from_pretrained(
-                **place, config=settings, dtype=DTYPE, output_loading_info=True, **dequantising()
+                **place,
+                config=settings,
+                dtype=DTYPE,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **dequantising(),
             )
     except (
         ValueError,
@@ -124,7 +129,7 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
             f"{missing[0]!r}: copy it again, or give the model as a folder with safetensors."
         )
     with torch.device("meta"):
-        plain = kind.from_config(_dense(model.config), dtype=DTYPE)
+        plain = kind.from_config(_dense(model.config), dtype=DTYPE, trust_remote_code=False)
     plain.load_state_dict({name: tensor.to(DTYPE) for name, tensor in model.state_dict().items()}, assign=True)
     plain.tie_weights()
     if plain.can_generate():

@@ -129,7 +129,8 @@ def test_the_update_in_weight_space_holds_the_slots() -> None:
 
 
 def test_defaults_are_those_of_the_paper() -> None:
-    assert dataclasses.asdict(Dash()) == {"directions": 8, "after": 100, "eps": 1e-8, "select": "rate", "seed": 0}
+    paper = {"directions": 8, "after": 100, "eps": 1e-8, "select": "rate", "seed": 0, "pair": "train"}
+    assert {field.name: getattr(Dash(), field.name) for field in dataclasses.fields(Dash) if field.init} == paper
     assert weftlora.LoraDashConfig().boost == Dash()
     assert weftlora.LoraDashConfig().lora_alpha == 16
 
