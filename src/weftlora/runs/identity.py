@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ class Origin(Record):
 def origin_of(source: str) -> Origin | None:
     """What a folder was made of; None where it was made of no GGUF file, by another version, or not to its end."""
     file = Path(source) / ORIGIN
-    if not file.is_file():
+    if not os.path.isfile(file):  # a name from a file may be no path at all, which is no error here
         return None
     try:
         content = read_json(file)
