@@ -27,7 +27,7 @@ from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
-from weftlora.recipes import FlexoraConfig
+from weftlora.recipes import SEARCHING, FlexoraConfig
 from weftlora.runs import base_model as models
 from weftlora.runs.adapter import adapt, adapter_config
 from weftlora.runs.recipe import Task
@@ -229,7 +229,7 @@ def _of_fixed_size(contender: Contender, there: int, told: int | None) -> Conten
 
 def _on_blocks(section: dict[str, Any], blocks: list[int]) -> dict[str, Any]:
     """The section as it is trained on these blocks."""
-    if section.get("recipe") != "flexora":
+    if section.get("recipe") not in SEARCHING:
         return section | {"layers": blocks}
     searched = {"recipe", "select", "top_k", *vars(FlexoraConfig().layers)}
     return (

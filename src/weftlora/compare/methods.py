@@ -23,7 +23,7 @@ from typing import Any
 from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice
 from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
-from weftlora.recipes import RECIPES
+from weftlora.recipes import RECIPES, SEARCHING
 from weftlora.runs.adapter import adapter_config
 from weftlora.settings import is_whole
 from weftlora.terms.axes import AXES
@@ -160,7 +160,7 @@ def _called(name: Any) -> str:
 def _check_drawn(fields: dict[str, Any], count: Any) -> None:
     """Refuse what random_layers cannot draw blocks for. Raises ConfigError."""
     name = fields.get("recipe")
-    if name in ("none", "flexora") or str(name).startswith("peft:"):
+    if name == "none" or name in SEARCHING or str(name).startswith("peft:"):
         raise ConfigError(
             f"random_layers draws blocks, and recipe={name} cannot be told which: use one of weftlora's, such as lora."
         )
@@ -223,7 +223,7 @@ def selecting_blocks(contender: Contender, count: int) -> Contender:
     if search is None:
         return contender
     selecting = search.selecting(count)
-    if contender.section.get("recipe") == "flexora":
+    if contender.section.get("recipe") in SEARCHING:
         own = {name: value for name, value in vars(selecting).items() if value != getattr(search, name)}
         section = contender.section | own
     else:

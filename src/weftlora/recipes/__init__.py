@@ -35,6 +35,9 @@ RECIPES: dict[str, Callable[..., PeftConfig]] = {
 }
 """Recipe name → its constructor; what a recipe file names under `adapter`. The controls of stock peft are here too."""
 
+SEARCHING = frozenset({"flexora"})
+"""Recipes that search their layers, so that a choice of them is no field."""
+
 CONFIG_KEYS = frozenset(
     {
         "structure",
@@ -84,11 +87,11 @@ def check_fields(section: Mapping[str, Any]) -> None:
             raise ConfigError(f"adapter {name}: r={r!r} is not a rank: use a whole number from 1 up (8 is usual).")
         return
     valid = CONFIG_KEYS | {"recipe"} if name is None else {*(CONFIG_KEYS - _FIXED), *own_fields(name), "recipe"}
-    if name == "flexora":
+    if name in SEARCHING:
         valid -= {"layers"}
         if "layers" in fields:
             raise ConfigError(
-                f"adapter flexora searches its layers, and layers={fields['layers']!r} is given too: train a choice with another "
+                f"adapter {name} searches its layers, and layers={fields['layers']!r} is given too: train a choice with another "
                 "recipe, such as lora."
             )
     for key in fields:
@@ -98,6 +101,7 @@ def check_fields(section: Mapping[str, Any]) -> None:
 
 __all__ = [
     "RECIPES",
+    "SEARCHING",
     "AllocLoraConfig",
     "FlexoraConfig",
     "HydraLoraConfig",

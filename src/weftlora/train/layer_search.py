@@ -31,6 +31,7 @@ from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import freeze
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.recipes import SEARCHING
 from weftlora.runs.adapter import parameters
 from weftlora.runs.recipe import Recipe, TrainConfig
 from weftlora.runs.run import Run
@@ -317,7 +318,7 @@ def _with_search(adapter: dict[str, Any]) -> dict[str, Any]:
     given = adapter.get("layers")
     from_file = isinstance(given, str) and given.endswith(".json")
     chosen: Layers | None = None if from_file else decode_choice("layers", given)
-    searched = name == "flexora" or (chosen is not None and chosen.search is not None)
+    searched = name in SEARCHING or (chosen is not None and chosen.search is not None)
     if not searched and given is not None and chosen != WeftConfig().layers:
         raise ConfigError(f"adapter.layers={given!r} is a choice already, so there is nothing to search: drop it.")
     return adapter if searched else {**adapter, "layers": Search.kind}
