@@ -88,7 +88,10 @@ def _mean(losses: list[float | None]) -> float | None:
 def _validation_loss(folder: Path) -> float | None:
     if status(folder, tuning=True) != "complete":
         return None
-    return Run.load(folder).metrics["validation_loss"]
+    metrics = Run.load(folder).metrics
+    if "validation_loss" not in metrics:
+        raise RunError(f"{folder} is complete and its run.json has no validation loss, so it was changed: delete the folder.")
+    return metrics["validation_loss"]
 
 
 def _outcome(plan: Plan, method: Method, seed: int, top: Path) -> Outcome:
