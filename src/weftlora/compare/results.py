@@ -90,7 +90,9 @@ def _validation_loss(folder: Path) -> float | None:
         return None
     metrics = Run.load(folder).metrics
     if "validation_loss" not in metrics:
-        raise RunError(f"{folder} is complete and its run.json has no validation loss, so it was changed: delete the folder.")
+        raise RunError(
+            f"{folder} is complete and its run.json has no validation loss, so it was changed: delete the folder."
+        )
     return metrics["validation_loss"]
 
 
