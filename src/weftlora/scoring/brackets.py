@@ -133,6 +133,13 @@ def shares(batch: Batch, chunk_tokens: int | None) -> tuple[int, int]:
     return size, max(2, chunk_tokens // (tokens * size))
 
 
+def _parts(batch: Batch, chunk_tokens: int | None) -> list[tuple[Tensor, Batch]]:
+    """The batch in parts that are forwarded one at a time, each with the numbers of its rows: one replica of as many rows as fit."""
+    size, replicas = shares(batch, chunk_tokens)
+    rows = torch.arange(len(batch["labels"])).split(size * replicas)
+    return [(own, {k: v[own.to(v.device)] for k, v in batch.items()}) for own in rows]
+
+
 def _even(positions: list[int], most: int) -> Iterator[list[int]]:
     """As few chunks as possible, of equal size."""
     size = math.ceil(len(positions) / math.ceil(len(positions) / most))
@@ -190,15 +197,12 @@ def estimated_brackets(
 ) -> Tensor:
     """[slots, 2, rows] fp64."""
     found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
-    size, replicas = shares(batch, chunk_tokens)
-    size = size * replicas  # one replica of more rows
     by_site: dict[int, list[int]] = {}
     for n, (m, _) in enumerate(slots):
         by_site.setdefault(m, []).append(n)
     columns = {m: torch.tensor([slots[n][1] for n in at]) for m, at in by_site.items()}
-    parts = torch.arange(len(batch["labels"])).split(size)
-    for done, rows in enumerate(parts):
-        part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+    parts = _parts(batch, chunk_tokens)
+    for done, (rows, part) in enumerate(parts):
         for term, gate in enumerate((1.0, 0.0)):
             slope = gate_gradients(network, sites, part, gate)
             for m, at in by_site.items():
@@ -225,10 +229,8 @@ def sensitivities(
     views = [site.structure.by_slot() for site in sites]
     params = list(dict.fromkeys(p for each in views for p, _ in each))
     slopes = {p: torch.zeros_like(p, dtype=torch.float64) for p in params}
-    size, replicas = shares(batch, chunk_tokens)
-    parts = torch.arange(len(batch["labels"])).split(size * replicas)
-    for done, rows in enumerate(parts):
-        part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+    parts = _parts(batch, chunk_tokens)
+    for done, (_, part) in enumerate(parts):
         with torch.enable_grad():
             found = torch.autograd.grad(network.losses(part).sum(), params, allow_unused=True)
         for p, slope in zip(params, found, strict=True):
@@ -259,13 +261,11 @@ def trained_gates(
     them; that they are trained in the round, from 1, and by how much is ours.
     """
     values = [torch.zeros(len(cast(Tensor, site.mask)), dtype=torch.float64) for site in sites]
-    size, replicas = shares(batch, chunk_tokens)
-    parts = torch.arange(len(batch["labels"])).split(size * replicas)
+    parts = _parts(batch, chunk_tokens)
     rate: float | None = None
     for step in range(GATE_STEPS):
         slopes = [torch.zeros_like(value) for value in values]
-        for done, rows in enumerate(parts):
-            part = {k: v[rows.to(v.device)] for k, v in batch.items()}
+        for done, (_, part) in enumerate(parts):
             gates = [2 * value.sigmoid() for value in values]
             for slope, found in zip(slopes, gate_gradients(network, sites, part, gates), strict=True):
                 slope += found.sum(0)

@@ -9,7 +9,7 @@ No trace: modes, random state, gates, listeners and cache flags are put back, al
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,31 +122,22 @@ class Ablation:
 
     def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots, 2, rows] fp64."""
-        batch = self.drawn(draw)
-        with undisturbed(self.model, self.sites):
-            if way := self._way(batch):
-                tokens, tell = self.choice.chunk_tokens, self._tell
-                return brackets.estimated_brackets(way, self.sites, slots, batch, chunk_tokens=tokens, tell=tell)
-        raise self._refusal()
+        return self._by_gradients(brackets.estimated_brackets, slots, draw)
 
     def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
-        batch = self.drawn(draw)
-        with undisturbed(self.model, self.sites):
-            if way := self._way(batch):
-                return brackets.sensitivities(
-                    way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell
-                )
-        raise self._refusal()
+        return self._by_gradients(brackets.sensitivities, slots, draw)
 
     def gates(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots] fp64: gates α' = 2 sigmoid(a') of the slots, trained on these rows from a' = 0."""
+        return self._by_gradients(brackets.trained_gates, slots, draw)
+
+    def _by_gradients(self, measure: Callable[..., Tensor], slots: Sequence[SlotId], draw: str) -> Tensor:
+        """What `measure` of `scoring.brackets` gives on the rows of a draw. Raises ConfigError where the loss has no such way."""
         batch = self.drawn(draw)
         with undisturbed(self.model, self.sites):
             if way := self._way(batch):
-                return brackets.trained_gates(
-                    way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell
-                )
+                return measure(way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell)
         raise self._refusal()
 
     def _refusal(self) -> ConfigError:
