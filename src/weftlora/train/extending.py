@@ -21,7 +21,7 @@ from transformers import get_scheduler
 from weftlora.disk.files import read_lines, write_lines, writing
 from weftlora.errors import ConfigError, RunError
 from weftlora.runs.recipe import TrainConfig
-from weftlora.runs.run import SAMPLES, Run
+from weftlora.runs.run import Run
 from weftlora.settings import is_number
 from weftlora.train import checkpoint
 
@@ -66,9 +66,7 @@ def take_over(before: Run, run: Run, last: Path) -> None:
             if (before.folder / name).is_file():
                 (run.folder / name).parent.mkdir(exist_ok=True)
                 shutil.copy2(before.folder / name, run.folder / name)
-    write_lines(run.folder / "metrics.jsonl", [row for row in before.history() if row["step"] <= step])
-    if samples := before.samples():
-        write_lines(run.folder / SAMPLES, [row for row in samples if row["step"] <= step])
+    run.keep_until(step, before)
     happened = read_lines(before.folder / "events.jsonl")
     kept = [row for row in happened if not is_number(row.get("step")) or row["step"] <= step]
     begun = read_lines(run.folder / "events.jsonl")

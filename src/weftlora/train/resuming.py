@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weftlora.disk.files import write_lines
 from weftlora.errors import RunError
 from weftlora.runs import identity
 from weftlora.runs.base_model import Fingerprint, check_same
-from weftlora.runs.run import SAMPLES, Run
+from weftlora.runs.run import Run
 from weftlora.train import checkpoint
 from weftlora.train.prepare import Prepared
 
@@ -66,10 +65,5 @@ def resume_point(run: Run, main: bool) -> Path | None:
         if checkpoint.step_of(path) > step:  # a damaged one
             checkpoint.unmark(path)
     checkpoint.drop_incomplete(run.checkpoints)
-    write_lines(
-        run.folder / "metrics.jsonl",
-        [row for row in run.history() if row["step"] <= step],
-    )
-    if samples := run.samples():
-        write_lines(run.folder / SAMPLES, [row for row in samples if row["step"] <= step])
+    run.keep_until(step, run)
     return last
