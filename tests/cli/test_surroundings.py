@@ -178,3 +178,24 @@ def test_ctrl_c_while_the_command_is_loaded_is_no_traceback(tmp_path: Path) -> N
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     said = shell("weft recipes", tmp_path, PYTHONPATH=path)
     assert (said.returncode, said.stderr) == (130, "weftlora: interrupted.\n")
+
+
+FORKS = """
+import contextlib, os, signal
+from weftlora.cli import commands
+with contextlib.suppress(SystemExit):
+    commands.main(["--version"])
+child = os.fork()
+if not child:
+    signal.pause()
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_process_that_a_command_forks_ends_by_the_signal_that_it_is_sent() -> None:
+    """A worker that answered as the command does could miss it, and whoever made it would wait for ever."""
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"{-signal.SIGTERM} set()"
+    assert done.returncode == 128 + signal.SIGTERM

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import signal
@@ -289,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     _open_streams()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        _spare_children()
+        for number in _ENDING:
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
                 signal.signal(number, _terminated)
     try:
@@ -348,6 +350,30 @@ def _is_nowhere() -> bool:
     except FileNotFoundError:
         return True
     return False
+
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+@functools.cache
+def _spare_children() -> None:
+    """Let processes that are forked from this one, such as those that encode rows, end by these signals as others do.
+
+    Whoever made them waits until they have ended. The signals wait while one is forked: Python forgets those that come then.
+    """
+    masks: list[set[int]] = []
+
+    def child() -> None:
+        for number in _ENDING:
+            if signal.getsignal(number) is _terminated:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    os.register_at_fork(
+        before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop()),
+        after_in_child=child,
+    )
 
 
 def _terminated(number: int, frame: object) -> None:

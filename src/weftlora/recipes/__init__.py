@@ -101,7 +101,6 @@ def check_fields(section: Mapping[str, Any]) -> None:
 
 __all__ = [
     "RECIPES",
-    "SEARCHING",
     "AllocLoraConfig",
     "FlexoraConfig",
     "HydraLoraConfig",
