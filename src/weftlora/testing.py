@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter import site
 from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.errors import ConfigError, MergeError, WeftError
@@ -256,7 +256,7 @@ def _searched(model: nn.Module) -> weftlora.Selection:
 
 
 def _sites(model: nn.Module) -> list[site.Site]:
-    layers = [module for module in model.modules() if isinstance(module, WeftLinear)]
+    layers = [module for module in model.modules() if isinstance(module, WeftLayer)]
     return [cast(site.Site, found) for layer in layers for found in layer.weft_site.values()]
 
 
@@ -595,7 +595,7 @@ def _check_export(trial: _Trial, notes: dict[str, str]) -> None:
             _require(not out.exists(), "a refused export leaves a folder behind.")
             return
         stock = PeftModel.from_pretrained(_base(), out)
-        _require(not any(isinstance(module, WeftLinear) for module in stock.modules()), "the export is no stock LoRA.")
+        _require(not any(isinstance(module, WeftLayer) for module in stock.modules()), "the export is no stock LoRA.")
         apart = _apart(_logits(stock), _logits(model))
         _require(apart < 1e-4, f"stock peft computes something else with the export: {apart:.1e} apart.")
 

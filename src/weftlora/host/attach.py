@@ -20,7 +20,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
@@ -60,22 +60,20 @@ IN_TURN = ("start", "boost", "ranks", "structure", "layers")
 """The order in which axes act that are due after the same step."""
 
 
-def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
+def make_schedule(layers: Sequence[WeftLayer], adapter_name: str, config: WeftConfig) -> None:
     """Hang a schedule on the first of the adapter's sites, if its config has anything that happens over time."""
-    members = [
-        Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
-    ]
+    members = [member for layer in layers for member in layer.members(adapter_name)]
     timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
     controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
     if controllers:
-        members[0].site.schedule = Schedule(adapter_name, members, controllers)
+        members[0].held.schedule = Schedule(adapter_name, members, controllers)
 
 
 def schedules(model: nn.Module) -> dict[str, Schedule]:
     """The schedules of all adapters in `model`, by adapter name."""
     found: dict[str, Schedule] = {}
     for layer in model.modules():
-        if isinstance(layer, WeftLinear):
+        if isinstance(layer, WeftLayer):
             for name, site in layer.weft_site.items():
                 if isinstance(schedule := getattr(site, "schedule", None), Schedule):
                     found[name] = schedule
@@ -101,7 +99,7 @@ def _take_over(adapter_name: str, source: str, model: nn.Module, _: Any) -> None
     for key, hook in list(model._forward_pre_hooks.items()):
         if isinstance(hook, functools.partial) and hook.func is _take_over and hook.args == (adapter_name, source):
             del model._forward_pre_hooks[key]
-    layers = [module for module in model.modules() if isinstance(module, WeftLinear)]
+    layers = [module for module in model.modules() if isinstance(module, WeftLayer)]
     sites = [each.weft_site for each in layers if adapter_name in each.weft_site and source in each.weft_site]
     pairs = [(cast(Site, found[adapter_name]), cast(Site, found[source])) for found in sites]
     if not all(_equal(new, old) for new, old in pairs):
@@ -178,7 +176,7 @@ def attach(
         raise ConfigError(f"begins={begins!r} is no step before the end of the run: give a smaller whole number.")
     if on_event is not None and not callable(on_event):
         raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
-    if not any(isinstance(layer, WeftLinear) for layer in model.modules()):
+    if not any(isinstance(layer, WeftLayer) for layer in model.modules()):
         raise ConfigError("the model has no weftlora adapter to attach to: call weftlora.attach after get_peft_model.")
     found = schedules(model)
     if original is not None or cache is not None:
@@ -239,10 +237,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> None:
     rows, bare = rows_of(validation), unwrapped(model)
-    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLayer) for n in m.weft_site}
     taken = False
     for name, schedule in found.items():
-        mine = Held(bare, [layers[name, member.name] for member in schedule.members], name, rows)
+        mine = Held(bare, [layer for (adapter, _), layer in layers.items() if adapter == name], name, rows)
         for controller in schedule.controllers:
             taken |= controller.take_rows(mine)
     if not taken:
@@ -254,7 +252,7 @@ class Held:
     """The validation rows and the model to measure one adapter on (`weftlora.terms.events.Validation`)."""
 
     model: nn.Module
-    layers: list[WeftLinear]
+    layers: list[WeftLayer]
     adapter: str
     rows: Rows
 

@@ -153,7 +153,10 @@ def _config(cfg: Any) -> Any:
         {
             "r": ("lora_r", cfg.get("lora_r")),
             "lora_alpha": ("lora_alpha", cfg.get("lora_alpha")),
-            "lora_dropout": ("lora_dropout", cfg.get("lora_dropout") or None),  # 0.0 where the file says nothing, as with us
+            "lora_dropout": (
+                "lora_dropout",
+                cfg.get("lora_dropout") or None,
+            ),  # 0.0 where the file says nothing, as with us
             "target_modules": ("lora_target_modules", targets),
             "modules_to_save": ("lora_modules_to_save", cfg.get("lora_modules_to_save")),
             "rank_pattern": ("lora_rank_pattern", cfg.get("lora_rank_pattern")),
