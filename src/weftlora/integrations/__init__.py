@@ -56,4 +56,4 @@ def config_for(
         fields[name] = value
     config: Any = adapter_config(fields)
     config.task_type = task_type
-    return config  # type: ignore[no-any-return]
+    return config

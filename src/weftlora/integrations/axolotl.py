@@ -67,7 +67,7 @@ class WeftArgs(BaseModel):
         return data
 
 
-class WeftPlugin(BasePlugin):  # type: ignore[misc]
+class WeftPlugin(BasePlugin):
     """Trains an adapter of weftlora where axolotl's file says `adapter: weft`; does nothing otherwise."""
 
     def get_input_args(self) -> str:
@@ -111,7 +111,7 @@ class WeftPlugin(BasePlugin):  # type: ignore[misc]
 
         made, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         lr = options.pop("lr")
-        groups = weftlora.param_groups(trainer.model, lr, weight_decay=trainer.args.weight_decay, **chosen)
+        groups = weftlora.param_groups(trainer.model, lr=lr, weight_decay=trainer.args.weight_decay, **chosen)
         trainer.optimizer = made(groups, lr=lr, **options)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

@@ -48,7 +48,7 @@ def register(recipe: str, name: str | None = None, **fields: Any) -> None:
     tuners_map[called] = type(f"Weft_{called}", (_Recipe,), {"section": {"recipe": recipe, **fields}})
 
 
-class _Recipe(PeftTuner):  # type: ignore[misc]
+class _Recipe(PeftTuner):
     """A recipe as ms-swift asks for it; saving is peft's own."""
 
     section: dict[str, Any]
