@@ -242,7 +242,9 @@ def tried(
     eyes = watch()
     sandbox.put(case)
     eyes.seen.clear()
-    signal.setitimer(signal.ITIMER_PROF, CPU if seconds is None else seconds, 0.2)  # again and again: a finaliser swallows what is raised in it
+    signal.setitimer(
+        signal.ITIMER_PROF, CPU if seconds is None else seconds, 0.2
+    )  # again and again: a finaliser swallows what is raised in it
     eyes.on = True
     try:
         target.call(sandbox.folder, case)
