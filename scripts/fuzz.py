@@ -254,37 +254,45 @@ def failed_again(held: list[Any], out: Path) -> list[dict[str, Any]]:
     The record is written after each, so that what is stopped is not lost.
     """
     rows: dict[str, dict[str, Any]] = {row["fault"]: row for row in kept(out).get("put_back_for_tests", [])}
+    tests = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "fuzz" / "held.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    passes: dict[str, str] = {}
+
+    def failure(test: str, source: Path) -> str:
+        """What a test says where it fails with this source; empty where it passes."""
+        assert tests.stdin
+        assert tests.stdout
+        tests.stdin.write(json.dumps({"test": test, "source": str(source)}) + "\n")
+        tests.stdin.flush()
+        done = json.loads(tests.stdout.readline())
+        said = [line for line in done["said"].splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if done["code"] not in (0, 1) or (done["code"] and not said):
+            raise SystemExit(f"{test}: pytest ended with {done['code']}: {done['said'][-1500:]}")
+        return visible(said[0].partition(" - ")[2])[:160] or "it fails" if done["code"] else ""
+
     for fault in held:
+        check(fault)
+        if fault.target not in passes:
+            passes[fault.target] = failure(fault.target, ROOT / "src")
         with tempfile.TemporaryDirectory(prefix="weft-put-back-") as top:
-            before = tests_fail(fault.target, ROOT / "src")
-            after = tests_fail(fault.target, patched(fault, Path(top)))
+            found = failure(fault.target, patched(fault, Path(top)))
         rows[fault.name] = {
-            "fault": fault.name, "test": fault.target, "source": source_digest(), "again": before is None and after is not None,
-            "as": after or "",
+            "fault": fault.name, "test": fault.target, "source": source_digest(), "again": bool(found) and not passes[fault.target],
+            "as": found,
         }  # fmt: skip
         record = kept(out)
         record["put_back_for_tests"] = [rows[each.name] for each in HELD_BY_TESTS if each.name in rows]
         write(out, record)
-        print(
-            f"{'found' if rows[fault.name]['again'] else f'NOT FOUND (without it: {before})'}: {rows[fault.name]}",
-            flush=True,
-        )
+        said = "found" if rows[fault.name]["again"] else f"NOT FOUND (without it: {passes[fault.target]})"
+        print(f"{said}: {rows[fault.name]}", flush=True)
+    assert tests.stdin
+    tests.stdin.close()
+    tests.wait()
     return [rows[fault.name] for fault in held]
-
-
-def tests_fail(test: str, source: Path) -> str | None:
-    """What a test says where it fails with this source; None where it passes."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "-p", "no:cacheprovider", "-m", "", test],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode == 0:
-        return None
-    said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    words = said[0].partition(" - ")[2] if done.returncode == 1 and said else f"pytest ended with {done.returncode}"
-    if done.returncode != 1:
-        raise SystemExit(f"{test}: {words}: {done.stdout[-1000:]}{done.stderr[-500:]}")
-    return visible(words.replace(source.as_posix(), ""))[:160]
 
 
 def source_digest() -> str:
@@ -354,7 +362,7 @@ def main() -> int:
     parser.add_argument("--new", type=Path, help="write what was found to this file, as seeds/found.json has it")
     parser.add_argument("--faults", action="store_true", help="put every fault back that was fixed, and find it again")
     parser.add_argument(
-        "--held", action="append", help="with --faults: this fault that a test holds, and no target; repeatable"
+        "--held", action="append", help="with --faults: of those that tests hold this one, or all; repeatable"
     )
     parser.add_argument("--quick", action="store_true", help="with --faults: only whether the slice finds them")
     given = parser.parse_args()
@@ -367,14 +375,14 @@ def main() -> int:
     by_name = {target.name: target for target in chosen}
     record = kept(given.out)
     if given.faults:
-        rows = found_again(chosen, 0 if given.quick else 20)
+        rows = found_again(chosen, 0 if given.quick else 20) if chosen else []
         record = kept(given.out)  # as it is by now: a part may have ended meanwhile
         others = [row for row in record.get("put_back", []) if row["target"] not in by_name]
         record["put_back"] = [*others, *rows]
         write(given.out, record)
         if not given.only or given.held:
             rows += failed_again(
-                [fault for fault in HELD_BY_TESTS if not given.held or fault.name in given.held], given.out
+                [fault for fault in HELD_BY_TESTS if not given.held or {"all", fault.name} & {*given.held}], given.out
             )
         missed = [row["fault"] for row in rows if not row["again"]]
         print(f"{len(rows)} faults put back, {len(missed)} not found again: {', '.join(missed)}")
