@@ -654,8 +654,8 @@ def _state(folder: Path, case: Case) -> None:
 
     number = int(case.get("search", b"0")) % 2  # type: ignore[arg-type]
     job, whole = _searches()[number], _states()[number]["state.pt"]
+    job.load(folder / "state.pt")  # one that is refused has changed nothing
     try:
-        job.load(folder / "state.pt")
         job.step()
         job.selection()
     finally:
