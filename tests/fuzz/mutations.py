@@ -467,7 +467,7 @@ def split_gguf(content: bytes) -> tuple[int, list[Key], list[Placed], bytes] | N
             name, rank = text(), number("I")
             shape = [number("Q") for _ in range(min(rank, 100))]
             tensors.append((name, shape, number("I"), number("Q")))
-    except (struct.error, ValueError):
+    except (struct.error, ValueError, OverflowError):
         return None
     return version, keys, tensors, content[(at + 31) // 32 * 32 :]
 
