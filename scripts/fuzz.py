@@ -400,7 +400,9 @@ def main() -> int:
     else:
         counts = {name: entry["inputs"] for name, entry in record.get("targets", {}).items()}
         seed = given.seed or f"part {len(record.get('parts', [])) + 1}"
-        turn = max(TURN, 15 * given.minutes / len(chosen))  # a target alone need not try what it has learned again and again
+        turn = max(
+            TURN, 15 * given.minutes / len(chosen)
+        )  # a target alone need not try what it has learned again and again
         done = campaign(chosen, counts, 60 * given.minutes, seed, given.jobs, turn)
         write(given.out, added(kept(given.out), done, seed, time.monotonic() - began, source))
     faults = list({(out.target, kind): fault for out in done for kind, fault in out.faults.items()}.values())

@@ -126,7 +126,7 @@ _RECIPE, _RUN, _FILES, _CHECKPOINT, _SEARCH = (
     f"weftlora.{name}" for name in ("runs.recipe", "runs.run", "disk.files", "train.checkpoint", "search.driver")
 )
 _OWNERSHIP_MODULE = "weftlora.disk.ownership"
-_JSON = ("weftlora.foreign_json:from_json", "except RecursionError:", "except ZeroDivisionError:")
+_JSON = ("weftlora.foreign_text:from_json", "except RecursionError:", "except ZeroDivisionError:")
 _TYPES = ("weftlora.records:_misfit", "    origin, inner", "    return None\n    origin, inner")
 _KINDS = ("weftlora.records:check_kinds", "for key, kind in kinds.items():", "for key, kind in ():")
 
