@@ -119,7 +119,7 @@ fuzz: $(STAMP) ## bad files through every reader, names of strangers through eve
 fuzz-slice: $(STAMP) ## the same for under a minute, inputs that once were faults first; counts nothing
 	$(BIN)/python scripts/fuzz.py --slice 40 --jobs $(JOBS)
 
-fuzz-faults: $(STAMP) ## every fault that was fixed, put back by a change of the source, is found again (minutes)
+fuzz-faults: $(STAMP) ## every fault that was fixed, put back by a change of the source, is found again by the fuzzer, or by the test that holds it (half an hour)
 	$(BIN)/python scripts/fuzz.py --faults
 
 mutants: $(STAMP) ## small changes of kernel, terms, schedule, scoring and search, drawn by a seed: a test must notice each (25 minutes a part)

@@ -67,16 +67,19 @@ def in_code(text: str) -> str:
     return visible(text).replace("`", "'")
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str, exact: bool = False) -> Any:
     """What a JSON text says.
 
     A whole number beyond 64 bits, which nothing of ours writes, is read as a float: nothing that counts with it can overflow.
+
+    Args:
+        exact: whole numbers of any length are what they are, for what is shown and not counted with.
 
     Raises:
         ValueError: no JSON, or nested too deep for a reader that calls itself.
     """
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text) if exact else json.loads(text, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from tiny_gguf import TEMPLATE, installed, words, write_gguf
 from transformers import AutoConfig
 
 import weftlora
+from tiny_gguf import TEMPLATE, installed, words, write_gguf
 from weftlora.data.paths import WORDS, is_model, locate
 from weftlora.errors import ModelError, WeftError
 from weftlora.runs import gguf, identity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,6 +296,45 @@ def test_a_damaged_state_is_refused_in_a_sentence(content: bytes | None, tmp_pat
     (tmp_path / "state.pt").write_bytes(whole[:300] if content is None else content)
     with pytest.raises(RunError, match="damaged"):
         found.load(tmp_path / "state.pt")
+
+
+FORMS: dict[str, Any] = {
+    "a list": lambda state: [state],
+    "without a part": lambda state: {key: value for key, value in state.items() if key != "skipped"},
+    "θ of another shape": lambda state: state | {"theta": {name: p[:1] for name, p in state["theta"].items()}},
+    "α that is no number": lambda state: state | {"alpha": state["alpha"] * float("nan")},
+    "a count that is a text": lambda state: state | {"done": "2"},
+    "a position before the first": lambda state: state | {"positions": {"train": -1, "validation": 0}},
+    "moments of another shape": lambda state: (
+        state | {"alpha_optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}}}
+    ),
+    "random state that is none": lambda state: (
+        state | {"random": [{"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}]}
+    ),
+    "history of other steps": lambda state: state | {"history": state["history"][:1]},
+    "rows that are tensors": lambda state: state | {"splits": {"train": [torch.ones(2)], "validation": []}},
+}
+
+
+def test_a_state_of_another_form_is_refused_before_anything_is_changed(tmp_path: Path):
+    found = search()
+    found.step()
+    found.step()
+    whole = found.state_dict()
+    for form, change in FORMS.items():
+        torch.save(change(whole), tmp_path / "state.pt")
+        with pytest.raises(RunError, match=r"is of another adapter|is damaged"):
+            found.load(tmp_path / "state.pt")
+        assert str(found.state_dict()) == str(whole), form
+
+
+def test_the_settings_of_the_optimisers_are_the_configs_and_not_the_files():
+    found = search()
+    found.step()
+    state = found.state_dict()
+    state["alpha_optimizer"] = state["alpha_optimizer"] | {"param_groups": [{"lr": "x"}]}
+    found.load_state_dict(state)
+    found.step()
 
 
 def test_a_disk_that_refuses_the_state_says_so_as_other_files_do(tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def test_text_stays_text(form: str | None) -> None:
         ('{"a": 1}', "holds no list of messages"),
         ("[]", "no message to answer"),
         ("[1]", "lacks a role"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_file_of_messages(content: str, says: str, tmp_path: Path) -> None:
@@ -204,6 +205,14 @@ def test_a_file_of_messages(content: str, says: str, tmp_path: Path) -> None:
         read_messages(file)
     with pytest.raises(DataError, match="cannot be read"):
         read_messages(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("template", ["no column", "{a.b}", 3])
+def test_a_template_that_no_run_wrote_is_refused(template: Any, tmp_path: Path) -> None:
+    said = {"format": "prompt_completion", "prompt_template": template, "system": None}
+    (tmp_path / "prompts.json").write_text(json.dumps(said))
+    with pytest.raises(AdapterError, match=r"prompts.json cannot be read .*delete it"):
+        Prompting.of_adapter(tmp_path)
 
 
 def test_the_token_that_ends_a_turn(chat_base: Path) -> None:

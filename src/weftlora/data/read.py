@@ -128,7 +128,7 @@ class Table(Stored):
                 self._row({name: column[at] for name, column in columns.items()}, index)
                 for at, index in enumerate(indices)
             ]
-        except (ValueError, TypeError, IndexError) as error:  # text that is no UTF-8, a class without a name
+        except Exception as error:  # no UTF-8, a class without a name, a date or time zone that Python lacks
             raise DataError(f"a row of {self.name} cannot be read ({first_line(error)}): save it again.") from None
 
     def _row(self, values: dict[str, Any], index: int) -> Row:
@@ -231,13 +231,12 @@ def quiet() -> Iterator[None]:
 
 def _read_parquet(path: Path) -> Source:
     import datasets
-    import pyarrow
 
     digest = file_digest(path)
     try:
         with quiet():
             table = datasets.Dataset.from_parquet(str(path))
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # read by C++, which has errors of many kinds
         reason = error.__cause__ or error
         raise DataError(f"{path} is not a readable parquet file ({first_line(reason)}): copy it again.") from None
     if not len(table):

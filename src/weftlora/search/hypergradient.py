@@ -366,11 +366,6 @@ class InnerLoop:
             "unlabelled": self.unlabelled,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.taken, self.skipped, self.unlabelled = state["taken"], state["skipped"], state["unlabelled"]
-
 
 def _adam(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """P and Q of one parameter after a step of Adam; Q is 0 where v is: there was no gradient yet, so m is 0 too."""
