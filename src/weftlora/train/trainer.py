@@ -28,6 +28,7 @@ from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
 from weftlora.train.costs import Stopwatch, announce_measuring, measuring_seconds, timed
 from weftlora.train.extending import Extended
+from weftlora.train.following import following, is_routed
 from weftlora.train.prepare import Prepared
 from weftlora.train.sampling import Asked, Sampler
 
@@ -132,6 +133,19 @@ class _Measured:
     """Mixed into a trainer: the validation loss is a mean over answer tokens, not over batches."""
 
     prepared: Prepared
+    run: Run
+
+    @contextlib.contextmanager
+    def follows(self, rows: Any, collate: Any) -> Iterator[Any]:
+        """Record what routers do meanwhile, where `train.follow_heads` asks for it."""
+        trainer: Any = self
+        if not (self.prepared.recipe.train.follow_heads and is_routed(self.prepared.adapter)):
+            yield collate
+            return
+        with following(trainer.model, self.prepared.measured_domains, collate) as heads:
+            yield heads.collate
+        if trainer.state.is_world_process_zero:
+            self.run.event("heads", step=trainer.state.global_step, **heads.figures())
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -139,7 +153,8 @@ class _Measured:
         trainer: Any = self
         rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
         announce_measuring(timed(trainer.state), rows)
-        measured = mean_loss(trainer.model, rows, self.prepared.collator, trainer.args.per_device_eval_batch_size)
+        with self.follows(rows, self.prepared.collator) as collate:
+            measured = mean_loss(trainer.model, rows, collate, trainer.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": measured.loss}
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
@@ -306,7 +321,7 @@ def make_trainer(
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
-    added: dict[str, Any] = {"prepared": prepared, "_card": Card()}
+    added: dict[str, Any] = {"prepared": prepared, "run": run, "_card": Card()}
     if run.extends:
         mixins.insert(0, Extended)
         added["extends_at"] = run.extends["step"]
