@@ -12,7 +12,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 
 import weftlora
 from weftlora.errors import ConfigError, DataError, RunError
-from weftlora.search.driver import LayerSearch
+from weftlora.search.driver import LayerSearch, _cost
 from weftlora.search.hypergradient import Inner
 from weftlora.terms.layers.search import weights
 
@@ -21,9 +21,9 @@ SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}
 
 def search(dropout: float = 0.0, **fields) -> LayerSearch:
     inner = fields.pop("inner", {})
-    config = fields.pop("config", {})
+    config, training = fields.pop("config", {}), fields.pop("training", None)
     model = adapted(stack(3), weftlora.Search(**{**SMALL, **fields}), lora_dropout=dropout, **config)
-    return make(model, planted(stack(3), {1}, 40), **inner)
+    return make(model, planted(stack(3), {1}, 40), training=training, **inner)
 
 
 def theta(found: LayerSearch) -> list:
@@ -264,6 +264,14 @@ def test_a_direct_hypergradient_of_several_inner_steps_is_said_to_be_biased(capl
 def test_one_epoch_is_counted_in_rows_of_the_training_part():
     found = search(steps=None, inner_steps=2, inner={"batch_size": 2, "accumulation": 3})
     assert found.steps == (40 - 12) // (2 * 3 * 2)
+
+
+def test_a_search_costs_no_more_than_its_share_of_the_training_unless_it_is_not_bounded():
+    fields = {"steps": None, "inner": {"batch_size": 2, "accumulation": 2}, "search_epochs": 3}
+    whole = search(**fields).steps
+    assert search(training=10**6, **fields).steps == search(training=50, max_share=None, **fields).steps == whole
+    bounded = search(training=50, max_share=0.1, **fields)
+    assert bounded.steps == int(5 / _cost(bounded)) < whole
 
 
 def test_validation_micro_batches_shrink_before_one_step_repeats_a_row():

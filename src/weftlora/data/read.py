@@ -412,8 +412,10 @@ class Lines(Stored):
             )
         self.digest = digest.hexdigest()
         none = np.zeros(0, np.int64)
-        self.starts, self.ends, self.numbers = (
-            np.concatenate(each) if each else none for each in (starts, ends, numbers)
+        self.starts, long, numbered = (np.concatenate(each) if each else none for each in (starts, ends, numbers))
+        long -= self.starts
+        self.lengths, self.numbers = (  # half the memory, where every value fits
+            each.astype(np.uint32) if not len(each) or each.max() < 2**32 else each for each in (long, numbered)
         )
         self._open: tuple[int, int] | None = None
 
@@ -449,15 +451,17 @@ class Lines(Stored):
             self._open = (os.getpid(), os.open(self.path, os.O_RDONLY))
         out = []
         for index in indices:
-            start, end = int(self.starts[index]), int(self.ends[index])
-            out.append(self._row(os.pread(self._open[1], end - start, start), int(self.numbers[index])))
+            line = os.pread(self._open[1], int(self.lengths[index]), int(self.starts[index]))
+            out.append(self._row(line, int(self.numbers[index])))
         return out
 
     def __iter__(self) -> Iterator[Row]:
         with self.path.open("rb") as file:
-            for start, end, number in zip(self.starts.tolist(), self.ends.tolist(), self.numbers.tolist(), strict=True):
-                file.seek(start)
-                yield self._row(file.read(end - start), number)
+            for at in range(0, len(self), 4096):  # whole arrays as Python's numbers are many times as large
+                parts = (each[at : at + 4096].tolist() for each in (self.starts, self.lengths, self.numbers))
+                for start, length, number in zip(*parts, strict=True):
+                    file.seek(start)
+                    yield self._row(file.read(length), number)
 
     def _row(self, line: bytes, number: int) -> Row:
         try:
