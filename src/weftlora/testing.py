@@ -12,6 +12,7 @@ which part of the contract is broken. A term that acts over time is given with t
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,6 +83,8 @@ def check_term(
         reference                            the fast path computes what the equation says, gradients too
         saving                               its tensors are those that it names; from_pretrained, load_adapter and transformers'
                                              load_adapter give equal logits
+        copying                              a copy by parameters, as trl makes a reference, by state dict and by deepcopy gives
+                                             equal logits
         resuming                             a run that was stopped and continued ends in the same adapter
         merging, export                      are exact, or refused with the term's own reason
         two processes                        data-parallel training ends in the adapter of one process
@@ -112,6 +115,7 @@ def check_term(
         ("training", _check_training),
         ("reference", _check_reference),
         ("saving", _check_saving),
+        ("copying", _check_copying),
         ("resuming", _check_resuming),
         ("merging", _check_merging),
         ("export", _check_export),
@@ -465,6 +469,24 @@ def _check_saving(trial: _Trial, notes: dict[str, str]) -> None:
             _require(torch.equal(_logits(loaded), expected), f"{name} gives other logits than were saved.")
             if apart := _differing(_nameless(_adapter(model)), _nameless(_adapter(loaded))):
                 raise AssertionError(f"{name} gives another {apart[0]} than was saved.")
+
+
+def _check_copying(trial: _Trial, notes: dict[str, str]) -> None:
+    model = copy.deepcopy(trial.trained())
+    expected = _logits(model)
+    peft = cast(PeftModel, model)
+    _require(torch.equal(_logits(copy.deepcopy(model)), expected), "a deep copy gives other logits.")
+    peft.add_adapter("ref", peft.peft_config["default"])
+    for name, parameter in model.named_parameters():  # as trl's trainers do
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    peft.set_adapter("ref")
+    _require(torch.equal(_logits(model), expected), "a copy by parameters gives other logits.")
+    peft.add_adapter("fresh", peft.peft_config["default"])
+    peft.set_adapter("fresh")
+    _require(torch.equal(_logits(model), _logits(_base())), "another adapter of the same config does not start afresh.")
+    set_peft_model_state_dict(peft, get_peft_model_state_dict(peft, adapter_name="default"), adapter_name="fresh")
+    _require(torch.equal(_logits(model), expected), "a copy by state dict gives other logits.")
 
 
 def _check_names(model: nn.Module) -> None:

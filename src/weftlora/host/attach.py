@@ -9,6 +9,7 @@ scores of rank slots, need this one, before training; `weftlora train` makes it,
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
@@ -76,6 +78,45 @@ def schedules(model: nn.Module) -> dict[str, Schedule]:
                 if isinstance(schedule := getattr(site, "schedule", None), Schedule):
                     found[name] = schedule
     return found
+
+
+def await_copy(model: nn.Module, adapter_name: str, source: str) -> None:
+    """Take over what `source` is beside its parameters, if they turn out to have been copied into `adapter_name`.
+
+    Whoever needs an adapter twice adds one of the very same config and copies parameter after parameter, as trl's trainers make their
+    reference policies. Masks, directions and frozen twins are buffers, which that leaves behind. So the first forward after the new
+    adapter was added looks whether the two have equal parameters, and if so gives the new one the buffers too. An adapter that
+    shares a config and no more starts afresh.
+
+    Args:
+        model: the model that the adapters are on, without peft's wrapper.
+    """
+    model.register_forward_pre_hook(functools.partial(_take_over, adapter_name, source), prepend=True)
+
+
+def _take_over(adapter_name: str, source: str, model: nn.Module, _: Any) -> None:
+    """The hook of `await_copy`, which looks once; a copy of the model has one of its own."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _take_over and hook.args == (adapter_name, source):
+            del model._forward_pre_hooks[key]
+    layers = [module for module in model.modules() if isinstance(module, WeftLayer)]
+    sites = [each.weft_site for each in layers if adapter_name in each.weft_site and source in each.weft_site]
+    pairs = [(cast(Site, found[adapter_name]), cast(Site, found[source])) for found in sites]
+    if not all(_equal(new, old) for new, old in pairs):
+        return
+    for new, old in pairs:
+        new.awaits_search = old.awaits_search
+        new.counters = set(old.counters)
+        for mine, its in zip(new.modules(), old.modules(), strict=True):
+            for name, buffer in its._buffers.items():
+                mine._buffers[name] = None if buffer is None else buffer.detach().clone()
+
+
+def _equal(new: Site, old: Site) -> bool:
+    mine, its = dict(new.named_parameters()), dict(old.named_parameters())
+    return mine.keys() == its.keys() and all(
+        mine[name].shape == its[name].shape and bool((mine[name] == its[name]).all()) for name in mine
+    )
 
 
 def warn_of_missing(model: nn.Module, adapter_name: str | None = None, *, over: bool = False) -> None:

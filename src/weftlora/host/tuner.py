@@ -47,7 +47,7 @@ from weftlora.adapter.site import Owners, Site, build_batch, build_site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, TargetError, suggest
 from weftlora.host import weighted
-from weftlora.host.attach import make_schedule, warn_of_missing
+from weftlora.host.attach import await_copy, make_schedule, warn_of_missing
 from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
 from weftlora.terms.axes import builtin
@@ -303,6 +303,9 @@ class WeftTuner(BaseTuner):
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
             watch(adapter_name, layers)
             fuse(model)
+            same = (name for name, config in self.peft_config.items() if config is self.peft_config[adapter_name])
+            if source := next((name for name in same if name != adapter_name), None):
+                await_copy(model, adapter_name, source)
         finally:
             self._owners = {}
 
