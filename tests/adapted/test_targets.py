@@ -401,3 +401,40 @@ def test_good_names_raise_no_warning(llama) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about checkpointing
         get_peft_model(llama, weftlora.PlainLoraConfig(exclude_modules=["o_proj"], layers_to_transform=[0]))
+
+
+class Routing(nn.Linear):
+    """A router that is a Linear and gives two tensors, as Llama-4's and PhiMoE's."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class Grouped(nn.Linear):
+    """A Linear that wants an axis of groups, as DeepSeek-V4's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight.view(4, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", x.reshape(*x.shape[:-2], 4, self.in_features), w)
+
+
+class Noisy(nn.Linear):
+    """A Linear whose forward is its own and gives what a Linear gives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * torch.empty_like(x).uniform_(0.9, 1.1))
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Routing, "returns a tuple"), (Grouped, "does not take an input of 8")])
+def test_a_linear_whose_call_is_none_is_found_before_a_forward(kind: type[nn.Linear], says: str) -> None:
+    def model() -> nn.Sequential:
+        made = nn.Sequential()
+        made.router, made.inner = kind(8, 8), Noisy(8, 8)
+        return made
+
+    with pytest.warns(UserWarning, match=f"all-linear leaves out what cannot carry an adapter: router .*{says}"):
+        adapted = get_peft_model(model(), weftlora.PlainLoraConfig(r=2))
+    assert adapted_names(adapted) == ["inner"]
+    with pytest.raises(weftlora.TargetError, match=says):
+        get_peft_model(model(), weftlora.PlainLoraConfig(r=2, target_modules=["router", "inner"]))

@@ -195,6 +195,10 @@ class WeftExpertWeight(WeftLayer):
     def _put_weight(self, weight: nn.Parameter) -> None:
         setattr(self._experts[0], self.name, weight)
 
+    def put(self, w: Tensor) -> None:
+        """Let the base compute with W [E, out, in]."""
+        self._put_weight(nn.Parameter(self.layout.matrix(w).contiguous(), requires_grad=False))
+
     @property
     def at_work(self) -> list[str]:
         """The adapters that take part in a forward."""

@@ -71,7 +71,6 @@ class Site(nn.Module):
     layer_gate: Tensor | None
     birth: Tensor | None
     score: Tensor | None
-    scales: Tensor | None
 
     def __init__(self, structure: StructureTerm, *, scale: float, dropout: float = 0.0):
         super().__init__()
@@ -88,9 +87,7 @@ class Site(nn.Module):
         self.draw: Draw = kaiming_uniform
         for name in ("mask", "layer_gate", "birth", "score"):
             self.register_buffer(name, None)
-        self.register_buffer(
-            "scales", None, persistent=False
-        )  # [E] of a batch whose sites differ in it; `scale` is then 1
+        self.scales: list[float] = []  # of every site of a batch, where they differ; `scale` is then 1
         self.experts = 0  # how many sites a batch is of; 0 for one that is none
         self.per_expert: frozenset[str] = frozenset()  # the names of the tensors with an axis of experts
         self.part_of: ExpertOf | None = None  # of the views of one expert: the batch
@@ -120,8 +117,10 @@ class Site(nn.Module):
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
             f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[-2]), f.gate))
-        if self.scales is not None:
-            f = replace(f, gate=_times(self.scales[:, None].expand(-1, f.A.shape[-2]), f.gate))
+        if self.scales:
+            wide = torch.promote_types(f.A.dtype, torch.float32)
+            each = torch.tensor(self.scales, dtype=wide, device=f.A.device)[:, None]
+            f = replace(f, gate=_times(each.expand(-1, f.A.shape[-2]), f.gate))
         if self.keep is not None:
             f = replace(f, keep=self.keep)
         if self.mask is not None:
@@ -293,8 +292,8 @@ class Site(nn.Module):
         """
         view = cast(Site, self._view(self, "", e))
         view.experts, view.per_expert, view.part_of = 0, frozenset(), ExpertOf(self, e)
-        if self.scales is not None:
-            view.scale, view._buffers["scales"] = float(self.scales[e]), None
+        if self.scales:
+            view.scale, view.scales = self.scales[e], []
         view.initial_rank = self.ranks_of[e]
         view._keep, view._keeps = self._keeps.get(e), {}
         view._live = Remembered(_live_slots)
@@ -497,7 +496,7 @@ def _stacked(sites: Sequence[Site], ranks_of: Sequence[int], scales: Sequence[fl
     batch.experts, batch.per_expert, batch._ranks_of = len(sites), own, list(ranks_of)
     batch.initial_rank = max(ranks_of)
     if len(set(scales)) > 1:
-        batch.scale, batch.scales = 1.0, torch.tensor(scales)
+        batch.scale, batch.scales = 1.0, list(scales)
     return batch
 
 

@@ -45,6 +45,7 @@ def step(
     vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    experts: Annotated[int, typer.Option(help="Experts in the place of every MLP; 0 for none.")] = 0,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; at least 7 for figures to publish.")] = 9,
     dtype: Annotated[list[str] | None, typer.Option(help="Base in fp32 or bf16; may be repeated. Both.")] = None,
     dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
@@ -85,7 +86,7 @@ def step(
         from weftlora.bench import step as call
 
         return call(
-            Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
+            Shape(hidden, layers or (8 if table else 4), vocab, batch, seq, experts),
             table=table,
             rounds=rounds,
             threads=threads,

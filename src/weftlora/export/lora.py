@@ -100,6 +100,10 @@ def check_routed(source: Source, approximate: bool) -> None:
     check_linear(source)
     here = [(name, layer.site(name)) for layer in source.layers for name in source.adapters if name in layer.weft_site]
     unpaired = [(name, site.structure.choice) for name, site in here if not site.mergeable]
+    if approximate and (experts := [layer for layer in source.layers if isinstance(layer, WeftExpertWeight)]):
+        raise MergeError(
+            f"{experts[0].module_name} holds experts, whose routers are not approximated: serve the adapter with weftlora."
+        )
     routed = bool(unpaired) and all(structure.routed for _, structure in unpaired)
     if unpaired and not (approximate and routed):
         name, structure = next((each for each in unpaired if not each[1].routed), unpaired[0])

@@ -222,7 +222,8 @@ def _decompose(
     if original is not None:
         checkpoint = Checkpoint(original)
         layers = {(n, m.module_name): m for m in model.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
-        members = [(name, member) for name, schedule in found.items() for member in schedule.members]
+        # checkpoints keep experts' matrices under other names than the model: those are ranked as they are in memory
+        members = [(name, m) for name, schedule in found.items() for m in schedule.members if m.expert is None]
         weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
         for (_, member), weight in zip(members, weights, strict=True):
             member.weight, member.source = weight, "original"

@@ -540,6 +540,14 @@ def _report_experts(layers: Sequence[WeftLayer], adapter_name: str) -> None:
             trained / 1e6,
             trained * 12 / 1e6,
         )
+    routed = next((layer for layer in experts if layer.site(adapter_name).routed), None)
+    if routed is not None:
+        choice = routed.site(adapter_name).structure.choice
+        warnings.warn(
+            f"{choice.method} on experts such as {routed.module_name} cannot be exported later, at its mean gate neither: "
+            f"{choice.no_closed_form}. Leave experts out (target_parameters=[]), or take an unrouted structure, where you need that.",
+            stacklevel=4,
+        )
 
 
 def _with_rows(rows: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
