@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import gathered
 from weftlora.errors import ConfigError, MergeError
 from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight, used
 from weftlora.kernel.dropout import dropped
@@ -83,6 +84,8 @@ class Site(nn.Module):
         self.keep: Tensor | None = None  # [K, slots], set while slots are scored; see `Factors.keep`
         self._live = Remembered(_live_slots)
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
+        self.size = Size(0, 0, 0)
+        self.slot_parameters = 0  # trainable parameters of one slot, 0 where slots cannot move
         self.awaits_search = False  # training is refused but to what comes before it
         self.untrained = ""  # the sentence that refuses it
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
@@ -97,7 +100,7 @@ class Site(nn.Module):
 
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
-        f = self.structure.factors(self.scale)
+        f = gathered(self.structure.factors(self.scale))
         if self.pair != "train" and self.boost is not None and self.boost.happened:
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
@@ -275,6 +278,9 @@ def build_site(
     draw = kaiming_uniform if start is None else start.draw
     site = Site(structure.build(Size(r, fan_in, out), room, owners or {}, draw), scale=scale, dropout=dropout)
     site.initial_rank = r
+    site.size = Size(r, fan_in, out)
+    by_slot = site.structure.by_slot()
+    site.slot_parameters = sum(view(p).numel() for p, view in by_slot) // (r + room) if by_slot else 0
     site.draw = draw
     for name, value in ({} if ranks is None else ranks.state(r, room)).items():
         site.register_buffer(name, value)

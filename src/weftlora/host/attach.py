@@ -9,6 +9,7 @@ scores of rank slots, need this one, before training; `weftlora train` makes it,
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
 from weftlora.adapted.layer import WeftLinear
-from weftlora.adapter.spec import WeftConfig
+from weftlora.adapter.spec import WeftConfig, encode_choice
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
 from weftlora.schedule.direction_ranking import Ranker
@@ -61,12 +62,22 @@ IN_TURN = ("start", "boost", "ranks", "structure", "layers")
 def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
     """Hang a schedule on the first of the adapter's sites, if its config has anything that happens over time."""
     members = [
-        Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
+        Member(
+            layer.module_name,
+            layer.site(adapter_name),
+            layer.base_matrix,
+            layer.base_source,
+            layer.is_split,
+            layer.base_matrix_on,
+        )
+        for layer in layers
     ]
     timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
     controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
     if controllers:
-        members[0].site.schedule = Schedule(adapter_name, members, controllers)
+        said = {axis: encode_choice(choice) for axis, choice in choices.items()}
+        described = json.dumps(said, sort_keys=True, default=str)
+        members[0].site.schedule = Schedule(adapter_name, members, controllers, described=described)
 
 
 def schedules(model: nn.Module) -> dict[str, Schedule]:
@@ -186,7 +197,7 @@ def _decompose(
         members = [(name, member) for name, schedule in found.items() for member in schedule.members]
         weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
         for (_, member), weight in zip(members, weights, strict=True):
-            member.weight, member.source = weight, "original"
+            member.weight, member.source, member.is_split = weight, "original", lambda: False
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

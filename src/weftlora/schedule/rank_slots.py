@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from weftlora.adapter.shards import edited, is_sharded, is_split_as, whole
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
@@ -133,12 +134,13 @@ def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
 
 def cost(site: Site) -> int:
     """How many trainable parameters one slot of the site has."""
-    return sum(view(p).numel() for p, view in by_slot(site)) // by_slot(site)[0][0].shape[0]
+    return site.slot_parameters
 
 
 def are_silent(site: Site, slots: Sequence[int]) -> list[bool]:
     """Which of the slots contribute exactly nothing: B is 0, and no router reads them."""
-    parts = [view(p.detach())[list(slots)].flatten(1) for p, view in by_slot(site)[1:]]
+    with whole(site):
+        parts = [view(p.detach())[list(slots)].flatten(1) for p, view in by_slot(site)[1:]]
     return (torch.cat(parts, 1) == 0).all(1).tolist() if slots else []
 
 
@@ -147,7 +149,7 @@ def check_sliceable(sites: Sequence[Site]) -> None:
     for site in sites:
         for parameter, _ in by_slot(site):
             for optimizer, name, value in _kept(parameter):
-                if name not in FIRST | SECOND or type(value) is not Tensor or value.shape != parameter.shape:
+                if name not in FIRST | SECOND or not is_split_as(value, parameter):
                     raise ConfigError(
                         f"{type(optimizer).__name__} keeps {name!r} ({type(value).__name__} {list(value.shape)}) about a matrix "
                         f"{list(parameter.shape)}, which does not fall into rank slots, so slots cannot move: train with AdamW, "
@@ -166,19 +168,24 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
     mask, births, score = (getattr(site, name) for name in ("mask", "birth", "score"))
     survivors = sorted(set(site.live()) - set(pruned))
     changed = [*pruned, *made]
-    for parameter, view in by_slot(site):
-        view(parameter)[changed] = 0
+    owned = by_slot(site)
+    for number, (parameter, view) in enumerate(owned):
+        with edited(parameter) as value:
+            view(value)[changed] = 0
+            if number == 0:
+                for slot, row in zip(made, rows, strict=True):
+                    value[slot] = row.to(value)
         if parameter.grad is not None:
-            view(parameter.grad)[changed] = 0
-        for optimizer, name, value in _kept(parameter):
-            seed = view(value)[survivors].mean(0) if survivors and name in SECOND else 0
-            view(value)[pruned] = 0
-            view(value)[made] = seed
-            if made and not survivors:
-                _count_anew(optimizer.state[parameter])
-    a = by_slot(site)[0][0]
-    for slot, row in zip(made, rows, strict=True):
-        a[slot] = row.to(a)
+            with edited(parameter.grad, parameter) as gradient:
+                view(gradient)[changed] = 0
+        for _, name, held in _kept(parameter):
+            with edited(held, parameter) as value:
+                seed = view(value)[survivors].mean(0) if survivors and name in SECOND else 0
+                view(value)[pruned] = 0
+                view(value)[made] = seed
+        if made and not survivors:
+            for optimizer in schedule.owners(parameter):
+                _count_anew(optimizer.state.get(parameter, {}))
     for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
         buffer[pruned] = gone
         buffer[made] = new
@@ -205,6 +212,7 @@ def _count_anew(state: dict[str, Any]) -> None:
 
 
 T = TypeVar("T")
+_WHAT = "scoring rank slots"
 SlotId = tuple[int, int]
 """(number of the member, slot)."""
 
@@ -378,8 +386,13 @@ class Scoring:
             quiet = are_silent(self.members[m].site, mine)
             silent |= {(m, slot) for slot, still in zip(mine, quiet, strict=True) if still}
         loud = [n for n, each in enumerate(ids) if each not in silent]
-        mine = loud[processes.rank() :: processes.world()]
         scorer = cast(Scorer, self.scorer)
+        if self.in_lockstep:
+            found = self._together(lambda: scorer.exact([ids[n] for n in loud], draw, other=other))
+            out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
+            out[loud] = processes.from_main(found, self._device)
+            return out
+        mine = loud[processes.rank() :: processes.world()]
         found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw, other=other))
         out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
         out[mine] = found
@@ -424,7 +437,7 @@ class Scoring:
         """Scores of other rows than a neighbour's cannot be ranked with its own."""
         if processes.world() > 1:
             scorer = cast(Scorer, self.scorer)
-            rows = self._together(lambda: scorer.drawn(draw, other=other))
+            rows = processes.attempt(lambda: scorer.drawn(draw, other=other), _WHAT, self._device)
             what = "the validation rows that rank slots are scored on"
             processes.check_same([rows[name] for name in sorted(rows)], what, self._device)
 
@@ -437,7 +450,12 @@ class Scoring:
 
     def _together(self, measure: Callable[[], T]) -> T:
         """What this process measures, or an error on all of them: the next thing is that they exchange it."""
-        return processes.attempt(measure, "scoring rank slots", self._device)
+        return processes.attempt(measure, _WHAT, self._device, lockstep=self.in_lockstep)
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether a forward takes all processes, so that they must run the same ones: each scores all slots, on the same rows."""
+        return any(is_sharded(member.site) for member in self.members)
 
     @property
     def _device(self) -> torch.device:

@@ -172,7 +172,7 @@ class Passes:
             return self._loss(self.model, batch)
         with routing(self.model) as record:
             loss = self._loss(self.model, batch)
-        return loss + record.balance_loss(batch.get("attention_mask"))
+        return loss + record.balance_loss(batch.get("attention_mask"), together=False)
 
     def shares(self, batches: Sequence[Batch], summed: bool = False) -> tuple[list[tuple[Batch, float]], bool]:
         """The labelled ones of this process's micro-batches, each with its weight in the mean over those of all processes (1
