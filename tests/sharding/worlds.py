@@ -73,6 +73,16 @@ def whole(t: Tensor) -> Tensor:
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
+def of(run: nn.Module, model: PeftModel) -> dict[str, Any]:
+    """`outcome`, also where a wrapper must be asked for the whole."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(run, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(run, writeback=False):
+            return outcome(model)
+    return outcome(model)
+
+
 def outcome(model: PeftModel) -> dict[str, Any]:
     told = [e for s in schedules(model).values() for e in s.events]
     tensors = {n: whole(t) for n, t in model.state_dict().items() if ".weft_site." in n}
@@ -102,7 +112,18 @@ def fsdp2(model: PeftModel) -> nn.Module:
     return fully_shard(model)
 
 
-ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {"ddp": ddp, "fsdp2": fsdp2}
+def fsdp1(model: PeftModel) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    blocks = {type(block) for block in model.base_model.model.model.layers}
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy(blocks), device_id=cpu
+    )
+
+
+ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2}
 
 
 def work(rank: int, world: int, engine: str, names: list[str]) -> dict[str, Any]:
@@ -111,8 +132,9 @@ def work(rank: int, world: int, engine: str, names: list[str]) -> dict[str, Any]
     for name in names:
         for kind, (dtype, _) in DTYPES.items():
             model = model_of(name, dtype)
-            steps(ENGINES[engine](model), model, rank, world)
-            found[name, kind] = outcome(model)
+            run = ENGINES[engine](model)
+            steps(run, model, rank, world)
+            found[name, kind] = of(run, model)
     return found
 
 

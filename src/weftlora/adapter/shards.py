@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from weftlora.kernel import Factors
 
@@ -74,6 +75,11 @@ def put(t: Tensor, value: Tensor) -> None:
         t.copy_(value)
 
 
+def number(t: Tensor) -> float:
+    """The one number of a tensor without axes, such as a sum over a tensor that is split. All processes must call it."""
+    return float(cast(Any, t).full_tensor() if _is_dtensor(t) else t)
+
+
 @contextmanager
 def edited(t: Tensor, like: Tensor | None = None) -> Iterator[Tensor]:
     """All of `t`, to be changed in place inside the block. All processes must enter it together and do the same.
@@ -89,6 +95,16 @@ def edited(t: Tensor, like: Tensor | None = None) -> Iterator[Tensor]:
         value = layout.joined(t)
         yield value
         _local(t).copy_(layout.part(value))
+
+
+def outermost(model: nn.Module) -> nn.Module:
+    """What has to be called to run `model`: the FSDP1 unit around it, which gathers what no unit inside does; else itself."""
+    if not any(is_piece(p) for p in model.parameters()):
+        return model
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    units = [each for each in gc.get_objects() if isinstance(each, FullyShardedDataParallel)]
+    return next((unit for unit in units if unit.module is model), model)
 
 
 @contextmanager
@@ -205,18 +221,21 @@ class _Flat:
         return _cut(value.reshape(-1), self.place)
 
 
+_pieces: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _piece_of(p: Tensor) -> _Flat:
     """How FSDP1 has split `p`; its records are kept by units, which nobody hands out, so they are looked for among the living."""
-    from torch.distributed.fsdp._flat_param import FlatParamHandle
+    if p not in _pieces:
+        from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-    for handle in (each for each in gc.get_objects() if type(each) is FlatParamHandle):
-        flat = handle.flat_param
-        for its, shape, info in zip(flat._params or (), flat._shapes, flat._shard_param_infos, strict=False):
-            if its is p:
-                start = (info.intra_param_start_idx or 0) if info.in_shard else 0
-                size = (info.numel_in_shard or 0) if info.in_shard else 0
-                return _Flat(tuple(shape), (shape.numel(),), ((size,), (start,)), handle.process_group)
-    raise RuntimeError("a parameter is said to be a piece of an FSDP unit that does not exist")
+        for handle in (each for each in gc.get_objects() if type(each) is FlatParamHandle):
+            flat = handle.flat_param
+            for its, shape, info in zip(flat._params or (), flat._shapes, flat._shard_param_infos, strict=False):
+                size, at = (info.numel_in_shard, info.intra_param_start_idx) if info.in_shard else (0, 0)
+                place = (int(size or 0),), (int(at or 0),)
+                _pieces[its] = _Flat(tuple(shape), (shape.numel(),), place, handle.process_group)
+    return cast(_Flat, _pieces[p])
 
 
 def _cut(value: Tensor, place: Place) -> Tensor:
@@ -245,13 +264,39 @@ class _Gathered(torch.autograd.Function):
         return summed.redistribute(placements=ctx.placements)
 
 
+class _GatheredPiece(torch.autograd.Function):
+    """The same of a piece. FSDP1 writes the gradients of its units at the end of a backward; this part of one is added after that."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        ctx.t = t
+        return _piece_of(t).joined(t)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        piece, t = _piece_of(ctx.t), ctx.t
+        there = gradient.to(carrier(gradient.device), torch.promote_types(gradient.dtype, torch.float32)).contiguous()
+        dist.all_reduce(there, group=piece.group)
+        mine = piece.part(there / dist.get_world_size(piece.group)).to(t)
+
+        def add() -> None:
+            if mine.numel():
+                t.grad = mine.clone() if t.grad is None else t.grad.add_(mine)
+
+        torch.autograd.Variable._execution_engine.queue_callback(add)
+
+
 def gathered(f: Factors) -> Factors:
     """These letters with none of them a shard, differentiable: a site that reads another unit's tensors has them whole.
 
     Inside its own unit a site's tensors are whole anyway, and this costs nothing.
     """
     parts = {name: getattr(f, name) for name in ("A", "B", "gate", "v", "router")}
-    split = {name: _Gathered.apply(t) for name, t in parts.items() if t is not None and _is_dtensor(t)}
+    split = {
+        name: (_Gathered if _is_dtensor(t) else _GatheredPiece).apply(t)
+        for name, t in parts.items()
+        if t is not None and is_shard(t)
+    }
     return replace(f, **split) if split else f
 
 

@@ -205,7 +205,7 @@ class Site(nn.Module):
 
     def fresh_row(self, generator: torch.Generator) -> Tensor:
         """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
-        return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+        return self.draw(1, self.size.fan_in, device="cpu", generator=generator)[0]
 
     @torch.no_grad()
     def fill_zero_factor(self) -> None:

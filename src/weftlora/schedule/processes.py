@@ -123,6 +123,15 @@ def any_of(mine: bool, device: torch.device) -> bool:
     return bool(count)
 
 
+def all_names(mine: Sequence[str]) -> list[str]:
+    """The names that any process has, in one order. All must call it."""
+    if world() == 1:
+        return sorted(mine)
+    every: list[Sequence[str]] = [()] * world()
+    dist.all_gather_object(every, list(mine))
+    return sorted({name for each in every for name in each})
+
+
 def from_main(values: Tensor, device: torch.device) -> Tensor:
     """The main process' `values`, on the CPU; shapes may differ before, not in their number of axes."""
     if world() == 1:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weftlora.adapter.shards import edited, is_sharded, is_split_as, whole
+from weftlora.adapter.shards import edited, is_piece, is_sharded, is_split_as, whole
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
@@ -168,18 +168,19 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
     mask, births, score = (getattr(site, name) for name in ("mask", "birth", "score"))
     survivors = sorted(set(site.live()) - set(pruned))
     changed = [*pruned, *made]
-    owned = by_slot(site)
-    for number, (parameter, view) in enumerate(owned):
+    with whole(site):  # how to see them by slot is said of whole tensors
+        views = [view for _, view in by_slot(site)]
+    for number, (parameter, view) in enumerate(zip([p for p, _ in by_slot(site)], views, strict=True)):
         with edited(parameter) as value:
             view(value)[changed] = 0
             if number == 0:
                 for slot, row in zip(made, rows, strict=True):
                     value[slot] = row.to(value)
-        if parameter.grad is not None:
-            with edited(parameter.grad, parameter) as gradient:
-                view(gradient)[changed] = 0
-        for _, name, held in _kept(parameter):
+        for name, held in _split_with(parameter):
             with edited(held, parameter) as value:
+                if name == "grad":
+                    view(value)[changed] = 0
+                    continue
                 seed = view(value)[survivors].mean(0) if survivors and name in SECOND else 0
                 view(value)[pruned] = 0
                 view(value)[made] = seed
@@ -191,6 +192,18 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
         buffer[made] = new
     if site.start is not None:  # its frozen twins are of the slots that were
         site.start.clear(changed)
+
+
+def _split_with(parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
+    """The gradient of `parameter` and what optimisers keep about it, on all processes the same: who holds no number of it under
+    FSDP1 has neither, and takes part with nothing."""
+    found = [(name, value) for _, name, value in _kept(parameter)]
+    if parameter.grad is not None:
+        found.append(("grad", parameter.grad))
+    if not is_piece(parameter):
+        return found
+    named, empty = dict(found), parameter.detach().new_empty(parameter.shape)
+    return [(name, named.get(name, empty)) for name in processes.all_names(list(named))]
 
 
 def _kept(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str, Tensor]]:

@@ -26,6 +26,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora.adapter.shards import is_sharded
 from weftlora.data import sampled
 from weftlora.disk.lock import claimed
 from weftlora.disk.ownership import check_no_links
@@ -41,6 +42,7 @@ from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
+from weftlora.train.sharded import whole_adapter, whole_sites
 from weftlora.train.trainer import make_trainer
 from weftlora.version import __version__
 
@@ -335,13 +337,15 @@ def _run_trainer(
     _check_finite(metrics)
     metrics |= _kept(trainer, prepared)
     run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
-    if main:
-        run.check_there()
-        prepared.name_weights(run)
-        write_adapter(prepared.model, run)
-        run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
-        run.event("end", step=trainer.state.global_step)
-        run.save()
+    split = is_sharded(prepared.model)
+    with whole_sites(prepared.model):  # nothing below waits for the other processes
+        if main:
+            run.check_there()
+            prepared.name_weights(run)
+            write_adapter(prepared.model, run, whole_adapter(prepared.model) if split else None)
+            run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
+            run.event("end", step=trainer.state.global_step)
+            run.save()
     return run
 
 

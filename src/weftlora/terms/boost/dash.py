@@ -180,7 +180,7 @@ class DashLaunch:
 
     def count(self, site: SiteView) -> int:
         """See `Launch`."""
-        return len(_term(site).gain)
+        return len(_term(site).index)
 
     def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""
