@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -18,8 +19,14 @@ from accelerate.utils import DistributedType
 
 def shard_on_cpu() -> None:
     torch.set_num_threads(1)
-    PartialState(cpu=True, backend="gloo")
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    real = PartialState.__init__
+
+    def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init  # type: ignore[method-assign]
 
 
 def end_at(step: str) -> None:

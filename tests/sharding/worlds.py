@@ -7,10 +7,13 @@ all are compared with.
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,17 @@ EVENT, END, ROWS = 3, 7, 8
 IDS = torch.randint(3, 64, (ROWS * END + 16, 7), generator=torch.Generator().manual_seed(5))
 HELD_OUT = [{"input_ids": row, "labels": row} for row in IDS[ROWS * END :]]
 
+FLEXORA = weftlora.Search(outer_batches=3, val_size=8, steps=4, alpha_lr=0.05)
+
+
+def flexora(run: nn.Module, model: PeftModel) -> dict[str, Any]:
+    """What a search of the model comes to; every process calls it with the same rows."""
+    rows = [{"input_ids": row, "labels": row} for row in IDS[:40]]
+    found = weftlora.search_layers(model, rows, batch_size=2, accumulation=3, lr=1e-2, seed=1)
+    alpha = torch.tensor([each.alpha for each in found.candidates], dtype=torch.float64)
+    return {**of(run, model), "events": [{"selected": list(found.blocks)}], "alpha": alpha}
+
+
 METHODS: dict[str, Callable[[], weftlora.WeftConfig]] = {
     "lora": lambda: weftlora.PlainLoraConfig(r=4, target_modules="all-linear"),
     "hydralora": lambda: weftlora.HydraLoraConfig(r=2, heads=3, balance=0.01, target_modules="all-linear"),
@@ -36,6 +50,7 @@ METHODS: dict[str, Callable[[], weftlora.WeftConfig]] = {
     "alora": lambda: weftlora.AllocLoraConfig(
         r=2, first=EVENT, every=2, max_rounds=2, rows=4, score="exact", target_modules="all-linear"
     ),
+    "flexora": lambda: weftlora.WeftConfig(r=2, layers=FLEXORA, target_modules="all-linear"),
 }
 DTYPES = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-9)}
 
@@ -91,6 +106,8 @@ def outcome(model: PeftModel) -> dict[str, Any]:
 
 def trained(name: str, dtype: torch.dtype) -> dict[str, Any]:
     model = model_of(name, dtype)
+    if name == "flexora":
+        return flexora(model, model)
     steps(model, model, 0, 1)
     return outcome(model)
 
@@ -123,49 +140,144 @@ def fsdp1(model: PeftModel) -> nn.Module:
     )
 
 
-ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2}
+def tp(model: PeftModel) -> nn.Module:
+    """Every process has the whole batch and a half of each base's weight."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan = {f"{name}.base_layer": ColwiseParallel() for name in columns}
+    plan |= {f"{name}.base_layer": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.base_model.model.model.layers:
+        present = {name for name, _ in block.named_modules()}
+        parallelize_module(
+            block,
+            mesh,
+            {name if name in present else name.removesuffix(".base_layer"): how for name, how in plan.items()},
+        )
+    return model
 
 
-def work(rank: int, world: int, engine: str, names: list[str]) -> dict[str, Any]:
-    warnings.simplefilter("ignore")
-    found: dict[str, Any] = {}
+ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "tp": tp}
+
+
+def watched() -> dict[str, Any]:
+    """What is gathered from now on: of each W, whether it was sent to this process, and the largest tensor that all had whole."""
+    from torch.distributed.tensor import DTensor
+
+    from weftlora.adapted import layer
+
+    seen: dict[str, Any] = {"sent": [], "gathered": 0}
+    real, its = REAL.setdefault("full", DTensor.full_tensor), REAL.setdefault("one", layer.on_one)
+
+    def full_tensor(self: DTensor, **given: Any) -> Tensor:
+        seen["gathered"] = max(seen["gathered"], self.numel())
+        return real(self, **given)
+
+    def on_one(t: Tensor, process: int) -> Tensor | None:
+        found = its(t, process)
+        seen["sent"].append(int(found is not None))
+        return found
+
+    DTensor.full_tensor, layer.on_one = full_tensor, on_one  # type: ignore[method-assign]
+    return seen
+
+
+REAL: dict[str, Any] = {}
+
+
+def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
+    """What each method comes to on this process."""
+    found: dict[Any, Any] = {}
     for name in names:
-        for kind, (dtype, _) in DTYPES.items():
+        for kind in kinds:
+            dtype, seen = DTYPES[kind][0], watched()
             model = model_of(name, dtype)
             run = ENGINES[engine](model)
-            steps(run, model, rank, world)
-            found[name, kind] = of(run, model)
+            if name == "flexora":
+                found[name, kind] = {**flexora(run, model), **seen}
+                continue
+            steps(run, model, *((0, 1) if engine == "tp" else (rank, world)))
+            gathered = seen["gathered"]
+            found[name, kind] = {**of(run, model), **seen, "gathered": gathered}
     return found
 
 
-if __name__ == "__main__":
-    import datetime
+def largest_difference(one: dict[str, Any], got: dict[str, Any]) -> float:
+    """Of any saved value, directions being pairs of which both signs are the same."""
+    worst, signs = 0.0, {}
+    for key, value in one["tensors"].items():
+        owner, _, part = key.rpartition(".")
+        if part == "down":
+            signs[owner] = (value * got["tensors"][key]).sum(1).sign()
+    for key, value in one["tensors"].items():
+        mine, (owner, _, part) = got["tensors"][key].to(value), key.rpartition(".")
+        twin = owner.removesuffix("structure") + "start"
+        sign = signs.get(owner if part in ("down", "up") else twin if part in ("A", "B") else "")
+        if sign is not None and part in ("down", "A"):
+            mine = mine * torch.where(sign == 0, 1.0, sign)[:, None]
+        elif sign is not None and part in ("up", "B"):
+            mine = mine * torch.where(sign == 0, 1.0, sign)
+        if value.numel():
+            worst = max(worst, float((mine.double() - value.double()).abs().max()))
+    return worst
 
+
+def decisions(found: dict[str, Any]) -> list[Any]:
+    """What was decided, without the numbers that it was decided by."""
+    told: list[Any] = []
+    for event in found["events"]:
+        sites = {name: site["index"] for name, site in event.get("sites", {}).items()}
+        moved = [[each[:2] for each in event.get(what, ())] for what in ("pruned", "added")]
+        told.append([event.get("event"), event.get("step"), sites, moved, event.get("selected"), event.get("ranks")])
+    return told
+
+
+def alone(names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
+    """Each method in one process."""
+    return {(name, kind): trained(name, DTYPES[kind][0]) for name in names for kind in kinds}
+
+
+def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Be all processes of a world, each forked after the imports, and meanwhile the one that they are compared with."""
     torch.set_num_threads(1)
-    world, folder, engine, *names = sys.argv[1:]
+    warnings.simplefilter("ignore")
     children = []
-    for rank in range(int(world)):
+    for rank in range(world):
         if child := os.fork():
             children.append(child)
             continue
         try:
-            os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=world)
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{folder}/store",
-                rank=rank,
-                world_size=int(world),
-                timeout=datetime.timedelta(seconds=40),
-            )
-            torch.save(work(rank, int(world), engine, names or list(METHODS)), f"{folder}/{rank}.pt")
-            dist.barrier()
-            dist.destroy_process_group()
+            be(rank, world, folder, engine, names, kinds)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    for child in children:
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
-            sys.exit(1)
+    torch.save(alone(names, kinds), f"{folder}/alone.pt")
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(int(any(codes)))
+
+
+def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Be one of the processes."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    patience = datetime.timedelta(seconds=240)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
+    torch.save(work(rank, world, engine, names, kinds), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    given = argparse.ArgumentParser()
+    given.add_argument("world", type=int)
+    given.add_argument("folder")
+    given.add_argument("engine", choices=ENGINES)
+    given.add_argument("methods", nargs="*")
+    given.add_argument("--kinds", nargs="+", default=list(DTYPES))
+    asked = given.parse_args()
+    main(asked.world, asked.folder, asked.engine, asked.methods or list(METHODS), asked.kinds)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,6 +25,8 @@ from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
 from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
+from weftlora.adapted.tensor_parallel import add as add_to_slice
+from weftlora.adapted.tensor_parallel import slice_of
 from weftlora.adapter.shards import is_shard, on_one
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
@@ -129,7 +132,10 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     @property
     def _add(self) -> Callable[[Tensor, Tensor, Work], Tensor] | None:
-        return None if self.reading is None else self.reading.add
+        if self.reading is None:
+            cut = slice_of(self.base_layer)
+            return None if cut is None else partial(add_to_slice, cut=cut)
+        return self.reading.add
 
     def _by_rows(self, rows: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, and onto every row of x the update of the adapter that `rows` names for it; `BASE` has none.

@@ -13,6 +13,7 @@ Whole on every process are only an adapter's own, small tensors. W is whole on o
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -101,10 +102,17 @@ def outermost(model: nn.Module) -> nn.Module:
     """What has to be called to run `model`: the FSDP1 unit around it, which gathers what no unit inside does; else itself."""
     if not any(is_piece(p) for p in model.parameters()):
         return model
-    from torch.distributed.fsdp import FullyShardedDataParallel
+    held = _units.get(model)
+    if held is None or (unit := held()) is None:
+        from torch.distributed.fsdp import FullyShardedDataParallel
 
-    units = [each for each in gc.get_objects() if isinstance(each, FullyShardedDataParallel)]
-    return next((unit for unit in units if unit.module is model), model)
+        units = [each for each in gc.get_objects() if isinstance(each, FullyShardedDataParallel)]
+        unit = next((each for each in units if each.module is model), model)
+        _units[model] = weakref.ref(unit)
+    return unit
+
+
+_units: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager

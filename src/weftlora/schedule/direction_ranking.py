@@ -170,11 +170,11 @@ class Ranker:
 
     def _rank_all(self, due: list[Asker]) -> list[Ranked]:
         numbers = range(len(self.members))
-        if processes.world() == 1:
+        split = any(member.is_split() or is_sharded(member.site) for member in self.members)
+        if processes.world() == 1 and not split:
             return list(self._ranked(numbers, due).values())
         for gate in self.gates.values():
             gate.share()
-        split = any(member.is_split() or is_sharded(member.site) for member in self.members)
         size = processes.world() if split else len(numbers)
         return [each for at in numbers[::size] for each in self._rank_turn(numbers[at : at + size], split, due)]
 

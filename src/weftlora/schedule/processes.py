@@ -85,7 +85,7 @@ def _in_lockstep(measure: Callable[[], T], what: str) -> T:
     try:
         return measure()
     except Exception as error:
-        if not _ends_a_wait(error):
+        if not ends_a_wait(error):
             with contextlib.suppress(Exception):  # the store is gone with the process that kept it
                 _store().set(_WORD, f"{rank()}: {str(error)[:2000]}")
             raise ApartError(f"{what} failed on process {rank()}: {error}") from error
@@ -106,12 +106,10 @@ _WORD = "weftlora/failed"
 """The key under which a process that fails in a lockstep leaves word."""
 
 
-def _ends_a_wait(error: Exception) -> bool:
+def ends_a_wait(error: BaseException) -> bool:
     """Whether `error` is what a collective gives where another process has gone."""
-    said = str(error)
-    return isinstance(error, dist.DistBackendError) or any(
-        mark in said for mark in ("closed by peer", "Application timeout", "Timed out", "timed out", "pair closure")
-    )
+    marks = ("by peer", "Application timeout", "Timed out", "timed out", "pair closure", "Broken pipe", "remote worker")
+    return isinstance(error, dist.DistBackendError) or any(mark in str(error) for mark in marks)
 
 
 def any_of(mine: bool, device: torch.device) -> bool:

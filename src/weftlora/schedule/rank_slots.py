@@ -468,7 +468,7 @@ class Scoring:
     @property
     def in_lockstep(self) -> bool:
         """Whether a forward takes all processes, so that they must run the same ones: each scores all slots, on the same rows."""
-        return any(is_sharded(member.site) for member in self.members)
+        return any(is_sharded(member.site) or member.is_split() for member in self.members)
 
     @property
     def _device(self) -> torch.device:

@@ -17,14 +17,14 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weftlora.adapter.shards import edited, full, is_sharded, put, whole
+from weftlora.adapter.shards import edited, full, is_shard, is_sharded, put, whole
 from weftlora.adapter.site import Site
-from weftlora.errors import ConfigError
-from weftlora.host.attach import unwrapped
+from weftlora.errors import ConfigError, RunError
+from weftlora.host.attach import schedules, unwrapped
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
@@ -60,6 +60,38 @@ def save(model: nn.Module, folder: str | Path, main: bool) -> None:
     tensors = whole_adapter(model)
     if main:
         cast(PeftModel, unwrapped(model)).save_pretrained(str(folder), state_dict=tensors)
+
+
+def load(model: nn.Module, folder: str | Path) -> None:
+    """Take over what `save` wrote of the active adapter, each process its part.
+
+    Not by `load_state_dict`, which units of FSDP2 answer by looking at all of their parameters again.
+
+    Raises:
+        RunError: a tensor is missing, or of another shape.
+    """
+    adapter = str(cast(PeftModel, unwrapped(model)).active_adapter)
+    saved = load_peft_weights(str(folder), device="cpu")
+    for name, value in _saved_names(model, adapter):
+        given = saved.get(name)
+        if given is None or (not is_shard(value) and given.shape != value.shape):
+            raise RunError(f"{folder} lacks {name} as this adapter has it: it is of another config.")
+        put(value, given.to(value.device, value.dtype))
+    for schedule in schedules(model).values():
+        schedule.prepare()
+
+
+def _saved_names(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a file of this adapter has, by its name there."""
+    for name, module in model.named_modules():
+        name = _plain(f"{name}.").removesuffix(".")
+        if isinstance(module, Site) and name.endswith(f".weft_site.{adapter}"):
+            for key, value in module.state_dict(keep_vars=True).items():
+                yield f"{name.removesuffix(f'.{adapter}')}.{key}", value
+        if isinstance(module, ModulesToSaveWrapper):
+            for key, value in module.state_dict(keep_vars=True).items():
+                if key.startswith(own := f"modules_to_save.{adapter}."):
+                    yield f"{name}.{key.removeprefix(own)}", value
 
 
 class WholeOptimizer:
@@ -138,8 +170,7 @@ class Sharded:
         if not self._as_ordinary():
             parent._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        with self._ordinary(), whole_sites(trainer.model):
-            parent._load_from_checkpoint(resume_from_checkpoint, trainer.model)
+        load(trainer.model, resume_from_checkpoint)
 
     @contextmanager
     def _ordinary(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, Role, RouterInput
+from weftlora.kernel import Axis, Factors, Role, RouterInput
 from weftlora.settings import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
@@ -167,6 +167,11 @@ class HydraTerm(Unshared):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "router": "router"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "A": ("slots", "in"),
+        "B": ("out", "slots"),
+        "router": ("heads", "in"),
+    }
     choice: Hydra
 
     def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):
