@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,54 +22,49 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "evidence" / "scaling.json"
-sys.path[:0] = [str(ROOT / "tests" / "sharding"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tests" / "sharding"), str(ROOT / "tests"), str(ROOT / "src")]
 
 COLUMNS = ("ddp:2", "ddp:4", "fsdp1:2", "fsdp2:2", "fsdp2:4", "tp:2")
 
 
-def column(engine: str, world: int) -> dict[str, Any]:
-    """What every method came to in that world, by method: the largest difference per dtype, and whether it decided the same."""
-    from worlds import METHODS
+def begun(engine: str, world: int, folder: Path) -> list[int]:
+    """The processes of a world, forked from this one, at work in a folder."""
+    from worlds import DTYPES, METHODS, be
 
-    found = of_methods(engine, world, list(METHODS))
-    if "failed" in found:  # which of them it was
-        found = {method: _one(engine, world, method) for method in METHODS}
+    children = []
+    for rank in range(world):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            be(rank, world, str(folder), engine, list(METHODS), list(DTYPES))
+        except BaseException as error:
+            (folder / f"{rank}.failed").write_text("".join(traceback.format_exception(error)))
+            os._exit(1)
+        os._exit(0)
+    return children
+
+
+def measured(folder: Path, world: int, one: dict[Any, Any]) -> dict[str, Any]:
+    """By method: the largest difference of any process to `one` per dtype, and whether all decided as it did; or what failed."""
+    from worlds import DTYPES, METHODS, decisions, largest_difference
+
+    files = [folder / f"{rank}.pt" for rank in range(world)]
+    each = [torch.load(file, weights_only=True) if file.exists() else {} for file in files]
+    said = [file.read_text().strip().splitlines()[-1] for file in sorted(folder.glob("*.failed"))]
+    found: dict[str, Any] = {}
+    for method in METHODS:
+        if not all((method, kind) in got for got in each for kind in DTYPES):
+            found[method] = {"failed": said[0][:300] if said else "it did not come to it"}
+            break  # what follows was never begun
+        found[method] = {
+            kind: {
+                "difference": max(largest_difference(one[method, kind], got[method, kind]) for got in each),
+                "same_decisions": all(decisions(got[method, kind]) == decisions(one[method, kind]) for got in each),
+            }
+            for kind in DTYPES
+        }
     return found
-
-
-def _one(engine: str, world: int, method: str) -> dict[str, Any]:
-    found = of_methods(engine, world, [method])
-    return found if "failed" in found else found[method]
-
-
-def of_methods(engine: str, world: int, methods: list[str]) -> dict[str, Any]:
-    """The same of some methods, one after the other in the same processes; {"failed": what was said} where one fails."""
-    from worlds import DTYPES
-
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "tests/sharding/worlds.py"), str(world), folder, engine, *methods]
-        path = os.pathsep.join([str(ROOT / "src"), *sys.path[:2]])
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            print(*said[-30:], sep="\n", file=sys.stderr, flush=True)
-            return {"failed": said[-1][:300] if said else f"exit code {done.returncode}"}
-        found = {method: {kind: measured(Path(folder), world, method, kind) for kind in DTYPES} for method in methods}
-    print(f"{engine}:{world} {found}", flush=True)
-    return found
-
-
-def measured(folder: Path, world: int, method: str, kind: str) -> dict[str, Any]:
-    """Of all processes against the one."""
-    from worlds import decisions, largest_difference
-
-    one, *each = (torch.load(folder / f"{name}.pt", weights_only=True) for name in ("alone", *range(world)))
-    expected, got = one[method, kind], [found[method, kind] for found in each]
-    return {
-        "difference": max(largest_difference(expected, mine) for mine in got),
-        "same_decisions": all(decisions(mine) == decisions(expected) for mine in got),
-    }
 
 
 def main() -> None:
@@ -76,13 +72,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=COLUMNS, default=COLUMNS)
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
-    out: Path = given.out
-    found = json.loads(out.read_text()) if out.exists() else {"command": "make scaling", "columns": {}}
-    for name in given.only:
-        engine, world = name.split(":")
-        found["columns"][name] = column(engine, int(world))
-        found["versions"] = {"torch": torch.__version__}
-        out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    from worlds import DTYPES, METHODS, alone
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as top:
+        worlds: dict[str, tuple[Path, int, list[int]]] = {}
+        for name in given.only:
+            engine, world = name.split(":")
+            folder = Path(top) / name.replace(":", "-")
+            folder.mkdir()
+            worlds[name] = folder, int(world), begun(engine, int(world), folder)
+        one = alone(list(METHODS), list(DTYPES))
+        found = json.loads(given.out.read_text()) if given.out.exists() else {"command": "make scaling", "columns": {}}
+        for name, (folder, world, children) in worlds.items():
+            for child in children:
+                os.waitpid(child, 0)
+            for file in sorted(folder.glob("*.failed")):
+                print(name, file.name, file.read_text(), file=sys.stderr, flush=True)
+            found["columns"][name] = measured(folder, world, one)
+            found["versions"] = {"torch": torch.__version__}
+            given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+            print(name, found["columns"][name], flush=True)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import subprocess
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,8 +189,8 @@ def watched() -> dict[str, Any]:
 REAL: dict[str, Any] = {}
 
 
-def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
-    """What each method comes to on this process."""
+def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str) -> None:
+    """Write what each method comes to on this process, as far as they come."""
     found: dict[Any, Any] = {}
     for name in names:
         for kind in kinds:
@@ -197,11 +199,12 @@ def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequen
             run = ENGINES[engine](model)
             if name == "flexora":
                 found[name, kind] = {**flexora(run, model), **seen}
+                torch.save(found, file)
                 continue
             steps(run, model, *((0, 1) if engine == "tp" else (rank, world)))
             gathered = seen["gathered"]
             found[name, kind] = {**of(run, model), **seen, "gathered": gathered}
-    return found
+            torch.save(found, file)
 
 
 def largest_difference(one: dict[str, Any], got: dict[str, Any]) -> float:
@@ -232,6 +235,16 @@ def decisions(found: dict[str, Any]) -> list[Any]:
         moved = [[each[:2] for each in event.get(what, ())] for what in ("pruned", "added")]
         told.append([event.get("event"), event.get("step"), sites, moved, event.get("selected"), event.get("ranks")])
     return told
+
+
+def run_script(script: str, *given: str) -> None:
+    """A script beside this file, to its end."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(here), str(here.parent)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here / script), *given]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def alone(names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
@@ -267,7 +280,7 @@ def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], ki
     patience = datetime.timedelta(seconds=240)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
-    torch.save(work(rank, world, engine, names, kinds), f"{folder}/{rank}.pt")
+    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -33,23 +33,28 @@ from weftlora.kernel.fast_path import (
     switched,
     use_reference,
 )
+from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
 
 __all__ = [
     "AXES",
     "Axis",
     "Factors",
+    "Grouping",
     "Linear",
     "Role",
     "RouterInput",
     "Slots",
     "Switches",
     "Work",
+    "add_grouped",
     "add_low_rank",
     "add_read",
     "current",
     "delta_weight",
+    "delta_weights",
     "draw",
     "gated_mlp",
+    "grouped_linear",
     "linears",
     "reference",
     "switched",

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weftlora.adapter.shards import edited, is_piece, is_sharded, is_split_as, whole
-from weftlora.adapter.site import Site
+from weftlora.adapter.site import ExpertOf, Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
 from weftlora.schedule import processes, schedule
@@ -129,12 +129,15 @@ SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_in
 
 def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
     """The parameters that have a part per slot, A first, and how to see a tensor of their shape with the slots first (a view)."""
-    return site.structure.by_slot()
+    return site.by_slot()
 
 
 def cost(site: Site) -> int:
     """How many trainable parameters one slot of the site has."""
-    return site.slot_parameters
+    if is_sharded(site):
+        return site.slot_parameters
+    parts = [view(p) for p, view in by_slot(site)]
+    return sum(part.numel() for part in parts) // len(parts[0])
 
 
 def are_silent(site: Site, slots: Sequence[int]) -> list[bool]:
@@ -175,16 +178,22 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
             view(value)[changed] = 0
             if number == 0:
                 for slot, row in zip(made, rows, strict=True):
-                    value[slot] = row.to(value)
+                    view(value)[slot] = row.to(value)
         for name, held in _split_with(parameter):
             with edited(held, parameter) as value:
                 if name == "grad":
                     view(value)[changed] = 0
                     continue
-                seed = view(value)[survivors].mean(0) if survivors and name in SECOND else 0
+                seed: Tensor | int = 0
+                if name in SECOND and survivors:
+                    seed = view(value)[survivors].mean(0)
+                elif (
+                    name in SECOND and site.part_of is not None
+                ):  # the other experts' steps are counted in the same number
+                    seed = _of_others(site, parameter, value)
                 view(value)[pruned] = 0
                 view(value)[made] = seed
-        if made and not survivors:
+        if made and not survivors and site.part_of is None:
             for optimizer in schedule.owners(parameter):
                 _count_anew(optimizer.state.get(parameter, {}))
     for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
@@ -204,6 +213,16 @@ def _split_with(parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
         return found
     named, empty = dict(found), parameter.detach().new_empty(parameter.shape)
     return [(name, named.get(name, empty)) for name in processes.all_names(list(named))]
+
+
+def _of_others(site: Site, parameter: nn.Parameter, value: Tensor) -> Tensor | int:
+    """What an optimiser keeps about a live slot of the other experts of the batch, on average; 0 where none has one."""
+    batch, own = cast(ExpertOf, site.part_of)
+    parts = []
+    for e in range(batch.experts):
+        if e != own and (live := (other := batch.expert(e)).live()):
+            parts.append(dict(by_slot(other))[parameter](value)[live])
+    return torch.cat(parts).mean(0) if parts else 0
 
 
 def _kept(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str, Tensor]]:

@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from weftlora.adapter.buffers import Remembered
-from weftlora.adapter.shards import is_piece
+from weftlora.adapter.shards import is_piece, is_sharded
 from weftlora.adapter.site import Site
+from weftlora.errors import ConfigError
 from weftlora.schedule import processes
 from weftlora.terms.events import Controller, Event, Length
 
@@ -136,16 +137,35 @@ class Member:
 
     `source`: "in memory" (as the model computes with it), "dequantised" (as well, from fewer bits) or "original" (from the
     files of the checkpoint that the base in memory was made from).
+    `held`: the site that the model holds: the site itself, or the batch whose expert `expert` it is.
 
     `is_split`: whether every process holds a part of W, so that reading it takes all of them; `weight_on` then gives it to one.
     """
 
     name: str
-    site: Site
+    held: Site
     weight: Callable[[], Tensor]
     source: str = "in memory"
+    expert: int | None = None
     is_split: Callable[[], bool] = lambda: False
     weight_on: Callable[[int], Tensor | None] = lambda process: None
+
+    @property
+    def site(self) -> Site:
+        """The site; of an expert a view (`Site.expert`), made anew, on which nothing can be set."""
+        return self.held if self.expert is None else self.held.expert(self.expert)
+
+    @property
+    def meter(self) -> Callable[[Tensor], None] | None:
+        """Who listens to it; see `listen`."""
+        return self.held.gate_meter if self.expert is None else self.held.expert_meters.get(self.expert)
+
+    def listen(self, meter: Callable[[Tensor], None] | None) -> None:
+        """Let `meter` hear the weights that the site's router gives its heads; None ends that."""
+        if self.expert is None:
+            self.held.gate_meter = meter
+        else:
+            self.held.hear_expert(self.expert, meter)
 
 
 @dataclass(eq=False)
@@ -180,7 +200,7 @@ class Schedule:
     @property
     def first(self) -> Site:
         """The site that holds the count."""
-        return self.members[0].site
+        return self.members[0].held
 
     @property
     def steps(self) -> int:
@@ -206,7 +226,8 @@ class Schedule:
         return anchor is not None and holds(optimizer, anchor)
 
     def _trained(self) -> Iterator[nn.Parameter]:
-        return (p for member in self.members for p in member.site.parameters() if p.requires_grad)
+        held = {id(member.held): member.held for member in self.members}  # a batch once, however many experts it is of
+        return (p for site in held.values() for p in site.parameters() if p.requires_grad)
 
     def pending(self) -> list[Controller]:
         """The controllers that still have something to do; all of them while the adapter has no values yet."""
@@ -259,6 +280,12 @@ class Schedule:
 
     def _agree(self) -> None:
         """Refuse processes that would not do the same at the same steps, before anything happens that needs all of them."""
+        split = next((m.name for m in self.members if m.expert is not None and is_sharded(m.held)), None)
+        if split is not None and self.controllers:
+            raise ConfigError(
+                f"{split} is one expert of a parameter that is split among processes, where {self.controllers[0].what} cannot happen: "
+                "leave the experts out of target_parameters, or train them on processes that each hold the whole model."
+            )
         times = [(controller.what, controller.due(self.length)) for controller in self.controllers]
         said = f"{self.described} {[member.name for member in self.members]} {times} {self.steps}".encode()
         text = torch.frombuffer(bytearray(said), dtype=torch.uint8)

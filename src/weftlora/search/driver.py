@@ -28,6 +28,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from weftlora.adapter.shards import is_shard
 from weftlora.adapter.spec import encode_choice
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.schedule import processes
@@ -255,6 +256,11 @@ class LayerSearch:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
+        if not self.passes.in_lockstep and any(is_shard(p) for p in model.parameters()):
+            raise ConfigError(
+                "the base is split in its forward (tensor parallel), where a search would run other batches on each process: use "
+                "processes that each hold the whole model, or a model that FSDP splits."
+            )
         theta = [] if self.passes.in_lockstep else self.passes.params  # what is split is of one whole already
         processes.take_over([*theta, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or self._default_steps(training)
