@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ unit: $(STAMP) ## all tests but those of the next two
 
 sharded: $(STAMP) ## tests in which several processes train or score together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m sharded --durations=5
+
+scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, against one: the table of docs/scaling.md (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/scaling.py
 
 grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "(grid or slow) and not sharded and not kills" --durations=5

@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 HELP_WIDTH = 100
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+EVIDENCE = BENCH.parent / "evidence"
 
 # What a key of a recipe file is for. A key without a line here, or a line without its key, is an error.
 MEANING: dict[str, str] = {
@@ -302,6 +303,37 @@ def _told(docstring: str) -> str:
     return " ".join(docstring.replace("Args:\n", " ").split())
 
 
+WORLDS = {
+    "ddp:2": "DDP, 2",
+    "ddp:4": "DDP, 4",
+    "fsdp2:2": "FSDP2, 2",
+    "fsdp2:4": "FSDP2, 4",
+    "fsdp1:2": "FSDP1, 2",
+    "tp:2": "TP, 2",
+    "zero2:2": "ZeRO-2",
+    "zero3:2": "ZeRO-3",
+}
+
+
+def scaling() -> str:
+    """Method × engine: the largest difference to one process in fp64, where it was run."""
+    found = json.loads((EVIDENCE / "scaling.json").read_text())["columns"]
+    methods = list(dict.fromkeys(method for column in found.values() for method in column))
+
+    def cell(world: str, method: str) -> str:
+        got = found.get(world, {}).get(method)
+        if got is None:
+            return "not run"
+        if "failed" in got:
+            return "fails"
+        apart = max(got["fp64"]["difference"], 0.0)
+        equal = apart <= 1e-9 and got["fp32"]["difference"] <= 1e-5 and got["fp64"]["same_decisions"]
+        return f"{apart:.0e}" if equal and got["fp32"]["same_decisions"] else f"differs ({apart:.0e})"
+
+    head = ("", *WORLDS.values())
+    return _table(head, [(f"`{method}`", *(cell(world, method) for world in WORLDS)) for method in methods])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "contract": contract,
@@ -318,6 +350,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "extras": extras,
     "matrix": matrix,
     "peft-suite": peft_suite,
+    "scaling": scaling,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),

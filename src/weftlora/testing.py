@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -650,9 +651,7 @@ def check_processes(
             for rank in (0, 1)
         ]
         try:
-            codes = [process.wait(timeout=seconds) for process in began]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"two processes: they have not ended after {seconds:g} seconds.") from None
+            codes = _ended(began, seconds)
         finally:
             for process in began:
                 process.kill()
@@ -662,12 +661,28 @@ def check_processes(
                 log.seek(0)
                 said.append(log.read()[-1500:])
                 log.close()
+        if codes is None:
+            heard = " ".join(text for text in said if text) or "Neither has said anything."
+            raise AssertionError(f"two processes: they have not ended after {seconds:g} seconds. {heard}")
         if any(codes):
-            raise AssertionError(f"two processes: one has failed. {max(said, key=len)}")
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            raise AssertionError(f"two processes: one has failed. {said[failed] or max(said, key=len)}")
         found = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for rank, problems in enumerate(found):
         for name, problem in problems.items():
             raise AssertionError(f"{name}, two processes: in process {rank} {problem}")
+
+
+def _ended(began: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int] | None:
+    """The exit codes of the processes, of which the first that fails ends the wait for the others: they would wait for it until they
+    are told not to. None if they are still at work after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        codes = [process.poll() for process in began]
+        if any(codes) or None not in codes:
+            return [code or 0 for code in codes]
+        time.sleep(0.05)
+    return None
 
 
 def _be() -> None:
@@ -679,6 +694,10 @@ def _be() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    if (
+        sys.platform == "linux"
+    ):  # gloo would ask a name server for this machine's name, and talk to itself through its network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     trials = pickle.loads(base64.b64decode((folder / "terms").read_text(encoding="ascii")))
     alone = [_adapter(trial.trained()) for trial in trials]  # before the group: what one process ends in
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import gathered
 from weftlora.errors import ConfigError, MergeError
 from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight, used
 from weftlora.kernel.dropout import dropped
@@ -97,6 +98,8 @@ class Site(nn.Module):
         self._live = Remembered(_live_slots)
         self._ranks_of: list[int] = []
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
+        self.size = Size(0, 0, 0)
+        self.slot_parameters = 0  # trainable parameters of one slot, 0 where slots cannot move
         self.awaits_search = False  # training is refused but to what comes before it
         self.untrained = ""  # the sentence that refuses it
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
@@ -112,7 +115,7 @@ class Site(nn.Module):
 
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
-        f = self.structure.factors(self.scale)
+        f = gathered(self.structure.factors(self.scale))
         if self.pair != "train" and self.boost is not None and self.boost.happened:
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
@@ -234,7 +237,7 @@ class Site(nn.Module):
 
     def fresh_row(self, generator: torch.Generator) -> Tensor:
         """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
-        return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+        return self.draw(1, self.size.fan_in, device="cpu", generator=generator)[0]
 
     @torch.no_grad()
     def fill_zero_factor(self) -> None:
@@ -410,6 +413,9 @@ def build_site(
     draw = kaiming_uniform if start is None else start.draw
     site = Site(structure.build(Size(r, fan_in, out), room, owners or {}, draw), scale=scale, dropout=dropout)
     site.initial_rank = r
+    site.size = Size(r, fan_in, out)
+    by_slot = site.structure.by_slot()
+    site.slot_parameters = sum(view(p).numel() for p, view in by_slot) // (r + room) if by_slot else 0
     site.draw = draw
     for name, value in ({} if ranks is None else ranks.state(r, room)).items():
         site.register_buffer(name, value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapter.site import Site
-from weftlora.adapter.spec import WeftConfig
+from weftlora.adapter.spec import WeftConfig, encode_choice
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
 from weftlora.schedule.direction_ranking import Ranker
@@ -66,7 +67,9 @@ def make_schedule(layers: Sequence[WeftLayer], adapter_name: str, config: WeftCo
     timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
     controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
     if controllers:
-        members[0].held.schedule = Schedule(adapter_name, members, controllers)
+        said = {axis: encode_choice(choice) for axis, choice in choices.items()}
+        described = json.dumps(said, sort_keys=True, default=str)
+        members[0].held.schedule = Schedule(adapter_name, members, controllers, described=described)
 
 
 def schedules(model: nn.Module) -> dict[str, Schedule]:
@@ -226,7 +229,7 @@ def _decompose(
         members = [(name, m) for name, schedule in found.items() for m in schedule.members if m.expert is None]
         weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
         for (_, member), weight in zip(members, weights, strict=True):
-            member.weight, member.source = weight, "original"
+            member.weight, member.source, member.is_split = weight, "original", lambda: False
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

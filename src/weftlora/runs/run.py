@@ -94,6 +94,8 @@ class Run(Record):
     """What it cost and how large its adapter is, see `weftlora.train.costs`; empty until it is complete."""
     extends: dict[str, Any] = field(default_factory=dict)
     """The run that it goes on with, and from which step; empty for most."""
+    processes: int = 1
+    """How many processes it was started with. Others may go on with it, if they can take as many rows per step."""
 
     @property
     def adapter_folder(self) -> Path:

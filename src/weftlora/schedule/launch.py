@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from weftlora import change_rates
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import whole
 from weftlora.adapter.site import Site, held_by
 from weftlora.errors import ConfigError
 from weftlora.schedule import schedule
@@ -103,10 +104,12 @@ class LaunchController:
         started, told = clocks.perf_counter(), {}
         short = [m.name for m, f in zip(self._members, chosen, strict=True) if len(f.index) < self.count(m.site)]
         for member, found, site in zip(self._members, chosen, ranked, strict=True):
-            applied = self.launch.apply(member.site, found, site.largest)
-            for parameter in applied.fresh:
+            with whole(member.site) as stands_for:
+                applied = self.launch.apply(member.site, found, site.largest)
+                fresh, resting = ([stands_for.get(id(p), p) for p in each] for each in (applied.fresh, applied.resting))
+            for parameter in fresh:
                 forget_moments(parameter)
-            for parameter in applied.resting:
+            for parameter in resting:
                 held_by(parameter).grad = None
                 forget_moments(parameter)
             told[member.name] = {

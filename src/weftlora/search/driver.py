@@ -27,10 +27,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from weftlora.adapter.shards import is_shard
 from weftlora.adapter.spec import encode_choice
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.schedule import processes
-from weftlora.search.batches import Batch, Collate, Cycle, Loss, Passes, Random, Rows, split, stack
+from weftlora.search.batches import Batch, Collate, Cycle, Idle, Loss, Passes, Random, Rows, counted, split, stack
 from weftlora.search.groups import Gates, groups_of
 from weftlora.search.hypergradient import (
     Inner,
@@ -53,7 +54,13 @@ LARGEST = 2**53
 
 
 def state_of(job: LayerSearch) -> dict[str, Any]:
-    """The state; all processes call it together and get the same."""
+    """The state; all processes call it together and get the same.
+
+    Raises:
+        RunError: the model is split among processes, each of which has but a part of it.
+    """
+    if job.passes.in_lockstep:
+        raise RunError("the search of a model that is split among processes cannot be saved: run it to its end.")
     return {
         "alpha": job.alpha.detach().clone(),
         "alpha_optimizer": job.alpha_optimizer.state_dict(),
@@ -353,7 +360,13 @@ class LayerSearch:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
-        processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
+        if not self.passes.in_lockstep and any(is_shard(p) for p in model.parameters()):
+            raise ConfigError(
+                "the base is split in its forward (tensor parallel), where a search would run other batches on each process: use "
+                "processes that each hold the whole model, or a model that FSDP splits."
+            )
+        theta = [] if self.passes.in_lockstep else self.passes.params  # what is split is of one whole already
+        processes.take_over([*theta, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or self._default_steps(training)
         self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
         self.alpha_optimizer = search.optimizer(self.alpha)
@@ -480,14 +493,24 @@ class LayerSearch:
         size = self.sizes[part]
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
-        mine = [at[i * size : (i + 1) * size] for i in range(count)][processes.rank() :: processes.world()]
+        mine = [at[i * size : (i + 1) * size] for i in range(count)]
+        if not self.passes.in_lockstep:
+            mine = mine[processes.rank() :: processes.world()]
         device = self.passes.device
 
         def collate() -> list[Batch]:
             return [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
 
         batches = processes.attempt(collate, "collating rows of the search", device)
-        return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+        batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+        return self._even(batches) if self.passes.in_lockstep else batches
+
+    def _even(self, batches: Sequence[Batch]) -> list[Batch]:
+        """This process's share of all micro-batches, as many as every other's: who has one less runs another's beside it."""
+        labelled = [batch for batch in batches if counted(batch, self.passes.causal)]
+        mine = labelled[processes.rank() :: processes.world()]
+        short = -(-len(labelled) // processes.world()) - len(mine)
+        return [*mine, *(Idle(labelled[0]) for _ in range(short))]
 
     # ------------------------------------------------------------------ the whole search
 

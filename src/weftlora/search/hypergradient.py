@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
+from weftlora.adapter.shards import is_sharded, number
 from weftlora.errors import ConfigError, suggest
 from weftlora.host.optimizer import param_groups
 from weftlora.kernel import use_reference
@@ -71,7 +72,7 @@ class InnerStep:
     def jumps(self, lam: Sequence[Tensor]) -> float:
         """Σ (η λ_p)² over the elements whose step may turn: by how much that may change R, squared."""
         return sum(
-            float((t * value.double()).square().sum())
+            number((t * value.double()).square().sum())
             for t, value in zip(self.turning, lam, strict=True)
             if isinstance(t, Tensor)
         )
@@ -119,7 +120,8 @@ def adjoint(steps: Sequence[InnerStep], lam: list[Tensor], g_n: Tensor, product:
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return float(torch.stack([(a.double() * b.double()).sum().cpu() for a, b in zip(one, other, strict=True)]).sum())
+    sums = [number((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True)]
+    return float(torch.tensor(sums, dtype=torch.float64).sum())
 
 
 def by_differences(passes: Passes, search: SearchedLayers, alpha_n: Tensor) -> Product:
@@ -205,6 +207,10 @@ def check_exact(model: nn.Module) -> None:
     if any(not p.is_floating_point() for p in model.parameters()) or getattr(model, "is_quantized", False):
         raise ConfigError(
             f"hypergrad='unrolled_exact' on a quantised base: its matrix products have no second derivative; {advice}."
+        )
+    if is_sharded(model):
+        raise ConfigError(
+            f"hypergrad='unrolled_exact' on a model that is split among processes, which has no second derivative: {advice}."
         )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from weftlora import change_rates
 from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Role, Slots
+from weftlora.kernel import Axis, Role, Slots
 from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.boost import Boost, BoostTerm
 from weftlora.terms.events import Controller, LaunchEffect, SiteView, Timeline
@@ -104,6 +104,13 @@ class DashTerm(BoostTerm):
     """The Dash slots of one site. Saved: gains, directions, which they are, and whether they have been launched."""
 
     roles: ClassVar[Mapping[str, Role]] = {"gain": "gain"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "gain": ("slots",),
+        "down": ("slots", "in"),
+        "up": ("out", "slots"),
+        **dict.fromkeys(("index", "sigma", "rate"), cast("tuple[Axis, ...]", ("slots",))),
+        "launched": (),
+    }
 
     down: Tensor
     up: Tensor
@@ -180,7 +187,7 @@ class DashLaunch:
 
     def count(self, site: SiteView) -> int:
         """See `Launch`."""
-        return len(_term(site).gain)
+        return len(_term(site).index)
 
     def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from weftlora import change_rates
 from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Role, Slots
+from weftlora.kernel import Axis, Role, Slots
 from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.events import Controller, LaunchEffect, SiteView, Timeline
 from weftlora.terms.extra import Direction
@@ -117,6 +117,12 @@ class DirectionsTerm(StartTerm):
     """The frozen twins of one site's slots. Saved: twins, which directions they are, and whether they have been switched on."""
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "down": ("slots", "in"),
+        "up": ("out", "slots"),
+        **dict.fromkeys(("index", "sigma", "rate"), cast("tuple[Axis, ...]", ("slots",))),
+        "launched": (),
+    }
 
     down: Tensor | None
     up: Tensor | None

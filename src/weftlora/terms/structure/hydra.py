@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, Role, RouterInput
+from weftlora.kernel import Axis, Factors, Role, RouterInput
 from weftlora.settings import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
@@ -180,6 +180,11 @@ class HydraTerm(Unshared):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "router": "router"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "A": ("slots", "in"),
+        "B": ("out", "slots"),
+        "router": ("heads", "in"),
+    }
     choice: Hydra
 
     def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):
@@ -235,6 +240,16 @@ def balance_loss(omega_tn: Tensor) -> Tensor:
 
     Source: Switch Transformers, arXiv 2101.03961, equations 4-6; HydraLoRA itself uses none.
     """
-    heads = omega_tn.shape[-1]
+    return balance_of(balance_sums(omega_tn), len(omega_tn))
+
+
+def balance_sums(omega_tn: Tensor) -> Tensor:
+    """[2, N]: over tokens, how often each head's weight is the largest, and the sum of its weights, which has the graph."""
     top = torch.zeros_like(omega_tn).scatter_(-1, omega_tn.argmax(-1, keepdim=True), 1.0)
-    return heads * (top.mean(0) * omega_tn.mean(0)).sum()
+    return torch.stack([top.sum(0), omega_tn.sum(0)])
+
+
+def balance_of(sums_2n: Tensor, tokens: Tensor | int) -> Tensor:
+    """`balance_loss` of the sums over so many tokens."""
+    f_n, mean_n = sums_2n / tokens
+    return sums_2n.shape[1] * (f_n * mean_n).sum()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, Role
+from weftlora.kernel import Axis, Factors, Role
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
@@ -174,6 +174,12 @@ class TiedTerm(StructureTerm):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "u": "gain", "v": "gain"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "A": ("slots", "in"),
+        "B": ("out", "slots"),
+        "u": ("slots",),
+        "v": ("out",),
+    }
     choice: Tied
 
     def __init__(self, choice: Tied, owned: dict[Part, Tensor], owner: dict[Part, TiedTerm]):
