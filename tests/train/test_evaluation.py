@@ -243,7 +243,7 @@ def test_tensors_that_peft_would_only_warn_about(trained: Run, tmp_path: Path) -
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_adapter(trained: Run, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         weftlora.generate(tmp_path, "a")
     copy = shutil.copytree(trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("adapter"))
     with pytest.raises(AdapterError, match="--resume"):

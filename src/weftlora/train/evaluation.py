@@ -89,7 +89,7 @@ class Speaker:
         text = tokenizer.decode(answer, skip_special_tokens=True)
         note = ""
         if finished and not text.strip():
-            note = f"the answer ended at once: {self.how.reason(tokenizer, raw)}."
+            note = f"the answer is empty, because generation ended at once: {self.how.reason(tokenizer, raw)}."
             log.warning("%s", note)
         shown: Any = (
             prompt if isinstance(prompt, str) else dict(prompt) if isinstance(prompt, Mapping) else list(prompt)
@@ -205,7 +205,7 @@ def open_source(source: Run | str | Path, base: str | None) -> Trained:
         return load_run(source, base)
     if is_model(source):
         if base is not None:
-            raise ConfigError(f"{source} is a model by itself, which has no other base: leave out --base.")
+            raise ConfigError(f"{source} is a model, not an adapter, so it has no other base: leave out --base.")
         return load_model(str(source))
     folder = Path(source)
     if (folder / "adapter_config.json").is_file():
@@ -386,7 +386,7 @@ def _subject(
     if isinstance(source, Run):
         if foreign := [text for text in overrides if not text.startswith("data.")]:
             raise ConfigError(
-                f"{foreign[0]!r} would not be this run any more: only data.… can be changed when evaluating a run."
+                f"{foreign[0]!r} would make it another run: only data.… can be changed when evaluating a run."
             )
         recipe = recipe_of(source, *overrides)
         trained = load_run(source, base, adapted=adapter == "trained")
@@ -423,7 +423,9 @@ def _split(data: Any, wanted: str | None) -> tuple[str, Any]:
     """
     there = [name for name in SPLITS if getattr(data, name) is not None and len(getattr(data, name))]
     if wanted is None and there == ["validation"]:
-        log.warning("the data has no test rows: these are the validation rows, and no good for what was chosen on them")
+        log.warning(
+            "the data has no test rows: these are the validation rows; do not use them to judge what was chosen on them"
+        )
     name = wanted or (there[0] if there else SPLITS[0])
     if name not in there:
         hint = f"use --split {there[0]}." if there else f"name a file with data.{name}=...."
