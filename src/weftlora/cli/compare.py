@@ -196,9 +196,7 @@ def _below(found: Comparison) -> list[str]:
         said = expected_false(len(judged), judged[0].level)
         lines.append(f"{said[0].upper()}{said[1:]}.")
     if edge := [f"{method.name} ({method.lr:g})" for method in found.methods if method.rate_at_edge]:
-        lines.append(
-            f"The best rate was the lowest or highest that was tried, so a better one may be outside: {', '.join(edge)}."
-        )
+        lines.append(f"A better rate may be outside those that were tried: {', '.join(edge)}.")
     lines += [*_notes(found.methods), *_problems(found.outcomes)]
     if any(run.status == "failed" for run in found.outcomes):
         lines.append("Give the same command again to retry what failed.")

@@ -174,7 +174,7 @@ class DirectionsReport(Record):
             for site in each.sites
         ]
         columns = ["adapter", "phase", "module", "directions, best first", "largest change rate"]
-        more = [f"{len(rows) - SHOWN} more rows: .adapters"] if len(rows) > SHOWN else []
+        more = [f"{len(rows) - SHOWN} more rows are in the record"] if len(rows) > SHOWN else []
         return html_table(f"{self.directions} directions per module", columns, rows[:SHOWN], more)
 
     def record(self) -> dict[str, Any]:

@@ -126,6 +126,8 @@ class SiteUsage:
     site: str
     whole: Usage
     domains: dict[str, Usage]
+    information: float | None = None
+    """Mutual information of head and domain, of ln N: 0 where every domain uses the heads alike. None where there are not two."""
 
     def apart(self, domain: str) -> float:
         """How differently a domain uses the heads: Σ|mean of the domain − mean of all| / 2, 0 the same and 1 other heads."""
@@ -283,7 +285,7 @@ class Inspection(Record):
             (each.site, each.rank, f"{each.norm:.3g}", "" if each.relative is None else f"{each.relative:.2%}")
             for each in moved
         ]
-        more = [f"{len(self.sites) - SHOWN} more modules: .sites"] if len(self.sites) > SHOWN else []
+        more = [f"{len(self.sites) - SHOWN} more modules are in the record"] if len(self.sites) > SHOWN else []
         return html_table(
             f"{self.method}: {self.source}", ["module", "rank", "‖ΔW‖", "of W"], rows, [*more, *self.verdict]
         )
