@@ -208,7 +208,7 @@ def test_an_adapter_without_rows_says_how_to_name_them(trained: Run, tmp_path: P
         weftlora.evaluate(alone, "data.test=rows.jsonl", split="validation")
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
         weftlora.evaluate(alone, "data.test=nowhere.jsonl")
-    with pytest.raises(ConfigError, match="would not be this adapter any more"):
+    with pytest.raises(ConfigError, match="would make it another than this adapter"):
         weftlora.evaluate(alone, "train.lr=1")
 
 
