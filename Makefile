@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)
+
+notebooks: $(STAMP) ## run every cell of examples/notebooks (a minute); make check runs the first
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS) examples/notebooks/*.ipynb
 
 docs-build: $(STAMP) ## the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

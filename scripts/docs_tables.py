@@ -56,7 +56,7 @@ MEANING: dict[str, str] = {
     "data.ignore": "columns, and keys of messages, that are meant to be left out",
     "data.packing": "several training rows in one of up to `max_length` tokens, without seeing each other",
     "data.max_length": "tokens a row may have",
-    "data.truncate": "what gives way in a row that is too long; every cut is counted",
+    "data.truncate": "what is cut of a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
     "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
     "data.limit": "draw this many rows of every split; rows that are empty or dropped are not among them",

@@ -60,7 +60,7 @@ REFUSED_TARGETS = [
     ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
      "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
-    ("experts", mixtral, ["q_proj", "experts"], "experts holds experts as fused parameters", "target_parameters"),
+    ("experts", mixtral, ["q_proj", "experts"], "experts holds its experts as fused parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a fused parameter of experts", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),

@@ -89,7 +89,7 @@ def tried(tmp_path: Path) -> Callable[..., str]:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (ConfigError("x=1 is no y: use z."), ""),
+        (ConfigError("x=1 is not a y: use z."), ""),
         (ValueError("x"), "ValueError at "),
         (RecursionError(), "RecursionError at "),
         (SystemExit(1), "SystemExit at "),

@@ -118,7 +118,7 @@ def test_weights_that_were_changed_since_are_not_the_base(file: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_said(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    with pytest.raises(ModelError, match=r"is dequantised once into .*: free space, or set XDG_CACHE_HOME"):
+    with pytest.raises(ModelError, match=r"must be dequantised into .*: free space, or set XDG_CACHE_HOME"):
         find(Wanted(str(file)), tmp_path)
 
 
@@ -142,9 +142,9 @@ def test_what_is_no_file_of_a_model_is_refused(tmp_path: Path, cache: Path) -> N
     (tmp_path / "folder.gguf").mkdir()
     assert "is a folder" in refusal("folder.gguf", tmp_path)
     (tmp_path / "text.gguf").write_text("GGML")
-    assert "is no GGUF file" in refusal("text.gguf", tmp_path)
+    assert "is not a GGUF file" in refusal("text.gguf", tmp_path)
     (tmp_path / "model.bin").write_text("pickle")
-    assert "is no GGUF file, and no other file is a model" in refusal("./model.bin", tmp_path)
+    assert "is not a GGUF file, and no other file is a model" in refusal("./model.bin", tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
     assert "is a pipe" in refusal("pipe.gguf", tmp_path)
 
@@ -153,7 +153,7 @@ def test_what_is_no_file_of_a_model_is_refused(tmp_path: Path, cache: Path) -> N
     ("given", "said"),
     [
         ({"architecture": "mamba9"}, "has the architecture 'mamba9', which transformers cannot read out of GGUF"),
-        ({"general__type": "adapter"}, "holds 'adapter', not a model: give that of its base model"),
+        ({"general__type": "adapter"}, "holds 'adapter', not a model: give the file of its base model"),
         ({"split__count": 3}, "is one of 3 parts of a model: join them"),
         ({"without": "blk.1.ffn_up"}, "lacks 1 tensors of its architecture 'llama', the first is"),
     ],

@@ -104,7 +104,7 @@ def test_a_system_turn_and_whole_conversations(spoken: Run) -> None:
         weftlora.generate(spoken, [{"role": "system", "content": "x"}, *talk], system="y")
     with pytest.raises(DataError, match="did you mean 'user'"):
         weftlora.generate(spoken, [{"role": "usr", "content": "x"}])
-    with pytest.raises(ConfigError, match="raw takes a text as it stands"):
+    with pytest.raises(ConfigError, match="raw takes a text as it is"):
         weftlora.generate(spoken, talk, raw=True)
 
 
@@ -146,7 +146,7 @@ def test_an_answer_that_ends_at_once_is_said(
     monkeypatch.setattr(evaluation, "complete", lambda *given: [[2]])
     found = weftlora.generate(spoken, "c", raw=raw)
     assert (found.text, found.finished) == ("", True)
-    assert found.note.startswith("the answer ended at once: ")
+    assert found.note.startswith("the answer is empty, because generation ended at once: ")
     assert why in found.note
     assert found.note in [record.getMessage() for record in caplog.records]
 

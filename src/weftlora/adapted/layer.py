@@ -327,7 +327,7 @@ class WeftLinear(WeftLayer):
             return "WEFT_REFERENCE is set"
         base = self.base_layer
         if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
-            return f"{type(base).__name__} is no plain Linear"
+            return f"{type(base).__name__} is not a plain Linear"
         if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
             return "the base is trained too"
         if watched(base):

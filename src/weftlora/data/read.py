@@ -199,7 +199,7 @@ def _check_names(folder: Path) -> None:
             continue  # what is no record is found by `load_from_disk`, with its reason
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                raise DataError(f"{path} names {name!r}, which does not lie in its folder: save the dataset again.")
+                raise DataError(f"{path} names {name!r}, which is not in its folder: save the dataset again.")
 
 
 def first_line(error: BaseException) -> str:
@@ -287,7 +287,7 @@ def read(path: Path, config: DataConfig, blocks: Blocks) -> Source:
     except FileNotFoundError:
         raise missing(path) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({first_line(error)}): copy it again.") from None
+        raise DataError(f"{path} is not a complete gzip file ({first_line(error)}): copy it again.") from None
     except OSError as error:
         raise DataError(f"the data file {path} cannot be read ({error.strerror}): check its permissions.") from None
     if not len(rows):
@@ -523,7 +523,7 @@ def _read_json(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tup
         at = skip(text, at + 1).end()
     if text[at : at + 1] != "]" or text[at + 1 :].strip():
         line = text.count("\n", 0, at) + 1
-        raise bad_row(path, line, "not valid JSON (the list should go on with ',' or end with ']'); correct it.")
+        raise bad_row(path, line, "not valid JSON (the list should continue with ',' or end with ']'); correct it.")
     return rows, 0
 
 

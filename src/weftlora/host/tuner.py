@@ -578,7 +578,7 @@ def _report_sites(sites: dict[str, Site]) -> None:
     if wide:
         warnings.warn(
             f"the rank is larger than a side of {len(wide)} modules such as {wide[0]}: the extra rank adds parameters, not "
-            "directions; a smaller r, or rank_pattern, would do.",
+            "directions; use a smaller r, or rank_pattern.",
             stacklevel=4,
         )
     alone = [name for name, site in sites.items() if site.structure.is_alone]

@@ -84,7 +84,7 @@ def dequantised(file: Path, path: str) -> Path:
                 sync_folder(cache)
     except RunError as error:
         raise ModelError(
-            f"the model {path!r} is dequantised once into {cache}, and that cannot be done ({str(error).partition(';')[0]}): free "
+            f"the model {path!r} must be dequantised into {cache} once, which failed ({str(error).partition(';')[0]}): free "
             "space, or set XDG_CACHE_HOME to a folder that can be written."
         ) from error
     return folder
@@ -214,7 +214,7 @@ class Header:
         """Refuse what is no whole model. Raises ModelError."""
         kind, parts = self.settings.get("general.type", "model"), self.settings.get("split.count", 0)
         if kind != "model":
-            raise ModelError(f"the GGUF file {path!r} holds {kind!r}, not a model: give that of its base model.")
+            raise ModelError(f"the GGUF file {path!r} holds {kind!r}, not a model: give the file of its base model.")
         if isinstance(parts, int) and parts > 1:
             raise ModelError(
                 f"the GGUF file {path!r} is one of {parts} parts of a model: join them with llama-gguf-split --merge, and give that."
@@ -239,7 +239,9 @@ class _Reader:
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             raise ValueError(
-                "its bytes are in the other order" if swapped else f"it is of version {version}, and 2 and 3 are read"
+                "its bytes are in the other order"
+                if swapped
+                else f"it has version {version}; versions 2 and 3 can be read"
             )
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:

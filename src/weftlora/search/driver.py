@@ -472,7 +472,7 @@ class LayerSearch:
             self.unlabelled += 1
             if self.unlabelled == 1:
                 log.warning(
-                    "all labels of a validation batch are ignored: its step on α is skipped (later ones are counted)"
+                    "all labels of a validation batch are ignored: its step on α is skipped (further ones are only counted)"
                 )
         if not passed.finite:
             return passed.loss, None

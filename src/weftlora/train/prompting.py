@@ -81,7 +81,7 @@ class Prompting:
                 raise ValueError("its template names no column")
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise AdapterError(
-                f"{file} cannot be read ({type(error).__name__}): delete it, and say with --messages or --raw what prompts become."
+                f"{file} cannot be read ({type(error).__name__}): delete it, and give prompts with --messages or --raw."
             ) from None
         return cls(form, template, fold, length, tuple(labels))
 
@@ -98,7 +98,7 @@ class Prompting:
         """
         if raw:
             if not isinstance(prompt, str) or system is not None:
-                raise ConfigError("raw takes a text as it stands: leave out the messages and the system turn.")
+                raise ConfigError("raw takes a text as it is: leave out the messages and the system turn.")
             return prompt
         if isinstance(prompt, Mapping):
             return self._filled(prompt)
@@ -166,7 +166,7 @@ class Prompting:
                 "the prompt as --messages"
             )
         if self.form == "text":
-            return "this run was trained on whole texts, which may end after such a one"
+            return "this run was trained on whole texts, which may end after a text like this"
         return "why is not known; `weftlora data` on the run shows what its prompts look like"
 
 
