@@ -217,26 +217,28 @@ def is_done(stage: Stage, found: Mapping[str, Any]) -> bool:
     return len(ended) == stage.seeds * len(record["methods"])
 
 
-def read(recipe: str) -> dict[str, Any]:
-    """The recipe as its file has it."""
-    found: dict[str, Any] = yaml.safe_load((RECIPES / f"{file_of(recipe)}.yaml").read_text(encoding="utf-8"))
-    return found
+def read(recipe: str, form: Form) -> dict[str, Any]:
+    """The recipe as its file and a form's overrides have it."""
+    made: dict[str, Any] = yaml.safe_load((RECIPES / f"{file_of(recipe)}.yaml").read_text(encoding="utf-8"))
+    for override in form.of(recipe):
+        key, _, value = override.partition("=")
+        *sections, name = key.split(".")
+        into = made
+        for section in sections:
+            into = into[section]
+        into[name] = yaml.safe_load(value)
+    return made
 
 
-def runs_of(stage: Stage) -> int:
+def runs_of(stage: Stage, form: Form) -> int:
     """How many runs a stage has in all, those that try rates included."""
-    made = read(stage.recipe)
-    return len(made["methods"]) * (stage.seeds + len(made["rates"]["values"]))
+    made = read(stage.recipe, form)
+    return len(made["methods"]) * (stage.seeds + (len(made["rates"]["values"]) if made["rates"] else 0))
 
 
 def steps_of(recipe: str, form: Form) -> int:
     """Optimiser steps of a run."""
-    made = read(recipe)
-    for override in form.of(recipe):
-        key, _, value = override.partition("=")
-        section, _, name = key.partition(".")
-        if name:
-            made[section][name] = yaml.safe_load(value)
+    made = read(recipe, form)
     train = made["train"]
     if "steps" in train:
         return int(train["steps"])
@@ -253,7 +255,7 @@ def hours_left(form: Form, found: Mapping[str, Any], contrasts: Sequence[Contras
         known = [found[name]["seconds"] / found[name]["runs_done"] / steps_of(name, form) for name in timed]
         done = found[stage.recipe]["runs_done"] if stage.recipe in found else 0
         step = known[0] if known else form.step_seconds
-        left[stage.recipe] = (runs_of(stage) - done) * steps_of(stage.recipe, form) * step / 3600
+        left[stage.recipe] = (runs_of(stage, form) - done) * steps_of(stage.recipe, form) * step / 3600
     return left
 
 
