@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.terms.structure.hydra import balance_loss
@@ -89,7 +89,7 @@ def routing(model: nn.Module) -> Iterator[Routing]:
     record = Routing()
     before: list[tuple[Site, Callable[[Tensor], None] | None]] = []
     for module_name, layer in model.named_modules():
-        if not isinstance(layer, WeftLinear):
+        if not isinstance(layer, WeftLayer):
             continue
         for adapter_name in layer.active_adapters:
             site = layer.site(adapter_name) if adapter_name in layer.weft_site else None

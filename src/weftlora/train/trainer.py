@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from weftlora.train.costs import Stopwatch, announce_measuring, measuring_second
 from weftlora.train.extending import Extended
 from weftlora.train.following import following, is_routed
 from weftlora.train.prepare import Prepared
-from weftlora.train.sampling import Sampler
+from weftlora.train.sampling import Asked, Sampler
 
 log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -303,8 +303,10 @@ def _head(prepared: Prepared, args: TrainingArguments) -> Any:
     return head if head is not None and is_the_models_own(base, head) else None
 
 
-def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any) -> Trainer:
-    """The trainer that `train.trainer` names, around a prepared model."""
+def make_trainer(
+    prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any, samples: Sequence[Asked] = ()
+) -> Trainer:
+    """The trainer that `train.trainer` names, around a prepared model, which `samples` are asked of."""
     kind: Any = Trainer
     options: dict[str, Any] = {}
     if prepared.recipe.train.trainer == "sft":
@@ -314,8 +316,8 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
-    if prepared.recipe.train.samples:
-        own.append(Sampler(run, prepared, progress))
+    if samples:
+        own.append(Sampler(run, prepared, progress, samples))
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
