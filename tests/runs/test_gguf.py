@@ -272,6 +272,13 @@ def test_train_talk_and_export_on_it(file: Path, tmp_path: Path, recipe: Any) ->
     card = (tmp_path / "stock" / "README.md").read_text()
     assert digest in card
     assert "gguf_file='moved.gguf'" in card
+    merged = weftlora.merge(run.folder, tmp_path / "merged", dtype="float32", base=str(moved))
+    assert merged.lost_logits < 1e-3
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    said = weftlora.chat(str(tmp_path / "merged"), max_new_tokens=4)
+    assert said.remembers, "the chat template is in the folder"
+    assert said.say("the").text == weftlora.chat(run.folder, base=str(moved), max_new_tokens=4).say("the").text
     write_gguf(tmp_path / "other.gguf", seed=1)
     with pytest.raises(WeftError, match="other weights"):
         weftlora.chat(run.folder, base=str(tmp_path / "other.gguf"))
