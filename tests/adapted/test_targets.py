@@ -52,6 +52,14 @@ def encoder_layer() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
 
 
+class Grouped(nn.Linear):
+    """As DeepSeek-V4 has it: a matrix per group of inputs, in one weight."""
+
+    def __init__(self, size: int, out: int, groups: int) -> None:
+        super().__init__(size // groups, out)
+        self.n_groups = groups
+
+
 def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=2))
 
@@ -59,6 +67,7 @@ def mixtral() -> nn.Module:
 REFUSED_TARGETS = [
     ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
      "leave it out"),
+    ("groups", lambda: nn.Sequential(nn.Linear(3, 3), Grouped(8, 6, 2)), ["0", "1"], "1 is a Grouped, whose groups", "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
     ("experts", mixtral, ["q_proj", "experts"], "experts holds 3-D expert parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a 3-D expert parameter", "target_parameters"),
@@ -399,3 +408,10 @@ def test_good_names_raise_no_warning(llama) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about checkpointing
         get_peft_model(llama, weftlora.PlainLoraConfig(exclude_modules=["o_proj"], layers_to_transform=[0]))
+
+
+def test_a_model_that_is_wrapped_already_is_refused_and_left_as_it_was() -> None:
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(weftlora.ConfigError, match=r"a PeftModel already.*add_adapter\('second', config\)"):
+        get_peft_model(model, weftlora.PlainLoraConfig(r=2), adapter_name="second")
+    assert list(model.peft_config) == ["default"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import warnings
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import safe_open
 
 import weftlora
-from families import FAMILIES, STRUCTURES, randomise, trainable
+from families import FAMILIES, STRUCTURES, logits, randomise, trainable
 
 D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
 PAIR = {
@@ -132,3 +133,37 @@ def test_an_error_of_ours_is_one_of_pefts_where_peft_has_one(llama) -> None:
         get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=["nothing"]))
     with pytest.raises(base):
         get_peft_model(llama, weftlora.PlainLoraConfig(r=0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boost": weftlora.Dash(directions=2, pair="drop")},
+        {"start": weftlora.Directions()},
+        {"ranks": weftlora.Reallocate()},
+        {"structure": weftlora.Tied(train="vera")},
+    ],
+    ids=["dash", "init", "moved ranks", "frozen pair"],
+)
+def test_with_low_cpu_mem_usage_nothing_is_made_twice_and_nothing_stays_empty(
+    fields: dict, llama, tmp_path: Path
+) -> None:
+    config = weftlora.WeftConfig(r=2, target_modules=QKV, **fields)
+    model = get_peft_model(llama, config)
+    randomise(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # saved before its launch
+        model.save_pretrained(tmp_path)
+    empty = get_peft_model(FAMILIES["llama"].build(), config, low_cpu_mem_usage=True)
+    mine = {name: t for name, t in empty.state_dict().items() if ".weft_site." in name}
+    assert {name for name, t in mine.items() if not t.is_meta} == {
+        name for name, t in mine.items() if name.endswith(COUNTED)
+    }
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(t.is_meta for t in loaded.state_dict().values())
+    batch = FAMILIES["llama"].batch()
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+COUNTED = (".default.steps", ".rounds", ".ended", ".way")
+"""Counts of an adapter as a whole: numbers, read before a file is."""

@@ -9,6 +9,7 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,7 @@ from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.kernel import Linear, Work, current, linears
+from weftlora.settings import is_number
 from weftlora.terms.axes import mergeable_structures
 
 BASE = "__base__"
@@ -97,6 +99,30 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def site(self, adapter_name: str) -> Site:
         """The adapter called `adapter_name`; KeyError if this module has none."""
         return cast(Site, self.weft_site[adapter_name])
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the update of `adapter` by `scale`, as stock LoRA's layers do; 1 is as it was trained."""
+        if adapter in self.weft_site:
+            self.site(adapter).strength = self._checked_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the updates of the active adapters by `scale`, on top of what they are multiplied by; diffusers calls it."""
+        for name in self._names():
+            self.set_scale(name, self.site(name).strength * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take back `scale` from the active adapters; without one, all that they are multiplied by."""
+        for name in self._names():
+            self.set_scale(name, 1.0 if scale is None else self.site(name).strength / scale)
+
+    def _checked_scale(self, adapter: str, scale: float) -> float:
+        if not is_number(scale) or not math.isfinite(scale):
+            raise ConfigError(f"scale={scale!r} is no number that an update could be multiplied by: use a finite one.")
+        if adapter in self.merged_adapters:
+            raise AdapterError(
+                f"adapter {adapter!r} is merged into {self.module_name}, so its scale is in W: call model.unmerge_adapter() first."
+            )
+        return float(scale)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = kwargs.pop(

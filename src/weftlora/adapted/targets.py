@@ -60,6 +60,11 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     if isinstance(base, Conv1D):
         fan_in, out = base.weight.shape
         return fan_in, out
+    if any(_is_many(getattr(base, name, None)) for name in GROUPS) and not isinstance(base, nn.modules.conv._ConvNd):
+        raise TargetError(
+            f"{name} is a {kind}, whose groups of inputs have a matrix each, and no update is offered for those: leave it out, or "
+            "train it with modules_to_save."
+        )
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if (reading := reading_of(base)) is not None:
@@ -81,6 +86,14 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     raise TargetError(
         f"{name} is a {kind}, which is no linear module: name linear modules in target_modules, or use 'all-linear'."
     )
+
+
+GROUPS = ("n_groups", "num_groups", "groups")
+"""What modules call the number of parts that their input is taken apart into."""
+
+
+def _is_many(groups: object) -> bool:
+    return isinstance(groups, int) and groups > 1
 
 
 def _last(name: str) -> str:

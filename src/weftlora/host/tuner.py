@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -65,6 +66,14 @@ class WeftTuner(BaseTuner):
     tuner_layer_cls = WeftLinear
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     uses_shared_state = False  # the owner site of a tied group holds the pair, so every loading path of the host works
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):  # before peft puts this config among those of the model within
+            raise ConfigError(
+                f"the model is a {type(model).__name__} already, and one around it would save and load nothing right: add an adapter "
+                f"to it with model.add_adapter({adapter_name!r}, config), or take its own off first with model.unload()."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # ------------------------------------------------------------------ config and targets
 
@@ -175,7 +184,10 @@ class WeftTuner(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter on every target, then say once what a user should know about the sites that came out."""
+        """Put the adapter on every target, then say once what a user should know about the sites that came out.
+
+        With low_cpu_mem_usage, peft leaves the parameters on meta, for a file to fill; the buffers are left there too.
+        """
         _check_adapter_name(adapter_name, self.peft_config[adapter_name])
         self._owners: dict[
             tuple[str, Hashable], StructureTerm
@@ -187,6 +199,8 @@ class WeftTuner(BaseTuner):
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
             watch(adapter_name, layers)
             fuse(model)
+            for layer in layers:
+                _buffers_follow(layer.site(adapter_name))
         finally:
             self._owners = {}
 
@@ -405,6 +419,14 @@ class WeftTuner(BaseTuner):
 
 def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
+
+
+def _buffers_follow(site: Site) -> None:
+    """To meta, where the parameters are; but the counts of the adapter as a whole, a number each, which are read before a file is."""
+    for module in site.modules() if any(p.is_meta for p in site.parameters()) else ():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not (module is site and name in site.counters):
+                setattr(module, name, buffer.to("meta"))
 
 
 def _with_rows(rows: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
