@@ -87,6 +87,16 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """What y's last dimension is."""
         return self._sides()[1]
 
+    @property
+    def r(self) -> dict[str, int]:
+        """The rank of each adapter as its config has it, as stock LoRA's layers say it."""
+        return {name: self.site(name).initial_rank for name in self.weft_site}
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """What multiplies B A of each adapter now; `set_scale` changes it."""
+        return {name: self.site(name).scale * self.site(name).strength for name in self.weft_site}
+
     def _sides(self) -> tuple[int, int]:
         base = self.get_base_layer()
         if self.reading is not None:
