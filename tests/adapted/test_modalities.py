@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -159,10 +160,17 @@ def test_a_diffusion_transformer_takes_the_weight_that_diffusers_gives_its_adapt
     ).eval()
     given = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([1]), "class_labels": torch.tensor([2])}
     before = model(**given).sample
-    model.add_adapter(weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    peft_utils = importlib.import_module("diffusers.utils.peft_utils")
+    model = get_peft_model(
+        model, weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
     whole = model(**given).sample
     assert not torch.allclose(whole, before, atol=1e-3)
-    model.set_adapters(["default"], [0.0])
+    peft_utils.set_weights_and_activate_adapters(model, ["default"], [0.0])
     assert torch.equal(model(**given).sample, before)
-    model.set_adapters(["default"], [1.0])
+    peft_utils.set_weights_and_activate_adapters(model, ["default"], [1.0])
+    with torch.no_grad():
+        peft_utils.scale_lora_layers(model, 0.5)
+        assert not torch.allclose(model(**given).sample, whole, atol=1e-4)
+        peft_utils.unscale_lora_layers(model, 0.5)
     assert torch.equal(model(**given).sample, whole)
