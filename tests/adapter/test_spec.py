@@ -285,7 +285,7 @@ def neutral_fields() -> dict[str, object]:
 
 def test_a_config_of_stock_lora_needs_no_line_taken_out():
     neutral = neutral_fields()
-    assert {"bias", "use_dora", "fan_in_fan_out", "loftq_config"} <= neutral.keys()
+    assert {"use_dora", "fan_in_fan_out", "loftq_config"} <= neutral.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = weftlora.HydraLoraConfig(r=4, init_lora_weights=True, **neutral)
@@ -298,7 +298,7 @@ def test_a_config_of_stock_lora_needs_no_line_taken_out():
     ("fields", "says"),
     [
         ({"use_dora": True}, "use_dora=True works in stock LoRA only"),
-        ({"bias": "all"}, "the base stays as it is"),
+        ({"bias": "al"}, "did you mean 'all'?"),
         ({"layer_replication": [(0, 2)]}, "no layer of the base is doubled"),
         ({"target_parameters": ["experts.w"]}, "no bare parameters"),
         ({"init_lora_weights": "pissa"}, "start=weftlora.Directions()"),

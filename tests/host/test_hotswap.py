@@ -98,7 +98,7 @@ REFUSED = [
     ("elsewhere", "plain", {"r": 4, "target_modules": [*TARGETS, "mlp"]}, {}, "is on .*mlp too"),
     ("fewer", "plain", {"r": 4, "target_modules": ["q_proj"]}, {}, "is not on layers.0.k_proj, where"),
     ("no such adapter", "plain", {"r": 4}, {"adapter_name": "defualt"}, "did you mean 'default'"),
-    ("trained in full", "plain", {"r": 4, "modules_to_save": ["head"]}, {}, r"\(base_model.model.head.* in full"),
+    ("trained in full", "plain", {"r": 4, "modules_to_save": ["head"]}, {}, r"\(base_model.model.head.* trains modules, tokens"),
     ("its scale", "tied_tl5_shape", {"r": 4, "lora_alpha": 5}, {}, "no factor of one module alone"),
 ]  # fmt: skip
 

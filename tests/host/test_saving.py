@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 import weftlora
 from families import FAMILIES, STRUCTURES, logits, randomise, trainable
+from weftlora.host.versions import saves_biases
 
 D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
 PAIR = {
@@ -167,3 +168,31 @@ def test_with_low_cpu_mem_usage_nothing_is_made_twice_and_nothing_stays_empty(
 
 COUNTED = (".default.steps", ".rounds", ".ended", ".way")
 """Counts of an adapter as a whole: numbers, read before a file is."""
+
+
+@pytest.mark.skipif(not saves_biases(), reason="peft does not save them")
+@pytest.mark.parametrize(("bias", "count"), [("all", 13), ("lora_only", 4)])
+def test_biases_of_the_base_are_trained_saved_and_refused_where_nothing_could_carry_them(
+    bias: str, count: int, tmp_path: Path
+) -> None:
+    base, batch = FAMILIES["gpt_neox"], FAMILIES["gpt_neox"].batch()
+    fields = {"r": 2, "target_modules": ["query_key_value", "dense"], "bias": bias}
+    model = get_peft_model(base.build(), weftlora.TiedLoraConfig(**fields))
+    stock = get_peft_model(base.build(), peft.LoraConfig(**fields))
+    ours = {name for name in trainable(model) if "weft_" not in name}
+    assert ours == {name for name in trainable(stock) if "lora_" not in name}
+    assert len(ours) == count
+    randomise(model)
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None for p in trainable(model).values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base.build(), tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    with pytest.raises(weftlora.AdapterError, match=f"trains biases of the base .bias='{bias}'"):
+        weftlora.export_lora(model, tmp_path / "lora", base="memory")
+    with pytest.raises(weftlora.MergeError, match="trains biases of the base"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("second", weftlora.PlainLoraConfig(**fields))
+    assert list(model.peft_config) == ["default"]
+    assert torch.allclose(logits(model.merge_and_unload(), batch), logits(again, batch), atol=1e-6)

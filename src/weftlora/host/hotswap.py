@@ -89,10 +89,10 @@ def _by_module(folder: Path, mine: WeftConfig, layers: list[WeftLinear]) -> dict
             others.append(key)
         else:
             found.setdefault(layers[0].module_name if inside in counts else name, {})[inside] = tensor
-    if others or mine.modules_to_save or mine.trainable_token_indices is not None:
+    if others or mine.modules_to_save or mine.trainable_token_indices is not None or mine.bias != "none":
         where = f"the adapter in {folder} ({others[0]})" if others else "the model's adapter"
         raise AdapterError(
-            f"{where} trains modules or tokens of the base in full, which are not swapped: load it with model.load_adapter."
+            f"{where} trains modules, tokens or biases of the base, which are not swapped: load it with model.load_adapter."
         )
     if elsewhere := sorted(found.keys() - {layer.module_name for layer in layers}):
         raise AdapterError(

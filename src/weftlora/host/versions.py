@@ -94,6 +94,11 @@ def check_peft() -> None:
         raise WeftError(reason)
 
 
+def saves_biases() -> bool:
+    """Whether the installed peft saves the biases that an adapter of another's type trains, and loads them again."""
+    return _has("peft.tuners.tuners_utils", "BaseTuner._get_learnable_bias_state_dict")
+
+
 def bridge_saving() -> None:
     """Let a peft without a tuner's hooks save and load weftlora's adapters as later ones do; where it has them, let the one for
     loading know whether tensors of another size are to be passed over, which peft does not tell it.

@@ -90,6 +90,11 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
                 f"adapter {name!r} is {structure.method}, and {structure.no_closed_form}, so it cannot be added to others: use "
                 "adapter_names=[...] to infer with each."
             )
+        if config[name].bias != "none":
+            raise MergeError(
+                f"adapter {name!r} trains biases of the base (bias={config[name].bias!r}), which are no sum: add adapters without "
+                "them."
+            )
         if config[name].trainable_token_indices is not None:
             raise MergeError(
                 f"adapter {name!r} trains tokens beside its modules, which are no sum: add adapters without them."
