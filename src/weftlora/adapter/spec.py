@@ -23,8 +23,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 
 from weftlora.adapter import before_configs, compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
-from weftlora.foreign_json import from_json
-from weftlora.foreign_text import for_markdown
+from weftlora.foreign_text import for_markdown, from_json
 from weftlora.settings import Epochs, is_number, is_whole
 from weftlora.terms import registry
 from weftlora.terms.axes import AXES, PROTOCOLS

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from weftlora.disk.files import check_regular
 from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
 from weftlora.extras import needs
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.runs import base_model
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
 from weftlora.runs.identity import Weights, check_files

@@ -24,13 +24,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-from weftlora.data.config import DataConfig, Task
+from weftlora.data.config import DataConfig, RecipeSection, Task
 from weftlora.data.paths import checked_path, locate
 from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
 from weftlora.runs.run import Run, check_continues, check_extends
-from weftlora.sections import RecipeSection
 from weftlora.settings import is_number
 
 

@@ -26,7 +26,7 @@ from weftlora.data.encode import fold_system, render
 from weftlora.data.examples import SPEAKERS
 from weftlora.disk.ownership import PROMPTS
 from weftlora.errors import AdapterError, ConfigError, DataError, ModelError, suggest
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.runs.load import Trained, recipe_of
 from weftlora.runs.run import Run
 
