@@ -146,7 +146,28 @@ def _list(name: str, value: list[Any]) -> list[Any]:
     return value
 
 
-OWN: dict[str, dict[str, Any]] = {}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MLA: dict[str, Any] = {"num_key_value_heads": 4, "num_experts_per_tok": 2}
+OWN: dict[str, dict[str, Any]] = {
+    "axk1": MLA,
+    "axk2": {**MLA, "head_dim": 4},
+    "deepseek_v2": {**MLA, "head_dim": 4},
+    "deepseek_v3": MLA,
+    "deepseek_v32": {**MLA, "head_dim": 4},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "gemma3n_text": {"activation_sparsity_pattern": [0.5, 0.0], "num_kv_shared_layers": 0},
+    "glm_moe_dsa": {**MLA, "head_dim": 4},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": ROPE},
+    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": ROPE},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"pad_token_id": 0, "layer_types": ["chunked_attention", "full_attention"]},
+    "longcat_flash": MLA,
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"rope_parameters": ROPE, "head_dim": 8},
+    "dots1": {**MLA, "first_k_dense_replace": 0, "n_routed_experts": 4, "moe_intermediate_size": 16},
+}
 """Family → fields that SIZES cannot know."""
 
 
@@ -226,11 +247,12 @@ def logits(model: Any, given: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------------- what is checked
 
 
-def recipes() -> dict[str, Callable[[], Any]]:
-    """Name → a fresh config; what happens over time happens after the first step."""
+def recipes(base: Any) -> dict[str, Callable[[], Any]]:
+    """Name → a fresh config; what happens over time happens after the first step. Flexora's second stage is on the last block."""
     import weftlora
+    from weftlora.adapted.targets import Blocks
 
-    fields = {"r": 2}
+    fields, last = {"r": 2}, max(0, len(Blocks(base).names) - 1)
     return {
         "lora": lambda: weftlora.PlainLoraConfig(**fields),
         "hydralora": lambda: weftlora.HydraLoraConfig(heads=2, **fields),
@@ -239,7 +261,7 @@ def recipes() -> dict[str, Callable[[], Any]]:
         "lora_init": lambda: weftlora.LoraInitConfig(after=1, **fields),
         "lora_tsd": lambda: weftlora.LoraTsdConfig(directions=2, after=1, **fields),
         "alora": lambda: weftlora.AllocLoraConfig(first=1, every=1, max_rounds=1, score="random", **fields),
-        "flexora": lambda: weftlora.WeftConfig(layers=weftlora.Only([0]), **fields),
+        "flexora": lambda: weftlora.WeftConfig(layers=weftlora.Only([last]), **fields),
     }
 
 
@@ -387,7 +409,12 @@ def _export(state: dict[str, Any]) -> bool:
 
     import weftlora
 
-    weftlora.export_lora(state["model"], state["folder"] / "lora", verify=False, base="memory")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="stock peft takes")  # what a proof would have refused
+        try:
+            weftlora.export_lora(state["model"], state["folder"] / "lora", verify=False, base="memory")
+        except UserWarning as told:
+            raise SaidError(str(told)) from None
     stock = PeftModel.from_pretrained(copy.deepcopy(state["base"]), str(state["folder"] / "lora")).eval()
     with torch.no_grad():
         _near(logits(stock, state["given"]), state["after"], "stock peft with the exported LoRA")
@@ -433,7 +460,7 @@ def one(kind: str, family: str, name: str, seconds: int) -> dict[str, Any]:
     except (Exception, _LateError) as error:
         return {**record, "unbuilt": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
     record["recipes"] = {}
-    for recipe, make in recipes().items():
+    for recipe, make in recipes(base).items():
         try:
             with _limited(seconds):
                 record["recipes"][recipe] = cell(base, given, make)
@@ -469,16 +496,22 @@ def main() -> None:
         if ends is not None and time.monotonic() > ends:
             print("stopped in time; call again to go on")
             break
-        found = one(kind, family, name, args.seconds)
         if args.show:
-            print(family, json.dumps(found, indent=1))
+            print(family, json.dumps(one(kind, family, name, args.seconds), indent=1))
             continue
-        record["families"][family] = found
-        record["families"] = dict(sorted(record["families"].items()))
-        temporary = args.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.replace(args.out)
+        # what a process that is killed leaves behind, so that the next call goes on with the next family
+        kept(record, args.out, family, {"kind": kind, "model": name, "unbuilt": "did not end"})
+        found = one(kind, family, name, args.seconds)
+        kept(record, args.out, family, found)
         print(kind, family, found.get("unbuilt") or faults(found) or "clean", flush=True)
+
+
+def kept(record: dict[str, Any], out: Path, family: str, found: dict[str, Any]) -> None:
+    """Write the record with this family in it, whole or not at all."""
+    record["families"] = dict(sorted({**record["families"], family: found}.items()))
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(out)
 
 
 def faults(found: dict[str, Any]) -> str:

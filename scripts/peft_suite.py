@@ -60,7 +60,7 @@ FILES = (
     "test_custom_models",
     "test_initialization",
 )
-BESIDE = ("diffusers", "pillow", "parameterized")
+BESIDE = ("diffusers", "pillow", "parameterized", "attrs")
 """What the tests import and weftlora's environment may lack; installed without dependencies into a folder of the work folder."""
 
 MADE = "made-2"
@@ -126,12 +126,20 @@ def main() -> None:
             if args.select:
                 show(run(work, tests, file, method, args.timeout, args.select))
             elif args.again or not part.is_file():
-                found = run(work, tests, file, method, args.timeout)
+                try:
+                    found = run(work, tests, file, method, args.timeout)
+                except NoOutcomeError as error:
+                    print(error, flush=True)
+                    continue
                 part.parent.mkdir(parents=True, exist_ok=True)
                 part.write_text(json.dumps(found, indent=0), encoding="utf-8")
                 print(f"{file} {method}: {dict(Counter(each['outcome'] for each in found.values()))}", flush=True)
     if not args.select:
         write(work / "parts")
+
+
+class NoOutcomeError(Exception):
+    """A file whose tests could not be collected."""
 
 
 def prepare(work: Path) -> Path:
@@ -190,7 +198,7 @@ def run(work: Path, tests: Path, file: str, method: str, timeout: int, select: s
         check=False,
     )
     if not out.is_file() or not (found := json.loads(out.read_text(encoding="utf-8"))):
-        sys.exit(
+        raise NoOutcomeError(
             f"{file} with {method} gave no outcome of any test: see it with --select '' --files {file} --methods {method}."
         )
     return dict(found)

@@ -22,6 +22,8 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     SiglipVisionConfig,
@@ -415,3 +417,16 @@ def test_a_model_that_is_wrapped_already_is_refused_and_left_as_it_was() -> None
     with pytest.raises(weftlora.ConfigError, match=r"a PeftModel already.*add_adapter\('second', config\)"):
         get_peft_model(model, weftlora.PlainLoraConfig(r=2), adapter_name="second")
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_router_that_is_a_linear_by_its_class_is_left_out() -> None:
+    torch.manual_seed(0)
+    config = PhimoeConfig(**SIZE, num_key_value_heads=2, num_local_experts=2, pad_token_id=0)
+    base = PhimoeForCausalLM(config)
+    with pytest.warns(
+        UserWarning,
+        match="leaves out what cannot carry an adapter: .*router is a PhimoeTopKRouter, a Linear by its class",
+    ):
+        model = get_peft_model(base, weftlora.PlainLoraConfig(r=2))
+    assert not any("router" in name for name in adapted_names(model))
+    model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()

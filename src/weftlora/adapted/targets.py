@@ -65,6 +65,11 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
             f"{name} is a {kind}, whose groups of inputs have a matrix each, and no update is offered for those: leave it out, or "
             "train it with modules_to_save."
         )
+    if isinstance(base, nn.Linear) and not _gives_features(base):
+        raise TargetError(
+            f"{name} is a {kind}, a Linear by its class that gives something else than one vector of {base.out_features} features, as "
+            "routers do: leave it out."
+        )
     if isinstance(base, nn.Linear):
         return base.in_features, base.out_features
     if (reading := reading_of(base)) is not None:
@@ -94,6 +99,18 @@ GROUPS = ("n_groups", "num_groups", "groups")
 
 def _is_many(groups: object) -> bool:
     return isinstance(groups, int) and groups > 1
+
+
+@torch.no_grad()
+def _gives_features(base: nn.Linear) -> bool:
+    """Whether a Linear that transformers has given a forward of its own still makes [..., out] of [..., in]; it is tried."""
+    if type(base).forward is nn.Linear.forward or not type(base).__module__.startswith("transformers.models."):
+        return True
+    try:
+        found = base(base.weight.new_zeros(1, 1, base.in_features))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 1, base.out_features)
 
 
 def _last(name: str) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
 from weftlora.export.source import Inputs, Source, check_linear, drawn_parts, in_full, inputs_of
 from weftlora.host.stock_lora import HOST, trained_modules
+from weftlora.host.versions import taken_for_experts
 from weftlora.runs.identity import folder_of
 
 MEAN_GATE = "mean-gate"
@@ -65,6 +67,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
         drawn = drawn_parts(source)
         heads = trained_modules(base_of(source.model), source.adapters) | in_full(drawn, found)
         sites = laid_out(found, choices)
+        check_read_as_written(source, sites, verify=choices.verify)
         config = config_of(source, {name: pair.rank for name, pair in sites.items()}, list(drawn), choices.base_name)
         bare = LoraExport(
             folder=out,
@@ -114,6 +117,24 @@ def check_routed(source: Source, approximate: bool) -> None:
         raise ConfigError(
             f"approximate={MEAN_GATE!r} is for routed adapters, and this one exports exactly: leave it out."
         )
+
+
+def check_read_as_written(source: Source, sites: Collection[str], *, verify: bool) -> None:
+    """Refuse modules whose names stock peft gives to experts; where nothing is proved, as for other readers, warn.
+
+    Raises:
+        AdapterError: names the first.
+    """
+    if not (lost := taken_for_experts(sites, base_of(source.model))):
+        return
+    sentence = (
+        f"stock peft takes modules called {lost[0].rpartition('.')[2]} for experts in a model of the type "
+        f"{base_of(source.model).config.model_type}, so it would not read the update of {lost[0]} ({len(lost)} such modules): leave "
+        "them out of target_modules, or merge the adapter into the base"
+    )
+    if verify:
+        raise AdapterError(f"{sentence}; verify=False writes it for readers other than peft.")
+    warnings.warn(f"{sentence}.", stacklevel=3)
 
 
 def check_vocabulary(source: Source) -> None:
