@@ -24,7 +24,7 @@ ROOMS = (
     {"runs"},
     {"export"},
     {"train"},
-    {"bench", "compare", "inspection", "testing"},
+    {"bench", "compare", "inspection", "integrations", "testing"},
     {"report"},
     {"cli"},
 )

@@ -22,8 +22,6 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     SiglipVisionConfig,
@@ -61,6 +59,10 @@ class Grouped(nn.Linear):
         super().__init__(size // groups, out)
         self.n_groups = groups
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        by_group = self.weight.view(self.n_groups, -1, x.shape[-1])
+        return torch.einsum("...gi,goi->...go", x, by_group)
+
 
 def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=2))
@@ -69,10 +71,10 @@ def mixtral() -> nn.Module:
 REFUSED_TARGETS = [
     ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
      "leave it out"),
-    ("groups", lambda: nn.Sequential(nn.Linear(3, 3), Grouped(8, 6, 2)), ["0", "1"], "1 is a Grouped, whose groups", "leave it out"),
+    ("groups", lambda: nn.Sequential(nn.Linear(3, 3), Grouped(8, 6, 2)), ["0", "1"], "1 is a Grouped, which", "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
-    ("experts", mixtral, ["q_proj", "experts"], "experts holds 3-D expert parameters", "target_parameters"),
-    ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a 3-D expert parameter", "target_parameters"),
+    ("experts", mixtral, ["q_proj", "experts"], "experts holds experts as fused parameters", "target_parameters"),
+    ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a fused parameter of experts", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),
     ("attention alone", lambda: nn.Sequential(attention()[1]), "all-linear", "0.out_proj belongs to a torch Multihead", "exclude it"),
@@ -116,10 +118,12 @@ def test_one_misspelt_name_among_good_ones_is_a_warning_that_names_it(llama) -> 
     assert len(adapted_names(model)) == 2
 
 
-def test_all_linear_warns_of_the_expert_parameters_it_leaves_out() -> None:
-    with pytest.warns(UserWarning, match="leaves out 4 3-D expert parameters such as model.layers.0.mlp.experts"):
-        model = get_peft_model(mixtral(), weftlora.PlainLoraConfig())
-    assert {n.rpartition(".")[2] for n in adapted_names(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+def test_all_linear_takes_the_experts_too() -> None:
+    model = get_peft_model(mixtral(), weftlora.PlainLoraConfig())
+    lasts = {n.rpartition(".")[2] for n in adapted_names(model)}
+    assert lasts == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    experts = {n.rpartition(".")[2] for n in model.peft_config["default"].target_parameters}
+    assert experts == {"gate_up_proj", "down_proj"}
 
 
 def test_all_linear_leaves_out_what_torch_attention_reads_and_says_so() -> None:
@@ -417,16 +421,3 @@ def test_a_model_that_is_wrapped_already_is_refused_and_left_as_it_was() -> None
     with pytest.raises(weftlora.ConfigError, match=r"a PeftModel already.*add_adapter\('second', config\)"):
         get_peft_model(model, weftlora.PlainLoraConfig(r=2), adapter_name="second")
     assert list(model.peft_config) == ["default"]
-
-
-def test_a_router_that_is_a_linear_by_its_class_is_left_out() -> None:
-    torch.manual_seed(0)
-    config = PhimoeConfig(**SIZE, num_key_value_heads=2, num_local_experts=2, pad_token_id=0)
-    base = PhimoeForCausalLM(config)
-    with pytest.warns(
-        UserWarning,
-        match="leaves out what cannot carry an adapter: .*router is a PhimoeTopKRouter, a Linear by its class",
-    ):
-        model = get_peft_model(base, weftlora.PlainLoraConfig(r=2))
-    assert not any("router" in name for name in adapted_names(model))
-    model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()

@@ -15,7 +15,6 @@ import weftlora
 from families import FAMILIES, logits, randomise
 from weftlora.errors import AdapterError, ConfigError
 from weftlora.export.folder import hub_id
-from weftlora.host.versions import taken_for_experts
 from weftlora.train import train
 
 Jobs = list[Mapping[str, Any]]
@@ -150,26 +149,3 @@ def weights_below(model: PeftModel) -> dict[str, torch.Tensor]:
     """The weights of the base below an adapter, by their own names."""
     state = model.get_base_model().state_dict()
     return {key.replace(".base_layer.", "."): value for key, value in state.items() if ".weft_" not in key}
-
-
-def test_modules_that_stock_peft_would_take_for_experts_are_named(monkeypatch, tmp_path) -> None:
-    """A LoRA on dense modules of a mixture, whose names its experts had in transformers 4."""
-    model = get_peft_model(
-        FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj", "gate_proj"])
-    )
-    monkeypatch.setattr(model.get_base_model().config, "model_type", "glm4_moe", raising=False)
-    names = [
-        f"model.layers.0.{name}"
-        for name in ("self_attn.q_proj", "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
-    ]
-    if not taken_for_experts(names, model.get_base_model()):
-        pytest.skip("this peft gives no name to experts")
-    assert taken_for_experts(names, model.get_base_model()) == names[1:]
-    assert taken_for_experts(names, FAMILIES["gpt2"].build()) == []
-    with pytest.raises(
-        weftlora.AdapterError, match="modules called gate_proj for experts in a model of the type glm4_moe"
-    ):
-        weftlora.export_lora(model, tmp_path / "lora", base="memory")
-    assert not (tmp_path / "lora").exists()
-    with pytest.warns(UserWarning, match="modules called gate_proj for experts"):
-        weftlora.export_lora(model, tmp_path / "lora", base="memory", verify=False)

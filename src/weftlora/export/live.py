@@ -22,7 +22,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
 from weftlora.settings import IGNORE
@@ -76,7 +76,7 @@ def shell(model: nn.Module, adapters: Sequence[str]) -> Iterator[nn.Module]:
 def activate(model: nn.Module, adapters: Sequence[str]) -> None:
     """Make these the active adapters, without asking the host's wrapper, which takes one name only."""
     for module in model.modules():
-        if isinstance(module, WeftLinear):
+        if isinstance(module, WeftLayer):
             cast(Any, module).enable_adapters(True)
             module.set_adapter(list(adapters))
         elif isinstance(module, ModulesToSaveWrapper):
@@ -89,7 +89,7 @@ def activate(model: nn.Module, adapters: Sequence[str]) -> None:
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The base's own function, within the block."""
     switches: list[Any] = [
-        m for m in model.modules() if isinstance(m, (WeftLinear, ModulesToSaveWrapper)) and not m.disable_adapters
+        m for m in model.modules() if isinstance(m, (WeftLayer, ModulesToSaveWrapper)) and not m.disable_adapters
     ]
     try:
         for switch in switches:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import by_pattern
 from weftlora.adapter.site import Owners, Site, build_site
@@ -49,7 +49,12 @@ def hotswap(model: nn.Module, folder: str | Path, adapter_name: str = "default")
         AdapterError: no such adapter, a merged one, or one whose tensors do not fit; says which and what to do.
     """
     model = unwrapped(model)
-    layers = [m for m in model.modules() if isinstance(m, WeftLinear) and adapter_name in m.weft_site]
+    found = [m for m in model.modules() if isinstance(m, WeftLayer) and adapter_name in m.weft_site]
+    layers = [m for m in found if isinstance(m, WeftLinear)]
+    if len(layers) < len(found):
+        raise AdapterError(
+            f"adapter {adapter_name!r} is on experts that are one parameter, which are not swapped: use model.load_adapter."
+        )
     configs = cast("Mapping[str, WeftConfig]", getattr(model, "peft_config", {}))
     if not layers or adapter_name not in configs:
         known = {name for m in model.modules() if isinstance(m, WeftLinear) for name in m.weft_site}

@@ -99,25 +99,6 @@ def saves_biases() -> bool:
     return _has("peft.tuners.tuners_utils", "BaseTuner._get_learnable_bias_state_dict")
 
 
-def taken_for_experts(names: Iterable[str], base: Any) -> list[str]:
-    """Those of the modules `names` that stock peft, reading a LoRA on `base`, takes for experts of the mixture that it is.
-
-    Newer versions give the names that experts had in transformers 4 (`gate_proj`) to the parameters that they are in 5, and dense
-    modules of these names with them.
-    """
-    from peft import LoraConfig
-
-    if not _has("peft.utils.transformers_weight_conversion", "convert_peft_config_for_transformers"):
-        return []
-    module = importlib.import_module("peft.utils.transformers_weight_conversion")
-    config = LoraConfig(target_modules=sorted(names))
-    try:
-        module.convert_peft_config_for_transformers(config, base, conversions=None)
-    except ValueError:  # some of the names that it would fuse are not there
-        return sorted(names)
-    return sorted(set(names) - set(config.target_modules))
-
-
 def bridge_saving() -> None:
     """Let a peft without a tuner's hooks save and load weftlora's adapters as later ones do; where it has them, let the one for
     loading know whether tensors of another size are to be passed over, which peft does not tell it.

@@ -159,6 +159,8 @@ class TrainConfig(RecipeSection):
     """Prompts that are answered at every measurement and at the end: of so many validation rows, or a list of one's own."""
     sample_tokens: int = Field(default=64, gt=0, le=10**6)
     """Tokens that such an answer may have."""
+    follow_heads: bool = False
+    """Record at every measurement how alike routed heads are and what their routers do, by domain, in events.jsonl."""
     save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
     """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
     keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)
