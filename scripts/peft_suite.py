@@ -250,6 +250,7 @@ def write(parts: Path) -> None:
                     kind = each["outcome"]
                 kinds[kind] += 1
             counts.setdefault(method, {})[file] = {"stock": len(passed), **kinds}
+    _keep_others(counts, failing)
     total = {method: dict(sum((Counter(c) for c in of.values()), Counter())) for method, of in counts.items()}
     record = {
         "command": COMMAND,
@@ -261,6 +262,25 @@ def write(parts: Path) -> None:
     RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for method, kinds in total.items():
         print(method, kinds)
+
+
+def _keep_others(counts: dict[str, Any], failing: dict[str, Any]) -> None:
+    """What an earlier record of the same peft says of parts that are not in this work folder."""
+    if not RESULTS.is_file():
+        return
+    before = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if before["versions"]["peft"] != version("peft"):
+        return
+    kept = {(m, f) for m, of in before["files"].items() for f in of if f not in counts.get(m, {})}
+    for method, file in sorted(kept):
+        counts.setdefault(method, {})[file] = before["files"][method][file]
+    for why, tests in before["failing"].items():
+        for test, names in tests.items():
+            failing[why][test] += [m for m in names.split() if (m, why.partition(":")[0]) in kept]
+    for why in list(failing):
+        failing[why] = {test: names for test, names in failing[why].items() if names}
+        if not failing[why]:
+            del failing[why]
 
 
 def _numberless(test: str) -> str:
@@ -470,6 +490,7 @@ def _stand_in(method: str) -> type:
         fresh = choices() if not {"structure", "weft_version"} & kwargs.keys() else {}
         weftlora.WeftConfig.__init__(self, *args, **{**fresh, **kwargs})
 
+    made.__signature__ = inspect.signature(weftlora.WeftConfig.__init__)  # type: ignore[attr-defined]
     fields = {"__init__": made, "peft_type": PeftType("WEFT"), "__module__": __name__}
     globals()["LoraConfig"] = Kind("LoraConfig", (weftlora.WeftConfig,), fields)  # where pickle looks for it
     return globals()["LoraConfig"]

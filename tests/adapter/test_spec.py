@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 import warnings
 
@@ -292,6 +293,7 @@ def test_a_config_of_stock_lora_needs_no_line_taken_out():
         assert config.to_dict() == weftlora.HydraLoraConfig(r=4).to_dict()
         assert weftlora.PlainLoraConfig(fan_in_fan_out=True) == weftlora.PlainLoraConfig()
     assert weftlora.PlainLoraConfig(init_lora_weights=False).to_dict()["init_lora_weights"] is False
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ class WeftConfig(PeftConfig):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
         unsaid = {"bias": "none", "init_lora_weights": True, "ensure_weight_tying": False, "target_parameters": None}
         for name, usual in unsaid.items():
-            if out[name] is usual:  # files of those who do not ask for it are as they were
+            if out[name] == usual:  # files of those who do not ask for it are as they were
                 del out[name]
         out["peft_type"] = "WEFT"
         out["weft_version"] = __version__
