@@ -434,11 +434,13 @@ def _limited(seconds: int) -> Iterator[None]:
         raise _LateError(f"takes more than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
+    signal.setitimer(
+        signal.ITIMER_REAL, seconds, 5
+    )  # again and again: one that comes in a callback of Python's is lost
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 
 import weftlora
 from families import FAMILIES, STRUCTURES, logits, randomise
+from weftlora.host.versions import ties_weights
 
 BATCH = FAMILIES["llama"].batch()
 
@@ -113,6 +114,7 @@ def test_a_routed_adapter_has_no_sum() -> None:
         model.add_weighted_adapter(["default", "second"], [1, 1], "c", combination_type="cat")
 
 
+@pytest.mark.skipif(not ties_weights(), reason="peft does not ask for it")
 def test_a_tied_embedding_is_trained_in_full_as_one_with_the_output_layer(tmp_path) -> None:
     """What peft asks of a tuner for `ensure_weight_tying`."""
     base = FAMILIES["llama"].build(tie_word_embeddings=True)

@@ -51,7 +51,7 @@ from weftlora.host import weighted
 from weftlora.host.attach import await_copy, make_schedule, warn_of_missing
 from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
-from weftlora.host.versions import saves_biases
+from weftlora.host.versions import saves_biases, ties_weights
 from weftlora.terms.axes import builtin
 from weftlora.terms.structure import StructureTerm
 
@@ -141,6 +141,10 @@ class WeftTuner(BaseTuner):
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
         self._check_layers(peft_config, model)
+        if peft_config.ensure_weight_tying and not ties_weights():
+            raise ConfigError(
+                "ensure_weight_tying=True needs a newer peft, which trains tied weights as one: leave it out."
+            )
         if peft_config.bias != "none" and not saves_biases():
             raise ConfigError(
                 f"bias={peft_config.bias!r} needs peft 0.21 or newer, which saves what is trained: leave it out."
