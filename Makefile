@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench interop peft-suite soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench interop peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -119,6 +119,10 @@ interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, a
 
 peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)
 	OMP_NUM_THREADS=1 nice $(BIN)/python scripts/peft_suite.py
+
+families: $(STAMP) ## every family of transformers that can be built small, with every recipe, and what peft's documentation shows; goes on where it stopped (an hour)
+	OMP_NUM_THREADS=1 nice $(BIN)/python scripts/model_families.py
+	OMP_NUM_THREADS=1 nice $(BIN)/python scripts/peft_examples.py
 
 soak: $(STAMP) ## kill, stop and hinder commands at the boundaries of their phases and at random moments, twelve minutes; every result must be the undisturbed one (as root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m kills

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 import warnings
 
@@ -285,20 +286,21 @@ def neutral_fields() -> dict[str, object]:
 
 def test_a_config_of_stock_lora_needs_no_line_taken_out():
     neutral = neutral_fields()
-    assert {"bias", "use_dora", "fan_in_fan_out", "loftq_config"} <= neutral.keys()
+    assert {"use_dora", "fan_in_fan_out", "loftq_config"} <= neutral.keys()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = weftlora.HydraLoraConfig(r=4, init_lora_weights=True, **neutral)
         assert config.to_dict() == weftlora.HydraLoraConfig(r=4).to_dict()
         assert weftlora.PlainLoraConfig(fan_in_fan_out=True) == weftlora.PlainLoraConfig()
     assert weftlora.PlainLoraConfig(init_lora_weights=False).to_dict()["init_lora_weights"] is False
+    assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"use_dora": True}, "use_dora=True works in stock LoRA only"),
-        ({"bias": "all"}, "the base stays as it is"),
+        ({"bias": "al"}, "did you mean 'all'?"),
         ({"layer_replication": [(0, 2)]}, "no layer of the base is doubled"),
         ({"init_lora_weights": "pissa"}, "start=weftlora.Directions()"),
     ],

@@ -77,6 +77,7 @@ class Site(nn.Module):
         super().__init__()
         self.structure = structure
         self.scale = scale
+        self.strength = 1.0  # what the whole update is multiplied by, for as long as somebody asks for it
         self.dropout = dropout
         self.outside = structure.choice.outside
         self.balance = structure.choice.balance
@@ -116,7 +117,7 @@ class Site(nn.Module):
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
         f = gathered(self.structure.factors(self.scale))
-        if self.pair != "train" and self.boost is not None and self.boost.happened:
+        if self._rests:
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
             f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[-2]), f.gate))
@@ -137,7 +138,14 @@ class Site(nn.Module):
             extra += [] if twins is None else [twins._replace(keep=self.keep)]
         if extra:
             f = replace(f, extra=tuple(extra))
-        return f
+        return f if self.strength == 1.0 else _times_all(f, self.strength)
+
+    @property
+    def _rests(self) -> bool:
+        """Whether A and B have ended with the launch of the boost; not while that is still to be read from a file."""
+        if self.pair == "train" or self.boost is None:
+            return False
+        return not any(buffer.is_meta for buffer in self.boost.buffers()) and self.boost.happened
 
     def work(self, mask: Tensor | None = None) -> Work:
         """What this site asks of one forward; `mask`: bits of a dropout mask already drawn.
@@ -174,7 +182,7 @@ class Site(nn.Module):
         update = term.update(x, dropped(x, p, mask) if p else x, self.scale)
         if self.layer_gate is not None:
             update = update * self.layer_gate.to(update)
-        return y + update.to(y.dtype)
+        return y + (update if self.strength == 1.0 else update * self.strength).to(y.dtype)
 
     def _check_training(self) -> None:
         """Refuse a training forward that would silently leave out what the config asks for."""
@@ -230,7 +238,7 @@ class Site(nn.Module):
 
     def live(self) -> list[int]:
         """The structure's live slots, ascending."""
-        if self.pair == "drop" and self.boost is not None and self.boost.happened:
+        if self.pair == "drop" and self._rests:
             return []
         slots = range(self.structure.factors(self.scale).A.shape[0])
         return list(slots) if self.mask is None else self.mask.nonzero().flatten().tolist()
@@ -518,6 +526,12 @@ def _detached(f: Factors) -> Factors:
     """The same without a gradient for what the structure has."""
     parts = {name: getattr(f, name) for name in ("A", "B", "gate", "v", "router")}
     return replace(f, **{name: part.detach() for name, part in parts.items() if part is not None})
+
+
+def _times_all(f: Factors, strength: float) -> Factors:
+    """The same with the whole update multiplied."""
+    extra = tuple(slots._replace(gate=slots.gate * strength) for slots in f.extra)
+    return replace(f, scale=f.scale * strength, extra=extra)
 
 
 def _times(gate: Tensor, other: Tensor | None) -> Tensor:

@@ -123,6 +123,11 @@ def _check(source: Source) -> None:
                 f"adapter {adapter!r} trains embeddings of single tokens beside its matrices (trainable_token_indices), which servers "
                 "do not read from a LoRA and an export does not carry: serve it with peft, after import weftlora."
             )
+        if adapter in source.adapters and getattr(config, "bias", "none") != "none":
+            raise AdapterError(
+                f"adapter {adapter!r} trains biases of the base (bias={config.bias!r}), which servers do not read from a LoRA and an "
+                "export does not carry: put it into the base with model.merge_and_unload() and save that."
+            )
     if foreign := foreign_layers(source.model):
         raise AdapterError(
             f"{foreign[0]} has an adapter of another method, and exports are for weftlora adapters: stock LoRA needs none, "
