@@ -243,7 +243,8 @@ def in_ms_swift() -> dict[str, Any]:
         "model": demo(), "use_hf": "true", "model_type": "llama", "template": "chatml", "external_plugins": "plugin.py",
         "tuner_type": "dash", "callbacks": "weft", "dataset": "rows.jsonl", "split_dataset_ratio": "0.1", "max_steps": "6",
         "save_steps": "3", "per_device_train_batch_size": "4", "learning_rate": "1e-3", "lora_rank": "4",
-        "target_modules": "all-linear", "max_length": "128", "output_dir": "out", "gradient_checkpointing": "false", "torch_dtype": "float32", "report_to": "none",
+        "target_modules": "all-linear", "max_length": "128", "output_dir": "out",
+        "gradient_checkpointing": "false", "torch_dtype": "float32", "report_to": "none",
     }  # fmt: skip
     command("-m", "swift.cli.sft", *(part for name, value in given.items() for part in (f"--{name}", value)))
     folder = next(Path("out").glob("*/checkpoint-6"))

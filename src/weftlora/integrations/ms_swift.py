@@ -87,9 +87,17 @@ class _Callback(weftlora.Callback):
         super().__init__()
         self.trainer = trainer  # which has neither its model nor its rows yet
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self.validation = rows_to_score_on(model, getattr(self.trainer, "eval_dataset", None))
-        super().on_train_begin(args, state, control, model=model, **kwargs)
+        super().on_train_begin(args, state, control, model=model, train_dataloader=train_dataloader, **kwargs)
 
 
 def _said(args: Any, name: str) -> Any:
