@@ -3,8 +3,8 @@
     y = base(x);  for each active adapter:  y ← y + h B̃ᵀ      in a mixed batch, row by row its own adapter's
 
 The base layer is called, never re-implemented, so any module with in and out features can carry adapters (quantised
-ones too); merging needs a plain weight. A merge keeps the original W (as many bytes as W, for as long as it is merged)
-and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
+ones too); merging needs a plain weight, or a quantiser that takes another. A merge keeps the original W (as many bytes as W, for as
+long as it is merged) and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
+from weftlora.adapted.quantised import can_be_requantised, is_quantised, matrix, requantised, stored
 from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapter.site import Site
@@ -61,7 +61,14 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         self.shares_weight = False  # with another module, which a merge must leave as it is
         self.rows: Sequence[str] | None = None  # the adapter of every row of the batch, for the length of a forward
         self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
+        self.quantiser: Any = (
+            None  # transformers' quantiser of the model, which says how a merged weight is quantised again
+        )
+        self.merge_loss: tuple[float, float] | None = (
+            None  # ‖what a quantised base kept of ΔW − ΔW‖ and ‖ΔW‖, while merged
+        )
         self._kept: Tensor | None = None
+        self._kept_layer: nn.Module | None = None
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
 
@@ -236,16 +243,20 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
+        """W ← W + ΣΔW in fp32, rounded once to W's dtype, or quantised again as W is (`merge_loss`). All or nothing.
 
         Raises:
-            MergeError: an adapter is routed, the base is not x Wᵀ with a plain floating-point W, or `safe_merge` and the
+            MergeError: an adapter is routed, the base is not x Wᵀ with a W that can be changed, or `safe_merge` and the
                 merged weight has a value that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
         if not names:
             return
         self.check_mergeable(names, finite=safe_merge)
+        if self._requantised:
+            self._merge_quantised(names)
+            self.merged_adapters.extend(names)
+            return
         merged, weight = self._merged_weight(names), self._plain_weight()
         if self.shares_weight:
             self._kept = weight if self._kept is None else self._kept
@@ -259,6 +270,11 @@ class WeftLinear(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the original W back, bit for bit."""
         if not self.merged_adapters:
+            return
+        if self._kept_layer is not None:
+            self.put_base(self._kept_layer)
+            self._kept_layer = self.merge_loss = None
+            self.merged_adapters.clear()
             return
         if self._kept is None:
             raise MergeError(
@@ -286,7 +302,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
                     f"{structure.no_closed_form}; serve it unmerged, or train {' or '.join(mergeable_structures())} where a merge is "
                     "needed."
                 )
-        self._plain_weight()
+        if not self._requantised:
+            self._plain_weight()
         if finite and not torch.isfinite(self._merged_weight(names)).all():
             raise MergeError(
                 f"merging {', '.join(names)} into {self.module_name} gives values that are not finite, so nothing was merged: "
@@ -304,25 +321,25 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """W [out, in] as it is in memory: transposed from Conv1D's layout, dequantised where the base is quantised.
 
         Raises:
-            ConfigError: the base keeps no weight that can be read.
+            ConfigError: the base keeps no weight that can be read, or none that is what it computes with.
         """
         base = self.get_base_layer()
+        if self.reading is None and is_quantised(base):
+            return matrix(base, self.module_name)
         weight = getattr(base, "weight", None)
         if weight is None:
             raise ConfigError(
                 f"{self.module_name} is a {type(base).__name__} without a readable weight: do not target it."
             )
-        if not weight.is_floating_point():
-            weight = dequantize_module_weight(base)
         if self.reading is not None:
-            return self.reading.matrix(weight.detach())
+            here = stored(base) if is_quantised(base) else weight
+            return self.reading.matrix((weight if here is None else here).detach())
         return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
 
     @property
     def base_source(self) -> str:
         """What `base_matrix` reads: "in memory" (the weight itself), or "dequantised" where the base keeps fewer bits."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        return "in memory" if weight is None or weight.is_floating_point() else "dequantised"
+        return "dequantised" if is_quantised(self.get_base_layer()) else "in memory"
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weftlora's own export does not)."""
@@ -330,10 +347,36 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     def _merged_weight(self, names: list[str]) -> Tensor:
         """W plus the updates of those adapters that are here and not merged yet, in W's dtype."""
-        weight = self._plain_weight()
+        weight = self.base_matrix() if self._requantised else self._plain_weight()
         new = [name for name in names if name in self.weft_site and name not in self.merged_adapters]
         delta = sum((self.get_delta_weight(name) for name in new), torch.zeros((), device=weight.device))
         return (weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
+
+    @property
+    def _requantised(self) -> bool:
+        """Whether a merge quantises the sum again."""
+        base = self.get_base_layer()
+        return self.reading is None and is_quantised(base) and can_be_requantised(base, self.quantiser)
+
+    def _merge_quantised(self, names: list[str]) -> None:
+        """A quantised layer of W + ΣΔW in place of the base, which is kept as it is to be put back."""
+        base, before = self.get_base_layer(), self.base_matrix().float()
+        new = [name for name in names if name not in self.merged_adapters]
+        delta = sum((self.get_delta_weight(name).float() for name in new), torch.zeros_like(before))
+        layer = requantised(base, before + delta, self.quantiser)
+        off = (matrix(layer, self.module_name).float() - before - delta).norm()
+        far, whole = self.merge_loss or (0.0, 0.0)
+        self.merge_loss = (far**2 + float(off) ** 2) ** 0.5, (whole**2 + float(delta.norm()) ** 2) ** 0.5
+        if self._kept_layer is None and self.keep_base:
+            self._kept_layer = base
+        self.put_base(layer)
+
+    def put_base(self, layer: nn.Module) -> None:
+        """Replace the base layer, which adapters of others may stand around."""
+        holder: Any = self
+        while isinstance(holder.base_layer, BaseTunerLayer):
+            holder = holder.base_layer
+        holder.base_layer = layer
 
     def _plain_weight(self) -> nn.Parameter:
         base = self.get_base_layer()
