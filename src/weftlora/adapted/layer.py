@@ -68,7 +68,7 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             None  # ‖what a quantised base kept of ΔW − ΔW‖ and ‖ΔW‖, while merged
         )
         self._kept: Tensor | None = None
-        self._kept_layer: nn.Module | None = None
+        self._kept_layer: tuple[nn.Module, ...] = ()  # of a merge into a quantised base: the base; no submodule
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
 
@@ -271,9 +271,9 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """Put the original W back, bit for bit."""
         if not self.merged_adapters:
             return
-        if self._kept_layer is not None:
-            self.put_base(self._kept_layer)
-            self._kept_layer = self.merge_loss = None
+        if self._kept_layer:
+            self.put_base(self._kept_layer[0])
+            self._kept_layer, self.merge_loss = (), None
             self.merged_adapters.clear()
             return
         if self._kept is None:
@@ -367,8 +367,8 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         off = (matrix(layer, self.module_name).float() - before - delta).norm()
         far, whole = self.merge_loss or (0.0, 0.0)
         self.merge_loss = (far**2 + float(off) ** 2) ** 0.5, (whole**2 + float(delta.norm()) ** 2) ** 0.5
-        if self._kept_layer is None and self.keep_base:
-            self._kept_layer = base
+        if not self._kept_layer and self.keep_base:
+            self._kept_layer = (base,)
         self.put_base(layer)
 
     def put_base(self, layer: nn.Module) -> None:

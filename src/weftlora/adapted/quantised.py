@@ -267,7 +267,7 @@ def _by_torchao(base: Any, w: Tensor, settings: Any) -> nn.Module:
 
 def _linear(base: Any, w: Tensor) -> nn.Linear:
     layer = nn.Linear(w.shape[1], w.shape[0], bias=base.bias is not None, device="meta")
-    layer.weight = nn.Parameter(w.to(base.weight.device, base.weight.dtype), requires_grad=False)
+    layer.weight = nn.Parameter(w.to(*_place(base)), requires_grad=False)
     if base.bias is not None:
         layer.bias = nn.Parameter(base.bias.detach(), requires_grad=False)
     return layer

@@ -29,6 +29,7 @@ from weftlora.export.live import Batch, Gates, Outputs, without_padding
 from weftlora.export.record import Approximation, Proof
 from weftlora.export.source import Inputs, Source
 from weftlora.host.stock_lora import without_adapters
+from weftlora.runs import quantisation
 
 TOLERANCE = 1e-5
 """Of the error, in fp32."""
@@ -143,8 +144,9 @@ def _found_in() -> list[str]:
 
     The isolated process would not see what PYTHONPATH names, and would prove the export with other versions, or find none.
     """
-    loaded = [getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "transformers", "peft")]
-    folders = {str(Path(file).absolute().parents[1]) for file in loaded if file}
+    names = {"torch", "transformers", "peft", *(module for module, _ in quantisation.PACKAGES.values())}
+    tops = [sys.modules.get(name.partition(".")[0]) for name in names]
+    folders = {str(Path(place).absolute().parent) for top in tops for place in getattr(top, "__path__", ())}
     return [folder for entry in sys.path if (folder := str(Path(entry).absolute())) in folders]
 
 
