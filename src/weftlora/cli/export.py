@@ -32,7 +32,9 @@ def export(
     server_ranks: Annotated[
         bool, typer.Option("--server-ranks", help="Uniform, at the next of 8, 16, 32, 64, 128, 256, 320, 512.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; dequantises a quantised base.")
+    ] = None,
     approximate: Annotated[
         str | None, typer.Option(help="mean-gate: HydraLoRA with fixed gates; needs --data.")
     ] = None,

@@ -62,6 +62,11 @@ def _run(job: dict[str, Any]) -> str | None:
     model = model if quantised else model.float()
     if job["pad_token_id"] is not None:
         model.config.get_text_config().pad_token_id = job["pad_token_id"]
+    for layer in model.modules():
+        if hasattr(
+            layer, "support_avx512bf16_for_cpu"
+        ):  # bitsandbytes' other layout takes no layer of less than 32 rows
+            layer.support_avx512bf16_for_cpu = False
     if not quantised:
         model.to(job["device"])
     if job["adapter"] is not None:
