@@ -1,6 +1,6 @@
 """One central claim per paper, as we test it: which runs are compared, with which control, in which committed file.
 
-What makes the committed files is here too. Figures of the papers are quoted from their cards in docs/methods, which say where
+What makes the committed files is here too. Figures of the papers are quoted from their pages in docs/methods, which say where
 each comes from.
 """
 
@@ -245,6 +245,7 @@ SOURCES = {
     "alora-move": Source(
         "how many rank slots a round of ALoRA moves", "weftlora compare evidence/alora-move.yaml --json", True
     ),
+    "routers": Source("what the routers of HydraLoRA give each kind of row", "python scripts/plots.py --routers"),
     "fuzz": Source(
         "readers of files and writers of foreign text, fuzzed",
         "make fuzz",

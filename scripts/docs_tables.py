@@ -92,6 +92,7 @@ MEANING: dict[str, str] = {
     "train.eval_every": "optimiser steps between validation losses; left out, one at the end",
     "train.samples": "prompts to answer at every measurement and at the end: of this many validation rows, or a list of yours",
     "train.sample_tokens": "tokens that such an answer may have",
+    "train.follow_heads": "record at every measurement what heads and [routers](methods/hydralora.md#following-the-heads) do",
     "train.eval_rows": "validation rows measured each time, or `all`; left out, at most 512 and a quarter of the training's cost",
     "train.save_every": "optimiser steps between checkpoints; left out, about five in a run; 0, none",
     "train.keep": "complete checkpoints kept",

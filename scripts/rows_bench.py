@@ -1,7 +1,8 @@
 """What it costs to turn a file of conversations into tokens and labels, beside trl's preparation of the same rows.
 
     python scripts/rows_bench.py --out bench/rows.json            100,000 rows, a quarter of an hour
-    python scripts/rows_bench.py --large 2 --out bench/rows.json  a file of 2 GB beside them, for the memory alone
+    python scripts/rows_bench.py --large 0.5 2 --out bench/rows.json   files of 0.5 and 2 GB beside them, for the memory alone
+    python scripts/rows_bench.py --rounds 0 --large 0.5 2 --out bench/rows.json   those files alone, into the record that is there
 
 Rows are drawn from a small lexicon, and the tokenizer (8,000 tokens, byte-level BPE) is trained on some of them, so nothing is
 downloaded. The chat template marks what the assistant says, which trl needs for a loss on its answers alone. Every measurement is a
@@ -32,6 +33,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LENGTH = 1024
+WORDS_OF_LARGE = 40
+"""Of a message in the large files: 1.2 KB a row, so that what is held for each of them would show."""
 
 
 def rows(count: int, words: int, seed: int = 0):
@@ -156,13 +159,59 @@ def measured(side: str, folder: Path, file: Path, processes: int, cache: Path) -
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def compared(record: dict[str, object], folder: Path, given: argparse.Namespace) -> None:
+    """Both sides on the same rows, by turns, into the record."""
+    file = folder / "rows.jsonl"
+    write(file, given.rows, given.words)
+    record["rows"], record["megabytes"] = given.rows, round(file.stat().st_size / 2**20, 1)
+    for processes in given.processes:
+        held: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": [], "ours again": []}
+        for turn in range(given.rounds):
+            for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
+                cache = folder / f"cache-{processes}-{turn}-{side}"
+                held[side].append(measured(side, folder, file, processes, cache))
+                if side == "ours":
+                    held["ours again"].append(measured(side, folder, file, processes, cache))
+                for path in (cache, folder / "datasets"):
+                    subprocess.run(["rm", "-rf", str(path)], check=True)
+        case = {
+            side: {
+                "rounds": found,
+                "median_s": statistics.median(each["seconds"] for each in found),
+                "median_cpu_s": statistics.median(each["cpu_seconds"] for each in found),
+            }
+            for side, found in held.items()
+        }
+        cpu = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
+        case["times_as_many_rows_per_cpu_second"] = round(statistics.median(cpu), 3)
+        pairs = [b["seconds"] / a["seconds"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
+        case["times_as_many_rows_per_second"] = round(statistics.median(pairs), 3)
+        memory = [a["mb"] / b["mb"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
+        case["memory_of_theirs"] = round(statistics.median(memory), 3)
+        record["cases"][f"{processes} processes"] = case
+        keep(record, given.out)  # what was measured is not lost with what is measured next
+        print(
+            case["times_as_many_rows_per_cpu_second"],
+            processes,
+            {side: round(each["median_s"], 2) for side, each in case.items() if isinstance(each, dict)},
+            case["times_as_many_rows_per_second"],
+            case["memory_of_theirs"],
+            flush=True,
+        )
+
+
+def count_of(gigabytes: float, words: int) -> int:
+    """How many rows make a file of that size, by the size of the first thousand."""
+    return int(gigabytes * 2**30 / statistics.fmean(len(json.dumps(row)) + 1 for row in rows(1000, words)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--words", type=int, default=40, help="words of a message")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: nothing but the large files")
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--large", type=float, default=0, help="gigabytes of a further file, for the memory")
+    parser.add_argument("--large", type=float, nargs="*", default=[], help="gigabytes of further files, for the memory")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -173,8 +222,9 @@ def main() -> int:
         found["child_mb"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(json.dumps(found))
         return 0
+    command = "python scripts/rows_bench.py " + " ".join(sys.argv[1:])
     record = {
-        "command": "python scripts/rows_bench.py " + " ".join(sys.argv[1:]),
+        "command": command,
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
         "python": platform.python_version(),
         "versions": {
@@ -182,54 +232,26 @@ def main() -> int:
         },
         "cases": {},
     }
+    if not given.rounds and given.out and given.out.is_file():
+        record = json.loads(given.out.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tokenizer(folder / "tokenizer")
-        file = folder / "rows.jsonl"
-        write(file, given.rows, given.words)
-        record["rows"], record["megabytes"] = given.rows, round(file.stat().st_size / 2**20, 1)
-        for processes in given.processes:
-            held: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": [], "ours again": []}
-            for turn in range(given.rounds):
-                for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-                    cache = folder / f"cache-{processes}-{turn}-{side}"
-                    held[side].append(measured(side, folder, file, processes, cache))
-                    if side == "ours":
-                        held["ours again"].append(measured(side, folder, file, processes, cache))
-                    for path in (cache, folder / "datasets"):
-                        subprocess.run(["rm", "-rf", str(path)], check=True)
-            case = {
-                side: {
-                    "rounds": found,
-                    "median_s": statistics.median(each["seconds"] for each in found),
-                    "median_cpu_s": statistics.median(each["cpu_seconds"] for each in found),
-                }
-                for side, found in held.items()
-            }
-            cpu = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
-            case["times_as_many_rows_per_cpu_second"] = round(statistics.median(cpu), 3)
-            pairs = [b["seconds"] / a["seconds"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
-            case["times_as_many_rows_per_second"] = round(statistics.median(pairs), 3)
-            memory = [a["mb"] / b["mb"] for a, b in zip(held["ours"], held["theirs"], strict=True)]
-            case["memory_of_theirs"] = round(statistics.median(memory), 3)
-            record["cases"][f"{processes} processes"] = case
-            keep(record, given.out)  # what was measured is not lost with what is measured next
-            print(
-                case["times_as_many_rows_per_cpu_second"],
-                processes,
-                {side: round(each["median_s"], 2) for side, each in case.items() if isinstance(each, dict)},
-                case["times_as_many_rows_per_second"],
-                case["memory_of_theirs"],
-                flush=True,
-            )
-        if given.large:
-            words = 400
-            size = file.stat().st_size / given.rows * words / given.words
+        if given.rounds:
+            compared(record, folder, given)
+        for gigabytes in given.large:
             large = folder / "large.jsonl"
-            write(large, int(given.large * 2**30 / size), words)
+            write(large, count_of(gigabytes, WORDS_OF_LARGE), WORDS_OF_LARGE)
             found = measured("ours", folder, large, max(given.processes), folder / "cache-large")
-            record["large"] = {**found, "megabytes": round(large.stat().st_size / 2**20)}
-            print("large", record["large"], flush=True)
+            subprocess.run(["rm", "-rf", str(folder / "cache-large")], check=True)
+            told = {
+                "command": command,
+                "processes": max(given.processes),
+                "megabytes": round(large.stat().st_size / 2**20),
+            }
+            record.setdefault("large", {})[f"{gigabytes:g} GB"] = told | found
+            keep(record, given.out)
+            print("large", record["large"][f"{gigabytes:g} GB"], flush=True)
     keep(record, given.out)
     return 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html.parser
 import io
+import json
+import math
 import re
 import unicodedata
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.text import Text
 from weftlora.cli import commands, output
 from weftlora.errors import ConfigError, WeftError, suggest, unknown_key
 from weftlora.export.record import _in_yaml, _table
-from weftlora.foreign_text import LIMIT, for_markdown, in_code, shortened, visible
+from weftlora.foreign_text import LIMIT, for_markdown, from_json, in_code, shortened, visible
 
 HOSTILE = [
     "\x1b[31mred\x1b[0m",
@@ -206,3 +208,17 @@ def test_no_console_but_ours_is_made_and_no_markup_is_read() -> None:
         source = path.read_text(encoding="utf-8")
         assert not re.search(r"\bConsole\(", source.replace("class Screen(Console)", "")), path
         assert "from_markup" not in source, path
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 2000 + "1" + "}" * 2000, "", "nul", "[1,]"])
+def test_what_is_no_json_or_nested_too_deep_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        from_json(text)
+
+
+def test_all_else_is_what_json_says_but_for_numbers_beyond_64_bits() -> None:
+    plain = {"a": [1, -(2**53), 1.5, None, True, "x"], "b": {"c": 123456789012345678}}
+    assert from_json(json.dumps(plain)) == plain
+    huge = from_json("[12345678901234567890, " + "9" * 400 + "]")
+    assert huge == [12345678901234567890.0, math.inf]
+    assert [type(number) for number in huge] == [float, float]

@@ -10,10 +10,10 @@ import weftlora
 
 SOURCE = Path(weftlora.__file__).parent
 ROOMS = (
-    {"version", "progress", "change_rates", "foreign_text", "foreign_json", "redaction"},
+    {"version", "progress", "change_rates", "foreign_text", "redaction"},
     {"errors"},
     {"extras", "settings"},
-    {"sections", "records", "disk", "kernel"},
+    {"records", "disk", "kernel"},
     {"terms", "data"},
     {"adapter"},
     {"recipes", "schedule"},
@@ -24,7 +24,7 @@ ROOMS = (
     {"runs"},
     {"export"},
     {"train"},
-    {"bench", "compare", "inspection", "testing"},
+    {"bench", "compare", "inspection", "integrations", "testing"},
     {"report"},
     {"cli"},
 )

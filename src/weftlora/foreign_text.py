@@ -1,7 +1,8 @@
-"""Text that somebody else wrote, made fit to be shown: names from data, models, adapters and recipes, and what a model answers.
+"""Text that somebody else wrote, made fit to be shown and to be read: names from data, models, adapters and recipes, their JSON.
 
     visible        for a terminal, an error, a log: what would steer a terminal or hide in a line is written out (\\x1b, \\u202e)
     for_markdown   for a model card: also, nothing of it is markup
+    from_json      what a JSON text says; it fails in one way only
 
 HTML is escaped by the template that it stands in, after `visible`.
 """
@@ -9,8 +10,10 @@ HTML is escaped by the template that it stands in, after `visible`.
 from __future__ import annotations
 
 import html
+import json
 import re
 import unicodedata
+from typing import Any
 
 LIMIT = 2000
 """Characters of an error that are shown, however large the value is that it is about."""
@@ -62,3 +65,21 @@ def for_markdown(text: str) -> str:
 def in_code(text: str) -> str:
     """`text` inside a span of code, which no backtick may end."""
     return visible(text).replace("`", "'")
+
+
+def from_json(text: str) -> Any:
+    """What a JSON text says.
+
+    A whole number beyond 64 bits, which nothing of ours writes, is read as a float: nothing that counts with it can overflow.
+
+    Raises:
+        ValueError: no JSON, or nested too deep for a reader that calls itself.
+    """
+    try:
+        return json.loads(text, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < 19 else float(digits)

@@ -12,6 +12,7 @@ which part of the contract is broken. A term that acts over time is given with t
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 import pickle
@@ -27,12 +28,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter import site
 from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.errors import ConfigError, MergeError, WeftError
@@ -82,6 +83,8 @@ def check_term(
         reference                            the fast path computes what the equation says, gradients too
         saving                               its tensors are those that it names; from_pretrained, load_adapter and transformers'
                                              load_adapter give equal logits
+        copying                              a copy by parameters, as trl makes a reference, by state dict and by deepcopy gives
+                                             equal logits
         resuming                             a run that was stopped and continued ends in the same adapter
         merging, export                      are exact, or refused with the term's own reason
         two processes                        data-parallel training ends in the adapter of one process
@@ -112,6 +115,7 @@ def check_term(
         ("training", _check_training),
         ("reference", _check_reference),
         ("saving", _check_saving),
+        ("copying", _check_copying),
         ("resuming", _check_resuming),
         ("merging", _check_merging),
         ("export", _check_export),
@@ -252,7 +256,7 @@ def _searched(model: nn.Module) -> weftlora.Selection:
 
 
 def _sites(model: nn.Module) -> list[site.Site]:
-    layers = [module for module in model.modules() if isinstance(module, WeftLinear)]
+    layers = [module for module in model.modules() if isinstance(module, WeftLayer)]
     return [cast(site.Site, found) for layer in layers for found in layer.weft_site.values()]
 
 
@@ -467,6 +471,24 @@ def _check_saving(trial: _Trial, notes: dict[str, str]) -> None:
                 raise AssertionError(f"{name} gives another {apart[0]} than was saved.")
 
 
+def _check_copying(trial: _Trial, notes: dict[str, str]) -> None:
+    model = copy.deepcopy(trial.trained())
+    expected = _logits(model)
+    peft = cast(PeftModel, model)
+    _require(torch.equal(_logits(copy.deepcopy(model)), expected), "a deep copy gives other logits.")
+    peft.add_adapter("ref", peft.peft_config["default"])
+    for name, parameter in model.named_parameters():  # as trl's trainers do
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    peft.set_adapter("ref")
+    _require(torch.equal(_logits(model), expected), "a copy by parameters gives other logits.")
+    peft.add_adapter("fresh", peft.peft_config["default"])
+    peft.set_adapter("fresh")
+    _require(torch.equal(_logits(model), _logits(_base())), "another adapter of the same config does not start afresh.")
+    set_peft_model_state_dict(peft, get_peft_model_state_dict(peft, adapter_name="default"), adapter_name="fresh")
+    _require(torch.equal(_logits(model), expected), "a copy by state dict gives other logits.")
+
+
 def _check_names(model: nn.Module) -> None:
     """Every tensor of the adapter is one that a choice says it keeps, and the structure's are all there."""
     for config in cast("dict[str, WeftConfig]", cast(Any, model).peft_config).values():
@@ -573,7 +595,7 @@ def _check_export(trial: _Trial, notes: dict[str, str]) -> None:
             _require(not out.exists(), "a refused export leaves a folder behind.")
             return
         stock = PeftModel.from_pretrained(_base(), out)
-        _require(not any(isinstance(module, WeftLinear) for module in stock.modules()), "the export is no stock LoRA.")
+        _require(not any(isinstance(module, WeftLayer) for module in stock.modules()), "the export is no stock LoRA.")
         apart = _apart(_logits(stock), _logits(model))
         _require(apart < 1e-4, f"stock peft computes something else with the export: {apart:.1e} apart.")
 

@@ -60,8 +60,8 @@ REFUSED_TARGETS = [
     ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
      "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
-    ("experts", mixtral, ["q_proj", "experts"], "experts holds 3-D expert parameters", "target_parameters"),
-    ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a 3-D expert parameter", "target_parameters"),
+    ("experts", mixtral, ["q_proj", "experts"], "experts holds experts as fused parameters", "target_parameters"),
+    ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a fused parameter of experts", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),
     ("attention alone", lambda: nn.Sequential(attention()[1]), "all-linear", "0.out_proj belongs to a torch Multihead", "exclude it"),
@@ -105,10 +105,12 @@ def test_one_misspelt_name_among_good_ones_is_a_warning_that_names_it(llama) -> 
     assert len(adapted_names(model)) == 2
 
 
-def test_all_linear_warns_of_the_expert_parameters_it_leaves_out() -> None:
-    with pytest.warns(UserWarning, match="leaves out 4 3-D expert parameters such as model.layers.0.mlp.experts"):
-        model = get_peft_model(mixtral(), weftlora.PlainLoraConfig())
-    assert {n.rpartition(".")[2] for n in adapted_names(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+def test_all_linear_takes_the_experts_too() -> None:
+    model = get_peft_model(mixtral(), weftlora.PlainLoraConfig())
+    lasts = {n.rpartition(".")[2] for n in adapted_names(model)}
+    assert lasts == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    experts = {n.rpartition(".")[2] for n in model.peft_config["default"].target_parameters}
+    assert experts == {"gate_up_proj", "down_proj"}
 
 
 def test_all_linear_leaves_out_what_torch_attention_reads_and_says_so() -> None:

@@ -25,7 +25,7 @@ TERMS: dict[str, dict[str, type[Any]]] = {
     "alora": {"ranks": Reallocate},
     "flexora": {"layers": Search},
 }
-BY_AXIS = {"hydralora": {"router_init"}}
+BY_AXIS = {"hydralora": {"router_init", "router_gain"}}
 """Fields that only the axis takes: no paper that the recipe names speaks of them."""
 GIVEN = {
     "hydralora": {"heads": 4, "router_input": "Ax", "per_head_dropout": True, "balance": 0.5},

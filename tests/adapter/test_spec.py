@@ -300,7 +300,6 @@ def test_a_config_of_stock_lora_needs_no_line_taken_out():
         ({"use_dora": True}, "use_dora=True works in stock LoRA only"),
         ({"bias": "all"}, "the base stays as it is"),
         ({"layer_replication": [(0, 2)]}, "no layer of the base is doubled"),
-        ({"target_parameters": ["experts.w"]}, "no bare parameters"),
         ({"init_lora_weights": "pissa"}, "start=weftlora.Directions()"),
     ],
 )

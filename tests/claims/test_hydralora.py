@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import weftlora
 from weftlora import kernel
+from weftlora.adapted.routing import likeness
 from weftlora.adapter.site import Site, build_site
 from weftlora.errors import CombinationError, ConfigError, MergeError
 from weftlora.kernel import Factors, Work, add_low_rank
@@ -261,6 +262,28 @@ def test_a_zero_router_with_a_shared_mask_keeps_all_heads_equal_for_ever(dropout
 
 def test_the_kaiming_router_breaks_the_symmetry():
     assert min(trained_heads(site_of(random=False))) > 1e-3
+
+
+def test_a_gain_scales_the_router_that_is_drawn_and_nothing_else():
+    one, eight = site_of(random=False).structure, site_of(random=False, router_gain=8.0).structure
+    torch.testing.assert_close(eight.router, 8 * one.router, rtol=1e-6, atol=0)
+    assert torch.equal(eight.A, one.A)
+    assert torch.count_nonzero(eight.B) == 0  # the model is the base at the start, whatever the gates
+
+
+def test_heads_of_gates_that_start_sharp_learn_from_different_tokens():
+    """Gates near 1/N give all heads nearly one gradient, which Adam's first steps make nearly one update."""
+    alike = []
+    for gain in (0.2, 1.0, 20.0):
+        site = site_of(random=False, router_gain=gain)
+        optimiser = torch.optim.Adam(site.parameters(), lr=0.01)
+        x, target = tokens(32), torch.randn(32, OUT, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        for _ in range(5):
+            optimiser.zero_grad()
+            (update(site, x) - target).square().mean().backward()
+            optimiser.step()
+        alike.append(likeness(site))
+    assert alike[0] > alike[1] > alike[2] + 0.2
 
 
 def test_so_does_a_mask_per_head():

@@ -32,6 +32,7 @@ def test_a_result_is_of_the_rows_versions(name: str) -> None:
     if RESULTS[name]["status"] == "passed":
         assert RESULTS[name]["versions"] == ROWS[name]["versions"]
         assert not RESULTS[name]["failed"]
+        assert RESULTS[name]["cpu_seconds"] <= matrix.BOUND
         assert not [reason for reason in RESULTS[name]["left_out"] if matrix.reason_of(reason) != reason]
     else:
         assert RESULTS[name]["reason"]
@@ -56,7 +57,7 @@ def test_a_row_that_was_asked_for_and_could_not_be_run_is_no_success(
 ) -> None:
     ran: list[str] = []
 
-    def run(row: dict[str, Any], own_python: bool = True) -> dict[str, Any]:
+    def run(row: dict[str, Any], own_python: bool = True, bounded: bool = True) -> dict[str, Any]:
         ran.append(row["name"])
         counts = {"passed": 1, "failed": 0, "skipped": 0, "cpu_seconds": 1, "failures": []}
         return {"name": row["name"], "status": status, "reason": "no Python", **counts}

@@ -32,7 +32,3 @@ def test_authors_of_terms_know_what_a_site_is(tmp_path: Path, monkeypatch: pytes
         page = tmp_path / "docs" / name
         page.write_text("The update of a site.", encoding="utf-8")
         assert len(words.hits(page)) == found
-
-
-def test_nothing_that_users_read_has_such_a_word() -> None:
-    assert [str(hit) for page in words.pages() for hit in words.hits(page)] == []

@@ -228,18 +228,23 @@ def _interrupt(number: int, frame: object) -> None:
     raise Hang
 
 
-def tried(target: Target, sandbox: Sandbox, case: Case, must_work: bool = False) -> tuple[str, str]:
+def tried(
+    target: Target, sandbox: Sandbox, case: Case, must_work: bool = False, seconds: float | None = None
+) -> tuple[str, str]:
     """Run one input. The kind of fault and its detail; empty where there is none.
 
     Args:
         must_work: it is as it should be, and to refuse it is a fault.
+        seconds: of CPU that it may take, `CPU` by default; 0 is no bound.
     """
     from weftlora.errors import WeftError
 
     eyes = watch()
     sandbox.put(case)
     eyes.seen.clear()
-    signal.setitimer(signal.ITIMER_PROF, CPU, 0.2)  # again and again: a finaliser swallows what is raised in it
+    signal.setitimer(
+        signal.ITIMER_PROF, CPU if seconds is None else seconds, 0.2
+    )  # again and again: a finaliser swallows what is raised in it
     eyes.on = True
     try:
         target.call(sandbox.folder, case)

@@ -95,7 +95,7 @@ def _fault(name: str, target: str, *changes: tuple[str, str, str]) -> PutBack:
 _RECIPE, _RUN, _FILES, _CHECKPOINT = (
     f"weftlora.{name}" for name in ("runs.recipe", "runs.run", "disk.files", "train.checkpoint")
 )
-_JSON = ("weftlora.foreign_json:from_json", "except RecursionError:", "except ZeroDivisionError:")
+_JSON = ("weftlora.foreign_text:from_json", "except RecursionError:", "except ZeroDivisionError:")
 _TYPES = ("weftlora.records:_misfit", "    origin, inner", "    return None\n    origin, inner")
 _KINDS = ("weftlora.records:check_kinds", "for key, kind in kinds.items():", "for key, kind in ():")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import weftlora
+from weftlora.adapted.routing import cosines
 from weftlora.adapter.site import Site, build_site
 from weftlora.change_rates import principal_angles
 from weftlora.inspection import measures
-from weftlora.inspection.measures import cosines, effective_rank, factor_similarity, singular_values, split_name
+from weftlora.inspection.measures import effective_rank, factor_similarity, singular_values, split_name
 from weftlora.report.inspection.elements import Grid, block_label, labels_of, short_names
 
 

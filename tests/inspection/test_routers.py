@@ -16,9 +16,10 @@ from peft import get_peft_model
 import weftlora
 from families import FAMILIES
 from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.routing import Seen, counted
 from weftlora.errors import AdapterError, ConfigError
 from weftlora.inspection.record import SiteUsage, Usage
-from weftlora.inspection.routers import Seen, _counted
+from weftlora.inspection.routers import usage
 
 
 def model(**fields: Any) -> torch.nn.Module:
@@ -40,7 +41,7 @@ def test_figures_of_a_planted_mix():
     seen = Seen(4)
     seen.add(torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
     seen.add(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0]]))
-    found = seen.usage()
+    found = usage(seen)
     assert found.tokens == 4
     assert found.mean == pytest.approx([0.1875, 0.1875, 0.3125, 0.3125])
     assert found.entropy == pytest.approx((0.5 + 0 + 1 + 0) / 4)  # ln 2 / ln 4 is a half
@@ -51,7 +52,7 @@ def test_figures_of_a_planted_mix():
 def test_a_router_that_divides_tokens_evenly_is_balanced_but_sharp():
     seen = Seen(2)
     seen.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
-    assert (seen.usage().entropy, seen.usage().balance) == (0.0, pytest.approx(1.0))
+    assert (seen.sharpness, seen.balance) == (0.0, pytest.approx(1.0))
 
 
 def test_a_router_of_zeros_mixes_evenly():
@@ -65,7 +66,7 @@ def test_a_router_of_zeros_mixes_evenly():
         assert site.whole.top1 == [1.0, 0.0]
 
 
-def test_padding_is_not_counted():
+def test_padding_is_notcounted():
     adapted = model()
     whole = weftlora.inspect(adapted, inputs=[batch([5, 6, 7])], spectra=0).routers
     padded = weftlora.inspect(adapted, inputs=[batch([5, 6, 7, 0, 0, 0], masked=3)], spectra=0).routers
@@ -77,13 +78,13 @@ def test_padding_is_not_counted():
 def test_padding_is_not_counted_where_a_site_sees_flattened_tokens():
     omega = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]])
     mask = torch.tensor([[1, 0], [0, 1]])
-    assert _counted(omega, [mask]).tolist() == [[1.0, 0.0], [0.25, 0.75]]
-    assert _counted(omega.view(2, 2, 2), [mask]).tolist() == [[1.0, 0.0], [0.25, 0.75]]
-    assert len(_counted(omega[:3], [mask])) == 3  # no place of these tokens in the mask is known
+    assert counted(omega, [mask]).tolist() == [[1.0, 0.0], [0.25, 0.75]]
+    assert counted(omega.view(2, 2, 2), [mask]).tolist() == [[1.0, 0.0], [0.25, 0.75]]
+    assert len(counted(omega[:3], [mask])) == 3  # no place of these tokens in the mask is known
 
 
 @pytest.mark.parametrize("more", [0, 2])
-def test_padding_of_either_side_of_an_encoder_decoder_is_not_counted(more: int):
+def test_padding_of_either_side_of_an_encoder_decoder_is_notcounted(more: int):
     adapted = get_peft_model(FAMILIES["t5"].build(), weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["q", "k"]))
     ids = torch.tensor([[5, 6, 7, 0, 0, 0]])
     labels = torch.tensor([[8, 9, -100, -100, -100, -100] + more * [-100]])

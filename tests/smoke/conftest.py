@@ -39,9 +39,19 @@ def lacks_triton() -> bool:
     return getattr(importlib.import_module("trl.trainer.utils"), "_ChunkedLogProbFunction", True) is None
 
 
+MODULES = {"pyyaml": "yaml", "rouge-score": "rouge_score", "scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}
+"""What is imported of a package that has another name."""
+
+
 def imported(package: str) -> str:
     """The version that the package says itself once it is imported; what its metadata says, where it says none."""
-    return str(getattr(importlib.import_module(package), "__version__", None) or version(package))
+    module = importlib.import_module(MODULES.get(package, package))
+    return str(getattr(module, "__version__", None) or version(package)).partition("+")[0]
+
+
+@pytest.fixture(scope="session")
+def version_of() -> Callable[[str], str]:
+    return imported
 
 
 def pytest_report_header() -> list[str]:

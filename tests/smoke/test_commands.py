@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 from collections.abc import Callable
@@ -69,3 +70,46 @@ def test_train_on_trls_trainer(weftlora: Callable[..., Any], tmp_path: Path, nee
 
 def test_doctor_names_the_nearest_row(weftlora: Callable[..., Any]) -> None:
     assert json.loads(weftlora("doctor", "--json").stdout)["nearest"]["name"]
+
+
+def test_runs_are_compared_and_drawn(weftlora: Callable[..., Any], tmp_path: Path, needs: Callable[..., None]) -> None:
+    """Statistics, and a page with its charts: what the extras `compare` and `report` are for."""
+    needs("scipy", "jinja2", "vl-convert-python", "sacrebleu", "rouge-score")
+    recipe = tmp_path / "compare.yaml"
+    recipe.write_text(
+        "{model: demo, data: {train: demo, limit: 8, validation_limit: 4, test_limit: 4}, train: {steps: 1, batch_size: 4}, "
+        f"methods: [lora, tied_lora], baseline: lora, seeds: 2, out: {tmp_path / 'runs'}}}",
+        encoding="utf-8",
+    )
+    done = weftlora("compare", str(recipe), "--quiet", "--json")
+    assert done.exit_code == 0, done.output
+    page = tmp_path / "page.html"
+    done = weftlora("report", str(tmp_path / "runs"), "-o", str(page))
+    assert done.exit_code == 0, done.output
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_heads_are_suggested(weftlora: Callable[..., Any], tmp_path: Path, needs: Callable[..., None]) -> None:
+    needs("scikit-learn")
+    rows = [{"prompt": f"{word} {n}", "completion": word} for n in range(10) for word in ("sum", "colour", "town")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = weftlora("heads", str(tmp_path / "rows.jsonl"), "--largest", "4", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)
+
+
+def test_a_gguf_file_is_a_base(tmp_path: Path, needs: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("gguf")
+    import torch
+
+    from weftlora.runs.base_model import Wanted, find, load
+
+    # The one file of other folders that is used here: it needs gguf and transformers alone.
+    written = importlib.util.spec_from_file_location("tiny_gguf", Path(__file__).parents[1] / "train" / "tiny_gguf.py")
+    tiny = importlib.util.module_from_spec(written)  # type: ignore[arg-type]
+    written.loader.exec_module(tiny)  # type: ignore[union-attr]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, ids = tiny.write_gguf(tmp_path / "tiny.gguf"), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        mine, its = load(find(Wanted(str(tmp_path / "tiny.gguf")), tmp_path), "causal")(ids).logits, model(ids).logits
+    assert float((mine - its).norm() / its.norm()) < 0.02  # what eight bits can say

@@ -96,6 +96,14 @@ def test_a_classifier_has_accuracy_and_f1(recipe: Make) -> None:
     assert scores.exact_match is None
     again = weftlora.evaluate(run.folder).scores
     assert again == scores
+    alone = shutil.copytree(run.adapter_folder, run.folder.parent / "alone")  # it knows its classes by name
+    split = "test" if "test" in run.data["counts"] else "validation"
+    rows = tiny.write_rows(alone.parent / "again.jsonl", tiny.classified(12))
+    one, other = (
+        weftlora.evaluate(given, f"data.{split}={rows}", split=split, batch_size=12).scores
+        for given in (run.folder, alone)
+    )
+    assert one == other
 
 
 SONG = "one two three four five"
@@ -172,6 +180,36 @@ def test_generation_gives_the_learned_answer_and_stops(trained: Run) -> None:
 
 def test_a_bare_adapter_folder_generates_too(trained: Run) -> None:
     assert weftlora.generate(trained.adapter_folder, "ca ->").text == "cc"
+
+
+def test_an_adapter_is_measured_on_the_rows_of_its_run_or_on_those_that_are_named(
+    trained: Run, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    rows, whole = f"data.test={trained.recipe['data']['test']}", weftlora.evaluate(trained)
+    inside = weftlora.evaluate(trained.adapter_folder)
+    assert (inside.run, inside.adapter, inside.scores) == (None, str(trained.adapter_folder), whole.scores)
+    alone = shutil.copytree(trained.adapter_folder, tmp_path / "alone")
+    before = sorted(path.name for path in alone.iterdir())
+    found = weftlora.evaluate(alone, rows)
+    assert (found.run, found.split, found.scores, found.domains) == (None, "test", whole.scores, whole.domains)
+    frozen = weftlora.evaluate(trained, adapter="none").scores
+    assert weftlora.evaluate(alone, rows, adapter="none").scores == frozen != whole.scores
+    model = weftlora.evaluate(bases["llama"], rows.replace("test", "validation", 1), "data.validation_limit=3")
+    assert (model.adapter, model.split, model.scores.rows) == ("none", "validation", 3)
+    assert weftlora.evaluate(bases["llama"], rows).scores == frozen
+    assert sorted(path.name for path in alone.iterdir()) == before
+
+
+def test_an_adapter_without_rows_says_how_to_name_them(trained: Run, tmp_path: Path) -> None:
+    alone = shutil.copytree(trained.adapter_folder, tmp_path / "alone")
+    with pytest.raises(DataError, match=r"does not say on which rows it is measured: name them with data\.test="):
+        weftlora.evaluate(alone)
+    with pytest.raises(DataError, match=r"name them with data\.validation="):
+        weftlora.evaluate(alone, "data.test=rows.jsonl", split="validation")
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        weftlora.evaluate(alone, "data.test=nowhere.jsonl")
+    with pytest.raises(ConfigError, match="would not be this adapter any more"):
+        weftlora.evaluate(alone, "train.lr=1")
 
 
 def test_sampling_is_seeded_and_leaves_the_random_state(trained: Run) -> None:

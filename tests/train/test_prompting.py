@@ -215,3 +215,15 @@ def test_the_token_that_ends_a_turn(chat_base: Path) -> None:
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<end>")
     tokenizer.chat_template = None
     assert end_of_turn(tokenizer) is None
+
+
+def test_a_model_by_itself_is_talked_to_in_its_chat_template(chat_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    find = evaluation.base_model.find
+    monkeypatch.setattr(evaluation.base_model, "find", lambda wanted, at: read.append(wanted.path) or find(wanted, at))
+    talk = weftlora.chat(chat_base, system="be kind", max_new_tokens=1)
+    assert talk.remembers
+    assert talk.say("c").given == "s be kind</s>u c</s>a "
+    assert read == [str(chat_base)], "config and tokenizer are read once"
+    with pytest.raises(ConfigError, match="a model by itself, which has no other base"):
+        weftlora.chat(chat_base, base="demo")

@@ -14,6 +14,7 @@ from interrupting import Interrupt, weights
 import weftlora
 from weftlora.errors import ConfigError
 from weftlora.runs.run import SAMPLES, Run
+from weftlora.train import sampling
 
 Make = Callable[..., dict[str, Any]]
 
@@ -23,7 +24,12 @@ def sampled(recipe: Make, folder: Path, *overrides: str, **more: Any) -> Run:
     return weftlora.train(made, *overrides, **more)
 
 
-def test_rows_are_answered_at_every_measurement_and_disturb_nothing(recipe: Make, tmp_path: Path) -> None:
+def test_rows_are_answered_at_every_measurement_and_disturb_nothing(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    whole = sampling.asked
+    monkeypatch.setattr(sampling, "asked", lambda prepared: asked.append(1) or whole(prepared))
     plain = sampled(recipe, tmp_path / "plain", "adapter.lora_dropout=0.1")
     run = sampled(recipe, tmp_path / "run", "adapter.lora_dropout=0.1", "train.samples=2", "train.sample_tokens=5")
     assert plain.samples() == []
@@ -35,6 +41,7 @@ def test_rows_are_answered_at_every_measurement_and_disturb_nothing(recipe: Make
     assert all(row["reference"] for row in rows)
     last = weftlora.generate(run, rows[3]["prompt"], max_new_tokens=5)
     assert (last.text, last.finished) == (rows[3]["text"], rows[3]["finished"])
+    assert len(asked) == 2, "prompts are made once a run"
 
 
 def test_a_resumed_run_answers_every_measurement_once(recipe: Make, tmp_path: Path) -> None:

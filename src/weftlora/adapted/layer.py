@@ -3,8 +3,8 @@
     y = base(x);  for each active adapter:  y ← y + h B̃ᵀ      in a mixed batch, row by row its own adapter's
 
 The base layer is called, never re-implemented, so any module with in and out features can carry adapters (quantised
-ones too); merging needs a plain weight, or a quantiser that takes another. A merge keeps the original W (as many bytes as W, for as
-long as it is merged) and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
+ones too); merging needs a plain weight. A merge keeps the original W (as many bytes as W, for as long as it is merged)
+and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from transformers.pytorch_utils import Conv1D
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
 from weftlora.adapted.quantised import can_be_requantised, is_quantised, matrix, requantised, stored
-from weftlora.adapted.reading import reading_of
+from weftlora.adapted.reading import Reading, reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.kernel import Linear, Work, current, linears
+from weftlora.schedule.schedule import Member
 from weftlora.terms.axes import mergeable_structures
 
 BASE = "__base__"
 """What peft calls a row of a mixed batch that no adapter is for."""
 
 
-class WeftLinear(nn.Module, BaseTunerLayer):
-    """A linear module, an embedding or a convolution, and the adapters on it. Of a linear module the input is [..., in] and the
-    output [..., out] in the base's dtype; of the others what the base takes and gives.
+class WeftLayer(nn.Module, BaseTunerLayer):
+    """Something of the base that carries adapters, one `Site` per adapter name.
 
     All state of an adapter lives in `weft_site[name]`, keyed by adapter name first, as peft's saving needs.
     """
@@ -47,26 +47,21 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         set_adapter: Callable[..., None]
         get_base_layer: Callable[[], nn.Module]
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
+    reading: Reading | None = None
+    """Of an embedding or a convolution, how it is a matrix."""
 
-    def __init__(self, base_layer: nn.Module, module_name: str):
+    def __init__(self, module_name: str, base_layer: nn.Module | None = None):
         super().__init__()
-        self.base_layer = base_layer
+        if base_layer is not None:
+            self.base_layer = base_layer
         self.module_name = module_name
-        self.reading = reading_of(
-            base_layer if not isinstance(base_layer, BaseTunerLayer) else base_layer.get_base_layer()
-        )
         self.weft_site = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self.keep_base = True
         self.shares_weight = False  # with another module, which a merge must leave as it is
         self.rows: Sequence[str] | None = None  # the adapter of every row of the batch, for the length of a forward
-        self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
-        self.quantiser: Any = (
-            None  # transformers' quantiser of the model, which says how a merged weight is quantised again
-        )
-        self.merge_loss: tuple[float, float] | None = (
-            None  # ‖what a quantised base kept of ΔW − ΔW‖ and ‖ΔW‖, while merged
-        )
+        self.merge_loss: tuple[float, float] | None = None
+        """While merged into a quantised base, ‖what that kept of ΔW − ΔW‖ and ‖ΔW‖."""
         self._kept: Tensor | None = None
         self._kept_layer: tuple[nn.Module, ...] = ()  # of a merge into a quantised base: the base; no submodule
         self._disable_adapters = False
@@ -81,6 +76,163 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             self.set_adapter([*self.active_adapters, adapter_name], inference_mode=inference_mode)
         else:
             site.requires_grad_(False)
+
+    def site(self, adapter_name: str) -> Site:
+        """The adapter called `adapter_name`; KeyError if this module has none."""
+        return cast(Site, self.weft_site[adapter_name])
+
+    def members(self, adapter_name: str) -> list[Member]:
+        """The sites of that adapter that stand for one matrix each, in their order; [] if this module has none."""
+        raise NotImplementedError
+
+    def _names(self) -> list[str]:
+        sites = self.weft_site
+        return [name for name in self.active_adapters if name in sites]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weftlora's own export does not)."""
+        return adapter_name in self.weft_site and self.site(adapter_name).mergeable
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W ← W + ΣΔW in fp32, rounded once to W's dtype, or quantised again as W is (`merge_loss`). All or nothing.
+
+        Raises:
+            MergeError: an adapter is routed, the base is not x Wᵀ with a W that can be changed, or `safe_merge` and the
+                merged weight has a value that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
+        if not names:
+            return
+        self.check_mergeable(names, finite=safe_merge)
+        if self._requantised:
+            self._merge_quantised(names)
+            self.merged_adapters.extend(names)
+            return
+        merged, weight = self._merged_weight(names), self._plain_weight()
+        if self.shares_weight:
+            self._kept = weight if self._kept is None else self._kept
+            self._put_weight(nn.Parameter(merged, requires_grad=weight.requires_grad))
+        else:
+            if self._kept is None and self.keep_base:
+                self._kept = weight.detach().clone()
+            weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original W back, bit for bit."""
+        if not self.merged_adapters:
+            return
+        if self._kept_layer:
+            self.put_base(self._kept_layer[0])
+            self._kept_layer, self.merge_loss = (), None
+            self.merged_adapters.clear()
+            return
+        if self._kept is None:
+            raise MergeError(
+                f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
+            )
+        if self.shares_weight:
+            self._put_weight(cast(nn.Parameter, self._kept))
+        else:
+            weight = self._plain_weight()
+            weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
+        self._kept = None
+        self.merged_adapters.clear()
+
+    def check_mergeable(self, names: list[str], *, finite: bool = False) -> None:
+        """Raise `MergeError` with the reason if one of these adapters has no weight-space form here.
+
+        Args:
+            finite: also refuse if a value of the merged weight would not be finite (computes it once more).
+        """
+        for name in names:
+            if name in self.weft_site and not self.site(name).mergeable:
+                structure = self.site(name).structure.choice
+                raise MergeError(
+                    f"adapter {name!r} cannot be merged into {self.module_name}: it is {structure.method}, and "
+                    f"{structure.no_closed_form}; serve it unmerged, or train {' or '.join(mergeable_structures())} where a merge is "
+                    "needed."
+                )
+        if not self._requantised:
+            self._plain_weight()
+        if finite and not torch.isfinite(self._merged_weight(names)).all():
+            raise MergeError(
+                f"merging {', '.join(names)} into {self.module_name} gives values that are not finite, so nothing was merged: "
+                "the adapter has diverged, use an earlier checkpoint."
+            )
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW of one adapter in the layout of the base weight, fp32."""
+        raise NotImplementedError
+
+    def _plain_weight(self) -> nn.Parameter:
+        """W as a floating-point parameter that ΔW can be added to. Raises `MergeError` where there is none."""
+        raise NotImplementedError
+
+    def _put_weight(self, weight: nn.Parameter) -> None:
+        """Let the base compute with this W."""
+        raise NotImplementedError
+
+    @property
+    def _requantised(self) -> bool:
+        """Whether a merge quantises the sum again."""
+        return False
+
+    def _dequantised(self) -> Tensor:
+        """The W [out, in] of a base that is quantised again."""
+        raise NotImplementedError
+
+    def put_base(self, layer: nn.Module) -> None:
+        """Replace the base layer, which adapters of others may stand around."""
+        holder: Any = self
+        while isinstance(holder.base_layer, BaseTunerLayer):
+            holder = holder.base_layer
+        holder.base_layer = layer
+
+    def _merge_quantised(self, names: list[str]) -> None:
+        """A quantised layer of W + ΣΔW in place of the base, which is kept as it is to be put back."""
+        raise NotImplementedError
+
+    def _merged_weight(self, names: list[str]) -> Tensor:
+        """W plus the updates of those adapters that are here and not merged yet, in W's dtype."""
+        weight = self._dequantised() if self._requantised else self._plain_weight()
+        new = [name for name in names if name in self.weft_site and name not in self.merged_adapters]
+        delta = sum((self.get_delta_weight(name) for name in new), torch.zeros((), device=weight.device))
+        return (weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
+
+    # ------------------------------------------------------------------ adapters come and go
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; shared tensors it owns go to the next site of their group first."""
+        if adapter_name in self.weft_site:
+            self.site(adapter_name).structure.hand_over()
+        super().delete_adapter(adapter_name)
+
+    def __repr__(self) -> str:
+        return "weftlora." + super().__repr__()
+
+
+class WeftLinear(WeftLayer):
+    """A linear module, an embedding or a convolution, and the adapters on it. Of a linear module the input is [..., in] and the
+    output [..., out] in the base's dtype; of the others what the base takes and gives.
+    """
+
+    def __init__(self, base_layer: nn.Module, module_name: str):
+        super().__init__(module_name, base_layer)
+        self.reading = reading_of(
+            base_layer if not isinstance(base_layer, BaseTunerLayer) else base_layer.get_base_layer()
+        )
+        self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
+        self.quantiser: Any = None
+        """transformers' quantiser of the model, which says how a merged weight is quantised again."""
+
+    def members(self, adapter_name: str) -> list[Member]:
+        """The one site."""
+        if adapter_name not in self.weft_site:
+            return []
+        return [Member(self.module_name, self.site(adapter_name), self.base_matrix, self.base_source)]
 
     @property
     def in_features(self) -> int:
@@ -100,10 +252,6 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             fan_in, out = base.weight.shape
             return fan_in, out
         return cast(int, base.in_features), cast(int, base.out_features)
-
-    def site(self, adapter_name: str) -> Site:
-        """The adapter called `adapter_name`; KeyError if this module has none."""
-        return cast(Site, self.weft_site[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = kwargs.pop(
@@ -168,10 +316,6 @@ class WeftLinear(nn.Module, BaseTunerLayer):
                 return y
         job = self.job(names[0], x, read) if self.why_not() is None else None
         return None if job is None else linears(read, [job])[0]
-
-    def _names(self) -> list[str]:
-        sites = self.weft_site
-        return [name for name in self.active_adapters if name in sites]
 
     def cast_input(self, x: Tensor) -> Tensor:
         """x as the base will compute with it: under autocast cast once, for the base and every adapter."""
@@ -242,74 +386,6 @@ class WeftLinear(nn.Module, BaseTunerLayer):
 
     # ------------------------------------------------------------------ merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W ← W + ΣΔW in fp32, rounded once to W's dtype, or quantised again as W is (`merge_loss`). All or nothing.
-
-        Raises:
-            MergeError: an adapter is routed, the base is not x Wᵀ with a W that can be changed, or `safe_merge` and the
-                merged weight has a value that is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
-        if not names:
-            return
-        self.check_mergeable(names, finite=safe_merge)
-        if self._requantised:
-            self._merge_quantised(names)
-            self.merged_adapters.extend(names)
-            return
-        merged, weight = self._merged_weight(names), self._plain_weight()
-        if self.shares_weight:
-            self._kept = weight if self._kept is None else self._kept
-            setattr(self.get_base_layer(), "weight", nn.Parameter(merged, requires_grad=weight.requires_grad))  # noqa: B010
-        else:
-            if self._kept is None and self.keep_base:
-                self._kept = weight.detach().clone()
-            weight.data = merged
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Put the original W back, bit for bit."""
-        if not self.merged_adapters:
-            return
-        if self._kept_layer:
-            self.put_base(self._kept_layer[0])
-            self._kept_layer, self.merge_loss = (), None
-            self.merged_adapters.clear()
-            return
-        if self._kept is None:
-            raise MergeError(
-                f"the original weight of {self.module_name} was not kept, so it cannot be unmerged: load the base model again."
-            )
-        if self.shares_weight:
-            setattr(self.get_base_layer(), "weight", self._kept)  # noqa: B010
-        else:
-            weight = self._plain_weight()
-            weight.data = self._kept.to(weight)  # the model may have been moved or cast while it was merged
-        self._kept = None
-        self.merged_adapters.clear()
-
-    def check_mergeable(self, names: list[str], *, finite: bool = False) -> None:
-        """Raise `MergeError` with the reason if one of these adapters has no weight-space form here.
-
-        Args:
-            finite: also refuse if a value of the merged weight would not be finite (computes it once more).
-        """
-        for name in names:
-            if name in self.weft_site and not self.site(name).mergeable:
-                structure = self.site(name).structure.choice
-                raise MergeError(
-                    f"adapter {name!r} cannot be merged into {self.module_name}: it is {structure.method}, and "
-                    f"{structure.no_closed_form}; serve it unmerged, or train {' or '.join(mergeable_structures())} where a merge is "
-                    "needed."
-                )
-        if not self._requantised:
-            self._plain_weight()
-        if finite and not torch.isfinite(self._merged_weight(names)).all():
-            raise MergeError(
-                f"merging {', '.join(names)} into {self.module_name} gives values that are not finite, so nothing was merged: "
-                "the adapter has diverged, use an earlier checkpoint."
-            )
-
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW of one adapter in the layout of the base weight (transposed for Conv1D), fp32."""
         delta = self.site(adapter_name).delta_weight()
@@ -341,25 +417,15 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         """What `base_matrix` reads: "in memory" (the weight itself), or "dequantised" where the base keeps fewer bits."""
         return "dequantised" if is_quantised(self.get_base_layer()) else "in memory"
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weftlora's own export does not)."""
-        return adapter_name in self.weft_site and self.site(adapter_name).mergeable
-
-    def _merged_weight(self, names: list[str]) -> Tensor:
-        """W plus the updates of those adapters that are here and not merged yet, in W's dtype."""
-        weight = self.base_matrix() if self._requantised else self._plain_weight()
-        new = [name for name in names if name in self.weft_site and name not in self.merged_adapters]
-        delta = sum((self.get_delta_weight(name) for name in new), torch.zeros((), device=weight.device))
-        return (weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
-
     @property
     def _requantised(self) -> bool:
-        """Whether a merge quantises the sum again."""
         base = self.get_base_layer()
         return self.reading is None and is_quantised(base) and can_be_requantised(base, self.quantiser)
 
+    def _dequantised(self) -> Tensor:
+        return self.base_matrix()
+
     def _merge_quantised(self, names: list[str]) -> None:
-        """A quantised layer of W + ΣΔW in place of the base, which is kept as it is to be put back."""
         base, before = self.get_base_layer(), self.base_matrix().float()
         new = [name for name in names if name not in self.merged_adapters]
         delta = sum((self.get_delta_weight(name).float() for name in new), torch.zeros_like(before))
@@ -370,13 +436,6 @@ class WeftLinear(nn.Module, BaseTunerLayer):
         if not self._kept_layer and self.keep_base:
             self._kept_layer = (base,)
         self.put_base(layer)
-
-    def put_base(self, layer: nn.Module) -> None:
-        """Replace the base layer, which adapters of others may stand around."""
-        holder: Any = self
-        while isinstance(holder.base_layer, BaseTunerLayer):
-            holder = holder.base_layer
-        holder.base_layer = layer
 
     def _plain_weight(self) -> nn.Parameter:
         base = self.get_base_layer()
@@ -393,13 +452,5 @@ class WeftLinear(nn.Module, BaseTunerLayer):
             "load the base model unquantised and unsharded to merge, or serve the adapter unmerged."
         )
 
-    # ------------------------------------------------------------------ adapters come and go
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; shared tensors it owns go to the next site of their group first."""
-        if adapter_name in self.weft_site:
-            self.site(adapter_name).structure.hand_over()
-        super().delete_adapter(adapter_name)
-
-    def __repr__(self) -> str:
-        return "weftlora." + super().__repr__()
+    def _put_weight(self, weight: nn.Parameter) -> None:
+        setattr(self.get_base_layer(), "weight", weight)  # noqa: B010

@@ -5,11 +5,20 @@
     loss = loss + routing.balance_loss(batch["attention_mask"])
 
 Outside such a block nothing is recorded and a forward has no side effect.
+
+What is counted of ω, over the tokens of a router:
+
+    entropy        mean of −Σ_n ω_n ln ω_n / ln N                     1: every token mixes all heads evenly
+    balance        −Σ_n m_n ln m_n / ln N, m the mean of ω             1: all heads are used equally
+    information    Σ_d p_d Σ_n m_dn ln (m_dn / m_n) / ln N             0: every domain uses the heads alike; p_d its share of tokens
+
+The last is the mutual information of a token's head, drawn with ω, and its domain; no more than balance less entropy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.terms.structure.hydra import balance_loss
@@ -80,7 +89,7 @@ def routing(model: nn.Module) -> Iterator[Routing]:
     record = Routing()
     before: list[tuple[Site, Callable[[Tensor], None] | None]] = []
     for module_name, layer in model.named_modules():
-        if not isinstance(layer, WeftLinear):
+        if not isinstance(layer, WeftLayer):
             continue
         for adapter_name in layer.active_adapters:
             site = layer.site(adapter_name) if adapter_name in layer.weft_site else None
@@ -106,3 +115,91 @@ def _append(calls: list[Tensor], outer: Callable[[Tensor], None] | None, omega: 
 
 def _tokens(omega: Tensor, mask: Tensor | None) -> Tensor:
     return omega.flatten(0, -2) if mask is None or mask.shape != omega.shape[:-1] else omega[mask.bool()]
+
+
+class Seen:
+    """Running sums over the tokens of one router, fp64."""
+
+    def __init__(self, heads: int):
+        self.tokens = 0
+        self.entropy = 0.0
+        self.total = torch.zeros(heads, dtype=torch.float64)
+        self.top = torch.zeros(heads, dtype=torch.float64)
+
+    def add(self, omega_tn: Tensor) -> None:
+        """Take in the weights [T, N] of T tokens."""
+        omega = omega_tn.detach().double().cpu()
+        self.tokens += len(omega)
+        self.entropy += float(torch.special.entr(omega).sum())
+        self.total += omega.sum(0)
+        self.top += torch.bincount(omega.argmax(-1), minlength=omega.shape[-1])
+
+    @classmethod
+    def pooled(cls, parts: Iterable[Seen]) -> Seen:
+        """The sums over disjoint parts of the tokens; there must be one."""
+        each = list(parts)
+        whole = cls(len(each[0].total))
+        for part in each:
+            whole.tokens += part.tokens
+            whole.entropy += part.entropy
+            whole.total += part.total
+            whole.top += part.top
+        return whole
+
+    @property
+    def mean(self) -> Tensor:
+        """[N], the share that every head has; at least one token must have been seen."""
+        return self.total / self.tokens
+
+    @property
+    def sharpness(self) -> float:
+        """The mean entropy of a token's weights, of ln N."""
+        return self.entropy / self.tokens / math.log(len(self.total))
+
+    @property
+    def balance(self) -> float:
+        """The entropy of the mean weights, of ln N."""
+        return float(torch.special.entr(self.mean).sum()) / math.log(len(self.total))
+
+
+def information(domains: Iterable[Seen]) -> float:
+    """The mutual information of head and domain, of ln N, from what was seen of every domain; each must have a token."""
+    parts = list(domains)
+    whole = Seen.pooled(parts)
+    within = sum(part.tokens / whole.tokens * part.balance for part in parts)
+    return max(0.0, whole.balance - within)
+
+
+def counted(omega: Tensor, masks: list[Tensor]) -> Tensor:
+    """The weights [T, N] of the tokens that are no padding."""
+    flat = omega.flatten(0, -2)
+    for mask in masks:
+        if mask.shape == omega.shape[:-1] or (omega.dim() == 2 and mask.dim() == 2 and mask.numel() == len(flat)):
+            return flat[mask.flatten().bool()]
+    return flat
+
+
+def head_factors(site: Site) -> Tensor:
+    """B [out, N, live] of a site's heads. Where they share no A, only what is a head's own: the rest of B̃'s columns are zeros."""
+    f = site.structure.factors(site.scale)
+    b = [*site.structure.linear(), f.B][0] if site.routed else f.B
+    b_onr = b.detach().unflatten(1, (f.heads, -1))
+    return b_onr if site.mask is None else b_onr[:, :, site.live()]
+
+
+def cosines(rows_nd: Tensor) -> list[list[float | None]]:
+    """Pairwise cosines of rows, [N][N]; None beside a row of zeros."""
+    lengths = rows_nd.norm(dim=1)
+    table = (rows_nd @ rows_nd.T) / (lengths[:, None] * lengths).clamp_min(1e-300)
+    zero = (lengths == 0).tolist()
+    return [
+        [None if zero[i] or zero[j] else max(-1.0, min(1.0, value)) for j, value in enumerate(row)]
+        for i, row in enumerate(table.tolist())
+    ]
+
+
+def likeness(site: Site) -> float | None:
+    """The mean cosine between the Bs of a routed site's heads; None while fewer than two of them are not 0."""
+    table = cosines(head_factors(site).double().transpose(0, 1).flatten(1))
+    pairs = [value for i, row in enumerate(table) for value in row[i + 1 :] if value is not None]
+    return sum(pairs) / len(pairs) if pairs else None

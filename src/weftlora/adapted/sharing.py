@@ -21,10 +21,13 @@ FUSED_QKV: frozenset[str] = frozenset({"c_attn", "q_attn", "qkv_proj", "query_ke
 CROSS_ATTENTION: tuple[str, ...] = ("cross", "encdec", "encoder_attn", "inter_attention")
 
 
-def shared_keys(choice: Structure, name: str, size: tuple[int, int, int]) -> dict[str, Hashable]:
-    """The key of every part that the module called `name` shares; `size` is (r, in, out)."""
+def shared_keys(
+    choice: Structure, name: str, size: tuple[int, int, int], *, expert: bool = False
+) -> dict[str, Hashable]:
+    """The key of every part that the module called `name` shares; `size` is (r, in, out). With `expert`, of an expert of the fused
+    parameter of that name."""
     parent, _, last = name.rpartition(".")
-    return choice.shared_keys(Place(name, Size(*size), same_input(parent, last)))
+    return choice.shared_keys(Place(name, Size(*size), None if expert else same_input(parent, last), expert))
 
 
 def same_input(parent: str, last: str) -> tuple[str, ...] | None:

@@ -14,18 +14,21 @@ Lists inside a block (T5's sublayers, experts) belong to the block. A block that
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.experts import WeftExperts, check_experts, expert_parameters
 from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import attention_inputs
 from weftlora.adapter.spec import WeftConfig
@@ -61,6 +64,8 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
         fan_in, out = base.weight.shape
         return fan_in, out
     if isinstance(base, nn.Linear):
+        if type(base).forward is not nn.Linear.forward and (why := why_not_linear(base)) is not None:
+            raise TargetError(f"{name} is a {kind}, which {why}: leave it out.")
         return base.in_features, base.out_features
     if (reading := reading_of(base)) is not None:
         return reading.sides
@@ -70,10 +75,10 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
             f"{name} is a {grouped}; of convolutions those without groups (Conv1d, Conv2d, Conv3d) carry an adapter: leave it out, or "
             "train it with modules_to_save."
         )
-    if cubes := [n for n, p in base.named_parameters() if p.dim() == 3]:
+    if cubes := expert_parameters(base):
         raise TargetError(
-            f"{name} holds 3-D expert parameters ({cubes[0]}), which are no linear modules: target attention and dense "
-            "modules instead, or use peft's LoraConfig(target_parameters=...)."
+            f"{name} holds experts as fused parameters ({cubes[0]}), no linear modules: name them in target_parameters, as in "
+            f"target_parameters=['{_last(name)}.{cubes[0]}']."
         )
     fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
     if isinstance(fan_in, int) and isinstance(out, int):
@@ -85,6 +90,47 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+@torch.no_grad()
+def why_not_linear(base: nn.Linear) -> str | None:
+    """What a linear module with a forward of its own gives instead of one tensor [..., out], as a clause; None where it gives that.
+
+    It is run on the meta device, without values and without touching the module. Quantised weights, which have kernels for real
+    tensors alone, are left to their first forward.
+    """
+    needed = [
+        p
+        for p in inspect.signature(base.forward).parameters.values()
+        if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    if len(needed) > 1:
+        return f"takes {' and '.join(p.name for p in needed)} instead of one input"
+    state = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    meta = {
+        name: torch.empty_like(value, device="meta")
+        for name, value in state.items()
+        if type(value) in (Tensor, nn.Parameter)
+    }
+    if len(meta) < len(state) or not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
+        return None
+    y: Any = None
+    for lead in ((2, 3), (6,)):  # some take a list of tokens only
+        x = torch.empty(*lead, base.in_features, device="meta", dtype=base.weight.dtype)
+        try:
+            y = functional_call(base, meta, (x,))
+            break
+        except NotImplementedError:  # an operation that the meta device does not have
+            return None
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            continue
+    else:
+        return f"does not take an input of {base.in_features} numbers per token, as a linear module does"
+    if not isinstance(y, Tensor):
+        return f"returns a {type(y).__name__} instead of one tensor, as routers do"
+    if y.shape != (*lead, base.out_features):
+        return f"gives another shape than a linear module, {list(y.shape)} for {list(x.shape)}"
+    return None
 
 
 def check_reading(config: WeftConfig, name: str, module: nn.Module) -> None:
@@ -164,13 +210,52 @@ def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
         names = list(refused)
         also = f" (and {len(names) - 1} more such modules)" if len(names) > 1 else ""
         warnings.warn(f"all-linear leaves out what cannot carry an adapter: {refused[names[0]]}{also}", stacklevel=6)
-    if experts := expert_parameters(model):
-        warnings.warn(
-            f"all-linear leaves out {len(experts)} 3-D expert parameters such as {experts[0]}: "
-            "weftlora adapts linear modules only.",
-            stacklevel=6,
-        )
     return left
+
+
+def all_experts(config: WeftConfig, model: nn.Module) -> set[str]:
+    """The full names of the fused parameters of experts that can carry an adapter, but what is excluded or trained in full.
+
+    Whatever cannot is left out with a warning that says why.
+    """
+    wanted = [n for n in expert_parameters(model) if not (_excluded(config, n) or trained_in_full(config, n))]
+    found: set[str] = set()
+    refused: list[TargetError] = []
+    for name in wanted:
+        try:
+            check_experts(config, name, model.get_submodule(name.rpartition(".")[0]))
+            found.add(name)
+        except TargetError as error:
+            refused.append(error)
+    if refused:
+        also = f" (and {len(refused) - 1} more such parameters)" if len(refused) > 1 else ""
+        warnings.warn(f"all-linear leaves out what cannot carry an adapter: {refused[0]}{also}", stacklevel=6)
+    return found
+
+
+def named_experts(config: WeftConfig, model: nn.Module) -> set[str]:
+    """The full names of the parameters that target_parameters names, as peft reads it: a name, or the end of one.
+
+    Raises:
+        TargetError: a name is that of no parameter, or of one that is no experts'.
+    """
+    wanted = sorted(config.target_parameters or ())
+    there = expert_parameters(model)
+    found: set[str] = set()
+    for target in wanted:
+        mine = {n for n in there if n == target or n.endswith(f".{target}")}
+        if not mine:
+            known = sorted({".".join(n.split(".")[-2:]) for n in there})
+            other = next((n for n, _ in model.named_parameters() if n == target or n.endswith(f".{target}")), None)
+            what = (
+                f"is the parameter {other}, and no experts' [experts, out, in]"
+                if other
+                else f"is none of {type(model).__name__}"
+            )
+            end = suggest(target, known) if known else "it has no fused experts; name linear modules in target_modules."
+            raise TargetError(f"target_parameters names {target!r}, which {what}: {end}")
+        found |= {n for n in mine if not (_excluded(config, n) or trained_in_full(config, n))}
+    return found
 
 
 def _excluded(config: WeftConfig, name: str) -> bool:
@@ -184,6 +269,8 @@ def _excluded(config: WeftConfig, name: str) -> bool:
 def default_targets(config: WeftConfig, model: nn.Module) -> set[str]:
     """What a config without target_modules adapts, by full names: every linear module, or the attention inputs where the structure
     asks for them; of a generating model that also sees or hears, its language part."""
+    if config.structure.targets == "experts" and expert_parameters(model):
+        return set()
     found = all_linear(config, model)
     if (part := language_part(model)) is not None and (inside := {n for n in found if n.startswith(f"{part}.")}):
         if rest := len(found) - len(inside):
@@ -248,19 +335,11 @@ def is_all_linear(config: WeftConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
-def expert_parameters(model: nn.Module) -> list[str]:
-    """The names of the 3-D parameters in which a mixture of experts holds its matrices."""
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.dim() == 3 and not name.endswith("conv.weight") and "expert" in name
-    ]
-
-
 def inside_adapter(model: nn.Module, name: str) -> bool:
     """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
     parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), BaseTunerLayer) for i in range(1, len(parts)))
+    above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
+    return any(isinstance(module, (BaseTunerLayer, WeftExperts)) for module in above)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -355,11 +434,11 @@ def no_match(config: WeftConfig, model: nn.Module) -> str:
     targets = config.target_modules
     linear = linear_names(model)
     wanted = sorted(targets) if isinstance(targets, set) else [str(targets)]
-    hit = [n for n in expert_parameters(model) if _last(n) in wanted]
+    hit = [n for n in expert_parameters(model) if _last(n) in wanted or any(n.endswith(f".{w}") for w in wanted)]
     if hit:
         return (
-            f"{hit[0]} is a 3-D expert parameter, not a linear module: target attention and dense modules instead, or use peft's "
-            "LoraConfig(target_parameters=...)."
+            f"{hit[0]} is a fused parameter of experts, not a linear module: name it in target_parameters, as in "
+            f"target_parameters=['{'.'.join(hit[0].split('.')[-2:])}']."
         )
     if not linear:
         return f"{type(model).__name__} has no linear module, so there is nothing that weftlora could adapt."

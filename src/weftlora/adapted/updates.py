@@ -16,8 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.experts import WeftExpertWeight
 from weftlora.adapted.hooks import in_mode
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError
 from weftlora.schedule.direction_ranking import MeanGate, factor_pair
 
@@ -73,18 +75,19 @@ def read_updates(
     if merged := next((name for name, layer in mine.items() if layer.merged), None):
         raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
     for name, layer in mine.items():
-        if isinstance(layer, WeftLinear) and layer.site(adapter).outside:
+        if isinstance(layer, WeftLayer) and layer.site(adapter).outside:
             structure = layer.site(adapter).structure.choice
             raise AdapterError(
                 f"{name} has {structure.method}, and {structure.no_closed_form}: directions are for an update of A and B."
             )
     gates = _mean_gates(model, mine, adapter, inputs)
-    return {
-        name: _weft_update(layer, adapter, gates.get(name))
-        if isinstance(layer, WeftLinear)
-        else _lora_update(name, cast(LoraLayer, layer), adapter)
-        for name, layer in mine.items()
-    }
+    found: dict[str, Update] = {}
+    for name, layer in mine.items():
+        if isinstance(layer, WeftLayer):
+            found |= {m.name: _weft_update(m.site, gates.get(m.name)) for m in layer.members(adapter)}
+        else:
+            found[name] = _lora_update(name, cast(LoraLayer, layer), adapter)
+    return found
 
 
 def adapter_names(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -102,14 +105,27 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def base_matrix(model: nn.Module, name: str) -> tuple[Tensor, str]:
     """W [out, in] of the module `name` as it is in memory, and its source as a `Member` has it."""
-    module = base_of(model).get_submodule(name)
+    module = module_of(model, name)
+    if isinstance(module, WeftExpertWeight):
+        return module.base_matrix(int(name.rpartition(".")[2])), "in memory"
     reader = module if isinstance(module, WeftLinear) else WeftLinear(_bare(module), name)
     return reader.base_matrix(), reader.base_source
 
 
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that the site called `name` stands on; of an expert the one that carries the adapters of all experts."""
+    base, (above, _, number) = base_of(model), name.rpartition(".")
+    if number.isdigit() and isinstance(layer := base.get_submodule(above), WeftExpertWeight):
+        return layer
+    return base.get_submodule(name)
+
+
 def is_transposed(model: nn.Module, name: str) -> bool:
     """Whether the module `name` keeps its weight as [in, out]."""
-    return isinstance(_bare(base_of(model).get_submodule(name)), Conv1D)
+    module = module_of(model, name)
+    if isinstance(module, WeftExpertWeight):
+        return module.layout.transposed
+    return isinstance(_bare(module), Conv1D)
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -117,13 +133,12 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def _names(layer: BaseTunerLayer) -> list[str]:
-    if isinstance(layer, WeftLinear):
+    if isinstance(layer, WeftLayer):
         return list(layer.weft_site)
     return list(layer.lora_A) if isinstance(layer, LoraLayer) else []
 
 
-def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Update:
-    site = layer.site(adapter)
+def _weft_update(site: Site, gate: MeanGate | None) -> Update:
     a, b, scale = factor_pair(site, gate)
     found = Update(a, scale * b, site.phase)
     extra = site.boost or site.start
@@ -145,7 +160,7 @@ def _weft_update(layer: WeftLinear, adapter: str, gate: MeanGate | None) -> Upda
 
 def update_of(layer: WeftLinear, adapter: str) -> tuple[Tensor, Tensor]:
     """(A [R, in], B [out, R]) of one unrouted adapter on one layer, fp64, with B A = ΔW: all of its slots, those of Dash last."""
-    return _weft_update(layer, adapter, None).factors()
+    return _weft_update(layer.site(adapter), None).factors()
 
 
 def _lora_update(name: str, layer: LoraLayer, adapter: str) -> Update:
@@ -169,8 +184,9 @@ def _mean_gates(
     model: nn.Module, layers: Mapping[str, BaseTunerLayer], adapter: str, inputs: Iterable[Mapping[str, Any]] | None
 ) -> dict[str, MeanGate]:
     """The mean gate of every routed site over `inputs`, in evaluation mode."""
-    sites = {name: layer.site(adapter) for name, layer in layers.items() if isinstance(layer, WeftLinear)}
-    gates: dict[str, MeanGate] = {name: _Watched(site) for name, site in sites.items() if site.routed}
+    members = [m for layer in layers.values() if isinstance(layer, WeftLayer) for m in layer.members(adapter)]
+    routed = {member.name: member for member in members if member.held.routed}
+    gates: dict[str, MeanGate] = {name: _Watched(member.held) for name, member in routed.items()}
     if not gates:
         return {}
     if inputs is None:
@@ -178,14 +194,14 @@ def _mean_gates(
             f"adapter {adapter!r} is routed, so its ΔW depends on the token: give weftlora.directions(..., inputs=[batch, ...]) to "
             "measure it at the mean gate."
         )
-    meters = {name: sites[name].gate_meter for name in gates}
+    meters = {name: routed[name].meter for name in gates}
     with in_mode(model, training=False), torch.no_grad():
         try:
             for name, gate in gates.items():
-                sites[name].gate_meter = gate
+                routed[name].listen(gate)
             for batch in inputs:
                 model(**batch)
         finally:
             for name, meter in meters.items():
-                sites[name].gate_meter = meter
+                routed[name].listen(meter)
     return gates

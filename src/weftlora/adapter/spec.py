@@ -23,8 +23,7 @@ from peft import LoraConfig, PeftConfig, PeftType
 
 from weftlora.adapter import before_configs, compat
 from weftlora.errors import AdapterError, ConfigError, suggest, unknown_key
-from weftlora.foreign_json import from_json
-from weftlora.foreign_text import for_markdown
+from weftlora.foreign_text import for_markdown, from_json
 from weftlora.settings import Epochs, is_number, is_whole
 from weftlora.terms import registry
 from weftlora.terms.axes import AXES, PROTOCOLS
@@ -121,10 +120,14 @@ class WeftConfig(PeftConfig):
             one attention, gate and up of one MLP), which is faster. Under torch.compile it is always "linear".
         target_modules: names (suffixes), one regex, or "all-linear". None takes "all-linear"; for Tied the attention
             input projections, as its paper does.
+        target_parameters: names (suffixes) of fused parameters [experts, out, in] of a mixture of experts, each expert of which
+            gets an adapter of its own: ["experts.gate_up_proj", "experts.down_proj"]. None takes all of them where target_modules is
+            "all-linear" or takes it by default, else none; [] takes none. Without target_modules they alone are adapted.
         exclude_modules: names or one regex of modules to leave alone.
         layers_to_transform: block index or indices to adapt; not together with a regex.
         layers_pattern: name of the list of blocks, where peft cannot tell.
-        rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins.
+        rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins. Expert 3 of a fused
+            parameter is called "experts.gate_up_proj.3".
         modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
         trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
             a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
@@ -152,6 +155,7 @@ class WeftConfig(PeftConfig):
     lora_dropout: float = 0.0
     dropout_mask: str = "linear"
     target_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | set[str] | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -209,7 +213,7 @@ class WeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)):
-                if not value:
+                if not value and not (name == "target_modules" and self.target_parameters):
                     raise ConfigError(f"{name}=[] names no module: name some, or leave it out.")
                 _check_names(value, name)
                 setattr(self, name, set(value))
@@ -219,6 +223,9 @@ class WeftConfig(PeftConfig):
                 )
             elif isinstance(value, str):
                 _check_regex(value, name)
+        if self.target_parameters is not None:
+            _check_names(self.target_parameters, "target_parameters")
+            self.target_parameters = set(self.target_parameters)
         if self.modules_to_save is not None:
             _check_names(self.modules_to_save, "modules_to_save")
         if self.trainable_token_indices is not None:
@@ -270,9 +277,9 @@ class WeftConfig(PeftConfig):
         out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for axis in AXES:
             out[axis] = encode_choice(out[axis])
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
-        for name, usual in (("init_lora_weights", True), ("ensure_weight_tying", False)):
+        for name, usual in (("init_lora_weights", True), ("ensure_weight_tying", False), ("target_parameters", None)):
             if out[name] is usual:  # files of those who do not ask for it are as they were
                 del out[name]
         out["peft_type"] = "WEFT"
@@ -343,7 +350,6 @@ _ELSEWHERE = {
     "use_dora": "DoRA is no choice of an axis",
     "lora_bias": "an update has no bias of its own",
     "layer_replication": "no layer of the base is doubled",
-    "target_parameters": "only modules are adapted, no bare parameters",
 }
 """What a LoraConfig can ask for and weftlora refuses: why, where there is more to say than that it is stock LoRA's."""
 

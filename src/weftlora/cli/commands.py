@@ -118,7 +118,12 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run folder; with --adapter none also a recipe.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder, an adapter folder or a model, with data.test=FILE; with --adapter none also a recipe."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.test=more.jsonl")
     ] = None,
@@ -135,7 +140,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a run, or its frozen base, on held-out rows."""
+    """Measure a run, or its frozen base, on held-out rows; or an adapter folder or a model, on rows that you name."""
     with output.working(as_json, quiet) as progress:
         from weftlora.train import evaluate as call
 

@@ -188,9 +188,9 @@ def _kernel() -> str:
 
 def _nodes(adapted: Path) -> dict[str, str]:
     from weftlora.adapted.fusion import nodes
-    from weftlora.train.evaluation import open_source
+    from weftlora.train.evaluation import Source
 
-    return nodes(open_source(adapted, None).model)
+    return nodes(Source.of(adapted, None).loaded().model)
 
 
 def _version(package: str) -> str | None:

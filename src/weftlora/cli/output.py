@@ -355,7 +355,8 @@ _SCORES = (
 def evaluation_table(evaluation: Evaluation) -> Table:
     """One row of scores per domain and one for all."""
     shown = [column for column in _SCORES if getattr(evaluation.scores, column[0]) is not None]
-    title = f"{evaluation.run or 'frozen base'} · adapter {evaluation.adapter} · {evaluation.split}"
+    whose = evaluation.run or ("frozen base" if evaluation.adapter == "none" else "by itself")
+    title = f"{whose} · adapter {evaluation.adapter} · {evaluation.split}"
     made = table("domain", *(name for _, name, _ in shown), title=title)
 
     def add(name: str, scores: Scores) -> None:

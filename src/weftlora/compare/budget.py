@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapted.targets import Blocks
 from weftlora.adapter.spec import WeftConfig
 from weftlora.compare.methods import RANKS, Contender, about, selecting_blocks
@@ -86,7 +86,7 @@ class Scales:
             warnings.simplefilter("ignore")
             model = self.adapted({key: value for key, value in section.items() if key != "layers"}).get_base_model()
         blocks = Blocks(models.skeleton(self.base, self.task, self.labels))
-        sites = [layer.module_name for layer in model.modules() if isinstance(layer, WeftLinear)]
+        sites = [layer.module_name for layer in model.modules() if isinstance(layer, WeftLayer)]
         return sorted({blocks.number[name] for name in map(blocks.of, sites) if name is not None})
 
 

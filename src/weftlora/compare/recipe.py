@@ -23,10 +23,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from weftlora.compare import record
+from weftlora.data.config import RecipeSection
 from weftlora.data.paths import checked_path
 from weftlora.errors import ConfigError
 from weftlora.runs.recipe import Subject, TrainConfig, read_file
-from weftlora.sections import RecipeSection
 from weftlora.settings import is_number, is_whole
 
 MOST_SEEDS = 1000

@@ -1,4 +1,4 @@
-"""The `data:` section of a recipe file.
+"""The `data:` section of a recipe file, and what every section of one is.
 
 data: demo                                  # the bundled tasks
 data: rows.jsonl                            # format and columns found from all rows
@@ -15,11 +15,10 @@ import string
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from weftlora.data.paths import resolve_path
-from weftlora.errors import ConfigError, DataError
-from weftlora.sections import RecipeSection
+from weftlora.errors import ConfigError, DataError, unknown_key
 
 DEMO = "demo"
 SPLITS = ("train", "validation", "test")
@@ -30,6 +29,36 @@ Written = str | list[str] | dict[str, Annotated[float, Field(gt=0, le=1000)]]
 Task = Literal["causal", "seq2seq", "classification"]
 """What a model is trained to do: continue a text, answer another one, or name its class."""
 Format = Literal["prompt_completion", "chat", "text", "classification"]
+
+
+class RecipeSection(BaseModel):
+    """Base of every section of a recipe file: frozen, no unknown keys (the nearest valid one is named), no strings read as numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
+    where: ClassVar[str] = "this section"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    raise unknown_key(str(key), cls.model_fields, cls.where)
+        return data
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """Validate `data`; a failure is one `ConfigError` sentence naming the field and the value given."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
+                raise cause from None
+            field = ".".join(str(part) for part in first["loc"]) or cls.where
+            if first["type"] == "missing":
+                raise ConfigError(f"{cls.where} lacks {field}: add it.") from None
+            raise ConfigError(f"{cls.where}: {field}={first.get('input')!r} is not valid: {first['msg']}.") from None
 
 
 class Fields(RecipeSection):

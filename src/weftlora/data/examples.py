@@ -96,6 +96,11 @@ class Example:
         """Nothing to learn: no answer text, or no text to classify (`examples` leaves `answer` blank then)."""
         return not self.answer.strip()
 
+    @property
+    def size(self) -> int:
+        """Characters of its text."""
+        return len(self.prompt) + len(self.answer) + sum(len(str(each.get("content", ""))) for each in self.messages)
+
     def key(self, split_on: str = "row") -> str:
         """Equal for rows that are exact duplicates, or that share their prompt with `split_on="prompt"`."""
         held = (self.prompt, self.messages[:-1]) if split_on == "prompt" else (self.prompt, self.messages, self.answer)

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 import warnings
+from array import array
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -45,7 +46,9 @@ Numbers = np.ndarray[Any, np.dtype[Any]]
 LARGE = 20_000
 """Rows from which on a split is encoded into a file, and kept for the next start."""
 AT_ONCE = 500
-"""Rows that are encoded in one call."""
+"""Rows that are encoded in one call, ..."""
+TEXT_AT_ONCE = 1 << 20
+"""... and characters of them: a token and its offsets take some 200 bytes while they are Python's."""
 
 
 def carve(keys: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -124,7 +127,7 @@ class Looked:
     @classmethod
     def at(cls, parts: Sequence[Part], config: DataConfig) -> Looked:
         """Look at every row once. Raises DataError on the first that cannot be used."""
-        key, place, empty = [], [], []
+        key, place, empty = array("Q"), array("Q"), bytearray()
         answers: set[str] = set()
         domains: set[str] = set()
         starts = [0]
@@ -142,12 +145,12 @@ class Looked:
                 if found.domain is not None:
                     domains.add(found.domain)
             starts.append(len(key))
-        keys = np.array(key, np.uint64)
+        keys = np.frombuffer(key, np.uint64)
         return cls(
             tuple(parts),
             keys,
-            np.array(place, np.uint64) if by_prompt else keys,
-            np.array(empty, bool),
+            np.frombuffer(place, np.uint64) if by_prompt else keys,
+            np.frombuffer(empty, bool),
             tuple(starts),
             answers,
             domains,
@@ -230,7 +233,19 @@ def encoded_rows(split: Split, encode: Encode, indices: Sequence[int]) -> list[M
     """The rows at `indices` that are not empty, with what becomes of them."""
     held = [index for index in indices if not split.looked.empty[index]]
     rows = split.looked.examples(held)
-    return [(index, row.domain, parts) for index, row, parts in zip(held, rows, encode(rows), strict=True)]
+    made = [parts for some in _by_size(rows) for parts in encode(some)]
+    return [(index, row.domain, parts) for index, row, parts in zip(held, rows, made, strict=True)]
+
+
+def _by_size(rows: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """`rows` in runs of at most TEXT_AT_ONCE characters, or of one row."""
+    start = size = 0
+    for at, row in enumerate(rows):
+        if size and size + row.size > TEXT_AT_ONCE:
+            yield rows[start:at]
+            start, size = at, 0
+        size += row.size
+    yield rows[start:]
 
 
 def features(form: Format, task: Task, domain: bool) -> Any:
@@ -370,6 +385,7 @@ def load(
     base_dir: str | os.PathLike[str] | None = None,
     task: Task | None = None,
     labels: Sequence[str] | None = None,
+    only: str | None = None,
 ) -> Loaded:
     """Read, split and tokenise what `config` names.
 
@@ -377,6 +393,7 @@ def load(
         base_dir: where relative paths start, the recipe file's folder; default the working folder.
         task: what the model does; by default `classification` for labelled text, else `causal`.
         labels: class names in the order of a model trained before; by default those of the training file.
+        only: read the rows of this split and no others, to be measured; they are the result's `train`.
 
     Validation rows are carved from the training rows when none are given (`validation_fraction`), deterministically and
     with no row on both sides. Splits of 20,000 rows and more are encoded into the user's cache folder, smaller ones in memory.
@@ -386,12 +403,12 @@ def load(
     """
     frame = Frame.of(tokenizer)
     max_length = _max_length(config, frame)
-    kept = cache.Entry.of(config, tokenizer, base_dir, (task, labels, max_length))
+    kept = cache.Entry.of(config, tokenizer, base_dir, (task, labels, max_length, only))
     found = kept.read() if kept is not None else None
     if found is None:
         place = cache.Workplace(kept)
         try:
-            found = place.finish(_load(config, frame, base_dir, task, labels, max_length, place))
+            found = place.finish(_load(config, frame, base_dir, task, labels, max_length, place, only))
         finally:
             place.leave()
     for note in found.notes:
@@ -407,8 +424,20 @@ def _load(
     labels: Sequence[str] | None,
     max_length: int,
     place: cache.Workplace,
+    only: str | None,
 ) -> Loaded:
-    parts = parts_of(config, base_dir, Blocks(frame.lengths, max_length - len(frame.opened([]))), task)
+    blocks = Blocks(frame.lengths, max_length - len(frame.opened([])))
+    if only is None:
+        parts = parts_of(config, base_dir, blocks, task)
+    else:
+        parts = {"train": parts_of(config, base_dir, blocks, task, (only,))[only]}
+        config = config.model_copy(
+            update={
+                "limit": getattr(config, f"{only}_limit", None) or config.limit,
+                "validation_fraction": 0.0,
+                "packing": False,
+            }
+        )
     form = parts["train"][0].columns.format
     task = _task(task, form)
     looked = {name: Looked.at(held, config) for name, held in parts.items()}

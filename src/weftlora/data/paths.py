@@ -12,8 +12,7 @@ from pathlib import Path
 
 from weftlora.disk.files import check_regular, user_cache
 from weftlora.errors import ConfigError, DataError, ModelError
-from weftlora.foreign_json import from_json
-from weftlora.foreign_text import shortened
+from weftlora.foreign_text import from_json, shortened
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 

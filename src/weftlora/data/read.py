@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, overload
 from weftlora.data.config import ENDINGS, DataConfig, ending, missing
 from weftlora.disk.files import check_regular, file_digest
 from weftlora.errors import ConfigError, DataError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 
 if TYPE_CHECKING:
     from datasets import Dataset

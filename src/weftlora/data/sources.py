@@ -36,12 +36,16 @@ class Part:
 
 
 def parts_of(
-    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks, task: Task | None
+    config: DataConfig,
+    base_dir: str | os.PathLike[str] | None,
+    blocks: Blocks,
+    task: Task | None,
+    splits: Sequence[str] = SPLITS,
 ) -> dict[str, list[Part]]:
-    """The files of each split, each with its columns; those of the training files are known to the other splits."""
+    """The files of each of `splits`, each with its columns; those of the training files are known to the other splits."""
     wanted: Format | None = "classification" if task == "classification" else None
     parts: dict[str, list[Part]] = {}
-    for split, held in _sources(config, base_dir, blocks).items():
+    for split, held in _sources(config, base_dir, blocks, splits).items():
         trained = parts.get("train", [])
         for source, weight in held:
             for one in flat(source):
@@ -58,17 +62,17 @@ def parts_of(
 
 
 def _sources(
-    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks
+    config: DataConfig, base_dir: str | os.PathLike[str] | None, blocks: Blocks, splits: Sequence[str]
 ) -> dict[str, list[tuple[Source, float]]]:
     """The sources of each split that is given; one training source with further splits supplies those that are not."""
     sources: dict[str, list[tuple[Source, float]]] = {}
-    for split in SPLITS:
+    for split in splits:
         written = named(getattr(config, split))
         if not written and config.train == DEMO:
             written = [(DEMO, 1.0)]
         for name, weight in written:
             sources.setdefault(split, []).append((_source(name, split, config, base_dir, blocks), weight))
-        if not written and len(sources["train"]) == 1 and split in (parts := sources["train"][0][0].parts):
+        if not written and len(sources.get("train", ())) == 1 and split in (parts := sources["train"][0][0].parts):
             sources[split] = [(parts[split], 1.0)]
     return sources
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from weftlora.disk.ownership import is_temporary, keep_foreign, temporary
 from weftlora.errors import RunError, WeftError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.redaction import redacted
 
 

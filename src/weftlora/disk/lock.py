@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from weftlora.disk.files import writing
 from weftlora.errors import RunError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 
 NAME = ".weft-lock"
 PATIENCE = 1.0

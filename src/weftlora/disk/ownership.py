@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from weftlora.errors import RunError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 
 TEMPORARY = re.compile(r"\..*\.weft-[0-9a-f]{16}", re.DOTALL)
 """The name of what is not finished: nobody can guess it, so nothing of anybody's can wait there."""

@@ -45,6 +45,46 @@ class Pair:
         """ΔW [out, in]."""
         return self.b @ self.a
 
+    def rounded(self, dtype: torch.dtype) -> Pair:
+        """With its factors rounded to `dtype`."""
+        return Pair(self.a.to(dtype).double(), self.b.to(dtype).double())
+
+
+@dataclass(frozen=True)
+class Stack:
+    """ΔW of every expert of one fused parameter, in the layout that stock peft reads for it: one rank, the largest, A of expert after
+    expert in one matrix, B of slot after slot."""
+
+    pairs: tuple[Pair, ...]
+    room: int = 0
+
+    @property
+    def rank(self) -> int:
+        """That of every expert."""
+        return max(self.room, *(pair.rank for pair in self.pairs))
+
+    def padded(self, rank: int) -> Stack:
+        """The same products with `rank` slots."""
+        return Stack(self.pairs, rank)
+
+    @property
+    def a(self) -> Tensor:
+        """[E·R, in]: row e·R + k is slot k of expert e."""
+        return torch.cat([pair.padded(self.rank).a for pair in self.pairs])
+
+    @property
+    def b(self) -> Tensor:
+        """[out, R·E]: column k·E + e is slot k of expert e."""
+        return torch.stack([pair.padded(self.rank).b for pair in self.pairs], 2).flatten(1)
+
+    def delta(self) -> Tensor:
+        """ΔW [E, out, in]."""
+        return torch.stack([pair.delta() for pair in self.pairs])
+
+    def rounded(self, dtype: torch.dtype) -> Stack:
+        """With its factors rounded to `dtype`."""
+        return Stack(tuple(pair.rounded(dtype) for pair in self.pairs), self.room)
+
 
 def closed_form(site: Site, mean_gate: Tensor | None = None) -> Pair:
     """The live slots of a site.
@@ -97,7 +137,7 @@ def combined(pairs: Iterable[Pair]) -> Pair:
     return Pair(torch.cat([pair.a for pair in each]), torch.cat([pair.b for pair in each], 1))
 
 
-def common_rank(pairs: Mapping[str, Pair], server_ranks: bool) -> int:
+def common_rank(pairs: Mapping[str, Pair | Stack], server_ranks: bool) -> int:
     """One rank with room for every site; one that servers know, if asked for.
 
     Raises:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -20,14 +20,15 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from weftlora.adapted.experts import WeftExperts, WeftExpertWeight
 from weftlora.adapted.updates import base_of
 from weftlora.disk.files import restore, unfinished, why_no_file, write_folder, writing
 from weftlora.disk.lock import beside, holding
 from weftlora.disk.ownership import is_export, listed, of_export
 from weftlora.errors import AdapterError, ConfigError, RunError, suggest
-from weftlora.export.factors import Pair
+from weftlora.export.factors import Pair, Stack
 from weftlora.export.source import Source
-from weftlora.host.stock_lora import HOST, stock_config
+from weftlora.host.stock_lora import HOST, as_parameters, stock_config
 
 SCRATCH = ".proof"
 """Folder inside the unfinished one, for what a proof needs; gone before the rename."""
@@ -114,11 +115,14 @@ def config_of(source: Source, ranks: Mapping[str, int], drawn: Sequence[str], ba
     configs = [config for name in source.adapters if (config := _peft_config(source.model, name)) is not None]
     saved = sorted({*drawn, *(module for config in configs for module in config.modules_to_save or [])})
     kinds = {layer.module_name: type(layer.get_base_layer()).__name__ for layer in source.layers}
+    experts = {layer.module_name for layer in source.layers if isinstance(layer, WeftExpertWeight)}
     inside = tuple(f"{name}." for name in kinds)
-    modules = [name for name, _ in base_of(source.model).named_modules() if name and not name.startswith(inside)]
+    base = base_of(source.model)
+    modules = [n for n, _ in base.named_modules() if n and not n.startswith(inside) and n not in experts]
     return stock_config(
         modules,
         ranks,
+        parameters={name: name for name in ranks if name in experts} | as_parameters(base, set(ranks) - experts),
         fan_in_fan_out=any(kinds[name] == "Conv1D" for name in ranks),
         task_type=configs[0].task_type if configs else None,
         modules_to_save=saved or None,
@@ -138,19 +142,39 @@ def hub_id(base: str | None) -> str | None:
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 
+def stock_keys(source: Source, sites: Collection[str]) -> dict[str, str]:
+    """{site: what stock peft calls the module that holds its A and B}: its own name, but for experts.
+
+    Stock peft wraps a module of experts once per adapted parameter, in the order in which it has them: the last is outside.
+    """
+    keys = {name: name for name in sites}
+    for path, module in base_of(source.model).named_modules():
+        if isinstance(module, WeftExperts):
+            own = [n for n, _ in module.base_layer.named_parameters(recurse=False) if f"{path}.{n}" in keys]
+            for depth, name in enumerate(reversed(own)):
+                keys[f"{path}.{name}"] = path + ".base_layer" * depth
+    return keys
+
+
 def save(
-    place: Path, config: LoraConfig, sites: Mapping[str, Pair], heads: Mapping[str, Tensor], dtype: torch.dtype
+    place: Path,
+    config: LoraConfig,
+    sites: Mapping[str, Pair | Stack],
+    heads: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    keys: Mapping[str, str],
 ) -> None:
     """adapter_config.json and adapter_model.safetensors as stock peft writes them.
 
     Args:
         heads: {name in the base model: value} of what was trained in full.
+        keys: as `stock_keys` has them.
 
     Raises:
         AdapterError: a value does not fit into `dtype`.
     """
-    tensors = {f"{HOST}{name}.lora_A.weight": pair.a.to(dtype) for name, pair in sites.items()}
-    tensors |= {f"{HOST}{name}.lora_B.weight": pair.b.to(dtype) for name, pair in sites.items()}
+    tensors = {f"{HOST}{keys[name]}.lora_A.weight": pair.a.to(dtype) for name, pair in sites.items()}
+    tensors |= {f"{HOST}{keys[name]}.lora_B.weight": pair.b.to(dtype) for name, pair in sites.items()}
     tensors |= {f"{HOST}{name}": value.detach().to("cpu", dtype) for name, value in heads.items()}
     if wrong := next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None):
         raise AdapterError(
@@ -160,8 +184,9 @@ def save(
     config.save_pretrained(str(place))
     written = place / "adapter_config.json"
     content = json.loads(written.read_text(encoding="utf-8"))
-    if isinstance(names := content["target_modules"], list):  # peft writes a set: the same export is the same file
-        content["target_modules"] = sorted(names)
+    for field in ("target_modules", "target_parameters"):
+        if isinstance(names := content.get(field), list):  # peft writes a set: the same export is the same file
+            content[field] = sorted(names)
     written.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     own = {name: t.contiguous().clone() for name, t in tensors.items()}  # safetensors takes no shared memory
     save_file(own, place / "adapter_model.safetensors", {"format": "pt"})

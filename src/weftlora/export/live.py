@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.quantised import is_quantised
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
@@ -80,7 +80,7 @@ def shell(model: nn.Module, adapters: Sequence[str]) -> Iterator[nn.Module]:
 def activate(model: nn.Module, adapters: Sequence[str]) -> None:
     """Make these the active adapters, without asking the host's wrapper, which takes one name only."""
     for module in model.modules():
-        if isinstance(module, WeftLinear):
+        if isinstance(module, WeftLayer):
             cast(Any, module).enable_adapters(True)
             module.set_adapter(list(adapters))
         elif isinstance(module, ModulesToSaveWrapper):
@@ -148,7 +148,7 @@ def conv1d(base: Conv1D, w: Tensor) -> Conv1D:
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The base's own function, within the block."""
     switches: list[Any] = [
-        m for m in model.modules() if isinstance(m, (WeftLinear, ModulesToSaveWrapper)) and not m.disable_adapters
+        m for m in model.modules() if isinstance(m, (WeftLayer, ModulesToSaveWrapper)) and not m.disable_adapters
     ]
     try:
         for switch in switches:

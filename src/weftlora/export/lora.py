@@ -20,12 +20,13 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from weftlora.adapted.experts import WeftExpertWeight
 from weftlora.adapted.quantised import format_of
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.export import folder, live, record
-from weftlora.export.factors import Pair, closed_form, combined, common_rank
-from weftlora.export.folder import config_of, name_of, save
+from weftlora.export.factors import Pair, Stack, closed_form, combined, common_rank
+from weftlora.export.folder import config_of, name_of, save, stock_keys
 from weftlora.export.live import Gates, mean_gates
 from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
@@ -82,7 +83,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             prover = Prover.of(own, plainly(own, source), inputs or inputs_of(source, None), measured)
 
         def fill(place: Path) -> None:
-            done.append(write(place, bare, config, sites, heads, choices.dtype, prover))
+            done.append(write(place, bare, config, sites, heads, choices.dtype, prover, stock_keys(source, sites)))
             if prover is not None and gates is not None:
                 done.append(replace(done[-1], approximation=prover.approximation(gates, measured)))
             source.say_prompts(place)
@@ -149,17 +150,21 @@ def check_vocabulary(source: Source) -> None:
         )
 
 
-def pairs(source: Source, gates: Gates) -> dict[str, Pair]:
-    """Every site's update as one pair; several adapters side by side."""
-    found = {}
+def pairs(source: Source, gates: Gates) -> dict[str, Pair | Stack]:
+    """Every site's update as one pair, those of a parameter's experts as one stack; several adapters side by side."""
+    found: dict[str, Pair | Stack] = {}
     for layer in source.layers:
         name = layer.module_name
         mine = [adapter for adapter in source.adapters if adapter in layer.weft_site]
-        found[name] = combined(closed_form(layer.site(a), gates.get(a, {}).get(name)) for a in mine)
+        if isinstance(layer, WeftExpertWeight):
+            sites = zip(*([m.site for m in layer.members(a)] for a in mine), strict=True)
+            found[name] = Stack(tuple(combined(map(closed_form, own)) for own in sites))
+        else:
+            found[name] = combined(closed_form(layer.site(a), gates.get(a, {}).get(name)) for a in mine)
     return found
 
 
-def laid_out(found: Mapping[str, Pair], choices: Choices) -> dict[str, Pair]:
+def laid_out(found: Mapping[str, Pair | Stack], choices: Choices) -> dict[str, Pair | Stack]:
     """The sites that have a slot, at one rank where the layout asks for it.
 
     Raises:
@@ -180,32 +185,32 @@ def write(
     place: Path,
     bare: LoraExport,
     config: LoraConfig,
-    sites: Mapping[str, Pair],
+    sites: Mapping[str, Pair | Stack],
     heads: Mapping[str, Tensor],
     dtype: torch.dtype,
     prover: Prover | None,
+    keys: Mapping[str, str],
 ) -> LoraExport:
     """The two files, and what was measured of them: in fp32 first, whatever they are to be in the end.
 
     Raises:
         AdapterError: stock peft does not compute what the live adapter does; a value does not fit into the dtype.
     """
-    save(place, config, sites, heads, torch.float32)
+    save(place, config, sites, heads, torch.float32, keys)
     proof = None if prover is None else prover.prove(place, bare.ranks)
     if dtype == torch.float32:
         return replace(bare, proof=proof)
-    save(place, config, sites, heads, dtype)
+    save(place, config, sites, heads, dtype, keys)
     error = None if prover is None else prover.compared(prover.of_adapter(place, bare.ranks), None).error
     return replace(bare, proof=proof, rounding=Rounding(name_of(dtype), lost_to(dtype, sites), error))
 
 
-def lost_to(dtype: torch.dtype, sites: Mapping[str, Pair]) -> float:
+def lost_to(dtype: torch.dtype, sites: Mapping[str, Pair | Stack]) -> float:
     """The share of all ‖ΔW‖ that goes when the factors are rounded to `dtype`."""
     lost = whole = 0.0
     for pair in sites.values():
         exact = pair.delta()
-        less = Pair(*(t.to(dtype).double() for t in (pair.a, pair.b)))
-        lost += float((less.delta() - exact).square().sum())
+        lost += float((pair.rounded(dtype).delta() - exact).square().sum())
         whole += float(exact.square().sum())
     return math.sqrt(lost / whole) if whole else 0.0
 
@@ -223,8 +228,9 @@ def lora_bytes(source: Source) -> int | None:
     whole = trained_modules(base_of(source.model), source.adapters) | in_full(drawn_parts(source), found)
     sites = {name: pair for name, pair in found.items() if pair.rank}
     shapes = {f"{HOST}{name}": tuple(value.shape) for name, value in whole.items()}
+    keys = stock_keys(source, sites)
     for name, pair in sites.items():
-        shapes |= {f"{HOST}{name}.lora_{part}.weight": tuple(getattr(pair, part.lower()).shape) for part in "AB"}
+        shapes |= {f"{HOST}{keys[name]}.lora_{part}.weight": tuple(getattr(pair, part.lower()).shape) for part in "AB"}
     return file_bytes(shapes) if sites else None
 
 

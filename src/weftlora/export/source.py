@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.experts import WeftExperts
 from weftlora.adapted.frozen_weights import Checkpoint
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.updates import adapter_names, base_of
 from weftlora.data.paths import is_model
 from weftlora.disk.ownership import PROMPTS
 from weftlora.errors import AdapterError, ConfigError, MergeError, ModelError, WeftError, suggest
-from weftlora.export.factors import Pair
+from weftlora.export.factors import Pair, Stack
 from weftlora.export.live import Batch, seeded_ids
 from weftlora.extras import needs
 from weftlora.host.attach import warn_of_missing
@@ -70,9 +71,9 @@ class Source:
             shutil.copyfile(self.folder / PROMPTS, place / PROMPTS)
 
     @property
-    def layers(self) -> list[WeftLinear]:
+    def layers(self) -> list[WeftLayer]:
         """The layers that carry one of the adapters, in the order of the model."""
-        found = [m for m in self.model.modules() if isinstance(m, WeftLinear)]
+        found = [m for m in self.model.modules() if isinstance(m, WeftLayer)]
         return [layer for layer in found if any(name in layer.weft_site for name in self.adapters)]
 
 
@@ -141,7 +142,7 @@ def _check(source: Source) -> None:
 
 
 def _in_memory(model: nn.Module, base: str | Path | None) -> Source:
-    if not any(isinstance(m, WeftLinear) for m in model.modules()) and not foreign_layers(model):
+    if not any(isinstance(m, WeftLayer) for m in model.modules()) and not foreign_layers(model):
         raise AdapterError(
             "the model has no adapter to export: give one made with get_peft_model or load_adapter, or a folder."
         )
@@ -291,7 +292,7 @@ def drawn_parts(source: Source) -> dict[str, nn.Module]:
     for name, module in base.named_modules():
         if PARTS.isdisjoint(name.split(".")) or any(name.startswith(f"{top}.") for top in above):
             continue
-        if isinstance(module, (ModulesToSaveWrapper, WeftLinear)):
+        if isinstance(module, (ModulesToSaveWrapper, WeftLinear, WeftExperts)):
             above.append(name)
         if isinstance(module, ModulesToSaveWrapper):
             continue
@@ -313,7 +314,7 @@ def _has(stored: set[str], wanted: str) -> bool:
     return any(key == wanted or wanted.endswith(f".{key}") or key.endswith(f".{wanted}") for key in stored)
 
 
-def in_full(drawn: dict[str, nn.Module], pairs: dict[str, Pair]) -> dict[str, Tensor]:
+def in_full(drawn: dict[str, nn.Module], pairs: dict[str, Pair | Stack]) -> dict[str, Tensor]:
     """{name in the base model: value} of the drawn parts, with the update of those that carry one; they leave `pairs`."""
     values: dict[str, Tensor] = {}
     for name, module in drawn.items():

@@ -95,11 +95,12 @@ def _run(job: dict[str, Any]) -> str | None:
 
 def _sites(model: Any, wanted: dict[str, int]) -> str | None:
     """What stock peft made of the config, where that is not rank `wanted` and scale 1 at exactly those sites."""
-    found = {
-        name: (layer.r["default"], layer.scaling["default"])
-        for name, layer in model.get_base_model().named_modules()
-        if "default" in getattr(layer, "lora_A", ())
-    }
+    found = {}
+    for name, layer in model.get_base_model().named_modules():
+        if "default" in getattr(layer, "lora_A", ()):
+            site = name.replace(".base_layer", "")
+            whole = f"{site}.{getattr(layer, 'parameter_name', 'weight')}"
+            found[whole if whole in wanted else site] = layer.r["default"], layer.scaling["default"]
     meant = {name: (rank, 1.0) for name, rank in wanted.items()}
     wrong = sorted(name for name in found.keys() | meant.keys() if found.get(name) != meant.get(name))
     if not wrong:

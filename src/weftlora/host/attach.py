@@ -9,6 +9,7 @@ scores of rank slots, need this one, before training; `weftlora train` makes it,
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
@@ -58,26 +60,63 @@ IN_TURN = ("start", "boost", "ranks", "structure", "layers")
 """The order in which axes act that are due after the same step."""
 
 
-def make_schedule(layers: Sequence[WeftLinear], adapter_name: str, config: WeftConfig) -> None:
+def make_schedule(layers: Sequence[WeftLayer], adapter_name: str, config: WeftConfig) -> None:
     """Hang a schedule on the first of the adapter's sites, if its config has anything that happens over time."""
-    members = [
-        Member(layer.module_name, layer.site(adapter_name), layer.base_matrix, layer.base_source) for layer in layers
-    ]
+    members = [member for layer in layers for member in layer.members(adapter_name)]
     timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
     controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
     if controllers:
-        members[0].site.schedule = Schedule(adapter_name, members, controllers)
+        members[0].held.schedule = Schedule(adapter_name, members, controllers)
 
 
 def schedules(model: nn.Module) -> dict[str, Schedule]:
     """The schedules of all adapters in `model`, by adapter name."""
     found: dict[str, Schedule] = {}
     for layer in model.modules():
-        if isinstance(layer, WeftLinear):
+        if isinstance(layer, WeftLayer):
             for name, site in layer.weft_site.items():
                 if isinstance(schedule := getattr(site, "schedule", None), Schedule):
                     found[name] = schedule
     return found
+
+
+def await_copy(model: nn.Module, adapter_name: str, source: str) -> None:
+    """Take over what `source` is beside its parameters, if they turn out to have been copied into `adapter_name`.
+
+    Whoever needs an adapter twice adds one of the very same config and copies parameter after parameter, as trl's trainers make their
+    reference policies. Masks, directions and frozen twins are buffers, which that leaves behind. So the first forward after the new
+    adapter was added looks whether the two have equal parameters, and if so gives the new one the buffers too. An adapter that
+    shares a config and no more starts afresh.
+
+    Args:
+        model: the model that the adapters are on, without peft's wrapper.
+    """
+    model.register_forward_pre_hook(functools.partial(_take_over, adapter_name, source), prepend=True)
+
+
+def _take_over(adapter_name: str, source: str, model: nn.Module, _: Any) -> None:
+    """The hook of `await_copy`, which looks once; a copy of the model has one of its own."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _take_over and hook.args == (adapter_name, source):
+            del model._forward_pre_hooks[key]
+    layers = [module for module in model.modules() if isinstance(module, WeftLayer)]
+    sites = [each.weft_site for each in layers if adapter_name in each.weft_site and source in each.weft_site]
+    pairs = [(cast(Site, found[adapter_name]), cast(Site, found[source])) for found in sites]
+    if not all(_equal(new, old) for new, old in pairs):
+        return
+    for new, old in pairs:
+        new.awaits_search = old.awaits_search
+        new.counters = set(old.counters)
+        for mine, its in zip(new.modules(), old.modules(), strict=True):
+            for name, buffer in its._buffers.items():
+                mine._buffers[name] = None if buffer is None else buffer.detach().clone()
+
+
+def _equal(new: Site, old: Site) -> bool:
+    mine, its = dict(new.named_parameters()), dict(old.named_parameters())
+    return mine.keys() == its.keys() and all(
+        mine[name].shape == its[name].shape and bool((mine[name] == its[name]).all()) for name in mine
+    )
 
 
 def warn_of_missing(model: nn.Module, adapter_name: str | None = None, *, over: bool = False) -> None:
@@ -138,7 +177,7 @@ def attach(
         raise ConfigError(f"begins={begins!r} is no step before the end of the run: give a smaller whole number.")
     if on_event is not None and not callable(on_event):
         raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
-    if not any(isinstance(layer, WeftLinear) for layer in model.modules()):
+    if not any(isinstance(layer, WeftLayer) for layer in model.modules()):
         raise ConfigError("the model has no weftlora adapter to attach to: call weftlora.attach after get_peft_model.")
     found = schedules(model)
     if original is not None or cache is not None:
@@ -214,10 +253,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> None:
     rows, bare = rows_of(validation), unwrapped(model)
-    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
+    layers = {(n, m.module_name): m for m in bare.modules() if isinstance(m, WeftLayer) for n in m.weft_site}
     taken = False
     for name, schedule in found.items():
-        mine = Held(bare, [layers[name, member.name] for member in schedule.members], name, rows)
+        mine = Held(bare, [layer for (adapter, _), layer in layers.items() if adapter == name], name, rows)
         for controller in schedule.controllers:
             taken |= controller.take_rows(mine)
     if not taken:
@@ -229,7 +268,7 @@ class Held:
     """The validation rows and the model to measure one adapter on (`weftlora.terms.events.Validation`)."""
 
     model: nn.Module
-    layers: list[WeftLinear]
+    layers: list[WeftLayer]
     adapter: str
     rows: Rows
 

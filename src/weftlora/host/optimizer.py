@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapted.sharing import shared_tensors
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
@@ -212,7 +212,7 @@ class Watch:
         return None
 
 
-def watch(adapter_name: str, layers: Sequence[WeftLinear]) -> None:
+def watch(adapter_name: str, layers: Sequence[WeftLayer]) -> None:
     """Look after the first optimiser steps on an adapter that has just been put on these layers."""
     sites = [layer.site(adapter_name) for layer in layers]
     if sites:
@@ -221,7 +221,7 @@ def watch(adapter_name: str, layers: Sequence[WeftLinear]) -> None:
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     for layer in model.modules():
-        if isinstance(layer, WeftLinear):
+        if isinstance(layer, WeftLayer):
             for name in layer.weft_site:
                 yield name, layer.site(name)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from weftlora.adapter.spec import WeftConfig
 from weftlora.disk.files import check_regular, write_folder, writing
 from weftlora.errors import AdapterError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.host.tuner import PREFIX
 from weftlora.terms.boost.dash import Dash
 from weftlora.terms.structure.hydra import Hydra

@@ -23,14 +23,17 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.experts import WeftExperts
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.errors import AdapterError
 
 HOST = "base_model.model."
 """What peft puts in front of the names of a model that it wraps."""
 
 
-def stock_config(modules: Collection[str], ranks: Mapping[str, int], **fields: Any) -> LoraConfig:
+def stock_config(
+    modules: Collection[str], ranks: Mapping[str, int], parameters: Mapping[str, str] | None = None, **fields: Any
+) -> LoraConfig:
     """The LoraConfig under which exactly the sites in `ranks` have a LoRA, each of its rank and of scale 1.
 
     r and lora_alpha are the largest rank: a reader that knows no patterns and divides one by the other finds scale 1, and one that
@@ -40,15 +43,18 @@ def stock_config(modules: Collection[str], ranks: Mapping[str, int], **fields: A
     Args:
         modules: the names of all modules of the base model.
         ranks: {full name of a site: its rank}, all ≥ 1.
+        parameters: {full name of a site: the parameter that stock peft has to be told instead of a module}.
         fields: further fields of LoraConfig.
 
     Raises:
         AdapterError: peft would adapt other modules, or read another rank or scale.
     """
+    told = dict(parameters or {})
+    named = {told.get(name, name): r for name, r in ranks.items()}
     largest = max(ranks.values())
-    pattern = {_key(name, ranks): r for name, r in ranks.items() if r != largest}
-    sites = set(ranks)
-    targets: Any = sites
+    pattern = {_key(name, named): r for name, r in named.items() if r != largest}
+    sites = set(ranks) - told.keys()
+    targets: Any = sites or None
     if any(name.endswith(f".{site}") for name in modules if name not in sites for site in sites):
         targets = "|".join(re.escape(name) for name in sorted(sites))  # a regex must match the whole name
     with warnings.catch_warnings():
@@ -59,23 +65,46 @@ def stock_config(modules: Collection[str], ranks: Mapping[str, int], **fields: A
             rank_pattern=dict(sorted(pattern.items())),
             alpha_pattern=dict(sorted(pattern.items())),
             target_modules=targets,
+            **({"target_parameters": sorted(told.values())} if told else {}),
             use_rslora=False,
             lora_dropout=0.0,
             bias="none",
             inference_mode=True,
             **fields,
         )
-    check_resolution(config, modules, ranks)
+    check_resolution(config, modules, named, set(told.values()))
     return config
 
 
-def check_resolution(config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int]) -> None:
+def renamed_targets(model: nn.Module) -> frozenset[str]:
+    """The last names in target_modules that stock peft takes for something else on a model of this type: what its experts' matrices
+    were called before transformers fused them, which dense and shared modules may still be called. Empty for most types."""
+    try:
+        from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+    except ImportError:
+        return frozenset()
+    kind = _MODEL_TO_CONVERSION_PATTERN.get(getattr(getattr(model, "config", None), "model_type", None))
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(kind, ()))
+
+
+def as_parameters(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
+    """{site: its weight's name} of the linear modules that stock peft would rename in target_modules, and leaves as parameters."""
+    renamed = renamed_targets(model)
+    return {name: f"{name}.weight" for name in sites if name.rpartition(".")[2] in renamed}
+
+
+def check_resolution(
+    config: LoraConfig, modules: Collection[str], ranks: Mapping[str, int], parameters: Collection[str] = ()
+) -> None:
     """Refuse a config that peft resolves to other sites, ranks or scales than `ranks` and 1.
+
+    Args:
+        parameters: those in `ranks` that are told as parameters.
 
     Raises:
         AdapterError: the first site that comes out wrong.
     """
-    found = {name for name in modules if name and check_target_module_exists(config, name)}
+    found = {name for name in modules if name and check_target_module_exists(config, name)} | set(parameters)
     if wrong := sorted(found ^ ranks.keys()):
         verb = "would adapt" if wrong[0] in found else "would not adapt"
         raise AdapterError(
@@ -122,7 +151,7 @@ def trained_modules(model: nn.Module, adapters: Sequence[str]) -> dict[str, Tens
 def foreign_layers(model: nn.Module) -> list[str]:
     """The names of the layers that carry an adapter of another method than weftlora's."""
     layers = ((name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
-    return [name for name, layer in layers if not isinstance(layer, WeftLinear)]
+    return [name for name, layer in layers if not isinstance(layer, WeftLayer)]
 
 
 def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
@@ -135,6 +164,8 @@ def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
         if isinstance(module, ModulesToSaveWrapper):
             kept = module.modules_to_save[module.active_adapter] if trained and module.active_adapters else None
             replace_module(model, name, module.original_module if kept is None else kept)
+        elif isinstance(module, WeftExperts):
+            replace_module(model, name, module.bare())
         elif isinstance(module, WeftLinear):
             replace_module(model, name, module.get_base_layer())
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -15,16 +15,19 @@ from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, check_experts, expert_parameters
 from weftlora.adapted.fusion import forget, fuse, unfuse
-from weftlora.adapted.layer import BASE, WeftLinear
+from weftlora.adapted.layer import BASE, WeftLayer, WeftLinear
 from weftlora.adapted.quantised import keep_differentiable
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
     Blocks,
+    all_experts,
     all_linear,
     by_last_names,
     by_pattern,
@@ -35,15 +38,17 @@ from weftlora.adapted.targets import (
     default_targets,
     inside_adapter,
     is_all_linear,
+    language_part,
+    named_experts,
     no_match,
     trained_in_full,
     warn_of_unmatched,
 )
-from weftlora.adapter.site import Owners, Site, build_site
+from weftlora.adapter.site import Owners, Site, build_batch, build_site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, TargetError, suggest
 from weftlora.host import weighted
-from weftlora.host.attach import make_schedule, warn_of_missing
+from weftlora.host.attach import await_copy, make_schedule, warn_of_missing
 from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
 from weftlora.terms.axes import builtin
@@ -63,7 +68,7 @@ class WeftTuner(BaseTuner):
     """Adapts the targeted linear modules of a model; built by `peft.get_peft_model(model, WeftConfig(...))`."""
 
     prefix = PREFIX
-    tuner_layer_cls = WeftLinear
+    tuner_layer_cls = WeftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     uses_shared_state = False  # the owner site of a tied group holds the pair, so every loading path of the host works
 
@@ -71,10 +76,19 @@ class WeftTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: WeftConfig, model_config: dict[str, Any]) -> WeftConfig:
         by_default = peft_config.target_modules is None
+        if by_default and peft_config.target_parameters:
+            return peft_config  # these alone, as in peft
         if not by_default and not is_all_linear(peft_config):
             return peft_config
         found = (default_targets if by_default else all_linear)(peft_config, self.model)
-        if peft_config.layers_to_transform is not None:
+        if peft_config.target_parameters is None and not (
+            by_default and peft_config.structure.targets == "attention inputs"
+        ):
+            experts = all_experts(peft_config, self.model)
+            if by_default and (part := language_part(self.model)) is not None:
+                experts = {name for name in experts if name.startswith(f"{part}.")} or experts
+            peft_config.target_parameters = experts or None
+        if peft_config.layers_to_transform is not None and found:
             found = self._of_blocks(peft_config, found)
         if by_default and peft_config.structure.targets == "attention inputs":
             found = by_last_names(self.model, found)
@@ -84,6 +98,7 @@ class WeftTuner(BaseTuner):
     def _of_blocks(self, config: WeftConfig, names: set[str]) -> set[str]:
         """Those within layers_to_transform: peft matches full names without looking at the block number."""
         one = copy.copy(config)
+        one.target_parameters = None
         found = set()
         for name in names:
             one.target_modules = {name.rpartition(".")[2]}
@@ -117,8 +132,12 @@ class WeftTuner(BaseTuner):
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
         self._check_layers(peft_config, model)
-        if not matched:
+        experts = self._experts(peft_config)
+        if not matched and not experts:
             raise NoMatchError(no_match(peft_config, model))
+        for name in experts:
+            check_experts(peft_config, name, model.get_submodule(name.rpartition(".")[0]))
+        self._check_expert_patterns(peft_config, experts)
         for name in matched:
             module = model.get_submodule(name)
             check_adaptable(name, module, model.get_submodule(name.rpartition(".")[0]))
@@ -130,9 +149,101 @@ class WeftTuner(BaseTuner):
     def _check_layers(self, config: WeftConfig, model: nn.Module) -> None:
         """Refuse block numbers and names that adapt nothing, and a search with nothing to choose between."""
         names = [name for name, _ in model.named_modules() if name and not inside_adapter(model, name)]
+        experts = named_experts(config, model)
         targeted = [name for name in names if super(WeftTuner, self)._check_target_module_exists(config, name)]
-        if targeted:
-            config.layers.check(self._blocks, targeted)
+        if targeted or experts:
+            config.layers.check(self._blocks, [*targeted, *experts])
+
+    def _experts(self, config: WeftConfig) -> list[str]:
+        """The full names of the fused parameters of experts that the config adapts, in the order of the model."""
+        wanted = named_experts(config, self.model)
+        if config.layers_to_transform is not None and wanted:
+            wanted = self._of_blocks(config, wanted)
+        return [n for n in expert_parameters(self.model) if n in wanted and config.layers.adapts(self._blocks, n)]
+
+    def _check_expert_patterns(self, config: WeftConfig, experts: list[str]) -> None:
+        """Refuse a pattern for an expert that a parameter does not have, which peft would pass over with a warning, and ranks that
+        differ where they cannot."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, field):
+                head, _, number = key.rpartition(".")
+                for name in experts if number.isdigit() else ():
+                    count = len(self._expert_weight(name))
+                    if int(number) >= count and re.fullmatch(rf"(.*\.)?({head.removesuffix(chr(92))})", name):
+                        raise ConfigError(
+                            f"{field} names expert {number} of {name}, which has {count}: count experts from 0 to {count - 1}."
+                        )
+        for name in experts:
+            ranks_of, scales = self._expert_ranks(config, name)
+            shares = shared_keys(config.structure, name, (max(ranks_of), 1, 1), expert=True)
+            if shares and len(set(ranks_of)) > 1:
+                raise ConfigError(
+                    f"rank_pattern gives experts of {name} different ranks, and {config.structure.title} lets them share matrices "
+                    "of one rank: give all of them the same."
+                )
+            if len(set(scales)) > 1 and config.start.build(1, 1, 1) is not None:
+                raise ConfigError(
+                    f"experts of {name} have different scales, and {config.start.title} freezes slots at one: give alpha_pattern the "
+                    "ratio of rank_pattern, or all of them one rank."
+                )
+
+    def _expert_ranks(self, config: WeftConfig, name: str) -> tuple[list[int], list[float]]:
+        """Rank and scale of every expert of the parameter `name`, as a pattern says of the expert or of the parameter."""
+        r = by_pattern(config.rank_pattern, name, config.r)
+        alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
+        numbers = range(len(self._expert_weight(name)))
+        ranks_of = [by_pattern(config.rank_pattern, f"{name}.{e}", r) for e in numbers]
+        alphas = [by_pattern(config.alpha_pattern, f"{name}.{e}", alpha) for e in numbers]
+        return ranks_of, [config.scale(one, own) for one, own in zip(ranks_of, alphas, strict=True)]
+
+    def _expert_weight(self, name: str) -> Tensor:
+        path, _, last = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        return cast(Tensor, getattr(module.base_layer if isinstance(module, WeftExperts) else module, last))
+
+    def _inject_parameters(
+        self, peft_config: WeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False
+    ) -> list[str]:
+        """peft asks for this where the config has target_parameters: experts, each parameter a batch of sites."""
+        names = self._experts(peft_config)
+        for name in names:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_experts(peft_config, adapter_name, name)
+        return names
+
+    def _adapt_experts(self, config: WeftConfig, adapter_name: str, name: str) -> None:
+        path, _, last = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        experts = module if isinstance(module, WeftExperts) else WeftExperts(module, path)
+        layer = experts.layer(last)
+        fan_in, out = layer.layout.fan_in, layer.layout.out
+        ranks_of, scales = self._expert_ranks(config, name)
+        keys = shared_keys(config.structure, name, (max(ranks_of), fan_in, out), expert=True)
+        owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
+        site = build_batch(
+            config.structure,
+            ranks_of,
+            (fan_in, out),
+            scales=scales,
+            dropout=config.lora_dropout,
+            owners=owners,
+            shares=list(keys),
+            boost=config.boost,
+            start=config.start,
+            ranks=config.ranks,
+            layers=config.layers,
+        )
+        if not config.init_lora_weights:
+            site.fill_zero_factor()
+        for part, key in keys.items():
+            self._owners.setdefault((part, key), site.structure)
+        layer.add_site(
+            adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=config.inference_mode
+        )
+        if experts is not module:
+            experts.train(module.training)
+            parent, _, child = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, experts)
 
     def _create_and_replace(
         self,
@@ -183,13 +294,21 @@ class WeftTuner(BaseTuner):
             tuple[str, Hashable], StructureTerm
         ] = {}  # who owns a shared part, only while sites are made
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings():
+                if self.peft_config[adapter_name].target_parameters is not None or expert_parameters(model):
+                    # peft compares patterns with modules alone; those of experts are checked in `_check_expert_patterns`
+                    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
             _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
+            _report_experts(layers, adapter_name)
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
             watch(adapter_name, layers)
             keep_differentiable(model)
             fuse(model)
+            same = (name for name, config in self.peft_config.items() if config is self.peft_config[adapter_name])
+            if source := next((name for name in same if name != adapter_name), None):
+                await_copy(model, adapter_name, source)
         finally:
             self._owners = {}
 
@@ -233,7 +352,7 @@ class WeftTuner(BaseTuner):
         try:
             for module in self.model.modules():
                 rows = list(adapter_names) if module in once else repeated
-                if isinstance(module, WeftLinear):
+                if isinstance(module, (WeftLinear, WeftExperts)):
                     module.rows = rows
                     layers.append(module)
                 elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -367,7 +486,7 @@ class WeftTuner(BaseTuner):
         for layer in (layer for layer in self._layers() if not layer.merged_adapters):
             layer.shares_weight = holders.get(id(getattr(layer.get_base_layer(), "weight", None)), 0) > 1
 
-    def _layers(self) -> list[WeftLinear]:
+    def _layers(self) -> list[WeftLayer]:
         return [layer for _, layer in _sites(self.model)]
 
     # ------------------------------------------------------------------ saving and loading
@@ -406,11 +525,27 @@ class WeftTuner(BaseTuner):
         return mapped
 
 
-def _sites(model: nn.Module) -> list[tuple[str, WeftLinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLinear)]
+def _sites(model: nn.Module) -> list[tuple[str, WeftLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, WeftLayer)]
 
 
-def _warn_of_loss(layers: Sequence[WeftLinear]) -> None:
+def _report_experts(layers: Sequence[WeftLayer], adapter_name: str) -> None:
+    """Say what an adapter on every expert takes: there are many of them."""
+    experts = [layer for layer in layers if isinstance(layer, WeftExpertWeight)]
+    if experts:
+        trained = sum(p.numel() for layer in experts for p in layer.site(adapter_name).parameters())
+        logger.info(
+            "%d fused parameters of experts such as %s are adapted, %d matrices in all: %.4g million trainable parameters, %.4g MB "
+            "with AdamW's two moments in fp32.",
+            len(experts),
+            experts[0].module_name,
+            sum(layer.layout.experts for layer in experts),
+            trained / 1e6,
+            trained * 12 / 1e6,
+        )
+
+
+def _warn_of_loss(layers: Sequence[WeftLayer]) -> None:
     """Say what merging into quantised modules has lost of the update, if there are such."""
     lost = {layer.module_name: layer.merge_loss for layer in layers if layer.merge_loss is not None}
     if not lost:
@@ -448,7 +583,7 @@ def _check_adapter_name(name: str, config: WeftConfig) -> None:
 def _report_sites(sites: dict[str, Site]) -> None:
     """Warn of ranks above a module's size; log tied groups of one, which are plain LoRA with two vectors."""
     factors = {name: site.factors() for name, site in sites.items()}
-    wide = [name for name, f in factors.items() if f.A.shape[0] > min(f.A.shape[1], f.B.shape[0])]
+    wide = [name for name, f in factors.items() if f.A.shape[-2] > min(f.A.shape[-1], f.B.shape[-2])]
     if wide:
         warnings.warn(
             f"the rank is larger than a side of {len(wide)} modules such as {wide[0]}: the extra rank adds parameters, not "

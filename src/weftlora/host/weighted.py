@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.updates import update_of
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, ConfigError, MergeError, suggest
@@ -74,13 +74,17 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
 
 
 def sums(
-    layers: Sequence[WeftLinear], adapters: Sequence[str], weights: Sequence[float], way: str, rank: int | None
+    layers: Sequence[WeftLayer], adapters: Sequence[str], weights: Sequence[float], way: str, rank: int | None
 ) -> dict[str, Sum]:
     """Module → its sum; a module that none of the adapters is on has none."""
     if rank is not None and not is_whole(rank, 1):
         raise ConfigError(f"svd_rank={rank!r} is not a rank: use a whole number from 1 up.")
     found = {}
     for layer in layers:
+        if not isinstance(layer, WeftLinear):
+            raise MergeError(
+                f"{layer.module_name} holds experts, and adapters of experts are not added up: use them one by one."
+            )
         here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.weft_site]
         if not here:
             continue
@@ -119,7 +123,7 @@ def config_of(found: Mapping[str, Sum], first: WeftConfig) -> WeftConfig:
     )
 
 
-def fill(layers: Sequence[WeftLinear], adapter_name: str, found: Mapping[str, Sum]) -> None:
+def fill(layers: Sequence[WeftLayer], adapter_name: str, found: Mapping[str, Sum]) -> None:
     """Put the sums into the sites of the new adapter, and tell what a truncation has left out."""
     with torch.no_grad():
         for layer in layers:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer
 from weftlora.adapted.updates import adapter_names, base_matrix, base_of, is_transposed, read_updates
 from weftlora.errors import AdapterError, ModelError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.inspection.core_directions import DirectionsReport, Question, TrueUpdate, Updates, measure
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint

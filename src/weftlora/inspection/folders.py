@@ -26,7 +26,7 @@ from weftlora.adapter.spec import WeftConfig, read_config
 from weftlora.disk.files import check_regular, read_lines
 from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
 from weftlora.extras import needs
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.inspection.subject import Rows, Start, Subject, live_subject, plain_site, unread_tensors
 from weftlora.runs.adapter import adapt, adapter_config, saved_selection
 from weftlora.runs.load import Trained, borrowed, load_adapter, load_run, recipe_of

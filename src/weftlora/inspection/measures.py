@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weftlora.adapted.routing import cosines, head_factors
 from weftlora.adapter.site import Site
 from weftlora.change_rates import principal_angles
 from weftlora.inspection.record import (
@@ -123,25 +124,6 @@ def heads(name: str, site: Site) -> HeadSimilarity | None:
     table = cosines(head_factors(site).double().transpose(0, 1).flatten(1))
     pairs = [value for i, row in enumerate(table) for value in row[i + 1 :] if value is not None]
     return HeadSimilarity(name, table, sum(pairs) / len(pairs) if pairs else None)
-
-
-def head_factors(site: Site) -> Tensor:
-    """B [out, N, live] of a site's heads. Where they share no A, only what is a head's own: the rest of B̃'s columns are zeros."""
-    f = site.structure.factors(site.scale)
-    b = [*site.structure.linear(), f.B][0] if site.routed else f.B
-    b_onr = b.detach().unflatten(1, (f.heads, -1))
-    return b_onr if site.mask is None else b_onr[:, :, site.live()]
-
-
-def cosines(rows_nd: Tensor) -> list[list[float | None]]:
-    """Pairwise cosines of rows, [N][N]; None beside a row of zeros."""
-    lengths = rows_nd.norm(dim=1)
-    table = (rows_nd @ rows_nd.T) / (lengths[:, None] * lengths).clamp_min(1e-300)
-    zero = (lengths == 0).tolist()
-    return [
-        [None if zero[i] or zero[j] else max(-1.0, min(1.0, value)) for j, value in enumerate(row)]
-        for i, row in enumerate(table.tolist())
-    ]
 
 
 def factor_similarity(now_ki: Tensor, then_ki: Tensor) -> FactorSimilarity:

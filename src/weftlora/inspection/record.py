@@ -125,6 +125,8 @@ class SiteUsage:
     site: str
     whole: Usage
     domains: dict[str, Usage]
+    information: float | None = None
+    """Mutual information of head and domain, of ln N: 0 where every domain uses the heads alike. None where there are not two."""
 
     def apart(self, domain: str) -> float:
         """How differently a domain uses the heads: Σ|mean of the domain − mean of all| / 2, 0 the same and 1 other heads."""

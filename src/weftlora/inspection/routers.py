@@ -5,6 +5,7 @@
     entropy    mean over tokens of −Σ ω ln ω / ln N            1: every token mixes all heads evenly
     balance    −Σ mean ln mean / ln N                           1: all heads are used equally over the data
     top1_n     share of tokens whose largest ω is head n's
+    knows      mutual information of head and domain             0: every domain uses the heads alike
 
 and what the heads give, whatever the router makes of it, for every row:
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLinear
-from weftlora.adapted.routing import routing
+from weftlora.adapted.routing import Seen, counted, information, routing
 from weftlora.adapted.updates import base_of
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError
@@ -40,35 +41,6 @@ from weftlora.progress import Progress, Tick
 from weftlora.runs.scores import evaluating
 from weftlora.schedule.direction_ranking import MeanGate
 from weftlora.settings import IGNORE
-
-
-class Seen:
-    """Running sums over the tokens of one router, fp64."""
-
-    def __init__(self, heads: int):
-        self.tokens = 0
-        self.entropy = 0.0
-        self.total = torch.zeros(heads, dtype=torch.float64)
-        self.top = torch.zeros(heads, dtype=torch.float64)
-
-    def add(self, omega_tn: Tensor) -> None:
-        """Take in the weights [T, N] of T tokens."""
-        omega = omega_tn.detach().double().cpu()
-        self.tokens += len(omega)
-        self.entropy += float(torch.special.entr(omega).sum())
-        self.total += omega.sum(0)
-        self.top += torch.bincount(omega.argmax(-1), minlength=omega.shape[-1])
-
-    def usage(self) -> Usage:
-        """The figures over what was seen; at least one token must have been."""
-        mean, full = self.total / self.tokens, math.log(len(self.total))
-        return Usage(
-            tokens=self.tokens,
-            mean=mean.tolist(),
-            entropy=self.entropy / self.tokens / full,
-            balance=float(torch.special.entr(mean).sum()) / full,
-            top1=(self.top / self.tokens).tolist(),
-        )
 
 
 class Outputs:
@@ -83,9 +55,9 @@ class Outputs:
         if x.dim() != 3:
             return
         mask = next((m for m in masks if m.shape == x.shape[:2]), torch.ones(x.shape[:2], device=x.device)).bool()
-        for row, counted in zip(x.detach(), mask, strict=True):
-            if counted.any():
-                self.inputs.append(row[counted].double().mean(0).cpu())
+        for row, kept in zip(x.detach(), mask, strict=True):
+            if kept.any():
+                self.inputs.append(row[kept].double().mean(0).cpu())
                 self.domains.append(domain)
 
     def found(self, name: str, site: Site, drawn: bool) -> HeadOutputs | None:
@@ -174,7 +146,7 @@ def measure_usage(
                     if (site := _of(name.removeprefix(prefix), adapter)) in seen:
                         for omega in calls:
                             into = seen[site].setdefault(domain, Seen(omega.shape[-1]))
-                            into.add(_counted(record.used(name, omega), masks))
+                            into.add(counted(record.used(name, omega), masks))
                 done += 1
                 progress(Tick("routers", done, total))
     ran = {name: parts for name, parts in seen.items() if any(part.tokens for part in parts.values())}
@@ -191,13 +163,20 @@ def measure_usage(
 
 
 def _site_usage(name: str, parts: Mapping[str, Seen]) -> SiteUsage:
-    whole = Seen(len(next(iter(parts.values())).total))
-    for part in parts.values():
-        whole.tokens += part.tokens
-        whole.entropy += part.entropy
-        whole.total += part.total
-        whole.top += part.top
-    return SiteUsage(name, whole.usage(), {d: part.usage() for d, part in parts.items() if d and part.tokens})
+    domains = {domain: part for domain, part in parts.items() if domain and part.tokens}
+    known = information(domains.values()) if len(domains) > 1 else None
+    return SiteUsage(name, usage(Seen.pooled(parts.values())), {d: usage(part) for d, part in domains.items()}, known)
+
+
+def usage(seen: Seen) -> Usage:
+    """The figures over what was seen; at least one token must have been."""
+    return Usage(
+        tokens=seen.tokens,
+        mean=seen.mean.tolist(),
+        entropy=seen.sharpness,
+        balance=seen.balance,
+        top1=(seen.top / seen.tokens).tolist(),
+    )
 
 
 def _gate(site: Site, parts: Iterable[Seen]) -> MeanGate:
@@ -231,12 +210,3 @@ def _masks(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     if isinstance(given, Tensor) and labels.shape == given.shape:
         labels = inputs["labels"] = nn.functional.pad(labels, (0, 1), value=IGNORE)
     return [*masks, labels != IGNORE]
-
-
-def _counted(omega: Tensor, masks: list[Tensor]) -> Tensor:
-    """The weights [T, N] of the tokens that are no padding."""
-    flat = omega.flatten(0, -2)
-    for mask in masks:
-        if mask.shape == omega.shape[:-1] or (omega.dim() == 2 and mask.dim() == 2 and mask.numel() == len(flat)):
-            return flat[mask.flatten().bool()]
-    return flat

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
-from weftlora.adapted.updates import Update, adapter_names, base_matrix, base_of, read_updates
+from weftlora.adapted.layer import WeftLayer
+from weftlora.adapted.updates import Update, adapter_names, base_matrix, base_of, module_of, read_updates
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, MergeError, suggest
@@ -71,8 +71,8 @@ class Subject:
 
     def why_not_merged(self, name: str) -> str | None:
         """Why this site cannot be merged into the base at hand; None where it can, or where there is none to ask."""
-        module = None if self.model is None else base_of(self.model).get_submodule(name)
-        if not isinstance(module, WeftLinear):
+        module = None if self.model is None else module_of(self.model, name)
+        if not isinstance(module, WeftLayer):
             return None
         try:
             module.check_mergeable([self.adapter])
@@ -88,7 +88,7 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
         AdapterError: no such adapter, several active ones and no name, one of another method, or one that is merged.
     """
     name = _name(model, adapter)
-    layers = {n: m for n, m in base_of(model).named_modules() if isinstance(m, WeftLinear) and name in m.weft_site}
+    layers = {n: m for n, m in base_of(model).named_modules() if isinstance(m, WeftLayer) and name in m.weft_site}
     if merged := next((n for n, layer in layers.items() if layer.merged_adapters), None):
         raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
     config = getattr(model, "peft_config", {}).get(name)
@@ -97,7 +97,7 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
         source,
         name,
         settings,
-        {n: m.site(name) for n, m in layers.items()},
+        {member.name: member.site for layer in layers.values() for member in layer.members(name)},
         config if isinstance(config, WeftConfig) else None,
         model=model,
         base=_kind(model),

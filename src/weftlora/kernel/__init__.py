@@ -33,21 +33,26 @@ from weftlora.kernel.fast_path import (
     switched,
     use_reference,
 )
+from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
 
 __all__ = [
     "Factors",
+    "Grouping",
     "Linear",
     "Role",
     "RouterInput",
     "Slots",
     "Switches",
     "Work",
+    "add_grouped",
     "add_low_rank",
     "add_read",
     "current",
     "delta_weight",
+    "delta_weights",
     "draw",
     "gated_mlp",
+    "grouped_linear",
     "linears",
     "reference",
     "switched",

@@ -79,7 +79,7 @@ class Factors:
     @property
     def heads(self) -> int:
         """How many B heads the router mixes; 1 where there is no router."""
-        return 1 if self.router is None else self.router.shape[0]
+        return 1 if self.router is None else self.router.shape[-2]
 
     def only(self, slots: slice | Tensor) -> Factors:
         """These factors with some of the structure's slots, in their order: a slice, or indices [k] int64."""
@@ -87,12 +87,12 @@ class Factors:
         def columns(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[..., slots]
 
-        by_head = self.B.unflatten(1, (self.heads, self.A.shape[0])) if self.router is not None else self.B
+        by_head = self.B.unflatten(-1, (self.heads, self.A.shape[-2])) if self.router is not None else self.B
         b = cast(Tensor, columns(by_head))
         return replace(
             self,
-            A=self.A[slots],
-            B=b.flatten(1) if self.router is not None else b,
+            A=self.A[..., slots, :],
+            B=b.flatten(-2) if self.router is not None else b,
             gate=columns(self.gate),
             router=columns(self.router) if self.router_input == "Ax" else self.router,
             keep=columns(self.keep),
@@ -130,8 +130,11 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """The parts side by side, in the dtype and on the device of the first."""
-    return parts[0] if len(parts) == 1 else torch.cat([like(p, parts[0]) for p in parts], dim)
+    """The parts side by side, in the dtype and on the device of the first; one that all sites of a batch share, for each of them."""
+    if len(parts) == 1:
+        return parts[0]
+    lead = max((p.shape[:-2] for p in parts), key=len)
+    return torch.cat([like(p, parts[0]).expand(*lead, *p.shape[-2:]) for p in parts], dim)
 
 
 def by_part(u: Tensor, keep: Tensor | None) -> Tensor:
@@ -235,8 +238,11 @@ class Branch(NamedTuple):
 
 
 def branch(f: Factors, device: torch.device, dropout: bool) -> Branch:
-    """The branch of these factors on `device`; `dropout`: the slots read x through a mask, the router does not."""
-    r = f.A.shape[0]
+    """The branch of these factors on `device`; `dropout`: the slots read x through a mask, the router does not.
+
+    Factors of a batch of sites have an axis of sites before theirs, and so have the matrices; what all of its sites share has none.
+    """
+    r = f.A.shape[-2]
     up = f.B.to(device)
     gate = f.gate
     own_scale = bool(f.extra) and f.scale != 1.0  # then the scale is not that of all columns
@@ -245,15 +251,14 @@ def branch(f: Factors, device: torch.device, dropout: bool) -> Branch:
     if own_scale:
         up = up * f.scale
     if gate is not None:
-        up = (
-            (up.unflatten(1, (f.heads, r)) * like(gate, up)).flatten(1) if f.router is not None else up * like(gate, up)
-        )
+        each = like(gate, up).unsqueeze(-2)
+        up = (up.unflatten(-1, (f.heads, r)) * each.unsqueeze(-2)).flatten(-2) if f.router is not None else up * each
     if f.v is not None:
-        up = like(f.v, up)[:, None] * up
+        up = like(f.v, up).unsqueeze(-1) * up
     if f.extra:
         wide = torch.promote_types(f.extra[0].up.dtype, torch.float32)
-        up = joined([up, *(slots.up.to(wide) * slots.gate.to(wide) for slots in f.extra)], 1)
-    down = joined([f.A.to(device), *(slots.down for slots in f.extra)], 0)
+        up = joined([up, *(slots.up.to(wide) * slots.gate.to(wide).unsqueeze(-2) for slots in f.extra)], -1)
+    down = joined([f.A.to(device), *(slots.down for slots in f.extra)], -2)
     route = mix = None
     if f.router is not None:
         router = f.router.to(device)

@@ -130,6 +130,8 @@ def write_prompts(folder: Path, run: Run) -> None:
         "format": run.data.get("format"),
         "prompt_template": rows.get("prompt_template"),
         "system": rows.get("system", "keep"),
+        "max_length": run.data.get("max_length"),
+        "labels": run.data.get("labels"),
     }
     (folder / PROMPTS).write_text(json.dumps(said, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from weftlora.disk.files import check_regular
 from weftlora.errors import AdapterError, DivergedError, RunError, WeftError
 from weftlora.extras import needs
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.runs import base_model
 from weftlora.runs.base_model import Fingerprint, check_same, fingerprint
 from weftlora.runs.identity import Weights, check_files
@@ -82,18 +82,18 @@ def load_run(
     return Trained(found, put_in(plain, run.adapter_folder).eval(), task)
 
 
-def load_adapter(folder: Path, base: str | None = None) -> Trained:
-    """A bare adapter folder, as peft saves it, on the base it names or on `base`.
+def load_adapter(folder: Path, base: str | None = None, labels: Sequence[str] = ()) -> Trained:
+    """A bare adapter folder, as peft saves it, on the base it names or on `base`; `labels` name the classes of a classifier.
 
     Raises:
         AdapterError: an unreadable or newer adapter, or one that does not fit the base.
         ModelError: the base is missing or incomplete.
     """
-    found = load_base(folder, base)
+    found = load_base(folder, base, labels)
     return Trained(found.base, put_in(cast(PreTrainedModel, found.model), folder).eval(), found.task)
 
 
-def load_base(folder: Path, base: str | None = None) -> Trained:
+def load_base(folder: Path, base: str | None = None, labels: Sequence[str] = ()) -> Trained:
     """The base that a bare adapter folder names, or `base`, without the adapter.
 
     Raises:
@@ -107,17 +107,16 @@ def load_base(folder: Path, base: str | None = None) -> Trained:
     found = base_model.find(base_model.Wanted(path), Path.cwd())
     task = cast("Task", _TASK_OF.get(str(getattr(config.task_type, "value", config.task_type)), "causal"))
     with _drawing(0):
-        plain = base_model.load(found, task, _labels(folder, found) if task == "classification" else None)
+        plain = base_model.load(found, task, _labels(folder, found, labels) if task == "classification" else None)
     return Trained(found, plain.eval(), task)
 
 
-def load_model(path: str) -> Trained:
-    """A model without an adapter, as people write it, to be talked to.
+def load_model(found: base_model.Base) -> Trained:
+    """A model without an adapter, to be talked to.
 
     Raises:
-        ModelError: it is missing or incomplete, or generates no text.
+        ModelError: it is incomplete, or generates no text.
     """
-    found = base_model.find(base_model.Wanted(path, dtype=None), Path.cwd())
     task: Task = "seq2seq" if found.settings.is_encoder_decoder else "causal"
     return Trained(found, base_model.load(found, task).eval(), task)
 
@@ -147,15 +146,17 @@ def recipe_of(run: Run, *overrides: str) -> Recipe:
 _HEAD = re.compile(r"(score|classifier)(\.out_proj)?\.weight")
 
 
-def _labels(folder: Path, base: base_model.Base) -> list[str]:
-    """The names of the classes: the base's own, or their numbers where the head that the adapter brings has another number."""
+def _labels(folder: Path, base: base_model.Base, known: Sequence[str]) -> list[str]:
+    """The names of the classes: those known, the base's own, or their numbers where the head that the adapter brings has another."""
     own = [base.settings.id2label[number] for number in sorted(base.settings.id2label)]
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        return own
+        return list(known) or own
     with safe_open(file, "pt") as saved:
         heads = [key for key in saved.keys() if _HEAD.fullmatch(key.removeprefix("base_model.model."))]  # noqa: SIM118
         count = saved.get_slice(max(heads, key=len)).get_shape()[0] if heads else len(own)
+    if known and count == len(known):
+        return list(known)
     return own if count == len(own) else [f"LABEL_{number}" for number in range(count)]
 
 

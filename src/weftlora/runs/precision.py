@@ -25,7 +25,7 @@ import torch
 
 from weftlora.disk.files import user_cache, write_json
 from weftlora.errors import RunError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.settings import is_number
 
 TOKENS, WIDTH, INNER, ROUNDS = 256, 576, 1536, 7

@@ -24,14 +24,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 import yaml
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
-from weftlora.data.config import DataConfig, Task
+from weftlora.data.config import DataConfig, RecipeSection, Task
 from weftlora.data.paths import checked_path, locate
 from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
 from weftlora.runs import quantisation
 from weftlora.runs.run import Run, check_continues, check_extends
-from weftlora.sections import RecipeSection
 from weftlora.settings import is_number
 
 
@@ -171,6 +170,8 @@ class TrainConfig(RecipeSection):
     """Prompts that are answered at every measurement and at the end: of so many validation rows, or a list of one's own."""
     sample_tokens: int = Field(default=64, gt=0, le=10**6)
     """Tokens that such an answer may have."""
+    follow_heads: bool = False
+    """Record at every measurement how alike routed heads are and what their routers do, by domain, in events.jsonl."""
     save_every: int | None = Field(default=None, ge=0, le=MOST_OF_ALL)
     """Optimiser steps between checkpoints; none makes about five in a run, 0 makes none."""
     keep: int = Field(default=2, gt=0, le=MOST_OF_ALL)

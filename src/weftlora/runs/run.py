@@ -59,6 +59,7 @@ FREE_ON_RESUME = {
     "train.logging_every",
     "train.samples",
     "train.sample_tokens",
+    "train.follow_heads",
 }
 """Keys that may differ when a run is resumed: they do not touch the adapter."""
 

@@ -135,12 +135,12 @@ class Ranker:
         self._last = None
         for member in self.members:
             if self.gates.pop(member.name, None) is not None:
-                member.site.gate_meter = None
+                member.listen(None)
         if step is None or any(asker.is_due(step + 1, length) for asker in self.askers):
             for member in self.members:
-                if member.site.routed:
-                    gate = self.gates[member.name] = MeanGate(member.site)
-                    member.site.gate_meter = gate
+                if member.held.routed:
+                    gate = self.gates[member.name] = MeanGate(member.held)
+                    member.listen(gate)
 
     def rank(self, step: int, length: Length) -> list[Ranked]:
         """What every site's directions are after this step, the same on all processes.

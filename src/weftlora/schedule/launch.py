@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from weftlora import change_rates
 from weftlora.adapter.buffers import Remembered
-from weftlora.adapter.site import Site
+from weftlora.adapter.site import Site, held_by
 from weftlora.errors import ConfigError
 from weftlora.schedule import schedule
 from weftlora.schedule.direction_ranking import Ranked, Ranker, Rule
@@ -107,7 +107,7 @@ class LaunchController:
             for parameter in applied.fresh:
                 forget_moments(parameter)
             for parameter in applied.resting:
-                parameter.grad = None
+                held_by(parameter).grad = None
                 forget_moments(parameter)
             told[member.name] = {
                 "index": found.index.tolist(),
@@ -127,7 +127,11 @@ class LaunchController:
 
 
 def forget_moments(parameter: nn.Parameter) -> None:
-    """Let a parameter start fresh: moments of what it was before would shape, or stretch, its first steps."""
+    """Let a parameter start fresh: moments of what it was before would shape, or stretch, its first steps.
+
+    That of an expert is a part of its batch's, all experts of which start at once.
+    """
+    parameter = held_by(parameter)
     for optimizer in schedule.owners(parameter):
         optimizer.state.pop(parameter, None)
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weftlora.adapter.site import Site
+from weftlora.adapter.site import ExpertOf, Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
 from weftlora.schedule import processes, schedule
@@ -128,12 +128,13 @@ SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_in
 
 def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
     """The parameters that have a part per slot, A first, and how to see a tensor of their shape with the slots first (a view)."""
-    return site.structure.by_slot()
+    return site.by_slot()
 
 
 def cost(site: Site) -> int:
     """How many trainable parameters one slot of the site has."""
-    return sum(view(p).numel() for p, view in by_slot(site)) // by_slot(site)[0][0].shape[0]
+    parts = [view(p) for p, view in by_slot(site)]
+    return sum(part.numel() for part in parts) // len(parts[0])
 
 
 def are_silent(site: Site, slots: Sequence[int]) -> list[bool]:
@@ -171,19 +172,33 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
         if parameter.grad is not None:
             view(parameter.grad)[changed] = 0
         for optimizer, name, value in _kept(parameter):
-            seed = view(value)[survivors].mean(0) if survivors and name in SECOND else 0
+            seed: Tensor | int = 0
+            if name in SECOND and survivors:
+                seed = view(value)[survivors].mean(0)
+            elif name in SECOND and site.part_of is not None:  # the other experts' steps are counted in the same number
+                seed = _of_others(site, parameter, value)
             view(value)[pruned] = 0
             view(value)[made] = seed
-            if made and not survivors:
+            if made and not survivors and site.part_of is None:
                 _count_anew(optimizer.state[parameter])
-    a = by_slot(site)[0][0]
+    parameter, view = by_slot(site)[0]
     for slot, row in zip(made, rows, strict=True):
-        a[slot] = row.to(a)
+        view(parameter)[slot] = row.to(parameter)
     for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
         buffer[pruned] = gone
         buffer[made] = new
     if site.start is not None:  # its frozen twins are of the slots that were
         site.start.clear(changed)
+
+
+def _of_others(site: Site, parameter: nn.Parameter, value: Tensor) -> Tensor | int:
+    """What an optimiser keeps about a live slot of the other experts of the batch, on average; 0 where none has one."""
+    batch, own = cast(ExpertOf, site.part_of)
+    parts = []
+    for e in range(batch.experts):
+        if e != own and (live := (other := batch.expert(e)).live()):
+            parts.append(dict(by_slot(other))[parameter](value)[live])
+    return torch.cat(parts).mean(0) if parts else 0
 
 
 def _kept(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str, Tensor]]:

@@ -57,7 +57,7 @@ class ReallocateController:
     _ended: Remembered[bool] = field(default_factory=lambda: Remembered(bool), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        first = self.members[0].site
+        first = self.members[0].held
         first.register_counter("rounds", torch.zeros((), dtype=torch.long))
         first.register_counter("ended", torch.zeros((), dtype=torch.bool))
         if self.choice.auto:
@@ -93,8 +93,9 @@ class ReallocateController:
             return
         counts = self.counts(length)
         known = self.scorer is not None and None not in (counts.row_tokens, counts.steps, counts.step_tokens)
-        if not int(kept) and (known or now):
-            kept.fill_(1 + WAYS.index(counts.way()))
+        experts = any(member.expert is not None for member in self.members)  # too many slots to switch one by one
+        if not int(kept) and (known or now or experts):
+            kept.fill_(1 + WAYS.index("taylor" if experts else counts.way()))
         if now:
             processes.take_over([kept], self._device)
         if int(kept) and (way := WAYS[int(kept) - 1]) != self.choice.way:

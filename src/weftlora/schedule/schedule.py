@@ -131,12 +131,31 @@ class Member:
 
     `source`: "in memory" (as the model computes with it), "dequantised" (as well, from fewer bits) or "original" (from the
     files of the checkpoint that the base in memory was made from).
+    `held`: the site that the model holds: the site itself, or the batch whose expert `expert` it is.
     """
 
     name: str
-    site: Site
+    held: Site
     weight: Callable[[], Tensor]
     source: str = "in memory"
+    expert: int | None = None
+
+    @property
+    def site(self) -> Site:
+        """The site; of an expert a view (`Site.expert`), made anew, on which nothing can be set."""
+        return self.held if self.expert is None else self.held.expert(self.expert)
+
+    @property
+    def meter(self) -> Callable[[Tensor], None] | None:
+        """Who listens to it; see `listen`."""
+        return self.held.gate_meter if self.expert is None else self.held.expert_meters.get(self.expert)
+
+    def listen(self, meter: Callable[[Tensor], None] | None) -> None:
+        """Let `meter` hear the weights that the site's router gives its heads; None ends that."""
+        if self.expert is None:
+            self.held.gate_meter = meter
+        else:
+            self.held.hear_expert(self.expert, meter)
 
 
 @dataclass(eq=False)
@@ -168,7 +187,7 @@ class Schedule:
     @property
     def first(self) -> Site:
         """The site that holds the count."""
-        return self.members[0].site
+        return self.members[0].held
 
     @property
     def steps(self) -> int:
@@ -194,7 +213,8 @@ class Schedule:
         return anchor is not None and holds(optimizer, anchor)
 
     def _trained(self) -> Iterator[nn.Parameter]:
-        return (p for member in self.members for p in member.site.parameters() if p.requires_grad)
+        held = {id(member.held): member.held for member in self.members}  # a batch once, however many experts it is of
+        return (p for site in held.values() for p in site.parameters() if p.requires_grad)
 
     def pending(self) -> list[Controller]:
         """The controllers that still have something to do; all of them while the adapter has no values yet."""

@@ -30,7 +30,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.scoring.network import Network
 from weftlora.scoring.rows import Batch
@@ -63,15 +63,19 @@ def brackets_by_definition(sites: Sequence[Site], slots: Sequence[SlotId], loss:
 @contextmanager
 def only(sites: Sequence[Site], slots: Sequence[SlotId]) -> Iterator[None]:
     """These slots and no others, for the length of the block."""
-    before = [cast(Tensor, site.mask) for site in sites]
+    masks = [cast(Tensor, site.mask) for site in sites]
+    before = [mask.clone() for mask in masks]  # written in place: those of experts are parts of one tensor
+    on: dict[int, list[int]] = {}
+    for m, slot in slots:
+        on.setdefault(m, []).append(slot)
     try:
-        for m, site in enumerate(sites):
-            site.mask = torch.zeros_like(before[m])
-            site.mask[[slot for module, slot in slots if module == m]] = 1
+        for m, mask in enumerate(masks):
+            mask.zero_()
+            mask[on.get(m, [])] = 1
         yield
     finally:
-        for site, mask in zip(sites, before, strict=True):
-            site.mask = mask
+        for mask, was in zip(masks, before, strict=True):
+            mask.copy_(was)
 
 
 REPLICAS = 32  # fewer would spend more than a thirty-second on the control
@@ -80,7 +84,7 @@ ENOUGH = {"cpu": 1024}  # tokens per pass: on a CPU, more fall out of its caches
 
 def exact_brackets(
     network: Network,
-    layers: Sequence[WeftLinear],
+    layers: Sequence[WeftLayer],
     sites: Sequence[Site],
     slots: Sequence[SlotId],
     batch: Batch,
@@ -97,7 +101,8 @@ def exact_brackets(
         tell: called with how much is done, and of how much: blocks that have been run.
     """
     found = torch.zeros(len(slots), 2, len(batch["labels"]), dtype=torch.float64)
-    blocks = [network.block_of(layer) for layer in layers]
+    numbers = {id(layer): network.block_of(layer) for layer in dict.fromkeys(layers)}
+    blocks = [numbers[id(layer)] for layer in layers]
     by_block: dict[int, list[int]] = {}
     for n, (m, _) in enumerate(slots):
         by_block.setdefault(blocks[m] or 0, []).append(n)
@@ -164,15 +169,14 @@ def base_of(sites: Sequence[Site]) -> Iterator[None]:
 def _each(sites: Sequence[Site], slots: Sequence[SlotId], *, alone: bool) -> Iterator[None]:
     """Replica 0 as the trajectory is, replica k + 1 with slots[k] off, or it alone on."""
     mine = sorted({m for m, _ in slots})
-    masks = {m: sites[m].mask for m in mine}
+    masks = {m: cast(Tensor, sites[m].mask).clone() for m in mine}
     with ExitStack() as stack:
         if alone:
             stack.enter_context(base_of(sites))
         try:
             for m in mine:
                 site, mask = sites[m], masks[m]
-                assert mask is not None
-                site.mask = mask
+                cast(Tensor, site.mask).copy_(mask)
                 keep = torch.full(
                     (len(slots) + 1, len(mask)), float(not alone), dtype=torch.float64, device=mask.device
                 )
@@ -226,7 +230,7 @@ def sensitivities(
 
     Source: the importance of a number in AdaLoRA, arXiv 2303.10512, equations 7 and 8, without its smoothing over steps.
     """
-    views = [site.structure.by_slot() for site in sites]
+    views = [site.by_slot() for site in sites]
     params = list(dict.fromkeys(p for each in views for p, _ in each))
     slopes = {p: torch.zeros_like(p, dtype=torch.float64) for p in params}
     parts = _parts(batch, chunk_tokens)

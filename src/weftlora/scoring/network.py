@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.errors import ConfigError
 from weftlora.scoring.rows import Batch
 from weftlora.settings import IGNORE
@@ -144,7 +144,7 @@ class Network:
         return found
 
 
-def recognised(model: nn.Module, loss: RowLoss, layers: Sequence[WeftLinear], batch: Batch) -> Network:
+def recognised(model: nn.Module, loss: RowLoss, layers: Sequence[WeftLayer], batch: Batch) -> Network:
     """The network with the blocks and the head that its form allows; one or two forward passes on `batch`."""
     network = Network(model, loss)
     found = [each for each in _lists(model) if _count(each, layers)]
@@ -163,7 +163,7 @@ def _lists(model: nn.Module) -> list[nn.ModuleList]:
     return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
 
 
-def _count(blocks: nn.ModuleList, layers: Sequence[WeftLinear]) -> int:
+def _count(blocks: nn.ModuleList, layers: Sequence[WeftLayer]) -> int:
     inside = {id(module) for module in blocks.modules()}
     return sum(id(layer) in inside for layer in layers)
 

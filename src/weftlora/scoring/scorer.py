@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, Tick, ignore
@@ -37,7 +37,7 @@ def undisturbed(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
 
     Gradients of parameters are not touched by what runs inside; whoever needs gates' gradients asks for them alone.
     """
-    listeners = [(site, site.recorder, site.gate_meter, site.keep) for site in sites]
+    listeners = [(site, site.listeners) for site in sites]
     cached = [config for config in _configs(model) if getattr(config, "use_cache", None)]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
@@ -47,12 +47,12 @@ def undisturbed(model: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
             for config in cached:
                 config.use_cache = False
             for site in sites:
-                site.recorder = site.gate_meter = None
+                site.unheard()
             stack.enter_context(in_mode(model, training=False))
             yield
     finally:
-        for site, recorder, meter, keep in listeners:
-            site.recorder, site.gate_meter, site.keep = recorder, meter, keep
+        for site, before in listeners:
+            site.listen_again(before)
         for config in cached:
             config.use_cache = True
 
@@ -70,7 +70,7 @@ class Ablation:
     """Scores the rank slots of one adapter of `model` on validation rows; see `weftlora.schedule.rank_slots.Scorer`."""
 
     model: nn.Module
-    layers: list[WeftLinear]
+    layers: list[WeftLayer]
     adapter: str
     choice: SlotScoring
     rows: Rows
@@ -80,9 +80,19 @@ class Ablation:
     """Whether `way` has been looked for; None then means the reference."""
 
     @property
-    def sites(self) -> list[Site]:
-        """The sites, in the order of the layers."""
+    def held(self) -> list[Site]:
+        """The sites as the layers hold them: those of experts in batches."""
         return [layer.site(self.adapter) for layer in self.layers]
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of one matrix each, in the order of the layers."""
+        return [member.site for layer in self.layers for member in layer.members(self.adapter)]
+
+    @property
+    def layer_of(self) -> list[WeftLayer]:
+        """The layer of each of `sites`."""
+        return [layer for layer in self.layers for _ in layer.members(self.adapter)]
 
     def drawn(self, draw: str, *, other: bool = False) -> Batch:
         """The rows that `draw` seeds, or others, on the device of the model."""
@@ -93,13 +103,13 @@ class Ablation:
     def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False) -> Tensor:
         """[slots, 2, rows] fp64."""
         batch, terms = self.drawn(draw, other=other), TERMS[self.choice.terms]
-        with undisturbed(self.model, self.sites):
+        with undisturbed(self.model, self.held):
             if not slots:
                 return torch.zeros(0, 2, len(batch["labels"]) if self._way(batch) else 1, dtype=torch.float64)
             if way := self._way(batch):
                 tokens = self.choice.chunk_tokens
                 return brackets.exact_brackets(
-                    way, self.layers, self.sites, slots, batch, chunk_tokens=tokens, terms=terms, tell=self._tell
+                    way, self.layer_of, self.sites, slots, batch, chunk_tokens=tokens, terms=terms, tell=self._tell
                 )
             return brackets.brackets_by_definition(self.sites, slots, lambda: self._whole_loss(batch))
 
@@ -114,7 +124,7 @@ class Ablation:
         """See `weftlora.schedule.rank_slots.Scorer`. Nothing of it is kept: slots that have hardly moved prove no way right."""
         device = next(self.model.parameters()).device
         batch = {k: v.to(device) for k, v in self.rows.draw(self.choice.rows, "first step").items()}
-        with undisturbed(self.model, self.sites):
+        with undisturbed(self.model, self.held):
             way = self._way(batch)
         self.way, self.known = None, False
         if estimated and way is None:
@@ -135,7 +145,7 @@ class Ablation:
     def _by_gradients(self, measure: Callable[..., Tensor], slots: Sequence[SlotId], draw: str) -> Tensor:
         """What `measure` of `scoring.brackets` gives on the rows of a draw. Raises ConfigError where the loss has no such way."""
         batch = self.drawn(draw)
-        with undisturbed(self.model, self.sites):
+        with undisturbed(self.model, self.held):
             if way := self._way(batch):
                 return measure(way, self.sites, slots, batch, chunk_tokens=self.choice.chunk_tokens, tell=self._tell)
         raise self._refusal()
@@ -185,7 +195,9 @@ class Ablation:
     def _agrees(self, way: Network, batch: Batch) -> bool:
         """Whether replicas come out as the model itself does, whole and with one module's slots off, in their places."""
         sites = self.sites
-        m = max(range(len(sites)), key=lambda n: (way.block_of(self.layers[n]) or 0, n))
+        layers = self.layer_of
+        blocks = {id(layer): way.block_of(layer) or 0 for layer in self.layers}
+        m = max(range(len(sites)), key=lambda n: (blocks[id(layers[n])], n))
         site = sites[m]
         whole = [way.loss(self.model(**batch).logits, batch["labels"]).sum()]
         others = [(n, slot) for n, each in enumerate(sites) for slot in each.live() if n != m]
@@ -196,7 +208,7 @@ class Ablation:
         keep = torch.ones(3, len(site.mask), device=site.mask.device)
         keep[1] = 0
         try:
-            prefix = way.prefix(batch)[: way.block_of(self.layers[m]) or 0]
+            prefix = way.prefix(batch)[: blocks[id(layers[m])]]
             site.keep = keep
             got = way.losses(batch, 3, prefix).sum(1)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

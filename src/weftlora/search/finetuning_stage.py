@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapted.updates import base_of
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
@@ -82,7 +82,7 @@ def unload(model: PeftModel) -> nn.Module:
 def _continue(model: PeftModel, selection: Selection, adapter: str) -> None:
     kept = {name: c for c in selection.chosen for name in c.modules}
     base = base_of(model)
-    layers = {m.module_name: m for m in base.modules() if isinstance(m, WeftLinear) and adapter in m.weft_site}
+    layers = {m.module_name: m for m in base.modules() if isinstance(m, WeftLayer) and adapter in m.weft_site}
     if missing := sorted(set(kept) - set(layers)):
         raise ConfigError(
             f"the selection names {missing[0]}, where the model has no adapted module: use the selection of this search."

@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer
 from weftlora.adapted.targets import Blocks
 from weftlora.adapted.updates import base_of
 from weftlora.adapter.site import Site
@@ -41,7 +41,7 @@ def groups_of(model: nn.Module, adapter: str, granularity: str) -> list[Group]:
     blocks = Blocks(base)
     found: dict[str, Group] = {}
     for layer in base.modules():
-        if not isinstance(layer, WeftLinear) or adapter not in layer.weft_site:
+        if not isinstance(layer, WeftLayer) or adapter not in layer.weft_site:
             continue
         site, block = layer.site(adapter), blocks.of(layer.module_name)
         if site.layer_gate is None:

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from weftlora.data.config import RecipeSection
 from weftlora.disk.files import check_regular
 from weftlora.errors import ConfigError, unknown_key
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.search.hypergradient import Inner
-from weftlora.sections import RecipeSection
 from weftlora.terms.axes import AXES
 from weftlora.terms.layers.search import Search
 

@@ -118,8 +118,10 @@ def evaluate(
     """Measure a run on held-out rows and write `eval-<split>.json` into its folder (not where `limit` cuts the rows).
 
     Args:
-        run: a run or its folder; with `adapter="none"` also a recipe, whose frozen base is measured.
-        overrides: `key=value` changes to the recipe's data section.
+        run: a run or its folder; an adapter folder, or a model by itself, for which nothing is written; with `adapter="none"` also
+            a recipe, whose frozen base is measured.
+        overrides: `key=value` changes to the recipe's data section. An adapter folder out of its run, and a model, are measured on
+            the rows of `data.test=FILE` or `data.validation=FILE`.
         split: `test` or `validation`; without it the test rows, or the validation rows where there are none.
         limit: at most so many rows, the first ones.
         adapter: `trained`, or `none` for the frozen base of a run (`eval-<split>-base.json`).
@@ -222,10 +224,12 @@ def _check_source(source: Run | str | Path | Recipe, bare: bool) -> None:
     """Whether there is a run, or a recipe for its frozen base, before anything that takes seconds to load."""
     if not isinstance(source, (str, Path)):
         return
-    if Path(source).is_dir() or (
-        not bare and Path(source).suffix not in (".yaml", ".yml") and not Path(source).exists()
+    if (
+        Path(source).is_dir()
+        or is_model(source)
+        or (not bare and Path(source).suffix not in (".yaml", ".yml") and not Path(source).exists())
     ):
-        Run.load(source)
+        _check_speaks(source)
     elif bare:
         from weftlora.runs.recipe import asked
 

@@ -16,7 +16,7 @@ from typing import Any
 from weftlora.disk.files import file_digest, sync_tree, write_json, writing
 from weftlora.disk.ownership import CHECKPOINT, files_of, inside
 from weftlora.errors import RunError
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 
 log = logging.getLogger(__name__)
 MARKER = "complete.json"

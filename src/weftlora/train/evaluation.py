@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from weftlora.errors import ConfigError, DataError, ModelError
 from weftlora.progress import Progress, Tick
 from weftlora.records import Record
 from weftlora.runs import base_model
-from weftlora.runs.load import Trained, load_adapter, load_model, load_run, recipe_of
-from weftlora.runs.recipe import Recipe
+from weftlora.runs.load import Trained, load_adapter, load_base, load_model, load_run, recipe_of
+from weftlora.runs.recipe import Recipe, builtin
 from weftlora.runs.run import Run
 from weftlora.runs.scores import Measured, accuracy, bleu, evaluating, exact_match, macro_f1, mean_loss, rouge_l
 from weftlora.train import prepare as preparing
@@ -62,17 +62,17 @@ class Speaker:
     how: Prompting
 
     @classmethod
-    def opened(cls, source: Run | str | Path, how: Prompting, base: str | None) -> Speaker:
-        """A run, a run folder or an adapter folder, ready to answer what `how` writes out.
+    def opened(cls, source: Source) -> Speaker:
+        """A run, an adapter folder or a model, ready to answer.
 
         Raises:
-            AdapterError, ModelError, RunError: as `open_source`; ModelError also for a classifier.
+            AdapterError, ModelError, RunError: as `Source.loaded`; ModelError also for a classifier.
         """
-        trained = open_source(source, base)
+        trained = source.loaded()
         if trained.task == "classification":
-            raise ModelError(f"{source} is a classifier and generates no text: use `weftlora eval` on it.")
-        stop_at_turns(trained, how.form)
-        return cls(trained, how)
+            raise ModelError(f"{source.given} is a classifier and generates no text: use `weftlora eval` on it.")
+        stop_at_turns(trained, source.how.form)
+        return cls(trained, source.how)
 
     def answer(
         self, prompt: Prompt, system: str | None, raw: bool, max_new_tokens: int, temperature: float, seed: int
@@ -110,9 +110,9 @@ def generate(
 ) -> Generation:
     """See `weftlora.train.generate`."""
     check_sampling(max_new_tokens, temperature)
-    how = prompting_of(source)
-    how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
-    return Speaker.opened(source, how, base).answer(prompt, system, raw, max_new_tokens, temperature, seed)
+    given = Source.of(source, base)
+    given.how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
+    return Speaker.opened(given).answer(prompt, system, raw, max_new_tokens, temperature, seed)
 
 
 def check_sampling(max_new_tokens: int, temperature: float) -> None:
@@ -167,9 +167,9 @@ def chat(
 ) -> Conversation:
     """See `weftlora.train.chat`."""
     check_sampling(max_new_tokens, temperature)
-    how = prompting_of(source)
-    how.written("", system)
-    return Conversation(Speaker.opened(source, how, base), system, max_new_tokens, temperature, seed)
+    given = Source.of(source, base)
+    given.how.written("", system)
+    return Conversation(Speaker.opened(given), system, max_new_tokens, temperature, seed)
 
 
 def run_of(source: Run | str | Path) -> Run | None:
@@ -189,28 +189,51 @@ def run_of(source: Run | str | Path) -> Run | None:
     return Run.load(holder) if inside and (holder / "run.json").is_file() else None
 
 
-def prompting_of(source: Run | str | Path) -> Prompting:
-    """How prompts are written out: as a run, or an adapter folder in its run or out of it, was trained; for a model by itself in its
-    chat template, if it has one. Raises AdapterError, RunError."""
-    if not isinstance(source, Run) and is_model(source):
-        tokenizer = base_model.find(base_model.Wanted(str(source)), Path.cwd()).tokenizer
-        return Prompting("chat" if getattr(tokenizer, "chat_template", None) else "text")
-    run = run_of(source)
-    return Prompting.of_adapter(Path(source)) if run is None and not isinstance(source, Run) else Prompting.of(run)
+@dataclass(frozen=True)
+class Source:
+    """What is talked to or measured, as far as it is known before its weights are loaded."""
 
+    given: Run | str | Path
+    run: Run | None
+    """The run that it is, or in whose folder it is."""
+    how: Prompting
+    base: str | None
+    found: base_model.Base | None = None
+    """Of a model by itself."""
 
-def open_source(source: Run | str | Path, base: str | None) -> Trained:
-    """A run, a run folder, a bare adapter folder or a model by itself, loaded."""
-    if isinstance(source, Run):
-        return load_run(source, base)
-    if is_model(source):
-        if base is not None:
-            raise ConfigError(f"{source} is a model by itself, which has no other base: leave out --base.")
-        return load_model(str(source))
-    folder = Path(source)
-    if (folder / "adapter_config.json").is_file():
-        return load_adapter(folder, base)
-    return load_run(Run.load(folder), base)
+    @classmethod
+    def of(cls, source: Run | str | Path, base: str | None) -> Source:
+        """A run, a run folder, an adapter folder in its run or out of it, or a model by itself: how prompts are written out is as it
+        was trained, for a model in its chat template, if it has one.
+
+        Raises:
+            AdapterError, ConfigError, ModelError, RunError: as their names say.
+        """
+        if not isinstance(source, Run) and is_model(source):
+            if base is not None:
+                raise ConfigError(f"{source} is a model by itself, which has no other base: leave out --base.")
+            found = base_model.find(base_model.Wanted(str(source), dtype=None), Path.cwd())
+            form = "chat" if getattr(found.tokenizer, "chat_template", None) else "text"
+            return cls(source, None, Prompting(form), None, found)
+        run = run_of(source)
+        alone = run is None and not isinstance(source, Run)
+        return cls(source, run, Prompting.of_adapter(Path(str(source))) if alone else Prompting.of(run), base)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run itself, not an adapter or a model by itself."""
+        return isinstance(self.given, Run) or (
+            self.found is None and not (Path(self.given) / "adapter_config.json").is_file()
+        )
+
+    def loaded(self, adapted: bool = True) -> Trained:
+        """With its weights; without its adapter where not `adapted`."""
+        if self.found is not None:
+            return load_model(self.found)
+        if self.is_run and self.run is not None:
+            return load_run(self.run, self.base, adapted=adapted)
+        load = load_adapter if adapted else load_base
+        return load(Path(str(self.given)), self.base, self.how.labels)
 
 
 def stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -381,27 +404,16 @@ def evaluate(
 def _subject(
     source: Run | str | Path | Recipe, overrides: Sequence[str], split: str | None, adapter: str, base: str | None
 ) -> _Subject:
-    if isinstance(source, (str, Path)) and (Path(source) / "run.json").is_file():
-        source = Run.load(source)
-    if isinstance(source, Run):
+    if isinstance(source, Run) or (isinstance(source, (str, Path)) and (Path(source).is_dir() or is_model(source))):
+        given = Source.of(source, base)
         if foreign := [text for text in overrides if not text.startswith("data.")]:
-            raise ConfigError(
-                f"{foreign[0]!r} would not be this run any more: only data.… can be changed when evaluating a run."
-            )
-        recipe = recipe_of(source, *overrides)
-        trained = load_run(source, base, adapted=adapter == "trained")
-        stop_at_turns(trained, source.data.get("format"))
-        data = load_data(
-            recipe.data,
-            trained.base.tokenizer,
-            base_dir=recipe.base_dir,
-            task=trained.task,
-            labels=source.data["labels"],
+            what = "this run" if given.is_run else "this adapter" if given.found is None else "this model"
+            raise ConfigError(f"{foreign[0]!r} would not be {what} any more: only data.… can be changed here.")
+        return (
+            _by_itself(given, overrides, split, adapter)
+            if given.run is None
+            else _of_run(given, overrides, split, adapter)
         )
-        name = source.recipe["adapter"].get("recipe", "weftlora") if adapter == "trained" else "none"
-        return _Subject(source, name, trained, *_split(data, split), recipe.train.batch_size)
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        Run.load(source)  # says what the folder lacks
     if adapter == "trained":
         raise ConfigError(
             f"{source} is a recipe, not a run: train it first, or give --adapter none to measure its base."
@@ -413,6 +425,54 @@ def _subject(
     trained = Trained(prepared.base, prepared.model, prepared.task)
     stop_at_turns(trained, prepared.data.format)
     return _Subject(None, "none", trained, *_split(prepared.data, split), recipe.train.batch_size)
+
+
+def _of_run(given: Source, overrides: Sequence[str], split: str | None, adapter: str) -> _Subject:
+    """A run, or an adapter in its folder, on the rows of the run."""
+    run = cast(Run, given.run)
+    recipe = recipe_of(run, *overrides)
+    trained = given.loaded(adapted=adapter == "trained")
+    stop_at_turns(trained, given.how.form)
+    data = load_data(
+        recipe.data, trained.base.tokenizer, base_dir=recipe.base_dir, task=trained.task, labels=run.data["labels"]
+    )
+    name = run.recipe["adapter"].get("recipe", "weftlora") if given.is_run else str(given.given)
+    kept = run if given.is_run else None  # whose scores these are
+    return _Subject(
+        kept, name if adapter == "trained" else "none", trained, *_split(data, split), recipe.train.batch_size
+    )
+
+
+def _by_itself(given: Source, overrides: Sequence[str], split: str | None, adapter: str) -> _Subject:
+    """An adapter folder out of its run, or a model, on rows that are named, read as those that it was trained on.
+
+    Raises:
+        DataError: no rows are named.
+    """
+    how, of_model = given.how, given.found is not None
+    said = {"format": how.form, "prompt_template": how.template, "max_length": how.max_length}
+    section = {} if of_model else {key: value for key, value in said.items() if value is not None}
+    section |= {"system": "fold"} if how.fold else {}
+    recipe = Recipe.read(builtin("none") | {"data": section}, *overrides)
+    name = split or ("validation" if recipe.data.test is None and recipe.data.validation is not None else "test")
+    if getattr(recipe.data, name) is None:
+        raise DataError(
+            f"{given.given} does not say on which rows it is measured: name them with data.{name}=rows.jsonl."
+        )
+    recipe.data.check_files(recipe.base_dir)
+    trained = given.loaded(adapted=adapter == "trained")
+    stop_at_turns(trained, how.form)
+    classes = trained.model.config.id2label if trained.task == "classification" else {}
+    data = load_data(
+        recipe.data,
+        trained.base.tokenizer,
+        base_dir=recipe.base_dir,
+        task=trained.task,
+        labels=[classes[number] for number in sorted(classes)] or None,
+        only=name,
+    )
+    called = "none" if of_model or adapter == "none" else str(given.given)
+    return _Subject(None, called, trained, name, data.train, recipe.train.batch_size)
 
 
 def _split(data: Any, wanted: str | None) -> tuple[str, Any]:

@@ -110,7 +110,7 @@ def _train(
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
         )
-    sampling.asked(prepared)  # what is wrong with them is said before anything is written
+    samples = sampling.asked(prepared)  # what is wrong with them is said before anything is written
     run = _describe(prepared, prepared.adapter, folder, round(time.monotonic() - started, 3))
     last = None
     if before is not None:
@@ -142,7 +142,7 @@ def _train(
                 log.info("%s", said)
             search = layer_search.begin(prepared, run, args, main)
             if search is None:
-                trainer = make_trainer(prepared, run, args, progress, callbacks)
+                trainer = make_trainer(prepared, run, args, progress, callbacks, samples)
         _announce(run, prepared)
         if main:
             for line in ahead.lines(prepared, None if search is None else search.search):
@@ -152,7 +152,7 @@ def _train(
             if search is None:
                 return trainer, prepared, run
             selected, described = search.finish(before is not None or extends is not None, progress)
-            return make_trainer(selected, described, args, progress, callbacks), selected, described
+            return make_trainer(selected, described, args, progress, callbacks, samples), selected, described
 
         return _run_trainer(record, start, run, before is not None or extends is not None, main, progress)
 

@@ -64,6 +64,14 @@ class Prepared:
     """Whether batches that are trained on have no padding (`takes_flat_rows`)."""
 
     @property
+    def measured_domains(self) -> list[str]:
+        """The domain of each of the rows that are measured; "" of a row without one."""
+        if self.measured_on is None:
+            return []
+        named = "domain" in self.measured_on.column_names
+        return [str(name or "") for name in self.measured_on["domain"]] if named else [""] * len(self.measured_on)
+
+    @property
     def training_collator(self) -> Collator:
         """Of the batches that are trained on."""
         return dataclasses.replace(self.collator, flat=self.flat)

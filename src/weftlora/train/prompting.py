@@ -26,9 +26,10 @@ from weftlora.data.encode import fold_system, render
 from weftlora.data.examples import SPEAKERS
 from weftlora.disk.ownership import PROMPTS
 from weftlora.errors import AdapterError, ConfigError, DataError, ModelError, suggest
-from weftlora.foreign_json import from_json
+from weftlora.foreign_text import from_json
 from weftlora.runs.load import Trained, recipe_of
 from weftlora.runs.run import Run
+from weftlora.settings import is_whole
 
 Message = dict[str, str]
 Prompt = str | Sequence[Message] | Mapping[str, Any]
@@ -45,6 +46,10 @@ class Prompting:
     template: str | None = None
     fold: bool = False
     """Whether a system turn goes before the text of the first user's, as `data.system: fold` has it."""
+    max_length: int | None = None
+    """What an adapter folder says its rows were held to."""
+    labels: tuple[str, ...] = ()
+    """The classes that an adapter folder says it tells apart."""
 
     @classmethod
     def of(cls, run: Run | None) -> Prompting:
@@ -67,7 +72,10 @@ class Prompting:
         try:
             said = from_json(file.read_text(encoding="utf-8"))
             form, template, fold = said["format"], said["prompt_template"], said["system"] == "fold"
-            if form not in (*_WORDS, "classification", None) or not isinstance(template, str | None):
+            length, labels = said.get("max_length"), said.get("labels") or []
+            known = form in (*_WORDS, "classification", None) and isinstance(template, str | None)
+            counted = length is None or is_whole(length, 1)
+            if not (known and counted and isinstance(labels, list) and all(isinstance(each, str) for each in labels)):
                 raise ValueError("it holds other values than weftlora writes")
             if template is not None:
                 template_columns(template)
@@ -75,7 +83,7 @@ class Prompting:
             raise AdapterError(
                 f"{file} cannot be read ({type(error).__name__}): delete it, and say with --messages or --raw what prompts become."
             ) from None
-        return cls(form, template, fold)
+        return cls(form, template, fold, length, tuple(labels))
 
     @property
     def trained_on(self) -> str:

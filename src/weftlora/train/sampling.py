@@ -8,7 +8,7 @@ Answers are greedy and draw nothing, so that a run with samples ends with the ad
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,9 +88,9 @@ def _trained(prepared: Prepared) -> Trained:
 class Sampler(TrainerCallback):
     """Asks at every step at which the validation loss is measured, or would be, and at the end; the main process writes."""
 
-    def __init__(self, run: Run, prepared: Prepared, progress: Progress) -> None:
+    def __init__(self, run: Run, prepared: Prepared, progress: Progress, samples: Sequence[Asked]) -> None:
         self.run, self.prepared, self.progress = run, prepared, progress
-        self.asked, self.form = asked(prepared), prepared.data.format
+        self.asked, self.form = samples, prepared.data.format
         self.every = arguments.eval_interval(prepared.recipe.train, run.steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from weftlora.train import checkpoint
 from weftlora.train.callback import Finished, finish
 from weftlora.train.costs import Stopwatch, announce_measuring, measuring_seconds, timed
 from weftlora.train.extending import Extended
+from weftlora.train.following import following, is_routed
 from weftlora.train.prepare import Prepared
-from weftlora.train.sampling import Sampler
+from weftlora.train.sampling import Asked, Sampler
 
 log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -132,6 +133,19 @@ class _Measured:
     """Mixed into a trainer: the validation loss is a mean over answer tokens, not over batches."""
 
     prepared: Prepared
+    run: Run
+
+    @contextlib.contextmanager
+    def follows(self, rows: Any, collate: Any) -> Iterator[Any]:
+        """Record what routers do meanwhile, where `train.follow_heads` asks for it."""
+        trainer: Any = self
+        if not (self.prepared.recipe.train.follow_heads and is_routed(self.prepared.adapter)):
+            yield collate
+            return
+        with following(trainer.model, self.prepared.measured_domains, collate) as heads:
+            yield heads.collate
+        if trainer.state.is_world_process_zero:
+            self.run.event("heads", step=trainer.state.global_step, **heads.figures())
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -139,7 +153,8 @@ class _Measured:
         trainer: Any = self
         rows = trainer.eval_dataset if eval_dataset is None else eval_dataset
         announce_measuring(timed(trainer.state), rows)
-        measured = mean_loss(trainer.model, rows, self.prepared.collator, trainer.args.per_device_eval_batch_size)
+        with self.follows(rows, self.prepared.collator) as collate:
+            measured = mean_loss(trainer.model, rows, collate, trainer.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": measured.loss}
         trainer.log(metrics)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
@@ -288,8 +303,10 @@ def _head(prepared: Prepared, args: TrainingArguments) -> Any:
     return head if head is not None and is_the_models_own(base, head) else None
 
 
-def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any) -> Trainer:
-    """The trainer that `train.trainer` names, around a prepared model."""
+def make_trainer(
+    prepared: Prepared, run: Run, args: TrainingArguments, progress: Progress, extra: Any, samples: Sequence[Asked] = ()
+) -> Trainer:
+    """The trainer that `train.trainer` names, around a prepared model, which `samples` are asked of."""
     kind: Any = Trainer
     options: dict[str, Any] = {}
     if prepared.recipe.train.trainer == "sft":
@@ -299,12 +316,12 @@ def make_trainer(prepared: Prepared, run: Run, args: TrainingArguments, progress
     own: list[TrainerCallback] = [Finished(), Stopwatch(), Recorder(run, prepared, progress)]
     if prepared.adapter is not None and prepared.adapter.peft_type == PeftType.ADALORA:
         own.append(AdaLoraSteps())
-    if prepared.recipe.train.samples:
-        own.append(Sampler(run, prepared, progress))
+    if samples:
+        own.append(Sampler(run, prepared, progress, samples))
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
     mixins: list[type] = [_Measured, _Logged]
-    added: dict[str, Any] = {"prepared": prepared, "_card": Card()}
+    added: dict[str, Any] = {"prepared": prepared, "run": run, "_card": Card()}
     if run.extends:
         mixins.insert(0, Extended)
         added["extends_at"] = run.extends["step"]

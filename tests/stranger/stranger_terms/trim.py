@@ -47,7 +47,7 @@ class Trim(Ranks):
         """Yes."""
         return True
 
-    def capacity(self, r: int, fan_in: int, out: int) -> int:
+    def capacity(self, r: int, fan_in: int, out: int, *, experts: bool = False) -> int:
         """No more than it starts with."""
         return r
 

@@ -25,8 +25,8 @@ class Ranks(Choice):
         """Whether it measures on validation rows, which training then has to be given."""
 
     @abstractmethod
-    def capacity(self, r: int, fan_in: int, out: int) -> int:
-        """Slots to make room for at a site of initial rank r; at least r."""
+    def capacity(self, r: int, fan_in: int, out: int, *, experts: bool = False) -> int:
+        """Slots to make room for at a site of initial rank r; at least r. `experts`: the site is one of many, of an expert each."""
 
     @abstractmethod
     def state(self, r: int, room: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ a run the rounds are. How many slots n is can be read in two ways: see `Realloca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -39,6 +40,8 @@ AUTO = tuple(f"{way} (auto)" for way in WAYS)
 ABLATIONS = ("sensitivity", "gate")
 """The scores that the paper compares its own with: of a slot as a whole, not of its brackets."""
 SCORES = ("auto", *WAYS, *ABLATIONS, "random", "none", *AUTO)
+EXPERT_ROOM = 1.25
+"""Of an expert, its room for slots over its rank."""
 NEED_DATA = ("auto", *WAYS, *ABLATIONS, *AUTO)
 
 
@@ -72,7 +75,8 @@ class Reallocate(Ranks):
         shortlist_factor: see `score`.
         grace_rounds: for so many rounds a new slot cannot be taken away.
         revive: whether a module without slots may get new ones.
-        max_rank: slots that a module has room for; None is twice its rank. Never more than the smaller side of W.
+        max_rank: slots that a module has room for; None is twice its rank, of an expert a quarter more than its rank, since room costs
+            parameters and moments for each of many experts. Never more than the smaller side of W.
         check: measure each round how well the score does: against the exact one, and the exact one against itself on other
             rows, which there must be. Costs two exact rounds.
         chunk_tokens: tokens per forward while scoring, where memory is short; None chooses.
@@ -167,8 +171,8 @@ class Reallocate(Ranks):
         """It with a way of scoring that "auto" has come to."""
         return replace(self, score=f"{way} (auto)")  # type: ignore[arg-type]
 
-    def capacity(self, r: int, fan_in: int, out: int) -> int:
-        """Slots to make room for at a site of initial rank r; at least r.
+    def capacity(self, r: int, fan_in: int, out: int, *, experts: bool = False) -> int:
+        """Slots to make room for at a site of initial rank r; at least r. `experts`: the site is one of many, of an expert each.
 
         Raises:
             ConfigError: max_rank is below r.
@@ -177,7 +181,8 @@ class Reallocate(Ranks):
             raise ConfigError(
                 f"Reallocate(max_rank={self.max_rank}) is below the initial rank {r}: raise it to {r} or more."
             )
-        return max(r, min(self.max_rank or 2 * r, fan_in, out))
+        usual = math.ceil(EXPERT_ROOM * r) if experts else 2 * r
+        return max(r, min(self.max_rank or usual, fan_in, out))
 
     def state(self, r: int, room: int) -> dict[str, Tensor]:
         """r live slots, all of the start."""

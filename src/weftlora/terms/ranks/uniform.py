@@ -22,7 +22,7 @@ class Uniform(Ranks):
         """No."""
         return False
 
-    def capacity(self, r: int, fan_in: int, out: int) -> int:
+    def capacity(self, r: int, fan_in: int, out: int, *, experts: bool = False) -> int:
         """r."""
         return r
 

@@ -34,11 +34,12 @@ class Size(NamedTuple):
 
 class Place(NamedTuple):
     """Where a site stands: full name of its module, its size, and which projections beside it (its own name included) read the
-    same tensor; None if it is no separate q, k or v."""
+    same tensor; None if it is no separate q, k or v. Of an expert `name` is that of the parameter of all of them."""
 
     name: str
     size: Size
     reads: tuple[str, ...] | None
+    expert: bool = False
 
 
 class Draw(Protocol):
@@ -64,7 +65,7 @@ class Structure(Choice):
     """What sentences call an adapter of this structure: "HydraLoRA"."""
     alpha_per_rank: ClassVar[float] = 2.0
     """lora_alpha over r, where the config does not say."""
-    targets: ClassVar[Literal["all-linear", "attention inputs"]] = "all-linear"
+    targets: Literal["all-linear", "attention inputs", "experts"] = "all-linear"
     """What is adapted where the config does not say."""
     no_closed_form: ClassVar[str | None] = None
     """Why no single ΔW exists, as a clause: merging and exact export are refused with it."""

@@ -50,6 +50,9 @@ class Hydra(Structure):
             A training forward with balance > 0 must run inside `weftlora.routing(model)`; `weftlora train` does that.
         router_init: "kaiming" (released code), or "zero". A zero router with one shared mask keeps all heads equal for
             ever (specs, symmetry), so "zero" is refused unless per_head_dropout breaks the symmetry.
+        router_gain: factor on the router that is drawn: its logits start so many times as far apart. 1, the released code's start,
+            has gates near 1/N, under which Adam moves all heads alike; at 8 most tokens start with one head of their own, so that
+            heads learn from different tokens. Only the start differs, the equation does not (ours; no paper's).
     """
 
     method: ClassVar[str] = "HydraLoRA"
@@ -72,6 +75,7 @@ class Hydra(Structure):
     per_head_dropout: bool = False
     balance: float = 0.0
     router_init: str = field(default="kaiming")
+    router_gain: float = 1.0
     objections: Mapping[str, str] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -93,6 +97,15 @@ class Hydra(Structure):
             raise ConfigError(
                 "Hydra(router='topk', k=1) gives its one head the weight 1, so the loss moves no router: set balance above 0 (the "
                 "released code has 0.05), or k=2."
+            )
+        if not is_number(self.router_gain) or not 0 < self.router_gain < math.inf:
+            raise ConfigError(
+                f"Hydra(router_gain={self.router_gain!r}) is no factor on a router: use a number above 0, such as 8."
+            )
+        drawn = self.router != "uniform" and self.router_init == "kaiming"
+        if self.router_gain != 1 and not drawn:
+            raise ConfigError(
+                f"Hydra(router_gain={self.router_gain:g}) scales a router that is drawn, and none is: leave it out."
             )
         if self.router == "uniform" and (self.balance or self.router_init != "kaiming"):
             raise ConfigError(
@@ -131,7 +144,7 @@ class Hydra(Structure):
     def build(self, size: Size, room: int, owners: Mapping[str, StructureTerm], draw: Draw) -> HydraTerm:
         """A drawn, B zero; the router drawn or zero."""
         router = draw(self.heads, size.fan_in if self.router_input == "x" else size.r)
-        router = router if self.router_init == "kaiming" else torch.zeros_like(router)
+        router = router * self.router_gain if self.router_init == "kaiming" else torch.zeros_like(router)
         router = F.pad(router, (0, room if self.router_input == "Ax" else 0))
         rows = size.r * (self.heads if self.split else 1)
         return HydraTerm(self, F.pad(draw(rows, size.fan_in), (0, 0, 0, room)), size.out, router)

@@ -26,7 +26,7 @@ from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
 Part = Literal["A", "B", "u", "v"]
-Group = Literal["module_type", "shape", "fused_qkv"]
+Group = Literal["module_type", "shape", "fused_qkv", "experts"]
 
 PARTS: tuple[Part, ...] = ("A", "B", "u", "v")
 PRESETS: dict[str, frozenset[Part]] = {
@@ -67,7 +67,9 @@ class Tied(Structure):
         train: which of A, B, u, v are trained: "tl6" (all), "tl5" (A, B), "vera" (u, v), letters ("Bu") or a collection.
         group: "module_type" ties sites of the same last name and shape (all q_proj); "shape" ties equal shapes;
             "fused_qkv" (paper) treats q, k, v of a layer as one module: A shared by all of them, u by the layer's
-            three, B by each kind. Rank and shape are part of every group.
+            three, B by each kind; "experts" gives the experts of one fused parameter of a layer one A, and each a B of its own, as
+            HydraLoRA observes that A is what tasks have in common (ours; other modules are as with "module_type"). Rank and shape
+            are part of every group.
         zero: the factor that starts at zero; None takes the rule. A frozen one would never move and is refused.
         init: the values of a random A or B: "kaiming", or "normal" (σ = 1, the first author's code).
     """
@@ -81,7 +83,9 @@ class Tied(Structure):
     }
     alpha_per_rank: ClassVar[float] = 1.0
     shares: ClassVar[bool] = True
-    targets: ClassVar[Literal["all-linear", "attention inputs"]] = "attention inputs"
+    targets: Literal["all-linear", "attention inputs", "experts"] = field(
+        init=False, repr=False, compare=False, default="attention inputs"
+    )
 
     train: str | Collection[str] = "tl6"
     group: Group = "module_type"
@@ -94,8 +98,10 @@ class Tied(Structure):
         object.__setattr__(self, "trained", trained)
         if not isinstance(self.train, str):
             object.__setattr__(self, "train", "".join(part for part in PARTS if part in trained))
-        if self.group not in (groups := ("module_type", "shape", "fused_qkv")):
+        if self.group not in (groups := ("module_type", "shape", "fused_qkv", "experts")):
             raise ConfigError(f"Tied(group={self.group!r}): {suggest(str(self.group), groups)}")
+        if self.group == "experts":
+            object.__setattr__(self, "targets", "experts")
         if self.init not in ("kaiming", "normal"):
             raise ConfigError(f"Tied(init={self.init!r}): {suggest(str(self.init), ['kaiming', 'normal'])}")
         if self.zero is not None and self.zero not in PARTS:
@@ -128,6 +134,7 @@ class Tied(Structure):
         fused_qkv     q, k, v of one attention count as one module: A: (which of q, k, v read one input, in, r) over all layers;
                       B: (last name, in, out, r) over all layers; u: the attention it stands in, shared by its q, k, v.
                       Modules outside attention inputs fall back to module_type.
+        experts       of the experts of one parameter A: (the parameter, in, r). Other modules fall back to module_type.
 
         Source: one fused QKV projection per layer in the paper; "shape" is the baseline of VB-LoRA.
         """
@@ -136,6 +143,8 @@ class Tied(Structure):
         if self.group == "shape":
             pair: Hashable = ("shape", fan_in, out, r)
             return {"A": pair, "B": pair}
+        if self.group == "experts" and place.expert:
+            return {"A": ("experts", place.name, fan_in, r)}
         kind: Hashable = ("type", last, fan_in, out, r)
         if place.reads is None or self.group != "fused_qkv":
             return {"A": kind, "B": kind}

@@ -1,0 +1,392 @@
+"""Experts of a mixture whose matrices are fused parameters [E, out, in]: which there are, their layouts, and what adapts them.
+
+    W [E, out, in]      as most models keep them          W [E, in, out]      transposed (gpt-oss)
+    gate_up_proj        gate over up, or each in turn (interleaved): rows of W, so ΔW has them in W's own order
+    b [E, out]          biases, which stay as they are
+
+An adapter of such a parameter is a batch of sites, one per expert (`weftlora.adapter.site`). Two ways compute it:
+
+    by tokens     transformers lets experts be computed by a function that is registered by name. Ours is the host's grouped one, with
+                  y += s · h B̃_eᵀ after each of its two products: any structure, with dropout, and nothing as large as W is made.
+    by weights    where the host has no such door, or the weights are quantised: the base is called with W + ΔW in W's place, as stock
+                  LoRA does. ΔW is as large as W, so unrouted structures without dropout only.
+
+`WeftExperts` takes the place of the host's module, which it calls; in it each adapted parameter has a `WeftExpertWeight` under the
+parameter's own name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from weftlora.adapted.layer import WeftLayer
+from weftlora.adapter.site import Site
+from weftlora.adapter.spec import WeftConfig
+from weftlora.errors import AdapterError, MergeError, TargetError
+from weftlora.kernel import Grouping, Work, add_grouped, delta_weights, grouped_linear
+from weftlora.schedule.schedule import Member
+
+IMPLEMENTATION = "weftlora"
+"""What our experts function is called among the host's."""
+UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+"""What the host's interface calls the two parameters."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one parameter of an experts module lies."""
+
+    experts: int
+    fan_in: int
+    out: int
+    transposed: bool
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """W, or one expert's, as [..., out, in]: a view."""
+        return w.transpose(-2, -1) if self.transposed else w
+
+
+def layout_of(module: nn.Module, name: str) -> Layout:
+    """The layout of the parameter `name` of an experts module."""
+    experts, first, second = cast(Tensor, getattr(module, name)).shape
+    transposed = bool(getattr(module, "is_transposed", False))
+    return Layout(experts, *((first, second) if transposed else (second, first)), transposed)
+
+
+def fused(module: nn.Module) -> list[str]:
+    """The names of the parameters in which a module keeps the matrices of a mixture's experts, in their order.
+
+    By kind: three axes of which the first counts the experts, as the module itself says, or of a module that is called so.
+    """
+    if isinstance(module, (nn.modules.conv._ConvNd, WeftExperts, BaseTunerLayer)):
+        return []
+    cubes = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    counts = {value for key, value in vars(module).items() if "expert" in key and isinstance(value, int)}
+    named = "expert" in type(module).__name__.lower()
+    return [name for name, p in cubes if (named or len(p) in counts) and len(p) > 1]
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The full names of the parameters in which a mixture of experts holds its matrices, adapted ones included."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, WeftExperts):
+            found += [f"{path}.{name}" for name in fused(module.base_layer)]
+        elif not path.endswith(".base_layer"):
+            found += [f"{path}.{name}" if path else name for name in fused(module)]
+    return found
+
+
+def why_by_weights(module: nn.Module) -> str | None:
+    """Why the tokens of these experts cannot be computed by a function of ours, as a clause; None where they can."""
+    kind = type(module).__name__
+    told = ("is_transposed", "has_bias", "has_gate")
+    if not all(isinstance(vars(module).get(name), bool) for name in told) or _interface() is None:
+        return f"{kind} has no door for an experts function of another package"
+    up = next((name for name in UP if name in module._parameters), None)
+    plain = [p for p in (module._parameters.get(up or ""), module._parameters.get(DOWN)) if p is not None]
+    if len(plain) < 2 or not all(p.is_floating_point() and p.dim() == 3 and p.dtype.itemsize > 1 for p in plain):
+        return f"the weights of this {kind} are quantised, or not two parameters"
+    return None
+
+
+def _interface() -> Any:
+    """The host's table of experts functions, ours in it; None where this transformers has none."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:
+        return None
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
+        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    return ALL_EXPERTS_FUNCTIONS
+
+
+class WeftExpertWeight(WeftLayer):
+    """The adapters of one fused parameter; it computes nothing by itself, `WeftExperts` does."""
+
+    def __init__(self, module_name: str, experts: nn.Module, name: str):
+        super().__init__(module_name)
+        self.name = name
+        self.layout = layout_of(experts, name)
+        self._experts = (experts,)  # a tuple: it is the wrapper's submodule, not this one's
+
+    def get_base_layer(self) -> nn.Module:
+        """The host's module that holds the parameter."""
+        return self._experts[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter, [E, out, in] or transposed, as it is in memory."""
+        return cast(Tensor, getattr(self._experts[0], self.name))
+
+    @property
+    def bias(self) -> None:
+        """Of the adapter's own: none."""
+        return
+
+    @property
+    def in_features(self) -> int:
+        """Of every expert."""
+        return self.layout.fan_in
+
+    @property
+    def out_features(self) -> int:
+        """Of every expert."""
+        return self.layout.out
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        site, weight = self.site(adapter_name), self.weight
+        if not any(p.is_meta for p in site.parameters()):
+            dtype = weight.dtype if weight.is_floating_point() else None
+            self.weft_site[adapter_name] = site.to(device or weight.device, dtype)
+
+    def members(self, adapter_name: str) -> list[Member]:
+        """A site per expert, called by its number behind the parameter's name."""
+        if adapter_name not in self.weft_site:
+            return []
+        site = self.site(adapter_name)
+        return [
+            Member(f"{self.module_name}.{e}", site, _Matrix(self, e), "in memory", e)
+            for e in range(self.layout.experts)
+        ]
+
+    def base_matrix(self, e: int) -> Tensor:
+        """W [out, in] of one expert as it is in memory."""
+        return self.layout.matrix(self.weight.detach()[e])
+
+    def work(self, adapter_name: str, grouping: Grouping) -> Work:
+        """What the batch asks of one forward by tokens."""
+        site = self.site(adapter_name)
+        found = site.work()
+        if not site.expert_meters:
+            return found
+        tokens, told = grouping.slices(), found.on_mix
+
+        def tell(omega: Tensor) -> None:
+            site.heard(omega, tokens)
+            if told is not None:
+                told(omega)
+
+        return replace(found, on_mix=tell)
+
+    # ------------------------------------------------------------------ merging
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW of one adapter in the layout of the parameter, fp32."""
+        return self.layout.matrix(self.site(adapter_name).delta_weight())
+
+    def _plain_weight(self) -> nn.Parameter:
+        weight = self._experts[0]._parameters.get(self.name)
+        if isinstance(weight, nn.Parameter) and type(weight.detach()) is Tensor and weight.is_floating_point():
+            return weight
+        raise MergeError(
+            f"{self.module_name} is no plain parameter of numbers, so ΔW cannot be added: load the base model unquantised and "
+            "unsharded to merge, or serve the adapter unmerged."
+        )
+
+    def _put_weight(self, weight: nn.Parameter) -> None:
+        setattr(self._experts[0], self.name, weight)
+
+    @property
+    def at_work(self) -> list[str]:
+        """The adapters that take part in a forward."""
+        return [] if self._disable_adapters or self.merged_adapters else self._names()
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """Reads W [out, in] of one expert; a copy of the model reads its own."""
+
+    layer: WeftExpertWeight
+    e: int
+
+    def __call__(self) -> Tensor:
+        return self.layer.base_matrix(self.e)
+
+
+class WeftExperts(nn.Module):
+    """The host's experts module with adapters on its fused parameters; takes and gives what that does."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.by_weights = why_by_weights(base_layer)
+        self.rows: Any = None
+        self._configs = self._own_configs()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)  # what the model asks its experts for
+
+    def layer(self, name: str) -> WeftExpertWeight:
+        """The adapters of the parameter `name`, made if there are none yet."""
+        if name not in self._modules:
+            layer = WeftExpertWeight(f"{self.module_name}.{name}", self.base_layer, name)
+            setattr(self, name, layer.train(self.training))
+        return cast(WeftExpertWeight, self._modules[name])
+
+    def layers(self) -> Iterator[WeftExpertWeight]:
+        """Those that there are."""
+        return (child for child in self.children() if isinstance(child, WeftExpertWeight))
+
+    def _own_configs(self) -> tuple[Any, Any]:
+        """The base's config, and one of its own that names our function: the model's, which others share, stays as it is."""
+        config = getattr(self.base_layer, "config", None)
+        if self.by_weights is not None or config is None:
+            return config, config
+        ours = copy.copy(config)
+        ours._experts_implementation_internal = IMPLEMENTATION
+        return config, ours
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layers = list(self.layers())
+        for layer in layers:
+            if layer._disable_adapters and layer.merged_adapters:
+                layer.unmerge()
+        active = [layer for layer in layers if layer.at_work]
+        if self.rows is not None and active:
+            raise AdapterError(
+                f"adapter_names=[...] names an adapter per row, and {self.module_name} reads the tokens of all rows as one list: "
+                "infer with one adapter at a time."
+            )
+        theirs, ours = self._configs
+        if self.by_weights is None:
+            wanted = ours if active else theirs
+            if self.base_layer.config is not wanted:
+                self.base_layer.config = wanted
+            self.base_layer.__dict__["_weft_layers"] = {layer.name: layer for layer in active}
+            return self.base_layer(*args, **kwargs)
+        if not active:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The host's module by itself, as peft asks for it."""
+        if merge:
+            for layer in self.layers():
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.bare()
+
+    def bare(self) -> nn.Module:
+        """The host's module as it was before."""
+        if self.by_weights is None:
+            self.base_layer.config = self._configs[0]
+            self.base_layer.__dict__.pop("_weft_layers", None)
+        return self.base_layer
+
+
+def _whole(layer: WeftExpertWeight) -> Tensor:
+    """W + ΣΔW of the active adapters, in W's dtype and layout, with autograd's derivatives."""
+    w = layer.weight
+    for name in layer.at_work:
+        site = layer.site(name)
+        w = w + layer.layout.matrix(delta_weights(site.work().factors, layer.layout.experts)).to(w.dtype)
+    return w
+
+
+def check_experts(config: WeftConfig, name: str, module: nn.Module) -> None:
+    """Refuse the parameter called `name` of the experts `module` where the config asks for what no adapter on it can have.
+
+    Raises:
+        TargetError: says why, and what to do.
+    """
+    experts = module.base_layer if isinstance(module, WeftExperts) else module
+    last = name.rpartition(".")[2]
+    structure = config.structure
+    if last not in fused(experts):
+        raise TargetError(
+            f"{name} is no parameter [experts, out, in] of a mixture of experts: leave it out of target_parameters."
+        )
+    if getattr(experts, "_is_expert_parallel", False):
+        raise TargetError(
+            f"{name} is shared out over processes (expert parallelism): load the model without it, or leave it out."
+        )
+    if structure.outside or (structure.per_head_dropout and config.lora_dropout):
+        what = f"{structure.title} is outside the equation" if structure.outside else "a dropout mask per head is drawn"
+        raise TargetError(f"{name} holds experts, and {what}, which linear modules alone can have: leave it out.")
+    if structure.balance:
+        raise TargetError(
+            f"{name} holds experts, and {structure.title}(balance={structure.balance:g}) counts tokens of modules that read all of "
+            "them: set balance=0, or leave experts out (target_parameters=[])."
+        )
+    if (why := why_by_weights(experts)) is None:
+        if last not in (*UP, DOWN):
+            raise TargetError(f"{name} is no matrix that the host's experts functions compute with: leave it out.")
+        return
+    dropout = f"lora_dropout={config.lora_dropout:g} drops elements of x"
+    wanted = f"{structure.method} has a router per token" if structure.routed else dropout
+    if structure.routed or config.lora_dropout:
+        raise TargetError(
+            f"{name} can be adapted by its weights only ({why}), where {wanted}: use an unrouted structure without dropout, or leave "
+            "experts out (target_parameters=[])."
+        )
+
+
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **_: Any
+) -> Tensor:
+    """The experts function that is registered with the host as "weftlora": its grouped one, with the updates of the active adapters.
+
+    Args:
+        hidden_states: [T, hidden].
+        top_k_index: [T, k], the experts of every token.
+        top_k_weights: [T, k], what their outputs are weighed with.
+
+    Returns:
+        [T, hidden].
+
+    Source: `transformers.integrations.moe` says what the function has to do; the order of its steps is that of the host's own.
+    """
+    layers: dict[str, WeftExpertWeight] = self.__dict__["_weft_layers"]
+    tokens, width = hidden_states.shape
+    k, experts = top_k_index.shape[-1], cast(int, self.num_experts)
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = torch.bincount(expert, minlength=experts)
+    if len(counts) > experts:
+        raise AdapterError(
+            "experts that are shared out over processes (expert parallelism) cannot carry adapters: train without it."
+        )
+    source = order // k
+    scored = next((site.keep for layer in layers.values() for site in _sites(layer) if site.keep is not None), None)
+    part = None if scored is None else source // (tokens // scored.shape[1])
+    grouping = Grouping(counts.cumsum(0).to(torch.int32), expert, part)
+
+    def project(name: str, x: Tensor) -> Tensor:
+        weight = cast(Tensor, getattr(self, name))
+        biased = getattr(self, f"{name}_bias", None) if getattr(self, "has_bias", False) else None
+        matrix = weight.transpose(-2, -1) if self.is_transposed else weight
+        x = x.to(weight.dtype)
+        y = grouped_linear(x, matrix, grouping, biased)
+        if (layer := layers.get(name)) is not None:
+            for adapter in layer.at_work:
+                y = add_grouped(y, x, layer.work(adapter, grouping), grouping)
+        return y
+
+    x = hidden_states[source]
+    up = UP[0] if getattr(self, "has_gate", True) else UP[1]
+    inner = project(up, x)
+    inner = cast(Any, self)._apply_gate(inner) if up == UP[0] else cast(Any, self).act_fn(inner)
+    y = project(DOWN, inner)
+    if getattr(self, "has_post_expert_norm", False):
+        y = cast(Any, self).post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back].view(tokens, k, width).sum(1).to(hidden_states.dtype)
+
+
+def _sites(layer: WeftExpertWeight) -> Iterator[Site]:
+    return (layer.site(name) for name in layer.at_work)
