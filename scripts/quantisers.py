@@ -83,7 +83,7 @@ def recipe(row: str, method: str, out: Path) -> dict[str, Any]:
     }
 
 
-def row(name: str) -> dict[str, Any]:
+def row(name: str, methods: list[str]) -> dict[str, Any]:
     """Everything about one quantiser, in this process."""
     import transformers
 
@@ -93,7 +93,7 @@ def row(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {"model": ROWS[name]}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        for method in METHODS:
+        for method in methods:
             found[f"train {method}"] = told(lambda m=method: trained(name, m, folder))
         if "loss" not in found["train lora"]:
             return {"model": ROWS[name], "train lora": found["train lora"]}
@@ -105,7 +105,7 @@ def row(name: str) -> dict[str, Any]:
             found[f"checkpointing {kind}"] = told(lambda k=kind: checkpointed(name, k))
         found["speaks"] = told(lambda: spoken(folder / "lora"))
         found["export"] = told(lambda: exported(folder))
-        for way in ("as it is", "bfloat16", "float32", "original"):
+        for way in ("as it is", "bfloat16", "original"):
             found[f"merge {way}"] = told(lambda w=way: merged(folder, w))
         found["merge in memory"] = told(lambda: merged_in_memory(name))
         found["evaluated"] = told(lambda: evaluated(name))
@@ -266,7 +266,7 @@ def merged(folder: Path, way: str) -> dict[str, Any]:
 
     # a process of stock libraries takes seconds to start, and merges are proved in the tests
     options: dict[str, Any] = {"accept_loss": True, "verify": False}
-    if way in ("bfloat16", "float32"):
+    if way == "bfloat16":
         options["dtype"] = way
     if way == "original":
         options |= {"original": demo_model_path(), "dtype": "float32"}
@@ -349,11 +349,15 @@ def install() -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("rows", nargs="*", help="quantisers; all without")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), help="recipes to train; lora is always among them"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        print("\n" + json.dumps({"row": row(given.one), "versions": versions()}))
+        methods = list(dict.fromkeys(["lora", *given.methods]))
+        print("\n" + json.dumps({"row": row(given.one, methods), "versions": versions()}))
         return
     if unknown := [name for name in given.rows if name not in ROWS]:
         parser.error(f"no quantiser {unknown[0]!r}: {', '.join(ROWS)}")
@@ -362,13 +366,13 @@ def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(folder))))
     for name in given.rows or ROWS:
-        done = subprocess.run(
-            [sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True, check=True, env=environment
-        )
+        command = [sys.executable, __file__, "--one", name, "--methods", *given.methods]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         found = json.loads(done.stdout.strip().splitlines()[-1])
         record["rows"][name] = found["row"]
         print(name, json.dumps(found["row"], ensure_ascii=False), flush=True)
-        head = {"command": "python scripts/quantisers.py", "versions": found["versions"], "processor": processor()}
+        said = f"python scripts/quantisers.py --methods {' '.join(given.methods)}"
+        head = {"command": said, "versions": found["versions"], "processor": processor()}
         rows = {each: record["rows"][each] for each in ROWS if each in record["rows"]}
         record = {**head, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
