@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.experts import WeftExpertWeight
 from weftlora.adapted.frozen_weights import Checkpoint
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.quantised import can_be_requantised, format_of, is_quantised, requantised
 from weftlora.adapted.updates import base_of
 from weftlora.errors import MergeError
@@ -130,7 +131,7 @@ def check(source: Source, choices: Choices) -> None:
     base = base_of(source.model)
     if not isinstance(base, PreTrainedModel):
         raise MergeError(
-            f"a {type(base).__name__} is no model of transformers, so there is no folder to write: use model.merge_and_unload()."
+            f"a {type(base).__name__} is not a model of transformers, so there is no folder to write: use model.merge_and_unload()."
         )
     check_linear(source)
     for layer in source.layers:
@@ -150,12 +151,20 @@ def check(source: Source, choices: Choices) -> None:
             )
 
 
-def check_base(layer: WeftLinear, choices: Choices) -> None:
+def check_base(layer: WeftLayer, choices: Choices) -> None:
     """Refuse a base layer to which nothing can be added.
 
     Raises:
-        MergeError: it is no x Wᵀ, or quantised and its quantiser takes or saves no other weight.
+        MergeError: it is no x Wᵀ, or quantised and its quantiser takes or saves no other weight; experts with `original`.
     """
+    if isinstance(layer, WeftExpertWeight):
+        if choices.original is not None:
+            raise MergeError(
+                f"{layer.module_name} holds experts, whose matrices checkpoints keep under other names than the model: merge into the "
+                "weights in memory (without original), or export the adapter as LoRA, which is exact."
+            )
+        layer.check_mergeable([])
+        return
     base = layer.get_base_layer()
     if choices.original is not None or (choices.dtype is not None and is_quantised(base)):
         return
@@ -164,11 +173,12 @@ def check_base(layer: WeftLinear, choices: Choices) -> None:
         "(original=..., --original), or export the adapter as LoRA, which is exact."
     )
     if is_quantised(base):
-        if not can_be_requantised(base, layer.quantiser):
+        quantiser = cast(WeftLinear, layer).quantiser
+        if not can_be_requantised(base, quantiser):
             raise MergeError(
                 f"{layer.module_name} is a {type(base).__name__}, a base kept in fewer bits that takes no other weight: {instead}"
             )
-        if layer.quantiser is not None and not saves(layer.quantiser):
+        if quantiser is not None and not saves(quantiser):
             raise MergeError(
                 f"{layer.module_name} is a {type(base).__name__}, and transformers saves no model that is quantised so: {instead}"
             )
@@ -187,7 +197,10 @@ def saves(quantiser: Any) -> bool:
 
 def weight_dtype(source: Source) -> torch.dtype:
     """The dtype of the weights that are merged into, as they are in memory."""
-    weights = (getattr(layer.get_base_layer(), "weight", None) for layer in source.layers)
+    weights = (
+        layer.weight if isinstance(layer, WeftExpertWeight) else getattr(layer.get_base_layer(), "weight", None)
+        for layer in source.layers
+    )
     return next((w.dtype for w in weights if w is not None and w.is_floating_point()), torch.float32)
 
 
@@ -198,7 +211,9 @@ def add_updates(own: nn.Module, source: Source, dtype: torch.dtype) -> list[Site
         base = layer.get_base_layer()
         sites.append(site_loss(layer.module_name, w, delta, dtype))
         summed = (w + delta).to(dtype)
-        if isinstance(base, Conv1D):
+        if isinstance(layer, WeftExpertWeight):
+            layer.put(summed)
+        elif isinstance(base, Conv1D):
             base.weight = nn.Parameter(summed.T.contiguous(), requires_grad=False)
         else:
             layer.base_layer = live.linear(base, summed)
@@ -214,24 +229,32 @@ def quantise_updates(own: nn.Module, source: Source) -> list[SiteLoss]:
     """Give every adapted module of the shell its merged weight, quantised as its base is; a plain one among them keeps its type."""
     sites = []
     for layer, w, delta in updated(own, source):
+        if isinstance(layer, WeftExpertWeight):
+            sites.append(site_loss(layer.module_name, w, delta, layer.weight.dtype))
+            layer.put((w + delta).to(layer.weight.dtype))
+            continue
         base = layer.get_base_layer()
         if not is_quantised(base):
             dtype = cast(Tensor, base.weight).dtype
             sites.append(site_loss(layer.module_name, w, delta, dtype))
             layer.put_base(live.linear(base, (w + delta).to(dtype)))
             continue
-        layer.put_base(requantised(base, w + delta, layer.quantiser))
-        off, norm = (layer.base_matrix().float() - w - delta).double().norm(), float(delta.double().norm())
+        one = cast(WeftLinear, layer)
+        one.put_base(requantised(base, w + delta, one.quantiser))
+        off, norm = (one.base_matrix().float() - w - delta).double().norm(), float(delta.double().norm())
         bare = site_loss(layer.module_name, w, delta, torch.float32)
         sites.append(replace(bare, lost=float(off) / norm if norm else 0.0))
     return sites
 
 
-def updated(own: nn.Module, source: Source) -> Iterator[tuple[WeftLinear, Tensor, Tensor]]:
-    """Every adapted module of the shell with its W and its ΔW [out, in], fp32, one at a time."""
+def updated(own: nn.Module, source: Source) -> Iterator[tuple[WeftLayer, Tensor, Tensor]]:
+    """Every adapted module of the shell with its W and its ΔW [out, in], of experts [E, out, in], fp32, one at a time."""
     updates = pairs(source, {})
-    for layer in [m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates]:
-        w = layer.base_matrix().float()
+    for layer in [m for m in own.modules() if isinstance(m, WeftLayer) and m.module_name in updates]:
+        if isinstance(layer, WeftExpertWeight):
+            w = layer.layout.matrix(layer.weight.detach()).float()
+        else:
+            w = cast(WeftLinear, layer).base_matrix().float()
         yield layer, w, updates[layer.module_name].delta().to(w.device, torch.float32)
 
 
@@ -243,18 +266,25 @@ def logits_lost_to_nf4(own: nn.Module, source: Source, prover: Prover) -> float:
 
 def in_nf4(own: nn.Module, source: Source, prover: Prover, *, merged: bool) -> Outputs:
     """What the shell computes with its adapted weights in NF4: with the update in them, or as its base without any adapter."""
-    replaced: list[tuple[Any, nn.Module]] = []
+    replaced: list[tuple[Any, Any]] = []
     try:
         for layer, w, delta in updated(own, source):
-            base = layer.get_base_layer()
-            replaced.append((layer, base))
-            layer.base_layer = live.linear(base, round_nf4(w + delta if merged else w))
+            rounded = round_nf4(w + delta if merged else w)
+            if isinstance(layer, WeftExpertWeight):
+                replaced.append((layer, layer.weight))
+                layer.put(rounded)
+            else:
+                replaced.append((layer, layer.get_base_layer()))
+                layer.base_layer = live.linear(layer.get_base_layer(), rounded)
             replaced[-1][0].enable_adapters(False)
         with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
             return live.forward_all(own, prover.inputs.batches)
     finally:
-        for layer, base in replaced:
-            layer.base_layer = base
+        for layer, before in replaced:
+            if isinstance(layer, WeftExpertWeight):
+                layer._put_weight(before)
+            else:
+                layer.base_layer = before
             layer.enable_adapters(True)
 
 
@@ -327,7 +357,7 @@ def measured(place: Path, bare: Merge, choices: Choices, prover: Prover | None) 
         worst = max(bare.sites, key=lambda site: site.lost)
         raise MergeError(
             f"merging into {bare.dtype} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at {worst.site}), "
-            "so nothing was written: merge into float32, export the adapter as LoRA, or go on with accept_loss=True "
+            "so nothing was written: merge into float32, export the adapter as LoRA, or continue with accept_loss=True "
             "(--accept-loss)."
         )
     return replace(found, accepted=True)
