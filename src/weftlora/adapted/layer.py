@@ -201,8 +201,8 @@ class WeftLinear(WeftLayer):
         """The one site."""
         if adapter_name not in self.weft_site:
             return []
-        site, split = self.site(adapter_name), {"is_split": self.is_split, "weight_on": self.base_matrix_on}
-        return [Member(self.module_name, site, self.base_matrix, self.base_source, **split)]
+        site, source = self.site(adapter_name), self.base_source
+        return [Member(self.module_name, site, self.base_matrix, source, None, self.is_split, self.base_matrix_on)]
 
     @property
     def in_features(self) -> int:
