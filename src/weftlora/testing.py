@@ -166,7 +166,7 @@ class _Trial:
         axis = registry.axis_of(type(self.term))
         if axis is None:
             raise ConfigError(
-                f"{type(self.term).__name__} is no choice of any axis: inherit from the class of its axis, such as "
+                f"{type(self.term).__name__} is not a choice of any axis: inherit from the class of its axis, such as "
                 "weftlora.terms.structure.Structure."
             )
         return axis
@@ -391,7 +391,7 @@ def _check_training(trial: _Trial, notes: dict[str, str]) -> None:
     params, before = _params(model), _base_tensors(model)
     _require(bool(params), "nothing of it is trained.")
     if strange := [name for name in params if ".weft_site." not in name]:
-        raise AssertionError(f"{strange[0]} is trained, and is no tensor of the adapter.")
+        raise AssertionError(f"{strange[0]} is trained, and is not a tensor of the adapter.")
     optimizer, reached, losses = _optimizer(model), set(), []
     for step in range(STEPS):
         losses += _train(model, optimizer, [step])
@@ -400,7 +400,7 @@ def _check_training(trial: _Trial, notes: dict[str, str]) -> None:
         _require(not others, f"a gradient reaches {others[:1]}, which is frozen.")
     if missed := sorted(params.keys() - reached):
         raise AssertionError(f"no gradient reaches {missed[0]} in {STEPS} steps: freeze it (a buffer), or use it.")
-    _require(all(torch.isfinite(p).all() for p in params.values()), "a parameter is no number any more.")
+    _require(all(torch.isfinite(p).all() for p in params.values()), "a parameter is not a number any more.")
     _require(losses[-1] < losses[0] - 1e-3, f"the loss does not fall: {losses[0]:.4f} to {losses[-1]:.4f}.")
     if moved := _differing(before, _base_tensors(model)):
         raise AssertionError(f"training has changed {moved[0]} of the base.")
@@ -415,7 +415,7 @@ def _check_events(model: nn.Module, notes: dict[str, str]) -> None:
             not waiting, f"{' and '.join(waiting)} has not happened in {STEPS} steps: give the term times within them."
         )
         for event in schedule.events:
-            _require(json.loads(json.dumps(event)) == event, f"the event {event!r} is no plain data.")
+            _require(json.loads(json.dumps(event)) == event, f"the event {event!r} is not plain data.")
             told.append(str(event["event"]))
     if told:
         notes["events"] = ", ".join(dict.fromkeys(told))
@@ -596,7 +596,9 @@ def _check_export(trial: _Trial, notes: dict[str, str]) -> None:
             _require(not out.exists(), "a refused export leaves a folder behind.")
             return
         stock = PeftModel.from_pretrained(_base(), out)
-        _require(not any(isinstance(module, WeftLayer) for module in stock.modules()), "the export is no stock LoRA.")
+        _require(
+            not any(isinstance(module, WeftLayer) for module in stock.modules()), "the export is not a stock LoRA."
+        )
         apart = _apart(_logits(stock), _logits(model))
         _require(apart < 1e-4, f"stock peft computes something else with the export: {apart:.1e} apart.")
 

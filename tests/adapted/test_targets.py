@@ -52,6 +52,18 @@ def encoder_layer() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
 
 
+class Grouped(nn.Linear):
+    """As DeepSeek-V4 has it: a matrix per group of inputs, in one weight."""
+
+    def __init__(self, size: int, out: int, groups: int) -> None:
+        super().__init__(size // groups, out)
+        self.n_groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        by_group = self.weight.view(self.n_groups, -1, x.shape[-1])
+        return torch.einsum("...gi,goi->...go", x, by_group)
+
+
 def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=2))
 
@@ -59,8 +71,9 @@ def mixtral() -> nn.Module:
 REFUSED_TARGETS = [
     ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
      "leave it out"),
+    ("groups", lambda: nn.Sequential(nn.Linear(3, 3), Grouped(8, 6, 2)), ["0", "1"], "1 is a Grouped, which", "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
-    ("experts", mixtral, ["q_proj", "experts"], "experts holds experts as fused parameters", "target_parameters"),
+    ("experts", mixtral, ["q_proj", "experts"], "experts holds its experts as fused parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a fused parameter of experts", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),
@@ -401,3 +414,47 @@ def test_good_names_raise_no_warning(llama) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about checkpointing
         get_peft_model(llama, weftlora.PlainLoraConfig(exclude_modules=["o_proj"], layers_to_transform=[0]))
+
+
+class Routing(nn.Linear):
+    """A router that is a Linear and gives two tensors, as Llama-4's and PhiMoE's."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class PerGroup(nn.Linear):
+    """A Linear that wants an axis of groups, as DeepSeek-V4's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight.view(4, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", x.reshape(*x.shape[:-2], 4, self.in_features), w)
+
+
+class Noisy(nn.Linear):
+    """A Linear whose forward is its own and gives what a Linear gives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * torch.empty_like(x).uniform_(0.9, 1.1))
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Routing, "returns a tuple"), (PerGroup, "does not take an input of 8")])
+def test_a_linear_whose_call_is_none_is_found_before_a_forward(kind: type[nn.Linear], says: str) -> None:
+    def model() -> nn.Sequential:
+        made = nn.Sequential()
+        made.router, made.inner = kind(8, 8), Noisy(8, 8)
+        return made
+
+    with pytest.warns(UserWarning, match=f"all-linear leaves out what cannot carry an adapter: router .*{says}"):
+        adapted = get_peft_model(model(), weftlora.PlainLoraConfig(r=2))
+    assert adapted_names(adapted) == ["inner"]
+    with pytest.raises(weftlora.TargetError, match=says):
+        get_peft_model(model(), weftlora.PlainLoraConfig(r=2, target_modules=["router", "inner"]))
+
+
+def test_a_model_that_is_wrapped_already_is_refused_and_left_as_it_was() -> None:
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(weftlora.ConfigError, match=r"a PeftModel already.*add_adapter\('second', config\)"):
+        get_peft_model(model, weftlora.PlainLoraConfig(r=2), adapter_name="second")
+    assert list(model.peft_config) == ["default"]

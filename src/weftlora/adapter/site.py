@@ -72,12 +72,12 @@ class Site(nn.Module):
     layer_gate: Tensor | None
     birth: Tensor | None
     score: Tensor | None
-    scales: Tensor | None
 
     def __init__(self, structure: StructureTerm, *, scale: float, dropout: float = 0.0):
         super().__init__()
         self.structure = structure
         self.scale = scale
+        self.strength = 1.0  # what the whole update is multiplied by, for as long as somebody asks for it
         self.dropout = dropout
         self.outside = structure.choice.outside
         self.balance = structure.choice.balance
@@ -89,9 +89,7 @@ class Site(nn.Module):
         self.draw: Draw = kaiming_uniform
         for name in ("mask", "layer_gate", "birth", "score"):
             self.register_buffer(name, None)
-        self.register_buffer(
-            "scales", None, persistent=False
-        )  # [E] of a batch whose sites differ in it; `scale` is then 1
+        self.scales: list[float] = []  # of every site of a batch, where they differ; `scale` is then 1
         self.experts = 0  # how many sites a batch is of; 0 for one that is none
         self.per_expert: frozenset[str] = frozenset()  # the names of the tensors with an axis of experts
         self.part_of: ExpertOf | None = None  # of the views of one expert: the batch
@@ -119,12 +117,14 @@ class Site(nn.Module):
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
         f = gathered(self.structure.factors(self.scale))
-        if self.pair != "train" and self.boost is not None and self.boost.happened:
+        if self._rests:
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
             f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[-2]), f.gate))
-        if self.scales is not None:
-            f = replace(f, gate=_times(self.scales[:, None].expand(-1, f.A.shape[-2]), f.gate))
+        if self.scales:
+            wide = torch.promote_types(f.A.dtype, torch.float32)
+            each = torch.tensor(self.scales, dtype=wide, device=f.A.device)[:, None]
+            f = replace(f, gate=_times(each.expand(-1, f.A.shape[-2]), f.gate))
         if self.keep is not None:
             f = replace(f, keep=self.keep)
         if self.mask is not None:
@@ -138,7 +138,14 @@ class Site(nn.Module):
             extra += [] if twins is None else [twins._replace(keep=self.keep)]
         if extra:
             f = replace(f, extra=tuple(extra))
-        return f
+        return f if self.strength == 1.0 else _times_all(f, self.strength)
+
+    @property
+    def _rests(self) -> bool:
+        """Whether A and B have ended with the launch of the boost; not while that is still to be read from a file."""
+        if self.pair == "train" or self.boost is None:
+            return False
+        return not any(buffer.is_meta for buffer in self.boost.buffers()) and self.boost.happened
 
     def work(self, mask: Tensor | None = None) -> Work:
         """What this site asks of one forward; `mask`: bits of a dropout mask already drawn.
@@ -175,7 +182,7 @@ class Site(nn.Module):
         update = term.update(x, dropped(x, p, mask) if p else x, self.scale)
         if self.layer_gate is not None:
             update = update * self.layer_gate.to(update)
-        return y + update.to(y.dtype)
+        return y + (update if self.strength == 1.0 else update * self.strength).to(y.dtype)
 
     def _check_training(self) -> None:
         """Refuse a training forward that would silently leave out what the config asks for."""
@@ -231,7 +238,7 @@ class Site(nn.Module):
 
     def live(self) -> list[int]:
         """The structure's live slots, ascending."""
-        if self.pair == "drop" and self.boost is not None and self.boost.happened:
+        if self.pair == "drop" and self._rests:
             return []
         slots = range(self.structure.factors(self.scale).A.shape[0])
         return list(slots) if self.mask is None else self.mask.nonzero().flatten().tolist()
@@ -296,8 +303,8 @@ class Site(nn.Module):
         """
         view = cast(Site, self._view(self, "", e))
         view.experts, view.per_expert, view.part_of = 0, frozenset(), ExpertOf(self, e)
-        if self.scales is not None:
-            view.scale, view._buffers["scales"] = float(self.scales[e]), None
+        if self.scales:
+            view.scale, view.scales = self.scales[e], []
         view.initial_rank = self.ranks_of[e]
         view._keep, view._keeps = self._keeps.get(e), {}
         view._live = Remembered(_live_slots)
@@ -503,7 +510,7 @@ def _stacked(sites: Sequence[Site], ranks_of: Sequence[int], scales: Sequence[fl
     batch.experts, batch.per_expert, batch._ranks_of = len(sites), own, list(ranks_of)
     batch.initial_rank = max(ranks_of)
     if len(set(scales)) > 1:
-        batch.scale, batch.scales = 1.0, torch.tensor(scales)
+        batch.scale, batch.scales = 1.0, list(scales)
     return batch
 
 
@@ -519,6 +526,12 @@ def _detached(f: Factors) -> Factors:
     """The same without a gradient for what the structure has."""
     parts = {name: getattr(f, name) for name in ("A", "B", "gate", "v", "router")}
     return replace(f, **{name: part.detach() for name, part in parts.items() if part is not None})
+
+
+def _times_all(f: Factors, strength: float) -> Factors:
+    """The same with the whole update multiplied."""
+    extra = tuple(slots._replace(gate=slots.gate * strength) for slots in f.extra)
+    return replace(f, scale=f.scale * strength, extra=extra)
 
 
 def _times(gate: Tensor, other: Tensor | None) -> Tensor:

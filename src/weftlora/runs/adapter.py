@@ -159,7 +159,7 @@ def _packages(run: Run) -> list[str]:
 
 _ROWS = {
     "chat": "\nIt answers conversations: write prompts in the chat template of the base.\n",
-    "prompt_completion": "\nIt answers prompts as they stand, without a chat template.\n",
+    "prompt_completion": "\nIt answers prompts as they are, without a chat template.\n",
     "text": "\nIt continues plain text.\n",
 }
 

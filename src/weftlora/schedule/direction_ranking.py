@@ -220,7 +220,7 @@ class Ranker:
         if not torch.isfinite(w).all():
             raise ConfigError(
                 f"the base weight of {member.name} has values that are not finite, so it has no directions to launch: "
-                "load a base that works, or do not target this module."
+                "load an undamaged base, or do not target this module."
             )
         counts: dict[Rule, int] = {}
         for asker in due:

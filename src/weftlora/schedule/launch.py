@@ -95,7 +95,7 @@ class LaunchController:
         if not any(len(found.index) for found in chosen):
             raise ConfigError(
                 f"{self.what} is due after step {self.due(length)}, but no weight has moved (every change rate is 0): train "
-                "before it, with a larger `after` or a learning rate above 0."
+                "longer before it, with a larger `after` or a learning rate above 0."
             )
         measured = clocks.perf_counter() - started
         return lambda: self._apply(chosen, ranked, measured)
@@ -123,7 +123,8 @@ class LaunchController:
         _warn(short, f"have fewer moved directions than {self.launch.gap()}.")
         _warn(
             [member.name for member in self._members if member.source == "dequantised"],
-            "ranked their directions on a dequantised base, whose noise owns the small singular values: give the unquantised "
+            "ranked their directions on a dequantised base, whose rounding noise dominates the small singular values: "
+            "give the unquantised "
             "checkpoint with weftlora.attach(model, original=...) before training.",
         )
         return {"event": self.launch.event, "seconds": measured + clocks.perf_counter() - started, "sites": told}

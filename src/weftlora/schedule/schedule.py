@@ -246,7 +246,7 @@ class Schedule:
             return None
         return (
             f"adapter {self.adapter_name!r} has trained {self.steps} steps and is still without {' and '.join(waiting)}, so it is "
-            "not yet what its config names: train on, or make the time earlier."
+            "not yet what its config names: train longer, or choose an earlier step."
         )
 
     def check(self, length: Length, *, may_grow: bool = False) -> None:

@@ -182,7 +182,9 @@ class Ablation:
         given = outermost(self.model)(**few)
         loss = recognise(given.logits, few["labels"], given.loss)
         if loss is None:
-            logger.info("the loss of %s is no cross-entropy over rows: one pass per slot.", type(self.model).__name__)
+            logger.info(
+                "the loss of %s is not a cross-entropy over rows: one pass per slot.", type(self.model).__name__
+            )
             return None
         fast = recognised(self.model, loss, self.layers, few)
         in_turn = {"prefix and head": fast, "head": replace(fast, blocks=[]), "replicas": Network(self.model, loss)}

@@ -268,7 +268,7 @@ class Inner:
         for name in ("batch_size", "accumulation"):
             value = getattr(self, name)
             if not is_whole(value, 1):
-                raise ConfigError(f"{name}={value!r} is no count: use a whole number from 1 up.")
+                raise ConfigError(f"{name}={value!r} is not a count: use a whole number from 1 up.")
         for name in ("lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < math.inf or (name == "lr" and not value):
@@ -310,7 +310,7 @@ class InnerLoop:
             self.unlabelled += 1
             if self.unlabelled == 1:
                 log.warning(
-                    "all labels of a training batch are ignored: its step on θ is skipped (later ones are counted)"
+                    "all labels of a training batch are ignored: its step on θ is skipped (further ones are only counted)"
                 )
         if not passed.finite:
             self.skipped += 1
@@ -371,11 +371,6 @@ class InnerLoop:
             "skipped": self.skipped,
             "unlabelled": self.unlabelled,
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.taken, self.skipped, self.unlabelled = state["taken"], state["skipped"], state["unlabelled"]
 
 
 def _adam(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -250,7 +250,7 @@ def lost_rows(run: Run) -> list[str]:
         if parts:
             said.append(
                 f"{split}: of {whole:,} rows, {' and '.join(parts)} (data.max_length={run.data['max_length']}): raise "
-                "data.max_length, or say with data.truncate what gives way"
+                "data.max_length, or choose with data.truncate what is cut"
             )
     return said
 

@@ -46,7 +46,7 @@ def trained_parts(train: str | Collection[str]) -> frozenset[Part]:
     for letter in letters:
         if not isinstance(letter, str) or letter.lower() not in named:
             names = suggest(str(train), [*PRESETS, *PARTS]) if isinstance(train, str) else "use one of A, B, u, v."
-            raise ConfigError(f"Tied(train={train!r}) names {letter!r}, which is no part: {names}")
+            raise ConfigError(f"Tied(train={train!r}) names {letter!r}, which is not a part: {names}")
     if not letters:
         raise ConfigError(
             f"Tied(train={train!r}) trains nothing: name some of A, B, u, v or a preset ({', '.join(PRESETS)})."
