@@ -398,7 +398,7 @@ def scaling() -> str:
         if got is None:
             return "not run"
         if "failed" in got:
-            return "fails"
+            return "refused" if "ConfigError" in got["failed"] else "fails"
         apart = max(got["fp64"]["difference"], 0.0)
         equal = apart <= 1e-9 and got["fp32"]["difference"] <= 1e-5 and got["fp64"]["same_decisions"]
         return f"{apart:.0e}" if equal and got["fp32"]["same_decisions"] else f"differs ({apart:.0e})"

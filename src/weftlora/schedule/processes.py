@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +34,22 @@ def rank() -> int:
 
 class ApartError(WeftError):
     """The processes are no longer at one place, and cannot go on together: what failed on one of them ends all."""
+
+
+@contextlib.contextmanager
+def with_others(what: str) -> Iterator[None]:
+    """Around what waits for other processes.
+
+    Raises:
+        ApartError: one of them has gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, WeftError) or not ends_a_wait(error):
+            raise
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ApartError(f"{what}: another process has ended, and its own log says why ({said}).") from error
 
 
 def fail(failure: Exception | None, what: str, device: torch.device) -> None:

@@ -263,7 +263,7 @@ class Schedule:
 
     def after_step(self, optimizer: Optimizer) -> None:
         """One more step was taken; see `weftlora.schedule.schedule`."""
-        with torch.no_grad():
+        with torch.no_grad(), processes.with_others(f"adapter {self.adapter_name!r} after a step"):
             steps = self.steps + 1
             self._known.keep(self._count.fill_(steps), steps)
             if not self._agreed:

@@ -27,7 +27,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from weftlora.adapter.shards import is_shard
+from weftlora.adapter.shards import is_piece, is_shard
 from weftlora.adapter.spec import encode_choice
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.schedule import processes
@@ -365,6 +365,8 @@ class LayerSearch:
                 "the base is split in its forward (tensor parallel), where a search would run other batches on each process: use "
                 "processes that each hold the whole model, or a model that FSDP splits."
             )
+        if any(is_piece(p) for p in self.passes.params):
+            raise ConfigError("a model that FSDP1 splits cannot be searched: split it by FSDP2 (fsdp_version: 2).")
         theta = [] if self.passes.in_lockstep else self.passes.params  # what is split is of one whole already
         processes.take_over([*theta, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or self._default_steps(training)
