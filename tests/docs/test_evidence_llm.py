@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -40,7 +41,7 @@ def planted(contrast: Contrast, *gaps: float, **more: Any) -> dict[str, Any]:
         for seed, gap in enumerate(gaps)
         for name in (contrast.control, contrast.ours)
     ]
-    method = {"parameters": 1000, "lr": 1e-3, "rate_at_edge": False}
+    method = {"parameters": 1000, "lr": 1e-3, "rate_at_edge": False, "rates": [{"lr": 1e-3}]}
     return {
         "outcomes": [
             {"method": m, "seed": s, "status": "complete", "scores": {"loss": loss}, "domains": {}}
@@ -166,6 +167,9 @@ def test_the_section_says_what_was_reached_and_what_was_not(tmp_path: Path) -> N
     record["outcomes"][1]["heads"] = [{"step": 30, **point}, {"step": 60, **point, "cosine": None}]
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "hydra.json").write_text(json.dumps(record))
+    untuned = planted(dataclasses.replace(HYDRA, ours="gain 8"), -0.3)
+    untuned["methods"] = [untuned["methods"][1] | {"rates": []}]
+    (tmp_path / "short" / "hydra-start.json").write_text(json.dumps(untuned))
     text = "\n".join(llm_page.section(tmp_path))
     row = next(line for line in text.splitlines() if line.startswith("| HydraLoRA |"))
     assert "**underpowered**" in row
@@ -173,6 +177,7 @@ def test_the_section_says_what_was_reached_and_what_was_not(tmp_path: Path) -> N
     assert "no verdict: 2 of 8 seeds" in row
     assert "| hydralora | 30 | 1 | 0.960 | 0.980 | 0.010 | arc 0.97 |" in text
     assert "| hydralora | 60 | 1 |  | 0.980 |" in text
+    assert "| gain 8 | 1,000 | 0.001 | 1 | 0.7000 | not compared: its rate is not tuned |" in text
     assert text.count("**Not reached**") == 2  # of the plan everything, of the short form the rest
     assert "`python scripts/evidence_llm.py --form short` goes on" in text
 
