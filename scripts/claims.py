@@ -261,6 +261,14 @@ SOURCES = {
         "python scripts/peft_suite.py",
         alone="it runs for hours, a part at a time",
     ),
+    "peft-examples": Source(
+        "what peft's documentation shows, with one line changed", "python scripts/peft_examples.py"
+    ),
+    "families": Source(
+        "every family of transformers that a shrunken config builds, with every recipe",
+        "python scripts/model_families.py",
+        alone="it runs for an hour, a family at a time",
+    ),
     "soak": Source(
         "commands killed, stopped and hindered",
         "python scripts/soak.py --minutes 30",

@@ -20,6 +20,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Select blocks": ("weftlora.search",),
     "Compare and report": ("weftlora.compare", "weftlora.report"),
     "Look inside": ("weftlora.data.suggest_heads", "weftlora.inspection.inspecting", "weftlora.inspection.directions"),
+    "Serve": ("weftlora.host.hotswap", "weftlora.host.weighted"),
     "Export and import": ("weftlora.export", "weftlora.host.released_code"),
     "Errors": ("weftlora.errors",),
 }

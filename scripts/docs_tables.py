@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 HELP_WIDTH = 100
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+EVIDENCE = BENCH.parent / "evidence"
 
 # What a key of a recipe file is for. A key without a line here, or a line without its key, is an error.
 MEANING: dict[str, str] = {
@@ -55,7 +56,7 @@ MEANING: dict[str, str] = {
     "data.ignore": "columns, and keys of messages, that are meant to be left out",
     "data.packing": "several training rows in one of up to `max_length` tokens, without seeing each other",
     "data.max_length": "tokens a row may have",
-    "data.truncate": "what gives way in a row that is too long; every cut is counted",
+    "data.truncate": "what is cut of a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
     "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
     "data.limit": "draw this many rows of every split; rows that are empty or dropped are not among them",
@@ -250,6 +251,76 @@ def peft_suite() -> str:
     return f"{_table(head, rows)}\n\nWith {versions}."
 
 
+def hosts() -> str:
+    """What was run in other trainers (`scripts/hosts.py`)."""
+    record = json.loads((BENCH.parent / "evidence" / "hosts.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"{each['host']} with transformers {each['versions']['transformers']}, peft {each['versions']['peft']}",
+            each.get("way", "not run"),
+            "; ".join([*each["did"], *each.get("left", [])]) or each["why"],
+        )
+        for each in record["hosts"]
+    ]
+    return _table(("host", "through", "what was run"), rows)
+
+
+def peft_examples() -> str:
+    """What runs of peft's documentation with one line changed (`scripts/peft_examples.py`)."""
+    record = json.loads((BENCH.parent / "evidence" / "peft-examples.json").read_text(encoding="utf-8"))
+    rows = [
+        (name.replace("_", " "), each["what"], each["stock"], each["weftlora"])
+        for name, each in record["examples"].items()
+    ]
+    return _table(("subject", "what is shown", "`LoraConfig`", "`WeftConfig`"), rows)
+
+
+STEPS = ("attach", "step", "fast", "reload", "generate")
+"""The checks of `scripts/model_families.py` that a recipe has to pass on a family; the export has a column of its own."""
+
+
+def model_families() -> str:
+    """Every family of transformers that was built small, with every recipe, and what could not be built."""
+    record = json.loads((BENCH.parent / "evidence" / "families.json").read_text(encoding="utf-8"))
+    notes: dict[str, int] = {}
+    parts, unbuilt = [], []
+    for kind in dict.fromkeys(each["kind"] for each in record["families"].values()):
+        rows = []
+        for family, each in record["families"].items():
+            if each["kind"] == kind and "recipes" in each:
+                modules = each["recipes"]["lora"].get("modules", 0), each["recipes"]["tied_lora"].get("modules", 0)
+                works, exports = (_in_words(each["recipes"], steps, notes) for steps in (STEPS, ("export",)))
+                rows.append((f"`{family}`", each["model"], *map(str, modules), works, exports))
+        unbuilt += [
+            (f"`{family}`", kind, each["unbuilt"])
+            for family, each in record["families"].items()
+            if each["kind"] == kind and "unbuilt" in each
+        ]
+        head = ("family", "model", "modules", "of Tied-LoRA", "works", "exported")
+        parts.append(f"### {kind[0].upper()}{kind[1:]}\n\n{_table(head, rows)}")
+    said = "".join(f"{number}. {sentence}\n" for sentence, number in notes.items())
+    built = sum("recipes" in each for each in record["families"].values())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    top = f"{built} families were built and {len(unbuilt)} were not, with {versions}.\n\n"
+    last = f"### Not built\n\n{_table(('family', 'kind', 'why'), unbuilt)}"
+    return f"{top}{chr(10).join(parts)}\nThe reasons, by their numbers:\n\n{said}\n{last}"
+
+
+def _in_words(recipes: dict[str, dict[str, Any]], steps: tuple[str, ...], notes: dict[str, int]) -> str:
+    """ "all", or the recipes that do not pass one of the steps, each with the number of the reason."""
+    found = []
+    for recipe, outcome in recipes.items():
+        if "export" in steps and "export" not in outcome:  # it did not get there
+            continue
+        reason = next((outcome[step] for step in steps if isinstance(outcome.get(step), str)), None)
+        if reason is not None and "no exact export" not in str(reason):  # HydraLoRA's, said once above the tables
+            plain = re.sub(r"\b[\w]+(\.\w+)+ is a ", "a module is a ", str(reason))
+            plain = re.sub(r"the update of \S+ \(\d+ such modules\)", "their update", plain)
+            plain = re.sub(r"off by \S+", "off", plain)
+            found.append(f"{recipe} ({notes.setdefault(plain, len(notes) + 1)})")
+    return f"all but {', '.join(found)}" if found else "all"
+
+
 CONTRACT = {
     "structure": ("choice.Choice", "structure.Structure", "structure.StructureTerm", "structure.OutsideTerm"),
     "start": ("start.Start", "extra.ExtraTerm", "start.StartTerm"),
@@ -302,6 +373,37 @@ def _told(docstring: str) -> str:
     return " ".join(docstring.replace("Args:\n", " ").split())
 
 
+WORLDS = {
+    "ddp:2": "DDP, 2",
+    "ddp:4": "DDP, 4",
+    "fsdp2:2": "FSDP2, 2",
+    "fsdp2:4": "FSDP2, 4",
+    "fsdp1:2": "FSDP1, 2",
+    "tp:2": "TP, 2",
+    "zero2:2": "ZeRO-2",
+    "zero3:2": "ZeRO-3",
+}
+
+
+def scaling() -> str:
+    """Method × engine: the largest difference to one process in fp64, where it was run."""
+    found = json.loads((EVIDENCE / "scaling.json").read_text())["columns"]
+    methods = list(dict.fromkeys(method for column in found.values() for method in column))
+
+    def cell(world: str, method: str) -> str:
+        got = found.get(world, {}).get(method)
+        if got is None:
+            return "not run"
+        if "failed" in got:
+            return "fails"
+        apart = max(got["fp64"]["difference"], 0.0)
+        equal = apart <= 1e-9 and got["fp32"]["difference"] <= 1e-5 and got["fp64"]["same_decisions"]
+        return f"{apart:.0e}" if equal and got["fp32"]["same_decisions"] else f"differs ({apart:.0e})"
+
+    head = ("", *WORLDS.values())
+    return _table(head, [(f"`{method}`", *(cell(world, method) for world in WORLDS)) for method in methods])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "contract": contract,
@@ -318,6 +420,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "extras": extras,
     "matrix": matrix,
     "peft-suite": peft_suite,
+    "scaling": scaling,
+    "hosts": hosts,
+    "peft-examples": peft_examples,
+    "model-families": model_families,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),
     "step-fp32": lambda: _table(*docs_bench.cases("step", "fp32")),
     "step-targets": lambda: _table(*docs_bench.targets("step")),

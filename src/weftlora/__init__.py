@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from weftlora.data.suggest_heads import suggest_heads
     from weftlora.export import export_lora, merge, push
     from weftlora.host.attach import attach, load_state_dict, state_dict
+    from weftlora.host.hotswap import hotswap
     from weftlora.host.optimizer import param_groups
     from weftlora.host.released_code import import_hydralora, import_lora_dash
+    from weftlora.host.weighted import rescale_adapter_scale
     from weftlora.inspection.directions import directions
     from weftlora.inspection.inspecting import inspect
     from weftlora.recipes import (
@@ -74,6 +76,8 @@ _LAZY = {
     **dict.fromkeys(("attach", "load_state_dict", "state_dict"), "weftlora.host.attach"),
     **dict.fromkeys(("import_hydralora", "import_lora_dash"), "weftlora.host.released_code"),
     "param_groups": "weftlora.host.optimizer",
+    "hotswap": "weftlora.host.hotswap",
+    "rescale_adapter_scale": "weftlora.host.weighted",
     **dict.fromkeys(("Routing", "routing"), "weftlora.adapted.routing"),
     **dict.fromkeys(("AllocLoraConfig", "FlexoraConfig", "HydraLoraConfig", "LoraDashConfig"), "weftlora.recipes"),
     **dict.fromkeys(("LoraInitConfig", "LoraTsdConfig", "PlainLoraConfig", "TiedLoraConfig"), "weftlora.recipes"),
@@ -145,6 +149,7 @@ __all__ = [
     "evaluate",
     "export_lora",
     "generate",
+    "hotswap",
     "import_hydralora",
     "import_lora_dash",
     "inspect",
@@ -154,6 +159,7 @@ __all__ = [
     "preview",
     "push",
     "report",
+    "rescale_adapter_scale",
     "routing",
     "search_layers",
     "second_stage",

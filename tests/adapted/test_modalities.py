@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -142,3 +143,34 @@ def test_a_unet_paints_with_every_recipe(tmp_path: Path) -> None:
         again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / recipe.__name__).eval()
         assert torch.equal(again(image, 1, text).sample, model(image, 1, text).sample)
         assert not torch.allclose(again(image, 1, text).sample, expected, atol=1e-3)
+
+
+def test_a_diffusion_transformer_takes_the_weight_that_diffusers_gives_its_adapters() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    ).eval()
+    given = {"hidden_states": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([1]), "class_labels": torch.tensor([2])}
+    before = model(**given).sample
+    peft_utils = importlib.import_module("diffusers.utils.peft_utils")
+    model = get_peft_model(
+        model, weftlora.HydraLoraConfig(r=2, heads=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+    whole = model(**given).sample
+    assert not torch.allclose(whole, before, atol=1e-3)
+    peft_utils.set_weights_and_activate_adapters(model, ["default"], [0.0])
+    assert torch.equal(model(**given).sample, before)
+    peft_utils.set_weights_and_activate_adapters(model, ["default"], [1.0])
+    with torch.no_grad():
+        peft_utils.scale_lora_layers(model, 0.5)
+        assert not torch.allclose(model(**given).sample, whole, atol=1e-4)
+        peft_utils.unscale_lora_layers(model, 0.5)
+    assert torch.equal(model(**given).sample, whole)

@@ -52,6 +52,18 @@ def encoder_layer() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
 
 
+class Grouped(nn.Linear):
+    """As DeepSeek-V4 has it: a matrix per group of inputs, in one weight."""
+
+    def __init__(self, size: int, out: int, groups: int) -> None:
+        super().__init__(size // groups, out)
+        self.n_groups = groups
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        by_group = self.weight.view(self.n_groups, -1, x.shape[-1])
+        return torch.einsum("...gi,goi->...go", x, by_group)
+
+
 def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**SIZE, num_key_value_heads=2, num_local_experts=2))
 
@@ -59,8 +71,9 @@ def mixtral() -> nn.Module:
 REFUSED_TARGETS = [
     ("convolution", lambda: nn.Sequential(nn.Linear(3, 3), nn.ConvTranspose1d(3, 3, 1)), ["0", "1"], "1 is a ConvTranspose1d",
      "leave it out"),
+    ("groups", lambda: nn.Sequential(nn.Linear(3, 3), Grouped(8, 6, 2)), ["0", "1"], "1 is a Grouped, which", "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
-    ("experts", mixtral, ["q_proj", "experts"], "experts holds experts as fused parameters", "target_parameters"),
+    ("experts", mixtral, ["q_proj", "experts"], "experts holds its experts as fused parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a fused parameter of experts", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),
@@ -411,7 +424,7 @@ class Routing(nn.Linear):
         return logits.softmax(-1), logits
 
 
-class Grouped(nn.Linear):
+class PerGroup(nn.Linear):
     """A Linear that wants an axis of groups, as DeepSeek-V4's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -426,7 +439,7 @@ class Noisy(nn.Linear):
         return super().forward(x * torch.empty_like(x).uniform_(0.9, 1.1))
 
 
-@pytest.mark.parametrize(("kind", "says"), [(Routing, "returns a tuple"), (Grouped, "does not take an input of 8")])
+@pytest.mark.parametrize(("kind", "says"), [(Routing, "returns a tuple"), (PerGroup, "does not take an input of 8")])
 def test_a_linear_whose_call_is_none_is_found_before_a_forward(kind: type[nn.Linear], says: str) -> None:
     def model() -> nn.Sequential:
         made = nn.Sequential()
@@ -438,3 +451,10 @@ def test_a_linear_whose_call_is_none_is_found_before_a_forward(kind: type[nn.Lin
     assert adapted_names(adapted) == ["inner"]
     with pytest.raises(weftlora.TargetError, match=says):
         get_peft_model(model(), weftlora.PlainLoraConfig(r=2, target_modules=["router", "inner"]))
+
+
+def test_a_model_that_is_wrapped_already_is_refused_and_left_as_it_was() -> None:
+    model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(weftlora.ConfigError, match=r"a PeftModel already.*add_adapter\('second', config\)"):
+        get_peft_model(model, weftlora.PlainLoraConfig(r=2), adapter_name="second")
+    assert list(model.peft_config) == ["default"]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import warnings
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import safe_open
 
 import weftlora
-from families import FAMILIES, STRUCTURES, randomise, trainable
+from families import FAMILIES, STRUCTURES, logits, randomise, trainable
+from weftlora.host.versions import saves_biases
 
 D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
 PAIR = {
@@ -132,3 +134,65 @@ def test_an_error_of_ours_is_one_of_pefts_where_peft_has_one(llama) -> None:
         get_peft_model(llama, weftlora.PlainLoraConfig(target_modules=["nothing"]))
     with pytest.raises(base):
         get_peft_model(llama, weftlora.PlainLoraConfig(r=0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"boost": weftlora.Dash(directions=2, pair="drop")},
+        {"start": weftlora.Directions()},
+        {"ranks": weftlora.Reallocate()},
+        {"structure": weftlora.Tied(train="vera")},
+    ],
+    ids=["dash", "init", "moved ranks", "frozen pair"],
+)
+def test_with_low_cpu_mem_usage_nothing_is_made_twice_and_nothing_stays_empty(
+    fields: dict, llama, tmp_path: Path
+) -> None:
+    config = weftlora.WeftConfig(r=2, target_modules=QKV, **fields)
+    model = get_peft_model(llama, config)
+    randomise(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # saved before its launch
+        model.save_pretrained(tmp_path)
+    empty = get_peft_model(FAMILIES["llama"].build(), config, low_cpu_mem_usage=True)
+    mine = {name: t for name, t in empty.state_dict().items() if ".weft_site." in name}
+    assert {name for name, t in mine.items() if not t.is_meta} == {
+        name for name, t in mine.items() if name.endswith(COUNTED)
+    }
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(t.is_meta for t in loaded.state_dict().values())
+    batch = FAMILIES["llama"].batch()
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+
+
+COUNTED = (".default.steps", ".rounds", ".ended", ".way")
+"""Counts of an adapter as a whole: numbers, read before a file is."""
+
+
+@pytest.mark.skipif(not saves_biases(), reason="peft does not save them")
+@pytest.mark.parametrize(("bias", "count"), [("all", 13), ("lora_only", 4)])
+def test_biases_of_the_base_are_trained_saved_and_refused_where_nothing_could_carry_them(
+    bias: str, count: int, tmp_path: Path
+) -> None:
+    base, batch = FAMILIES["gpt_neox"], FAMILIES["gpt_neox"].batch()
+    fields = {"r": 2, "target_modules": ["query_key_value", "dense"], "bias": bias}
+    model = get_peft_model(base.build(), weftlora.TiedLoraConfig(**fields))
+    stock = get_peft_model(base.build(), peft.LoraConfig(**fields))
+    ours = {name for name in trainable(model) if "weft_" not in name}
+    assert ours == {name for name in trainable(stock) if "lora_" not in name}
+    assert len(ours) == count
+    randomise(model)
+    model.train()(**batch).loss.backward()
+    assert all(p.grad is not None for p in trainable(model).values())
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base.build(), tmp_path)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    with pytest.raises(weftlora.AdapterError, match=f"trains biases of the base .bias='{bias}'"):
+        weftlora.export_lora(model, tmp_path / "lora", base="memory")
+    with pytest.raises(weftlora.MergeError, match="trains biases of the base"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+    with pytest.raises(ValueError, match="supports only 1 adapter with bias"):
+        model.add_adapter("second", weftlora.PlainLoraConfig(**fields))
+    assert list(model.peft_config) == ["default"]
+    assert torch.allclose(logits(model.merge_and_unload(), batch), logits(again, batch), atol=1e-6)

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import weftlora
-from families import FAMILIES, logits, randomise
+from families import FAMILIES, STRUCTURES, logits, randomise
+from weftlora.host.versions import ties_weights
 
 BATCH = FAMILIES["llama"].batch()
 
@@ -94,7 +95,7 @@ def test_one_adapter_is_scaled_exactly_whatever_the_way() -> None:
     [
         ((["default", "nope"], [1, 1], "c", "cat"), weftlora.AdapterError, "there is no adapter 'nope'"),
         ((["default", "second"], [1], "c", "cat"), weftlora.ConfigError, "a weight per adapter"),
-        ((["default", "second"], [1, float("nan")], "c", "cat"), weftlora.ConfigError, "nan is no weight"),
+        ((["default", "second"], [1, float("nan")], "c", "cat"), weftlora.ConfigError, "nan is not a weight"),
         ((["default", "second"], [1, 1], "c", "ties"), weftlora.ConfigError, "combination_type='ties' does not add up"),
         ((["default", "second"], [1, 1], "c", "svd", 0), weftlora.ConfigError, "svd_rank=0 is not a rank"),
         ((["default", "second"], [1, 1], "a.b.", "cat"), weftlora.ConfigError, "cannot name a module"),
@@ -113,6 +114,7 @@ def test_a_routed_adapter_has_no_sum() -> None:
         model.add_weighted_adapter(["default", "second"], [1, 1], "c", combination_type="cat")
 
 
+@pytest.mark.skipif(not ties_weights(), reason="peft does not ask for it")
 def test_a_tied_embedding_is_trained_in_full_as_one_with_the_output_layer(tmp_path) -> None:
     """What peft asks of a tuner for `ensure_weight_tying`."""
     base = FAMILIES["llama"].build(tie_word_embeddings=True)
@@ -136,3 +138,46 @@ def test_a_model_whose_tokens_are_trained_is_merged_and_unloaded() -> None:
     randomise(model)
     expected = logits(model, BATCH)
     assert torch.allclose(logits(model.merge_and_unload(), BATCH), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("structure", ["plain", "hydra", "tied_tl6"])
+def test_an_adapter_is_weighed_for_the_length_of_a_block(structure: str) -> None:
+    model = get_peft_model(
+        FAMILIES["llama"].build(),
+        STRUCTURES[structure](r=2, boost=weftlora.Dash(directions=2), target_modules=["q_proj", "v_proj"]),
+    )
+    randomise(model)
+    whole, layer = logits(model, BATCH), model.base_model.model.model.layers[0].self_attn.q_proj
+    boost = layer.site("default").boost
+    boost.down.copy_(torch.randn(boost.down.shape))
+    boost.up.copy_(torch.randn(boost.up.shape))
+    whole, x = logits(model, BATCH), torch.randn(3, 32)
+    with weftlora.rescale_adapter_scale(model, 0):
+        assert torch.allclose(logits(model, BATCH), logits(FAMILIES["llama"].build(), BATCH), atol=1e-6)
+    with torch.no_grad(), weftlora.rescale_adapter_scale(model, 0.5):
+        half = layer(x) - layer.get_base_layer()(x)
+        with (
+            pytest.raises(weftlora.ConfigError, match="multiplier='no' is no number"),
+            weftlora.rescale_adapter_scale(model, "no"),
+        ):
+            pass
+    assert torch.equal(logits(model, BATCH), whole)
+    layer.set_scale("default", 4)
+    layer.unscale_layer(2)
+    layer.scale_layer(0.25)
+    with torch.no_grad():
+        assert torch.allclose(layer(x) - layer.get_base_layer()(x), half, atol=1e-6)
+        layer.unscale_layer()
+        assert torch.allclose(layer(x) - layer.get_base_layer()(x), 2 * half, atol=1e-5)
+    if structure != "hydra":
+        model.merge_adapter()
+        with (
+            pytest.raises(weftlora.AdapterError, match="its scale is in W"),
+            weftlora.rescale_adapter_scale(model, 0.5),
+        ):
+            pass
+    with (
+        pytest.raises(weftlora.AdapterError, match="no weftlora adapter to rescale"),
+        weftlora.rescale_adapter_scale(FAMILIES["llama"].build(), 0.5),
+    ):
+        pass

@@ -9,8 +9,10 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,10 +26,14 @@ from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
 from weftlora.adapted.reading import Reading, reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
+from weftlora.adapted.tensor_parallel import add as add_to_slice
+from weftlora.adapted.tensor_parallel import slice_of
+from weftlora.adapter.shards import is_shard, on_one
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.kernel import Linear, Work, current, linears
 from weftlora.schedule.schedule import Member
+from weftlora.settings import is_number
 from weftlora.terms.axes import mergeable_structures
 
 BASE = "__base__"
@@ -85,6 +91,30 @@ class WeftLayer(nn.Module, BaseTunerLayer):
     def _names(self) -> list[str]:
         sites = self.weft_site
         return [name for name in self.active_adapters if name in sites]
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the update of `adapter` by `scale`, as stock LoRA's layers do; 1 is as it was trained."""
+        if adapter in self.weft_site:
+            self.site(adapter).strength = self._checked_scale(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the updates of the active adapters by `scale`, on top of what they are multiplied by; diffusers calls it."""
+        for name in self._names():
+            self.set_scale(name, self.site(name).strength * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Take back `scale` from the active adapters; without one, all that they are multiplied by."""
+        for name in self._names():
+            self.set_scale(name, 1.0 if scale is None else self.site(name).strength / scale)
+
+    def _checked_scale(self, adapter: str, scale: float) -> float:
+        if not is_number(scale) or not math.isfinite(scale):
+            raise ConfigError(f"scale={scale!r} is no number that an update could be multiplied by: use a finite one.")
+        if adapter in self.merged_adapters:
+            raise AdapterError(
+                f"adapter {adapter!r} is merged into {self.module_name}, so its scale is in W: call model.unmerge_adapter() first."
+            )
+        return float(scale)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether peft's convert_to_lora applies (it goes through an SVD per layer; weftlora's own export does not)."""
@@ -197,7 +227,17 @@ class WeftLinear(WeftLayer):
         """The one site."""
         if adapter_name not in self.weft_site:
             return []
-        return [Member(self.module_name, self.site(adapter_name), self.base_matrix, self.base_source)]
+        site = self.site(adapter_name)
+        return [
+            Member(
+                self.module_name,
+                site,
+                self.base_matrix,
+                self.base_source,
+                is_split=self.is_split,
+                weight_on=self.base_matrix_on,
+            )
+        ]
 
     @property
     def in_features(self) -> int:
@@ -208,6 +248,16 @@ class WeftLinear(WeftLayer):
     def out_features(self) -> int:
         """What y's last dimension is."""
         return self._sides()[1]
+
+    @property
+    def r(self) -> dict[str, int]:
+        """The rank of each adapter as its config has it, as stock LoRA's layers say it."""
+        return {name: self.site(name).initial_rank for name in self.weft_site}
+
+    @property
+    def scaling(self) -> dict[str, float]:
+        """What multiplies B A of each adapter now; `set_scale` changes it."""
+        return {name: self.site(name).scale * self.site(name).strength for name in self.weft_site}
 
     def _sides(self) -> tuple[int, int]:
         base = self.get_base_layer()
@@ -248,7 +298,10 @@ class WeftLinear(WeftLayer):
 
     @property
     def _add(self) -> Callable[[Tensor, Tensor, Work], Tensor] | None:
-        return None if self.reading is None else self.reading.add
+        if self.reading is None:
+            cut = slice_of(self.base_layer)
+            return None if cut is None else partial(add_to_slice, cut=cut)
+        return self.reading.add
 
     def _by_rows(self, rows: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, and onto every row of x the update of the adapter that `rows` names for it; `BASE` has none.
@@ -319,7 +372,7 @@ class WeftLinear(WeftLayer):
             return "WEFT_REFERENCE is set"
         base = self.base_layer
         if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
-            return f"{type(base).__name__} is no plain Linear"
+            return f"{type(base).__name__} is not a plain Linear"
         if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
             return "the base is trained too"
         if watched(base):
@@ -362,19 +415,40 @@ class WeftLinear(WeftLayer):
         """W [out, in] as it is in memory: transposed from Conv1D's layout, dequantised where the base is quantised.
 
         Raises:
-            ConfigError: the base keeps no weight that can be read.
+            ConfigError: the base keeps no weight that can be read, or this process has but a part of it.
         """
+        if self.is_split():
+            raise ConfigError(
+                f"the weight of {self.module_name} is split among processes, so this one cannot read it: save the adapter "
+                "(save_pretrained), and load its folder in one process for this."
+            )
+        return self._as_matrix(self._weight())
+
+    def is_split(self) -> bool:
+        """Whether every process holds a part of the base's weight."""
+        return is_shard(getattr(self.get_base_layer(), "weight", None))
+
+    def base_matrix_on(self, process: int) -> Tensor | None:
+        """W [out, in], split among processes, whole on one of them, and None on the others; all must call it."""
+        weight = on_one(self._weight(), process)
+        return None if weight is None else self._as_matrix(weight)
+
+    def _weight(self) -> Tensor:
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if weight is None:
             raise ConfigError(
                 f"{self.module_name} is a {type(base).__name__} without a readable weight: do not target it."
             )
+        return cast(Tensor, weight)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
         if not weight.is_floating_point():
             weight = dequantize_module_weight(base)
         if self.reading is not None:
             return self.reading.matrix(weight.detach())
-        return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
+        return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
     @property
     def base_source(self) -> str:

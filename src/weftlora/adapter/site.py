@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import gathered
 from weftlora.errors import ConfigError, MergeError
 from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight, used
 from weftlora.kernel.dropout import dropped
@@ -76,6 +77,7 @@ class Site(nn.Module):
         super().__init__()
         self.structure = structure
         self.scale = scale
+        self.strength = 1.0  # what the whole update is multiplied by, for as long as somebody asks for it
         self.dropout = dropout
         self.outside = structure.choice.outside
         self.balance = structure.choice.balance
@@ -97,6 +99,8 @@ class Site(nn.Module):
         self._live = Remembered(_live_slots)
         self._ranks_of: list[int] = []
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
+        self.size = Size(0, 0, 0)
+        self.slot_parameters = 0  # trainable parameters of one slot, 0 where slots cannot move
         self.awaits_search = False  # training is refused but to what comes before it
         self.untrained = ""  # the sentence that refuses it
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
@@ -112,8 +116,8 @@ class Site(nn.Module):
 
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
-        f = self.structure.factors(self.scale)
-        if self.pair != "train" and self.boost is not None and self.boost.happened:
+        f = gathered(self.structure.factors(self.scale))
+        if self._rests:
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
             f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[-2]), f.gate))
@@ -134,7 +138,14 @@ class Site(nn.Module):
             extra += [] if twins is None else [twins._replace(keep=self.keep)]
         if extra:
             f = replace(f, extra=tuple(extra))
-        return f
+        return f if self.strength == 1.0 else _times_all(f, self.strength)
+
+    @property
+    def _rests(self) -> bool:
+        """Whether A and B have ended with the launch of the boost; not while that is still to be read from a file."""
+        if self.pair == "train" or self.boost is None:
+            return False
+        return not any(buffer.is_meta for buffer in self.boost.buffers()) and self.boost.happened
 
     def work(self, mask: Tensor | None = None) -> Work:
         """What this site asks of one forward; `mask`: bits of a dropout mask already drawn.
@@ -171,7 +182,7 @@ class Site(nn.Module):
         update = term.update(x, dropped(x, p, mask) if p else x, self.scale)
         if self.layer_gate is not None:
             update = update * self.layer_gate.to(update)
-        return y + update.to(y.dtype)
+        return y + (update if self.strength == 1.0 else update * self.strength).to(y.dtype)
 
     def _check_training(self) -> None:
         """Refuse a training forward that would silently leave out what the config asks for."""
@@ -227,14 +238,14 @@ class Site(nn.Module):
 
     def live(self) -> list[int]:
         """The structure's live slots, ascending."""
-        if self.pair == "drop" and self.boost is not None and self.boost.happened:
+        if self.pair == "drop" and self._rests:
             return []
         slots = range(self.structure.factors(self.scale).A.shape[0])
         return list(slots) if self.mask is None else self.mask.nonzero().flatten().tolist()
 
     def fresh_row(self, generator: torch.Generator) -> Tensor:
         """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
-        return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+        return self.draw(1, self.size.fan_in, device="cpu", generator=generator)[0]
 
     @torch.no_grad()
     def fill_zero_factor(self) -> None:
@@ -410,6 +421,9 @@ def build_site(
     draw = kaiming_uniform if start is None else start.draw
     site = Site(structure.build(Size(r, fan_in, out), room, owners or {}, draw), scale=scale, dropout=dropout)
     site.initial_rank = r
+    site.size = Size(r, fan_in, out)
+    by_slot = site.structure.by_slot()
+    site.slot_parameters = sum(view(p).numel() for p, view in by_slot) // (r + room) if by_slot else 0
     site.draw = draw
     for name, value in ({} if ranks is None else ranks.state(r, room)).items():
         site.register_buffer(name, value)
@@ -512,6 +526,12 @@ def _detached(f: Factors) -> Factors:
     """The same without a gradient for what the structure has."""
     parts = {name: getattr(f, name) for name in ("A", "B", "gate", "v", "router")}
     return replace(f, **{name: part.detach() for name, part in parts.items() if part is not None})
+
+
+def _times_all(f: Factors, strength: float) -> Factors:
+    """The same with the whole update multiplied."""
+    extra = tuple(slots._replace(gate=slots.gate * strength) for slots in f.extra)
+    return replace(f, scale=f.scale * strength, extra=extra)
 
 
 def _times(gate: Tensor, other: Tensor | None) -> Tensor:

@@ -40,6 +40,7 @@ FORMAT_VERSION = 2
 """Of a saved config. 1: 0.1.0rc1. 2: moving ranks go on where every module lost a slot (`Choice.earlier`)."""
 
 DROPOUT_MASKS = ("linear", "input")
+BIASES = ("none", "all", "lora_only")
 
 
 def encode_choice(choice: Choice | None) -> dict[str, Any] | None:
@@ -71,7 +72,7 @@ def decode_choice(axis: str, value: Any, version: int = FORMAT_VERSION) -> Any:
         if isinstance(value, cls.takes):
             return cls(tuple(value))
     if not isinstance(value, Mapping) or not value:
-        raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
+        raise ConfigError(f"{axis}={value!r} is not a choice of this axis: {_choices(axis)}")
     if "kind" in value:
         kind, fields = str(value["kind"]).lower(), {k: v for k, v in value.items() if k != "kind"}
     elif len(value) == 1:
@@ -131,13 +132,15 @@ class WeftConfig(PeftConfig):
         modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
         trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
             a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
+        bias: which biases of the base are trained and saved beside the adapter, as in peft: "none", "all", or "lora_only", those of
+            adapted modules. Needs peft 0.21 or newer; such an adapter is not exported.
         use_rslora: scale by lora_alpha / √r instead.
         init_lora_weights: False fills the factor that starts at zero too, as in peft: an adapter that changes the base from the start,
-            for tests. It is no part of what is trained later.
+            for tests. It has no part in what is trained later.
         ensure_weight_tying: on a model that ties its embeddings, modules_to_save and trainable_token_indices train them as one, as
             in peft; an adapter on a tied embedding cannot be tied.
 
-    What else LoraConfig has is accepted at the value that changes nothing there (`bias="none"`, `use_dora=False`), so that a config of
+    What else LoraConfig has is accepted at the value that changes nothing there (`use_dora=False`), so that a config of
     stock LoRA needs no line taken out; fan_in_fan_out at both, since weftlora sees a Conv1D by itself.
 
     Raises:
@@ -163,6 +166,7 @@ class WeftConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: str = "none"
     use_rslora: bool = False
     init_lora_weights: bool = True
     ensure_weight_tying: bool = False
@@ -198,6 +202,8 @@ class WeftConfig(PeftConfig):
             )
         if self.dropout_mask not in DROPOUT_MASKS:
             raise ConfigError(f"dropout_mask={self.dropout_mask!r}: {suggest(str(self.dropout_mask), DROPOUT_MASKS)}")
+        if self.bias not in BIASES:
+            raise ConfigError(f"bias={self.bias!r}: {suggest(str(self.bias), BIASES)}")
         if not isinstance(self.init_lora_weights, bool):
             raise ConfigError(
                 f"init_lora_weights={self.init_lora_weights!r} is a way of starting that only stock LoRA has: write True or False, or "
@@ -205,7 +211,7 @@ class WeftConfig(PeftConfig):
             )
         for name in ("use_rslora", "ensure_weight_tying"):
             if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name}={value!r} is neither true nor false: write one of the two.")
+                raise ConfigError(f"{name}={value!r} is neither true nor false: use one of the two.")
         self.structure.check(self.lora_dropout)
         self._check_targets()
 
@@ -233,7 +239,7 @@ class WeftConfig(PeftConfig):
         self._check_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name) or {}, Mapping):
-                raise ConfigError(f"{name}={pattern!r} is no table: write {{regex of a module's name: value}}.")
+                raise ConfigError(f"{name}={pattern!r} is not a table: write {{regex of a module's name: value}}.")
             setattr(self, name, dict(pattern))
         for regex in (*self.rank_pattern, *self.alpha_pattern):
             _check_regex(regex, "rank_pattern" if regex in self.rank_pattern else "alpha_pattern")
@@ -279,8 +285,9 @@ class WeftConfig(PeftConfig):
             out[axis] = encode_choice(out[axis])
         for name in ("target_modules", "target_parameters", "exclude_modules"):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
-        for name, usual in (("init_lora_weights", True), ("ensure_weight_tying", False), ("target_parameters", None)):
-            if out[name] is usual:  # files of those who do not ask for it are as they were
+        unsaid = {"bias": "none", "init_lora_weights": True, "ensure_weight_tying": False, "target_parameters": None}
+        for name, usual in unsaid.items():
+            if out[name] == usual:  # files of those who do not ask for it are as they were
                 del out[name]
         out["peft_type"] = "WEFT"
         out["weft_version"] = __version__
@@ -346,8 +353,7 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
 
 _ELSEWHERE = {
-    "bias": "the base stays as it is, its biases too",
-    "use_dora": "DoRA is no choice of an axis",
+    "use_dora": "DoRA is not a choice of an axis",
     "lora_bias": "an update has no bias of its own",
     "layer_replication": "no layer of the base is doubled",
 }
@@ -392,7 +398,7 @@ def _check_regex(regex: str, name: str) -> None:
         re.compile(regex)
     except re.error as error:
         raise ConfigError(
-            f"{name}={regex!r} is no regular expression ({error}): escape its special characters."
+            f"{name}={regex!r} is not a regular expression ({error}): escape its special characters."
         ) from None
 
 
@@ -403,7 +409,7 @@ def _check_rank(r: Any, name: str) -> None:
 
 def _check_names(names: Any, field_name: str) -> None:
     if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
+        raise ConfigError(f"{field_name}={names!r} is not a list of names: write names such as ['classifier'].")
 
 
 def _check_tokens(value: Any) -> None:

@@ -81,7 +81,9 @@ class Shape:
             if value < (name != "experts"):
                 raise ConfigError(f"{name}={value} leaves nothing to measure: use a whole number from 1 up.")
         if self.hidden % HEAD_SIZE:
-            raise ConfigError(f"hidden={self.hidden} is no multiple of {HEAD_SIZE}, the width of one attention head.")
+            raise ConfigError(
+                f"hidden={self.hidden} is not a multiple of {HEAD_SIZE}, the width of one attention head."
+            )
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def laid_out(found: Mapping[str, Pair | Stack], choices: Choices) -> dict[str, P
     sites = {name: pair for name, pair in found.items() if pair.rank}
     if not sites:
         raise AdapterError(
-            "no module of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
+            "every module of the adapter has lost all its rank slots, so there is nothing to export: use the base as it is."
         )
     if not (choices.uniform or choices.server_ranks):
         return sites

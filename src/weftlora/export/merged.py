@@ -116,7 +116,7 @@ def check(source: Source, choices: Choices) -> None:
     base = base_of(source.model)
     if not isinstance(base, PreTrainedModel):
         raise MergeError(
-            f"a {type(base).__name__} is no model of transformers, so there is no folder to write: use model.merge_and_unload()."
+            f"a {type(base).__name__} is not a model of transformers, so there is no folder to write: use model.merge_and_unload()."
         )
     check_linear(source)
     for layer in source.layers:
@@ -327,7 +327,7 @@ def measured(place: Path, bare: Merge, choices: Choices, prover: Prover | None) 
         worst = max(bare.sites, key=lambda site: site.lost)
         raise MergeError(
             f"merging into {bare.dtype} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at {worst.site}), "
-            "so nothing was written: merge into float32, export the adapter as LoRA, or go on with accept_loss=True "
+            "so nothing was written: merge into float32, export the adapter as LoRA, or continue with accept_loss=True "
             "(--accept-loss)."
         )
     return replace(found, accepted=True)

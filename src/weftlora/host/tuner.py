@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ from weftlora.host import weighted
 from weftlora.host.attach import await_copy, make_schedule, warn_of_missing
 from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
+from weftlora.host.versions import saves_biases, ties_weights
 from weftlora.terms.axes import builtin
 from weftlora.terms.structure import StructureTerm
 
@@ -70,6 +72,14 @@ class WeftTuner(BaseTuner):
     tuner_layer_cls = WeftLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     uses_shared_state = False  # the owner site of a tied group holds the pair, so every loading path of the host works
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, PeftModel):  # before peft puts this config among those of the model within
+            raise ConfigError(
+                f"the model is a {type(model).__name__} already, and one around it would save and load nothing right: add an adapter "
+                f"to it with model.add_adapter({adapter_name!r}, config), or take its own off first with model.unload()."
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     # ------------------------------------------------------------------ config and targets
 
@@ -131,6 +141,14 @@ class WeftTuner(BaseTuner):
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
         self._check_layers(peft_config, model)
+        if peft_config.ensure_weight_tying and not ties_weights():
+            raise ConfigError(
+                "ensure_weight_tying=True needs a newer peft, which trains tied weights as one: leave it out."
+            )
+        if peft_config.bias != "none" and not saves_biases():
+            raise ConfigError(
+                f"bias={peft_config.bias!r} needs peft 0.21 or newer, which saves what is trained: leave it out."
+            )
         experts = self._experts(peft_config)
         if not matched and not experts:
             raise NoMatchError(no_match(peft_config, model))
@@ -286,7 +304,10 @@ class WeftTuner(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter on every target, then say once what a user should know about the sites that came out."""
+        """Put the adapter on every target, then say once what a user should know about the sites that came out.
+
+        With low_cpu_mem_usage, peft leaves the parameters on meta, for a file to fill; the buffers are left there too.
+        """
         _check_adapter_name(adapter_name, self.peft_config[adapter_name])
         self._owners: dict[
             tuple[str, Hashable], StructureTerm
@@ -303,6 +324,8 @@ class WeftTuner(BaseTuner):
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
             watch(adapter_name, layers)
             fuse(model)
+            for layer in layers:
+                _buffers_follow(layer.site(adapter_name))
             same = (name for name, config in self.peft_config.items() if config is self.peft_config[adapter_name])
             if source := next((name for name in same if name != adapter_name), None):
                 await_copy(model, adapter_name, source)
@@ -550,6 +573,14 @@ def _report_experts(layers: Sequence[WeftLayer], adapter_name: str) -> None:
         )
 
 
+def _buffers_follow(site: Site) -> None:
+    """To meta, where the parameters are; but the counts of the adapter as a whole, a number each, which are read before a file is."""
+    for module in site.modules() if any(p.is_meta for p in site.parameters()) else ():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not (module is site and name in site.counters):
+                setattr(module, name, buffer.to("meta"))
+
+
 def _with_rows(rows: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "adapter_names": rows}
@@ -578,7 +609,7 @@ def _report_sites(sites: dict[str, Site]) -> None:
     if wide:
         warnings.warn(
             f"the rank is larger than a side of {len(wide)} modules such as {wide[0]}: the extra rank adds parameters, not "
-            "directions; a smaller r, or rank_pattern, would do.",
+            "directions; use a smaller r, or rank_pattern.",
             stacklevel=4,
         )
     alone = [name for name, site in sites.items() if site.structure.is_alone]

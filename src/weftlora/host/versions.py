@@ -94,6 +94,16 @@ def check_peft() -> None:
         raise WeftError(reason)
 
 
+def ties_weights() -> bool:
+    """Whether the installed peft asks a tuner to train tied embeddings as one."""
+    return _has("peft.tuners.tuners_utils", "BaseTuner._add_modules_to_save_to_tie")
+
+
+def saves_biases() -> bool:
+    """Whether the installed peft saves the biases that an adapter of another's type trains, and loads them again."""
+    return _has("peft.tuners.tuners_utils", "BaseTuner._get_learnable_bias_state_dict")
+
+
 def bridge_saving() -> None:
     """Let a peft without a tuner's hooks save and load weftlora's adapters as later ones do; where it has them, let the one for
     loading know whether tensors of another size are to be passed over, which peft does not tell it.
@@ -187,6 +197,8 @@ def _loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise
             raise tensor_mismatch([], [], wrong) from None
         extra, missing = _of(result.unexpected_keys, ".weft_site."), _of(result.missing_keys, mark)
+        if given.get("ignore_mismatched_sizes"):  # these versions take what is passed over out of the file first
+            missing = [key for key in missing if _without(key, name) not in given["peft_model_state_dict"]]
         if extra or missing:
             raise tensor_mismatch(extra, missing, [])
         return result

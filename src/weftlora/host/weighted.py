@@ -4,6 +4,8 @@
     svd    the best sum of rank svd_rank: Σ w ΔW decomposed, the rest of its spectrum left out, which is told
 
 peft's other ways average A and B apart, or prune them, which is no sum of what the adapters compute; they are refused by name.
+
+One adapter alone is weighed for the length of a block by `rescale_adapter_scale`, and nothing is made for it.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.updates import update_of
@@ -36,6 +39,34 @@ class Sum:
     whole: float = 0.0  # ‖Σ w ΔW‖²
 
 
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Multiply the updates of all weftlora adapters in `model` for the length of a block, as peft's helper of this name does for stock
+    LoRA's: 0 is the base, 1 what was trained. Routers see what they saw.
+
+    Raises:
+        ConfigError: `multiplier` is no finite number.
+        AdapterError: the model has no weftlora adapter, or one is merged.
+    """
+    sites = [(layer, name) for layer in model.modules() if isinstance(layer, WeftLayer) for name in layer.weft_site]
+    if not sites:
+        raise AdapterError(
+            "the model has no weftlora adapter to rescale: peft.helpers.rescale_adapter_scale is for stock LoRA's."
+        )
+    if not is_number(multiplier):
+        raise ConfigError(
+            f"multiplier={multiplier!r} is no number that an update could be multiplied by: use a finite one."
+        )
+    before = [layer.site(name).strength for layer, name in sites]
+    try:
+        for layer, name in sites:
+            layer.set_scale(name, layer.site(name).strength * multiplier)
+        yield
+    finally:
+        for (layer, name), strength in zip(sites, before, strict=True):
+            layer.site(name).strength = strength
+
+
 def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Sequence[float], way: str) -> str:
     """The way that is taken: one adapter alone is scaled exactly.
 
@@ -49,7 +80,7 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
             f"add_weighted_adapter(adapters={adapters!r}, weights={weights!r}) wants two lists of one length: a weight per adapter."
         )
     if wrong := [weight for weight in weights if not is_number(weight) or not math.isfinite(weight)]:
-        raise ConfigError(f"weights={list(weights)!r}: {wrong[0]!r} is no weight; use finite numbers.")
+        raise ConfigError(f"weights={list(weights)!r}: {wrong[0]!r} is not a weight; use finite numbers.")
     for name in adapters:
         if name not in config:
             raise AdapterError(f"there is no adapter {name!r} to add: {suggest(name, config)}")
@@ -59,9 +90,14 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
                 f"adapter {name!r} is {structure.method}, and {structure.no_closed_form}, so it cannot be added to others: use "
                 "adapter_names=[...] to infer with each."
             )
+        if config[name].bias != "none":
+            raise MergeError(
+                f"adapter {name!r} trains biases of the base (bias={config[name].bias!r}), which are no sum: add adapters without "
+                "them."
+            )
         if config[name].trainable_token_indices is not None:
             raise MergeError(
-                f"adapter {name!r} trains tokens beside its modules, which are no sum: add adapters without them."
+                f"adapter {name!r} trains tokens beside its modules, which cannot be added up: add adapters without them."
             )
     if len(adapters) == 1 or way == "cat":
         return "cat"

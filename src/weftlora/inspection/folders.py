@@ -117,7 +117,7 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
             or len(a) != b.shape[1]
             or not (a.is_floating_point() and b.is_floating_point())
         ):
-            raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} of {name} are no factors of one update")
+            raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} of {name} are not factors of one update")
         subject.sites[name] = plain_site(Update(a.double(), scale * b.double()))
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     subject.saved_modules = sum(t.numel() for key, t in named.items() if ".lora_" not in key)
@@ -278,7 +278,7 @@ def folder_subject(folder: str | Path, base: str | bool | None, data: str | None
     if base is not False:
         subject = _with_base(subject, run, inside, base if isinstance(base, str) else None, data, limit)
     else:
-        subject.left_out.append("The base was not asked for, so nothing is said relative to W and no router was run.")
+        subject.left_out.append("The base was left out, so nothing is measured relative to W and no router was run.")
     if data is not None and subject.model is None:
         raise AdapterError(f"data={data!r} needs the base, which is not at hand: give it with base=... (--base).")
     return subject if run is None else _with_run(subject, run, inside)
