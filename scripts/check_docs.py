@@ -4,7 +4,8 @@
     python scripts/check_docs.py docs/index.md      some pages
     python scripts/check_docs.py --write            write the generated tables again
 
-A page is read top to bottom in an empty folder, with one Python namespace:
+A notebook (.ipynb) is a page whose cells are Python blocks: the value of a cell's last line is shown as a notebook shows it. A cell
+tagged `not-run` is left out. A page is read top to bottom in an empty folder, with one Python namespace:
 
     ```python                  run; an exception fails the page
     ```bash                    run with bash -euo pipefail
@@ -21,6 +22,7 @@ comment `<!-- not run: REASON. -->`, which readers do not see. Between `<!-- gen
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -91,10 +93,37 @@ def blocks(text: str, name: str = "page") -> Iterator[Block]:
         at = end + 1
 
 
+def cells(text: str, name: str = "notebook") -> Iterator[Block]:
+    """The code cells of a notebook in order; `line` is the number of the cell. Raises PageError on one with saved output."""
+    for number, cell in enumerate(json.loads(text)["cells"], 1):
+        if cell["cell_type"] != "code":
+            continue
+        if cell["outputs"] or cell["execution_count"] is not None:
+            raise PageError(f"{name}: cell {number} has output: clear it before you commit")
+        reason = "tagged" if "not-run" in cell["metadata"].get("tags", []) else None
+        yield Block("python", "".join(cell["source"]) + "\n", number, None, reason)
+
+
+def _run_cell(code: str, where: str, namespace: dict[str, object]) -> None:
+    """Run a cell, and show the value of its last line. Raises whatever it raises."""
+    tree = ast.parse(code, where)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, where, "exec"), namespace)
+    if isinstance(last, ast.Expr):
+        value = eval(compile(ast.Expression(last.value), where, "eval"), namespace)
+        shown = getattr(value, "_repr_html_", None)
+        print(shown() if callable(shown) else repr(value))
+
+
 def run_page(page: Path) -> None:
     """Run the blocks of a page in the working folder. Raises PageError, or whatever a Python block raises."""
     name = _name(page)
     namespace: dict[str, object] = {"__name__": "__main__"}
+    if page.suffix == ".ipynb":
+        for cell in cells(page.read_text(encoding="utf-8"), name):
+            if cell.not_run is None:
+                _run_cell(cell.code, f"{page}, cell {cell.line}", namespace)
+        return
     for block in blocks(page.read_text(encoding="utf-8"), name):
         where = f"{name}:{block.line}"
         if block.title is not None:
@@ -221,8 +250,9 @@ def work(page: Path) -> int:
 
 
 def pages() -> list[Path]:
-    """README, CONTRIBUTING and all of docs."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README, CONTRIBUTING, all of docs, and the first notebook; `make notebooks` runs the others too."""
+    first = ROOT / "examples" / "notebooks" / "train.ipynb"
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), first]
 
 
 def _name(page: Path) -> str:

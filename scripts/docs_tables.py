@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 HELP_WIDTH = 100
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+EVIDENCE = BENCH.parent / "evidence"
 
 # What a key of a recipe file is for. A key without a line here, or a line without its key, is an error.
 MEANING: dict[str, str] = {
@@ -55,7 +56,7 @@ MEANING: dict[str, str] = {
     "data.ignore": "columns, and keys of messages, that are meant to be left out",
     "data.packing": "several training rows in one of up to `max_length` tokens, without seeing each other",
     "data.max_length": "tokens a row may have",
-    "data.truncate": "what gives way in a row that is too long; every cut is counted",
+    "data.truncate": "what is cut of a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
     "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
     "data.limit": "draw this many rows of every split; rows that are empty or dropped are not among them",
@@ -250,6 +251,20 @@ def peft_suite() -> str:
     return f"{_table(head, rows)}\n\nWith {versions}."
 
 
+def hosts() -> str:
+    """What was run in other trainers (`scripts/hosts.py`)."""
+    record = json.loads((BENCH.parent / "evidence" / "hosts.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"{each['host']} with transformers {each['versions']['transformers']}, peft {each['versions']['peft']}",
+            each.get("way", "not run"),
+            "; ".join([*each["did"], *each.get("left", [])]) or each["why"],
+        )
+        for each in record["hosts"]
+    ]
+    return _table(("host", "through", "what was run"), rows)
+
+
 def peft_examples() -> str:
     """What runs of peft's documentation with one line changed (`scripts/peft_examples.py`)."""
     record = json.loads((BENCH.parent / "evidence" / "peft-examples.json").read_text(encoding="utf-8"))
@@ -358,6 +373,37 @@ def _told(docstring: str) -> str:
     return " ".join(docstring.replace("Args:\n", " ").split())
 
 
+WORLDS = {
+    "ddp:2": "DDP, 2",
+    "ddp:4": "DDP, 4",
+    "fsdp2:2": "FSDP2, 2",
+    "fsdp2:4": "FSDP2, 4",
+    "fsdp1:2": "FSDP1, 2",
+    "tp:2": "TP, 2",
+    "zero2:2": "ZeRO-2",
+    "zero3:2": "ZeRO-3",
+}
+
+
+def scaling() -> str:
+    """Method × engine: the largest difference to one process in fp64, where it was run."""
+    found = json.loads((EVIDENCE / "scaling.json").read_text())["columns"]
+    methods = list(dict.fromkeys(method for column in found.values() for method in column))
+
+    def cell(world: str, method: str) -> str:
+        got = found.get(world, {}).get(method)
+        if got is None:
+            return "not run"
+        if "failed" in got:
+            return "fails"
+        apart = max(got["fp64"]["difference"], 0.0)
+        equal = apart <= 1e-9 and got["fp32"]["difference"] <= 1e-5 and got["fp64"]["same_decisions"]
+        return f"{apart:.0e}" if equal and got["fp32"]["same_decisions"] else f"differs ({apart:.0e})"
+
+    head = ("", *WORLDS.values())
+    return _table(head, [(f"`{method}`", *(cell(world, method) for world in WORLDS)) for method in methods])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "refused": refused,
     "contract": contract,
@@ -374,6 +420,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "extras": extras,
     "matrix": matrix,
     "peft-suite": peft_suite,
+    "scaling": scaling,
+    "hosts": hosts,
     "peft-examples": peft_examples,
     "model-families": model_families,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),

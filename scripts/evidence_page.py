@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import compared
+import llm_page
 
 from claims import CLAIMS, SOURCES, Claim, Contrast, Side
 from weftlora.compare.record import METRICS, Interval, Method, Outcome, Row, Verdict
@@ -36,8 +37,10 @@ holds the true mean difference at 95 %; `weftlora.compare.statistics` says how i
 - *not distinguishable*: the interval contains 0. The number of seeds that would settle it supposes a difference as large as the
   one that was seen.
 
-Models and runs are small: 60 to 150 steps on models of 0.2 to 23 million parameters. They can refute an effect that shows
-everywhere, and no other. The last column names the data: `evidence/NAME.json`, made by `python scripts/evidence.py NAME`.
+Models and runs of these rows are small: 60 to 150 steps on models of 0.2 to 23 million parameters. They can refute an effect that
+shows everywhere, and no other. Each claim in the regime of its paper, on a model of 135 million parameters, is
+[further below](#on-a-real-language-model). The last column names the data: `evidence/NAME.json`, made by
+`python scripts/evidence.py NAME`.
 [Real runs](real-runs.md) has all variants and controls of these runs."""
 
 
@@ -69,6 +72,7 @@ def page(folder: Path) -> str:
     lines += ["", f"{count} rows follow; {expected_false(count)}."]
     for claim in CLAIMS:
         lines += ["", *section(claim, found[claim.method])]
+    lines += ["", *llm_page.section(folder / "llm")]
     if "demo" in data:
         lines += ["", *demo_table(data["demo"])]
     return "\n".join([*lines, "", *sources(data)]) + "\n"

@@ -3,7 +3,8 @@
     python scripts/fuzz.py [--minutes 25] [--out evidence/fuzz.json]     one part; its counts are added to those of the parts before
     python scripts/fuzz.py --slice 50                                     seconds over all targets, seeds first; nothing is counted
     python scripts/fuzz.py --only run.json --minutes 1                    one target
-    python scripts/fuzz.py --faults                                       every fault that was fixed, put back, is found again
+    python scripts/fuzz.py --faults                                       every fault that was fixed, put back, is found again: by
+                                                                          the slice, or by the test that holds it (half an hour)
 
 What is tried, and what must hold, is in tests/fuzz. What an earlier part learned of a target is in out/fuzz, which is no part of the
 project: without it a part begins with the seeds. Exits 1 if anything was found.
@@ -18,6 +19,7 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,16 +39,19 @@ if __name__ == "__main__":
     arms.watch("weftlora", "yaml")  # before anything imports them
 
 import engine
+from faults import FAULTS, HELD_BY_TESTS, check, patched, put_back
 from mutations import Case
 from readers import Target, readers
 from writers import writers
+
+from weftlora.foreign_text import visible
 
 FOUND = ROOT / "tests" / "fuzz" / "seeds" / "found.json"
 LEARNT = ROOT / "out" / "fuzz"
 LEAST, WHOLE = 20_000, 1_000_000
 """Inputs of each target, and of all together, that the campaign is to reach."""
 TURN = 25.0
-"""Seconds of a target at a time."""
+"""Seconds of a target at a time, at the least."""
 
 
 def targets() -> list[Target]:
@@ -57,15 +62,21 @@ def targets() -> list[Target]:
 
 
 def unpacked(entry: dict[str, Any], seeds: list[Case]) -> Case:
-    """A case as it is committed: what differs from a seed. Texts, or base64 of what is no text; a link is {"link": where it leads}."""
+    """A case as it is committed: what differs from a seed. Texts, or base64 of what is no text, of a large file of what is between
+    its head and its tail, which are the seed's; a link is {"link": where it leads}."""
     case = dict(seeds[entry["seed"]])
     for name, content in entry["case"].items():
         if content is None:
             del case[name]
         elif isinstance(content, str):
             case[name] = content.encode()
+        elif "link" in content:
+            case[name] = content["link"]
         else:
-            case[name] = content["link"] if "link" in content else base64.b64decode(content["base64"])
+            was, middle = seeds[entry["seed"]].get(name, b""), base64.b64decode(content["base64"])
+            head, tail = content.get("head", 0), content.get("tail", 0)
+            assert isinstance(was, bytes)
+            case[name] = was[:head] + middle + was[len(was) - tail :]
     return case
 
 
@@ -85,8 +96,25 @@ def packed(target: Target, was: str, case: Case) -> dict[str, Any]:
         try:
             made[name] = content.decode("utf-8")
         except UnicodeDecodeError:
-            made[name] = {"base64": base64.b64encode(content).decode()}
+            made[name] = _between(seeds[number].get(name, b""), content)
     return {"target": target.name, "was": was, "seed": number, "case": made}
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _between(was: Any, content: bytes) -> dict[str, Any]:
+    """What of a file is not a seed's head or tail."""
+    head = _common(was, content) if isinstance(was, bytes) else 0
+    tail = _common(was[head:][::-1], content[head:][::-1]) if head else 0
+    between = base64.b64encode(content[head : len(content) - tail]).decode()
+    return (
+        {"head": head, "tail": tail, "base64": between}
+        if head + tail > 2000
+        else {"base64": base64.b64encode(content).decode()}
+    )
 
 
 def found(target: Target) -> list[Case]:
@@ -196,13 +224,12 @@ def campaign(
 
 def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
     """Every fault put back: whether the slice finds it, and after how many inputs mutations of good inputs alone do."""
-    from faults import FAULTS, put_back
-
     by_name = {target.name: target for target in chosen}
     top = Path(tempfile.mkdtemp(prefix="weft-fuzz-", dir=memory()))
     rows = []
     for fault in [fault for fault in FAULTS if fault.target in by_name]:
         target, row = by_name[fault.target], {"fault": fault.name, "target": fault.target}
+        check(fault)
         for how, known in (("slice", found(target)), ("without", []))[: 2 if seconds else 1]:
             most = len(target.seeds()) + len(known) if how == "slice" else 20_000
             work = engine.Slice(
@@ -219,6 +246,53 @@ def found_again(chosen: list[Target], seconds: float) -> list[dict[str, Any]]:
         rows.append(row)
         print(f"{'found' if row['again'] else 'NOT FOUND'}: {row}", flush=True)
     return rows
+
+
+def failed_again(held: list[Any], out: Path) -> list[dict[str, Any]]:
+    """Every fault that a test holds, put back in a copy of the source: whether its test, which passes without, fails.
+
+    The record is written after each, so that what is stopped is not lost.
+    """
+    rows: dict[str, dict[str, Any]] = {row["fault"]: row for row in kept(out).get("put_back_for_tests", [])}
+    tests = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "fuzz" / "held.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    passes: dict[str, str] = {}
+
+    def failure(test: str, source: Path) -> str:
+        """What a test says where it fails with this source; empty where it passes."""
+        assert tests.stdin
+        assert tests.stdout
+        tests.stdin.write(json.dumps({"test": test, "source": str(source)}) + "\n")
+        tests.stdin.flush()
+        done = json.loads(tests.stdout.readline())
+        said = [line for line in done["said"].splitlines() if line.startswith(("FAILED", "ERROR"))]
+        if done["code"] not in (0, 1) or (done["code"] and not said):
+            raise SystemExit(f"{test}: pytest ended with {done['code']}: {done['said'][-1500:]}")
+        return visible(said[0].partition(" - ")[2])[:160] or "it fails" if done["code"] else ""
+
+    for fault in held:
+        check(fault)
+        if fault.target not in passes:
+            passes[fault.target] = failure(fault.target, ROOT / "src")
+        with tempfile.TemporaryDirectory(prefix="weft-put-back-") as top:
+            found = failure(fault.target, patched(fault, Path(top)))
+        rows[fault.name] = {
+            "fault": fault.name, "test": fault.target, "source": source_digest(), "again": bool(found) and not passes[fault.target],
+            "as": found,
+        }  # fmt: skip
+        record = kept(out)
+        record["put_back_for_tests"] = [rows[each.name] for each in HELD_BY_TESTS if each.name in rows]
+        write(out, record)
+        said = "found" if rows[fault.name]["again"] else f"NOT FOUND (without it: {passes[fault.target]})"
+        print(f"{said}: {rows[fault.name]}", flush=True)
+    assert tests.stdin
+    tests.stdin.close()
+    tests.wait()
+    return [rows[fault.name] for fault in held]
 
 
 def source_digest() -> str:
@@ -287,10 +361,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "evidence" / "fuzz.json")
     parser.add_argument("--new", type=Path, help="write what was found to this file, as seeds/found.json has it")
     parser.add_argument("--faults", action="store_true", help="put every fault back that was fixed, and find it again")
+    parser.add_argument(
+        "--held", action="append", help="with --faults: of those that tests hold this one, or all; repeatable"
+    )
     parser.add_argument("--quick", action="store_true", help="with --faults: only whether the slice finds them")
     given = parser.parse_args()
-    chosen = [target for target in targets() if not given.only or target.name in given.only]
-    if not chosen:
+    chosen = [target for target in targets() if not (given.only or given.held) or target.name in (given.only or ())]
+    if not chosen and not given.held:
         sys.exit(f"there is no target {given.only}: use {', '.join(target.name for target in targets())}")
     began, source = time.monotonic(), source_digest()
     prepared(chosen)
@@ -298,13 +375,17 @@ def main() -> int:
     by_name = {target.name: target for target in chosen}
     record = kept(given.out)
     if given.faults:
-        rows = found_again(chosen, 0 if given.quick else 20)
+        rows = found_again(chosen, 0 if given.quick else 20) if chosen else []
         record = kept(given.out)  # as it is by now: a part may have ended meanwhile
         others = [row for row in record.get("put_back", []) if row["target"] not in by_name]
         record["put_back"] = [*others, *rows]
         write(given.out, record)
-        missed = [row["fault"] for row in record["put_back"] if not row["again"]]
-        print(f"{len(record['put_back'])} faults put back, {len(missed)} not found again: {', '.join(missed)}")
+        if not given.only or given.held:
+            rows += failed_again(
+                [fault for fault in HELD_BY_TESTS if not given.held or {"all", fault.name} & {*given.held}], given.out
+            )
+        missed = [row["fault"] for row in rows if not row["again"]]
+        print(f"{len(rows)} faults put back, {len(missed)} not found again: {', '.join(missed)}")
         return 1 if missed else 0
     if given.slice is not None:
         done = campaign(
@@ -319,7 +400,10 @@ def main() -> int:
     else:
         counts = {name: entry["inputs"] for name, entry in record.get("targets", {}).items()}
         seed = given.seed or f"part {len(record.get('parts', [])) + 1}"
-        done = campaign(chosen, counts, 60 * given.minutes, seed, given.jobs, TURN)
+        turn = max(
+            TURN, 15 * given.minutes / len(chosen)
+        )  # a target alone need not try what it has learned again and again
+        done = campaign(chosen, counts, 60 * given.minutes, seed, given.jobs, turn)
         write(given.out, added(kept(given.out), done, seed, time.monotonic() - began, source))
     faults = list({(out.target, kind): fault for out in done for kind, fault in out.faults.items()}.values())
     print(f"{sum(out.inputs for out in done):,} inputs, {len(faults)} kinds of fault")

@@ -172,7 +172,7 @@ def own(row: dict[str, Any]) -> tuple[str, list[str], Path]:
     python = str(folder / "bin" / "python")
     versions = [f"{name}=={wanted}" for name, wanted in row["versions"].items()]
     pins = dict(line.lower().split("==") for line in CONSTRAINTS.read_text(encoding="utf-8").split() if "==" in line)
-    tools = [f"{name}=={pins[name]}" if name in pins else name for name in BESIDE]
+    tools = [f"{name}=={pins[name]}" if name in pins else name for name in BESIDE if name not in row["versions"]]
     # Requires-Python counts here: without, the newest release is taken even where it has no wheel for this Python, and is built.
     pip(python, "--no-cache-dir", "--prefer-binary", *versions, *tools)
     return python, [], folder

@@ -3,6 +3,8 @@
     python scripts/mutants.py --map                  which tests run which lines of the code that is mutated (minutes; build/mutants)
     python scripts/mutants.py [--minutes 25]         one part: mutants not tried yet, until the time is over or all are tried
     python scripts/mutants.py --only NAME            one mutant again, with what the tests say
+    python scripts/mutants.py --only NAME --by tests/kernel/test_node.py::test_... [...]        by these tests
+    python scripts/mutants.py --map tests/search/test_driver.py [...]       the map again for these files alone, after a change
 
 A mutant is one change of one expression or statement of kernel, terms, schedule, scoring or search: a comparison, an operator, a
 constant, a condition, an argument or a call less. Which are tried is drawn by SEED from all of them: candidates are put in order by a
@@ -27,6 +29,7 @@ import importlib.util
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -54,8 +57,9 @@ SEED, DRAWN = 19, 330
 BUDGET, FILES = 8.0, 6
 """Seconds of tests that a mutant is given, as they took under coverage, and of how many files; survivors get AGAIN times as much."""
 AGAIN = 5
-PATIENCE = 5.0
-"""Times as long as they took: what takes longer does not end, and is killed."""
+PATIENCE, WAITS = 5.0, 20
+"""Times as many seconds of the processor as tests took: what takes more does not end, and is killed; and how many times as many of
+the clock, for what waits for ever on a machine that has much else to do."""
 TESTS = ("kernel", "terms", "schedule", "scoring", "search", "reference", "claims", "adapter", "test_change_rates.py")
 FAST = "not grid and not slow and not sharded and not kills"
 
@@ -216,23 +220,25 @@ def drawn() -> list[Mutant]:
 # ---------------------------------------------------------------------- which tests run which lines
 
 
-def measure() -> None:
-    """Run the fast tests once under coverage, with the test as context of every line."""
+def measure(files: list[str]) -> None:
+    """Run the fast tests once under coverage, with the test as context of every line; those of `files` alone where any are named."""
     MAP.mkdir(parents=True, exist_ok=True)
     settings = MAP / "coveragerc"
+    packages = ", ".join(f"weftlora.{room}" for room in ROOMS)
     settings.write_text(
-        f"[run]\nsource_pkgs = weftlora\ndynamic_context = test_function\ndata_file = {MAP / 'coverage'}\n"
+        f"[run]\nsource_pkgs = {packages}\ndynamic_context = test_function\ndata_file = {MAP / 'coverage'}\n"
     )
-    tests = [str(ROOT / "tests" / name) for name in TESTS]
+    tests = [str(ROOT / name) for name in files] or [str(ROOT / "tests" / name) for name in TESTS]
     command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-m", FAST, *tests]
     subprocess.run(
         [*command, f"--junitxml={MAP / 'tests.xml'}", "-p", "no:cacheprovider"], cwd=ROOT, env=surroundings()
     )
-    keep(MAP / "coverage", MAP / "tests.xml", SOURCE)
+    keep(MAP / "coverage", MAP / "tests.xml", SOURCE, files)
 
 
-def keep(data: Path, report: Path, source: Path) -> None:
-    """{"seconds": {file of tests::test: seconds}, "lines": {file: {function: {line within it: [test, ...]}}}} as JSON."""
+def keep(data: Path, report: Path, source: Path, files: list[str]) -> None:
+    """Beside what is known of other test files, if only some were run:
+    {"seconds": {file of tests::test: seconds}, "lines": {file: {function: {line within it: [test, ...]}}}} as JSON."""
     from coverage import CoverageData
 
     recorded = CoverageData(str(data))
@@ -259,7 +265,16 @@ def keep(data: Path, report: Path, source: Path) -> None:
             tests = sorted({t for c in contexts for t in known.get(".".join(c.split(".")[-2:]), [])})
             if tests:
                 lines.setdefault(name, {}).setdefault(function, {})[str(line - first)] = tests
-    MAP.mkdir(parents=True, exist_ok=True)
+    if files and (MAP / "map.json").is_file():
+        before = json.loads((MAP / "map.json").read_text())
+        seconds |= {test: took for test, took in before["seconds"].items() if test.partition("::")[0] not in files}
+        for name, functions_of in before["lines"].items():
+            for function, by_line in functions_of.items():
+                for line, tests in by_line.items():
+                    there = lines.setdefault(name, {}).setdefault(function, {})
+                    there[line] = sorted(
+                        {*there.get(line, []), *(t for t in tests if t.partition("::")[0] not in files)}
+                    )
     (MAP / "map.json").write_text(json.dumps({"seconds": dict(seconds), "lines": lines}))
 
 
@@ -340,12 +355,13 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
 
 def run_tests(one: Mutant | None, tests: list[str], seconds: float, *, show: bool = False) -> str:
-    """ "killed", "survived", or "killed by time", in a process of its own; `one` None: the code as it is."""
+    """ "killed", "survived", or "killed by time", in a process of its own with `seconds` of the processor; None: the code as is."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)
         code = 70
         try:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
             if not show:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, 1)
@@ -361,11 +377,13 @@ def run_tests(one: Mutant | None, tests: list[str], seconds: float, *, show: boo
             code = int(pytest.main([*options, *(str(ROOT / test) for test in tests)]))
         finally:
             os._exit(code)
-    limit = time.monotonic() + seconds
+    limit = time.monotonic() + WAITS * seconds
     while time.monotonic() < limit:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
+            if code in (-signal.SIGXCPU, -signal.SIGKILL):
+                return "killed by time"
             return "survived" if code == 0 else "killed" if code != 5 else "no tests"
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
@@ -403,10 +421,8 @@ def surroundings() -> dict[str, str]:
 def part(minutes: float) -> None:
     """Try what is not tried yet, and write the results after every mutant."""
     known = json.loads((MAP / "map.json").read_text())
-    before = json.loads(RESULTS.read_text())["mutants"] if RESULTS.is_file() else []
     chosen = drawn()
-    told = {(each["name"], each["digest"], each["before"], each["after"]): each for each in before}
-    results = {one.name: told[key] for one in chosen if (key := (one.name, one.digest, one.before, one.after)) in told}
+    results = kept(chosen)
     warm()
     end = time.monotonic() + 60 * minutes
     for one in sorted(chosen, key=lambda one: one.name in results):  # survivors, with the tests of today, at the end
@@ -425,6 +441,29 @@ def part(minutes: float) -> None:
     write(chosen, results)
 
 
+def kept(chosen: list[Mutant]) -> dict[str, dict[str, Any]]:
+    """What is known of these mutants."""
+    before = json.loads(RESULTS.read_text())["mutants"] if RESULTS.is_file() else []
+    told = {(each["name"], each["digest"], each["before"], each["after"]): each for each in before}
+    return {one.name: told[key] for one in chosen if (key := (one.name, one.digest, one.before, one.after)) in told}
+
+
+def by_name(one: Mutant, tests: list[str]) -> None:
+    """Try one mutant by these tests, and keep it if they kill it."""
+    began = time.monotonic()
+    result = run_tests(one, tests, 600, show=True)
+    print(result)
+    chosen = drawn()
+    if result == "killed" and one in chosen:
+        write(chosen, kept(chosen) | {one.name: told(one, result, began) | {"by": tests}})
+
+
+def told(one: Mutant, result: str, began: float) -> dict[str, Any]:
+    """The record of a mutant."""
+    said = {k: v for k, v in asdict(one).items() if k not in ("start", "end", "line")}
+    return {"name": one.name, **said, "result": result, "seconds": round(time.monotonic() - began, 1)}
+
+
 def tried(one: Mutant, known: dict[str, Any]) -> dict[str, Any]:
     began, result = time.monotonic(), "no tests"
     for times in (1, AGAIN):
@@ -433,15 +472,7 @@ def tried(one: Mutant, known: dict[str, Any]) -> dict[str, Any]:
         result = run_tests(one, tests, 30 + PATIENCE * expected) if tests else "no tests"
         if result != "survived":
             break
-    told = {k: v for k, v in asdict(one).items() if k not in ("start", "end", "line")}
-    took = round(time.monotonic() - began, 1)
-    return {
-        "name": one.name,
-        **told,
-        "result": result,
-        "seconds": took,
-        **({"tests": tests} if result == "survived" else {}),
-    }
+    return told(one, result, began) | ({"tests": tests} if result == "survived" else {})
 
 
 def write(chosen: list[Mutant], results: dict[str, dict[str, Any]]) -> None:
@@ -475,15 +506,15 @@ def write(chosen: list[Mutant], results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25)
-    parser.add_argument("--map", action="store_true")
+    parser.add_argument("--map", nargs="*", metavar="FILE")
     parser.add_argument("--only")
+    parser.add_argument("--by", nargs="+", metavar="TEST")
     given = parser.parse_args()
-    if given.map or not (MAP / "map.json").is_file():
-        measure()
-        if given.map:
+    if given.map is not None or not ((MAP / "map.json").is_file() or given.by):
+        measure(given.map or [])
+        if given.map is not None:
             return
     if given.only:
-        known = json.loads((MAP / "map.json").read_text())
         one = next(
             one
             for room in ROOMS
@@ -493,7 +524,10 @@ def main() -> None:
         )
         print(f"{one.file}:{one.line}  {one.before} → {one.after}")
         warm()
-        print(run_tests(one, fast_tests(one, known), 600, show=True))
+        if given.by:
+            by_name(one, given.by)
+        else:
+            print(run_tests(one, fast_tests(one, json.loads((MAP / "map.json").read_text())), 600, show=True))
         return
     part(given.minutes)
 

@@ -33,24 +33,39 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LENGTH = 1024
-WORDS_OF_LARGE = 40
-"""Of a message in the large files: 1.2 KB a row, so that what is held for each of them would show."""
+LARGE = {"words": 12, "letters": (100, 300)}
+"""Rows of the large files: 10 KB each, and few tokens in them, since what they are for is the memory, which no token is kept in."""
 
 
-def rows(count: int, words: int, seed: int = 0):
-    """Conversations of four messages, `words` words each on average."""
+def lexicon(letters: tuple[int, int], seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    lexicon = ["".join(rng.choice(letters) for _ in range(rng.randint(2, 9))) for _ in range(4000)]
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    return ["".join(rng.choice(alphabet) for _ in range(rng.randint(*letters))) for _ in range(4000)]
+
+
+def rows(count: int, words: int, letters: tuple[int, int] = (2, 9), seed: int = 0):
+    """Conversations of four messages, `words` words each on average."""
+    known, rng = lexicon(letters), random.Random(seed)
     for _ in range(count):
-        said = [" ".join(rng.choices(lexicon, k=rng.randint(words // 2, words * 3 // 2))) for _ in range(4)]
+        said = [" ".join(rng.choices(known, k=rng.randint(words // 2, words * 3 // 2))) for _ in range(4)]
         yield {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]}
 
 
-def write(path: Path, count: int, words: int) -> None:
+def write(path: Path, count: int, words: int, letters: tuple[int, int] = (2, 9)) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for row in rows(count, words):
+        for row in rows(count, words, letters):
             file.write(json.dumps(row) + "\n")
+
+
+def write_large(path: Path, size: int) -> None:
+    """Some thousand rows again and again, each with a number before its first words, so that no two are copies."""
+    lines = [json.dumps(row).split('"content": "', 1) for row in rows(2000, **LARGE)]
+    written = number = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < size:
+            before, after = lines[number % len(lines)]
+            number += 1
+            written += file.write(f'{before}"content": "{number} {after}\n')
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -64,6 +79,27 @@ def make_tokenizer(folder: Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=marks, initial_alphabet=bare.pre_tokenizer.alphabet())
     bare.train_from_iterator((m["content"] for row in rows(2000, 50) for m in row["messages"]), trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder)
+
+
+def make_word_tokenizer(folder: Path, letters: tuple[int, int]) -> None:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<unk>", "</s>", "<|im_start|>", "<|im_end|>"]
+    bare = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate([*marks, *lexicon(letters)])}, "<unk>")
+    )
+    bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=bare,
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=marks[2:],
+    )
     made.chat_template = TEMPLATE
     made.save_pretrained(folder)
 
@@ -200,11 +236,6 @@ def compared(record: dict[str, object], folder: Path, given: argparse.Namespace)
         )
 
 
-def count_of(gigabytes: float, words: int) -> int:
-    """How many rows make a file of that size, by the size of the first thousand."""
-    return int(gigabytes * 2**30 / statistics.fmean(len(json.dumps(row)) + 1 for row in rows(1000, words)))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
@@ -239,10 +270,11 @@ def main() -> int:
         make_tokenizer(folder / "tokenizer")
         if given.rounds:
             compared(record, folder, given)
+        make_word_tokenizer(folder / "large" / "tokenizer", LARGE["letters"])
         for gigabytes in given.large:
             large = folder / "large.jsonl"
-            write(large, count_of(gigabytes, WORDS_OF_LARGE), WORDS_OF_LARGE)
-            found = measured("ours", folder, large, max(given.processes), folder / "cache-large")
+            write_large(large, int(gigabytes * 2**30))
+            found = measured("ours", folder / "large", large, max(given.processes), folder / "cache-large")
             subprocess.run(["rm", "-rf", str(folder / "cache-large")], check=True)
             told = {
                 "command": command,

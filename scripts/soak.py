@@ -13,7 +13,8 @@ length of the undisturbed command, so trouble comes wherever the process happens
     read-only        everything in the folder becomes immutable
     gone             the folder is renamed, and later put back, or is deleted for good
 
-Now and then the folder moves to another place between two lives. What must hold: nothing that looks finished is anything but what the
+Where a kill came is read from what it left behind, or told by the process itself (`stages`). Now and then the folder moves to another
+place between two lives. What must hold: nothing that looks finished is anything but what the
 undisturbed command has written (or what was there before), what ends itself says why in one sentence, no process outlives
 a kill, nobody's file is lost, and in the end the result is the undisturbed one, byte for byte but for times and memory.
 
@@ -47,8 +48,13 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import stages
 import torch
 import yaml
+
+if __name__ == "__main__":
+    stages.watch()  # before weftlora is imported
+
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weftlora
@@ -170,6 +176,7 @@ class Command:
     """Of the folder, and whether it has moved since the first life."""
     pieces: Callable[[Path], Pieces]
     phase: Callable[[Path], str]
+    """Where a kill came, read from what it left behind; empty where only the process itself can say."""
     begin: Callable[[Path], None]
     """Puts there what lies there before the command is given for the first time."""
 
@@ -204,13 +211,6 @@ def phase_of_comparison(out: Path) -> str:
         return "after the end"
     states = [Run.load(path.parent).status for path in out.glob("*/*/*/run.json")]
     return f"{states.count('complete')} runs trained, {len(states) - states.count('complete')} at work"
-
-
-def phase_of_output(out: Path) -> str:
-    waiting = [path for path in out.parent.glob(f".{out.name[:40]}.weft-*") if is_temporary(path)]
-    if any((path / "new" / ".proof").exists() for path in waiting):
-        return "proving"
-    return "writing" if waiting else "between"
 
 
 def commands(top: Path) -> dict[str, Command]:
@@ -276,7 +276,7 @@ def commands(top: Path) -> dict[str, Command]:
         read = of_folder if name == "export" else of_file
         return {
             "pieces": lambda place: read(place / name),
-            "phase": lambda place: phase_of_output(place / name),
+            "phase": lambda place: "",
         }
 
     of_run_there = {"pieces": lambda place: of_run(place / "run"), "phase": lambda place: phase_of_run(place / "run")}
@@ -291,7 +291,7 @@ def commands(top: Path) -> dict[str, Command]:
             "eval",
             measuring,
             of_run_there["pieces"],
-            lambda place: phase_of_output(place / "run" / "eval-test.json"),
+            lambda place: "",
             earlier("ran-lora", "run"),
         ),
         Command("compare --jobs 2", comparing, **compared, begin=notes),
@@ -316,6 +316,11 @@ class Life:
     process: int
     log: Path
     code: int | None = None
+
+    @property
+    def stage(self) -> str:
+        """The part of its work that it is in, or was when it ended."""
+        return stages.read(stage_of(self.log))
 
     def ended(self) -> bool:
         if self.code is None:
@@ -350,8 +355,27 @@ class Life:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
+FRESH = """
+import pathlib, sys
+sys.path.append(sys.argv.pop(1))
+import stages
+sys.path.pop()
+stages.watch()
+stages.tell(pathlib.Path(sys.argv.pop(1)))
+from weftlora.cli import main
+main(sys.argv[1:])
+"""
+"""The program of a new process."""
+
+
+def stage_of(log: Path) -> Path:
+    """Where the life that writes a log tells which part of its work it is in."""
+    return log.with_suffix(".stage")
+
+
 def born(arguments: list[str], log: Path, fresh: bool) -> Life:
     """Start a command: a copy of this process, or a new one."""
+    stage_of(log).write_bytes(b"\0")
     child = os.fork()
     if child:
         return Life(child, log)
@@ -368,8 +392,11 @@ def born(arguments: list[str], log: Path, fresh: bool) -> Life:
         os.dup2(written, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         if fresh:
-            program = "import sys; from weftlora.cli import main; main(sys.argv[1:])"
-            os.execv(sys.executable, [sys.executable, "-c", program, *arguments])
+            os.execv(
+                sys.executable,
+                [sys.executable, "-c", FRESH, str(Path(__file__).parent), str(stage_of(log)), *arguments],
+            )
+        stages.tell(stage_of(log))
         server: Any = forkserver
         server.ensure_running = server._forkserver.ensure_running = lambda: None  # it runs, and is no child of this one
         cli(arguments)
@@ -599,7 +626,7 @@ class Try:
             self.tally.kills += 1
             self.tally.fresh_kills += self.fresh
             found = self.command.pieces(self.place)
-            place = "after the end" if found == self.whole else self.command.phase(self.place)
+            place = "after the end" if found == self.whole else self.command.phase(self.place) or life.stage
             self.tally.phases[place] += 1
             return None
         return max((each.code for each in others if each.code is not None), default=1) if wanted == "met" else life.code

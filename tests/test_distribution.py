@@ -111,7 +111,7 @@ def test_the_wheel_has_the_package_and_its_assets_and_no_tests(wheel: Path):
 
 def test_the_source_distribution_is_the_whole_checkout(sdist: set[str]):
     if shutil.which("git") is None or not (ROOT / ".git").exists():
-        pytest.skip("this is no git checkout: nothing says which files belong to it")
+        pytest.skip("this is not a git checkout: nothing says which files belong to it")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     tracked = {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
     made = {"PKG-INFO", "setup.cfg"}

@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,8 +126,8 @@ def test_an_error_is_one_line_that_names_it(text: str) -> None:
 @given(st.integers(0, 5), st.integers(0, 6))
 def test_an_error_is_short_however_large_the_value(seed: int, size: int) -> None:
     text = chr(97 + seed) * 10**size
-    assert len(str(ConfigError(f"x={text!r} is no number: give one."))) <= LIMIT
-    assert str(ConfigError(f"x={text!r} is no number: give one.")).endswith("give one.")
+    assert len(str(ConfigError(f"x={text!r} is not a number: give one."))) <= LIMIT
+    assert str(ConfigError(f"x={text!r} is not a number: give one.")).endswith("give one.")
     assert len(shortened(text)) <= LIMIT
 
 
@@ -173,6 +174,54 @@ def test_a_value_in_a_template_is_written_out_and_escaped() -> None:
         assert unseen(page, "\n", "\t") == []
         assert [tag for tag, _ in parsed(page).tags] == ["p", "b"]
         assert parsed(page).tags[0][1] == [("title", visible(text, lines=True))]
+
+
+def in_a_notebook(text: str) -> dict[str, tuple[str, int]]:
+    """What a notebook shows of every result that holds this text, and in how many cells or sentences it stands there."""
+    from weftlora.compare.record import Comparison, Method, Row, Verdict
+    from weftlora.inspection.core_directions import AdapterDirections, DirectionsReport
+    from weftlora.inspection.record import Inspection
+    from weftlora.runs.run import Run
+    from weftlora.search.selection import Candidate, Selection
+
+    run = SimpleNamespace(
+        folder=text, status="complete", steps=1, parameters={}, metrics={text: 1.0}, adapter_folder=text
+    )
+    group = Candidate(text, 0, (), 0.0, 1.0, 0.0, True, True, False, 0.0)
+    row = Row(text, None, None, 0, Verdict("single", text))
+    compared = SimpleNamespace(folder=text, rows=[row], metric="loss", baseline=text, budget=text, complete=False)
+    compared.method = lambda name: Method(name, {})
+    site = SimpleNamespace(site=text, predicted=[3, 1], rate=[0.5], norm=1.0, rank=4, relative=None)
+    adapter = AdapterDirections(text, "launched", [site])  # type: ignore[list-item]
+    looked = SimpleNamespace(sites=[site] * 9, method=text, source=text, verdict=[text])
+    return {
+        "run": (Run._repr_html_(run), 2),  # type: ignore[arg-type]
+        "selection": (Selection((group,), "block", {}, {}, {})._repr_html_(), 1),
+        "comparison": (Comparison._repr_html_(compared), 5),  # type: ignore[arg-type]
+        "directions": (DirectionsReport(8, 0, None, [adapter], [])._repr_html_(), 2),
+        "inspection": (Inspection._repr_html_(looked), 11),  # type: ignore[arg-type]
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(foreign)
+@example("<script>alert(1)</script>")
+def test_a_notebook_shows_it_as_text(text: str) -> None:
+    for kind, (shown, times) in in_a_notebook(text).items():
+        assert unseen(shown) == [], kind
+        assert {tag for tag, _ in parsed(shown).tags} <= {
+            "p",
+            "b",
+            "br",
+            "table",
+            "thead",
+            "tbody",
+            "tr",
+            "th",
+            "td",
+        }, kind
+        assert not any(attributes for _, attributes in parsed(shown).tags), kind
+        assert "".join(parsed(shown).text).count(visible(text)) >= times, kind
 
 
 @many

@@ -81,7 +81,7 @@ def test_what_loads_nothing_heavy(code: str) -> None:
         ("report nowhere", 1, "no folder 'nowhere'"),
         ("heads nowhere.jsonl", 1, "nowhere.jsonl does not exist"),
         ("doctor nowhere", 1, "no folder 'nowhere'"),
-        ("train . --resume", 1, "is no run folder"),
+        ("train . --resume", 1, "is not a run folder"),
     ],
 )
 def test_a_command_that_has_nothing_to_compute_loads_nothing_heavy(

@@ -41,13 +41,15 @@ def test_what_is_a_time(time) -> None:
     "time", [0, -1, 1.0, 0.0, 1.5, 100.0, -0.1, True, False, None, "100", math.nan, math.inf, [1], {}, {"epoch": 1}]
 )
 def test_what_is_none_is_refused_with_the_place_and_the_ways_out(time) -> None:
-    with pytest.raises(ConfigError, match=r"Dash\(after=...\): .* is no time: use optimiser steps .*fraction.*epochs"):
+    with pytest.raises(
+        ConfigError, match=r"Dash\(after=...\): .* is not a time: use optimiser steps .*fraction.*epochs"
+    ):
         weftlora.Dash(after=time)
 
 
 @pytest.mark.parametrize("x", [0, -1, math.inf, math.nan, True, None, "1"])
 def test_epochs_are_a_positive_number(x) -> None:
-    with pytest.raises(ConfigError, match="no time: use a positive number of passes"):
+    with pytest.raises(ConfigError, match="not a time: use a positive number of passes"):
         weftlora.epochs(x)
     with pytest.raises(ConfigError):
         check_time({"epochs": x}, "here")

@@ -280,7 +280,7 @@ def test_a_class_that_no_other_process_can_import_is_said() -> None:
 
 
 def test_what_is_no_choice_is_refused() -> None:
-    with pytest.raises(weftlora.ConfigError, match="is no choice of any axis"):
+    with pytest.raises(weftlora.ConfigError, match="is not a choice of any axis"):
         checked(3)
 
 

@@ -148,5 +148,5 @@ def unknown_key(name: str, valid: Iterable[str], where: str) -> ConfigError:
         )
     if (key := ELSEWHERE.get(name)) is not None:
         own = key.rpartition(".")[2]
-        return ConfigError(f"{where} has no key {name!r}: here it is {own if own in valid else key}.")
+        return ConfigError(f"{where} has no key {name!r}: weftlora calls it {own if own in valid else key}.")
     return ConfigError(f"{where} has no key {name!r}: {suggest(name, valid)}")

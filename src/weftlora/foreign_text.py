@@ -2,9 +2,10 @@
 
     visible        for a terminal, an error, a log: what would steer a terminal or hide in a line is written out (\\x1b, \\u202e)
     for_markdown   for a model card: also, nothing of it is markup
+    html_table     what a notebook shows of a result: a heading, a table, sentences; nothing of the text is markup
     from_json      what a JSON text says; it fails in one way only
 
-HTML is escaped by the template that it stands in, after `visible`.
+The HTML of pages is escaped by the template that it stands in, after `visible`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import html
 import json
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 LIMIT = 2000
@@ -62,21 +64,46 @@ def for_markdown(text: str) -> str:
     return html.escape(_MARKUP.sub(r"\\\1", visible(text)), quote=False)
 
 
+def html_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], sentences: Iterable[str] = ()
+) -> str:
+    """A result as a notebook shows it: the title, a table where it has rows, then a sentence a line; all of it only text.
+
+    >>> html_table("a < b", ["name"], [["<script>"]])
+    '<p><b>a &lt; b</b></p><table><thead><tr><th>name</th></tr></thead><tbody><tr><td>&lt;script&gt;</td></tr></tbody></table>'
+    """
+
+    def cells(kind: str, values: Iterable[object]) -> str:
+        return "".join(f"<{kind}>{_escaped(value)}</{kind}>" for value in values)
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    table = f"<table><thead><tr>{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table>" if body else ""
+    below = "<br>".join(map(_escaped, sentences))
+    return f"<p><b>{_escaped(title)}</b></p>{table}" + (f"<p>{below}</p>" if below else "")
+
+
+def _escaped(value: object) -> str:
+    return html.escape(visible(shortened(str(value))))
+
+
 def in_code(text: str) -> str:
     """`text` inside a span of code, which no backtick may end."""
     return visible(text).replace("`", "'")
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str, exact: bool = False) -> Any:
     """What a JSON text says.
 
     A whole number beyond 64 bits, which nothing of ours writes, is read as a float: nothing that counts with it can overflow.
+
+    Args:
+        exact: whole numbers of any length are what they are, for what is shown and not counted with.
 
     Raises:
         ValueError: no JSON, or nested too deep for a reader that calls itself.
     """
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text) if exact else json.loads(text, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

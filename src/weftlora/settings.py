@@ -46,7 +46,7 @@ Time = int | float | Epochs
 def epochs(x: float) -> Epochs:
     """A time in epochs: `Dash(after=weftlora.epochs(0.5))`. Needs to be told how many optimiser steps an epoch has."""
     if not is_number(x) or not 0 < x < math.inf:
-        raise ConfigError(f"weftlora.epochs({x!r}) is no time: use a positive number of passes over the data.")
+        raise ConfigError(f"weftlora.epochs({x!r}) is not a time: use a positive number of passes over the data.")
     return Epochs(float(x))
 
 
@@ -61,7 +61,7 @@ def check_time(time: Any, where: str) -> Time:
     if isinstance(time, float) and 0 < time < 1:
         return time
     raise ConfigError(
-        f"{where}: {time!r} is no time: use optimiser steps (100), a fraction of the run (0.1) or weftlora.epochs(0.5)."
+        f"{where}: {time!r} is not a time: use optimiser steps (100), a fraction of the run (0.1) or weftlora.epochs(0.5)."
     )
 
 

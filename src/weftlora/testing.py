@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -165,7 +166,7 @@ class _Trial:
         axis = registry.axis_of(type(self.term))
         if axis is None:
             raise ConfigError(
-                f"{type(self.term).__name__} is no choice of any axis: inherit from the class of its axis, such as "
+                f"{type(self.term).__name__} is not a choice of any axis: inherit from the class of its axis, such as "
                 "weftlora.terms.structure.Structure."
             )
         return axis
@@ -390,7 +391,7 @@ def _check_training(trial: _Trial, notes: dict[str, str]) -> None:
     params, before = _params(model), _base_tensors(model)
     _require(bool(params), "nothing of it is trained.")
     if strange := [name for name in params if ".weft_site." not in name]:
-        raise AssertionError(f"{strange[0]} is trained, and is no tensor of the adapter.")
+        raise AssertionError(f"{strange[0]} is trained, and is not a tensor of the adapter.")
     optimizer, reached, losses = _optimizer(model), set(), []
     for step in range(STEPS):
         losses += _train(model, optimizer, [step])
@@ -399,7 +400,7 @@ def _check_training(trial: _Trial, notes: dict[str, str]) -> None:
         _require(not others, f"a gradient reaches {others[:1]}, which is frozen.")
     if missed := sorted(params.keys() - reached):
         raise AssertionError(f"no gradient reaches {missed[0]} in {STEPS} steps: freeze it (a buffer), or use it.")
-    _require(all(torch.isfinite(p).all() for p in params.values()), "a parameter is no number any more.")
+    _require(all(torch.isfinite(p).all() for p in params.values()), "a parameter is not a number any more.")
     _require(losses[-1] < losses[0] - 1e-3, f"the loss does not fall: {losses[0]:.4f} to {losses[-1]:.4f}.")
     if moved := _differing(before, _base_tensors(model)):
         raise AssertionError(f"training has changed {moved[0]} of the base.")
@@ -414,7 +415,7 @@ def _check_events(model: nn.Module, notes: dict[str, str]) -> None:
             not waiting, f"{' and '.join(waiting)} has not happened in {STEPS} steps: give the term times within them."
         )
         for event in schedule.events:
-            _require(json.loads(json.dumps(event)) == event, f"the event {event!r} is no plain data.")
+            _require(json.loads(json.dumps(event)) == event, f"the event {event!r} is not plain data.")
             told.append(str(event["event"]))
     if told:
         notes["events"] = ", ".join(dict.fromkeys(told))
@@ -595,7 +596,9 @@ def _check_export(trial: _Trial, notes: dict[str, str]) -> None:
             _require(not out.exists(), "a refused export leaves a folder behind.")
             return
         stock = PeftModel.from_pretrained(_base(), out)
-        _require(not any(isinstance(module, WeftLayer) for module in stock.modules()), "the export is no stock LoRA.")
+        _require(
+            not any(isinstance(module, WeftLayer) for module in stock.modules()), "the export is not a stock LoRA."
+        )
         apart = _apart(_logits(stock), _logits(model))
         _require(apart < 1e-4, f"stock peft computes something else with the export: {apart:.1e} apart.")
 
@@ -650,9 +653,7 @@ def check_processes(
             for rank in (0, 1)
         ]
         try:
-            codes = [process.wait(timeout=seconds) for process in began]
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"two processes: they have not ended after {seconds:g} seconds.") from None
+            codes = _ended(began, seconds)
         finally:
             for process in began:
                 process.kill()
@@ -662,12 +663,28 @@ def check_processes(
                 log.seek(0)
                 said.append(log.read()[-1500:])
                 log.close()
+        if codes is None:
+            heard = " ".join(text for text in said if text) or "Neither has said anything."
+            raise AssertionError(f"two processes: they have not ended after {seconds:g} seconds. {heard}")
         if any(codes):
-            raise AssertionError(f"two processes: one has failed. {max(said, key=len)}")
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            raise AssertionError(f"two processes: one has failed. {said[failed] or max(said, key=len)}")
         found = [json.loads((Path(folder) / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for rank, problems in enumerate(found):
         for name, problem in problems.items():
             raise AssertionError(f"{name}, two processes: in process {rank} {problem}")
+
+
+def _ended(began: Sequence[subprocess.Popen[bytes]], seconds: float) -> list[int] | None:
+    """The exit codes of the processes, of which the first that fails ends the wait for the others: they would wait for it until they
+    are told not to. None if they are still at work after so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        codes = [process.poll() for process in began]
+        if any(codes) or None not in codes:
+            return [code or 0 for code in codes]
+        time.sleep(0.05)
+    return None
 
 
 def _be() -> None:
@@ -679,6 +696,10 @@ def _be() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    if (
+        sys.platform == "linux"
+    ):  # gloo would ask a name server for this machine's name, and talk to itself through its network
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     trials = pickle.loads(base64.b64decode((folder / "terms").read_text(encoding="ascii")))
     alone = [_adapter(trial.trained()) for trial in trials]  # before the group: what one process ends in
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

@@ -100,7 +100,13 @@ def another_weights(path: Path) -> None:
     next(p for p in path.parent.iterdir() if p != path).replace(path)
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, empty, somebody_elses, another_weights])
+def another_form(path: Path) -> None:
+    """All that is right for its own content, which is of no 4 by 4 matrix."""
+    found = change_rates.spectrum(torch.randn(3, 5))
+    frozen_weights.save(path, path.stem, found)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, empty, somebody_elses, another_weights, another_form])
 def test_a_damaged_or_foreign_file_is_computed_again_and_replaced(tmp_path: Path, counted: list[int], caplog, damage):
     w = torch.randn(4, 4)
     right = Decomposer(tmp_path)("q", w)

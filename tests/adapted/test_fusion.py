@@ -67,7 +67,7 @@ def test_a_step_is_the_same_with_and_without(structure: str, family: str) -> Non
             "t5",
             {"SelfAttention.q": "group", "EncDecAttention.q": "linear", "EncDecAttention.v": "group", "wo": "linear"},
         ),
-        ("gpt2", {"c_attn": "module: Conv1D is no plain Linear"}),
+        ("gpt2", {"c_attn": "module: Conv1D is not a plain Linear"}),
         ("gpt_neox", {"query_key_value": "linear"}),
         ("plain", {"q_proj": "group", "mlp": "linear"}),
     ],

@@ -73,7 +73,7 @@ REFUSED_TARGETS = [
      "leave it out"),
     ("groups", lambda: nn.Sequential(nn.Linear(3, 3), Grouped(8, 6, 2)), ["0", "1"], "1 is a Grouped, which", "leave it out"),
     ("norm", FAMILIES["bert"].build, ["query", "LayerNorm"], "LayerNorm is a LayerNorm", "name linear modules"),
-    ("experts", mixtral, ["q_proj", "experts"], "experts holds experts as fused parameters", "target_parameters"),
+    ("experts", mixtral, ["q_proj", "experts"], "experts holds its experts as fused parameters", "target_parameters"),
     ("expert matrix", mixtral, ["gate_up_proj"], "experts.gate_up_proj is a fused parameter of experts", "target_parameters"),
     ("router", mixtral, ["q_proj", "gate"], "mlp.gate is a MixtralTopKRouter", "name linear modules"),
     ("multi-head attention", attention, ["0", "out_proj"], "1.out_proj belongs to a torch MultiheadAttention", "exclude it"),
@@ -414,6 +414,43 @@ def test_good_names_raise_no_warning(llama) -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own, about checkpointing
         get_peft_model(llama, weftlora.PlainLoraConfig(exclude_modules=["o_proj"], layers_to_transform=[0]))
+
+
+class Routing(nn.Linear):
+    """A router that is a Linear and gives two tensors, as Llama-4's and PhiMoE's."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+class PerGroup(nn.Linear):
+    """A Linear that wants an axis of groups, as DeepSeek-V4's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = self.weight.view(4, -1, self.in_features)
+        return torch.einsum("...gi,goi->...go", x.reshape(*x.shape[:-2], 4, self.in_features), w)
+
+
+class Noisy(nn.Linear):
+    """A Linear whose forward is its own and gives what a Linear gives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * torch.empty_like(x).uniform_(0.9, 1.1))
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Routing, "returns a tuple"), (PerGroup, "does not take an input of 8")])
+def test_a_linear_whose_call_is_none_is_found_before_a_forward(kind: type[nn.Linear], says: str) -> None:
+    def model() -> nn.Sequential:
+        made = nn.Sequential()
+        made.router, made.inner = kind(8, 8), Noisy(8, 8)
+        return made
+
+    with pytest.warns(UserWarning, match=f"all-linear leaves out what cannot carry an adapter: router .*{says}"):
+        adapted = get_peft_model(model(), weftlora.PlainLoraConfig(r=2))
+    assert adapted_names(adapted) == ["inner"]
+    with pytest.raises(weftlora.TargetError, match=says):
+        get_peft_model(model(), weftlora.PlainLoraConfig(r=2, target_modules=["router", "inner"]))
 
 
 def test_a_model_that_is_wrapped_already_is_refused_and_left_as_it_was() -> None:

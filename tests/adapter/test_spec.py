@@ -146,9 +146,9 @@ def test_a_choice_that_means_nothing_is_refused(value, says: str):
         ({"lora_dropout": None}, "lora_dropout=None"),
         ({"target_modules": []}, "names no module"),
         ({"target_modules": 3}, "target_modules=3"),
-        ({"target_modules": ["q_proj", 3]}, "no list of names"),
+        ({"target_modules": ["q_proj", 3]}, "not a list of names"),
         ({"exclude_modules": []}, "names no module"),
-        ({"modules_to_save": "classifier"}, "no list of names"),  # peft would read it letter by letter
+        ({"modules_to_save": "classifier"}, "not a list of names"),  # peft would read it letter by letter
         ({"layers_to_transform": []}, "every layer"),
         ({"layers_to_transform": ()}, "every layer"),
         ({"layers_to_transform": [0, "1"]}, "'1' is not a block number"),
@@ -156,10 +156,10 @@ def test_a_choice_that_means_nothing_is_refused(value, says: str):
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "regex"),
         ({"layers_pattern": "layers"}, "without layers_to_transform"),
         ({"rank_pattern": {"q": 0}}, "rank_pattern"),
-        ({"rank_pattern": {"((": 4}}, "no regular expression"),
-        ({"alpha_pattern": {"(": 4.0}}, "no regular expression"),
-        ({"target_modules": "*q"}, "no regular expression"),
-        ({"rank_pattern": [4]}, "no table"),
+        ({"rank_pattern": {"((": 4}}, "not a regular expression"),
+        ({"alpha_pattern": {"(": 4.0}}, "not a regular expression"),
+        ({"target_modules": "*q"}, "not a regular expression"),
+        ({"rank_pattern": [4]}, "not a table"),
         ({"alpha_pattern": {"q": -1}}, "alpha_pattern"),
         ({"use_rslora": "no"}, "use_rslora='no'"),
         ({"task_type": "CAUSAL_L"}, "CAUSAL_L"),
@@ -248,7 +248,7 @@ def test_peft_reads_the_saved_config_back(tmp_path):
 
 @pytest.mark.parametrize("tokens", [[], {}, [1.5], [-1], [True], "embed_tokens", {"embed_tokens": []}, {1: [2]}, 7])
 def test_tokens_that_are_none_are_refused(tokens):
-    with pytest.raises(ConfigError, match=r"trainable_token_indices=.*(names no tokens|no list of names)"):
+    with pytest.raises(ConfigError, match=r"trainable_token_indices=.*(names no tokens|not a list of names)"):
         WeftConfig(trainable_token_indices=tokens)
     assert WeftConfig(trainable_token_indices={"embed_tokens": [3]}).to_dict()["trainable_token_indices"]
 

@@ -293,10 +293,10 @@ def test_so_does_a_mask_per_head():
 
 
 def test_a_start_that_cannot_learn_is_refused():
-    with pytest.raises(ConfigError, match="equal for ever"):
+    with pytest.raises(ConfigError, match="all heads equal"):
         Hydra(router_init="zero")
     broken = Hydra(router_init="zero", per_head_dropout=True)
-    with pytest.raises(ConfigError, match="equal for ever"):
+    with pytest.raises(ConfigError, match="all heads equal"):
         weftlora.WeftConfig(structure=broken)
     assert weftlora.WeftConfig(structure=broken, lora_dropout=0.1).structure == broken
     with pytest.raises(ConfigError, match="heads=1"):

@@ -21,7 +21,7 @@ ALL_SETS = ["".join(c) for n in range(1, 5) for c in itertools.combinations("ABu
 every_set = pytest.mark.parametrize("trained", ALL_SETS)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:tl6 with lora_alpha")
+pytestmark = pytest.mark.filterwarnings("ignore:lora_alpha=")
 
 
 class Stack(nn.Module):

@@ -38,7 +38,7 @@ def refused(said: object, *parts: str) -> None:
         ("train.step=3", ["did you mean 'steps'"]),
         ("train.args.learning_rat=3", ["did you mean 'learning_rate'"]),
         ("model=./nowhere", ["no model folder"]),
-        ("model.task=seq2seq", ["no encoder-decoder"]),
+        ("model.task=seq2seq", ["not an encoder-decoder"]),
         ("adapter=none", ["weftlora eval"]),
     ],
 )

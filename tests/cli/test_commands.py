@@ -185,7 +185,7 @@ main(sys.argv[1:])
         ("torch", "broken", "import torch fails with OSError: libcudart.so: cannot open."),
         ("peft", "missing", "peft is not installed"),
         ("transformers", "broken", "import transformers fails with OSError"),
-        ("weftlora", "missing", "weftlora is on the path and not installed"),
+        ("weftlora", "missing", "weftlora is on the path but not installed"),
     ],
 )
 def test_doctor_says_what_is_wrong_where_hardly_anything_works(without: str, how: str, says: str) -> None:

@@ -119,10 +119,10 @@ def test_a_result_says_verdict_interval_edge_failure_and_what_is_false_by_chance
         "-0.5000 [-0.6000, -0.4000]",
         "4 of 4",
         "other [x]",
-        "of which the outermost won: lora (0.001).",
+        "A better rate may be outside those that were tried: lora (0.001).",
         "other [x]: Odd.",
         "runs/other/s4: failed: the disk is full.",
-        "tried again when the same command is given again",
+        "Give the same command again to retry what failed",
         "With 1 comparison, 0.05 false verdicts are expected",
     ):
         assert words in shown

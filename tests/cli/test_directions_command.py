@@ -76,8 +76,8 @@ def test_full_shows_every_direction(adapters: list[str], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["demo"], 1, "is no adapter"),
-        (["demo", "nowhere"], 1, "nowhere is no adapter"),
+        (["demo"], 1, "is not an adapter"),
+        (["demo", "nowhere"], 1, "nowhere is not an adapter"),
         (["demo", "ADAPTER", "--out", "/nowhere/x.json"], 1, "/nowhere is not a folder; choose another file"),
         (["demo", "ADAPTER", "--directions", "0"], 2, "directions"),
     ],

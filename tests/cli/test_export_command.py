@@ -109,7 +109,7 @@ def test_a_routed_run_needs_an_approximation(weftlora: Weft, runs: dict[str, Pat
         (["--to", "merged", "--uniform"], "--uniform means nothing with --to merged"),
         (["--accept-loss"], "--accept-loss means nothing with --to lora"),
         (["--to", "gguf"], "gguf"),
-        (["--dtype", "int8"], "no dtype to write"),
+        (["--dtype", "int8"], "not a dtype to write"),
         (["--approximate", "mean-gate"], "belong together"),
         (["--out", "RUN/adapter"], "holds the adapter itself"),
         (["--base", "nowhere/at/all"], "no model folder"),

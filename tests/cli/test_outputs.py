@@ -38,7 +38,7 @@ def test_a_file_that_is_something_else_is_kept(
         out.write_text(mine)
         said = weftlora(*given)
         assert said.code == 1
-        assert "is there already and is not" in said.err
+        assert "already exists and is not" in said.err
         assert said.err.count("\n") == 1
         assert out.read_text() == mine
     (tmp_path / "thesis").write_text("mine")

@@ -75,4 +75,4 @@ def test_what_cannot_work_is_one_sentence(weftlora: Weft, recipe_file: Path, tmp
         assert len(said.err.strip().splitlines()) == 1
     missing = weftlora("train", recipe_file, f"adapter.layers={tmp_path / 'none.json'}")
     assert missing.code == 1
-    assert "is no saved selection" in missing.err
+    assert "is not a saved selection" in missing.err

@@ -42,7 +42,7 @@ def test_where_what_is_shown_goes_nowhere_that_is_said(tmp_path: Path, command: 
     full = shell(f"weft {command} > /dev/full", tmp_path)
     assert (full.returncode, full.stderr) == (
         1,
-        "weftlora: what was to be shown cannot be written: no space left on device.\n",
+        "weftlora: the output cannot be written: no space left on device.\n",
     )
     closed = shell(f"weft {command} >&-", tmp_path)
     assert (closed.returncode, closed.stderr) == (0, "")
@@ -146,7 +146,7 @@ def test_a_run_folder_that_is_another_runs_now_is_not_written_on(
     monkeypatch.setattr(Recorder, "on_pre_optimizer_step", replaced)
     said = weftlora("train", recipe_file, "train.save_every=3")
     assert said.code == 1
-    assert "was taken away, or replaced" in said.err
+    assert "was removed or replaced" in said.err
     assert {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()} == {
         p.relative_to(there): p.read_bytes() for p in there.rglob("*") if p.is_file()
     }

@@ -100,7 +100,7 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
     hydra = plan.of("hydralora")
     assert hydra.rank == 1
     assert hydra.budget_gap > 0.5
-    assert f"{hydra.parameters:,} trainable parameters at rank 1 (+{hydra.budget_gap:.0%})" in hydra.note
+    assert f"Rank 1 gives {hydra.parameters:,} trainable parameters (+{hydra.budget_gap:.0%})" in hydra.note
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,10 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
             "lora has r=4, and the budget of equal parameters chooses its rank",
         ),
         ({"methods": [{"recipe": "lora", "lora_alpha": 4}]}, "lora has lora_alpha=4, and scale=2 sets alpha for all"),
-        ({"methods": [{"recipe": "flexora", "select": "above_mean"}]}, "its numbers are known only after the search"),
+        (
+            {"methods": [{"recipe": "flexora", "select": "above_mean"}]},
+            "its trainable parameters are known only after the search",
+        ),
         ({"methods": [{"recipe": "flexora", "granularity": "module"}]}, "selects modules, which differ in size"),
         ({"methods": [{"control": "random_layers", "count": 2}]}, "cannot draw 2 of 2 blocks"),
         ({"methods": ["lora", "flexora"], "budget": {"equal": "steps"}}, "give it steps"),
@@ -136,13 +139,13 @@ def test_a_metric_that_no_answer_could_have_is_refused_before_anything_runs(base
     short = str(write_rows(bases / "short.jsonl", rows))
     given = {"train": short}
     with pytest.raises(
-        ConfigError, match="metric=bleu counts nothing in the answers of the test rows, such as 'one two'"
+        ConfigError, match="metric=bleu finds nothing to count in the answers of the test rows, such as 'one two'"
     ):
         planned(bases, data=given | {"test": short}, metric="bleu")
     assert planned(bases, data=given | {"test": short}, metric="rouge_l").metric == "rouge_l"
     texts = [{"text": f"only words in row {n}"} for n in range(8)]
     plain = str(write_rows(bases / "plain.jsonl", texts))
-    with pytest.raises(ConfigError, match="metric=exact_match is of answers, and the test rows have none"):
+    with pytest.raises(ConfigError, match="metric=exact_match is measured on answers, and the test rows have none"):
         planned(bases, data={"train": plain, "test": plain}, metric="exact_match")
 
 

@@ -73,12 +73,12 @@ def test_the_same_run_twice_is_refused(folders: list[Path]):
 def test_runs_of_other_rows_are_refused(folders: list[Path]):
     content = read_json(folders[1] / "run.json")
     write_json(folders[1] / "run.json", content | {"data": content["data"] | {"hashes": {"x": "y"}}})
-    with pytest.raises(RunError, match="trained on another rows than"):
+    with pytest.raises(RunError, match="trained on other rows than"):
         load(folders)
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path: Path):
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         load(tmp_path)
     with pytest.raises(RunError, match="nothing to compare"):
         load([])

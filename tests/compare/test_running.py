@@ -291,7 +291,7 @@ def test_a_run_that_diverges_is_an_outcome_and_final(tmp_path: Path):
     made = recipe(tmp_path, methods=["lora", "peft:lora"], train={"lr": 1e30, "max_grad_norm": 0.0}, seeds=1)
     found = compare(made, jobs=0)
     assert [(o.status, o.scores) for o in found.outcomes] == [("diverged", {})] * 2
-    assert all("diverged" in outcome.problem or "no numbers" in outcome.problem for outcome in found.outcomes)
+    assert all("diverged" in outcome.problem or "not numbers" in outcome.problem for outcome in found.outcomes)
     assert found.complete
     assert [row.score for row in found.rows] == [None, None]
 
@@ -363,7 +363,7 @@ def test_a_run_whose_process_dies_has_failed_and_goes_on_the_next_time(tmp_path:
     [outcome] = compare(made, jobs=1, watch=kill).outcomes
     assert (outcome.status, outcome.problem) == (
         "failed",
-        "its process was ended by SIGKILL, perhaps for want of memory.",
+        "its process was ended by SIGKILL, perhaps because memory ran out.",
     )
     again = compare(made, jobs=1)
     assert [outcome.status for outcome in again.outcomes] == ["complete"]

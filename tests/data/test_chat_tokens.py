@@ -191,7 +191,7 @@ def test_a_conversation_may_open_with_the_assistant(kind):
     (row,) = encoded(tokenizer, talk)
     assert row.input_ids == whole(tokenizer, talk)
     assert learned(tokenizer, row)[0].replace(" ", "") == "Hello!<|im_end|>"
-    with pytest.raises(DataError, match="begin with the assistant: put what it answers"):
+    with pytest.raises(DataError, match="begin with the assistant: put the user's message"):
         encoded(KINDS[kind](BRACKETS), talk)
 
 

@@ -142,7 +142,7 @@ def test_blocks_hold_whole_lines_and_lose_none(tmp_path):
         ("a.csv", "a,b\n", "has no rows"),
         ("a.jsonl", "", "has no rows"),
         ("a.parquet", "", "a.parquet is not a readable parquet file"),
-        ("a.jsonl.gz", "no gzip", "a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.gz", "no gzip", "a.jsonl.gz is not a complete gzip file"),
         ("a.xlsx", "", "is not a kind of file weftlora reads"),
     ],
 )

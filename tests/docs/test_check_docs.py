@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import check_docs
@@ -84,3 +85,27 @@ def test_two_tables_on_a_page_do_not_swallow_what_is_between(tmp_path):
 
 def test_every_recipe_key_has_a_meaning():
     assert "`validation_fraction`" in docs_tables.recipe_keys()
+
+
+def notebook(folder: Path, *cells: str, **first: object) -> Path:
+    made = [
+        {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, "source": [cell]}
+        for cell in cells
+    ]
+    made[0] |= first
+    path = folder / "page.ipynb"
+    path.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": ["x"]}, *made]}), encoding="utf-8")
+    return path
+
+
+def test_cells_of_a_notebook_share_a_namespace_and_show_what_a_notebook_shows(tmp_path, capsys):
+    shown = "class A:\n    def _repr_html_(self):\n        return '<b>'\nA()"
+    check_docs.run_page(notebook(tmp_path, "raise KeyError", "x = 3", "x", shown, metadata={"tags": ["not-run"]}))
+    assert capsys.readouterr().out == "3\n<b>\n"
+
+
+def test_a_cell_that_fails_or_has_output_is_untrue(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        check_docs.run_page(notebook(tmp_path, "1 / 0"))
+    with pytest.raises(check_docs.PageError, match="cell 2 has output"):
+        check_docs.run_page(notebook(tmp_path, "1", execution_count=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -11,9 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soak
+import stages
 
 from weftlora.disk.files import write_text
 from weftlora.train import checkpoint
@@ -62,6 +65,37 @@ def test_the_place_of_a_kill(tmp_path: Path) -> None:
     (out / ".adapter.weft-0123456789abcdef").mkdir()
     assert soak.phase_of_run(out) == "writing the adapter or run.json"
     assert soak.phase_of_run(run_folder(tmp_path / "done", "complete")) == "after the end"
+
+
+def test_a_process_tells_which_part_of_its_work_it_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is left behind a kill, the byte in the file is that of the moment."""
+    (tmp_path / "at_work.py").write_text(
+        "class Search:\n    def step(self, look): return look()\n\ndef load(look): return [look(), Search().step(look), look()]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.setattr(stages, "_told", [])
+    stages.watch({"at_work:load": "reading rows", "at_work:Search.step": "a step of the search"})
+    work = importlib.import_module("at_work")
+    file = tmp_path / "stage"
+    file.write_bytes(b"\0")
+    assert work.load(lambda: 1) == [1, 1, 1], "nothing is told yet"
+    stages.tell(file)
+    assert stages.read(file) == "starting"
+    assert work.load(lambda: stages.read(file)) == ["reading rows", "a step of the search", "reading rows"]
+    assert stages.read(file) == "after reading rows"
+    with pytest.raises(ZeroDivisionError):
+        work.Search().step(lambda: 1 / 0)
+    assert stages.read(file) == "after a step of the search"
+
+
+@pytest.mark.parametrize("where", stages.MARKED)
+def test_what_is_marked_is_there(where: str) -> None:
+    module, _, path = where.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert callable(found)
 
 
 def well(place: Path) -> None:

@@ -38,7 +38,7 @@ def test_what_looks_like_an_export_and_is_none_is_not_replaced(
     for name in ("trained", "base"):
         before = contents(tmp_path / name)
         for leave in (weftlora.export_lora, weftlora.merge):
-            with pytest.raises(RunError, match=r"holds no export of weftlora, so it is not replaced"):
+            with pytest.raises(RunError, match=r"is not an export of weftlora, so it is not replaced"):
                 leave(model, tmp_path / name, overwrite=True, verify=False)
         assert contents(tmp_path / name) == before
 

@@ -139,7 +139,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_computed(tmp_path: Pat
         folder.check_out(file, None, True)
     with pytest.raises(RunError, match="is not empty: choose another out, or replace"):
         folder.check_out(taken, None, False)
-    with pytest.raises(RunError, match="holds no export of weftlora, so it is not replaced"):
+    with pytest.raises(RunError, match="is not an export of weftlora, so it is not replaced"):
         folder.check_out(taken, None, True)
     with pytest.raises(RunError, match="holds the adapter itself"):
         folder.check_out(tmp_path, tmp_path / "adapter", True)

@@ -94,7 +94,7 @@ def test_the_dtype_is_that_of_the_weights_unless_another_is_named(adapted: Adapt
     model = adapted(weftlora.PlainLoraConfig(r=2), dtype=torch.bfloat16)
     assert weftlora.merge(model, tmp_path / "a", verify=False).dtype == "bfloat16"
     assert weftlora.merge(model, tmp_path / "b", "float32", verify=False).lost < 1e-6
-    with pytest.raises(ConfigError, match="no dtype"):
+    with pytest.raises(ConfigError, match="not a dtype"):
         weftlora.merge(model, tmp_path / "c", "int4")
 
 

@@ -82,7 +82,7 @@ def test_the_record_and_the_card_say_what_was_measured_on_what(adapted: Adapted,
     assert with_inputs.proof
     assert with_inputs.proof.inputs == "the inputs that were given"
     assert seeded.proof
-    assert seeded.proof.inputs == "token numbers drawn from seed 0"
+    assert seeded.proof.inputs == "random token ids (seed 0)"
     for found in (with_inputs, seeded):
         assert found.proof.error < 1e-5 < 0.1 < found.proof.adapter_effect
         card = (found.folder / "README.md").read_text()
@@ -223,9 +223,9 @@ def test_a_quantised_base_is_not_run_in_fp32(
 
 def test_what_cannot_be_proved_says_so_and_can_be_exported_unproved(tmp_path: Path) -> None:
     net = get_peft_model(FAMILIES["plain"].build(), weftlora.PlainLoraConfig(r=2, exclude_modules=["head"]))
-    with pytest.raises(AdapterError, match=r"PlainNet is no model of transformers.*use verify=False"):
+    with pytest.raises(AdapterError, match=r"PlainNet is not a model of transformers.*use verify=False"):
         weftlora.export_lora(net, tmp_path / "lora", inputs=[FAMILIES["plain"].batch()])
-    with pytest.raises(AdapterError, match=r"no token numbers to run a PlainNet on: give inputs"):
+    with pytest.raises(AdapterError, match=r"no token ids to run a PlainNet on: give inputs"):
         weftlora.export_lora(net, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
     assert weftlora.export_lora(net, tmp_path / "lora", verify=False).proof is None
@@ -268,7 +268,7 @@ def test_an_adapter_that_diverged_is_refused(adapted: Adapted, in_process: Jobs,
     ("arguments", "sentence"),
     [
         ({"adapter": "other"}, "no adapter 'other'"),
-        ({"dtype": "int8"}, "dtype='int8' is no dtype to write"),
+        ({"dtype": "int8"}, "dtype='int8' is not a dtype to write"),
         ({"approximate": "mean"}, "did you mean 'mean-gate'"),
         ({"approximate": "mean-gate"}, "belong together"),
         ({"data": []}, "belong together"),
@@ -304,7 +304,7 @@ def test_models_that_have_nothing_to_export(adapted: Adapted, tmp_path: Path) ->
             buffer.zero_()
     with pytest.raises(AdapterError, match="nothing to export"):
         weftlora.export_lora(empty, tmp_path / "lora")
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         weftlora.export_lora(tmp_path, tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []
 

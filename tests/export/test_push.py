@@ -97,7 +97,7 @@ def test_a_hub_that_refuses_is_one_sentence_without_a_token(hub: Hub, run: Run, 
 def test_what_cannot_be_pushed_is_said_before_anything_goes(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"by a folder of this machine .* --base-name owner/model"):
         weftlora.push(run.folder, "somebody/mine")
-    with pytest.raises(ConfigError, match="'mine' is no repository: write owner/name"):
+    with pytest.raises(ConfigError, match="'mine' is not a repository: write owner/name"):
         weftlora.push(run.folder, "mine")
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         weftlora.push(tmp_path, "somebody/mine")

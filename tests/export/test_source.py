@@ -40,14 +40,14 @@ def test_where_the_runs_data_is_gone_that_is_said_without_its_folder(run: Path, 
     rows = run.parent / "rows.jsonl"
     rows.rename(run.parent / "gone")
     try:
-        with pytest.warns(UserWarning, match=r"drawn numbers: .*rows\.jsonl does not exist"):
+        with pytest.warns(UserWarning, match=r"random token ids: .*rows\.jsonl does not exist"):
             found = weftlora.export_lora(run, tmp_path / "lora")
-        with pytest.warns(UserWarning, match="drawn numbers"):
+        with pytest.warns(UserWarning, match="random token ids"):
             weftlora.merge(run, tmp_path / "merged")
     finally:
         (run.parent / "gone").rename(rows)
     assert found.proof
-    assert found.proof.inputs == "token numbers drawn from seed 0 (the run's own data could not be read)"
+    assert found.proof.inputs == "random token ids (seed 0) (the run's own data could not be read)"
     for file in (path for path in tmp_path.rglob("*") if path.is_file()):
         assert str(run.parent).encode() not in file.read_bytes()
 

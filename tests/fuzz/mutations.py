@@ -350,7 +350,7 @@ def safetensors_tensors(rng: random.Random, content: bytes) -> bytes:
             if name != "__metadata__":
                 begin, end = about["data_offsets"]
                 kept[name] = (str(about["dtype"]), [int(n) for n in about["shape"]], data[begin:end])
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             return content
     for _ in range(rng.choice((1, 1, 2, 4))):
         if kept:
@@ -408,3 +408,157 @@ def _change_tensor(rng: random.Random, kept: dict[str, tuple[str, list[int], byt
             (None, b"\0", b"\xff", b"\x7f", b"\x80\x7f", b"\xc0\x7f", struct.pack("<q", -1), struct.pack("<q", 2**62))
         )
         kept[name] = (dtype, shape, rng.randbytes(size) if fill is None else (fill * (size // len(fill) + 1))[:size])
+
+
+# ---------------------------------------------------------------------- GGUF
+
+GGUF_NUMBERS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of the types of values that are numbers; 8 is a text, 9 an array."""
+_WIDE = (0, 1, 2, 3, 64, 65, 2**31, 2**32 - 1, 2**32, 2**62, 2**63, 2**64 - 1)
+Key = tuple[bytes, int, bytes]
+"""Name, type and the value as it is written."""
+Placed = tuple[bytes, list[int], int, int]
+"""Name, dimensions, type and offset of a tensor."""
+
+
+def split_gguf(content: bytes) -> tuple[int, list[Key], list[Placed], bytes] | None:
+    """Version, keys, tensors and what follows the header of a file, if it has the form of one."""
+    at = 8
+
+    def number(kind: str) -> int:
+        nonlocal at
+        (found,) = struct.unpack_from(f"<{kind}", content, at)
+        at += struct.calcsize(f"<{kind}")
+        return int(found)
+
+    def text() -> bytes:
+        nonlocal at
+        size = number("Q")
+        at += size
+        if at > len(content):
+            raise ValueError
+        return content[at - size : at]
+
+    def skip(kind: int, depth: int = 0) -> None:
+        nonlocal at
+        if kind in GGUF_NUMBERS:
+            at += GGUF_NUMBERS[kind]
+        elif kind == 8:
+            text()
+        elif kind == 9 and depth < 9:
+            inner, count = number("I"), number("Q")
+            if inner in GGUF_NUMBERS:
+                at += count * GGUF_NUMBERS[inner]
+            else:
+                for _ in range(min(count, len(content))):
+                    skip(inner, depth + 1)
+        else:
+            raise ValueError
+
+    try:
+        version = struct.unpack_from("<I", content, 4)[0]
+        counts, keys, tensors = (number("Q"), number("Q")), list[Key](), list[Placed]()
+        for _ in range(min(counts[1], 1000)):
+            name, kind = text(), number("I")
+            begin = at
+            skip(kind)
+            keys.append((name, kind, content[begin:at]))
+        for _ in range(min(counts[0], 1000)):
+            name, rank = text(), number("I")
+            shape = [number("Q") for _ in range(min(rank, 100))]
+            tensors.append((name, shape, number("I"), number("Q")))
+    except (struct.error, ValueError, OverflowError):
+        return None
+    return version, keys, tensors, content[(at + 31) // 32 * 32 :]
+
+
+def join_gguf(version: int, counts: tuple[int, int], keys: list[Key], tensors: list[Placed], data: bytes) -> bytes:
+    """A file of these; the header's `counts`, of tensors and of keys, may be others than there are."""
+    parts = [b"GGUF", struct.pack("<IQQ", version % 2**32, *(n % 2**64 for n in counts))]
+    for name, kind, value in keys:
+        parts += [struct.pack("<Q", len(name)), name, struct.pack("<I", kind % 2**32), value]
+    for name, shape, kind, offset in tensors:
+        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *(n % 2**64 for n in shape))
+        parts += [struct.pack("<Q", len(name)), name, dimensions, struct.pack("<IQ", kind % 2**32, offset % 2**64)]
+    header = b"".join(parts)
+    return header + b"\0" * (-len(header) % 32) + data
+
+
+def gguf_text(rng: random.Random) -> bytes:
+    """A text of a header, with its length before it."""
+    text = rng.choice(TEXTS).encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(text) if rng.random() < 0.9 else rng.choice(_WIDE)) + text
+
+
+def gguf_header(rng: random.Random, content: bytes) -> bytes:
+    """A file whose header says something else, or is no header."""
+    found = split_gguf(content)
+    if found is None or rng.random() < 0.2:
+        return lines_and_bytes(rng, content[:6000]) + content[6000:]
+    version, keys, tensors, data = found[0], [*found[1]], [*found[2]], found[3]
+    counts = None
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        kind = rng.randrange(10)
+        if kind < 5 and keys:
+            number = rng.randrange(len(keys))
+            keys[number : number + 1] = _other_key(rng, keys[number])
+        elif kind < 9 and tensors:
+            number = rng.randrange(len(tensors))
+            tensors[number : number + 1] = _other_tensor(rng, tensors[number])
+        elif rng.random() < 0.5:
+            version = rng.choice((0, 1, 2, 3, 4, 0x03000000, 2**32 - 1))
+        else:
+            counts = rng.choice((len(tensors), *_WIDE)), rng.choice((len(keys), *_WIDE))
+    if rng.random() < 0.1:
+        data = data[: rng.randrange(len(data) + 1)]
+    return join_gguf(version, counts or (len(tensors), len(keys)), keys, tensors, data)
+
+
+def _other_key(rng: random.Random, key: Key) -> list[Key]:
+    name, kind, value = key
+    how = rng.randrange(7)
+    if how == 0:
+        return []
+    if how == 1:
+        return [key, key]
+    if how == 2:
+        return [(rng.choice((name + b"x", name[:-1], rng.choice(TEXTS).encode("utf-8", "surrogatepass"))), kind, value)]
+    if how == 3:
+        return [(name, rng.choice((*range(14), 2**31)), value)]
+    if how == 4:
+        return [(name, 8, gguf_text(rng))]
+    if how == 5:
+        made = rng.choice((*GGUF_NUMBERS, kind if kind in GGUF_NUMBERS else 4))
+        filled = rng.choice((b"\0", b"\xff", b"\x7f", b"\1\0\0\0", b"\0\0\xc0\x7f")) * 8
+        return [(name, made, filled[: GGUF_NUMBERS[made]])]
+    inner, count = rng.choice((*GGUF_NUMBERS, 8, 9, 13)), rng.choice((0, 1, 2, *_WIDE))
+    items = b"".join(gguf_text(rng) for _ in range(2)) if inner == 8 else rng.randbytes(16)
+    for _ in range(rng.choice((0, 0, 0, 1, 3, 8))):
+        items, inner, count = struct.pack("<IQ", inner, count) + items, 9, 1
+    return [(name, 9, struct.pack("<IQ", inner, count) + items)]
+
+
+def _other_tensor(rng: random.Random, tensor: Placed) -> list[Placed]:
+    name, shape, kind, offset = tensor
+    how = rng.randrange(6)
+    if how == 0:
+        return []
+    if how == 1:
+        return [tensor, tensor]
+    if how == 2:
+        return [
+            (
+                rng.choice((name[:-1], b"blk.9999." + name, rng.choice(TEXTS).encode("utf-8", "surrogatepass"))),
+                shape,
+                kind,
+                offset,
+            )
+        ]
+    if how == 3:
+        other = rng.choice(
+            ([], [0], [1], shape[::-1], [*shape, 1], [rng.choice(_WIDE) for _ in shape], [1] * 9, [2**32] * 2)
+        )
+        return [(name, other, kind, offset)]
+    if how == 4:
+        return [(name, shape, rng.choice((*range(42), 2**31)), offset)]
+    return [(name, shape, kind, rng.choice((offset + 1, *_WIDE)))]

@@ -603,6 +603,420 @@ def _change_checkpoints(rng: random.Random, case: Case) -> Case:
     return {**case, "metrics.jsonl": m.json_lines(rng, folders()["alora/metrics.jsonl"])}
 
 
+# ---------------------------------------------------------------------- states of a search
+
+
+@functools.cache
+def _searches() -> list[Any]:
+    """Two searches of a tiny Llama, by Adam and by plain descent, each after two of its five steps."""
+    import torch
+    from peft import get_peft_model
+
+    import families
+    import weftlora
+    from weftlora.search.driver import LayerSearch
+    from weftlora.search.hypergradient import Inner
+
+    draw, found = torch.Generator().manual_seed(0), []
+    ids = [torch.randint(3, 20, (6,), generator=draw) for _ in range(12)]
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    for outer, inner in (("adam", "adamw"), ("sgd", "sgd")):
+        torch.manual_seed(0)
+        search = weftlora.Search(
+            steps=5, val_size=4, outer_batches=2, inner_steps=1, alpha_optimizer=outer, alpha_lr=0.1
+        )  # type: ignore[arg-type]
+        config = weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1, layers=search)
+        model = get_peft_model(families.FAMILIES["llama"].build(), config)
+        job = LayerSearch(model, search, Inner(batch_size=2, accumulation=1, optimizer=inner), rows)  # type: ignore[arg-type]
+        job.step()
+        job.step()
+        found.append(job)
+    return found
+
+
+@functools.cache
+def _states() -> list[Case]:
+    import tempfile
+
+    found: list[Case] = []
+    with tempfile.TemporaryDirectory(prefix="weft-fuzz-") as top:
+        for number, job in enumerate(_searches()):
+            job.save(Path(top) / "state.pt")
+            found.append({"state.pt": (Path(top) / "state.pt").read_bytes(), "search": str(number).encode()})
+    return found
+
+
+def _state(folder: Path, case: Case) -> None:
+    """What is gone on from lets the search go on to its end; what is refused is refused before the first step."""
+    import io
+
+    import torch
+
+    number = int(case.get("search", b"0")) % 2  # type: ignore[arg-type]
+    job, whole = _searches()[number], _states()[number]["state.pt"]
+    job.load(folder / "state.pt")  # one that is refused has changed nothing
+    try:
+        job.step()
+        job.selection()
+    finally:
+        job.load_state_dict(torch.load(io.BytesIO(whole), weights_only=True))  # type: ignore[arg-type]
+
+
+def _change_state(rng: random.Random, case: Case) -> Case:
+    import io
+
+    import torch
+
+    content: bytes = case["state.pt"]  # type: ignore[assignment]
+    if rng.random() < 0.25:
+        return {**case, "state.pt": m.lines_and_bytes(rng, content)}
+    if rng.random() < 0.05:
+        return {**case, "search": b"1" if case["search"] == b"0" else b"0"}
+    try:
+        tree = torch.load(io.BytesIO(content), weights_only=True)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            tree = _change_tensors(rng, tree)
+        made = io.BytesIO()
+        torch.save(tree, made)
+    except Exception:  # it is damaged already, or holds what cannot be written
+        return {**case, "state.pt": m.change_bytes(rng, content)}
+    return {**case, "state.pt": made.getvalue()}
+
+
+def _change_tensors(rng: random.Random, root: Any) -> Any:
+    """A tree with one value changed, as `mutations.change_tree` does; tensors become others."""
+    import torch
+
+    if isinstance(root, dict) and root and rng.random() < 0.85:
+        key = rng.choice(list(root))
+        if rng.random() < 0.85:
+            return {**root, key: _change_tensors(rng, root[key])}
+        kept = {name: value for name, value in root.items() if name != key}
+        return kept if rng.random() < 0.5 else {**kept, rng.choice((f"{key}x", 7, None, key)): root[key]}
+    if isinstance(root, list) and root and rng.random() < 0.85:
+        number = rng.randrange(len(root))
+        if rng.random() < 0.85:
+            return [*root[:number], _change_tensors(rng, root[number]), *root[number + 1 :]]
+        return rng.choice((root[:number], [*root, root[number]]))
+    if isinstance(root, torch.Tensor):
+        kind = rng.randrange(6)
+        if kind == 0:
+            return torch.zeros(
+                rng.choice(((), (0,), (1,), (3,), (2, 2), (*root.shape, 1), tuple(root.shape)[:-1])), dtype=root.dtype
+            )
+        if kind == 1:
+            return root.to(
+                rng.choice((torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8, torch.complex64))
+            )
+        if kind == 2:
+            return torch.full_like(root, rng.choice((0, 1, 255)))
+        if kind == 3 and root.is_floating_point():
+            return torch.full_like(root, rng.choice((float("nan"), float("inf"), 1e38, -1.0)))
+        if kind == 4:
+            return root.to_sparse() if root.dim() and rng.random() < 0.5 else root.tolist()
+        return m.value(rng)
+    return m.change_tree(rng, root)
+
+
+# ---------------------------------------------------------------------- caches of ours
+
+
+@functools.cache
+def _matrices() -> list[Any]:
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(6, 4, generator=draw), torch.randn(4, 6, generator=draw).to(torch.bfloat16), torch.eye(3)]
+
+
+@functools.cache
+def _decompositions() -> list[Case]:
+    """A folder with the decomposition of each matrix, and the number of the one that is asked for."""
+    import tempfile
+
+    from weftlora.adapted.frozen_weights import Decomposer
+
+    with tempfile.TemporaryDirectory(prefix="weft-fuzz-") as top:
+        for w in _matrices():
+            Decomposer(Path(top))("m", w)
+        files: Case = {path.name: path.read_bytes() for path in sorted(Path(top).iterdir())}
+    return [{**files, "matrix": str(number).encode()} for number in range(len(_matrices()))]
+
+
+def _decomposition(folder: Path, case: Case) -> None:
+    """A damaged file is computed again; whatever is taken fits its matrix, and rates and directions come of it."""
+    import torch
+
+    from weftlora import change_rates
+    from weftlora.adapted.frozen_weights import Decomposer
+
+    w = _matrices()[int(case.get("matrix", b"0")) % len(_matrices())]  # type: ignore[arg-type]
+    found = Decomposer(folder)("m", w)
+    a, b = torch.ones(2, w.shape[1]), torch.ones(w.shape[0], 2)
+    moved = change_rates.moved(found, w, a, b)
+    chosen = change_rates.pick(found, w, change_rates.change_rate(found, moved), 2)
+    assert chosen.up.shape == (w.shape[0], len(chosen.index)), "directions do not fit their matrix"
+    assert moved.dtype == torch.float64, "a decomposition is not in fp64"
+
+
+def _change_decomposition(rng: random.Random, case: Case) -> Case:
+    """Another file; half of those that are still one carry what would be right for their content."""
+    import hashlib
+
+    names = [name for name in case if name != "matrix"]
+    if rng.random() < 0.1 or not names:
+        return {**case, "matrix": str(rng.randrange(3)).encode()}
+    name = rng.choice(names)
+    content: bytes = case[name]  # type: ignore[assignment]
+    about = (m.split_safetensors(content) or ({}, b""))[0].get("__metadata__")
+    made = m.safetensors_header(rng, content) if rng.random() < 0.4 else m.safetensors_tensors(rng, content)
+    if (found := m.split_safetensors(made)) is not None and rng.random() < 0.7:
+        header, data = found
+        said = dict(about) if isinstance(about, dict) else {}
+        whole = hashlib.sha256()
+        try:
+            for each in ("sigma", "side"):
+                begin, end = header[each]["data_offsets"]
+                whole.update(data[begin:end])
+        except (KeyError, TypeError, ValueError):
+            pass
+        said |= {"content": whole.hexdigest(), "key": name.partition(".")[0], "format": "weft-spectrum-1"}
+        if rng.random() < 0.3:
+            said["tall"] = rng.choice(("yes", "no", "x"))
+        if rng.random() < 0.1 and said:
+            said.pop(rng.choice(list(said)))
+        written = json.dumps({**header, "__metadata__": {str(key): str(value) for key, value in said.items()}}).encode()
+        made = m.join_safetensors(written + b" " * (-len(written) % 8), data)
+    return {**case, name: made}
+
+
+def _in_cache(folder: Path) -> None:
+    """The user's cache is this folder, and nothing is measured."""
+    import os
+
+    from weftlora.runs import precision
+
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    precision.measured_gain = lambda: 1.5
+
+
+def _gain(folder: Path, case: Case) -> None:
+    import math
+
+    from weftlora.runs import precision
+
+    _in_cache(folder / "cache")
+    precision.bfloat16_gain.__wrapped__()
+    [file] = (folder / "cache").rglob("*.json")
+    file.write_bytes(case["precision.json"])  # type: ignore[arg-type]
+    gain = precision.bfloat16_gain.__wrapped__()
+    assert isinstance(gain, float), "a gain is no number"
+    assert 0 < gain < math.inf, "a gain is no number of times"
+    assert precision.bfloat16_gain.__wrapped__() == gain, "a gain is another when it is asked for again"
+
+
+@functools.cache
+def _kept() -> list[Case]:
+    """Encoded rows as the cache keeps them: of one split, and of two with labels."""
+    import tempfile
+
+    import datasets
+
+    from weftlora.data.cache import Entry
+    from weftlora.data.loaded import Counts, Loaded
+
+    rows = datasets.Dataset.from_list(
+        [{"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2], "domain": "a"}] * 3
+    )
+    counts = Counts(3, 0, 0, 0, 3, 3, 0, 0, 0, 6, 6)
+    said: dict[str, Any] = {
+        "hashes": {"rows.jsonl": "0" * 64},
+        "max_length": 64,
+        "columns": ("x",),
+        "sources": (("rows.jsonl", 3),),
+    }
+    one = Loaded(rows, None, None, "causal", "text", None, [], {"train": counts}, **said)
+    two = Loaded(
+        rows,
+        rows,
+        None,
+        "classification",
+        "classification",
+        ["no", "yes"],
+        ["a"],
+        {"train": counts, "validation": counts},
+        **said,
+    )
+    found: list[Case] = []
+    for loaded in (one, two):
+        with tempfile.TemporaryDirectory(prefix="weft-fuzz-") as top:
+            made, place = Path(top) / "made", Path(top) / "entry"
+            made.mkdir()
+            Entry(place).write(loaded, made)
+            found.append({f"entry/{path.name}": path.read_bytes() for path in sorted(place.iterdir())})
+    return found
+
+
+def _kept_rows(folder: Path, case: Case) -> None:
+    """What is damaged is as if it were not there; whatever is taken is what loading would have given."""
+    from weftlora.data.cache import Entry
+
+    found = Entry(folder / "entry").read()
+    if found is None:
+        return
+    for split in (found.train, found.validation, found.test):
+        if split is not None:
+            _ = [row["input_ids"] for row in split.select(range(min(2, len(split))))]
+    _ = (
+        sum(each.read + each.tokens for each in found.counts.values()),
+        found.max_length + 1,
+        sum(n for _, n in found.sources),
+    )
+    for text in (
+        *(found.labels or ()),
+        *found.domains,
+        *found.hashes,
+        *found.hashes.values(),
+        *found.columns,
+        *found.notes,
+    ):
+        assert isinstance(text, str), "a kept name is no text"
+
+
+def _change_kept(rng: random.Random, case: Case) -> Case:
+    name = "entry/loaded.json"
+    if name in case and rng.random() < 0.8:
+        return {**case, name: m.json_file(rng, case[name])}  # type: ignore[arg-type]
+    arrow = rng.choice([name for name in case if name.endswith(".arrow")] or [*case])
+    kind = rng.random()
+    if kind < 0.3 and len(case) > 1:
+        return {key: value for key, value in case.items() if key != arrow}
+    content: bytes = case[arrow]  # type: ignore[assignment]
+    return {**case, arrow: content[: rng.randrange(len(content) + 1)] if kind < 0.8 else b""}
+
+
+# ---------------------------------------------------------------------- GGUF
+
+
+@functools.cache
+def _gguf_files() -> list[Case]:
+    """A tiny Llama with its tokenizer, in two types of tensors."""
+    import tempfile
+
+    from gguf import GGMLQuantizationType
+
+    from tiny_gguf import write_gguf
+
+    found: list[Case] = []
+    with tempfile.TemporaryDirectory(prefix="weft-fuzz-") as top:
+        for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0):
+            write_gguf(Path(top) / "tiny.gguf", kind)
+            found.append({"tiny.gguf": (Path(top) / "tiny.gguf").read_bytes()})
+    return found
+
+
+def _gguf(folder: Path, case: Case) -> None:
+    """The header, always; now and then the folder that is made of the file."""
+    from weftlora.data.paths import check_gguf
+    from weftlora.runs import gguf
+
+    _in_cache(folder / "cache")
+    file = folder / "tiny.gguf"
+    check_gguf(file)
+    header = gguf.Header.read(file, str(file))
+    check_message(header.unknown(str(file)))
+    header.check(str(file))
+    parts = m.split_gguf(case["tiny.gguf"])  # type: ignore[arg-type]
+    if parts is not None and now_and_then({"header": repr(parts[:3])}, 12):
+        gguf.dequantised(file, str(file))
+
+
+# ---------------------------------------------------------------------- prompts and answers
+
+PROMPTS = [
+    {"format": "prompt_completion", "prompt_template": "Say {prompt} again", "system": None},
+    {"format": "prompt_completion", "prompt_template": "{a} and {b}", "system": None},
+    {"format": "chat", "prompt_template": None, "system": "fold"},
+    {"format": "text", "prompt_template": None, "system": "keep"},
+    {"format": "classification", "prompt_template": None, "system": None},
+]
+MESSAGES = [
+    [{"role": "user", "content": "a"}],
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+]
+
+
+def _prompts(folder: Path, case: Case) -> None:
+    """What an adapter folder says that prompts become, and a file of messages."""
+    from weftlora.data.encode import encode_prompt
+    from weftlora.train.prompting import Prompting, read_messages
+
+    known, messages = Prompting.of_adapter(folder), list[Any]()
+    _refused_or_not(lambda: messages.extend(read_messages(folder / "messages.json")))
+    check_message(ValueError(known.trained_on))
+    check_message(ValueError(known.reason(_tokenizer(), False)))
+    given = [
+        "word",
+        '{"a": "1", "b": 2}',
+        {"prompt": "x"},
+        {"a": "x", "b": "y"},
+        messages,
+        [{"role": "user", "content": "x"}],
+    ]
+    for prompt in given:
+        for system in (None, "s"):
+            _refused_or_not(
+                lambda prompt=prompt, system=system: encode_prompt(_tokenizer(), known.written(prompt, system))
+            )  # type: ignore[misc]
+
+
+def _prompt_seeds() -> list[Case]:
+    messages = [json.dumps(each).encode() for each in MESSAGES]
+    return [
+        {"prompts.json": json.dumps(each).encode(), "messages.json": messages[number % 2]}
+        for number, each in enumerate(PROMPTS)
+    ]
+
+
+SAMPLES = [
+    {
+        "step": step,
+        "prompt": f"p{n}",
+        "given": f"<p{n}>",
+        "text": f"answer {n} after {step}",
+        **({"reference": "r"} if n else {}),
+    }
+    for step in (0, 4, 8)
+    for n in range(2)
+]
+
+
+def _samples(folder: Path, case: Case) -> None:
+    """Answers of a run that go on with another, and that a page shows."""
+    import dataclasses
+
+    from writers import _comparison
+
+    from weftlora.report.comparison.runs import Evidence, samples
+    from weftlora.runs.run import Run
+
+    run = Run.load(folder)
+    other = dataclasses.replace(run, folder=folder / "other")
+    other.folder.mkdir()
+    other.keep_until(4, run)
+    assert all(row["step"] <= 4 for row in other.samples()), "a sample of a later step is kept"
+    found = _comparison()
+    for part in samples(Evidence(found, runs={outcome.folder: run for outcome in found.outcomes[:2]})):
+        for line in part.sheet.lines:
+            assert all(len(str(cell.text)) < 2000 for cell in line.cells), "a page shows more of an answer than it says"
+
+
 # ---------------------------------------------------------------------- rows
 
 SECTIONS: list[dict[str, Any]] = [
@@ -632,14 +1046,22 @@ def _tokenizer() -> Any:
 
 
 def _rows(name: str) -> Callable[[Path, Case], None]:
+    """Reads the file of this name in a case, or the one that begins with it."""
+
     def call(folder: Path, case: Case) -> None:
+        import tempfile
+
+        import datasets
+
         from weftlora.data import DataConfig, load
         from weftlora.data.examples import examples, find_columns, label_names
         from weftlora.data.read import Blocks, read
 
-        number = case.get("section", b"0")
-        config = DataConfig.parse({"train": str(folder / name), **SECTIONS[int(number) % len(SECTIONS)]})  # type: ignore[arg-type]
-        source = read(folder / name, config, Blocks(lambda lines: [len(line) for line in lines], 60))
+        tempfile.tempdir = str(folder)  # for what a compressed file holds
+        datasets.config.HF_DATASETS_CACHE = folder / "cache"
+        number, file = case.get("section", b"0"), next(each for each in sorted(case) if each.startswith(name))
+        config = DataConfig.parse({"train": str(folder / file), **SECTIONS[int(number) % len(SECTIONS)]})  # type: ignore[arg-type]
+        source = read(folder / file, config, Blocks(lambda lines: [len(line) for line in lines], 60))
         columns = find_columns(source, config)
         rows = examples(source, columns)
         if columns.format == "classification":
@@ -685,7 +1107,131 @@ def _row_targets() -> list[Target]:
         name = f"rows.{suffix}"
         made = functools.partial(lambda name, seeds: [{name: seed, "section": b"0"} for seed in seeds], name, seeds)
         found.append(Target(f"data: .{suffix}", made, _change_rows(name, change), _rows(name)))
-    return found
+    packed = functools.partial(_packed_seeds, {suffix: seeds[0] for suffix, (seeds, _) in spelt.items()})
+    return [
+        *found,
+        Target("data: .parquet", _parquet_seeds, _change_rows("rows.parquet", _change_parquet), _rows("rows.parquet")),
+        Target("data: .gz", packed, _change_packed, _rows("rows.")),
+    ]
+
+
+def _parquet(table: Any, **how: Any) -> bytes:
+    import io
+
+    import pyarrow.parquet
+
+    held = io.BytesIO()
+    pyarrow.parquet.write_table(table, held, **how)
+    return held.getvalue()
+
+
+def _parquet_seeds() -> list[Case]:
+    import pyarrow as pa
+
+    found = [
+        _parquet(pa.Table.from_pylist(rows), compression=how)
+        for rows, how in zip(ROWS, ("none", "snappy", "zstd", "gzip"), strict=True)
+    ]
+    return [{"rows.parquet": content, "section": b"0"} for content in found]
+
+
+def _change_parquet(rng: random.Random, content: bytes) -> bytes:
+    """A file with bytes changed, in its pages or its footer; or a whole one, of columns that nobody wrote."""
+    import pyarrow as pa
+
+    kind = rng.random()
+    if kind < 0.25:
+        return m.lines_and_bytes(rng, content)
+    if kind < 0.5:
+        cut = max(0, len(content) - 600)
+        return content[:cut] + m.lines_and_bytes(rng, content[cut:])
+    count = rng.choice((0, 1, 3, 3, 3, 40))
+    names = rng.sample(("prompt", "completion", "text", "label", "messages", "domain", "a", "b"), rng.choice((1, 2, 3)))
+    if rng.random() < 0.3:
+        names[0] = rng.choice((names[-1], rng.choice(m.TEXTS).encode("utf-8", "replace").decode()))
+    try:
+        table = pa.Table.from_arrays([_odd_column(rng, count) for _ in names], names=names)
+        how = {
+            "compression": rng.choice(("none", "snappy", "gzip", "zstd", "brotli")),
+            "use_dictionary": rng.random() < 0.5,
+        }
+        return _parquet(table, row_group_size=rng.choice((1, 2, 100)), **how)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, AttributeError):  # what no file can hold
+        return m.lines_and_bytes(rng, content)
+
+
+def _odd_column(rng: random.Random, count: int) -> Any:
+    """A column of a type and of values that rows do not have."""
+    import pyarrow as pa
+
+    def texts() -> list[str | None]:
+        return [
+            rng.choice((None, rng.choice(m.TEXTS).encode("utf-8", "replace").decode(), "a b")) for _ in range(count)
+        ]
+
+    turns = [
+        [{"role": rng.choice(("user", "assistant", "x", None)), "content": text}] * rng.choice((0, 1, 2))
+        for text in texts()
+    ]
+    made: list[Callable[[], Any]] = [
+        lambda: pa.array(texts(), rng.choice((pa.string(), pa.large_string()))),
+        lambda: pa.array([rng.choice((b"\xff", b"a\xc3\x28", b"x")) for _ in range(count)], pa.binary()).view(pa.string()),
+        lambda: pa.array([rng.randbytes(4) for _ in range(count)], rng.choice((pa.binary(), pa.binary(4)))),
+        lambda: pa.array([rng.choice((0, 1, -1, None, 2**31, 2**63 - 1)) for _ in range(count)], pa.int64()),
+        lambda: pa.array([rng.choice((0, 1, 2**64 - 1)) for _ in range(count)], pa.uint64()),
+        lambda: pa.array([rng.choice((0.5, float("nan"), float("inf"), None)) for _ in range(count)], rng.choice((pa.float64(), pa.float32()))),
+        lambda: pa.array([rng.choice((True, False, None)) for _ in range(count)]),
+        lambda: pa.nulls(count),
+        lambda: pa.array(turns),
+        lambda: pa.array([[text] for text in texts()], pa.list_(pa.string())),
+        lambda: pa.array([{"role": text, "content": {"text": text}} for text in texts()]),
+        lambda: pa.array([[(text or "", 1)] for text in texts()], pa.map_(pa.string(), pa.int64())),
+        lambda: pa.array(texts()).dictionary_encode(),
+        lambda: pa.array([rng.choice((0, -(2**63), 2**62)) for _ in range(count)], pa.timestamp(rng.choice(("s", "ms", "us", "ns")), rng.choice((None, "UTC", "No/Where")))),
+        lambda: pa.array([rng.choice((0, 2**31 - 1, -(2**31))) for _ in range(count)], pa.date32()),
+        lambda: pa.array([rng.choice((0, 86_399_999_999)) for _ in range(count)], pa.time64("us")),
+        lambda: pa.array([rng.choice((0, 2**62)) for _ in range(count)], pa.duration("s")),
+        lambda: pa.array([1] * count, pa.int64()).cast(pa.decimal128(30, 5)),
+        lambda: pa.array([[[[text]]] for text in texts()]),
+    ]  # fmt: skip
+    return rng.choice(made)()
+
+
+def _packed_seeds(spelt: dict[str, bytes]) -> list[Case]:
+    import gzip
+
+    import pyarrow as pa
+
+    every = {**spelt, "parquet": _parquet(pa.Table.from_pylist(ROWS[0]))}
+    return [{f"rows.{suffix}.gz": gzip.compress(text, mtime=0), "section": b"0"} for suffix, text in every.items()]
+
+
+def _change_packed(rng: random.Random, case: Case) -> Case:
+    """Other rows in a whole file, several files in one, or a damaged one."""
+    import gzip
+
+    name = next(name for name in case if name.startswith("rows."))
+    content: bytes = case[name]  # type: ignore[assignment]
+    kind = rng.random()
+    if kind < 0.1:
+        return {**case, "section": str(rng.randrange(len(SECTIONS))).encode()}
+    if kind < 0.15:
+        other = rng.choice(
+            ("rows.jsonl.gz", "rows.txt.gz", "rows.parquet.gz", "rows.json.gz", "rows.x.gz", "rows.jsonl.gz.gz")
+        )
+        return {**{key: value for key, value in case.items() if key != name}, other: content}
+    if kind < 0.55:
+        return {**case, name: m.lines_and_bytes(rng, content)}
+    try:
+        inner = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        return {**case, name: m.change_bytes(rng, content)}
+    changes: dict[str, m.Mutate] = {"jsonl": m.json_lines, "json": m.json_file, "parquet": _change_parquet}
+    made = changes.get(name.split(".")[1], m.lines_and_bytes)(rng, inner)
+    packed = gzip.compress(made, rng.choice((0, 6)), mtime=0)
+    if kind > 0.95:
+        packed += rng.choice((gzip.compress(made, mtime=0), b"\0" * 9, b"x", packed[:15]))
+    return {**case, name: packed}
 
 
 @functools.cache
@@ -814,6 +1360,14 @@ def readers() -> list[Target]:
             _events,
             base=lambda: {**_run_folder(), **{f"adapter/{name}": text for name, text in adapters()["alora"].items()}},
         ),
+        Target(
+            "samples",
+            lambda: [{"samples.jsonl": _as_jsonl(SAMPLES)}],
+            one_file(m.json_lines),
+            _samples,
+            base=lambda: {"run.json": below("comparison/runs/lora/s0")["run.json"]},
+        ),
+        Target("prompts", _prompt_seeds, one_file(m.json_file), _prompts),
         Target("checkpoints", lambda: [_checkpoint_case()], _change_checkpoints, _checkpoints, base=_run_folder),
         Target(
             "selections",
@@ -821,6 +1375,7 @@ def readers() -> list[Target]:
             one_file(m.json_file),
             _selection,
         ),
+        Target("states of a search", _states, _change_state, _state),
         Target(
             "comparisons",
             lambda: [{"compare.json": below("comparison")["compare.json"]}],
@@ -840,4 +1395,13 @@ def readers() -> list[Target]:
         ),
         Target("adapters of released code", _released, _change_released, _released_adapter),
         Target("weights of a base", _weights, _change_weights, _base_weights),
+        Target("GGUF headers", _gguf_files, one_file(m.gguf_header), _gguf),
+        Target("kept decompositions", _decompositions, _change_decomposition, _decomposition),
+        Target("kept rows", _kept, _change_kept, _kept_rows),
+        Target(
+            "the precision that was measured",
+            lambda: [{"precision.json": json.dumps({"gain": 1.4, "cpu": "x", "torch": "2", "threads": "1"}).encode()}],
+            one_file(m.json_file),
+            _gain,
+        ),
     ]

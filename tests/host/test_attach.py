@@ -112,7 +112,7 @@ def test_a_launch_that_has_happened_is_not_asked_about() -> None:
 @pytest.mark.parametrize("value", [0, -1, True, "100", math.nan, math.inf, [1]])
 @pytest.mark.parametrize("name", ["total_steps", "steps_per_epoch"])
 def test_a_length_that_is_none_is_refused(name: str, value) -> None:
-    with pytest.raises(ConfigError, match=rf"{name}=.* is no length: give the number of optimiser steps"):
+    with pytest.raises(ConfigError, match=rf"{name}=.* is not a length: give the number of optimiser steps"):
         weftlora.attach(dash(), **{name: value})
 
 
@@ -383,7 +383,7 @@ def test_decay_leaves_the_gains_at_0_until_the_launch() -> None:
 @pytest.mark.parametrize("state", [None, [], {"default": None}, {"default": {}}, {"default": {"steps": 0}}])
 def test_a_state_that_is_none_is_refused(state) -> None:
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), weftlora.LoraDashConfig(target_modules=["0"]))
-    with pytest.raises(ConfigError, match="no state of schedules"):
+    with pytest.raises(ConfigError, match="not a state of schedules"):
         weftlora.load_state_dict(model, state)
 
 

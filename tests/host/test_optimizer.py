@@ -138,7 +138,7 @@ def test_lora_plus_moves_b_sixteen_times_as_far() -> None:
 
 @pytest.mark.parametrize("ratio", [0, -1, float("inf"), float("nan"), True, "16"])
 def test_a_ratio_that_is_none_is_refused(ratio) -> None:
-    with pytest.raises(ConfigError, match=r"lora_plus_ratio=.* is no ratio of rates"):
+    with pytest.raises(ConfigError, match=r"lora_plus_ratio=.* is not a ratio of rates"):
         weftlora.param_groups(adapted(), lr=1e-3, lora_plus_ratio=ratio)
 
 
@@ -268,7 +268,7 @@ def test_pefts_lora_fa_is_called_out() -> None:
     model = adapted("lora")
     optimizer = peft_optimizers.create_lorafa_optimizer(model, r=2, lora_alpha=4, lr=1e-3)
     [message] = warned(model, optimizer)
-    assert "goes by the names lora_A and lora_B" in message
+    assert "looks for the names lora_A and lora_B" in message
 
 
 @pytest.mark.skipif(not hasattr(peft_optimizers, "create_riemannian_optimizer"), reason="this peft has no Riemannian")

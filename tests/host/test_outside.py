@@ -28,7 +28,7 @@ from weftlora.adapter.site import _say_once
 from weftlora.errors import AdapterError, CombinationError, MergeError
 from weftlora.host.attach import schedules
 from weftlora.kernel import Factors
-from weftlora.terms.axes import AXES
+from weftlora.terms.axes import AXES, refusals
 from weftlora.terms.events import Controller, Event, Length, Timeline, Validation, check_possible
 from weftlora.terms.structure import Draw, OutsideTerm, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
@@ -255,3 +255,10 @@ def test_inspect_shows_it(tmp_path: Path, base: bool) -> None:
     assert found.parameters.trained == sum(p.numel() for p in trainable(model).values())
     assert found.routers is None
     assert found.verdict
+
+
+def test_a_structure_outside_refuses_only_what_asks_for_the_equation() -> None:
+    pairs = refusals([TopTwo, weftlora.Reallocate, weftlora.Plain])
+    assert ("TopTwo", "Reallocate") in pairs
+    assert ("TopTwo", "Plain") not in pairs
+    assert not [pair for pair in refusals([weftlora.Plain, weftlora.Reallocate]) if pair[0] == "Plain"]

@@ -165,8 +165,8 @@ def test_directions_of_another_shape_are_refused(tmp_path):
     [
         ("{", "cannot be read as JSON"),
         ("[1]", "holds no settings"),
-        ('{"r": "two"}', "is no number"),
-        ('{"r": 2, "lora_dropout": null}', "is no number"),
+        ('{"r": "two"}', "is not a number"),
+        ('{"r": 2, "lora_dropout": null}', "is not a number"),
         ('{"r": 2, "use_rslora": true}', "use_rslora=True is nothing the released code has"),
         ('{"r": 2, "alpha_pattern": {"gate_proj": 4}}', "alpha_pattern"),
     ],

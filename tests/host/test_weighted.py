@@ -95,7 +95,7 @@ def test_one_adapter_is_scaled_exactly_whatever_the_way() -> None:
     [
         ((["default", "nope"], [1, 1], "c", "cat"), weftlora.AdapterError, "there is no adapter 'nope'"),
         ((["default", "second"], [1], "c", "cat"), weftlora.ConfigError, "a weight per adapter"),
-        ((["default", "second"], [1, float("nan")], "c", "cat"), weftlora.ConfigError, "nan is no weight"),
+        ((["default", "second"], [1, float("nan")], "c", "cat"), weftlora.ConfigError, "nan is not a weight"),
         ((["default", "second"], [1, 1], "c", "ties"), weftlora.ConfigError, "combination_type='ties' does not add up"),
         ((["default", "second"], [1, 1], "c", "svd", 0), weftlora.ConfigError, "svd_rank=0 is not a rank"),
         ((["default", "second"], [1, 1], "a.b.", "cat"), weftlora.ConfigError, "cannot name a module"),

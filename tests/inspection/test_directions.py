@@ -138,11 +138,11 @@ def test_a_run_on_another_base_is_refused(recipe: Callable[..., dict[str, Any]],
 
 def test_what_cannot_be_measured_is_named(base: Path, tmp_path: Path):
     adapter = save_adapter(base, tmp_path / "one", 0)
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         weftlora.directions(base, tmp_path)
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         weftlora.directions(base)
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         weftlora.directions(base, adapter, against=tmp_path / "nowhere")
     with pytest.raises(AdapterError, match="second argument"):
         weftlora.directions(AutoModelForCausalLM.from_pretrained(base))

@@ -258,7 +258,7 @@ def test_what_needs_the_base_is_named_when_it_is_not_there(saved: Callable[[str]
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/away"}))
     assert "there is no model folder '/gone/away'" in said(weftlora.inspect(folder))
-    assert "not asked for" in said(weftlora.inspect(folder, base=False))
+    assert "left out" in said(weftlora.inspect(folder, base=False))
     with_base = weftlora.inspect(folder, base=demo_model_path(), spectra=0)
     assert with_base.sites[0].relative is not None
     assert "Router usage: it needs rows" in said(with_base)

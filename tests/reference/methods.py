@@ -29,6 +29,14 @@ def hydra(x: Tensor, p: P, s: float) -> Tensor:
     )
 
 
+def hydra_ax(x: Tensor, p: P, s: float) -> Tensor:
+    """The other reading of equation 4, whose gate sees the token that A has made small: ω = softmax(W_g A x), W_g of N × r."""
+    seen = x @ p["A"].T
+    omega = torch.softmax(seen @ p["router"].T, -1)
+    r = len(p["A"])
+    return sum(s * omega[:, i : i + 1] * seen @ p["B"][:, i * r : (i + 1) * r].T for i in range(omega.shape[1]))
+
+
 def uniform(x: Tensor, p: P, s: float) -> Tensor:
     """HydraLoRA without its gate: every head has the weight 1/N."""
     r = len(p["A"])
@@ -68,6 +76,14 @@ def dash(x: Tensor, p: P, s: float) -> Tensor:
     return y if "U" not in p else y + ((x @ p["V"]) * p["gain"]) @ p["U"].T
 
 
+def resting(x: Tensor, p: P, s: float) -> Tensor:
+    """LoRA-Dash whose A and B rest from the launch on: as they were then, A₀ and B₀, or gone."""
+    if "U" not in p:
+        return lora(x, p, s)
+    kept = s * (x @ p["A0"].T) @ p["B0"].T if "A0" in p else 0
+    return kept + ((x @ p["V"]) * p["gain"]) @ p["U"].T
+
+
 def init(x: Tensor, p: P, s: float) -> Tensor:
     """LoRA-Init: s (B A − B₀ A₀) x, once there are A₀ and B₀."""
     y = lora(x, p, s)
@@ -90,6 +106,14 @@ def directions(weight: Tensor, delta: Tensor, count: int) -> tuple[Tensor, Tenso
 def launch(weight: Tensor, p: P, s: float, count: int) -> None:
     """Dash, after its pre-launch: the directions are fixed, their gains start from 0."""
     p["U"], _, p["V"] = directions(weight, s * p["B"] @ p["A"], count)
+
+
+def launch_and_rest(weight: Tensor, p: P, s: float, count: int, keep: bool) -> None:
+    """The same, and A and B are no longer trained; without `keep` they are left out."""
+    launch(weight, p, s, count)
+    a, b = p.pop("A"), p.pop("B")
+    if keep:
+        p["A0"], p["B0"] = a, b
 
 
 def switch(weight: Tensor, p: P, s: float) -> None:
@@ -209,3 +233,32 @@ def round_of(scores: dict[tuple[str, int], float], n: int, fresh: Callable[[str]
         return gone, {}
     each, rest = divmod(n, len(order))
     return gone, {m: each + (place < rest) for place, m in enumerate(order) if each + (place < rest) <= fresh(m)}
+
+
+def search(
+    theta: list[Tensor],
+    alpha: Tensor,
+    train: Callable[[list[Tensor], Tensor], Tensor],
+    validation: Callable[[list[Tensor], Tensor], Tensor],
+    lr: float,
+    decay: float,
+    alpha_lr: float,
+    steps: int,
+) -> list[Tensor]:
+    """Flexora: θ takes a step of AdamW on the training rows while α stands still, then α one of Adam on the validation rows while θ
+    does; the blocks' updates are weighed by α̂ = N softmax(α). α after every step.
+    """
+    inner, outer, path = [Adam(lr, decay) for _ in theta], Adam(alpha_lr), []
+
+    def weighed(values: Tensor) -> Tensor:
+        return len(values) * values.exp() / values.exp().sum()
+
+    for _ in range(steps):
+        leaves = [p.detach().requires_grad_() for p in theta]
+        slopes = torch.autograd.grad(train(leaves, weighed(alpha)), leaves)
+        theta = [each.step(p.detach(), g) for each, p, g in zip(inner, theta, slopes, strict=True)]
+        free = alpha.clone().requires_grad_()
+        [slope] = torch.autograd.grad(validation(theta, weighed(free)), free)
+        alpha = outer.step(alpha, slope)
+        path.append(alpha)
+    return path

@@ -11,7 +11,7 @@ import torch
 from methods import P
 from peft import get_peft_model
 from programs import transformer_loss
-from test_true_hypergradients import Branches, Transformer
+from test_true_hypergradients import Branches, Transformer, branches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +44,17 @@ def both(weights: list[Tensor], count: int) -> Callable[[int, list[P]], frozense
     return after
 
 
+def rested(weights: list[Tensor], count: int, keep: bool) -> Callable[[int, list[P]], frozenset[str]]:
+    def after(step: int, params: list[P]) -> frozenset[str]:
+        if step != LAUNCH:
+            return NOTHING
+        for w, p in zip(weights, params, strict=True):
+            methods.launch_and_rest(w, p, S, count, keep)
+        return frozenset({"gain"})
+
+    return after
+
+
 def switched(weights: list[Tensor]) -> Callable[[int, list[P]], frozenset[str]]:
     def after(step: int, params: list[P]) -> frozenset[str]:
         if step != LAUNCH:
@@ -58,6 +69,12 @@ def switched(weights: list[Tensor]) -> Callable[[int, list[P]], frozenset[str]]:
 CASES: dict[str, tuple[Any, methods.Update, set[str], set[str]]] = {
     "lora": (weftlora.PlainLoraConfig, methods.lora, {"A", "B"}, set()),
     "hydralora": (lambda **f: weftlora.HydraLoraConfig(heads=3, **f), methods.hydra, {"A", "B", "router"}, set()),
+    "hydralora, on A x": (
+        lambda **f: weftlora.HydraLoraConfig(heads=3, router_input="Ax", **f),
+        methods.hydra_ax,
+        {"A", "B", "router"},
+        set(),
+    ),
     "hydralora, no gate": (
         lambda **f: weftlora.HydraLoraConfig(heads=3, router="uniform", **f),
         methods.uniform,
@@ -68,6 +85,18 @@ CASES: dict[str, tuple[Any, methods.Update, set[str], set[str]]] = {
     "lora_dash": (
         lambda **f: weftlora.LoraDashConfig(directions=3, after=LAUNCH, **f),
         methods.dash,
+        {"A", "B", "gain"},
+        set(),
+    ),
+    "lora_dash, A and B frozen": (
+        lambda **f: weftlora.LoraDashConfig(directions=3, after=LAUNCH, pair="freeze", **f),
+        methods.resting,
+        {"A", "B", "gain"},
+        set(),
+    ),
+    "lora_dash, A and B dropped": (
+        lambda **f: weftlora.LoraDashConfig(directions=3, after=LAUNCH, pair="drop", **f),
+        methods.resting,
         {"A", "B", "gain"},
         set(),
     ),
@@ -120,7 +149,13 @@ def test_a_run_is_the_papers_equations_step_by_step(method: str) -> None:
                 if not name.endswith("gain"):
                     p.add_(0.2 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
     x, y = (torch.randn(24, n, generator=draw, dtype=torch.float64) for n in (5, 4))
-    happens = {"lora_dash": launched(weights, 3), "lora_init": switched(weights), "lora_tsd": both(weights, 2)}
+    happens = {
+        "lora_dash, A and B frozen": rested(weights, 3, keep=True),
+        "lora_dash, A and B dropped": rested(weights, 3, keep=False),
+        "lora_dash": launched(weights, 3),
+        "lora_init": switched(weights),
+        "lora_tsd": both(weights, 2),
+    }
     after = happens.get(method, lambda *_: NOTHING)
     start = tensors(sites)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
@@ -139,12 +174,28 @@ def test_a_run_is_the_papers_equations_step_by_step(method: str) -> None:
     mine = tensors(sites)
     for p, q in zip(mine, end, strict=True):
         for name in (
-            trained - {"gain"} if method not in ("lora_init", "lora_tsd") else ()
+            q.keys() & trained - {"gain"} if method not in ("lora_init", "lora_tsd") else ()
         ):  # a direction's sign is free: ΔW below
             torch.testing.assert_close(p[name], q[name], rtol=1e-7, atol=1e-9)
     probe = torch.eye(5, dtype=torch.float64)
     theirs = sum(update(probe, q, S) + probe @ w.T for q, w in zip(end, weights, strict=True))
     torch.testing.assert_close(model.eval()(probe).detach(), theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_a_search_walks_as_flexora_says_and_selects_what_is_above_the_mean() -> None:
+    inner = {"optimizer": "adamw", "lr": 0.02, "weight_decay": 0.1, "max_grad_norm": 0.0}
+    problem = branches(inner=inner, inner_steps=1, hypergrad="direct", alpha_lr=0.05)
+    search = problem.search
+    theta = [p.detach().clone() for p in search.passes.params]
+    path = methods.search(
+        theta, search.alpha.detach().clone(), problem.train, problem.validation, 0.02, 0.1, 0.05, search.steps
+    )
+    for expected in path:
+        search.step()
+        torch.testing.assert_close(search.alpha.detach(), expected, rtol=1e-8, atol=1e-10)
+    selected = [block for block, value in enumerate(path[-1].tolist()) if value > float(path[-1].mean())]
+    assert list(search.run().blocks) == selected
+    assert len(path) == 3
 
 
 class Scored(nn.Module):

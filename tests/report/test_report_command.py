@@ -67,7 +67,7 @@ def test_the_baseline_and_the_metric_can_be_chosen(runs: list[Path], tmp_path: P
     ("arguments", "sentence"),
     [
         (["nowhere"], "there is no folder 'nowhere'"),
-        (["."], "is no run folder"),
+        (["."], "is not a run folder"),
         (["ALORA", "-o", "no/such/folder.html"], "choose another file"),
         (["ALORA", "--baseline", "hydra"], "there is no method 'hydra'"),
         (["ALORA", "--metric", "exactmatch"], "did you mean 'exact_match'?"),

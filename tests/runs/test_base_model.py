@@ -60,8 +60,8 @@ def test_a_relative_folder_counts_from_the_recipe(bases: dict[str, Path]) -> Non
     ("base", "task", "says"),
     [
         ("bert", "causal", "encoder and cannot generate"),
-        ("bert", "seq2seq", "no encoder-decoder"),
-        ("llama", "seq2seq", "no encoder-decoder"),
+        ("bert", "seq2seq", "not an encoder-decoder"),
+        ("llama", "seq2seq", "not an encoder-decoder"),
         ("t5", "causal", "is an encoder-decoder"),
     ],
 )

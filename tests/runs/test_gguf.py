@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from tiny_gguf import TEMPLATE, installed, words, write_gguf
 from transformers import AutoConfig
 
 import weftlora
+from tiny_gguf import TEMPLATE, installed, words, write_gguf
 from weftlora.data.paths import WORDS, is_model, locate
 from weftlora.errors import ModelError, WeftError
 from weftlora.runs import gguf, identity
@@ -118,7 +118,7 @@ def test_weights_that_were_changed_since_are_not_the_base(file: Path) -> None:
 
 def test_a_cache_that_cannot_be_written_is_said(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    with pytest.raises(ModelError, match=r"is dequantised once into .*: free space, or set XDG_CACHE_HOME"):
+    with pytest.raises(ModelError, match=r"must be dequantised into .*: free space, or set XDG_CACHE_HOME"):
         find(Wanted(str(file)), tmp_path)
 
 
@@ -142,9 +142,9 @@ def test_what_is_no_file_of_a_model_is_refused(tmp_path: Path, cache: Path) -> N
     (tmp_path / "folder.gguf").mkdir()
     assert "is a folder" in refusal("folder.gguf", tmp_path)
     (tmp_path / "text.gguf").write_text("GGML")
-    assert "is no GGUF file" in refusal("text.gguf", tmp_path)
+    assert "is not a GGUF file" in refusal("text.gguf", tmp_path)
     (tmp_path / "model.bin").write_text("pickle")
-    assert "is no GGUF file, and no other file is a model" in refusal("./model.bin", tmp_path)
+    assert "is not a GGUF file, and no other file is a model" in refusal("./model.bin", tmp_path)
     os.mkfifo(tmp_path / "pipe.gguf")
     assert "is a pipe" in refusal("pipe.gguf", tmp_path)
 
@@ -153,7 +153,7 @@ def test_what_is_no_file_of_a_model_is_refused(tmp_path: Path, cache: Path) -> N
     ("given", "said"),
     [
         ({"architecture": "mamba9"}, "has the architecture 'mamba9', which transformers cannot read out of GGUF"),
-        ({"general__type": "adapter"}, "holds 'adapter', not a model: give that of its base model"),
+        ({"general__type": "adapter"}, "holds 'adapter', not a model: give the file of its base model"),
         ({"split__count": 3}, "is one of 3 parts of a model: join them"),
         ({"without": "blk.1.ffn_up"}, "lacks 1 tensors of its architecture 'llama', the first is"),
     ],
@@ -272,6 +272,13 @@ def test_train_talk_and_export_on_it(file: Path, tmp_path: Path, recipe: Any) ->
     card = (tmp_path / "stock" / "README.md").read_text()
     assert digest in card
     assert "gguf_file='moved.gguf'" in card
+    merged = weftlora.merge(run.folder, tmp_path / "merged", dtype="float32", base=str(moved))
+    assert merged.lost_logits < 1e-3
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    said = weftlora.chat(str(tmp_path / "merged"), max_new_tokens=4)
+    assert said.remembers, "the chat template is in the folder"
+    assert said.say("the").text == weftlora.chat(run.folder, base=str(moved), max_new_tokens=4).say("the").text
     write_gguf(tmp_path / "other.gguf", seed=1)
     with pytest.raises(WeftError, match="other weights"):
         weftlora.chat(run.folder, base=str(tmp_path / "other.gguf"))

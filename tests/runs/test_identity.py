@@ -194,5 +194,5 @@ def test_with_no_whole_checkpoint_left_it_says_so(given: dict[str, Any]) -> None
         weftlora.train(given, callbacks=[Interrupt(3)])
     folder = Path(given["out"]) / "checkpoints" / "checkpoint-2"
     DAMAGE["optimizer missing"](folder)
-    with pytest.raises(WeftError, match=r"optimizer\.pt is missing, and there is no earlier one that is whole"):
+    with pytest.raises(WeftError, match=r"optimizer\.pt is missing, and there is no earlier complete one"):
         weftlora.train(given, resume=True)

@@ -58,6 +58,9 @@ def test_it_is_measured_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.M
     bfloat16_gain.cache_clear()
     monkeypatch.setattr(module, "measured_gain", lambda: 0.5)
     assert bfloat16_gain() == 0.5, "what is damaged is measured again"
+    file.write_text('{"gain": Infinity}')
+    bfloat16_gain.cache_clear()
+    assert bfloat16_gain() == 0.5, "nothing is infinitely fast"
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_resume_takes_a_folder_for_a_run_unless_a_recipe_has_its_name(
     for name in ("lora", "other"):
         Path(name).mkdir()
     for given, folder in (("other", "other"), ("lora", "runs/lora")):
-        with pytest.raises(RunError, match=f"^{folder} is no run folder: it has no run.json"):
+        with pytest.raises(RunError, match=f"^{folder} is not a run folder: it has no run.json"):
             asked(given, resume=True)
 
 
@@ -151,12 +151,12 @@ def test_what_is_said_wins_over_the_demo() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("learning_rate=1e-4", "the recipe has no key 'learning_rate': here it is train.lr."),
-        ("train.learning_rate=1e-4", "train has no key 'learning_rate': here it is lr."),
-        ("train.per_device_train_batch_size=4", "here it is batch_size."),
-        ("num_train_epochs=3", "here it is train.epochs."),
-        ("rank=8", "here it is adapter.r."),
-        ("data.cutoff_len=8", "here it is max_length."),
+        ("learning_rate=1e-4", "the recipe has no key 'learning_rate': weftlora calls it train.lr."),
+        ("train.learning_rate=1e-4", "train has no key 'learning_rate': weftlora calls it lr."),
+        ("train.per_device_train_batch_size=4", "weftlora calls it batch_size."),
+        ("num_train_epochs=3", "weftlora calls it train.epochs."),
+        ("rank=8", "weftlora calls it adapter.r."),
+        ("data.cutoff_len=8", "weftlora calls it max_length."),
         ("model.load_in_4bit=true", "recipes train on unquantised weights, which model.dtype=bfloat16 halves"),
     ],
 )
@@ -170,7 +170,7 @@ def test_the_names_of_other_trainers_get_a_hint_and_no_list(override: str, says:
 def test_a_rank_in_the_adapter_section_gets_the_hint_too() -> None:
     from weftlora.recipes import check_fields
 
-    with pytest.raises(ConfigError, match=r"adapter lora has no key 'rank': here it is r\."):
+    with pytest.raises(ConfigError, match=r"adapter lora has no key 'rank': weftlora calls it r\."):
         check_fields({"recipe": "lora", "rank": 8})
 
 

@@ -53,6 +53,8 @@ def run_pair(worker: Callable[[int], dict[Any, Any]]) -> None:
 def _be(rank: int, folder: str, worker: Callable[[int], dict[Any, Any]]) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save(worker(rank), f"{folder}/{rank}.pt")
     dist.barrier()

@@ -58,7 +58,7 @@ def test_a_module_without_slots_keeps_no_process_waiting(both: list) -> None:
 
 
 def test_a_failure_on_one_process_ends_both(both: list) -> None:
-    assert "failed on another process" in both[0]["odd"]["failed"]
+    assert "failed on process 1: " in both[0]["odd"]["failed"]
     assert "ignored" in both[1]["odd"]["failed"]
 
 

@@ -74,7 +74,7 @@ def test_a_site_that_did_not_move_is_empty_on_both(both: list) -> None:
 
 
 def test_a_failure_on_one_process_ends_both(both: list) -> None:
-    assert "failed on another process" in both[0]["odd"]["error"]
+    assert "failed on process 1: second has values that are not finite" in both[0]["odd"]["error"]
     assert "second has values that are not finite" in both[1]["odd"]["error"]
 
 

@@ -211,3 +211,16 @@ def test_scores_that_are_no_numbers_move_nothing_and_training_goes_on() -> None:
 def test_one_module_has_nowhere_to_move_a_slot() -> None:
     with pytest.raises(weftlora.ConfigError, match="one adapted module to move rank slots between: target two or more"):
         train(alora(score="random", target_modules=["0.mlp.up_proj"], move=1), 1)
+
+
+def test_an_event_counts_the_parameters_of_the_slots_that_are_there() -> None:
+    """A slot is a row of A and a column of B."""
+    model = alora(score="random", first=1, max_rounds=1, move=3)
+    train(model, 2)
+    [event] = events(model)
+    sizes = {
+        name: sum(layer.weight.shape)
+        for name, layer in model.get_base_model().named_modules()
+        if hasattr(layer, "weft_site")
+    }
+    assert event["parameters"] == sum(rank * sizes[name] for name, rank in event["ranks"].items())

@@ -62,6 +62,8 @@ CASES = {
     "plain": {},
     "tied": {"structure": weftlora.Tied(group="shape")},
     "hydra": {"structure": weftlora.Hydra(heads=3)},
+    "freeze": {"pair": "freeze"},
+    "drop": {"pair": "drop"},
     "init": {"dash": False},
     "tsd": {"start": weftlora.Directions(after=LAUNCH)},
 }

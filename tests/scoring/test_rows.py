@@ -11,10 +11,12 @@ import torch
 from allocating import HELD_OUT, TOKENS, alora, bare, controller, random_factors, scorer, train
 from peft import get_peft_model
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import weftlora
 from families import FAMILIES
+from weftlora.scoring.brackets import shares
+from weftlora.scoring.network import RowLoss, recognise
 from weftlora.scoring.rows import rows_of
 
 
@@ -139,3 +141,27 @@ def test_rows_without_a_label_among_others_are_scored_with_them() -> None:
         scored.append(scorer(model).exact(controller(model).scoring.live()[:4], "a").sum(2))
         assert scorer(model).way is not None
     torch.testing.assert_close(scored[0], scored[1], rtol=0, atol=1e-12)
+
+
+def test_as_many_rows_as_a_round_wants_are_enough(recwarn: pytest.WarningsRecorder) -> None:
+    weftlora.attach(bare(rows=len(HELD_OUT)), validation=HELD_OUT)
+    assert not [w for w in recwarn if "scores on that many" in str(w.message)]
+
+
+def test_a_loader_without_a_length_is_read_into_rows() -> None:
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return iter([{"input_ids": t, "labels": t} for t in TOKENS[:6]])
+
+    assert len(rows_of(DataLoader(Endless(), batch_size=2)).items) == 6
+
+
+def test_a_pass_of_rows_that_are_numbers_has_a_length_of_one() -> None:
+    assert shares({"labels": torch.zeros(3), "x": torch.zeros(3)}, 8) == (1, 8)
+
+
+def test_the_loss_of_a_classifier_is_recognised_by_its_shapes() -> None:
+    logits, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 2, -100, 1, 1])
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    assert recognise(logits, labels, loss) == RowLoss("classes", 4)
+    assert recognise(logits, labels, loss * 1.01) is None

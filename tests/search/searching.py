@@ -168,12 +168,20 @@ def taught(
 
 
 def make(
-    model: PeftModel, rows: list[dict[str, Tensor]], *, seed: int = 0, loss: Loss = mse, **inner: Any
+    model: PeftModel,
+    rows: list[dict[str, Tensor]],
+    *,
+    seed: int = 0,
+    loss: Loss = mse,
+    training: int | None = None,
+    **inner: Any,
 ) -> LayerSearch:
     settings = Inner(
         **{"lr": 1e-2, "batch_size": 4, "accumulation": 1, "schedule": "constant", "max_grad_norm": 0.0, **inner}
     )
-    return LayerSearch(model, model.peft_config["default"].layers, settings, rows, seed=seed, loss=loss)
+    return LayerSearch(
+        model, model.peft_config["default"].layers, settings, rows, seed=seed, loss=loss, training=training
+    )
 
 
 SMALL = {"outer_batches": 2, "val_size": 12, "steps": 3}

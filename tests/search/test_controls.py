@@ -42,6 +42,10 @@ def test_random_controls_differ_from_the_selection_and_from_each_other_as_far_as
             assert found == selection.controls(draws, seed)
 
 
+def test_the_gradient_norm_control_takes_the_largest():
+    assert of_size(5, {0, 1}).controls()["gradient norm"].blocks == (3, 4)
+
+
 def test_fewer_draws_are_the_first_of_more_and_every_other_selection_is_as_likely():
     selection = of_size(5, {0, 1})
     names = ["random 1", "random 2"]

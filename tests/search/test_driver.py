@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from searching import adapted, make, mse, planted, rows_of, stack
 
 import weftlora
 from weftlora.errors import ConfigError, DataError, RunError
-from weftlora.search.driver import LayerSearch
+from weftlora.search.driver import LayerSearch, _cost
 from weftlora.search.hypergradient import Inner
 from weftlora.terms.layers.search import weights
 
@@ -20,9 +21,9 @@ SMALL = {"outer_batches": 2, "val_size": 12, "steps": 6}
 
 def search(dropout: float = 0.0, **fields) -> LayerSearch:
     inner = fields.pop("inner", {})
-    config = fields.pop("config", {})
+    config, training = fields.pop("config", {}), fields.pop("training", None)
     model = adapted(stack(3), weftlora.Search(**{**SMALL, **fields}), lora_dropout=dropout, **config)
-    return make(model, planted(stack(3), {1}, 40), **inner)
+    return make(model, planted(stack(3), {1}, 40), training=training, **inner)
 
 
 def theta(found: LayerSearch) -> list:
@@ -265,6 +266,14 @@ def test_one_epoch_is_counted_in_rows_of_the_training_part():
     assert found.steps == (40 - 12) // (2 * 3 * 2)
 
 
+def test_a_search_costs_no_more_than_its_share_of_the_training_unless_it_is_not_bounded():
+    fields = {"steps": None, "inner": {"batch_size": 2, "accumulation": 2}, "search_epochs": 3}
+    whole = search(**fields).steps
+    assert search(training=10**6, **fields).steps == search(training=50, max_share=None, **fields).steps == whole
+    bounded = search(training=50, max_share=0.1, **fields)
+    assert bounded.steps == int(5 / _cost(bounded)) < whole
+
+
 def test_validation_micro_batches_shrink_before_one_step_repeats_a_row():
     found = search(outer_batches=5)
     assert [len(batch["x"]) for batch in found._batches("validation", 5)] == [2] * 5
@@ -295,6 +304,45 @@ def test_a_damaged_state_is_refused_in_a_sentence(content: bytes | None, tmp_pat
     (tmp_path / "state.pt").write_bytes(whole[:300] if content is None else content)
     with pytest.raises(RunError, match="damaged"):
         found.load(tmp_path / "state.pt")
+
+
+FORMS: dict[str, Any] = {
+    "a list": lambda state: [state],
+    "without a part": lambda state: {key: value for key, value in state.items() if key != "skipped"},
+    "θ of another shape": lambda state: state | {"theta": {name: p[:1] for name, p in state["theta"].items()}},
+    "α that is no number": lambda state: state | {"alpha": state["alpha"] * float("nan")},
+    "a count that is a text": lambda state: state | {"done": "2"},
+    "a position before the first": lambda state: state | {"positions": {"train": -1, "validation": 0}},
+    "moments of another shape": lambda state: (
+        state | {"alpha_optimizer": {"state": {0: {"step": 1, "exp_avg": torch.zeros(2)}}}}
+    ),
+    "random state that is none": lambda state: (
+        state | {"random": [{"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}]}
+    ),
+    "history of other steps": lambda state: state | {"history": state["history"][:1]},
+    "rows that are tensors": lambda state: state | {"splits": {"train": [torch.ones(2)], "validation": []}},
+}
+
+
+def test_a_state_of_another_form_is_refused_before_anything_is_changed(tmp_path: Path):
+    found = search()
+    found.step()
+    found.step()
+    whole = found.state_dict()
+    for form, change in FORMS.items():
+        torch.save(change(whole), tmp_path / "state.pt")
+        with pytest.raises(RunError, match=r"is of another adapter|is damaged"):
+            found.load(tmp_path / "state.pt")
+        assert str(found.state_dict()) == str(whole), form
+
+
+def test_the_settings_of_the_optimisers_are_the_configs_and_not_the_files():
+    found = search()
+    found.step()
+    state = found.state_dict()
+    state["alpha_optimizer"] = state["alpha_optimizer"] | {"param_groups": [{"lr": "x"}]}
+    found.load_state_dict(state)
+    found.step()
 
 
 def test_a_disk_that_refuses_the_state_says_so_as_other_files_do(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import weftlora
 from weftlora.errors import ConfigError
+from weftlora.search import hypergradient
 from weftlora.search.batches import Loss, Random
 from weftlora.search.driver import LayerSearch
-from weftlora.search.hypergradient import InnerStep, _may_turn, adjoint
+from weftlora.search.hypergradient import Inner, InnerStep, _adam, _may_turn, adjoint
 from weftlora.terms.layers.search import weights
 
 STRUCTURES = {
@@ -229,8 +231,8 @@ def test_an_element_that_may_turn_is_told():
         turning = 0.02 * _may_turn(state, p, 0.999, 0.01)
         step = InnerStep([], [], Random.now(), [p.grad], 1.0, [1.0], [0.0], [0.0], (0.9, 0.999), [turning])
         lam = [torch.ones(100, dtype=torch.float64)]
-        found = adjoint([step], lam, torch.tensor([0.6, -0.8]), lambda step, towards: (towards, torch.zeros(2)), 0.01)
-        assert found.rough == pytest.approx(expected)
+        found = adjoint([step], lam, torch.tensor([1.2, -1.6]), lambda step, towards: (towards, torch.zeros(2)), 0.01)
+        assert found.rough == pytest.approx(expected / 2)  # beside a g of length 2
 
 
 def test_a_selection_says_how_rough_its_hypergradients_were():
@@ -298,3 +300,51 @@ def test_a_quantised_or_checkpointed_model_is_refused_for_exact_before_any_step(
     other.register_parameter("packed", torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False))
     with pytest.raises(ConfigError, match="quantised"):
         make(other, planted(stack(3), {1}, 40))
+
+
+def test_what_adams_step_changes_by_with_its_moments_is_autograds():
+    """P = −∂θ'/∂m and Q = ∂θ'/∂v of one element each; without a gradient so far both moments are 0, and Q too."""
+    m = torch.tensor([0.3, -0.2, 0.0], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([0.5, 2e-3, 0.0], dtype=torch.float64, requires_grad=True)
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
+    step = -group["lr"] * m[:2] / (1 - 0.9**3) / ((v[:2] / (1 - 0.99**3)).sqrt() + 1e-3)
+    by_m, by_v = torch.autograd.grad(step.sum(), (m, v))
+    push, bend = _adam({"step": torch.tensor(3.0), "exp_avg": m.detach(), "exp_avg_sq": v.detach()}, group)
+    torch.testing.assert_close(push[:2], -by_m[:2], rtol=1e-12, atol=0)
+    torch.testing.assert_close(bend[:2], by_v[:2], rtol=1e-12, atol=0)
+    assert float(bend[2]) == 0
+
+
+def test_finite_differences_move_theta_by_the_length_that_is_set(monkeypatch: pytest.MonkeyPatch):
+    search = moved_search(hypergrad="unrolled_fd", fd_step=0.03, inner={"optimizer": "sgd", "lr": 0.1})
+    moved: list[float] = []
+    at = hypergradient.parameters_at
+
+    def seen(params: list[nn.Parameter], values: list[Tensor]):
+        moved.append(sum(float((v - s).square().sum()) for v, s in zip(values, start, strict=True)) ** 0.5)
+        return at(params, values)
+
+    for site in (s for g in search.gates.groups for s in g.sites.values()):
+        site.awaits_search = False
+    _, [taken] = search._inner_steps()
+    start = taken.theta
+    monkeypatch.setattr(hypergradient, "parameters_at", seen)
+    search.hypergradient([taken])
+    assert moved == pytest.approx([0.03, 0.03])
+
+
+def test_the_rate_of_theta_falls_along_a_cosine_from_its_whole():
+    search = moved_search(steps=4, inner={"optimizer": "sgd", "lr": 0.1, "schedule": "cosine"})
+    rates = []
+    for _ in range(4):
+        search.step()
+        rates.append(search.loop.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lr": 0}, {"lr": -1.0}, {"weight_decay": -0.1}, {"max_grad_norm": math.inf}, {"lr": "1"}]
+)
+def test_an_inner_optimiser_that_cannot_work_is_refused(fields: dict):
+    with pytest.raises(ConfigError, match=f"{next(iter(fields))}=.* cannot be used in a search"):
+        Inner(**fields)

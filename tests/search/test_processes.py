@@ -72,7 +72,7 @@ def test_a_search_with_dropout_resumes_exactly_each_process_with_its_own_random_
 
 def test_a_process_that_fails_stops_the_others(both: list):
     assert both[1]["failing"]["error"] == "ValueError: no loss here"
-    assert "a pass of the search failed on another process" in both[0]["failing"]["error"]
+    assert "a pass of the search failed on process 1: no loss here" in both[0]["failing"]["error"]
 
 
 def test_a_search_resumed_by_another_number_of_processes_says_what_is_not_exact(tmp_path: Path):

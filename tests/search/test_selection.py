@@ -198,3 +198,11 @@ def test_a_model_without_a_search_is_refused():
         weftlora.search_layers(model, rows_of(torch.randn(4, 6), torch.randn(4, 6)))
     with pytest.raises(ConfigError, match=r"layers=weftlora\.Search"):
         weftlora.search_layers(stack(3), [], config=weftlora.PlainLoraConfig())
+
+
+def test_agreement_is_held_against_the_chance_of_as_many_groups_and_seconds_do_not_make_a_selection_another():
+    _, one = searched()
+    found = compare([one, one])
+    assert len(found.frequency) == len(one.candidates) == 4
+    assert 0 < found.chance < 1
+    assert dataclasses.replace(one, seconds=one.seconds + 5) == one

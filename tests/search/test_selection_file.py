@@ -93,3 +93,11 @@ def test_a_selection_in_which_nothing_is_selected_is_refused(tmp_path: Path):
     path.write_text(json.dumps(content, default=str))
     with pytest.raises(ConfigError, match="none is selected"):
         Selection.load(path)
+
+
+def test_what_is_no_ordinary_file_is_not_read() -> None:
+    with pytest.raises(ConfigError, match="/dev/null"):
+        Selection.load("/dev/null")
+    with pytest.raises(ConfigError) as raised:
+        Selection.load("/dev/null")
+    assert "no saved selection" not in str(raised.value)

@@ -215,9 +215,9 @@ def test_an_entry_point_that_leads_nowhere_is_said(plant):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("Pair = 3", "no choice of any axis"),
-        ("class Pair:\n    pass", "no choice of any axis"),
-        (STRUCTURE.replace("@dataclass(frozen=True)", ""), "no frozen dataclass"),
+        ("Pair = 3", "not a choice of any axis"),
+        ("class Pair:\n    pass", "not a choice of any axis"),
+        (STRUCTURE.replace("@dataclass(frozen=True)", ""), "not a frozen dataclass"),
         (UNFINISHED, "is unfinished: it does not say build, "),
         (STRUCTURE.replace("size: int = 2", "version: int = 2"), "a field 'version'"),
     ],

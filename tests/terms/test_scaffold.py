@@ -60,7 +60,7 @@ def test_its_own_tests_fail_until_it_is_filled_in(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "quiet.md").write_text("mine")
-    with pytest.raises(RunError, match=r"quiet\.md is there already"):
+    with pytest.raises(RunError, match=r"quiet\.md already exists"):
         new_term("quiet", "start", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["quiet.md"]
     assert (tmp_path / "quiet.md").read_text() == "mine"
@@ -69,11 +69,11 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "axis", "said"),
     [
-        ("Quiet", "start", "no name of a term"),
-        ("class", "start", "no name of a term"),
-        ("../quiet", "start", "no name of a term"),
+        ("Quiet", "start", "not a name of a term"),
+        ("class", "start", "not a name of a term"),
+        ("../quiet", "start", "not a name of a term"),
         ("dash", "start", "a term of weftlora's on the axis boost"),
-        ("hydra_", "start", "no name of a term"),
+        ("hydra_", "start", "not a name of a term"),
         ("none", "boost", "nothing on an axis"),
         ("torch", "start", "a module that Python has here already"),
         ("json", "start", "a module that Python has here already"),
@@ -91,7 +91,7 @@ def test_what_cannot_be_a_term_is_refused(tmp_path: Path, name: str, axis: str, 
 
 def test_a_link_to_nowhere_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "quiet.py").symlink_to(tmp_path / "elsewhere.py")
-    with pytest.raises(RunError, match=r"quiet\.py is there already"):
+    with pytest.raises(RunError, match=r"quiet\.py already exists"):
         new_term("quiet", "start", tmp_path)
     assert not (tmp_path / "elsewhere.py").exists()
 
@@ -110,7 +110,7 @@ def test_from_the_command_line(
     with pytest.raises(SystemExit) as left:
         main(["new-term", "quiet", "--axis", "ranks"])
     assert left.value.code == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,5 +90,5 @@ def test_a_value_transformers_refuses_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_nobody_has_decided_is_no_rate(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.lr is not known"):
+    with pytest.raises(ConfigError, match=r"train\.lr is chosen"):
         arguments(config(lr=None), tmp_path, 5, False)

@@ -208,7 +208,7 @@ def test_an_adapter_without_rows_says_how_to_name_them(trained: Run, tmp_path: P
         weftlora.evaluate(alone, "data.test=rows.jsonl", split="validation")
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
         weftlora.evaluate(alone, "data.test=nowhere.jsonl")
-    with pytest.raises(ConfigError, match="would not be this adapter any more"):
+    with pytest.raises(ConfigError, match="would make it another than this adapter"):
         weftlora.evaluate(alone, "train.lr=1")
 
 
@@ -281,7 +281,7 @@ def test_tensors_that_peft_would_only_warn_about(trained: Run, tmp_path: Path) -
 
 
 def test_a_folder_that_is_no_run_and_a_run_without_adapter(trained: Run, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no run folder"):
+    with pytest.raises(RunError, match="not a run folder"):
         weftlora.generate(tmp_path, "a")
     copy = shutil.copytree(trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("adapter"))
     with pytest.raises(AdapterError, match="--resume"):

@@ -135,7 +135,7 @@ def test_an_extended_run_resumes_exactly(short: Run, tmp_path: Path) -> None:
     ("overrides", "says"),
     [
         (["train.steps=4"], "has 4 steps already: give train.steps more than that"),
-        ([], "say how long with train.steps"),
+        ([], "set train.steps"),
         (["train.steps=8", "train.lr=0.5"], r"was trained with train\.lr=0\.01"),
         (["train.steps=8", "adapter.r=2"], r"adapter\.r=4"),
     ],
@@ -195,7 +195,7 @@ def test_an_adapter_of_another_base_or_of_none_is_refused(recipe: Make, tmp_path
     made["train"]["from"] = str(first.folder)
     with pytest.raises(AdapterError, match="other weights"):
         weftlora.train(made | {"model": str(tiny.llama(tmp_path / "other", seed=1))})
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         weftlora.train(made, f"train.from={tmp_path / 'nowhere'}")
     assert not (tmp_path / "second").exists()
 
@@ -248,6 +248,6 @@ def test_what_cannot_be_measured_has_no_best(recipe: Make) -> None:
         weftlora.train(made)
     with pytest.raises(ConfigError, match="save_every=0 makes none"):
         weftlora.train(recipe(train={"early_stopping": 2}))
-    with pytest.raises(ConfigError, match="is no multiple"):
+    with pytest.raises(ConfigError, match="is not a multiple"):
         weftlora.train(recipe(train={"best": True, "save_every": 3, "eval_every": 2}))
     assert checkpoint.newest(Path(made["out"]) / "checkpoints") is None

@@ -212,7 +212,7 @@ def test_an_adapter_with_values_that_are_no_numbers_is_refused(run: Path, value:
 
     edit(run, spoil)
     for use in (weftlora.generate, lambda folder, prompt: weftlora.evaluate(folder, split="validation")):
-        with pytest.raises(WeftError, match="holds values that are no numbers"):
+        with pytest.raises(WeftError, match="holds values that are not numbers"):
             use(run, "a ->")
 
 
@@ -235,7 +235,7 @@ def test_a_missing_weights_file_is_named(recipe: Make, tmp_path: Path) -> None:
         weftlora.train(recipe() | {"model": str(base)})
     index["weight_map"]["b"] = "../../other.safetensors"
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="does not lie beside it"):
+    with pytest.raises(ModelError, match="is not beside it"):
         weftlora.train(recipe() | {"model": str(base)})
     (base / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(ModelError, match="is damaged"):
@@ -292,7 +292,7 @@ def test_a_saved_dataset_with_a_sick_record_is_read_or_refused(tmp_path: Path, n
 def test_a_saved_dataset_reads_nothing_outside_its_folder(tmp_path: Path, name: str, record: dict[str, Any]) -> None:
     folder = saved(tmp_path / "saved")
     (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | record))
-    with pytest.raises(DataError, match="does not lie in its folder"):
+    with pytest.raises(DataError, match="is not in its folder"):
         read_saved(folder)
 
 

@@ -104,7 +104,7 @@ def test_a_system_turn_and_whole_conversations(spoken: Run) -> None:
         weftlora.generate(spoken, [{"role": "system", "content": "x"}, *talk], system="y")
     with pytest.raises(DataError, match="did you mean 'user'"):
         weftlora.generate(spoken, [{"role": "usr", "content": "x"}])
-    with pytest.raises(ConfigError, match="raw takes a text as it stands"):
+    with pytest.raises(ConfigError, match="raw takes a text as it is"):
         weftlora.generate(spoken, talk, raw=True)
 
 
@@ -146,7 +146,7 @@ def test_an_answer_that_ends_at_once_is_said(
     monkeypatch.setattr(evaluation, "complete", lambda *given: [[2]])
     found = weftlora.generate(spoken, "c", raw=raw)
     assert (found.text, found.finished) == ("", True)
-    assert found.note.startswith("the answer ended at once: ")
+    assert found.note.startswith("the answer is empty, because generation ended at once: ")
     assert why in found.note
     assert found.note in [record.getMessage() for record in caplog.records]
 
@@ -193,6 +193,7 @@ def test_text_stays_text(form: str | None) -> None:
         ('{"a": 1}', "holds no list of messages"),
         ("[]", "no message to answer"),
         ("[1]", "lacks a role"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_file_of_messages(content: str, says: str, tmp_path: Path) -> None:
@@ -204,6 +205,14 @@ def test_a_file_of_messages(content: str, says: str, tmp_path: Path) -> None:
         read_messages(file)
     with pytest.raises(DataError, match="cannot be read"):
         read_messages(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("template", ["no column", "{a.b}", 3])
+def test_a_template_that_no_run_wrote_is_refused(template: Any, tmp_path: Path) -> None:
+    said = {"format": "prompt_completion", "prompt_template": template, "system": None}
+    (tmp_path / "prompts.json").write_text(json.dumps(said))
+    with pytest.raises(AdapterError, match=r"prompts.json cannot be read .*delete it"):
+        Prompting.of_adapter(tmp_path)
 
 
 def test_the_token_that_ends_a_turn(chat_base: Path) -> None:

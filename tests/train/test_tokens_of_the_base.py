@@ -80,7 +80,10 @@ def as_nothing(model, tokenizer):
 
 @pytest.mark.parametrize(
     ("change_to", "says"),
-    [(as_others, "equal to those of 3 other tokens"), (as_nothing, "as good as zero, as one that was never trained")],
+    [
+        (as_others, "equal to those of 3 other tokens"),
+        (as_nothing, "close to zero, as in a row that was never trained"),
+    ],
 )
 def test_an_end_that_the_frozen_base_cannot_write_is_found_before_training(tmp_path, base, change_to, says):
     folder, change = base

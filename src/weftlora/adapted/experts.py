@@ -188,12 +188,16 @@ class WeftExpertWeight(WeftLayer):
         if isinstance(weight, nn.Parameter) and type(weight.detach()) is Tensor and weight.is_floating_point():
             return weight
         raise MergeError(
-            f"{self.module_name} is no plain parameter of numbers, so ΔW cannot be added: load the base model unquantised and "
+            f"{self.module_name} is not a plain parameter of numbers, so ΔW cannot be added: load the base model unquantised and "
             "unsharded to merge, or serve the adapter unmerged."
         )
 
     def _put_weight(self, weight: nn.Parameter) -> None:
         setattr(self._experts[0], self.name, weight)
+
+    def put(self, w: Tensor) -> None:
+        """Let the base compute with W [E, out, in]."""
+        self._put_weight(nn.Parameter(self.layout.matrix(w).contiguous(), requires_grad=False))
 
     @property
     def at_work(self) -> list[str]:
@@ -308,7 +312,7 @@ def check_experts(config: WeftConfig, name: str, module: nn.Module) -> None:
     structure = config.structure
     if last not in fused(experts):
         raise TargetError(
-            f"{name} is no parameter [experts, out, in] of a mixture of experts: leave it out of target_parameters."
+            f"{name} is not a parameter [experts, out, in] of a mixture of experts: leave it out of target_parameters."
         )
     if getattr(experts, "_is_expert_parallel", False):
         raise TargetError(
@@ -324,7 +328,7 @@ def check_experts(config: WeftConfig, name: str, module: nn.Module) -> None:
         )
     if (why := why_by_weights(experts)) is None:
         if last not in (*UP, DOWN):
-            raise TargetError(f"{name} is no matrix that the host's experts functions compute with: leave it out.")
+            raise TargetError(f"{name} is not a matrix that the host's experts functions compute with: leave it out.")
         return
     dropout = f"lora_dropout={config.lora_dropout:g} drops elements of x"
     wanted = f"{structure.method} has a router per token" if structure.routed else dropout

@@ -75,21 +75,31 @@ def weight_key(w_oi: Tensor) -> str:
     return found.hexdigest()
 
 
-def load(path: Path, key: str) -> change_rates.Spectrum | None:
-    """The spectrum kept in `path` for the weight of this key; None if it is absent, damaged, foreign or of another format."""
+def load(path: Path, key: str, shape: tuple[int, int]) -> change_rates.Spectrum | None:
+    """The spectrum kept in `path` for the W [out, in] of this key; None if it is absent, damaged, foreign or of another format."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             sigma, side = file.get_tensor("sigma"), file.get_tensor("side")
-        if about.get("format") == FORMAT and about.get("key") == key and about.get("content") == _checksum(sigma, side):
-            return change_rates.Spectrum(sigma, side, about["tall"] == "yes")
+        known = about.get("format") == FORMAT and about.get("key") == key and _fits(sigma, side, shape)
+        if known and about.get("content") == _checksum(sigma, side):
+            return change_rates.Spectrum(sigma, side, shape[1] <= shape[0])
         reason = "it was not made from this weight, or was changed since"
     except (OSError, SafetensorError, ValueError) as error:
         reason = str(error)
     logger.warning("%s is computed again and replaced: %s", path, reason)
     return None
+
+
+def _fits(sigma: Tensor, side: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether these can be the spectrum of a W [out, in]: fp64 of its sizes, finite, σ descending and not below 0."""
+    least = min(shape)
+    formed = sigma.shape == (least,) and side.shape == (least, least) and sigma.dtype == side.dtype == torch.float64
+    return formed and bool(
+        side.isfinite().all() and sigma.isfinite().all() and (sigma.diff() <= 0).all() and (sigma >= 0).all()
+    )
 
 
 def save(path: Path, key: str, found: change_rates.Spectrum) -> None:
@@ -114,7 +124,7 @@ def save(path: Path, key: str, found: change_rates.Spectrum) -> None:
 def _through(folder: Path, w_oi: Tensor) -> tuple[change_rates.Spectrum, str]:
     key = weight_key(w_oi)
     path = folder / f"{key}.safetensors"
-    if (kept := load(path, key)) is not None:
+    if (kept := load(path, key, (w_oi.shape[0], w_oi.shape[1]))) is not None:
         there = change_rates.Spectrum(kept.sigma.to(w_oi.device), kept.side.to(w_oi.device), kept.tall)
         return there, "read from the cache"
     found = change_rates.spectrum(w_oi)

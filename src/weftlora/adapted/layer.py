@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,6 +26,9 @@ from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
 from weftlora.adapted.reading import Reading, reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
+from weftlora.adapted.tensor_parallel import add as add_to_slice
+from weftlora.adapted.tensor_parallel import slice_of
+from weftlora.adapter.shards import is_shard, on_one
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.kernel import Linear, Work, current, linears
@@ -223,7 +227,17 @@ class WeftLinear(WeftLayer):
         """The one site."""
         if adapter_name not in self.weft_site:
             return []
-        return [Member(self.module_name, self.site(adapter_name), self.base_matrix, self.base_source)]
+        site = self.site(adapter_name)
+        return [
+            Member(
+                self.module_name,
+                site,
+                self.base_matrix,
+                self.base_source,
+                is_split=self.is_split,
+                weight_on=self.base_matrix_on,
+            )
+        ]
 
     @property
     def in_features(self) -> int:
@@ -284,7 +298,10 @@ class WeftLinear(WeftLayer):
 
     @property
     def _add(self) -> Callable[[Tensor, Tensor, Work], Tensor] | None:
-        return None if self.reading is None else self.reading.add
+        if self.reading is None:
+            cut = slice_of(self.base_layer)
+            return None if cut is None else partial(add_to_slice, cut=cut)
+        return self.reading.add
 
     def _by_rows(self, rows: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, and onto every row of x the update of the adapter that `rows` names for it; `BASE` has none.
@@ -355,7 +372,7 @@ class WeftLinear(WeftLayer):
             return "WEFT_REFERENCE is set"
         base = self.base_layer
         if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
-            return f"{type(base).__name__} is no plain Linear"
+            return f"{type(base).__name__} is not a plain Linear"
         if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
             return "the base is trained too"
         if watched(base):
@@ -398,19 +415,40 @@ class WeftLinear(WeftLayer):
         """W [out, in] as it is in memory: transposed from Conv1D's layout, dequantised where the base is quantised.
 
         Raises:
-            ConfigError: the base keeps no weight that can be read.
+            ConfigError: the base keeps no weight that can be read, or this process has but a part of it.
         """
+        if self.is_split():
+            raise ConfigError(
+                f"the weight of {self.module_name} is split among processes, so this one cannot read it: save the adapter "
+                "(save_pretrained), and load its folder in one process for this."
+            )
+        return self._as_matrix(self._weight())
+
+    def is_split(self) -> bool:
+        """Whether every process holds a part of the base's weight."""
+        return is_shard(getattr(self.get_base_layer(), "weight", None))
+
+    def base_matrix_on(self, process: int) -> Tensor | None:
+        """W [out, in], split among processes, whole on one of them, and None on the others; all must call it."""
+        weight = on_one(self._weight(), process)
+        return None if weight is None else self._as_matrix(weight)
+
+    def _weight(self) -> Tensor:
         base = self.get_base_layer()
         weight = getattr(base, "weight", None)
         if weight is None:
             raise ConfigError(
                 f"{self.module_name} is a {type(base).__name__} without a readable weight: do not target it."
             )
+        return cast(Tensor, weight)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
         if not weight.is_floating_point():
             weight = dequantize_module_weight(base)
         if self.reading is not None:
             return self.reading.matrix(weight.detach())
-        return cast(Tensor, weight.detach().T if isinstance(base, Conv1D) else weight.detach())
+        return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
     @property
     def base_source(self) -> str:

@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
-from weftlora.terms.structure.hydra import balance_loss
+from weftlora.schedule.processes import world
+from weftlora.terms.structure.hydra import balance_loss, balance_of, balance_sums
 
 
 @dataclass
@@ -43,12 +45,14 @@ class Routing:
     weight: dict[str, float] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict, repr=False)
 
-    def balance_loss(self, attention_mask: Tensor | None = None) -> Tensor:
+    def balance_loss(self, attention_mask: Tensor | None = None, *, together: bool = True) -> Tensor:
         """Mean over sites of balance × N Σ f_n p̄_n, a scalar to add to the task loss.
 
         Args:
             attention_mask: [batch, tokens], 0 on padding, which is left out where a site saw this shape of tokens. An
                 encoder-decoder whose two sides are padded to one length shares it: pass None there, or pad to two lengths.
+            together: with several processes, whether f and p̄ are those of the tokens of all, as gradients are averaged over all; every
+                process must call it then. Without gradients it is this process's own.
 
         Raises:
             ConfigError: no trained router ran, or reentrant checkpointing hid the graph of one.
@@ -59,7 +63,10 @@ class Routing:
             for omega in calls
             if self.weight[name]
         ]
-        terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
+        if together and torch.is_grad_enabled() and world() > 1:
+            terms = [weight * value for weight, value in _over_processes(counted)]
+        else:
+            terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
         if not counted:
             raise ConfigError(
                 "no routed module with balance > 0 ran inside weftlora.routing(model): put the forward inside the block."
@@ -111,6 +118,23 @@ def _append(calls: list[Tensor], outer: Callable[[Tensor], None] | None, omega: 
     calls.append(omega)
     if outer is not None:
         outer(omega)
+
+
+def _over_processes(counted: list[tuple[float, Tensor]]) -> list[tuple[float, Tensor]]:
+    """Each balance term over the tokens of all processes, with the gradient that is right once gradients are averaged over them."""
+    own = [balance_sums(omega) for _, omega in counted]
+    sizes = [sums.numel() for sums in own]
+    tokens = torch.tensor([float(len(omega)) for _, omega in counted], device=own[0].device, dtype=own[0].dtype)
+    flat = torch.cat([*(sums.reshape(-1) for sums in own), tokens])
+    summed = flat.detach().clone()
+    dist.all_reduce(summed)
+    summed = summed + world() * (flat - flat.detach())
+    *parts, counts = summed.split([*sizes, len(counted)])
+    return [
+        (weight, balance_of(part.view(2, -1), count))
+        for (weight, _), part, count in zip(counted, parts, counts, strict=True)
+        if float(count)
+    ]
 
 
 def _tokens(omega: Tensor, mask: Tensor | None) -> Tensor:

@@ -77,14 +77,14 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
         )
     if cubes := expert_parameters(base):
         raise TargetError(
-            f"{name} holds experts as fused parameters ({cubes[0]}), no linear modules: name them in target_parameters, as in "
+            f"{name} holds its experts as fused parameters ({cubes[0]}), not as linear modules: name them in target_parameters, as in "
             f"target_parameters=['{_last(name)}.{cubes[0]}']."
         )
     fan_in, out = getattr(base, "in_features", None), getattr(base, "out_features", None)
     if isinstance(fan_in, int) and isinstance(out, int):
         return fan_in, out
     raise TargetError(
-        f"{name} is a {kind}, which is no linear module: name linear modules in target_modules, or use 'all-linear'."
+        f"{name} is a {kind}, which is not a linear module: name linear modules in target_modules, or use 'all-linear'."
     )
 
 
@@ -197,7 +197,9 @@ def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
             check_adaptable(name, modules[name], parent)
             if _is_state_space(parent) and _last(name) in READ_BY_KERNELS:
                 raise TargetError(
-                    f"{name} is read without being called by the kernels of {type(parent).__name__}: name it."
+                    f"{name} is read by the kernels of {type(parent).__name__} without being called: name it in "
+                    "target_modules if you run "
+                    "without those kernels."
                 )
         except TargetError as error:
             refused[name] = error
@@ -386,7 +388,9 @@ def check_tokens(config: WeftConfig, model: nn.Module) -> None:
         rows = min((len(m.weight) for m in found if isinstance(m, (nn.Embedding, nn.Linear))), default=0)
         if not rows:
             names = {_last(n) for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-            raise TargetError(f"trainable_token_indices names {name!r}, which is no embedding: {suggest(name, names)}")
+            raise TargetError(
+                f"trainable_token_indices names {name!r}, which is not an embedding: {suggest(name, names)}"
+            )
         if max(tokens) >= rows:
             raise TargetError(
                 f"trainable_token_indices names token {max(tokens)}, and {name} has {rows} rows: call "

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import gathered
 from weftlora.errors import ConfigError, MergeError
 from weftlora.kernel import Factors, Role, Slots, Work, add_low_rank, delta_weight, used
 from weftlora.kernel.dropout import dropped
@@ -71,7 +72,6 @@ class Site(nn.Module):
     layer_gate: Tensor | None
     birth: Tensor | None
     score: Tensor | None
-    scales: Tensor | None
 
     def __init__(self, structure: StructureTerm, *, scale: float, dropout: float = 0.0):
         super().__init__()
@@ -89,9 +89,7 @@ class Site(nn.Module):
         self.draw: Draw = kaiming_uniform
         for name in ("mask", "layer_gate", "birth", "score"):
             self.register_buffer(name, None)
-        self.register_buffer(
-            "scales", None, persistent=False
-        )  # [E] of a batch whose sites differ in it; `scale` is then 1
+        self.scales: list[float] = []  # of every site of a batch, where they differ; `scale` is then 1
         self.experts = 0  # how many sites a batch is of; 0 for one that is none
         self.per_expert: frozenset[str] = frozenset()  # the names of the tensors with an axis of experts
         self.part_of: ExpertOf | None = None  # of the views of one expert: the batch
@@ -101,6 +99,8 @@ class Site(nn.Module):
         self._live = Remembered(_live_slots)
         self._ranks_of: list[int] = []
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
+        self.size = Size(0, 0, 0)
+        self.slot_parameters = 0  # trainable parameters of one slot, 0 where slots cannot move
         self.awaits_search = False  # training is refused but to what comes before it
         self.untrained = ""  # the sentence that refuses it
         self.recorder: Callable[[Tensor], None] | None = None  # set by `weftlora.routing` for the length of a block
@@ -116,13 +116,15 @@ class Site(nn.Module):
 
     def factors(self) -> Factors:
         """All terms of the site put together, as the kernel takes them."""
-        f = self.structure.factors(self.scale)
+        f = gathered(self.structure.factors(self.scale))
         if self._rests:
             f = _detached(f if self.pair == "freeze" else f.only(slice(0)))
         if self.layer_gate is not None:
             f = replace(f, gate=_times(self.layer_gate.expand(f.A.shape[-2]), f.gate))
-        if self.scales is not None:
-            f = replace(f, gate=_times(self.scales[:, None].expand(-1, f.A.shape[-2]), f.gate))
+        if self.scales:
+            wide = torch.promote_types(f.A.dtype, torch.float32)
+            each = torch.tensor(self.scales, dtype=wide, device=f.A.device)[:, None]
+            f = replace(f, gate=_times(each.expand(-1, f.A.shape[-2]), f.gate))
         if self.keep is not None:
             f = replace(f, keep=self.keep)
         if self.mask is not None:
@@ -243,7 +245,7 @@ class Site(nn.Module):
 
     def fresh_row(self, generator: torch.Generator) -> Tensor:
         """A row of A [in], fp32 on the CPU, as a slot has it at the start."""
-        return self.draw(1, self.structure.factors(self.scale).A.shape[1], device="cpu", generator=generator)[0]
+        return self.draw(1, self.size.fan_in, device="cpu", generator=generator)[0]
 
     @torch.no_grad()
     def fill_zero_factor(self) -> None:
@@ -301,8 +303,8 @@ class Site(nn.Module):
         """
         view = cast(Site, self._view(self, "", e))
         view.experts, view.per_expert, view.part_of = 0, frozenset(), ExpertOf(self, e)
-        if self.scales is not None:
-            view.scale, view._buffers["scales"] = float(self.scales[e]), None
+        if self.scales:
+            view.scale, view.scales = self.scales[e], []
         view.initial_rank = self.ranks_of[e]
         view._keep, view._keeps = self._keeps.get(e), {}
         view._live = Remembered(_live_slots)
@@ -419,6 +421,9 @@ def build_site(
     draw = kaiming_uniform if start is None else start.draw
     site = Site(structure.build(Size(r, fan_in, out), room, owners or {}, draw), scale=scale, dropout=dropout)
     site.initial_rank = r
+    site.size = Size(r, fan_in, out)
+    by_slot = site.structure.by_slot()
+    site.slot_parameters = sum(view(p).numel() for p, view in by_slot) // (r + room) if by_slot else 0
     site.draw = draw
     for name, value in ({} if ranks is None else ranks.state(r, room)).items():
         site.register_buffer(name, value)
@@ -505,7 +510,7 @@ def _stacked(sites: Sequence[Site], ranks_of: Sequence[int], scales: Sequence[fl
     batch.experts, batch.per_expert, batch._ranks_of = len(sites), own, list(ranks_of)
     batch.initial_rank = max(ranks_of)
     if len(set(scales)) > 1:
-        batch.scale, batch.scales = 1.0, torch.tensor(scales)
+        batch.scale, batch.scales = 1.0, list(scales)
     return batch
 
 

@@ -72,7 +72,7 @@ def decode_choice(axis: str, value: Any, version: int = FORMAT_VERSION) -> Any:
         if isinstance(value, cls.takes):
             return cls(tuple(value))
     if not isinstance(value, Mapping) or not value:
-        raise ConfigError(f"{axis}={value!r} is no choice of this axis: {_choices(axis)}")
+        raise ConfigError(f"{axis}={value!r} is not a choice of this axis: {_choices(axis)}")
     if "kind" in value:
         kind, fields = str(value["kind"]).lower(), {k: v for k, v in value.items() if k != "kind"}
     elif len(value) == 1:
@@ -136,7 +136,7 @@ class WeftConfig(PeftConfig):
             adapted modules. Needs peft 0.21 or newer; such an adapter is not exported.
         use_rslora: scale by lora_alpha / √r instead.
         init_lora_weights: False fills the factor that starts at zero too, as in peft: an adapter that changes the base from the start,
-            for tests. It is no part of what is trained later.
+            for tests. It has no part in what is trained later.
         ensure_weight_tying: on a model that ties its embeddings, modules_to_save and trainable_token_indices train them as one, as
             in peft; an adapter on a tied embedding cannot be tied.
 
@@ -211,7 +211,7 @@ class WeftConfig(PeftConfig):
             )
         for name in ("use_rslora", "ensure_weight_tying"):
             if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name}={value!r} is neither true nor false: write one of the two.")
+                raise ConfigError(f"{name}={value!r} is neither true nor false: use one of the two.")
         self.structure.check(self.lora_dropout)
         self._check_targets()
 
@@ -239,7 +239,7 @@ class WeftConfig(PeftConfig):
         self._check_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(pattern := getattr(self, name) or {}, Mapping):
-                raise ConfigError(f"{name}={pattern!r} is no table: write {{regex of a module's name: value}}.")
+                raise ConfigError(f"{name}={pattern!r} is not a table: write {{regex of a module's name: value}}.")
             setattr(self, name, dict(pattern))
         for regex in (*self.rank_pattern, *self.alpha_pattern):
             _check_regex(regex, "rank_pattern" if regex in self.rank_pattern else "alpha_pattern")
@@ -353,7 +353,7 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
 
 _ELSEWHERE = {
-    "use_dora": "DoRA is no choice of an axis",
+    "use_dora": "DoRA is not a choice of an axis",
     "lora_bias": "an update has no bias of its own",
     "layer_replication": "no layer of the base is doubled",
 }
@@ -398,7 +398,7 @@ def _check_regex(regex: str, name: str) -> None:
         re.compile(regex)
     except re.error as error:
         raise ConfigError(
-            f"{name}={regex!r} is no regular expression ({error}): escape its special characters."
+            f"{name}={regex!r} is not a regular expression ({error}): escape its special characters."
         ) from None
 
 
@@ -409,7 +409,7 @@ def _check_rank(r: Any, name: str) -> None:
 
 def _check_names(names: Any, field_name: str) -> None:
     if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{field_name}={names!r} is no list of names: write names such as ['classifier'].")
+        raise ConfigError(f"{field_name}={names!r} is not a list of names: write names such as ['classifier'].")
 
 
 def _check_tokens(value: Any) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
@@ -23,9 +23,10 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from weftlora import change_rates
+from weftlora.adapted.experts import expert_parameters
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError, suggest
 from weftlora.kernel import use_reference
@@ -64,7 +65,8 @@ class Shape:
     """A Llama-type model and its batch: `batch` × `seq` tokens through `layers` blocks of width `hidden`.
 
     Attention heads are 64 wide, three share one key/value head where three divides their number, and the MLP is 8/3
-    hidden wide (rounded up to 64).
+    hidden wide (rounded up to 64). With `experts` the model is of the Qwen3-MoE type, and in the place of every MLP are that many
+    experts, half of hidden wide (rounded up to 64), of which every token is sent to four.
     """
 
     hidden: int = 768
@@ -72,13 +74,16 @@ class Shape:
     vocab: int = 2048
     batch: int = 4
     seq: int = 256
+    experts: int = 0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value < 1:
+            if value < (name != "experts"):
                 raise ConfigError(f"{name}={value} leaves nothing to measure: use a whole number from 1 up.")
         if self.hidden % HEAD_SIZE:
-            raise ConfigError(f"hidden={self.hidden} is no multiple of {HEAD_SIZE}, the width of one attention head.")
+            raise ConfigError(
+                f"hidden={self.hidden} is not a multiple of {HEAD_SIZE}, the width of one attention head."
+            )
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,21 @@ class Case:
         return self.kind in BENCHED and not self.kind.startswith("peft:")
 
 
-def cases(dtype: Dtype, kinds: Sequence[str], dropouts: Sequence[float]) -> list[Case]:
-    """The floor, then every case of the kinds asked for at every rank, dropout and adapter dtype on a base of `dtype`."""
+def cases(dtype: Dtype, kinds: Sequence[str], dropouts: Sequence[float], experts: bool = False) -> list[Case]:
+    """The floor, then every case of the kinds asked for at every rank, dropout and adapter dtype on a base of `dtype`.
+
+    On experts stock LoRA has no dropout, and every recipe is stepped at one rank.
+    """
     if unknown := [kind for kind in kinds if kind not in BENCHED]:
         raise ConfigError(f"there is no case {unknown[0]!r}: {suggest(unknown[0], BENCHED)}")
     adapters: tuple[Dtype, ...] = ("fp32",) if dtype == "fp32" else ("fp32", "bf16")
     found = [Case(kind, r, p, a) for kind in kinds for p in dropouts for r in BENCHED[kind].ranks for a in adapters]
+    if experts:
+        found = [
+            case
+            for case in found
+            if case.r == BENCHED[case.kind].ranks[0] and not (case.kind == "peft:lora" and case.p)
+        ]
     return [Case("floor"), *found]
 
 
@@ -164,20 +178,31 @@ def own_builders(specs: Sequence[str]) -> dict[str, Build]:
     return found
 
 
-def frozen_base(shape: Shape, dtype: Dtype) -> LlamaForCausalLM:
-    """A Llama-type causal model with random weights, frozen, in training mode, without a KV cache."""
+def frozen_base(shape: Shape, dtype: Dtype) -> PreTrainedModel:
+    """A Llama-type causal model, or one of experts, with random weights, frozen, in training mode, without a KV cache."""
     heads = shape.hidden // HEAD_SIZE
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=-(-8 * shape.hidden // (3 * 64)) * 64,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 3 if heads % 3 == 0 else heads,
-        vocab_size=shape.vocab,
-        max_position_embeddings=shape.seq,
-        use_cache=False,
-    )
-    return cast(LlamaForCausalLM, LlamaForCausalLM(config).to(DTYPES[dtype]).requires_grad_(False).train())
+    common: dict[str, Any] = {
+        "hidden_size": shape.hidden,
+        "intermediate_size": -(-8 * shape.hidden // (3 * 64)) * 64,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.seq,
+        "use_cache": False,
+    }
+    model: PreTrainedModel
+    if shape.experts:
+        of_experts = {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": min(4, shape.experts),
+            "moe_intermediate_size": -(-shape.hidden // 128) * 64,
+            "head_dim": HEAD_SIZE,
+        }
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**common, **of_experts))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**common))
+    return model.to(DTYPES[dtype]).requires_grad_(False).train()
 
 
 def build(case: Case, base: nn.Module, own: dict[str, Build]) -> nn.Module:
@@ -195,7 +220,10 @@ def build(case: Case, base: nn.Module, own: dict[str, Build]) -> nn.Module:
 
 def _adapted(case: Case, model: nn.Module) -> nn.Module:
     fields = dict(BENCHED[case.kind].fields) | ({} if case.mask == "linear" else {"dropout_mask": case.mask})
-    config = RECIPES[case.kind](r=case.r, lora_dropout=case.p, target_modules="all-linear", **fields)
+    targets: dict[str, Any] = {"target_modules": "all-linear"}
+    if experts := expert_parameters(model):  # stock LoRA's all-linear would take routers, too
+        targets = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "target_parameters": experts}
+    config = RECIPES[case.kind](r=case.r, lora_dropout=case.p, **targets, **fields)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=case.adapter == "fp32")
     leave_the_start(adapted)
     launch_anywhere(adapted)
@@ -218,8 +246,8 @@ def leave_the_start(model: nn.Module) -> None:
 
 def launch_anywhere(model: nn.Module) -> None:
     """Launch every Dash site on random orthonormal directions: a step costs the same along any."""
-    for site in model.modules():
-        if isinstance(site, Site) and site.boost is not None:
+    for site in _sites(model):
+        if site.boost is not None:
             slots = site.boost.slots(1.0, None, None)
             (out, s), fan_in = slots.up.shape, slots.down.shape[1]
             up, down = (torch.linalg.qr(torch.randn(n, s)).Q for n in (out, fan_in))
@@ -228,7 +256,7 @@ def launch_anywhere(model: nn.Module) -> None:
 
 def move_ranks(model: nn.Module) -> None:
     """Where ranks are reallocated: every other site has lost its first slots to the next one, which is full."""
-    sites = [m for m in model.modules() if isinstance(m, Site) and m.mask is not None]
+    sites = [site for site in _sites(model) if site.mask is not None]
     with torch.no_grad():
         for place, site in enumerate(sites[: len(sites) // 2 * 2]):
             mask, f = cast(Tensor, site.mask), site.structure.factors(1.0)
@@ -240,6 +268,13 @@ def move_ranks(model: nn.Module) -> None:
                 mask[:moved] = 0
             f.A[mask == 0] = 0.0
             f.B[:, mask == 0] = 0.0
+
+
+def _sites(model: nn.Module) -> Iterator[Site]:
+    """The sites of one matrix each."""
+    for held in model.modules():
+        if isinstance(held, Site):
+            yield from (held.expert(e) for e in range(held.experts)) if held.experts else [held]
 
 
 def set_gates(model: nn.Module) -> None:

@@ -198,7 +198,7 @@ class Setting:
                 raise ConfigError(f"dtype {dtype!r} is not measured: {suggest(dtype, DTYPES)}")
         for p in self.dropouts:
             if not 0 <= p < 1:
-                raise ConfigError(f"dropout {p} is no probability below 1: use 0 or 0.05.")
+                raise ConfigError(f"dropout {p} is not a probability below 1: use 0 or 0.05.")
         if self.clock not in CLOCKS:
             raise ConfigError(f"clock {self.clock!r} does not exist: {suggest(self.clock, CLOCKS)}")
         for name, value in (("rounds", self.rounds), ("threads", self.threads)):

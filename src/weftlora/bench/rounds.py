@@ -128,7 +128,7 @@ def step(
     with torch_threads(threads), torch.random.fork_rng(devices=[]), many:
         for dtype in setting.dtypes:
             todo = [
-                *(table_cases(dtype) if table else cases(dtype, kinds, dropouts)),
+                *(table_cases(dtype) if table else cases(dtype, kinds, dropouts, setting.shape.experts > 0)),
                 *cases_of_builders(builders, dropouts, dtype),
             ]
             jobs = _prepare(todo, setting, dtype, builders, progress)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 VERDICTS = {"aim": "aim reached", "must": "reached", "missed": "missed", "": ""}
 
 Threads = Annotated[int, typer.Option(help="Threads of torch.")]
-Clock = Annotated[str, typer.Option(help="cpu: process CPU time; wall: only on an idle machine.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn, and of the order.")]
-Tiny = Annotated[bool, typer.Option("--quick", help="Tiny sizes: does it all run?")]
+Clock = Annotated[str, typer.Option(help="Measure CPU time of the process, or wall time (only on an idle machine).")]
+Seed = Annotated[int, typer.Option(help="Set the seed of the inputs and of the order.")]
+Tiny = Annotated[bool, typer.Option("--quick", help="Run tiny sizes, to see that everything works.")]
 
 app = typer.Typer(help="Measure speed and memory.", no_args_is_help=True)
 
@@ -40,26 +40,36 @@ def bench() -> None:
 
 @app.command()
 def step(
-    hidden: Annotated[int, typer.Option(help="Width of the Llama-type model, a multiple of 64.")] = 768,
-    layers: Annotated[int | None, typer.Option(help="Its blocks; 4, with --all 8.")] = None,
+    hidden: Annotated[int, typer.Option(help="Set the width of the Llama-type model, a multiple of 64.")] = 768,
+    layers: Annotated[int | None, typer.Option(help="Set its number of blocks; 4, or 8 with --all.")] = None,
     vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
     seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds; at least 7 for figures to publish.")] = 9,
-    dtype: Annotated[list[str] | None, typer.Option(help="Base in fp32 or bf16; may be repeated. Both.")] = None,
-    dropout: Annotated[list[float] | None, typer.Option(help="lora_dropout; may be repeated. 0 and 0.05.")] = None,
+    experts: Annotated[int, typer.Option(help="Put this many experts in the place of every MLP; 0 for none.")] = 0,
+    rounds: Annotated[
+        int, typer.Option(help="Set the number of interleaved rounds; 7 or more for figures to publish.")
+    ] = 9,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Measure on a base in fp32 or bf16; may be repeated. Default: both.")
+    ] = None,
+    dropout: Annotated[
+        list[float] | None, typer.Option(help="Set lora_dropout; may be repeated. Default: 0 and 0.05.")
+    ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="peft:lora, lora, hydralora, tied_lora, lora_dash, alora, flexora; may be repeated. All."),
+        typer.Option(
+            help="Measure peft:lora, lora, hydralora, tied_lora, lora_dash, alora, flexora; may be repeated. Default: all."
+        ),
     ] = None,
     table: Annotated[
-        bool, typer.Option("--all", help="The project's table of figures, compiled blocks too (a quarter of an hour).")
+        bool,
+        typer.Option("--all", help="Measure the project's whole table, compiled blocks too (a quarter of an hour)."),
     ] = False,
     case: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[@RANK]=MODULE:FUNCTION",
-            help="Layers of your own: function(base, r, dropout) returns the model to step; may be repeated.",
+            help="Measure layers of your own: function(base, r, dropout) returns the model to train; may be repeated.",
         ),
     ] = None,
     threads: Threads = 1,
@@ -85,7 +95,7 @@ def step(
         from weftlora.bench import step as call
 
         return call(
-            Shape(hidden, layers or (8 if table else 4), vocab, batch, seq),
+            Shape(hidden, layers or (8 if table else 4), vocab, batch, seq, experts),
             table=table,
             rounds=rounds,
             threads=threads,
@@ -100,7 +110,7 @@ def step(
     if wrong := [f"{r.case} on a {r.dtype} base" for r in result.cases if r.exact is False]:
         raise RunError(
             f"the gradients of {', '.join(wrong)} are not those of the reference kernel, so these speeds do not count: "
-            "mend the kernel first."
+            "fix the kernel first."
         )
 
 
@@ -108,11 +118,13 @@ def step(
 def launch(
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="OUTxIN@ROUNDS", help="One weight to launch on; may be repeated. 768 to 4096."),
+        typer.Option(
+            metavar="OUTxIN@ROUNDS", help="Launch on a weight of this shape; may be repeated. Default: 768 to 4096."
+        ),
     ] = None,
-    layers: Annotated[int, typer.Option(help="Blocks of a Llama-type model to launch on; 0 leaves it out.")] = 4,
-    hidden: Annotated[int, typer.Option(help="Its width, a multiple of 64.")] = 768,
-    rounds: Annotated[int, typer.Option(help="Rounds of the model.")] = 3,
+    layers: Annotated[int, typer.Option(help="Launch on a Llama-type model of this many blocks; 0 leaves it out.")] = 4,
+    hidden: Annotated[int, typer.Option(help="Set its width, a multiple of 64.")] = 768,
+    rounds: Annotated[int, typer.Option(help="Set the number of rounds on the model.")] = 3,
     r: Annotated[int, typer.Option("--r", help="Rank of ΔW.")] = 8,
     directions: Annotated[int, typer.Option(help="Directions per module.")] = 8,
     threads: Threads = 1,

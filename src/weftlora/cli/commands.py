@@ -71,7 +71,9 @@ app.command()(heads)
 app.command()(data)
 app.command("new-term")(new_term)
 
-Base = Annotated[str | None, typer.Option(help="Where the base model lies now, if not where the run found it.")]
+Base = Annotated[
+    str | None, typer.Option(help="Give the place of the base model, if it is not where the run found it.")
+]
 
 
 @app.command()
@@ -80,14 +82,14 @@ def train(
         str, typer.Argument(help="A recipe file, a built-in name (see `weftlora recipes`) or a run folder.")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="train.lr=1e-3")] = None,
-    out: Annotated[str | None, typer.Option(help="The run folder; short for out=....")] = None,
+    out: Annotated[str | None, typer.Option(help="Write the run to this folder; short for out=....")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest complete checkpoint.")] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Go on with a complete run, to a longer train.steps, in a new run.")
+        bool, typer.Option("--extend", help="Train a complete run for longer: a higher train.steps, in a new run.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Look at rows, time and memory as `weftlora data`, and train nothing.")
+        bool, typer.Option("--dry-run", help="Show rows, time and memory as `weftlora data` does, and train nothing.")
     ] = False,
     no_verify_base: Annotated[
         bool, typer.Option("--no-verify-base", help="Do not read the base's weights to identify them.")
@@ -129,13 +131,19 @@ def evaluate(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="test or validation; by default test, or validation where there are no test rows."),
+        typer.Option(
+            help="Measure on test or validation rows; by default test, or validation where there are no test rows."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Measure only the first rows; nothing is written.")] = None,
-    adapter: Annotated[str, typer.Option(help="trained, or none for the frozen base.")] = "trained",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Measure only this many rows, the first ones, and write nothing.")
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="Measure the trained adapter, or none: the frozen base.")] = "trained",
     base: Base = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Bound of the compared answers.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Take this many rows at a time.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Generate at most this many tokens per answer.")
+    ] = None,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -159,7 +167,8 @@ def evaluate(
 
 
 System = Annotated[
-    str | None, typer.Option(help="A system turn before it, for a run that was trained on conversations.")
+    str | None,
+    typer.Option(help="Put this system message before the prompt, for a run that was trained on conversations."),
 ]
 
 
@@ -172,12 +181,13 @@ def generate(
     ] = None,
     system: System = None,
     messages: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A conversation to go on with, as JSON, instead of a prompt.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Continue this conversation, a JSON file of messages, instead of a prompt."),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the model the text as it stands.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the model the text as it is.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Set the seed of sampling, for a temperature above 0.")] = 0,
     base: Base = None,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
@@ -217,7 +227,7 @@ def chat(
     system: System = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperature above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Set the seed of sampling, for a temperature above 0.")] = 0,
     base: Base = None,
     trust_terms: TrustTerms = None,
 ) -> None:
@@ -232,7 +242,7 @@ def chat(
     asks = sys.stdin.isatty()
     if asks:
         kept = "what was said is remembered" if talk.remembers else "every prompt is answered by itself"
-        sys.stderr.write(f"weftlora: {kept}; /new begins again, /exit leaves\n")
+        sys.stderr.write(f"weftlora: {kept}; /new starts over, /exit leaves\n")
     while (line := output.next_line(asks)) is not None:
         if line.strip() in ("/exit", "/quit"):
             return
@@ -260,7 +270,7 @@ def recipes(
 @app.command()
 def doctor(
     run: Annotated[
-        Path | None, typer.Argument(help="A run or adapter: also say which of its linears the fast path computes.")
+        Path | None, typer.Argument(help="A run or adapter: also say which of its modules the fast path computes.")
     ] = None,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
@@ -310,15 +320,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.filename is None and error.errno in _OF_A_STREAM:
             _show_nothing_more()
-            sys.exit(_say(f"what was to be shown cannot be written: {str(error.strerror).lower()}."))
+            sys.exit(_say(f"the output cannot be written: {str(error.strerror).lower()}."))
         if error.errno == errno.ENOENT and _is_nowhere():
-            sys.exit(_say("the working folder was deleted: change to one that is there."))
+            sys.exit(_say("the working folder was deleted: change to one that exists."))
         if error.errno not in _OF_A_PATH:
             raise
         sys.exit(_say(f"{error.filename!r} cannot be a file or folder here: {str(error.strerror).lower()}."))
     except Exception as error:
         if isinstance(error, ValueError) and "embedded null byte" in str(error):
-            sys.exit(_say("a path holds a NUL, which no path can: write it again."))
+            sys.exit(_say("a path contains a NUL character, which no path can contain: write it again."))
         if _UsageError is None or not isinstance(error, _UsageError):
             raise
         sys.exit(_say(f"{error.format_message()} See `weftlora --help`.", 2))  # type: ignore[attr-defined]

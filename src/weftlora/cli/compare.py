@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 def compare(
     recipe: Annotated[str, typer.Argument(help="A comparison's file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process with one torch thread.")] = 1,
-    out: Annotated[str | None, typer.Option(help="The comparison's folder; short for out=....")] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Run this many at once, each in a process with one torch thread.")
+    ] = 1,
+    out: Annotated[str | None, typer.Option(help="Write the comparison to this folder; short for out=....")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")
     ] = False,
@@ -194,12 +196,10 @@ def _below(found: Comparison) -> list[str]:
         said = expected_false(len(judged), judged[0].level)
         lines.append(f"{said[0].upper()}{said[1:]}.")
     if edge := [f"{method.name} ({method.lr:g})" for method in found.methods if method.rate_at_edge]:
-        lines.append(
-            f"A better rate may lie beyond those that were tried, of which the outermost won: {', '.join(edge)}."
-        )
+        lines.append(f"A better rate may be outside those that were tried: {', '.join(edge)}.")
     lines += [*_notes(found.methods), *_problems(found.outcomes)]
     if any(run.status == "failed" for run in found.outcomes):
-        lines.append("What has failed is tried again when the same command is given again.")
+        lines.append("Give the same command again to retry what failed.")
     return [*lines, f"runs: {found.folder}"]
 
 
@@ -250,19 +250,19 @@ def _listed(values: list[int] | list[float]) -> str:
 
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUNS...", help="A comparison's folder, or run folders.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page; it needs no network.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Write the page to this file; it needs no network.")] = Path(
+        "report.html"
+    ),
     baseline: Annotated[
-        str | None, typer.Option(help="What the others are held against; plain LoRA if not given.")
+        str | None, typer.Option(help="Compare the others with this method; plain LoRA by default.")
     ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="What the verdicts are about, such as loss or exact_match.")
-    ] = None,
-    title: Annotated[str | None, typer.Option(help="The heading; the model and its data if not given.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Judge by this score, such as loss or exact_match.")] = None,
+    title: Annotated[str | None, typer.Option(help="Set the heading; by default the model and its data.")] = None,
     routers: Annotated[
         bool, typer.Option("--routers", help="Also run routers over validation rows; loads the base.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace --out even if it is no page of weftlora.")
+        bool, typer.Option("--overwrite", help="Replace --out even if it is not a page of weftlora.")
     ] = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,

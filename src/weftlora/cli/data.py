@@ -29,9 +29,9 @@ def data(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.train=rows.jsonl")
     ] = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to show as the model is given them.")] = 3,
+    rows: Annotated[int, typer.Option(min=0, help="Show this many rows as the model gets them.")] = 3,
     no_model: Annotated[
-        bool, typer.Option("--no-model", help="Do not load the model: no time and no memory are estimated.")
+        bool, typer.Option("--no-model", help="Do not load the model; estimate neither time nor memory.")
     ] = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,

@@ -33,12 +33,14 @@ def directions(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(help="A later adapter, or a model fine-tuned in full: what should have been predicted."),
+        typer.Option(
+            help="Compare with a later adapter, or a model fine-tuned in full: what should have been predicted."
+        ),
     ] = None,
-    count: Annotated[int, typer.Option("--directions", min=1, help="How many directions are predicted.")] = 8,
-    full: Annotated[bool, typer.Option("--full", help="σ and change rate of every direction.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the directions drawn as a control.")] = 0,
-    cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
+    count: Annotated[int, typer.Option("--directions", min=1, help="Predict this many directions.")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="Keep σ and change rate of every direction.")] = False,
+    seed: Annotated[int, typer.Option(help="Set the seed of the random directions used as a control.")] = 0,
+    cache: Annotated[str | None, typer.Option(help="Keep decompositions in this folder; or set WEFT_CACHE.")] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     trust_terms: TrustTerms = None,
@@ -176,9 +178,9 @@ BAR = 30
 
 def heads(
     data: Annotated[str, typer.Argument(help="A data file, a recipe file (its data section), or demo.")],
-    largest: Annotated[int, typer.Option(min=3, help="The largest number tried.")] = 10,
+    largest: Annotated[int, typer.Option(min=3, help="Try up to this many heads.")] = 10,
     rows: Annotated[int, typer.Option(min=10, help="Draw this many rows of a larger file.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw and of k-means.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Set the seed of the draw and of k-means.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Suggest a number of heads for HydraLoRA from the clusters of the training rows."""

@@ -206,7 +206,7 @@ def _packages() -> tuple[dict[str, str], dict[str, str], list[str]]:
     try:
         required = importlib.metadata.requires("weftlora") or []
     except importlib.metadata.PackageNotFoundError:
-        none = "weftlora is on the path and not installed, so what it needs cannot be compared: pip install it."
+        none = "weftlora is on the path but not installed, so its requirements cannot be checked: install it with pip."
         return {name: _version(name) or "missing" for name in COMPARED}, dict.fromkeys(COMPARED, ""), [none]
     for line in required:
         needed = Requirement(line)

@@ -23,38 +23,45 @@ SHOWN = 12
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run folder or an adapter folder.")],
     to: Annotated[
-        Literal["lora", "merged"], typer.Option(help="A stock LoRA, or the base with the update in its weights.")
+        Literal["lora", "merged"],
+        typer.Option(help="Write a stock LoRA, or the base with the update merged into its weights."),
     ] = "lora",
     out: Annotated[
-        Path | None, typer.Option(help="The new folder; by default lora or merged in the run folder.")
+        Path | None, typer.Option(help="Write to this new folder; by default lora or merged in the run folder.")
     ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="One rank for all modules, no patterns.")] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Use one rank for all modules, without patterns.")] = False,
     server_ranks: Annotated[
-        bool, typer.Option("--server-ranks", help="Uniform, at the next of 8, 16, 32, 64, 128, 256, 320, 512.")
+        bool, typer.Option("--server-ranks", help="Use one rank, the next of 8, 16, 32, 64, 128, 256, 320, 512.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store float32, bfloat16 or float16.")] = None,
     approximate: Annotated[
-        str | None, typer.Option(help="mean-gate: HydraLoRA with fixed gates; needs --data.")
+        str | None, typer.Option(help="Approximate HydraLoRA with fixed gates (mean-gate); needs --data.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Rows on which the mean gates are measured.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many of them.")] = 256,
+    data: Annotated[str | None, typer.Option(help="Measure the mean gates on these rows.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Use this many of them.")] = 256,
     accept_loss: Annotated[
-        bool, typer.Option("--accept-loss", help="Merge even if rounding loses over a tenth.")
+        bool, typer.Option("--accept-loss", help="Merge even if rounding loses more than a tenth.")
     ] = False,
     original: Annotated[
         str | None, typer.Option(help="Merge into this checkpoint instead of a quantised base.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where the base model lies now, if not where the run found it.")
+        str | None, typer.Option(help="Give the place of the base model, if it is not where the run found it.")
     ] = None,
-    base_name: Annotated[str | None, typer.Option(help="What the folder calls the base, such as a hub id.")] = None,
+    base_name: Annotated[
+        str | None, typer.Option(help="Name the base like this in the folder, such as by a hub id.")
+    ] = None,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not prove it; for models that do not fit twice.")
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Skip the comparison with the live adapter; for models that do not fit into memory twice.",
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing on stderr.")] = False,
 ) -> None:
     """Write an adapter that loads without `import weftlora`, and prove it.
 
@@ -101,9 +108,9 @@ def push(
     source: Annotated[str, typer.Argument(metavar="FOLDER", help="A run folder, an adapter folder or an export.")],
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the hub.")],
     base_name: Annotated[
-        str | None, typer.Option(help="What the hub calls the base, where the adapter names a folder of this machine.")
+        str | None, typer.Option(help="Give the hub id of the base, where the adapter names a folder of this machine.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository for all to see.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with weftlora",
     as_json: Json = False,
 ) -> None:

@@ -33,20 +33,20 @@ def inspect(
         Path | None, typer.Option(help="Write a page with charts to this file; it needs no network.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Rows for the routers; a run has validation rows of its own.")
+        str | None, typer.Option(help="Run the routers over these rows; a run has validation rows of its own.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="A run or adapter folder, such as a checkpoint, to compare A and B with.")
+        str | None, typer.Option(help="Compare A and B with this run or adapter folder, such as a checkpoint.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where the base model lies now, if not where the folder says.")
+        str | None, typer.Option(help="Give the place of the base model, if it is not where the folder says.")
     ] = None,
-    no_base: Annotated[bool, typer.Option("--no-base", help="Read the adapter's files alone.")] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Rows per domain for the routers.")] = 64,
+    no_base: Annotated[bool, typer.Option("--no-base", help="Read only the adapter's files.")] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Run the routers over this many rows per domain.")] = 64,
     spectra: Annotated[int, typer.Option(min=0, help="Decompose W of this many modules for change rates.")] = 4,
-    cache: Annotated[str | None, typer.Option(help="Folder that keeps decompositions; or set WEFT_CACHE.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Keep decompositions in this folder; or set WEFT_CACHE.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace --html even if it is no page of weftlora.")
+        bool, typer.Option("--overwrite", help="Replace --html even if it is not a page of weftlora.")
     ] = False,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
@@ -209,7 +209,7 @@ def _domains(routers: Routers) -> list[RenderableType]:
         numbers = [[u.entropy for u in own], [u.balance for u in own], [site.apart(domain) for site in sites]]
         tokens = f"{max((u.tokens for u in own), default=0):,}"
         table.add_row(domain, tokens, *(_number(_mean(values)) for values in numbers))
-    note = "apart: how differently it uses the heads, from 0 (as all rows do) to 1 (quite other ones)"
+    note = "apart: how differently it uses the heads, from 0 (as all rows do) to 1 (entirely different ones)"
     if between := [each for each in routers.outputs if each.between_domains is not None]:
         share, chance = (_mean([getattr(each, name) for each in between]) for name in ("between_domains", "chance"))
         note += f"; of what a head's outputs differ by over rows, {share:.0%} lies between domains (by chance: {chance:.0%})"

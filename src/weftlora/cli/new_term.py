@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def new_term(
     name: Annotated[str, typer.Argument(help="What configs will call it: small letters, digits and _.")],
     axis: Annotated[str, typer.Option(help="structure, start, boost, ranks or layers.")],
-    out: Annotated[Path | None, typer.Option(help="The folder; one called NAME by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this folder; by default one called NAME.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a term of your own to fill in: its file, its claims test, its page."""

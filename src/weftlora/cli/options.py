@@ -22,7 +22,7 @@ TrustTerms = Annotated[
         "--trust-terms",
         metavar="PACKAGE",
         callback=_trust,
-        help="Import terms that the folder names from this package; may be given again.",
+        help="Import terms that the folder names from this package; may be repeated.",
     ),
 ]
 """Whose terms a config that comes from a folder may import. Given to a command, it holds for the whole process."""

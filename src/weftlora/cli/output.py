@@ -295,7 +295,7 @@ def run_summary(run: Run) -> str:
         [
             *_searched(run),
             f"{_steps(run)} in {seconds:.1f} s{_cost(run)}; {', '.join(shown) or 'nothing measured'}",
-            f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trained parameters)",
+            f"adapter: {run.adapter_folder} ({run.parameters['trainable']:,} trainable parameters)",
             f"next:    weftlora eval {run.folder}"
             + ("" if run.task == "classification" else f' · weftlora generate {run.folder} "..."'),
         ]

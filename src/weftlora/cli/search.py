@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 def search(
     recipe: Annotated[str, typer.Argument(help="A recipe file or a built-in name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="adapter.steps=100")] = None,
-    out: Annotated[str, typer.Option(help="The file for the selection.")] = "selection.json",
-    seeds: Annotated[int, typer.Option(min=1, help="Searches, to see how far they agree; the first is written.")] = 1,
+    out: Annotated[str, typer.Option(help="Write the selection to this file.")] = "selection.json",
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, help="Search this many times, to see how far the selections agree; the first is written."),
+    ] = 1,
     rows: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Also search on this many rows, to see how stable the selection is; repeatable."),
+        typer.Option(min=1, help="Also search on this many rows, to see how stable the selection is; may be repeated."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out even if it is no selection.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --out even if it is not a selection.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

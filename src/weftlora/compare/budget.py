@@ -172,10 +172,10 @@ def _solved(
     alpha, notes = _put_on(scales, made)
     if gap is not None and abs(gap) > CLOSE:
         notes.append(
-            f"{parameters:,} trainable parameters at rank {r} ({gap:+.0%}) are as near to {target:,} as it comes."
+            f"Rank {r} gives {parameters:,} trainable parameters ({gap:+.0%}), as near to {target:,} as this method gets."
         )
     if blocks is not None and counted(r, last=True) != parameters:
-        notes.append("Its blocks differ in size, so its numbers depend on which it has.")
+        notes.append("Its blocks differ in size, so its trainable parameters depend on which it adapts.")
     steps, said = _steps(recipe, contender, scales)
     adapter = made | ({"layers": {"random": contender.count}} if contender.draws else {})
     method = Method(contender.name, adapter, r, alpha, parameters, gap, steps, note=" ".join([*notes, *said]))
@@ -215,13 +215,15 @@ def _of_fixed_size(contender: Contender, there: int, told: int | None) -> Conten
         return Contender(contender.name, contender.section, True, count)
     if search.granularity == "module":
         raise ConfigError(
-            f"{contender.name} selects modules, which differ in size, so its numbers cannot be made equal: search blocks, or set "
+            f"{contender.name} selects modules, which differ in size, so its trainable parameters cannot be made "
+            "equal: search blocks, or set "
             "budget.equal=steps."
         )
     given = contender.section
     if search.selects is None and "select" in given:
         raise ConfigError(
-            f"{contender.name} selects by {given['select']}, so its numbers are known only after the search: leave select out (half "
+            f"{contender.name} selects by {given['select']}, so its trainable parameters are known only after the "
+            "search: leave select out (half "
             "of the blocks), give top_k, or set budget.equal=steps."
         )
     return selecting_blocks(contender, search.selects or half)
@@ -241,10 +243,11 @@ def _steps(recipe: CompareRecipe, contender: Contender, scales: Scales) -> tuple
     """Steps of the training, less what a search costs where steps are equal; and the sentence that says so."""
     search = contender.search
     if search is None or recipe.budget.equal == "parameters":
-        return scales.steps, [] if search is None else ["The steps of its search come on top of its training's."]
+        return scales.steps, [] if search is None else ["Its search comes on top of these steps."]
     if search.steps is None:
         raise ConfigError(
-            f"{contender.name} searches for a pass over the rows, and the budget of equal steps pays for it: give it steps (of the "
+            f"{contender.name} searches for a whole pass over the rows, which a budget of equal steps must pay for: "
+            "give it steps (of the "
             f"search), fewer than {scales.steps}."
         )
     rows = recipe.train.batch_size * recipe.train.accumulation

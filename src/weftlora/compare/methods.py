@@ -153,7 +153,7 @@ def _called(name: Any) -> str:
         or not str(name).isprintable()
         or len(str(name)) > LONGEST
     ):
-        raise ConfigError(f"name={name!r} is no name of a method: give a line of at most {LONGEST} characters.")
+        raise ConfigError(f"name={name!r} is not a name of a method: give a line of at most {LONGEST} characters.")
     return str(name)
 
 

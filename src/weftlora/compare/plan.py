@@ -170,7 +170,7 @@ class Plan(Record):
     def load(cls, folder: Path) -> Plan:
         """Read compare.json. Raises RunError if there is none, or it is damaged or of a newer format."""
         if not (folder / "compare.json").is_file():
-            raise RunError(f"{folder} is no comparison: it has no compare.json.")
+            raise RunError(f"{folder} is not a comparison: it has no compare.json.")
         content = read_json(folder / "compare.json")
         try:
             fields = cls.fields_in(content, folder / "compare.json")
@@ -191,13 +191,13 @@ class Plan(Record):
         if not self.seeds or not self.rates or not all(map(math.isfinite, self.rates)) or self.metric not in METRICS:
             raise ValueError(f"seeds={self.seeds}, rates={self.rates}, metric={self.metric!r} decide nothing")
         if isinstance(scale := self.recipe["scale"], str) and scale != "own":
-            raise ValueError(f"recipe.scale={scale!r} is no alpha / r")
+            raise ValueError(f"recipe.scale={scale!r} is not an alpha / r")
         if self.baseline not in self.slugs:
             raise ValueError(f"its baseline {self.baseline!r} is none of its methods")
         for name, slug in self.slugs.items():
             if not _SLUG.fullmatch(slug):
                 raise RunError(
-                    f"{top / 'compare.json'} puts the runs of {name!r} into {slug!r}, which is no name of a folder in it: the file is "
+                    f"{top / 'compare.json'} puts the runs of {name!r} into {slug!r}, which cannot be a folder in it: the file is "
                     "damaged or not to be trusted."
                 )
         for method in self.methods:
@@ -268,12 +268,12 @@ def check_rows(plan: Plan, recipe: CompareRecipe) -> None:
 
 def _baseline(recipe: CompareRecipe, trained: list[str]) -> str:
     if not trained:
-        raise ConfigError("the comparison trains nothing: give it a method beside none, such as lora.")
+        raise ConfigError("the comparison trains nothing: give it a method other than none, such as lora.")
     if recipe.baseline is None:
         return "lora" if "lora" in trained else trained[0]
     if recipe.baseline not in trained:
         raise ConfigError(
-            f"the baseline {recipe.baseline!r} is no method that is trained: {suggest(recipe.baseline, trained)}"
+            f"the baseline {recipe.baseline!r} is not a method that is trained: {suggest(recipe.baseline, trained)}"
         )
     return recipe.baseline
 
@@ -293,11 +293,11 @@ def _check_countable(metric: str, data: Any) -> None:
         return
     references = [prompt.reference for prompt in generation_prompts(data.test)]
     if not references:
-        raise ConfigError(f"metric={metric} is of answers, and the test rows have none: use loss.")
+        raise ConfigError(f"metric={metric} is measured on answers, and the test rows have none: use loss.")
     count = {"bleu": scores.bleu, "rouge_l": scores.rouge_l}.get(metric)
     if count is not None and count(references, references) is None:
         raise ConfigError(
-            f"metric={metric} counts nothing in the answers of the test rows, such as {references[0]!r}: use loss."
+            f"metric={metric} finds nothing to count in the answers of the test rows, such as {references[0]!r}: use loss."
         )
 
 

@@ -54,7 +54,7 @@ class Rates(RecipeSection):
     def _positive_and_different(cls, values: list[float]) -> list[float]:
         for value in values:
             if not value > 0:
-                raise ConfigError(f"rates.values has {value:g}, which is no learning rate: use numbers above 0.")
+                raise ConfigError(f"rates.values has {value:g}, which is not a learning rate: use numbers above 0.")
         if len({f"{value:g}" for value in values}) < len(values):
             raise ConfigError(f"rates.values={values} names a rate twice, to six figures: keep one of the two.")
         return sorted(values)
@@ -81,7 +81,7 @@ class CompareRecipe(Subject):
     def _is_scale(cls, value: Any) -> Any:
         if value == "own" or (is_number(value) and value > 0):
             return value
-        raise ConfigError(f"scale={value!r} is no alpha / r: give a number above 0, or own for each recipe's.")
+        raise ConfigError(f"scale={value!r} is not an alpha / r: give a number above 0, or own for each recipe's.")
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -107,7 +107,8 @@ class CompareRecipe(Subject):
             raise ConfigError("train.seed is one seed, and a comparison has several: give seeds instead.")
         if self.train.freeze_down:
             raise ConfigError(
-                "train.freeze_down trains fewer parameters than the budget gives a method, so a comparison cannot weigh it: leave it "
+                "train.freeze_down trains fewer parameters than the budget gives a method, so a comparison cannot be "
+                "fair to it: leave it "
                 "out, and compare two runs of weftlora train instead."
             )
         named = [method if isinstance(method, str) else str(method.get("recipe")) for method in self.methods]
@@ -120,7 +121,7 @@ class CompareRecipe(Subject):
             raise ConfigError(f"train.lr={self.train.lr:g} and rates are both given: keep one of them.")
         if self.answers is False and self.metric and record.METRICS[self.metric].of == "answers":
             raise ConfigError(
-                f"metric={self.metric} is of answers, and answers=false generates none: drop one of the two."
+                f"metric={self.metric} is measured on answers, and answers=false generates none: drop one of the two."
             )
         return self
 

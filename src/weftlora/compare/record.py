@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from weftlora.foreign_text import html_table
 from weftlora.records import Record
 
 Name = Literal["loss", "exact_match", "accuracy", "macro_f1", "bleu", "rouge_l"]
@@ -191,6 +192,16 @@ class Comparison(Record):
     complete: bool
     split: str = "test"
     """The rows that the scores are of: test, or validation for plain runs that have no test rows."""
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for row in self.rows:
+            method = self.method(row.name)
+            score = "" if row.score is None else f"{row.score.mean:.4g}"
+            rows.append((row.name, method.rank or "", f"{method.parameters or 0:,}", score, row.verdict.sentence))
+        columns = ["method", "rank", "trainable parameters", self.metric.replace("_", " "), f"beside {self.baseline}"]
+        more = [] if self.complete else ["Not complete: give the same command again to continue."]
+        return html_table(f"Comparison {self.folder}", columns, rows, [self.budget, *more])
 
     def method(self, name: str) -> Method:
         """The method of a name. Raises KeyError."""

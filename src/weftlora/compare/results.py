@@ -120,7 +120,7 @@ def _measured(method: str, seed: int, place: str, folder: Path, frozen: bool = F
     found, domains = _evaluation(folder / scores) if (folder / scores).is_file() else ({}, {})
     outcome = Outcome(method, seed, place, "complete", scores=found, domains=domains)
     if not all(map(math.isfinite, found.values())):
-        return replace(outcome, status="diverged", scores={}, problem="its scores on the test rows are no numbers.")
+        return replace(outcome, status="diverged", scores={}, problem="its scores on the test rows are not numbers.")
     if frozen:
         return outcome
     run = Run.load(folder)
@@ -160,11 +160,11 @@ def _check_same_rows(folders: Sequence[Path]) -> None:
         first = first or run
         for what, same in (
             ("rows", [*run.data["hashes"].values()] == [*first.data["hashes"].values()]),
-            ("base", (run.base["shapes"], run.base["values"]) == (first.base["shapes"], first.base["values"])),
+            ("base weights", (run.base["shapes"], run.base["values"]) == (first.base["shapes"], first.base["values"])),
         ):
             if not same:
                 raise RunError(
-                    f"{run.folder} was trained on another {what} than {first.folder}: they cannot be compared."
+                    f"{run.folder} was trained on other {what} than {first.folder}: they cannot be compared."
                 )
 
 
@@ -202,7 +202,7 @@ def gather(folders: Sequence[Path]) -> Comparison:
         higher_is_better=higher,
         baseline=baseline,
         seeds=sorted({run.seed for run in runs}),
-        budget="Nothing was made equal: these are runs as they were found.",
+        budget="Nothing was made equal: these runs are shown as they are.",
         methods=methods,
         outcomes=outcomes,
         rows=rows(methods, outcomes, metric, higher, baseline),

@@ -68,7 +68,7 @@ def compare(
     """See `weftlora.compare.compare`."""
     if not is_whole(jobs, 0):
         raise ConfigError(
-            f"jobs={jobs!r} is no number of runs: use a whole number from 1 up, or 0 for none but this process."
+            f"jobs={jobs!r} is not a number of runs: use a whole number from 1 up, or 0 for none but this process."
         )
     recipe = CompareRecipe.read(source, *overrides)
     folder = Path(recipe.out).expanduser()

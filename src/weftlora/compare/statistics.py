@@ -259,7 +259,7 @@ def _by_seed(name: str, outcomes: Sequence[Outcome]) -> dict[int, Outcome]:
         if run.method == name:
             if run.seed in runs:
                 raise RunError(
-                    f"{name} has two runs of seed {run.seed}, {runs[run.seed].folder} and {run.folder}: keep one."
+                    f"{name} has two runs of seed {run.seed}, {runs[run.seed].folder} and {run.folder}: give only one of them."
                 )
             runs[run.seed] = run
     return runs

@@ -288,7 +288,7 @@ def _unnamed_main() -> Iterator[None]:
 
 def _end(code: int) -> str:
     if code < 0:
-        hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
+        hint = ", perhaps because memory ran out" if -code == signal.SIGKILL else ""
         return f"was ended by {signal.Signals(-code).name}{hint}"
     return f"ended with code {code}"
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weftlora.data.config import DEMO, SPLITS, DataConfig, hub_name, named
+from pydantic import BaseModel, ConfigDict
+
+from weftlora.data.config import DEMO, SPLITS, DataConfig, Format, Task, hub_name, named
 from weftlora.data.loaded import BOOKS, Counts, Loaded
 from weftlora.data.paths import resolve_path
 from weftlora.disk.files import file_stamp, user_cache
@@ -63,17 +65,16 @@ class Entry:
     def read(self) -> Loaded | None:
         """What was kept; None where there is nothing whole."""
         try:
-            known = json.loads((self.folder / "loaded.json").read_text(encoding="utf-8"))
-            splits = {name: _opened(self.folder, known["files"].get(name)) for name in SPLITS}
-            counts = {name: Counts(**held) for name, held in known["counts"].items()}
-            rest = {name: known[name] for name in ("task", "format", "labels", "domains", "hashes", "max_length")}
-            said: dict[str, Any] = {name: tuple(known[name]) for name in ("columns", "notes")}
-            said["sources"] = tuple((name, rows) for name, rows in known["sources"])
-            with contextlib.suppress(OSError):
-                os.utime(self.folder / "loaded.json")
-            return Loaded(**splits, counts=counts, **rest, **said)  # type: ignore[arg-type]
-        except (OSError, ValueError, KeyError, TypeError):
+            known = _Kept.model_validate_json((self.folder / "loaded.json").read_bytes())
+            splits = {name: _opened(self.folder, known.files.get(name)) for name in SPLITS}
+        except Exception:  # files of Arrow are read by C++, which has errors of many kinds
             return None
+        if splits["train"] is None:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / "loaded.json")
+        rest = {name: getattr(known, name) for name in _Kept.model_fields if name != "files"}
+        return Loaded(**splits, **rest)  # type: ignore[arg-type]
 
     def write(self, found: Loaded, folder: Path) -> Loaded:
         """Keep what lies in `folder`, if any split does; the same rows, read from where they are kept."""
@@ -101,11 +102,31 @@ class Entry:
         return self.read() or found
 
 
+class _Kept(BaseModel):
+    """What loaded.json holds: all of `Loaded` but its splits, and their files."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    files: dict[str, list[str]]
+    counts: dict[str, Counts]
+    task: Task
+    format: Format
+    labels: list[str] | None
+    domains: list[str]
+    hashes: dict[str, str]
+    max_length: int
+    columns: tuple[str, ...]
+    notes: tuple[str, ...]
+    sources: tuple[tuple[str, int], ...]
+
+
 def _opened(folder: Path, names: list[str] | None) -> Dataset | None:
+    """The rows of these files, one after the other. Raises ValueError where one does not lie in the folder, and what Arrow raises."""
     from datasets import Dataset, concatenate_datasets
 
     if names is None:
         return None
+    if any(Path(name).name != name for name in names):
+        raise ValueError("it names files elsewhere")
     held = concatenate_datasets([Dataset.from_file(str(folder / name)) for name in names])
     return held.remove_columns([name for name in held.column_names if name in BOOKS])
 

@@ -243,7 +243,7 @@ def template_columns(template: str) -> list[str]:
     for name, (_, _, form, conversion) in zip(names, parts, strict=True):
         if form or conversion:  # a width may be as large as memory
             raise ConfigError(
-                f"data.prompt_template={template!r} has a format behind {{{name}}}: columns are written as they are, so leave it out."
+                f"data.prompt_template={template!r} has a format after {{{name}}}: columns are written as they are, so leave it out."
             )
         if not name or any(mark in name for mark in ".[") or name.isdigit():
             raise ConfigError(

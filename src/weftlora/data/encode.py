@@ -311,7 +311,7 @@ def _why(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], error:
         else:
             return f"{said}, since it takes no {messages[0]['role']} message: set data.system=fold to put it before the first user's."
     if messages and messages[0]["role"] == "assistant":
-        return f"{said}, which begin with the assistant: put what it answers, a message of the user, before it."
+        return f"{said}, which begin with the assistant: put the user's message that it answers before it."
     return f"{said}; correct their roles."
 
 
@@ -508,7 +508,7 @@ def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, known: set[t
         ]
         if _text_of(tokenizer, without, row.tools, row.where) == whole:
             raise DataError(
-                f"{row.where}: a message of the {role} has the key {key!r}, which the chat template leaves out: say "
+                f"{row.where}: a message of the {role} has the key {key!r}, which the chat template leaves out: set "
                 f"data.ignore={key}, or give a template that writes it."
             )
         known.add((role, key))
@@ -517,7 +517,7 @@ def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, known: set[t
             tokenizer, row.messages, row.tools, row.where
         ):
             raise DataError(
-                f"{row.where}: the row has tools, which the chat template leaves out: say data.ignore=tools, or give a template for "
+                f"{row.where}: the row has tools, which the chat template leaves out: set data.ignore=tools, or give a template for "
                 "tools."
             )
         known.add(("", "tools"))

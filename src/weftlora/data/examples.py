@@ -207,16 +207,16 @@ def _check_left_out(unused: tuple[str, ...], columns: Columns, seen: Seen, name:
     for column in unused:
         if column in MATTERS and seen.filled(column):
             cure = (
-                f"write it into data.prompt_template, as in '{{{column}}} ...', or say data.ignore={column}"
+                f"write it into data.prompt_template, as in '{{{column}}} ...', or set data.ignore={column}"
                 if columns.format == "prompt_completion"
-                else f"say data.ignore={column} to leave it out"
+                else f"set data.ignore={column} to leave it out"
             )
             raise ConfigError(
                 f"the column {column} of {name} holds values and has no place in the rows as they are read ({columns}): {cure}."
             )
     if columns.format != "classification" and isinstance(seen.first.get("label"), bool) and "label" in unused:
         raise ConfigError(
-            f"the column label of {name} says which answers are good: keep the rows where it is true, and say data.ignore=label."
+            f"the column label of {name} says which answers are good: keep the rows where it is true, and set data.ignore=label."
         )
 
 
@@ -319,12 +319,12 @@ class _Finder:
             return fit[0]
         if fit:
             raise ConfigError(
-                f"the columns {' and '.join(fit)} of {self.name} could both be the {role}: say data.fields.{role}=<column>"
+                f"the columns {' and '.join(fit)} of {self.name} could both be the {role}: set data.fields.{role}=<column>"
                 + (" or give a data.prompt_template." if role in ("prompt", "text") else ".")
             )
         raise ConfigError(
             f"{self.name} has no column for the {role} of format {chosen} (its columns: {', '.join(self.present)}): "
-            f"say data.fields.{role}=<column>."
+            f"set data.fields.{role}=<column>."
         )
 
 
@@ -631,7 +631,7 @@ def _calls(calls: Any, number: int, row: Row, source: Source) -> list[Any]:
     if isinstance(calls, str):
         calls = _parsed(calls)
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise _bad(row, source, f"message {number} has tool_calls that are no list of calls; give JSON objects.")
+        raise _bad(row, source, f"message {number} has tool_calls that are not a list of calls; give JSON objects.")
     out = []
     for call in calls:
         inner = call.get("function")

@@ -56,7 +56,7 @@ def read_hub(name: str, config_name: str | None, config: DataConfig, split: str)
     wanted = config.split
     if split != "train" and wanted is None:
         wanted = next((each for each in _names(split) if each in sources), "train")
-    return of_splits(sources, said, wanted, "take another data set")
+    return of_splits(sources, said, wanted, "use another data set")
 
 
 def _names(split: str) -> tuple[str, ...]:
@@ -117,12 +117,13 @@ def _sentences(said: str) -> Iterator[None]:
             ) from None
         if "scripts are no longer supported" in str(error):
             raise DataError(
-                f"the data set {said} is made by a script of its own, which is not run: use its parquet files."
+                f"the data set {said} is built by a Python script of its own, which weftlora does not run: use its parquet files."
             ) from None
         network = (HfHubHTTPError, OSError, EOFError)
         if any(issubclass(kind, network) for kind in kinds) or any("httpx" in kind.__module__ for kind in kinds):
             raise DataError(
-                f"the data set {said} could not be read from the hub ({first_line(chain[-1])}): try again; what has come is kept."
+                f"the data set {said} could not be read from the hub ({first_line(chain[-1])}): try again; what was "
+                "downloaded is kept."
             ) from None
         raise DataError(f"the data set {said} cannot be read ({first_line(error)}): see its page on the hub.") from None
 

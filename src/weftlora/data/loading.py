@@ -14,6 +14,7 @@ the rows. That file stays in the user's cache folder (`weftlora.data.cache`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import warnings
@@ -307,7 +308,7 @@ class Encoder:
         """
         large = limit is None and len(split.indices) >= LARGE
         held, looked = self._to_file(split, name) if large else self._in_memory(split, limit)
-        books = {column: np.asarray(held.with_format("numpy")[column][:]) for column in BOOKS} if len(held) else {}
+        books, tokens = _books(held)
         index = books.get("index", np.zeros(0, np.int64))
         kept = looked[np.isin(looked, index)]  # as often as their weight says
         empty = int(split.looked.empty[looked].sum())
@@ -321,7 +322,7 @@ class Encoder:
             truncated=int(np.isin(looked, index[books["truncated"]]).sum()) if len(held) else 0,
             repeated=repeats(split.looked.key[kept]),
             in_train=split.in_train,
-            tokens=_tokens(held),
+            tokens=tokens,
             answer_tokens=int(books["answer_tokens"].sum()) if len(held) else 0,
         )
         if not len(held):
@@ -333,11 +334,22 @@ class Encoder:
         return held.remove_columns(list(BOOKS)), counts, joined_rows
 
     def _in_memory(self, split: Split, limit: int | None) -> tuple[Dataset, Numbers]:
-        from datasets import Dataset
+        from datasets import Dataset, concatenate_datasets
 
-        made = sorted(draw(split, self.encode, limit, self.seed), key=lambda each: each[0])
-        rows = _columns(made, list(self.types))
-        return Dataset.from_dict(rows, features=self.types), np.array([index for index, _, _ in made], np.int64)
+        drawn, looked, parts = draw(split, self.encode, limit, self.seed), list[int](), list[Dataset]()
+        while some := list(itertools.islice(drawn, AT_ONCE)):  # as Python's numbers, tokens take many times their place
+            looked += [index for index, _, _ in some]
+            parts.append(Dataset.from_dict(_columns(some, list(self.types)), features=self.types))
+        held = (
+            concatenate_datasets(parts)
+            if parts
+            else Dataset.from_dict({name: [] for name in self.types}, features=self.types)
+        )
+        if looked != sorted(looked):
+            order = np.argsort(np.asarray(held.with_format("numpy")["index"][:]), kind="stable")
+            with quiet():
+                held = held.select(order).flatten_indices(keep_in_memory=True)
+        return held, np.sort(np.array(looked, np.int64))
 
     def _to_file(self, split: Split, name: str) -> tuple[Dataset, Numbers]:
         from datasets import Dataset
@@ -363,10 +375,29 @@ class Encoder:
         return held, split.indices
 
 
-def _tokens(held: Dataset) -> int:
+def _books(held: Dataset) -> tuple[dict[str, Numbers], int]:
+    """The columns that rows are counted by, and the tokens of all; nothing where there is no row."""
     import pyarrow.compute as pc
 
-    return pc.sum(pc.list_value_length(held.data.column("input_ids"))).as_py() or 0 if len(held) else 0
+    found: dict[str, list[Numbers]] = {name: [] for name in BOOKS}
+    tokens = 0
+    for batch in _batches(held) if len(held) else ():
+        tokens += pc.sum(pc.list_value_length(batch.column("input_ids"))).as_py() or 0
+        for name, parts in found.items():
+            parts.append(np.array(batch.column(name).to_numpy(zero_copy_only=False)))
+    return {name: np.concatenate(parts) for name, parts in found.items() if parts}, tokens
+
+
+def _batches(held: Dataset) -> Iterator[Any]:
+    """The rows, some at a time. Those of a file are read from its start to its end: of what is mapped into memory, whole
+    neighbourhoods of each value that is looked at would count as held."""
+    import pyarrow as pa
+
+    for each in held.cache_files:
+        with pa.OSFile(each["filename"]) as file, pa.ipc.open_stream(file) as rows:
+            yield from rows
+    if not held.cache_files:
+        yield from held.data.table.to_batches()
 
 
 # ---------------------------------------------------------------------- loading

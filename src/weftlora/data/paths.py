@@ -20,23 +20,25 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 def checked_path(written: str) -> str:
     """`written`, if a file could be called so. Raises ConfigError."""
     if "\0" in written:
-        raise ConfigError(f"the path {written!r} holds a NUL, which no path can: write it again.")
+        raise ConfigError(f"the path {written!r} contains a NUL character, which no path can contain: write it again.")
     try:
         os.fsencode(written)
     except UnicodeEncodeError:
-        raise ConfigError(f"the path {written!r} holds half a character, which no path can: write it again.") from None
+        raise ConfigError(
+            f"the path {written!r} contains half a surrogate pair, which no path can contain: write it again."
+        ) from None
     if (longest := max(len(os.fsencode(part)) for part in written.split("/"))) > 255 or len(
         os.fsencode(written)
     ) > 4000:
         raise ConfigError(
-            f"the path {shortened(repr(written), 120)} has a name of {longest} bytes, and 255 can be had: shorten it."
+            f"the path {shortened(repr(written), 120)} has a name of {longest} bytes, and 255 are allowed: shorten it."
         )
     if written.startswith("~"):
         try:
             Path(written).expanduser()
         except RuntimeError:
             raise ConfigError(
-                f"the path {written!r} names a user that this machine does not have: write it out."
+                f"the path {written!r} names a user that this machine does not have: give the full path."
             ) from None
     return written
 
@@ -83,7 +85,9 @@ def locate(path: str, base_dir: Path) -> str:
         return path
     check_regular(folder, ModelError)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{str(folder)!r} is no model folder: it has no config.json.")
+        raise ModelError(
+            f"{str(folder)!r} is not a model folder: it has no config.json; give a folder that save_pretrained wrote."
+        )
     if not any(folder.glob("*.safetensors")) and (old := sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])):
         raise ModelError(
             f"{str(folder)!r} has its weights in {old[0].name}, a pickle, which can run code as it is read and is not opened: "
@@ -108,9 +112,7 @@ def _sharded(folder: Path) -> set[str]:
         raise ModelError(f"{str(index)!r} is damaged: copy it again.") from None
     for name in names:
         if Path(name).name != name or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
-            raise ModelError(
-                f"{str(index)!r} names the file {name!r}, which does not lie beside it: copy the model again."
-            )
+            raise ModelError(f"{str(index)!r} names the file {name!r}, which is not beside it: copy the model again.")
     return names
 
 
@@ -136,7 +138,9 @@ def check_gguf(file: Path) -> None:
     except OSError as error:
         raise ModelError(f"{str(file)!r} cannot be read: {str(error.strerror).lower()}.") from None
     if begins != MAGIC:
-        raise ModelError(f"{str(file)!r} is no GGUF file, and no other file is a model: give a GGUF file or a folder.")
+        raise ModelError(
+            f"{str(file)!r} is not a GGUF file, and no other file is a model: give a GGUF file or a folder."
+        )
 
 
 MAGIC = b"GGUF"

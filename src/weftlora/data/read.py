@@ -128,7 +128,7 @@ class Table(Stored):
                 self._row({name: column[at] for name, column in columns.items()}, index)
                 for at, index in enumerate(indices)
             ]
-        except (ValueError, TypeError, IndexError) as error:  # text that is no UTF-8, a class without a name
+        except Exception as error:  # no UTF-8, a class without a name, a date or time zone that Python lacks
             raise DataError(f"a row of {self.name} cannot be read ({first_line(error)}): save it again.") from None
 
     def _row(self, values: dict[str, Any], index: int) -> Row:
@@ -199,7 +199,7 @@ def _check_names(folder: Path) -> None:
             continue  # what is no record is found by `load_from_disk`, with its reason
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-                raise DataError(f"{path} names {name!r}, which does not lie in its folder: save the dataset again.")
+                raise DataError(f"{path} names {name!r}, which is not in its folder: save the dataset again.")
 
 
 def first_line(error: BaseException) -> str:
@@ -231,13 +231,12 @@ def quiet() -> Iterator[None]:
 
 def _read_parquet(path: Path) -> Source:
     import datasets
-    import pyarrow
 
     digest = file_digest(path)
     try:
         with quiet():
             table = datasets.Dataset.from_parquet(str(path))
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowException, OSError, ValueError) as error:
+    except Exception as error:  # read by C++, which has errors of many kinds
         reason = error.__cause__ or error
         raise DataError(f"{path} is not a readable parquet file ({first_line(reason)}): copy it again.") from None
     if not len(table):
@@ -288,7 +287,7 @@ def read(path: Path, config: DataConfig, blocks: Blocks) -> Source:
     except FileNotFoundError:
         raise missing(path) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is not a whole gzip file ({first_line(error)}): copy it again.") from None
+        raise DataError(f"{path} is not a complete gzip file ({first_line(error)}): copy it again.") from None
     except OSError as error:
         raise DataError(f"the data file {path} cannot be read ({error.strerror}): check its permissions.") from None
     if not len(rows):
@@ -413,8 +412,10 @@ class Lines(Stored):
             )
         self.digest = digest.hexdigest()
         none = np.zeros(0, np.int64)
-        self.starts, self.ends, self.numbers = (
-            np.concatenate(each) if each else none for each in (starts, ends, numbers)
+        self.starts, long, numbered = (np.concatenate(each) if each else none for each in (starts, ends, numbers))
+        long -= self.starts
+        self.lengths, self.numbers = (  # half the memory, where every value fits
+            each.astype(np.uint32) if not len(each) or each.max() < 2**32 else each for each in (long, numbered)
         )
         self._open: tuple[int, int] | None = None
 
@@ -450,15 +451,17 @@ class Lines(Stored):
             self._open = (os.getpid(), os.open(self.path, os.O_RDONLY))
         out = []
         for index in indices:
-            start, end = int(self.starts[index]), int(self.ends[index])
-            out.append(self._row(os.pread(self._open[1], end - start, start), int(self.numbers[index])))
+            line = os.pread(self._open[1], int(self.lengths[index]), int(self.starts[index]))
+            out.append(self._row(line, int(self.numbers[index])))
         return out
 
     def __iter__(self) -> Iterator[Row]:
         with self.path.open("rb") as file:
-            for start, end, number in zip(self.starts.tolist(), self.ends.tolist(), self.numbers.tolist(), strict=True):
-                file.seek(start)
-                yield self._row(file.read(end - start), number)
+            for at in range(0, len(self), 4096):  # whole arrays as Python's numbers are many times as large
+                parts = (each[at : at + 4096].tolist() for each in (self.starts, self.lengths, self.numbers))
+                for start, length, number in zip(*parts, strict=True):
+                    file.seek(start)
+                    yield self._row(file.read(length), number)
 
     def _row(self, line: bytes, number: int) -> Row:
         try:
@@ -520,7 +523,7 @@ def _read_json(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tup
         at = skip(text, at + 1).end()
     if text[at : at + 1] != "]" or text[at + 1 :].strip():
         line = text.count("\n", 0, at) + 1
-        raise bad_row(path, line, "not valid JSON (the list should go on with ',' or end with ']'); correct it.")
+        raise bad_row(path, line, "not valid JSON (the list should continue with ',' or end with ']'); correct it.")
     return rows, 0
 
 

@@ -67,7 +67,7 @@ class HeadSuggestion(Record):
     def __str__(self) -> str:
         drawn = f", {self.rows:,} drawn of {self.of:,}" if self.rows < self.of else ""
         if not self.clear:
-            return f"no clear elbow over {self.rows:,} texts{drawn}: any number will do as well, such as 3."
+            return f"no clear number of clusters in {self.rows:,} texts{drawn}: one number of heads is as good as another: try 3."
         close = f"; a close call with {self.runner_up}" if self.runner_up and self.margin < CLEAR / 2 else ""
         return f"{self.heads} heads, by the elbow over {self.rows:,} texts{drawn}{close}."
 

@@ -147,7 +147,7 @@ class Output:
             raise RunError(f"cannot write {path}: it is a pipe, a socket or a device; choose another file.")
         if path.exists() and not self.overwrite and not self._is_earlier():
             raise RunError(
-                f"{path} is there already and is not {self.what}: choose another file, or replace it with overwrite (--overwrite)."
+                f"{path} already exists and is not {self.what}: choose another file, or replace it with overwrite (--overwrite)."
             )
         if reason := why_no_file(path.parent):
             raise RunError(f"cannot write {path}: {path.parent} takes no new file ({reason}); choose another file.")
@@ -219,7 +219,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RunError(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
-        raise RunError(f"{path} cannot be read: it holds no mapping.")
+        raise RunError(f"{path} cannot be read: it does not contain a mapping.")
     return cast("dict[str, Any]", redacted(value))
 
 

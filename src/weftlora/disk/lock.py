@@ -68,7 +68,7 @@ def holding(folder: Path, what: str, name: str = NAME, patience: float = PATIENC
         except OSError as error:
             if error.errno not in _WITHOUT:
                 raise
-            log.warning("%s lies on a file system without locks: let no second process write it.", folder)
+            log.warning("%s is on a file system without locks: make sure that no second process writes to it.", folder)
     try:
         yield
     finally:

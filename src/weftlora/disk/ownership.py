@@ -61,7 +61,7 @@ def inside(top: Path, name: str) -> Path:
     path = top / name
     if "\0" in name or os.path.isabs(name) or ".." in Path(name).parts or not Path(name).parts:
         raise RunError(
-            f"{top} names the folder {name!r}, which does not lie in it: the folder is damaged or not to be trusted."
+            f"{top} names the folder {name!r}, which is not in it: the folder is damaged or not to be trusted."
         )
     if not path.resolve().is_relative_to(top.resolve()):
         raise RunError(f"{path} leads out of {top} through a link: put the folder itself there.")

@@ -79,7 +79,7 @@ def export_lora(
     """
     if approximate is not None and approximate != _lora.MEAN_GATE:
         raise ConfigError(
-            f"approximate={approximate!r} is no approximation: {suggest(str(approximate), [_lora.MEAN_GATE])}"
+            f"approximate={approximate!r} is not an approximation: {suggest(str(approximate), [_lora.MEAN_GATE])}"
         )
     if (approximate is None) != (data is None):
         raise ConfigError(

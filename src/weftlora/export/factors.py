@@ -101,7 +101,9 @@ def closed_form(site: Site, mean_gate: Tensor | None = None) -> Pair:
     a, b = _plain(f.A), _plain(f.B)
     if f.router is not None:
         if mean_gate is None:
-            raise MergeError("a routed update depends on the token, so it is no pair of matrices; fix its gates first.")
+            raise MergeError(
+                "a routed update depends on the token, so it cannot be written as a pair of matrices; fix its gates first."
+            )
         b = torch.einsum("onr,n->or", b.unflatten(1, (f.heads, len(a))), _plain(mean_gate))
     if f.v is not None:
         b = _plain(f.v)[:, None] * b

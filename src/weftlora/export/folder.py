@@ -61,7 +61,7 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
             raise RunError(f"{out} is not empty: choose another out, or replace what is there with overwrite.")
         if not is_export(place):
             raise RunError(
-                f"{out} is not empty and holds no export of weftlora, so it is not replaced: choose another out."
+                f"{out} is not empty and is not an export of weftlora, so it is not replaced: choose another out."
             )
     nearest = next(path for path in place.parents if path.exists())
     if reason := why_no_file(nearest):
@@ -197,7 +197,7 @@ def dtype_of(name: str | torch.dtype | None) -> torch.dtype | None:
     if name is None or name in DTYPES.values():
         return cast("torch.dtype | None", name)
     if str(name) not in DTYPES:
-        raise ConfigError(f"dtype={name!r} is no dtype to write: {suggest(str(name), DTYPES)}")
+        raise ConfigError(f"dtype={name!r} is not a dtype to write: {suggest(str(name), DTYPES)}")
     return DTYPES[str(name)]
 
 

@@ -36,7 +36,7 @@ class Pushed(Record):
 def push(source: str | Path, repo: str, base_name: str | None, private: bool, message: str) -> Pushed:
     """See `weftlora.push`."""
     if not _NAME.fullmatch(repo):
-        raise ConfigError(f"{repo!r} is no repository: write owner/name.")
+        raise ConfigError(f"{repo!r} is not a repository: write owner/name.")
     folder = _folder(Path(source))
     with tempfile.TemporaryDirectory(prefix="weft-push-") as made:
         place = Path(made) / "folder"
@@ -91,7 +91,7 @@ def _upload(place: Path, repo: str, private: bool, message: str) -> str:
         url = str(api.create_repo(repo, private=private, exist_ok=True))
         api.upload_folder(repo_id=repo, folder_path=str(place), commit_message=message)
     except LocalTokenNotFoundError:
-        raise RunError("the hub wants to know who you are: set HF_TOKEN, or log in with `hf auth login`.") from None
+        raise RunError("pushing needs an account of the hub: set HF_TOKEN, or log in with `hf auth login`.") from None
     except OfflineModeIsEnabled:
         raise RunError("the hub client is offline (HF_HUB_OFFLINE): unset that variable to push.") from None
     except HfHubHTTPError as error:
@@ -101,10 +101,10 @@ def _upload(place: Path, repo: str, private: bool, message: str) -> str:
             403: "your token may not write there",
         }
         raise RunError(
-            f"{repo} was not pushed: {why.get(code, f'the hub answered {code}')}; a push that is given again sends what is missing."
+            f"{repo} was not pushed: {why.get(code, f'the hub answered {code}')}; push again to send what is missing."
         ) from None
     except (OSError, RuntimeError) as error:
         raise RunError(
-            f"{repo} was not pushed: the hub cannot be reached ({type(error).__name__}); give the push again."
+            f"{repo} was not pushed: the hub cannot be reached ({type(error).__name__}); try again."
         ) from None
     return url

@@ -177,7 +177,7 @@ def seeded_ids(model: nn.Module, rows: int = 2, length: int = 16, seed: int = 0)
     size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
     if size is None:
         raise AdapterError(
-            f"there are no token numbers to run a {type(base_of(model)).__name__} on: give inputs=[batch, ...], each the keyword "
+            f"there are no token ids to run a {type(base_of(model)).__name__} on: give inputs=[batch, ...], each the keyword "
             "arguments of a forward."
         )
     ids = torch.randint(size, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -100,6 +100,10 @@ def check_routed(source: Source, approximate: bool) -> None:
     check_linear(source)
     here = [(name, layer.site(name)) for layer in source.layers for name in source.adapters if name in layer.weft_site]
     unpaired = [(name, site.structure.choice) for name, site in here if not site.mergeable]
+    if approximate and (experts := [layer for layer in source.layers if isinstance(layer, WeftExpertWeight)]):
+        raise MergeError(
+            f"{experts[0].module_name} holds experts, whose routers are not approximated: serve the adapter with weftlora."
+        )
     routed = bool(unpaired) and all(structure.routed for _, structure in unpaired)
     if unpaired and not (approximate and routed):
         name, structure = next((each for each in unpaired if not each[1].routed), unpaired[0])
@@ -159,7 +163,7 @@ def laid_out(found: Mapping[str, Pair | Stack], choices: Choices) -> dict[str, P
     sites = {name: pair for name, pair in found.items() if pair.rank}
     if not sites:
         raise AdapterError(
-            "no module of the adapter has a live rank slot, so there is nothing to export: use the base as it is."
+            "every module of the adapter has lost all its rank slots, so there is nothing to export: use the base as it is."
         )
     if not (choices.uniform or choices.server_ranks):
         return sites

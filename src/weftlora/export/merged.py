@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.experts import WeftExpertWeight
 from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.updates import base_of
 from weftlora.errors import MergeError
 from weftlora.export import folder, live, record
@@ -115,7 +116,7 @@ def check(source: Source, choices: Choices) -> None:
     base = base_of(source.model)
     if not isinstance(base, PreTrainedModel):
         raise MergeError(
-            f"a {type(base).__name__} is no model of transformers, so there is no folder to write: use model.merge_and_unload()."
+            f"a {type(base).__name__} is not a model of transformers, so there is no folder to write: use model.merge_and_unload()."
         )
     check_linear(source)
     for layer in source.layers:
@@ -135,12 +136,20 @@ def check(source: Source, choices: Choices) -> None:
             )
 
 
-def check_base(layer: WeftLinear, original: Checkpoint | None) -> None:
+def check_base(layer: WeftLayer, original: Checkpoint | None) -> None:
     """Refuse a base layer to which nothing can be added.
 
     Raises:
-        MergeError: it is quantised and there is no `original`, or it is no x Wᵀ.
+        MergeError: it is quantised and there is no `original`, or it is no x Wᵀ; experts with `original`.
     """
+    if isinstance(layer, WeftExpertWeight):
+        if original is not None:
+            raise MergeError(
+                f"{layer.module_name} holds experts, whose matrices checkpoints keep under other names than the model: merge into the "
+                "weights in memory (without original), or export the adapter as LoRA, which is exact."
+            )
+        layer.check_mergeable([])
+        return
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     if original is not None:
@@ -161,7 +170,10 @@ def check_base(layer: WeftLinear, original: Checkpoint | None) -> None:
 
 def weight_dtype(source: Source) -> torch.dtype:
     """The dtype of the weights that are merged into, as they are in memory."""
-    weights = (getattr(layer.get_base_layer(), "weight", None) for layer in source.layers)
+    weights = (
+        layer.weight if isinstance(layer, WeftExpertWeight) else getattr(layer.get_base_layer(), "weight", None)
+        for layer in source.layers
+    )
     return next((w.dtype for w in weights if w is not None and w.is_floating_point()), torch.float32)
 
 
@@ -172,7 +184,9 @@ def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dty
         base = layer.get_base_layer()
         sites.append(site_loss(layer.module_name, w, delta, dtype))
         summed = (w + delta).to(dtype)
-        if isinstance(base, Conv1D):
+        if isinstance(layer, WeftExpertWeight):
+            layer.put(summed)
+        elif isinstance(base, Conv1D):
             base.weight = nn.Parameter(summed.T.contiguous(), requires_grad=False)
         else:
             layer.base_layer = linear(base, summed)
@@ -184,11 +198,15 @@ def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dty
     return sites
 
 
-def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iterator[tuple[WeftLinear, Tensor, Tensor]]:
-    """Every adapted module of the shell with its W and its ΔW [out, in], fp32, one at a time."""
+def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iterator[tuple[WeftLayer, Tensor, Tensor]]:
+    """Every adapted module of the shell with its W and its ΔW [out, in], of experts [E, out, in], fp32, one at a time."""
     updates = pairs(source, {})
-    for layer in [m for m in own.modules() if isinstance(m, WeftLinear) and m.module_name in updates]:
-        w = (layer.base_matrix() if original is None else OriginalWeight(layer, original)()).float()
+    for layer in [m for m in own.modules() if isinstance(m, WeftLayer) and m.module_name in updates]:
+        if isinstance(layer, WeftExpertWeight):
+            w = layer.layout.matrix(layer.weight.detach()).float()
+        else:
+            one = cast(WeftLinear, layer)
+            w = (one.base_matrix() if original is None else OriginalWeight(one, original)()).float()
         yield layer, w, updates[layer.module_name].delta().to(w.device, torch.float32)
 
 
@@ -200,18 +218,25 @@ def logits_lost_to_nf4(own: nn.Module, source: Source, original: Checkpoint | No
 
 def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: Prover, *, merged: bool) -> Outputs:
     """What the shell computes with its adapted weights in NF4: with the update in them, or as its base without any adapter."""
-    replaced: list[tuple[Any, nn.Module]] = []
+    replaced: list[tuple[Any, Any]] = []
     try:
         for layer, w, delta in updated(own, source, original):
-            base = layer.get_base_layer()
-            replaced.append((layer, base))
-            layer.base_layer = linear(base, round_nf4(w + delta if merged else w))
+            rounded = round_nf4(w + delta if merged else w)
+            if isinstance(layer, WeftExpertWeight):
+                replaced.append((layer, layer.weight))
+                layer.put(rounded)
+            else:
+                replaced.append((layer, layer.get_base_layer()))
+                layer.base_layer = linear(layer.get_base_layer(), rounded)
             replaced[-1][0].enable_adapters(False)
         with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
             return live.forward_all(own, prover.inputs.batches)
     finally:
-        for layer, base in replaced:
-            layer.base_layer = base
+        for layer, before in replaced:
+            if isinstance(layer, WeftExpertWeight):
+                layer._put_weight(before)
+            else:
+                layer.base_layer = before
             layer.enable_adapters(True)
 
 
@@ -302,7 +327,7 @@ def measured(place: Path, bare: Merge, choices: Choices, prover: Prover | None) 
         worst = max(bare.sites, key=lambda site: site.lost)
         raise MergeError(
             f"merging into {bare.dtype} loses {share:.1%} of {of} (limit: {LIMIT:.0%}; {worst.lost:.1%} of ‖ΔW‖ at {worst.site}), "
-            "so nothing was written: merge into float32, export the adapter as LoRA, or go on with accept_loss=True "
+            "so nothing was written: merge into float32, export the adapter as LoRA, or continue with accept_loss=True "
             "(--accept-loss)."
         )
     return replace(found, accepted=True)

@@ -56,7 +56,7 @@ class Stock:
         kind = type(self.model)
         if getattr(transformers, kind.__name__, None) is not kind:
             raise AdapterError(
-                f"a {kind.__name__} is no model of transformers, so a process without your code cannot load it and the export "
+                f"a {kind.__name__} is not a model of transformers, so a process without your code cannot load it and the export "
                 "cannot be proved: use verify=False."
             )
 

@@ -281,7 +281,7 @@ def _training(source: Source) -> str:
     for adapter in source.adapters:
         if (config := _config(source, adapter)) is not None:
             parts.append(_axes(adapter, config))
-    return "\n\n".join(parts) or "Nothing is known of its training."
+    return "\n\n".join(parts) or "How it was trained is not known."
 
 
 def _number(value: float) -> str:

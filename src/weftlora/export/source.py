@@ -136,7 +136,7 @@ def _check(source: Source) -> None:
     for layer in source.layers:
         if layer.merged:
             raise AdapterError(
-                f"{layer.module_name} has its adapter merged, so W itself is not there: unmerge it first."
+                f"{layer.module_name} has its adapter merged, so the original W is not available: unmerge it first."
             )
         for name in source.adapters:
             if name in layer.weft_site and layer.site(name).awaits_search:
@@ -173,7 +173,7 @@ def _in_folder(folder: Path, base: str | Path | None) -> Source:
             raise AdapterError(f"{folder} holds a stock peft adapter, which needs no export: copy {inside}.")
         return _loaded(load_run(run, place), inside, run)
     if not (inside / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
+        raise AdapterError(f"{folder} is not an adapter: give a run folder or a folder with an adapter_config.json.")
     return _loaded(load_adapter(inside, place), inside, None if holder is None else Run.load(holder).whole())
 
 
@@ -200,11 +200,11 @@ def inputs_of(source: Source, given: Iterable[Mapping[str, Any]] | None) -> Inpu
             # the reason names folders of this machine, and what inputs are called goes into the card
             why = " ".join(str(error).split()).rstrip(".")
             warnings.warn(
-                f"the run's data cannot be read, so the export is measured on drawn numbers: {why}.", stacklevel=2
+                f"the run's data cannot be read, so the export is measured on random token ids: {why}.", stacklevel=2
             )
-            drawn = "token numbers drawn from seed 0 (the run's own data could not be read)"
+            drawn = "random token ids (seed 0) (the run's own data could not be read)"
             return Inputs([*seeded_ids(source.model)], drawn)
-    return Inputs([*seeded_ids(source.model)], "token numbers drawn from seed 0")
+    return Inputs([*seeded_ids(source.model)], "random token ids (seed 0)")
 
 
 def checked(given: Iterable[Mapping[str, Any]]) -> list[Batch]:

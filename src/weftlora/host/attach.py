@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapter.site import Site
-from weftlora.adapter.spec import WeftConfig
+from weftlora.adapter.spec import WeftConfig, encode_choice
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
 from weftlora.schedule.direction_ranking import Ranker
@@ -66,7 +67,9 @@ def make_schedule(layers: Sequence[WeftLayer], adapter_name: str, config: WeftCo
     timeline, choices = AdapterTimeline(members, Ranker(members, decompose=Decomposer())), config.choices()
     controllers = [c for axis in IN_TURN if axis in choices for c in choices[axis].controllers(timeline)]
     if controllers:
-        members[0].held.schedule = Schedule(adapter_name, members, controllers)
+        said = {axis: encode_choice(choice) for axis, choice in choices.items()}
+        described = json.dumps(said, sort_keys=True, default=str)
+        members[0].held.schedule = Schedule(adapter_name, members, controllers, described=described)
 
 
 def schedules(model: nn.Module) -> dict[str, Schedule]:
@@ -167,13 +170,13 @@ def attach(
     for name, value in given.items():
         if value is not None and not (is_number(value) and 0 < value < math.inf):
             raise ConfigError(
-                f"{name}={value!r} is no length: give the number of "
+                f"{name}={value!r} is not a length: give the number of "
                 + ("tokens." if name == "tokens_per_step" else "optimiser steps.")
             )
     if total_steps is not None and int(total_steps) != total_steps:
-        raise ConfigError(f"total_steps={total_steps!r} is no number of steps: use a whole number.")
+        raise ConfigError(f"total_steps={total_steps!r} is not a number of steps: use a whole number.")
     if begins is not None and not (is_whole(begins, 0) and (total_steps is None or begins < total_steps)):
-        raise ConfigError(f"begins={begins!r} is no step before the end of the run: give a smaller whole number.")
+        raise ConfigError(f"begins={begins!r} is not a step before the end of the run: give a smaller whole number.")
     if on_event is not None and not callable(on_event):
         raise ConfigError(f"on_event={on_event!r} cannot be called: give a function that takes one event.")
     if not any(isinstance(layer, WeftLayer) for layer in model.modules()):
@@ -215,17 +218,20 @@ def _decompose(
 ) -> None:
     rankers = [c.ranker for schedule in found.values() for c in schedule.controllers if isinstance(c, LaunchController)]
     if not rankers:
-        raise ConfigError("original and cache are for launching directions, and no adapter does: leave them out.")
+        raise ConfigError(
+            "original and cache are for adapters along directions of W (Dash, Directions), and the model has none: leave them out."
+        )
     if cache is not None:
         for ranker in rankers:
             ranker.decompose = Decomposer(Path(cache))
     if original is not None:
         checkpoint = Checkpoint(original)
         layers = {(n, m.module_name): m for m in model.modules() if isinstance(m, WeftLinear) for n in m.weft_site}
-        members = [(name, member) for name, schedule in found.items() for member in schedule.members]
+        # checkpoints keep experts' matrices under other names than the model: those are ranked as they are in memory
+        members = [(name, m) for name, schedule in found.items() for m in schedule.members if m.expert is None]
         weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
         for (_, member), weight in zip(members, weights, strict=True):
-            member.weight, member.source = weight, "original"
+            member.weight, member.source, member.is_split = weight, "original", lambda: False
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -306,7 +312,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Any]) -> None:
     found = schedules(model)
     if not isinstance(state, dict) or not all(isinstance(s, dict) and s.keys() >= _SAVED for s in state.values()):
         raise ConfigError(
-            "this is no state of schedules: give what weftlora.state_dict returned, read back as it was written."
+            "this is not a state of schedules: give what weftlora.state_dict returned, read back as it was written."
         )
     if found.keys() != state.keys():
         raise ConfigError(

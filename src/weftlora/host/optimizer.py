@@ -64,10 +64,10 @@ def param_groups(
     """
     if lora_plus_ratio is not None and not (is_number(lora_plus_ratio) and 0 < lora_plus_ratio < math.inf):
         raise ConfigError(
-            f"lora_plus_ratio={lora_plus_ratio!r} is no ratio of rates: use a positive number (16 is usual), or leave it out."
+            f"lora_plus_ratio={lora_plus_ratio!r} is not a ratio of rates: use a positive number (16 is usual), or leave it out."
         )
     if not isinstance(freeze_down, bool):
-        raise ConfigError(f"freeze_down={freeze_down!r} is neither true nor false: write one of the two.")
+        raise ConfigError(f"freeze_down={freeze_down!r} is neither true nor false: use one of the two.")
     for key, value in {
         "lr": lr,
         "weight_decay": weight_decay,
@@ -188,7 +188,7 @@ class Watch:
         if not held:
             return None
         if any(kind.__module__.startswith("peft.optimizers.") for kind in type(optimizer).__mro__):
-            return "goes by the names lora_A and lora_B, which weftlora's tensors do not have, so it treats all alike"
+            return "looks for the names lora_A and lora_B, which weftlora's tensors do not have, so it treats all alike"
         if _is_ours(held):
             return None
         ups, gains = ([(rate, decay) for r, rate, decay, _ in held if r == role] for role in ("up", "gain"))

@@ -156,7 +156,7 @@ def _settings(source: Path) -> dict[str, Any]:
         )
     for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
         if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool)):
-            raise AdapterError(f"{path}: {key}={settings[key]!r} is no number: write the one that was trained with.")
+            raise AdapterError(f"{path}: {key}={settings[key]!r} is not a number: write the one that was trained with.")
     for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
         if settings.get(key):
             raise AdapterError(

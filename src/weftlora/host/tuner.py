@@ -563,6 +563,14 @@ def _report_experts(layers: Sequence[WeftLayer], adapter_name: str) -> None:
             trained / 1e6,
             trained * 12 / 1e6,
         )
+    routed = next((layer for layer in experts if layer.site(adapter_name).routed), None)
+    if routed is not None:
+        choice = routed.site(adapter_name).structure.choice
+        warnings.warn(
+            f"{choice.method} on experts such as {routed.module_name} cannot be exported later, at its mean gate neither: "
+            f"{choice.no_closed_form}. Leave experts out (target_parameters=[]), or take an unrouted structure, where you need that.",
+            stacklevel=4,
+        )
 
 
 def _buffers_follow(site: Site) -> None:
@@ -601,7 +609,7 @@ def _report_sites(sites: dict[str, Site]) -> None:
     if wide:
         warnings.warn(
             f"the rank is larger than a side of {len(wide)} modules such as {wide[0]}: the extra rank adds parameters, not "
-            "directions; a smaller r, or rank_pattern, would do.",
+            "directions; use a smaller r, or rank_pattern.",
             stacklevel=4,
         )
     alone = [name for name, site in sites.items() if site.structure.is_alone]

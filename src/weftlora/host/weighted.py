@@ -78,7 +78,7 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
             f"add_weighted_adapter(adapters={adapters!r}, weights={weights!r}) wants two lists of one length: a weight per adapter."
         )
     if wrong := [weight for weight in weights if not is_number(weight) or not math.isfinite(weight)]:
-        raise ConfigError(f"weights={list(weights)!r}: {wrong[0]!r} is no weight; use finite numbers.")
+        raise ConfigError(f"weights={list(weights)!r}: {wrong[0]!r} is not a weight; use finite numbers.")
     for name in adapters:
         if name not in config:
             raise AdapterError(f"there is no adapter {name!r} to add: {suggest(name, config)}")
@@ -95,7 +95,7 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
             )
         if config[name].trainable_token_indices is not None:
             raise MergeError(
-                f"adapter {name!r} trains tokens beside its modules, which are no sum: add adapters without them."
+                f"adapter {name!r} trains tokens beside its modules, which cannot be added up: add adapters without them."
             )
     if len(adapters) == 1 or way == "cat":
         return "cat"

@@ -29,10 +29,15 @@ from torch import Tensor
 from weftlora import change_rates
 from weftlora.adapted.updates import Update
 from weftlora.errors import AdapterError, ConfigError
+from weftlora.foreign_text import html_table
 from weftlora.records import Record
 from weftlora.settings import is_whole
 
 KINDS = ("predicted", "random", "chance", "top", "bottom")
+
+
+SHOWN = 14
+"""Rows that a notebook shows."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,22 @@ class DirectionsReport(Record):
     adapters: list[AdapterDirections]
     overlaps: list[Overlap]
 
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                each.adapter,
+                each.phase,
+                site.site,
+                site.predicted[: self.directions],
+                f"{site.rate[0]:.3g}" if site.rate else "",
+            )
+            for each in self.adapters
+            for site in each.sites
+        ]
+        columns = ["adapter", "phase", "module", "directions, best first", "largest change rate"]
+        more = [f"{len(rows) - SHOWN} more rows are in the record"] if len(rows) > SHOWN else []
+        return html_table(f"{self.directions} directions per module", columns, rows[:SHOWN], more)
+
     def record(self) -> dict[str, Any]:
         """The report as plain data, means included; `--json` and `--out` write it."""
         out = super().record()
@@ -199,7 +220,7 @@ class Question:
     def __post_init__(self) -> None:
         if not is_whole(self.directions, 1):
             raise ConfigError(
-                f"directions={self.directions!r} is no number of directions: use a whole number from 1 up."
+                f"directions={self.directions!r} is not a number of directions: use a whole number from 1 up."
             )
 
 
@@ -334,7 +355,7 @@ def _check_fits(label: str, name: str, weight: Weight, update: Update) -> None:
     off = (w @ down.T - up * sigma).norm(dim=0).max() / size
     if not off <= STRANGE:
         raise AdapterError(
-            f"the adapter {label} launched directions in {name} that are none of this weight (off by {off:.0%}): give the base "
+            f"the adapter {label} launched directions in {name} that do not belong to this weight (off by {off:.0%}): give the base "
             "it was trained on, or its unquantised original."
         )
 

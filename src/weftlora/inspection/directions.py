@@ -141,7 +141,9 @@ class _Saved:
         path = Path(folder)
         inside = adapter_in(path)
         if not (inside / "adapter_config.json").is_file():
-            raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
+            raise AdapterError(
+                f"{folder} is not an adapter: give a run folder or a folder with an adapter_config.json."
+            )
         holder = next((p for p in (inside.parent, inside.parent.parent) if (p / "run.json").is_file()), None)
         return cls(str(folder), inside, None if holder is None else Run.load(holder))
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import by_pattern
 from weftlora.adapted.updates import Update
-from weftlora.adapter.site import Owners, Site, build_site
+from weftlora.adapter.site import Owners, Site, build_batch, build_site
 from weftlora.adapter.spec import WeftConfig, read_config
 from weftlora.disk.files import check_regular, read_lines
 from weftlora.errors import AdapterError, DataError, DivergedError, MissingExtraError, ModelError, WeftError
@@ -33,7 +33,7 @@ from weftlora.runs.load import Trained, borrowed, load_adapter, load_run, recipe
 from weftlora.runs.run import Run
 from weftlora.runs.scores import batches
 from weftlora.search import Selection
-from weftlora.terms.structure import Structure, StructureTerm
+from weftlora.terms.structure import StructureTerm
 from weftlora.train.checkpoint import marked
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _read_stock(subject: Subject, named: Tensors) -> None:
             or len(a) != b.shape[1]
             or not (a.is_floating_point() and b.is_floating_point())
         ):
-            raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} of {name} are no factors of one update")
+            raise ValueError(f"A {list(a.shape)} and B {list(b.shape)} of {name} are not factors of one update")
         subject.sites[name] = plain_site(Update(a.double(), scale * b.double()))
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
     subject.saved_modules = sum(t.numel() for key, t in named.items() if ".lora_" not in key)
@@ -136,14 +136,16 @@ def _read_weft(subject: Subject, config: WeftConfig, named: Tensors) -> None:
     subject.steps = next((int(t["steps"]) for t in by_site.values() if "steps" in t), None)
     sizes = {name: _size(config, name, tensors) for name, tensors in by_site.items()}
     if config.structure.shares:
-        sizes = _shared_sizes(config.structure, by_site, sizes)
+        sizes = _shared_sizes(config, by_site, sizes)
     owners: dict[Any, StructureTerm] = {}
+    read = 0
     waiting = {name: (r, n, m) for name, (r, n, m) in sizes.items() if n is not None and m is not None}
     while ready := [name for name, size in waiting.items() if _has_all(config, name, size, by_site[name], owners)]:
         for name in ready:  # whose shared tensors are their own, or read already
-            subject.sites[name] = _site(config, name, waiting.pop(name), by_site[name], owners)
+            subject.sites |= _read_site(config, name, waiting.pop(name), by_site[name], owners)
+            read += 1
     subject.sites = {name: subject.sites[name] for name in sorted(subject.sites, key=_as_counted)}
-    if missing := len(by_site) - len(subject.sites):
+    if missing := len(by_site) - read:
         subject.left_out.append(
             f"{missing} tied modules: their shapes are those of the base's modules, which was not read."
         )
@@ -164,10 +166,21 @@ Size = tuple[int, int | None, int | None]
 def _size(config: WeftConfig, name: str, tensors: Tensors) -> Size:
     """(r at the start, in, out) as far as the site's own tensors say."""
     own = {key.removeprefix(STRUCTURE): tensor for key, tensor in tensors.items() if key.startswith(STRUCTURE)}
+    if _is_experts(config, name):  # what all share has no axis of experts
+        own = {key: t[0] if t.dim() == 3 or key in ("u", "v") else t for key, t in own.items()}
     return by_pattern(config.rank_pattern, name, config.r), *config.structure.sides(own)
 
 
-def _shared_sizes(structure: Structure, by_site: Mapping[str, Tensors], sizes: Mapping[str, Size]) -> dict[str, Size]:
+def _is_experts(config: WeftConfig, name: str) -> bool:
+    """Whether `name` is that of a fused parameter of experts, and its tensors those of a batch of sites."""
+    return any(name == target or name.endswith(f".{target}") for target in config.target_parameters or ())
+
+
+def _keys(config: WeftConfig, name: str, size: tuple[int, int, int]) -> dict[str, Hashable]:
+    return shared_keys(config.structure, name, size, expert=_is_experts(config, name))
+
+
+def _shared_sizes(config: WeftConfig, by_site: Mapping[str, Tensors], sizes: Mapping[str, Size]) -> dict[str, Size]:
     """Sizes of sites that lack an A or B of their own: those at which the owners in the file are exactly what they share."""
     ins, outs = (sorted({size[i] for size in sizes.values() if size[i]}) for i in (1, 2))  # type: ignore[type-var]
 
@@ -180,12 +193,10 @@ def _shared_sizes(structure: Structure, by_site: Mapping[str, Tensors], sizes: M
     for name, size in sizes.items():
         for part in LETTERS:
             if STRUCTURE + part in by_site[name]:
-                owned |= {
-                    (part, key) for able in possible(size) if (key := shared_keys(structure, name, able).get(part))
-                }
+                owned |= {(part, key) for able in possible(size) if (key := _keys(config, name, able).get(part))}
 
     def fits(name: str, size: tuple[int, int, int]) -> bool:
-        keys = shared_keys(structure, name, size)
+        keys = _keys(config, name, size)
         return all(
             (part, keys[part]) in owned for part in LETTERS if part in keys and STRUCTURE + part not in by_site[name]
         )
@@ -200,21 +211,32 @@ def _shared_sizes(structure: Structure, by_site: Mapping[str, Tensors], sizes: M
 def _has_all(
     config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: Mapping[Any, StructureTerm]
 ) -> bool:
-    needed, keys = config.structure.tensors(), shared_keys(config.structure, name, size).items()
+    needed, keys = config.structure.tensors(), _keys(config, name, size).items()
     return all(STRUCTURE + part in tensors or (part, key) in owners for part, key in keys if part in needed)
 
 
-def _site(
+def _read_site(
     config: WeftConfig, name: str, size: tuple[int, int, int], tensors: Tensors, owners: dict[Any, StructureTerm]
-) -> Site:
-    r, keys = size[0], shared_keys(config.structure, name, size)
+) -> dict[str, Site]:
+    """The site called `name` with the tensors of the file; of a batch the sites of its experts, by their names."""
+    r, fan_in, out = size
+    keys = _keys(config, name, size)
     theirs: Owners = {part: owners[part, key] for part, key in keys.items() if (part, key) in owners}
     alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
+    made: dict[str, Any] = {"dropout": 0.0, "owners": theirs}
+    made |= {axis: getattr(config, axis) for axis in ("boost", "start", "ranks", "layers")}
     with torch.device("meta"):
-        site = build_site(
-            config.structure, size, scale=config.scale(r, alpha), dropout=0.0, owners=theirs,
-            boost=config.boost, start=config.start, ranks=config.ranks, layers=config.layers,
-        )  # fmt: skip
+        if _is_experts(config, name):
+            count = next(
+                len(t) for key, t in tensors.items() if t.dim() == 3 or key in (f"{STRUCTURE}u", f"{STRUCTURE}v")
+            )
+            own = [f"{name}.{e}" for e in range(count)]
+            ranks_of = [by_pattern(config.rank_pattern, each, r) for each in own]
+            alphas = [by_pattern(config.alpha_pattern, each, alpha) for each in own]
+            scales = [config.scale(one, its) for one, its in zip(ranks_of, alphas, strict=True)]
+            site = build_batch(config.structure, ranks_of, (fan_in, out), scales=scales, shares=list(keys), **made)
+        else:
+            site = build_site(config.structure, size, scale=config.scale(r, alpha), **made)
     counters = {"steps"}.union(*(choice.counts for choice in config.choices().values()))
     kept = {k: t for k, t in tensors.items() if k not in counters}
     for inside, tensor in site.state_dict().items():
@@ -226,7 +248,8 @@ def _site(
     site.load_state_dict(kept, assign=True)
     for part, key in keys.items():
         owners.setdefault((part, key), site.structure)
-    return site.eval().requires_grad_(False)
+    site.eval().requires_grad_(False)
+    return {f"{name}.{e}": site.expert(e) for e in range(site.experts)} if site.experts else {name: site}
 
 
 BATCH = 8
@@ -255,7 +278,7 @@ def folder_subject(folder: str | Path, base: str | bool | None, data: str | None
     if base is not False:
         subject = _with_base(subject, run, inside, base if isinstance(base, str) else None, data, limit)
     else:
-        subject.left_out.append("The base was not asked for, so nothing is said relative to W and no router was run.")
+        subject.left_out.append("The base was left out, so nothing is measured relative to W and no router was run.")
     if data is not None and subject.model is None:
         raise AdapterError(f"data={data!r} needs the base, which is not at hand: give it with base=... (--base).")
     return subject if run is None else _with_run(subject, run, inside)

@@ -227,7 +227,11 @@ def _facts(subject: Subject, gates: Mapping[str, MeanGate]) -> list[AdaptedModul
 
 
 def _routers(subject: Subject, progress: Progress) -> tuple[Routers | None, dict[str, MeanGate]]:
-    routed = {name: site for name, site in subject.sites.items() if site.routed}
+    routed = {name: site for name, site in subject.sites.items() if site.routed and site.part_of is None}
+    if len(routed) < sum(site.routed for site in subject.sites.values()):
+        subject.left_out.append(
+            "Router usage of experts: the figures of their updates are at equal weights of the heads."
+        )
     if not routed:
         if subject.rows is not None:
             subject.left_out.append("The rows that were given: this adapter has no routers to run over them.")

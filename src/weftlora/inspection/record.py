@@ -9,6 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
+from weftlora.foreign_text import html_table
 from weftlora.records import Record
 
 
@@ -278,6 +279,17 @@ class Inspection(Record):
     left_out: list[str] = field(default_factory=list)
     """What was not measured and why, a sentence each."""
 
+    def _repr_html_(self) -> str:
+        moved = sorted(self.sites, key=lambda site: -site.norm)[:SHOWN]
+        rows = [
+            (each.site, each.rank, f"{each.norm:.3g}", "" if each.relative is None else f"{each.relative:.2%}")
+            for each in moved
+        ]
+        more = [f"{len(self.sites) - SHOWN} more modules are in the record"] if len(self.sites) > SHOWN else []
+        return html_table(
+            f"{self.method}: {self.source}", ["module", "rank", "‖ΔW‖", "of W"], rows, [*more, *self.verdict]
+        )
+
     @property
     def verdict(self) -> list[str]:
         """What it comes to, a sentence each; see `weftlora.inspection.record`."""
@@ -285,6 +297,8 @@ class Inspection(Record):
         return verdict(self)
 
 
+SHOWN = 8
+"""Modules that a notebook shows: those that moved most."""
 EVEN = 0.98
 """Normalised entropy above which a router mixes all heads as good as evenly."""
 CHOICE = 0.6
@@ -399,7 +413,7 @@ def _directions(found: Inspection) -> list[str]:
 def _merging(found: Inspection) -> str:
     cannot = [site for site in found.sites if not site.mergeable]
     if not cannot:
-        there = "" if found.base else " (whether this base can take it was not asked)"
+        there = "" if found.base else " (whether this base allows it was not checked)"
         return f"Every module can be merged exactly{there}."
     which = "No module" if len(cannot) == len(found.sites) else f"Of {len(found.sites)} modules, {len(cannot)}"
     return f"{which} can{'' if which == 'No module' else 'not'} be merged: {str(cannot[0].why_not).rstrip('.')}."

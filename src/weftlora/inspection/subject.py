@@ -90,7 +90,7 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
     name = _name(model, adapter)
     layers = {n: m for n, m in base_of(model).named_modules() if isinstance(m, WeftLayer) and name in m.weft_site}
     if merged := next((n for n, layer in layers.items() if layer.merged_adapters), None):
-        raise AdapterError(f"{merged} has its adapter merged, so W itself is not there: unmerge it first.")
+        raise AdapterError(f"{merged} has its adapter merged, so the original W is not available: unmerge it first.")
     config = getattr(model, "peft_config", {}).get(name)
     settings = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
     subject = Subject(
@@ -146,7 +146,7 @@ def unread_tensors(names: Iterable[str]) -> list[str]:
     if not (held := sorted(names)):
         return []
     return [
-        f"{len(held)} tensors that are no A or B of a linear module, such as {held[0]}: weftlora inspects no others."
+        f"{len(held)} tensors that are not A or B of a linear module, such as {held[0]}: weftlora inspects no others."
     ]
 
 

@@ -57,3 +57,11 @@ def config_for(
     config: Any = adapter_config(fields)
     config.task_type = task_type
     return config
+
+
+def rows_to_score_on(model: Any, rows: Any) -> Any:
+    """`rows` for `weftlora.Callback(validation=...)` where an adapter of `model` measures on them, else None."""
+    from weftlora.adapter.spec import WeftConfig
+
+    configs = (getattr(model, "peft_config", None) or {}).values()
+    return rows if any(isinstance(each, WeftConfig) and each.ranks.needs_data for each in configs) else None

@@ -19,7 +19,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from pydantic import BaseModel, Field, model_validator
 
 from weftlora.errors import ConfigError
-from weftlora.integrations import config_for
+from weftlora.integrations import config_for, rows_to_score_on
 
 NAME = "weft"
 _OWN = ("lora_plus_ratio", "freeze_down", "export")
@@ -120,7 +120,7 @@ class WeftPlugin(BasePlugin):
             return []
         import weftlora
 
-        return [weftlora.Callback(validation=trainer.eval_dataset)]
+        return [weftlora.Callback(validation=rows_to_score_on(trainer.model, trainer.eval_dataset))]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """With `export: true`, a stock LoRA in `stock-lora` of the output folder, or the reason why there is none."""

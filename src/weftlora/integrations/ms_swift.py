@@ -23,7 +23,7 @@ from swift.tuner_plugin import PeftTuner, tuners_map
 
 import weftlora
 from weftlora.errors import ConfigError
-from weftlora.integrations import config_for
+from weftlora.integrations import config_for, rows_to_score_on
 from weftlora.recipes import RECIPES, SEARCHING
 
 _TASKS = {"seq_cls": "SEQ_CLS", "reranker": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
@@ -84,7 +84,20 @@ class _Callback(weftlora.Callback):
     """`--callbacks weft`: ms-swift makes it of its arguments and its trainer."""
 
     def __init__(self, args: Any, trainer: Any) -> None:
-        super().__init__(validation=getattr(trainer, "eval_dataset", None))
+        super().__init__()
+        self.trainer = trainer  # which has neither its model nor its rows yet
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.validation = rows_to_score_on(model, getattr(self.trainer, "eval_dataset", None))
+        super().on_train_begin(args, state, control, model=model, train_dataloader=train_dataloader, **kwargs)
 
 
 def _said(args: Any, name: str) -> Any:

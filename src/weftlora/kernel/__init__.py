@@ -21,7 +21,7 @@ site use `reference`.
 
 from weftlora.kernel.dropout import draw
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import Factors, Role, RouterInput, Slots, Work, delta_weight, used
+from weftlora.kernel.factors import AXES, Axis, Factors, Role, RouterInput, Slots, Work, delta_weight, used
 from weftlora.kernel.fast_path import (
     Linear,
     Switches,
@@ -36,6 +36,8 @@ from weftlora.kernel.fast_path import (
 from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
 
 __all__ = [
+    "AXES",
+    "Axis",
     "Factors",
     "Grouping",
     "Linear",

@@ -18,7 +18,7 @@ out × M elements, nothing per token. So an unrouted site has h = u.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -44,6 +44,20 @@ router   mixes heads. Never decayed.
 A term says them in its `roles`, by the names of its parameters. What is no parameter of a term has none: rank masks and layer
 gates are decided by controllers, the directions of Dash and the twins of LoRA-Init are frozen, so all of these are buffers.
 """
+
+
+Axis = Literal["slots", "in", "out", "heads"]
+"""What an axis of a tensor runs over: rank slots, the input or output features of the base, heads."""
+
+AXES: Mapping[str, tuple[Axis, ...]] = {
+    "A": ("slots", "in"),
+    "B": ("out", "slots"),
+    "gate": ("slots",),
+    "v": ("out",),
+    "router": ("heads", "in"),
+}
+"""Of each letter of `Factors` (a router that reads A x has its slots in the place of in). Where a base is split along in or out, a
+letter with that axis is split as it is, and the others are whole."""
 
 
 class Slots(NamedTuple):

@@ -36,7 +36,9 @@ def TiedLoraConfig(
     config = WeftConfig(structure=Tied(**own), r=r, **fields)
     if isinstance(train, str) and train.lower() in PRESETS and config.lora_alpha != r:
         warnings.warn(
-            f"{train} with lora_alpha={config.lora_alpha} at r={r} does not have the scale 1 (alpha = r) of the paper's presets.",
+            f"lora_alpha={config.lora_alpha} at r={r} scales the update of Tied-LoRA by {(config.lora_alpha or r) / r:.3g}, "
+            "where the paper uses 1 "
+            "(lora_alpha = r).",
             stacklevel=2,
         )
     return config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from weftlora.adapter.spec import WeftConfig, decode_choice, write_loading_note
@@ -110,11 +111,14 @@ def parameters(model: PeftModel) -> dict[str, int]:
     return {"trainable": trainable, "total": total}
 
 
-def write_adapter(model: PeftModel, run: Run) -> None:
-    """Save the adapter into the run folder, with a README that says how to load it. Raises RunError."""
+def write_adapter(model: PeftModel, run: Run, tensors: dict[str, Tensor] | None = None) -> None:
+    """Save the adapter into the run folder, with a README that says how to load it. Raises RunError.
+
+    `tensors` are the adapter's, by name, of a model that is split among processes.
+    """
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), **({} if tensors is None else {"state_dict": tensors}))
         (folder / "README.md").write_text(_readme(run), encoding="utf-8")
         write_prompts(folder, run)
         if isinstance(model.active_peft_config, WeftConfig):  # stock peft's own load anywhere
@@ -155,7 +159,7 @@ def _packages(run: Run) -> list[str]:
 
 _ROWS = {
     "chat": "\nIt answers conversations: write prompts in the chat template of the base.\n",
-    "prompt_completion": "\nIt answers prompts as they stand, without a chat template.\n",
+    "prompt_completion": "\nIt answers prompts as they are, without a chat template.\n",
     "text": "\nIt continues plain text.\n",
 }
 

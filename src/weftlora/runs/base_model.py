@@ -206,7 +206,7 @@ def _check_task(base: Base, task: Task) -> None:
             raise ModelError(f"{name!r} ({kind}) cannot turn text into text: give another base.")
         return
     if task == "seq2seq":
-        raise ModelError(f"{name!r} ({kind}) is no encoder-decoder: set model.task=causal or give another base.")
+        raise ModelError(f"{name!r} ({kind}) is not an encoder-decoder: set model.task=causal or give another base.")
     if is_encoder(base.settings) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"{name!r} ({kind}) is an encoder and cannot generate: give text/label rows, or a decoder as the base."
@@ -322,7 +322,7 @@ def _cannot_be_told(weight: torch.Tensor, bias: torch.Tensor | None, token: int)
             same &= (bias[start : start + 4096] - bias[token]).abs() <= ALIKE
         alike += int(same.sum())
     if own.norm() <= FAINT * torch.cat(norms).median():
-        return "its row of the output layer is as good as zero, as one that was never trained"
+        return "its row of the output layer is close to zero, as in a row that was never trained"
     if alike > 1:
         others = "that of another token" if alike == 2 else f"those of {alike - 1} other tokens"
         return f"its row of the output layer is equal to {others}"

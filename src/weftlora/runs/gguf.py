@@ -16,6 +16,7 @@ is there whole or not at all, made by one process while others wait.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.metadata
 import io
 import logging
@@ -83,7 +84,7 @@ def dequantised(file: Path, path: str) -> Path:
                 sync_folder(cache)
     except RunError as error:
         raise ModelError(
-            f"the model {path!r} is dequantised once into {cache}, and that cannot be done ({str(error).partition(';')[0]}): free "
+            f"the model {path!r} must be dequantised into {cache} once, which failed ({str(error).partition(';')[0]}): free "
             "space, or set XDG_CACHE_HOME to a folder that can be written."
         ) from error
     return folder
@@ -98,6 +99,7 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
             settings = AutoConfig.from_pretrained(**place, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
             kind: Any = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+            _check_size(header, settings, kind)
             model, report = kind.from_pretrained(
                 **place,
                 config=settings,
@@ -106,16 +108,7 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
                 trust_remote_code=False,
                 **dequantising(),
             )
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-    ) as error:
+    except Exception as error:  # of a wrong key of the header transformers fails in its own way
         said = str(error).strip().splitlines() or [type(error).__name__]
         if "architecture" in said[0]:
             raise header.unknown(path) from None
@@ -143,6 +136,19 @@ def _make(header: Header, found: str, new: Path, path: str) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("gguf", "transformers")} | {"weftlora": __version__}
     origin = Origin(file.name, found, header.architecture, dict(header.types), weights, others, versions)
     write_json(new / ORIGIN, origin.record())
+
+
+def _check_size(header: Header, settings: Any, kind: Any) -> None:
+    """Refuse a header whose model is larger than its file can be, before anything of that size is made. Raises ValueError."""
+    layers, tensors = int(getattr(settings, "num_hidden_layers", 0) or 0), sum(header.types.values())
+    if layers > tensors:
+        raise ValueError(f"its header speaks of {layers:,} layers, and it has {tensors:,} tensors")
+    with torch.device("meta"):
+        count = sum(
+            p.numel() for p in kind.from_config(_dense(copy.deepcopy(settings)), trust_remote_code=False).parameters()
+        )
+    if count > MOST_PER_BYTE * (size := header.file.stat().st_size):
+        raise ValueError(f"its header speaks of {count:,} parameters, which do not fit into its {size:,} bytes")
 
 
 def _dense(settings: Any) -> Any:
@@ -175,6 +181,8 @@ VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Types of values that are numbers, as `struct` calls them."""
 _STRING, _ARRAY, _DEEPEST = 8, 9, 4
+MOST_PER_BYTE = 8
+"""Values of a tensor in a byte of the file, at one bit each; the smallest types of llama.cpp take 1.6."""
 MOST_KEYS, MOST_TENSORS, MOST_DIMENSIONS = 10**5, 10**6, 8
 
 
@@ -206,7 +214,7 @@ class Header:
         """Refuse what is no whole model. Raises ModelError."""
         kind, parts = self.settings.get("general.type", "model"), self.settings.get("split.count", 0)
         if kind != "model":
-            raise ModelError(f"the GGUF file {path!r} holds {kind!r}, not a model: give that of its base model.")
+            raise ModelError(f"the GGUF file {path!r} holds {kind!r}, not a model: give the file of its base model.")
         if isinstance(parts, int) and parts > 1:
             raise ModelError(
                 f"the GGUF file {path!r} is one of {parts} parts of a model: join them with llama-gguf-split --merge, and give that."
@@ -231,7 +239,9 @@ class _Reader:
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
             raise ValueError(
-                "its bytes are in the other order" if swapped else f"it is of version {version}, and 2 and 3 are read"
+                "its bytes are in the other order"
+                if swapped
+                else f"it has version {version}; versions 2 and 3 can be read"
             )
         tensors, keys = self.number("Q"), self.number("Q")
         if tensors > MOST_TENSORS or keys > MOST_KEYS:

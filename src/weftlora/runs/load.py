@@ -200,7 +200,8 @@ def put_in(plain: PreTrainedModel, folder: Path, trainable: bool = False) -> Pef
         raise AdapterError(f"the adapter {folder} does not fit its base: {_short(error)}") from None
     if sick := _not_finite(folder):
         raise DivergedError(
-            f"the adapter {folder} holds values that are no numbers, such as in {sick}: its training diverged, or the file is damaged."
+            f"the adapter {folder} holds values that are not numbers, such as in {sick}: its training diverged, or "
+            "the file is damaged."
         )
     wanted = set(get_peft_model_state_dict(adapted))
     if differing := sorted((saved ^ wanted) - embeddings):

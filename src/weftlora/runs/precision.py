@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import platform
 import time
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def bfloat16_gain() -> float:
     file = user_cache("precision") / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = from_json(file.read_text(encoding="utf-8"))["gain"]
-        if is_number(kept) and kept > 0:
+        if is_number(kept) and 0 < kept < math.inf:
             return float(kept)
     gain = round(measured_gain(), 2)
     with contextlib.suppress(OSError, RunError):  # a cache that cannot be written costs time only
@@ -91,7 +92,7 @@ def measured_gain() -> float:
 
 def _cpu() -> str:
     """What tells one kind of CPU from another: its name under Linux, with what torch says that it can do."""
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -47,9 +47,15 @@ class Builtin:
 BUILTIN = {
     entry.name: entry
     for entry in (
-        Builtin("lora", "plain LoRA on our kernel: the baseline", "arXiv:2106.09685", {"r": 16}, 5e-3),
+        Builtin("lora", "plain LoRA: the baseline", "arXiv:2106.09685", {"r": 16}, 5e-3),
         Builtin("hydralora", "one A, several B heads mixed per token by a router", "arXiv:2404.19245", {"r": 8}, 5e-3),
-        Builtin("tied_lora", "one A and B shared by all layers, own vectors per layer", "arXiv:2311.09578", {}, 1e-2),
+        Builtin(
+            "tied_lora",
+            "one A and B shared by all layers, with vectors of its own for each",
+            "arXiv:2311.09578",
+            {},
+            1e-2,
+        ),
         Builtin("lora_dash", "LoRA, then gains along the directions of W it moved most", "arXiv:2409.01035", {}, 5e-3),
         Builtin(
             "lora_init",
@@ -203,7 +209,7 @@ class TrainConfig(RecipeSection):
             )
         if self.save_every and self.eval_every and self.save_every % self.eval_every:
             raise ConfigError(
-                f"train.save_every={self.save_every} is no multiple of train.eval_every={self.eval_every}, so the best of what was "
+                f"train.save_every={self.save_every} is not a multiple of train.eval_every={self.eval_every}, so the best of what was "
                 "measured may not be saved: leave save_every out."
             )
         return self
@@ -371,7 +377,7 @@ def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: 
     kept = {**before.recipe, "train": dict(before.recipe["train"])}
     lengths = [text.partition("=")[2] for text in given if text.startswith(("train.steps=", "train.epochs="))]
     if not lengths:
-        raise ConfigError("an extended run is longer: say how long with train.steps=..., the steps of before included.")
+        raise ConfigError("an extended run is longer: set train.steps=..., counting the steps already taken.")
     kept["train"] |= {"steps": None, "epochs": None}
     if not any(text.startswith("out=") for text in given):
         kept["out"] = f"{Path(source)}-{lengths[-1]}"
@@ -405,7 +411,7 @@ class _Yaml(yaml.SafeLoader):
                 raise ValueError("it has too many digits to be shown")
             return value
         except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-            said = f"this is no {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
+            said = f"this is not a {node.tag.rpartition(':')[2]} that can be read ({shortened(str(error), 200)})"
             raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
 
 
@@ -418,7 +424,7 @@ def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
     for key, _ in node.value:
         name = "<<" if key.tag == _MERGE else str(loader.construct_object(key, deep=True))
         if name in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands there twice", key.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} is given twice", key.start_mark)
         seen.add(name)
     content: dict[Any, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep=True)
     return content
@@ -447,7 +453,7 @@ def read_yaml(text: str, where: str) -> Any:
             return None
         size, depth = _size(node, {}, set())
         if size > MOST or depth > 2 * DEEPEST:
-            raise yaml.constructor.ConstructorError(None, None, "its aliases stand for too many values", None)
+            raise yaml.constructor.ConstructorError(None, None, "its aliases expand to too many values", None)
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -482,7 +488,7 @@ def _events(text: str) -> Iterator[Any]:
 def _size(node: Any, known: dict[int, tuple[int, int]], above: set[int]) -> tuple[int, int]:
     """How many values a node stands for, and how deep they lie. Raises YAMLError where it holds itself."""
     if id(node) in above:
-        raise yaml.constructor.ConstructorError(None, None, "an alias holds itself", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, "an alias contains itself", node.start_mark)
     if id(node) not in known:
         inner = [each for pair in node.value for each in pair] if isinstance(node, yaml.MappingNode) else node.value
         within = inner if isinstance(node, yaml.CollectionNode) else ()

@@ -42,6 +42,7 @@ from weftlora.disk.ownership import (
     without_empty,
 )
 from weftlora.errors import AdapterError, ConfigError, RunError
+from weftlora.foreign_text import html_table
 from weftlora.records import NUMBER, Record, check_kinds
 from weftlora.redaction import redacted
 from weftlora.settings import is_number, is_whole
@@ -94,6 +95,8 @@ class Run(Record):
     """What it cost and how large its adapter is, see `weftlora.train.costs`; empty until it is complete."""
     extends: dict[str, Any] = field(default_factory=dict)
     """The run that it goes on with, and from which step; empty for most."""
+    processes: int = 1
+    """How many processes it was started with. Others may go on with it, if they can take as many rows per step."""
 
     @property
     def adapter_folder(self) -> Path:
@@ -104,6 +107,16 @@ class Run(Record):
     def checkpoints(self) -> Path:
         """What a resumed training continues from."""
         return self.folder / "checkpoints"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("status", self.status),
+            ("steps", self.steps),
+            ("trainable parameters", f"{self.parameters.get('trainable', 0):,}"),
+        ]
+        rows += [(name.replace("_", " "), f"{value:.4g}") for name, value in sorted(self.metrics.items())]
+        rows += [("adapter", self.adapter_folder)] if self.status == "complete" else []
+        return html_table(f"Run {self.folder}", ["", ""], rows)
 
     def save(self) -> None:
         """Write run.json. Raises RunError."""
@@ -122,7 +135,7 @@ class Run(Record):
             there = None
         if not isinstance(there, dict) or there.get("started") != self.time.get("started"):
             raise RunError(
-                f"the run folder {self.folder} was taken away, or replaced, while it was written: put it back and continue with "
+                f"the run folder {self.folder} was removed or replaced while it was being written: put it back and continue with "
                 "--resume, or start again."
             )
 
@@ -162,7 +175,7 @@ class Run(Record):
         """
         path = Path(folder)
         if not (path / "run.json").is_file():
-            raise RunError(f"{path} is no run folder: it has no run.json.")
+            raise RunError(f"{path} is not a run folder: it has no run.json.")
         for part in (path, path / "adapter"):
             check_regular(part, RunError)
         content = read_json(path / "run.json")
@@ -207,10 +220,10 @@ def check_source(folder: Path) -> None:
     """Refuse a path that cannot be a run folder or an adapter folder. Raises AdapterError."""
     if not folder.exists():
         raise AdapterError(
-            f"{folder} is no adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder."
+            f"{folder} is not an adapter: there is no folder {str(folder)!r}; give a run folder or an adapter folder."
         )
     if not (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder} is no adapter: give a run folder or a folder with an adapter_config.json.")
+        raise AdapterError(f"{folder} is not an adapter: give a run folder or a folder with an adapter_config.json.")
 
 
 def now() -> str:

@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
+from weftlora.adapter.shards import is_sharded
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.runs.head_loss import answer_loss, head_of, is_the_models_own
 from weftlora.settings import IGNORE
@@ -114,7 +115,7 @@ def mean_loss(model: Any, rows: Any, collate: Collate, size: int, progress: Prog
     So the base that holds the adapter is called: around it, stock AdaLoRA adds its penalty to every loss, and cannot run at all
     once it is loaded.
     """
-    forward = model.get_base_model() if isinstance(model, PeftModel) else model
+    forward = model.get_base_model() if isinstance(model, PeftModel) and not is_sharded(model) else model
     total, count, predicted = 0.0, 0, list[int]()
     rows = rows.select_columns(["input_ids", "attention_mask", "labels"])
     causal = not model.config.is_encoder_decoder

@@ -5,7 +5,8 @@
 
 Decompositions are made site by site and freed, one per site however many ask at that step; who asks by the same rule gets
 the same list, cut to its own length. With several processes each decomposes its share of the sites and the chosen
-directions are broadcast, so all hold the same bytes.
+directions are broadcast, so all hold the same bytes. Where W is split among them, every process is sent one whole W at a time, its
+own of the next few sites, and no W is ever on two of them.
 
 Source: LoRA-Dash, arXiv 2409.01035. On a routed site, which the paper does not have, ΔW is taken at the mean gate
 measured over the forward passes of step t.
@@ -14,15 +15,16 @@ measured over the forward passes of step t.
 from __future__ import annotations
 
 import time as clocks
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from weftlora import change_rates
+from weftlora.adapter.shards import carrier, is_sharded, whole
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.kernel import Slots
@@ -56,6 +58,16 @@ class Ranked:
         return change_rates.Directions(
             d.index[:count], d.sigma[:count], d.rate[:count], d.up[:, :count], d.down[:count]
         )
+
+
+class _Matrices(NamedTuple):
+    """What one site is ranked by, on the process that does: W [out, in], None where it can read that itself, and of ΔW A, B and
+    the scale."""
+
+    W: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
 
 
 class Asker(Protocol):
@@ -108,9 +120,11 @@ class MeanGate:
 
     def share(self) -> None:
         """Take in what the other processes saw; all of them must call it."""
-        f = self.site.factors()
-        if self.seen is None:
-            self.seen = torch.zeros(f.heads + 1, dtype=torch.float64, device=f.A.device)
+        with whole(self.site):
+            f = self.site.factors()
+        device = carrier(f.A.device)
+        seen = torch.zeros(f.heads + 1, dtype=torch.float64) if self.seen is None else self.seen
+        self.seen = seen.to(device)
         dist.all_reduce(self.seen)
 
 
@@ -156,32 +170,49 @@ class Ranker:
 
     def _rank_all(self, due: list[Asker]) -> list[Ranked]:
         numbers = range(len(self.members))
-        if processes.world() == 1:
+        split = any(member.is_split() or is_sharded(member.site) for member in self.members)
+        if processes.world() == 1 and not split:
             return list(self._ranked(numbers, due).values())
         for gate in self.gates.values():
             gate.share()
+        size = processes.world() if split else len(numbers)
+        return [each for at in numbers[::size] for each in self._rank_turn(numbers[at : at + size], split, due)]
+
+    def _rank_turn(self, numbers: Sequence[int], split: bool, due: list[Asker]) -> list[Ranked]:
+        """Those members, on all processes, each ranked by one. With `split` no process is the ranker of two of them."""
         world, rank = processes.world(), processes.rank()
         rules = list(dict.fromkeys(asker.rule for asker in due))
         device = next(self.members[0].site.parameters()).device
-        mine = processes.attempt(
-            lambda: self._ranked([n for n in numbers if n % world == rank], due), _names(due), device
-        )
+        sent = {n: self._sent(n, n % world) for n in numbers} if split else {}
+        own = [n for n in numbers if n % world == rank]
+        mine = processes.attempt(lambda: self._ranked(own, due, sent), _names(due), device)
         return [_share(mine.get(n), rules, self.members[n].site, device, n % world) for n in numbers]
 
-    def _ranked(self, numbers: Sequence[int], due: list[Asker]) -> dict[int, Ranked]:
+    def _sent(self, number: int, process: int) -> _Matrices | None:
+        """What that process ranks the member by, read by all; None on the others."""
+        member = self.members[number]
+        pair = self._pair(member)
+        w = member.weight_on(process) if member.is_split() else None
+        return _Matrices(w, *pair) if process == processes.rank() else None
+
+    def _pair(self, member: Member) -> tuple[Tensor, Tensor, float]:
+        with whole(member.site):
+            return factor_pair(member.site, self.gates.get(member.name), dash=member.site.start is not None)
+
+    def _ranked(
+        self, numbers: Sequence[int], due: list[Asker], sent: Mapping[int, _Matrices | None] | None = None
+    ) -> dict[int, Ranked]:
         """Those members one after the other, as whoever watches is told."""
         found = {}
         for done, n in enumerate(numbers):
-            found[n] = self._rank_one(n, due)
+            found[n] = self._rank_one(n, due, (sent or {}).get(n))
             self.on_progress(Tick("ranking directions", done + 1, len(numbers)))
         return found
 
-    def _rank_one(self, number: int, due: list[Asker]) -> Ranked:
+    def _rank_one(self, number: int, due: list[Asker], sent: _Matrices | None = None) -> Ranked:
         started, member = clocks.perf_counter(), self.members[number]
-        w, (a, b, scale) = (
-            member.weight(),
-            factor_pair(member.site, self.gates.get(member.name), dash=member.site.start is not None),
-        )
+        a, b, scale = self._pair(member) if sent is None else (sent.A, sent.B, sent.scale)
+        w = member.weight() if sent is None or sent.W is None else sent.W
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise ConfigError(
                 f"{member.name} has values that are not finite at {_names(due)}: lower the learning rate."
@@ -189,7 +220,7 @@ class Ranker:
         if not torch.isfinite(w).all():
             raise ConfigError(
                 f"the base weight of {member.name} has values that are not finite, so it has no directions to launch: "
-                "load a base that works, or do not target this module."
+                "load an undamaged base, or do not target this module."
             )
         counts: dict[Rule, int] = {}
         for asker in due:
@@ -241,8 +272,8 @@ def _names(due: list[Asker]) -> str:
 
 def _share(ranked: Ranked | None, rules: list[Rule], site: Site, device: torch.device, source: int) -> Ranked:
     """What process `source` found at this site, on all processes."""
-    f = site.factors()
-    fan_in, out = f.A.shape[1], f.B.shape[0]
+    fan_in, out = site.size.fan_in, site.size.out
+    device = carrier(device)
     counts = [len(ranked.found[rule].index) for rule in rules] if ranked else [0] * len(rules)
     head = torch.tensor([ranked.largest if ranked else 0.0, *counts], dtype=torch.float64, device=device)
     dist.broadcast(head, source)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from weftlora import change_rates
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import whole
 from weftlora.adapter.site import Site, held_by
 from weftlora.errors import ConfigError
 from weftlora.schedule import schedule
@@ -94,7 +95,7 @@ class LaunchController:
         if not any(len(found.index) for found in chosen):
             raise ConfigError(
                 f"{self.what} is due after step {self.due(length)}, but no weight has moved (every change rate is 0): train "
-                "before it, with a larger `after` or a learning rate above 0."
+                "longer before it, with a larger `after` or a learning rate above 0."
             )
         measured = clocks.perf_counter() - started
         return lambda: self._apply(chosen, ranked, measured)
@@ -103,10 +104,12 @@ class LaunchController:
         started, told = clocks.perf_counter(), {}
         short = [m.name for m, f in zip(self._members, chosen, strict=True) if len(f.index) < self.count(m.site)]
         for member, found, site in zip(self._members, chosen, ranked, strict=True):
-            applied = self.launch.apply(member.site, found, site.largest)
-            for parameter in applied.fresh:
+            with whole(member.site) as stands_for:
+                applied = self.launch.apply(member.site, found, site.largest)
+                fresh, resting = ([stands_for.get(id(p), p) for p in each] for each in (applied.fresh, applied.resting))
+            for parameter in fresh:
                 forget_moments(parameter)
-            for parameter in applied.resting:
+            for parameter in resting:
                 held_by(parameter).grad = None
                 forget_moments(parameter)
             told[member.name] = {
@@ -120,7 +123,8 @@ class LaunchController:
         _warn(short, f"have fewer moved directions than {self.launch.gap()}.")
         _warn(
             [member.name for member in self._members if member.source == "dequantised"],
-            "ranked their directions on a dequantised base, whose noise owns the small singular values: give the unquantised "
+            "ranked their directions on a dequantised base, whose rounding noise dominates the small singular values: "
+            "give the unquantised "
             "checkpoint with weftlora.attach(model, original=...) before training.",
         )
         return {"event": self.launch.event, "seconds": measured + clocks.perf_counter() - started, "sites": told}

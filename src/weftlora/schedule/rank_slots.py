@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from weftlora.adapter.shards import edited, is_piece, is_sharded, is_split_as, whole
 from weftlora.adapter.site import ExpertOf, Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
@@ -133,13 +134,16 @@ def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
 
 def cost(site: Site) -> int:
     """How many trainable parameters one slot of the site has."""
+    if is_sharded(site):
+        return site.slot_parameters
     parts = [view(p) for p, view in by_slot(site)]
     return sum(part.numel() for part in parts) // len(parts[0])
 
 
 def are_silent(site: Site, slots: Sequence[int]) -> list[bool]:
     """Which of the slots contribute exactly nothing: B is 0, and no router reads them."""
-    parts = [view(p.detach())[list(slots)].flatten(1) for p, view in by_slot(site)[1:]]
+    with whole(site):
+        parts = [view(p.detach())[list(slots)].flatten(1) for p, view in by_slot(site)[1:]]
     return (torch.cat(parts, 1) == 0).all(1).tolist() if slots else []
 
 
@@ -148,7 +152,7 @@ def check_sliceable(sites: Sequence[Site]) -> None:
     for site in sites:
         for parameter, _ in by_slot(site):
             for optimizer, name, value in _kept(parameter):
-                if name not in FIRST | SECOND or type(value) is not Tensor or value.shape != parameter.shape:
+                if name not in FIRST | SECOND or not is_split_as(value, parameter):
                     raise ConfigError(
                         f"{type(optimizer).__name__} keeps {name!r} ({type(value).__name__} {list(value.shape)}) about a matrix "
                         f"{list(parameter.shape)}, which does not fall into rank slots, so slots cannot move: train with AdamW, "
@@ -167,28 +171,48 @@ def move(site: Site, pruned: Sequence[int], made: Sequence[int], rows: Sequence[
     mask, births, score = (getattr(site, name) for name in ("mask", "birth", "score"))
     survivors = sorted(set(site.live()) - set(pruned))
     changed = [*pruned, *made]
-    for parameter, view in by_slot(site):
-        view(parameter)[changed] = 0
-        if parameter.grad is not None:
-            view(parameter.grad)[changed] = 0
-        for optimizer, name, value in _kept(parameter):
-            seed: Tensor | int = 0
-            if name in SECOND and survivors:
-                seed = view(value)[survivors].mean(0)
-            elif name in SECOND and site.part_of is not None:  # the other experts' steps are counted in the same number
-                seed = _of_others(site, parameter, value)
-            view(value)[pruned] = 0
-            view(value)[made] = seed
-            if made and not survivors and site.part_of is None:
-                _count_anew(optimizer.state[parameter])
-    parameter, view = by_slot(site)[0]
-    for slot, row in zip(made, rows, strict=True):
-        view(parameter)[slot] = row.to(parameter)
+    with whole(site):  # how to see them by slot is said of whole tensors
+        views = [view for _, view in by_slot(site)]
+    for number, (parameter, view) in enumerate(zip([p for p, _ in by_slot(site)], views, strict=True)):
+        with edited(parameter) as value:
+            view(value)[changed] = 0
+            if number == 0:
+                for slot, row in zip(made, rows, strict=True):
+                    view(value)[slot] = row.to(value)
+        for name, held in _split_with(parameter):
+            with edited(held, parameter) as value:
+                if name == "grad":
+                    view(value)[changed] = 0
+                    continue
+                seed: Tensor | int = 0
+                if name in SECOND and survivors:
+                    seed = view(value)[survivors].mean(0)
+                elif (
+                    name in SECOND and site.part_of is not None
+                ):  # the other experts' steps are counted in the same number
+                    seed = _of_others(site, parameter, value)
+                view(value)[pruned] = 0
+                view(value)[made] = seed
+        if made and not survivors and site.part_of is None:
+            for optimizer in schedule.owners(parameter):
+                _count_anew(optimizer.state.get(parameter, {}))
     for buffer, gone, new in ((mask, 0, 1), (births, 0, birth), (score, 0, 0)):
         buffer[pruned] = gone
         buffer[made] = new
     if site.start is not None:  # its frozen twins are of the slots that were
         site.start.clear(changed)
+
+
+def _split_with(parameter: nn.Parameter) -> list[tuple[str, Tensor]]:
+    """The gradient of `parameter` and what optimisers keep about it, on all processes the same: who holds no number of it under
+    FSDP1 has neither, and takes part with nothing."""
+    found = [(name, value) for _, name, value in _kept(parameter)]
+    if parameter.grad is not None:
+        found.append(("grad", parameter.grad))
+    if not is_piece(parameter):
+        return found
+    named, empty = dict(found), parameter.detach().new_empty(parameter.shape)
+    return [(name, named.get(name, empty)) for name in processes.all_names(list(named))]
 
 
 def _of_others(site: Site, parameter: nn.Parameter, value: Tensor) -> Tensor | int:
@@ -220,6 +244,7 @@ def _count_anew(state: dict[str, Any]) -> None:
 
 
 T = TypeVar("T")
+_WHAT = "scoring rank slots"
 SlotId = tuple[int, int]
 """(number of the member, slot)."""
 
@@ -393,8 +418,13 @@ class Scoring:
             quiet = are_silent(self.members[m].site, mine)
             silent |= {(m, slot) for slot, still in zip(mine, quiet, strict=True) if still}
         loud = [n for n, each in enumerate(ids) if each not in silent]
-        mine = loud[processes.rank() :: processes.world()]
         scorer = cast(Scorer, self.scorer)
+        if self.in_lockstep:
+            found = self._together(lambda: scorer.exact([ids[n] for n in loud], draw, other=other))
+            out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
+            out[loud] = processes.from_main(found, self._device)
+            return out
+        mine = loud[processes.rank() :: processes.world()]
         found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw, other=other))
         out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
         out[mine] = found
@@ -439,7 +469,7 @@ class Scoring:
         """Scores of other rows than a neighbour's cannot be ranked with its own."""
         if processes.world() > 1:
             scorer = cast(Scorer, self.scorer)
-            rows = self._together(lambda: scorer.drawn(draw, other=other))
+            rows = processes.attempt(lambda: scorer.drawn(draw, other=other), _WHAT, self._device)
             what = "the validation rows that rank slots are scored on"
             processes.check_same([rows[name] for name in sorted(rows)], what, self._device)
 
@@ -452,7 +482,12 @@ class Scoring:
 
     def _together(self, measure: Callable[[], T]) -> T:
         """What this process measures, or an error on all of them: the next thing is that they exchange it."""
-        return processes.attempt(measure, "scoring rank slots", self._device)
+        return processes.attempt(measure, _WHAT, self._device, lockstep=self.in_lockstep)
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether a forward takes all processes, so that they must run the same ones: each scores all slots, on the same rows."""
+        return any(is_sharded(member.site) or member.is_split() for member in self.members)
 
     @property
     def _device(self) -> torch.device:

@@ -177,7 +177,10 @@ class ReallocateController:
         if self.choice.needs_data and not self.done():
             estimated = self.choice.way in ("taylor", "shortlist", *ABLATIONS)
             scorer = cast(Scorer, self.scorer)
-            processes.attempt(lambda: scorer.check(estimated=estimated), "scoring rank slots", self._device)
+            lockstep = self.scoring.in_lockstep
+            processes.attempt(
+                lambda: scorer.check(estimated=estimated), "scoring rank slots", self._device, lockstep=lockstep
+            )
 
     def _check_can_move(self) -> None:
         """Refuse what no score could make possible, at the start; later rounds do what they can."""
@@ -206,8 +209,14 @@ class ReallocateController:
             found = scoring.measure(number)
             return found, scoring.check(number, found) if self.choice.check else {}, self._plan(found)
 
-        try:
-            found, checked, plan = processes.attempt(decide_here, "a round of moving ranks", self._device)
+        try:  # in a lockstep all that can fail on one process alone is agreed inside
+            found, checked, plan = (
+                decide_here()
+                if scoring.in_lockstep
+                else processes.attempt(decide_here, "a round of moving ranks", self._device)
+            )
+        except processes.ApartError:
+            raise
         except WeftError as error:  # on all processes; training is worth more than a round
             warnings.warn(f"round {number} of moving ranks moves nothing: {error}", stacklevel=2)
             reason = str(error)

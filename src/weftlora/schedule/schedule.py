@@ -27,7 +27,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from weftlora.adapter.buffers import Remembered
+from weftlora.adapter.shards import is_piece, is_sharded
 from weftlora.adapter.site import Site
+from weftlora.errors import ConfigError
+from weftlora.schedule import processes
 from weftlora.terms.events import Controller, Event, Length
 
 
@@ -109,8 +112,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _is_empty(optimizer: Optimizer) -> bool:
-    """Whether no parameter of `optimizer` has a gradient."""
-    return all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+    """Whether no parameter of `optimizer` has a gradient; where a process may hold no trained part of a model, on any process."""
+    empty = all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+    if any(is_piece(p) for group in optimizer.param_groups for p in group["params"]):
+        return not processes.any_of(not empty, optimizer.param_groups[0]["params"][0].device)
+    return empty
 
 
 def _is_running(optimizer: Optimizer) -> bool:
@@ -132,6 +138,8 @@ class Member:
     `source`: "in memory" (as the model computes with it), "dequantised" (as well, from fewer bits) or "original" (from the
     files of the checkpoint that the base in memory was made from).
     `held`: the site that the model holds: the site itself, or the batch whose expert `expert` it is.
+
+    `is_split`: whether every process holds a part of W, so that reading it takes all of them; `weight_on` then gives it to one.
     """
 
     name: str
@@ -139,6 +147,8 @@ class Member:
     weight: Callable[[], Tensor]
     source: str = "in memory"
     expert: int | None = None
+    is_split: Callable[[], bool] = lambda: False
+    weight_on: Callable[[int], Tensor | None] = lambda process: None
 
     @property
     def site(self) -> Site:
@@ -168,6 +178,9 @@ class Schedule:
     length: Length = field(default_factory=Length)
     events: list[Event] = field(default_factory=list)
     on_event: Callable[[Event], None] | None = None
+    described: str = ""
+    """The adapter's config, as text: what all processes must have the same of."""
+    _agreed: bool = field(default=False, init=False, repr=False)
     _anchor: nn.Parameter | None = field(default=None, init=False)
     _known: Remembered[int] = field(default_factory=lambda: Remembered(int), init=False, repr=False)
 
@@ -233,7 +246,7 @@ class Schedule:
             return None
         return (
             f"adapter {self.adapter_name!r} has trained {self.steps} steps and is still without {' and '.join(waiting)}, so it is "
-            "not yet what its config names: train on, or make the time earlier."
+            "not yet what its config names: train longer, or choose an earlier step."
         )
 
     def check(self, length: Length, *, may_grow: bool = False) -> None:
@@ -253,6 +266,8 @@ class Schedule:
         with torch.no_grad():
             steps = self.steps + 1
             self._known.keep(self._count.fill_(steps), steps)
+            if not self._agreed:
+                self._agree()
             plans = []
             for controller in self.pending():
                 if controller.due(self.length) is None:
@@ -262,6 +277,20 @@ class Schedule:
                 if apply is not None:
                     self._record({"adapter": self.adapter_name, "step": self.steps, **apply()})
             self.prepare()
+
+    def _agree(self) -> None:
+        """Refuse processes that would not do the same at the same steps, before anything happens that needs all of them."""
+        split = next((m.name for m in self.members if m.expert is not None and is_sharded(m.held)), None)
+        if split is not None and self.controllers:
+            raise ConfigError(
+                f"{split} is one expert of a parameter that is split among processes, where {self.controllers[0].what} cannot happen: "
+                "leave the experts out of target_parameters, or train them on processes that each hold the whole model."
+            )
+        times = [(controller.what, controller.due(self.length)) for controller in self.controllers]
+        said = f"{self.described} {[member.name for member in self.members]} {times} {self.steps}".encode()
+        text = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        processes.check_same([text], f"config, steps or length of adapter {self.adapter_name!r}", self._count.device)
+        self._agreed = True
 
     def _record(self, event: Event) -> None:
         self.events.append(event)

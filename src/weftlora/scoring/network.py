@@ -32,6 +32,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLayer
+from weftlora.adapter.shards import outermost
 from weftlora.errors import ConfigError
 from weftlora.scoring.rows import Batch
 from weftlora.settings import IGNORE
@@ -119,12 +120,12 @@ class Network:
         with ExitStack() as stack:
             stack.enter_context(_handing_on(self.blocks, prefix, replicas))
             if self.head is None:
-                rows = self.loss(self.model(**many).logits, many["labels"])
+                rows = self.loss(outermost(self.model)(**many).logits, many["labels"])
                 return rows.view(replicas, len(labels))
             place = (labels[:, 1:] != IGNORE).nonzero()  # [labels that count, 2]: row, position
             stack.enter_context(_only_positions(self.head, labels.shape, place, replicas))
             del many["labels"]
-            logits = self.model(**many).logits
+            logits = outermost(self.model)(**many).logits
         row, position = place.T
         parts = torch.arange(replicas, device=row.device).repeat_interleave(len(row))
         found = self.loss.summed(

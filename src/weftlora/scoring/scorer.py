@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
 from weftlora.adapted.layer import WeftLayer
+from weftlora.adapter.shards import outermost
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, Tick, ignore
@@ -158,7 +159,7 @@ class Ablation:
 
     def _whole_loss(self, batch: Batch) -> Tensor:
         """[1] fp64: the model's own loss."""
-        loss: Tensor = self.model(**batch).loss
+        loss: Tensor = outermost(self.model)(**batch).loss
         return loss.double().reshape(1)
 
     def _way(self, batch: Batch) -> Network | None:
@@ -178,10 +179,12 @@ class Ablation:
         """Tried on a few rows with labels, whatever the size of the round's batch."""
         size = brackets.shares(batch, self.choice.chunk_tokens)[0]
         few = _most_labelled(batch, max(size, 2))
-        given = self.model(**few)
+        given = outermost(self.model)(**few)
         loss = recognise(given.logits, few["labels"], given.loss)
         if loss is None:
-            logger.info("the loss of %s is no cross-entropy over rows: one pass per slot.", type(self.model).__name__)
+            logger.info(
+                "the loss of %s is not a cross-entropy over rows: one pass per slot.", type(self.model).__name__
+            )
             return None
         fast = recognised(self.model, loss, self.layers, few)
         in_turn = {"prefix and head": fast, "head": replace(fast, blocks=[]), "replicas": Network(self.model, loss)}
@@ -199,10 +202,10 @@ class Ablation:
         blocks = {id(layer): way.block_of(layer) or 0 for layer in self.layers}
         m = max(range(len(sites)), key=lambda n: (blocks[id(layers[n])], n))
         site = sites[m]
-        whole = [way.loss(self.model(**batch).logits, batch["labels"]).sum()]
+        whole = [way.loss(outermost(self.model)(**batch).logits, batch["labels"]).sum()]
         others = [(n, slot) for n, each in enumerate(sites) for slot in each.live() if n != m]
         with brackets.only(sites, others):
-            without = way.loss(self.model(**batch).logits, batch["labels"]).sum()
+            without = way.loss(outermost(self.model)(**batch).logits, batch["labels"]).sum()
         expected = torch.stack([*whole, without, *whole])
         assert site.mask is not None
         keep = torch.ones(3, len(site.mask), device=site.mask.device)

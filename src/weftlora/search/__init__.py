@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from weftlora.adapter.shards import is_sharded
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import ConfigError
 from weftlora.search.agreement import Stability, stability
@@ -106,6 +107,11 @@ def search_layers(
 def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tuple[PeftModel, SearchedLayers, bool]:
     """The adapted model to search, how, and whether it was adapted here."""
     if not isinstance(model, PeftModel):
+        if is_sharded(model):
+            raise ConfigError(
+                "the base is split among processes already, and an adapter put on it now would not be: adapt it with "
+                "layers=weftlora.Search() first, then shard it, then search."
+            )
         if config is None:
             from weftlora.recipes.flexora import FlexoraConfig
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
 from weftlora.adapted.routing import routing
+from weftlora.adapter.shards import is_shard, number
 from weftlora.errors import ConfigError, DataError
 from weftlora.schedule import processes
 from weftlora.search.groups import Gates
@@ -130,6 +131,10 @@ Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 
+class Idle(dict[str, Any]):
+    """A micro-batch of another process, run beside it where a pass takes all of them; it counts for nothing."""
+
+
 @dataclass(frozen=True)
 class Passed:
     """What passes over some micro-batches gave: the loss, ∇_θ in the order of the parameters, and h [N] fp64.
@@ -148,7 +153,7 @@ class Passed:
         return (
             math.isfinite(self.loss)
             and bool(self.h.isfinite().all())
-            and all(bool(g.isfinite().all()) for g in self.theta)
+            and all(math.isfinite(number(g.abs().sum())) for g in self.theta)
         )
 
 
@@ -164,7 +169,9 @@ class Passes:
         self.model, self.params, self.gates = model, list(params), gates
         self._loss = loss or model_loss
         self._balanced = any(site.balance > 0 for site in gates.sites)
-        self._causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.causal = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self.in_lockstep = any(is_shard(p) for p in self.params)
+        """Whether a pass takes all processes: each then has as many micro-batches, and the wrapper averages gradients over them."""
 
     def loss(self, batch: Batch) -> Tensor:
         """R_b of one micro-batch; in training with the load-balance term of routers that have one."""
@@ -172,15 +179,16 @@ class Passes:
             return self._loss(self.model, batch)
         with routing(self.model) as record:
             loss = self._loss(self.model, batch)
-        return loss + record.balance_loss(batch.get("attention_mask"))
+        return loss + record.balance_loss(batch.get("attention_mask"), together=False)
 
     def shares(self, batches: Sequence[Batch], summed: bool = False) -> tuple[list[tuple[Batch, float]], bool]:
         """The labelled ones of this process's micro-batches, each with its weight in the mean over those of all processes (1
         each for a sum), and whether any process has one."""
-        counts = [(batch, float(count)) for batch in batches if (count := counted(batch, self._causal))]
-        total = torch.tensor([sum(count for _, count in counts)], dtype=torch.float64)
+        counts = [(batch, float(count)) for batch in batches if (count := counted(batch, self.causal))]
+        total = torch.tensor([sum(0 if isinstance(batch, Idle) else count for batch, count in counts)]).double()
         processes.sum_up([total], self.device)
-        return [(batch, 1.0 if summed else count / float(total)) for batch, count in counts], bool(total)
+        shares = [(batch, 1.0 if summed else count / float(total)) for batch, count in counts]
+        return [(batch, 0.0 if isinstance(batch, Idle) else share) for batch, share in shares], bool(total)
 
     @property
     def device(self) -> torch.device:
@@ -192,10 +200,21 @@ class Passes:
         shares, labelled = self.shares(batches, summed)
         total = torch.zeros(1, dtype=torch.float64)
         with in_mode(self.model, training), self.without_gradients(), self.gates.watched():
-            processes.attempt(lambda: self._accumulate(shares, total), "a pass of the search", self.device)
+            processes.attempt(
+                lambda: self._accumulate(shares, total),
+                "a pass of the search",
+                self.device,
+                lockstep=self.in_lockstep,
+            )
             theta = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
             h = self.gates.read()
-        processes.sum_up([total, h, *theta], self.device)
+        if not self.in_lockstep:
+            processes.sum_up([total, h, *theta], self.device)
+        elif self.gates.factors is not None:  # h is read from gradients that are those of all
+            processes.sum_up([total], self.device)
+        else:
+            processes.sum_up([total, h], self.device)
+            h = h / processes.world()
         return Passed(float(total) if labelled else math.nan, theta, h, labelled)
 
     def _accumulate(self, shares: Sequence[tuple[Batch, float]], total: Tensor) -> None:
@@ -205,7 +224,7 @@ class Passes:
                 raise ConfigError(
                     f"the loss has shape {tuple(loss.shape)}: return one number, the mean over the batch."
                 )
-            (loss * share).backward()
+            (loss * (share * (processes.world() if self.in_lockstep else 1))).backward()
             total += float(loss.detach()) * share
 
     @contextmanager

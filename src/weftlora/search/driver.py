@@ -17,7 +17,6 @@ import dataclasses
 import io
 import logging
 import math
-import pickle
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,10 +27,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from weftlora.adapter.shards import is_shard
 from weftlora.adapter.spec import encode_choice
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.schedule import processes
-from weftlora.search.batches import Batch, Collate, Cycle, Loss, Passes, Random, Rows, split, stack
+from weftlora.search.batches import Batch, Collate, Cycle, Idle, Loss, Passes, Random, Rows, counted, split, stack
 from weftlora.search.groups import Gates, groups_of
 from weftlora.search.hypergradient import (
     Inner,
@@ -43,15 +43,24 @@ from weftlora.search.hypergradient import (
     check_exact,
 )
 from weftlora.search.selection import Candidate, Selection
+from weftlora.settings import is_number, is_whole
 from weftlora.terms.layers import SearchedLayers, Weighed
 
 log = logging.getLogger(__name__)
 
 Listener = Callable[[dict[str, Any]], None]
+LARGEST = 2**53
+"""Beyond any count of a search, and below what a float or a seed can hold."""
 
 
 def state_of(job: LayerSearch) -> dict[str, Any]:
-    """The state; all processes call it together and get the same."""
+    """The state; all processes call it together and get the same.
+
+    Raises:
+        RunError: the model is split among processes, each of which has but a part of it.
+    """
+    if job.passes.in_lockstep:
+        raise RunError("the search of a model that is split among processes cannot be saved: run it to its end.")
     return {
         "alpha": job.alpha.detach().clone(),
         "alpha_optimizer": job.alpha_optimizer.state_dict(),
@@ -75,11 +84,18 @@ def restore(job: LayerSearch, state: dict[str, Any]) -> None:
     """Continue from `state_of`.
 
     Raises:
-        RunError: it is of another model or other rows.
+        RunError: it is of another model or other rows, or no state of a search. Nothing of the job has changed then.
     """
-    if state["theta"].keys() != job.named.keys() or len(state["alpha"]) != len(job.alpha):
-        raise RunError("the saved search is of another adapter: resume it with the config that it was started with.")
-    if state["splits"] != _splits(job):
+    own = state_of(job)
+    state = {"rough": 0.0, **state} if isinstance(state, dict) else {}  # a search saved by 0.1.0rc1 has none
+    for key in ("theta", "alpha"):
+        if (wrong := _misfit(own[key], state.get(key), key)) is not None:
+            raise RunError(
+                f"the saved search is of another adapter ({wrong}): resume it with the config that it was started with."
+            )
+    if (wrong := _damage(job, own, state)) is not None:
+        raise RunError(f"the saved search is damaged ({wrong}): delete it, and the search starts again.")
+    if state["splits"] != own["splits"]:
         raise RunError(
             "the rows or the seed of the search have changed since it was saved: resume it on the same rows."
         )
@@ -87,25 +103,120 @@ def restore(job: LayerSearch, state: dict[str, Any]) -> None:
         job.alpha.copy_(state["alpha"])
         for name, p in job.named.items():
             p.copy_(state["theta"][name])
-    job.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-    job.loop.load_state_dict(state["inner"])
+    for optimizer, saved in (
+        (job.alpha_optimizer, state["alpha_optimizer"]),
+        (job.loop.optimizer, state["inner"]["optimizer"]),
+    ):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})  # its settings are the config's
+    for name in ("taken", "skipped", "unlabelled"):
+        setattr(job.loop, name, state["inner"][name])
     for name, cycle in job.cycles.items():
         cycle.position = state["positions"][name]
     job.norms = state["norms"].clone()
-    for name in ("done", "skipped", "unlabelled", "last_move", "seconds"):
+    for name in ("done", "skipped", "unlabelled", "last_move", "seconds", "rough"):
         setattr(job, name, state[name])
-    job.rough = state.get("rough", 0.0)  # a search saved by 0.1.0rc1 has none
     job.history = [dict(row) for row in state["history"]]
     job.gates.write(job.search.gates(job.alpha.detach()))
     if len(state["random"]) == processes.world():
-        mine = state["random"][processes.rank()]
-        Random(mine["cpu"], mine["cuda"]).set()
+        mine, here = state["random"][processes.rank()], own["random"][0]["cuda"]
+        Random(mine["cpu"], mine["cuda"] if len(mine["cuda"]) == len(here) else []).set()
     else:
         warnings.warn(
             f"the search was saved by {len(state['random'])} processes and continues in {processes.world()}: its rows are the same, "
             "its dropout is drawn again.",
             stacklevel=3,
         )
+
+
+def _misfit(own: Any, found: Any, name: str) -> str | None:
+    """What of a saved value is not of the form of this search's own, in words; None where it fits.
+
+    Tensors have the shape and dtype of its own and hold numbers, mappings have its keys, numbers are no smaller than 0. What is in
+    lists is for `_damage`.
+    """
+    if isinstance(own, Tensor):
+        same = isinstance(found, Tensor) and (found.shape, found.dtype, found.layout) == (
+            own.shape,
+            own.dtype,
+            own.layout,
+        )
+        return None if same and bool(found.isfinite().all()) else f"{name} is no such tensor as its own"
+    if isinstance(own, dict):
+        if not isinstance(found, dict) or found.keys() != own.keys():
+            return f"{name} has other parts than its own"
+        return next((wrong for key in own if (wrong := _misfit(own[key], found[key], f"{name}.{key}"))), None)
+    if isinstance(own, int):
+        return None if is_whole(found, 0) and found < LARGEST else f"{name} is no count"
+    if isinstance(own, float):
+        return None if is_number(found) and found >= 0 else f"{name} is no number"
+    return None if isinstance(found, type(own)) else f"{name} is no {type(own).__name__}"
+
+
+def _damage(job: LayerSearch, own: dict[str, Any], state: dict[str, Any]) -> str | None:
+    """Why a state of the same adapter is none to go on from, in words; None where it is one."""
+    optimizers = {"alpha_optimizer": job.alpha_optimizer, "inner": job.loop.optimizer}
+    saved = {"alpha_optimizer": state.get("alpha_optimizer"), "inner": state.get("inner")}
+    if isinstance(saved["inner"], dict):
+        saved["inner"] = saved["inner"].get("optimizer")
+        inner = {**state["inner"], "optimizer": {}}
+    else:
+        inner = {}
+    formed = {**own, "alpha_optimizer": {}, "inner": {**own["inner"], "optimizer": {}}}
+    if (wrong := _misfit(formed, {**state, "alpha_optimizer": {}, "inner": inner}, "state")) is not None:
+        return wrong
+    for name, optimizer in optimizers.items():
+        if (wrong := _optimizer_misfit(optimizer, saved[name], name)) is not None:
+            return wrong
+    rows, random = state["history"], own["random"][0]
+    if len(rows) != state["done"] or state["done"] > job.steps or not all(map(_is_step, rows)):
+        return "its history is none of so many steps"
+    if not all(is_whole(n) for rows in state["splits"].values() for n in rows):
+        return "its rows have no numbers"
+    for each in state["random"]:
+        try:
+            torch.Generator().set_state(each["cpu"])
+            pairs = [(random["cpu"], each["cpu"]), *zip(random["cuda"], each["cuda"], strict=False)]
+            fits = all(_misfit(mine, saved, "random") is None for mine, saved in pairs)
+        except (RuntimeError, TypeError, KeyError):
+            fits = False
+        if not fits:
+            return "its random state is none"
+    return None
+
+
+def _is_step(row: Any) -> bool:
+    """Whether this is what `LayerSearch.step` says of one."""
+    try:
+        numbers = [row[name] for name in ("step", "loss", "validation_loss", "sum_alpha", "max_alpha_hat")]
+        return all(map(is_number, [*numbers, *row["alpha"]])) and isinstance(row["skipped"], bool)
+    except (TypeError, KeyError):
+        return False
+
+
+def _optimizer_misfit(optimizer: torch.optim.Optimizer, saved: Any, name: str) -> str | None:
+    """What of an optimiser's saved state it cannot go on from, in words. Its settings are not looked at: they are the config's."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(states, dict) or any(not is_whole(n, 0) or n >= len(params) for n in states):
+        return f"{name} is no state of its optimiser"
+    adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    for number, state in states.items():
+        if not isinstance(state, dict) or (
+            state and state.keys() != ({"step", "exp_avg", "exp_avg_sq"} if adam else {})
+        ):
+            return f"{name} is no state of its optimiser"
+        if not state:
+            continue
+        moments = ("exp_avg", "exp_avg_sq")
+        own = {key: params[number].detach() for key in moments}
+        if (wrong := _misfit(own, {key: state[key] for key in moments}, name)) is not None:
+            return wrong
+        steps = (
+            state["step"].item() if isinstance(state["step"], Tensor) and state["step"].dim() == 0 else state["step"]
+        )
+        if not is_number(steps) or not 1 <= steps < LARGEST:
+            return f"{name} has taken no number of steps"
+    return None
 
 
 def _splits(job: LayerSearch) -> dict[str, list[int]]:
@@ -249,7 +360,13 @@ class LayerSearch:
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.passes = Passes(model, list(self.named.values()), self.gates, loss)
         held = [b for site in self.gates.sites for b in site.buffers()]
-        processes.take_over([*self.passes.params, *held], self.passes.device)  # what is random and frozen too
+        if not self.passes.in_lockstep and any(is_shard(p) for p in model.parameters()):
+            raise ConfigError(
+                "the base is split in its forward (tensor parallel), where a search would run other batches on each process: use "
+                "processes that each hold the whole model, or a model that FSDP splits."
+            )
+        theta = [] if self.passes.in_lockstep else self.passes.params  # what is split is of one whole already
+        processes.take_over([*theta, *held], self.passes.device)  # what is random and frozen too
         self.steps = search.steps or self._default_steps(training)
         self.alpha = torch.zeros(len(self.gates.groups), dtype=torch.float64, requires_grad=True)
         self.alpha_optimizer = search.optimizer(self.alpha)
@@ -355,7 +472,7 @@ class LayerSearch:
             self.unlabelled += 1
             if self.unlabelled == 1:
                 log.warning(
-                    "all labels of a validation batch are ignored: its step on α is skipped (later ones are counted)"
+                    "all labels of a validation batch are ignored: its step on α is skipped (further ones are only counted)"
                 )
         if not passed.finite:
             return passed.loss, None
@@ -376,14 +493,24 @@ class LayerSearch:
         size = self.sizes[part]
         at = self.cycles[part].take(count * size)
         indices = getattr(self.splits, part)
-        mine = [at[i * size : (i + 1) * size] for i in range(count)][processes.rank() :: processes.world()]
+        mine = [at[i * size : (i + 1) * size] for i in range(count)]
+        if not self.passes.in_lockstep:
+            mine = mine[processes.rank() :: processes.world()]
         device = self.passes.device
 
         def collate() -> list[Batch]:
             return [self._collate([self._rows[part][indices[j]] for j in chosen]) for chosen in mine]
 
         batches = processes.attempt(collate, "collating rows of the search", device)
-        return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+        batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+        return self._even(batches) if self.passes.in_lockstep else batches
+
+    def _even(self, batches: Sequence[Batch]) -> list[Batch]:
+        """This process's share of all micro-batches, as many as every other's: who has one less runs another's beside it."""
+        labelled = [batch for batch in batches if counted(batch, self.passes.causal)]
+        mine = labelled[processes.rank() :: processes.world()]
+        short = -(-len(labelled) // processes.world()) - len(mine)
+        return [*mine, *(Idle(labelled[0]) for _ in range(short))]
 
     # ------------------------------------------------------------------ the whole search
 
@@ -423,7 +550,7 @@ class LayerSearch:
         """Continue from a file that `save` wrote. Raises RunError if it is damaged, or of another model or other rows."""
         try:
             found = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # the unpickler, and the reader of torch's archives, have errors of many kinds
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RunError(
                 f"{path} is a damaged state of a search ({said}): delete it, and the search starts again."

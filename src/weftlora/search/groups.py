@@ -10,6 +10,7 @@ accumulation and quantised bases, because all they read is `.grad`.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from weftlora.adapted.layer import WeftLayer
 from weftlora.adapted.targets import Blocks
 from weftlora.adapted.updates import base_of
+from weftlora.adapter.shards import number
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 
@@ -71,7 +73,7 @@ class Gates:
         self._own = _own(self.groups)
         self._leaves: list[Tensor] = []
         for site in self.sites:  # a host may have cast the buffer to 16 bits with the rest of the adapter
-            site.layer_gate = torch.ones((), dtype=torch.float64, device=site.factors().A.device)
+            site.layer_gate = torch.ones((), dtype=torch.float64, device=_device(site))
         self.write(torch.ones(len(self.groups), dtype=torch.float64))
 
     @property
@@ -94,7 +96,7 @@ class Gates:
         try:
             for gate, group in zip(gate_n, self.groups, strict=True):
                 for site in group.sites.values():
-                    site.layer_gate = gate.to(site.factors().A.device)
+                    site.layer_gate = gate.to(_device(site))
             yield
         finally:
             for site, buffer in before:
@@ -106,7 +108,7 @@ class Gates:
         if self.factors is not None:
             yield
             return
-        device = self.sites[0].factors().A.device
+        device = _device(self.sites[0])
         self._leaves = [gate.to(device).requires_grad_() for gate in self.gate_n.clone()]
         with self.graphed(self._leaves):
             yield
@@ -119,8 +121,14 @@ class Gates:
 
     def gradient_norms(self, gradients: dict[int, Tensor]) -> Tensor:
         """‖∇‖ [N] fp64 over the parameters that a group has to itself; `gradients` by the parameter's id."""
-        squares = [sum(float(gradients[i].double().square().sum()) for i in own if i in gradients) for own in self._own]
+        squares = [
+            sum(number(gradients[i].double().square().sum()) for i in own if i in gradients) for own in self._own
+        ]
         return torch.tensor(squares, dtype=torch.float64).sqrt()
+
+
+def _device(site: Site) -> torch.device:
+    return next(itertools.chain(site.parameters(), site.buffers())).device
 
 
 def _own(groups: Sequence[Group]) -> list[list[int]]:
@@ -133,7 +141,7 @@ def _own(groups: Sequence[Group]) -> list[list[int]]:
 def _inner(p: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros((), dtype=torch.float64)
-    return (p.grad.double() * p.detach().double()).sum().cpu()
+    return torch.tensor(number((p.grad.double() * p.detach().double()).sum()), dtype=torch.float64)
 
 
 def shared_between(groups: Sequence[Collection[Site]]) -> set[int]:

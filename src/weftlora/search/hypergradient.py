@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.adapted.hooks import in_mode
+from weftlora.adapter.shards import is_sharded, number
 from weftlora.errors import ConfigError, suggest
 from weftlora.host.optimizer import param_groups
 from weftlora.kernel import use_reference
@@ -71,7 +72,7 @@ class InnerStep:
     def jumps(self, lam: Sequence[Tensor]) -> float:
         """Σ (η λ_p)² over the elements whose step may turn: by how much that may change R, squared."""
         return sum(
-            float((t * value.double()).square().sum())
+            number((t * value.double()).square().sum())
             for t, value in zip(self.turning, lam, strict=True)
             if isinstance(t, Tensor)
         )
@@ -119,7 +120,8 @@ def adjoint(steps: Sequence[InnerStep], lam: list[Tensor], g_n: Tensor, product:
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    return float(torch.stack([(a.double() * b.double()).sum().cpu() for a, b in zip(one, other, strict=True)]).sum())
+    sums = [number((a.double() * b.double()).sum()) for a, b in zip(one, other, strict=True)]
+    return float(torch.tensor(sums, dtype=torch.float64).sum())
 
 
 def by_differences(passes: Passes, search: SearchedLayers, alpha_n: Tensor) -> Product:
@@ -206,6 +208,10 @@ def check_exact(model: nn.Module) -> None:
         raise ConfigError(
             f"hypergrad='unrolled_exact' on a quantised base: its matrix products have no second derivative; {advice}."
         )
+    if is_sharded(model):
+        raise ConfigError(
+            f"hypergrad='unrolled_exact' on a model that is split among processes, which has no second derivative: {advice}."
+        )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             raise ConfigError(f"hypergrad='unrolled_exact' with gradient checkpointing: turn it off, or {advice}.")
@@ -262,7 +268,7 @@ class Inner:
         for name in ("batch_size", "accumulation"):
             value = getattr(self, name)
             if not is_whole(value, 1):
-                raise ConfigError(f"{name}={value!r} is no count: use a whole number from 1 up.")
+                raise ConfigError(f"{name}={value!r} is not a count: use a whole number from 1 up.")
         for name in ("lr", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < math.inf or (name == "lr" and not value):
@@ -304,7 +310,7 @@ class InnerLoop:
             self.unlabelled += 1
             if self.unlabelled == 1:
                 log.warning(
-                    "all labels of a training batch are ignored: its step on θ is skipped (later ones are counted)"
+                    "all labels of a training batch are ignored: its step on θ is skipped (further ones are only counted)"
                 )
         if not passed.finite:
             self.skipped += 1
@@ -365,11 +371,6 @@ class InnerLoop:
             "skipped": self.skipped,
             "unlabelled": self.unlabelled,
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.taken, self.skipped, self.unlabelled = state["taken"], state["skipped"], state["unlabelled"]
 
 
 def _adam(state: dict[str, Any], group: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 from weftlora.disk.files import write_text
 from weftlora.errors import ConfigError, TargetError
 from weftlora.extras import needs
+from weftlora.foreign_text import html_table
 from weftlora.search.agreement import Stability, stability
 from weftlora.terms.layers.only import Only
 
@@ -86,6 +87,21 @@ class Selection:
     def filled(self) -> list[str]:
         """The groups that the rule did not select, and `min_layers` did."""
         return [c.name for c in self.candidates if c.filled]
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                each.name,
+                f"{each.alpha:+.4f}",
+                f"{each.distance:+.4f}",
+                "selected" if each.selected else "",
+                "near tie" if each.near else "",
+            )
+            for each in self.candidates
+        ]
+        title = f"{len(self.chosen)} of {len(self.candidates)} {self.granularity}s selected, margin {self.margin:.4f}"
+        columns = [self.granularity, "α", "α − threshold", "", ""]
+        return html_table(title, columns, rows, ["One more step could have turned a near tie."] * bool(self.near_ties))
 
     def peft_config(self, **fields: Any) -> LoraConfig:
         """A stock LoRA of the searched rank and scale on the selected modules, by their full names.

@@ -73,9 +73,11 @@ def read(path: str | Path, newest: int) -> dict[str, Any]:
     try:
         content = from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is no saved selection ({error}): give the file that Selection.save wrote.") from None
+        raise ConfigError(
+            f"{path} is not a saved selection ({error}): give the file that Selection.save wrote."
+        ) from None
     if not isinstance(content, dict) or "format" not in content:
-        raise ConfigError(f"{path} is no saved selection: give the file that Selection.save wrote.")
+        raise ConfigError(f"{path} is not a saved selection: give the file that Selection.save wrote.")
     if type(content["format"]) is int and content["format"] > newest:
         raise ConfigError(
             f"{path} has selection format {content['format']}, this weftlora reads up to {newest}: upgrade weftlora."

@@ -311,5 +311,5 @@ def check_possible(due: int | None, length: Length, what: str, time: Any) -> Non
     if length.total_steps is not None and due >= length.total_steps:
         raise ConfigError(
             f"{what} is due after step {due}, but the run ends after {length.total_steps}: it would silently stay without it; "
-            "make the run longer or the time earlier."
+            "make the run longer, or choose an earlier step."
         )

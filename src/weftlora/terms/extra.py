@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from weftlora.kernel import Role, Slots
+from weftlora.kernel import Axis, Role, Slots
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class ExtraTerm(nn.Module, ABC):
 
     roles: ClassVar[Mapping[str, Role]] = {}
     """What each of its parameters does in the equation, by name."""
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {}
+    """What the axes of each of its tensors run over; see `StructureTerm.axes`."""
 
     @abstractmethod
     def slots(self, scale: float, mask: Tensor | None, layer_gate: Tensor | None) -> Slots | None:

@@ -150,7 +150,7 @@ def _checked(term: Any, axis: str, name: str, whose: str) -> type[Choice]:
     """`term`, if it is the class of a choice on `axis`. Raises ConfigError."""
     if not isinstance(term, type) or (own := axis_of(term)) is None:
         raise ConfigError(
-            f"the term {name!r} of {whose} is no choice of any axis: it must be a class that inherits from one of "
+            f"the term {name!r} of {whose} is not a choice of any axis: it must be a class that inherits from one of "
             f"{', '.join(f'weftlora.terms.{axis}.{axis.capitalize()}' for axis in AXES)}."
         )
     if own != axis:
@@ -164,7 +164,7 @@ def check_form(term: type, whose: str = "your code") -> None:
     frozen = getattr(term, "__dataclass_params__", None)
     if "__dataclass_params__" not in vars(term) or frozen is None or not frozen.frozen:
         raise ConfigError(
-            f"{term.__name__} of {whose} is no frozen dataclass, so a config cannot hold it: write @dataclass(frozen=True)."
+            f"{term.__name__} of {whose} is not a frozen dataclass, so a config cannot hold it: write @dataclass(frozen=True)."
         )
     if missing := sorted(getattr(term, "__abstractmethods__", ())):
         raise ConfigError(f"{term.__name__} of {whose} is unfinished: it does not say {', '.join(missing)}.")

@@ -53,7 +53,7 @@ def new_term(name: str, axis: str, folder: str | Path | None = None) -> Scaffold
         "pyproject.toml": "pyproject.toml.txt",
     }
     if there := [file for file in files if os.path.lexists(place / file)]:
-        raise RunError(f"{place / there[0]} is there already: choose another name or another folder with --out.")
+        raise RunError(f"{place / there[0]} already exists: choose another name or another folder with --out.")
     texts = {file: _filled(_template(template), name, axis) for file, template in files.items()}
     made: list[Path] = []
     try:
@@ -78,7 +78,7 @@ def _check_name(name: str, axis: str) -> None:
     """Refuse a name that configs, Python, pip or the term's own file could not have. Raises ConfigError."""
     if not _NAME.fullmatch(name) or keyword.iskeyword(name):
         raise ConfigError(
-            f"{name!r} is no name of a term: use words of small letters and digits with _ between them, beginning with a letter, "
+            f"{name!r} is not a name of a term: use words of small letters and digits with _ between them, beginning with a letter, "
             "such as top2."
         )
     cls = _class_of(name)

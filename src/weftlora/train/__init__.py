@@ -58,7 +58,7 @@ def train(
         from weftlora.runs.recipe import asked, asked_to_extend
 
         if extend and resume:
-            raise ConfigError("resume goes on with a run as it was, and extend with a longer one: give one of them.")
+            raise ConfigError("resume continues a run as it was, and extend makes it longer: give one of them.")
         read, before = asked_to_extend(recipe, overrides) if extend else asked(recipe, overrides, resume)
         from weftlora.train import loop
 

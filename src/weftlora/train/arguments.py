@@ -79,7 +79,7 @@ def _check_loggers(names: list[str]) -> None:
     for name in names:
         if name not in ("none", "all", *INTEGRATION_TO_CALLBACK):
             raise ConfigError(
-                f"train.report_to={name!r} is no logger: {suggest(name, ['none', 'all', *INTEGRATION_TO_CALLBACK])}"
+                f"train.report_to={name!r} is not a logger: {suggest(name, ['none', 'all', *INTEGRATION_TO_CALLBACK])}"
             )
         if name not in ("none", "all", *installed):
             raise ConfigError(
@@ -104,7 +104,7 @@ def device() -> str:
 def rate(config: TrainConfig) -> float:
     """The peak learning rate, which a recipe has once its model is known (`weftlora.train.prepare`)."""
     if config.lr is None:
-        raise ConfigError("train.lr is not known before the model is: name one.")
+        raise ConfigError("train.lr is chosen by the model, which is not loaded yet: set it to a number.")
     return config.lr
 
 

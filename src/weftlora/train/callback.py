@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weftlora.adapter.shards import is_sharded
 from weftlora.host.attach import attach, schedules, warn_of_missing
 from weftlora.scoring.rows import tokens_of
 from weftlora.terms.events import Event
 from weftlora.train import checkpoint
+from weftlora.train.sharded import save as save_sharded
 
 _LIMIT = "weft_save_total_limit"
 
@@ -123,9 +125,14 @@ class Callback(Finished):
                 if checkpoint.step_of(path) > state.global_step:
                     checkpoint.unmark(path)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         """Raises RunError where the marker cannot be written."""
         if not state.is_hyper_param_search:
+            if is_sharded(model):  # beside Trainer's own files the adapter's, which need none of the base
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                save_sharded(model, folder, args.should_save)
             finish(args, state, getattr(args, _LIMIT, None))
 
     def on_train_end(

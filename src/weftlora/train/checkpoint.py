@@ -92,11 +92,11 @@ def newest(checkpoints: str | Path) -> Path | None:
     for path in reversed(found):
         if not (wrong := problem(path)):
             if problems:
-                log.warning("%s: going on from %s instead", "; ".join(problems), path.name)
+                log.warning("%s: continuing from %s instead", "; ".join(problems), path.name)
             return path
         problems.append(f"{path} is damaged: {wrong}")
     if problems:
-        raise RunError(f"{problems[0]}, and there is no earlier one that is whole: start the run again.")
+        raise RunError(f"{problems[0]}, and there is no earlier complete one: start the run again.")
     return None
 
 

@@ -89,7 +89,7 @@ class Speaker:
         text = tokenizer.decode(answer, skip_special_tokens=True)
         note = ""
         if finished and not text.strip():
-            note = f"the answer ended at once: {self.how.reason(tokenizer, raw)}."
+            note = f"the answer is empty, because generation ended at once: {self.how.reason(tokenizer, raw)}."
             log.warning("%s", note)
         shown: Any = (
             prompt if isinstance(prompt, str) else dict(prompt) if isinstance(prompt, Mapping) else list(prompt)
@@ -211,7 +211,7 @@ class Source:
         """
         if not isinstance(source, Run) and is_model(source):
             if base is not None:
-                raise ConfigError(f"{source} is a model by itself, which has no other base: leave out --base.")
+                raise ConfigError(f"{source} is a model, not an adapter, so it has no other base: leave out --base.")
             found = base_model.find(base_model.Wanted(str(source), dtype=None), Path.cwd())
             form = "chat" if getattr(found.tokenizer, "chat_template", None) else "text"
             return cls(source, None, Prompting(form), None, found)
@@ -408,7 +408,7 @@ def _subject(
         given = Source.of(source, base)
         if foreign := [text for text in overrides if not text.startswith("data.")]:
             what = "this run" if given.is_run else "this adapter" if given.found is None else "this model"
-            raise ConfigError(f"{foreign[0]!r} would not be {what} any more: only data.… can be changed here.")
+            raise ConfigError(f"{foreign[0]!r} would make it another than {what}: only data.… can be changed here.")
         return (
             _by_itself(given, overrides, split, adapter)
             if given.run is None
@@ -483,7 +483,9 @@ def _split(data: Any, wanted: str | None) -> tuple[str, Any]:
     """
     there = [name for name in SPLITS if getattr(data, name) is not None and len(getattr(data, name))]
     if wanted is None and there == ["validation"]:
-        log.warning("the data has no test rows: these are the validation rows, and no good for what was chosen on them")
+        log.warning(
+            "the data has no test rows: these are the validation rows; do not use them to judge what was chosen on them"
+        )
     name = wanted or (there[0] if there else SPLITS[0])
     if name not in there:
         hint = f"use --split {there[0]}." if there else f"name a file with data.{name}=...."

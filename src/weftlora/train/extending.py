@@ -39,12 +39,12 @@ def point(before: Run, steps: int) -> Path:
     if before.adapter["peft_type"] == "ADALORA":
         raise RunError(
             f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: it cannot be extended; "
-            "give train.from the run instead."
+            "set train.from to the run instead."
         )
     last = checkpoint.newest(before.checkpoints)
     if last is None:
         raise RunError(
-            f"{before.folder} has no checkpoint to extend (train.save_every): give train.from the run instead, which begins with "
+            f"{before.folder} has no checkpoint to extend (train.save_every): set train.from to the run instead, which begins with "
             "its adapter and a new optimiser."
         )
     if steps <= (done := checkpoint.step_of(last)):

@@ -26,6 +26,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora.adapter.shards import is_sharded
 from weftlora.data import sampled
 from weftlora.disk.lock import claimed
 from weftlora.disk.ownership import check_no_links
@@ -37,10 +38,12 @@ from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
 from weftlora.runs.scores import accuracy, mean_loss
+from weftlora.schedule import processes
 from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search, sampling
 from weftlora.train.costs import announce_measuring, timed
 from weftlora.train.prepare import Prepared, prepare
-from weftlora.train.resuming import check_can_resume, check_same_input, resume_point
+from weftlora.train.resuming import check_can_resume, check_same_input, resume_point, with_as_many_rows
+from weftlora.train.sharded import whole_adapter, whole_sites
 from weftlora.train.trainer import make_trainer
 from weftlora.version import __version__
 
@@ -104,7 +107,9 @@ def _train(
     begins = 0 if before is None else before.extends.get("step", 0)
     if extends is not None and (newest := checkpoint.newest(extends.checkpoints)) is not None:
         begins = checkpoint.step_of(newest)
-    prepared = prepare(recipe, None if before is None else before.adapter, begins)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    shared = recipe if before is None else with_as_many_rows(recipe, before, world)
+    prepared = prepare(shared, None if before is None else before.adapter, begins)
     if prepared.adapter is None:
         raise ConfigError(
             "adapter none trains nothing: use `weftlora eval RECIPE --adapter none` to measure the frozen base."
@@ -115,7 +120,10 @@ def _train(
     if before is not None:
         check_same_input(before, run, prepared)
         check_can_resume(before)
-        run = dataclasses.replace(run, extends=before.extends)
+        begun = {**run.recipe["train"], "accumulation": recipe.train.accumulation}
+        run = dataclasses.replace(
+            run, extends=before.extends, processes=before.processes, recipe={**run.recipe, "train": begun}
+        )
     if extends is not None:
         check_same_input(extends, run, prepared)
         extending.check_schedule(prepared.recipe.train)
@@ -178,6 +186,7 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
         },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
         data={
             "format": data.format,
             "max_length": data.max_length,
@@ -241,7 +250,7 @@ def lost_rows(run: Run) -> list[str]:
         if parts:
             said.append(
                 f"{split}: of {whole:,} rows, {' and '.join(parts)} (data.max_length={run.data['max_length']}): raise "
-                "data.max_length, or say with data.truncate what gives way"
+                "data.max_length, or choose with data.truncate what is cut"
             )
     return said
 
@@ -335,13 +344,15 @@ def _run_trainer(
     _check_finite(metrics)
     metrics |= _kept(trainer, prepared)
     run = dataclasses.replace(run, metrics=metrics, status="complete", time=run.time | took)
-    if main:
-        run.check_there()
-        prepared.name_weights(run)
-        write_adapter(prepared.model, run)
-        run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
-        run.event("end", step=trainer.state.global_step)
-        run.save()
+    split = is_sharded(prepared.model)
+    with whole_sites(prepared.model):  # nothing below waits for the other processes
+        if main:
+            run.check_there()
+            prepared.name_weights(run)
+            write_adapter(prepared.model, run, whole_adapter(prepared.model) if split else None)
+            run = dataclasses.replace(run, figures=costs.measured(prepared, run, trainer.state))
+            run.event("end", step=trainer.state.global_step)
+            run.save()
     return run
 
 
@@ -378,6 +389,10 @@ def _sentences(record: _Record, run: Run) -> Iterator[None]:
     except RuntimeError as error:
         if record.run is not None:
             record.run.check_there()
+        if processes.world() > 1 and processes.ends_a_wait(error):
+            raise RunError(
+                "another process of this run has ended, and its own log says why: start all of them again with --resume."
+            ) from error
         if not _is_of_saving(error):
             raise
         raise RunError(

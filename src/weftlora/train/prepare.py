@@ -306,7 +306,7 @@ def taken(model: torch.nn.Module) -> int:
 def _check_measures(recipe: Recipe, data: Loaded) -> None:
     if arguments.keeps_best(recipe.train) and (data.validation is None or not len(data.validation)):
         raise ConfigError(
-            "train.best and train.early_stopping go by the validation loss, and the data has no validation rows: set "
+            "train.best and train.early_stopping use the validation loss, and the data has no validation rows: set "
             "data.validation_fraction=0.1, or name a file with data.validation."
         )
 

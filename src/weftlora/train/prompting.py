@@ -77,11 +77,11 @@ class Prompting:
             counted = length is None or is_whole(length, 1)
             if not (known and counted and isinstance(labels, list) and all(isinstance(each, str) for each in labels)):
                 raise ValueError("it holds other values than weftlora writes")
-            if template is not None:
-                template_columns(template)
+            if template is not None and not template_columns(template):
+                raise ValueError("its template names no column")
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise AdapterError(
-                f"{file} cannot be read ({type(error).__name__}): delete it, and say with --messages or --raw what prompts become."
+                f"{file} cannot be read ({type(error).__name__}): delete it, and give prompts with --messages or --raw."
             ) from None
         return cls(form, template, fold, length, tuple(labels))
 
@@ -98,7 +98,7 @@ class Prompting:
         """
         if raw:
             if not isinstance(prompt, str) or system is not None:
-                raise ConfigError("raw takes a text as it stands: leave out the messages and the system turn.")
+                raise ConfigError("raw takes a text as it is: leave out the messages and the system turn.")
             return prompt
         if isinstance(prompt, Mapping):
             return self._filled(prompt)
@@ -116,7 +116,7 @@ class Prompting:
         columns = list(dict.fromkeys(template_columns(self.template)))
         if len(columns) > 1:
             with suppress(ValueError):
-                if isinstance(values := json.loads(prompt), dict):
+                if isinstance(values := from_json(prompt, exact=True), dict):
                     return self._filled(values)
             raise ConfigError(
                 f"this run's prompts are made of the columns {', '.join(columns)} (data.prompt_template): give them as JSON, such as "
@@ -166,7 +166,7 @@ class Prompting:
                 "the prompt as --messages"
             )
         if self.form == "text":
-            return "this run was trained on whole texts, which may end after such a one"
+            return "this run was trained on whole texts, which may end after a text like this"
         return "why is not known; `weftlora data` on the run shows what its prompts look like"
 
 
@@ -185,7 +185,7 @@ def checked(messages: Sequence[Any]) -> list[Message]:
 def read_messages(path: Path, text: str | None = None) -> list[Message]:
     """The messages of a JSON file: a list, or an object whose `messages` is one. Raises DataError."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8") if text is None else text)
+        found = from_json(path.read_text(encoding="utf-8") if text is None else text, exact=True)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its path.") from None
     except ValueError as error:

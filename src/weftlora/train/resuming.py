@@ -14,6 +14,7 @@ from pathlib import Path
 from weftlora.errors import RunError
 from weftlora.runs import identity
 from weftlora.runs.base_model import Fingerprint, check_same
+from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Run
 from weftlora.train import checkpoint
 from weftlora.train.prepare import Prepared
@@ -44,6 +45,23 @@ def check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
         run.base["source"],
     )
     identity.check_files(before.base, prepared.base.settings, run.base["source"], str(run.folder))
+
+
+def with_as_many_rows(recipe: Recipe, before: Run, processes: int) -> Recipe:
+    """The recipe with the accumulation that makes `processes` processes take the rows per step that the run was begun with.
+
+    Raises:
+        RunError: no whole number does.
+    """
+    passes = recipe.train.accumulation * before.processes
+    if passes % processes:
+        raise RunError(
+            f"{before.folder} was begun by {before.processes} processes with train.accumulation={recipe.train.accumulation}: that is "
+            f"{passes} batches per step, which {processes} processes cannot share evenly; resume it with a number of processes that "
+            f"divides {passes}."
+        )
+    train = recipe.train.model_copy(update={"accumulation": passes // processes})
+    return recipe.model_copy(update={"train": train})
 
 
 def check_can_resume(before: Run) -> None:

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from weftlora.adapted.routing import routing
 from weftlora.adapter.spec import WeftConfig
 from weftlora.disk.files import append_json
+from weftlora.errors import ConfigError
 from weftlora.host.attach import attach
 from weftlora.host.optimizer import param_groups
 from weftlora.progress import Progress, Tick, ignore
@@ -31,6 +32,7 @@ from weftlora.train.extending import Extended
 from weftlora.train.following import following, is_routed
 from weftlora.train.prepare import Prepared
 from weftlora.train.sampling import Asked, Sampler
+from weftlora.train.sharded import Sharded, check_wrapper
 
 log = logging.getLogger(__name__)
 _COLUMNS = ["input_ids", "attention_mask", "labels"]
@@ -320,7 +322,7 @@ def make_trainer(
         own.append(Sampler(run, prepared, progress, samples))
     if patience := prepared.recipe.train.early_stopping:
         own.append(EarlyStop(patience))
-    mixins: list[type] = [_Measured, _Logged]
+    mixins: list[type] = [_Measured, _Logged, Sharded]
     added: dict[str, Any] = {"prepared": prepared, "run": run, "_card": Card()}
     if run.extends:
         mixins.insert(0, Extended)
@@ -344,6 +346,12 @@ def make_trainer(
         callbacks=[*own, *extra],
         **options,
     )
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    check_wrapper(plugin)
+    if plugin is not None and prepared.recipe.train.samples:
+        raise ConfigError(
+            "train.samples generates on the main process alone, which a model that is split among processes cannot: leave it out."
+        )
     trainer.add_callback(_GoesOn(trainer))
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, where --json answers
     return trainer

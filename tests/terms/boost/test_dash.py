@@ -143,7 +143,7 @@ def test_a_number_of_directions_that_is_none(directions) -> None:
 
 @pytest.mark.parametrize("eps", [-1e-9, float("inf"), float("nan"), True, None, "0"])
 def test_an_eps_that_is_none(eps) -> None:
-    with pytest.raises(ConfigError, match="is no small number: use 1e-8"):
+    with pytest.raises(ConfigError, match="is not a small number: use 1e-8"):
         Dash(eps=eps)
 
 
@@ -160,5 +160,5 @@ def test_a_misspelt_field_in_a_saved_form_is_refused() -> None:
 
 @pytest.mark.parametrize("seed", [1.5, True, None, "0"])
 def test_a_seed_is_a_whole_number(seed) -> None:
-    with pytest.raises(ConfigError, match="is no seed: use a whole number"):
+    with pytest.raises(ConfigError, match="is not a seed: use a whole number"):
         Dash(select="random", seed=seed)

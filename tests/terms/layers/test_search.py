@@ -185,3 +185,8 @@ def test_a_search_made_to_select_a_number_selects_that_unless_it_was_told_anothe
 def test_an_alpha_that_is_no_number_is_refused():
     with pytest.raises(ConfigError, match="diverged"):
         choose([0.0, float("nan")], "above_mean")
+
+
+def test_with_every_group_taken_the_threshold_is_the_smallest_alpha():
+    found = Search(select="top_k", top_k=3).choose(Weighed((0.5, -0.25, 0.125), (1.0, 1.0, 1.0)))
+    assert (found.selected, found.distance) == ((0, 1, 2), (0.75, 0.0, 0.375))

@@ -111,10 +111,10 @@ def test_random_rounds_keep_the_invariants() -> None:
         ({"score": "exat"}, "did you mean 'exact'"),
         ({"scope": "layer"}, "scope='layer'"),
         ({"rows": 0}, "rows=0"),
-        ({"first": -1}, "is no time"),
+        ({"first": -1}, "is not a time"),
         ({"max_rounds": -1}, "from 0 up"),
         ({"revive": 1}, "neither true nor false"),
-        ({"seed": "x"}, "is no seed"),
+        ({"seed": "x"}, "is not a seed"),
         ({"max_rank": 0}, "max_rank=0"),
     ],
 )

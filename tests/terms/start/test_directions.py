@@ -190,16 +190,16 @@ def test_tsd_is_the_two_choices_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"after": 0}, r"Directions\(after=...\): 0 is no time"),
-        ({"after": 1.5}, "is no time"),
+        ({"after": 0}, r"Directions\(after=...\): 0 is not a time"),
+        ({"after": 1.5}, "is not a time"),
         ({"mode": "residue"}, "did you mean 'residual'"),
         ({"select": "rates"}, "did you mean 'rate'"),
-        ({"eps": -1.0}, "is no small number: use 1e-8"),
-        ({"guard": 1.0}, "is no small number: use 1e-6"),
-        ({"guard": True}, "is no small number"),
-        ({"kappa": 0}, "is no length: use 1.0"),
-        ({"kappa": float("inf")}, "is no length"),
-        ({"seed": 1.5}, "is no seed"),
+        ({"eps": -1.0}, "is not a small number: use 1e-8"),
+        ({"guard": 1.0}, "is not a small number: use 1e-6"),
+        ({"guard": True}, "is not a small number"),
+        ({"kappa": 0}, "is not a length: use 1.0"),
+        ({"kappa": float("inf")}, "is not a length"),
+        ({"seed": 1.5}, "is not a seed"),
     ],
 )
 def test_values_that_cannot_work_are_refused_with_what_to_do(fields: dict, sentence: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from weftlora.errors import ConfigError
+from weftlora.kernel.factors import used
 from weftlora.terms.structure.hydra import Hydra, HydraTerm
 
 
@@ -56,3 +57,10 @@ def test_the_term_trains_one_a_all_heads_side_by_side_and_the_router():
     f = term.factors(1.5)
     assert (f.A is term.A, f.B is term.B, f.router is term.router) == (True, True, True)
     assert (f.scale, f.heads, f.gate, f.v, f.extra) == (1.5, 3, None, None, ())
+
+
+def test_top_k_picks_per_token_whatever_the_leading_axes_are():
+    omega = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], [[0.2, 0.6, 0.2], [0.4, 0.4, 0.2]]])
+    expected = [[[1, 0, 0], [0, 0, 1]], [[0, 1, 0], [1, 0, 0]]]
+    assert used(omega, 1).tolist() == expected
+    torch.testing.assert_close(used(omega, 2)[0, 0], torch.tensor([0.625, 0.375, 0.0]))

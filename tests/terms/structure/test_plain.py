@@ -2,7 +2,7 @@
 
 import torch
 
-from weftlora.terms.structure.plain import PlainTerm
+from weftlora.terms.structure.plain import Plain, PlainTerm
 
 
 def test_a_plain_term_trains_the_given_a_and_a_zero_b():
@@ -14,3 +14,10 @@ def test_a_plain_term_trains_the_given_a_and_a_zero_b():
     f = term.factors(2.5)
     assert (f.A is term.A, f.B is term.B, f.scale, f.heads) == (True, True, 2.5, 1)
     assert (f.gate, f.v, f.router, f.extra) == (None, None, None, ())
+
+
+def test_the_sides_of_an_adapter_are_read_off_its_tensors():
+    a, b = torch.zeros(2, 5), torch.zeros(7, 2)
+    assert Plain().sides({"A": a, "B": b}) == (5, 7)
+    assert Plain().sides({"A": a}) == (5, None)
+    assert Plain().sides({}) == (None, None)

@@ -146,12 +146,16 @@ def minus(number: str) -> str:
 
 
 def between(interval: Interval, text: Callable[[float], str]) -> str:
-    """The interval in words; what one seed, or two of one value, have instead of one."""
+    """The interval in words; what two of one value have instead of one, and nothing for one seed, which the page says once."""
     if interval.low is None or interval.high is None:
-        return "one seed, no interval" if interval.n == 1 else "two equal values, no interval"
+        return "" if interval.n == 1 else "two equal values, no interval"
     if interval.low == interval.high:
         return "the same for every seed"
     return f"{text(interval.low)} to {text(interval.high)}"
+
+
+ONE_SEED = "one seed"
+"""What a tooltip has in place of an interval of one seed."""
 
 
 def possible(interval: Interval, most: float = math.inf) -> Interval:

@@ -10,6 +10,7 @@ from weftlora.compare.record import Comparison, Interval
 from weftlora.report import charts
 from weftlora.report.charts import ACCENT, GREY, ROW, WARM, Pick, Rows, Spec, tooltip
 from weftlora.report.comparison.elements import (
+    ONE_SEED,
     Cell,
     Chart,
     Column,
@@ -40,7 +41,7 @@ def forest_rows(
     whole = {"name": name, "kind": kind, "value": how.drawn(gap.mean), "said": how.gap(gap.mean), "of": "mean", **more}
     if gap.low is not None and gap.high is not None:
         whole |= {"low": how.drawn(gap.low), "high": how.drawn(gap.high)}
-    whole |= {"interval": between(gap, how.gap), "n": gap.n}
+    whole |= {"interval": between(gap, how.gap) or ONE_SEED, "n": gap.n}
     each = [
         {
             "name": name,
@@ -247,8 +248,8 @@ def learning_curves(found: Comparison) -> Iterator[Part]:
         else "One seed of each."
     )
     lead = (
-        f"{what_is_drawn} The list picks a method to stand beside "
-        f"{found.baseline}; clicks in the legend pick several, a double click shows all again."
+        f"{what_is_drawn} Pick a method in the list to see it beside "
+        f"{found.baseline}; click in the legend to pick several, double-click to show all again."
     )
     what = " and ".join(whats).capitalize()
     alt = f"{what} of {', '.join(names)} over optimiser steps"
@@ -273,7 +274,7 @@ def _curve(found: Comparison, name: str, what: str, key: str) -> Iterator[dict[s
                 "n": whole.n,
                 "base": name == found.baseline,
             }
-            row["interval"] = between(whole, text)
+            row["interval"] = between(whole, text) or ONE_SEED
             if whole.low is not None and whole.high is not None:
                 row |= {"low": whole.low, "high": whole.high}
             yield row

@@ -19,6 +19,7 @@ from weftlora.report.charts import Spec, tooltip
 from weftlora.report.comparison import plots
 from weftlora.report.comparison.elements import (
     KINDS,
+    ONE_SEED,
     Cell,
     Chart,
     Column,
@@ -163,7 +164,7 @@ def warnings(found: Comparison) -> list[str]:
         said.append(f"To finish: {'; '.join(command.partition(': ')[2] for command in commands)}.")
     elif any(outcome.status == "missing" for outcome in found.outcomes):
         said.append(
-            f"To finish, give the command of {found.folder} again: weftlora compare goes on where it was stopped."
+            f"To finish, give the command of {found.folder} again: weftlora compare continues where it was stopped."
         )
     lost = [outcome for outcome in found.outcomes if outcome.status in ("failed", "diverged")]
     if lost:
@@ -184,13 +185,14 @@ def differences(found: Comparison) -> Iterator[Part]:
         if row.gap:
             each = paired(found, row.name, found.metric)
             rows += plots.forest_rows(row.name, KINDS[row.verdict.kind], row.gap, each, how)
-            said.append(f"{row.name} {how.gap(row.gap.mean)} ({between(row.gap, how.gap)})")
+            apart = between(row.gap, how.gap)
+            said.append(f"{row.name} {how.gap(row.gap.mean)}" + (f" ({apart})" if apart else ""))
     if not rows:
         return
     what = f"Difference in {how.title} to {found.baseline}"
     chart = Chart(what, f"{what}, by method: {'; '.join(said)}", plots.forest(rows, axis(found, how)))
     side = "right" if found.higher_is_better else "left"
-    lead = f"What lies {side} of the line is better than {found.baseline} with the same seed."
+    lead = f"What is {side} of the line is better than {found.baseline} with the same seed."
     if any("low" in row for row in rows):
         lead += " Large dots are means, bars their intervals, the small dots below them the seeds."
     yield Part("differences", f"Difference to {found.baseline}", lead, [chart])
@@ -352,7 +354,7 @@ def quality(found: Comparison) -> Iterator[Part]:
     shown, fronts = [], []
     for what, title, cost, text in costs:
         points = _points(found, cost, text)
-        if len(points) > 1:
+        if len(points) > 1 and not _is_equal(points):
             best = front(points, found.higher_is_better)
             for point in points:
                 point["front"] = point["name"] in best
@@ -364,13 +366,22 @@ def quality(found: Comparison) -> Iterator[Part]:
         bars = (
             "Bars are intervals over seeds; where they overlap, neither need be better."
             if many
-            else "It is of one seed."
+            else "Each is of one seed."
         )
         lead = (
             f"No other method is both cheaper and better than those on the dashed line: {'; '.join(fronts)}. "
             f"{bars}{_frozen(found)}"
         )
         yield Part("quality", "Quality and cost", lead, shown)
+
+
+EQUAL = 1.15
+"""Largest cost over the smallest up to which methods cost the same, as where a budget made them equal: a chart would tell nothing."""
+
+
+def _is_equal(points: list[dict[str, Any]]) -> bool:
+    costs = [point["x"] for point in points]
+    return 0 < max(costs) <= EQUAL * min(costs)
 
 
 def trained(found: Comparison) -> dict[str, Interval]:
@@ -406,7 +417,7 @@ def _points(found: Comparison, cost: Mapping[str, Interval], text: Text) -> list
             continue
         x, y = possible(cost[row.name]), how.possible(row.score)
         point = {"name": row.name, "x": x.mean, "y": how.drawn(y.mean), "cost": text(x.mean), "n": y.n}
-        point |= {"score": how.text(y.mean), "interval": between(y, how.text)}
+        point |= {"score": how.text(y.mean), "interval": between(y, how.text) or ONE_SEED}
         if y.low is not None and y.high is not None:
             point |= {"y_low": how.drawn(y.low), "y_high": how.drawn(y.high)}
         if x.low is not None and x.high is not None and x.high > x.low:

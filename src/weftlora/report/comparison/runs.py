@@ -208,10 +208,10 @@ def _recipe(evidence: Evidence, name: str) -> Recipe:
         return Recipe(*ids, f"The model as it is, measured on the rows of {found.baseline}'s recipe.", command, "", "")
     runs = [evidence.runs[o.folder] for o in found.of(name) if o.folder in evidence.runs]
     if not runs:
-        return Recipe(*ids, "No run of it has left a recipe.", "", "", "")
+        return Recipe(*ids, "None of its runs has left a recipe.", "", "", "")
     first, file = runs[0], _file(name)
     commands = "\n".join(_command(file, differences(first.recipe, run.recipe, "")) for run in runs)
-    about = f"Relative paths in it count from {first.base_dir}.{_rates(found, name)}"
+    about = f"Relative paths in it start from {first.base_dir}.{_rates(found, name)}"
     return Recipe(*ids, about, commands, file, yaml.safe_dump(first.recipe, sort_keys=False, allow_unicode=True))
 
 

@@ -188,7 +188,7 @@ def merging(found: Inspection) -> Iterator[Section]:
         ("can be merged exactly" if not why else "cannot be merged", str(len(held)), why.rstrip("."))
         for why, held in reasons.items()
     ]
-    asked = "" if found.base else " Whether a base could take it was not asked: there was none."
+    asked = "" if found.base else " Whether a base allows it was not checked: there was none."
     lead = f"Whether the update can be added to the frozen weights.{asked}"
     yield Section("merging", "What can be merged", lead, [], Table(("", "sites", "why not"), rows))
 

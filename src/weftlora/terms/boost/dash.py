@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from weftlora import change_rates
 from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Role, Slots
+from weftlora.kernel import Axis, Role, Slots
 from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.boost import Boost, BoostTerm
 from weftlora.terms.events import Controller, LaunchEffect, SiteView, Timeline
@@ -85,11 +85,11 @@ class Dash(Boost):
             raise ConfigError(f"Dash(directions={self.directions!r}) launches nothing: use a whole number from 1 up.")
         object.__setattr__(self, "after", check_time(self.after, "Dash(after=...)"))
         if not is_number(self.eps) or not 0 <= self.eps < math.inf:
-            raise ConfigError(f"Dash(eps={self.eps!r}) is no small number: use 1e-8.")
+            raise ConfigError(f"Dash(eps={self.eps!r}) is not a small number: use 1e-8.")
         if self.select not in SELECT:
             raise ConfigError(f"Dash(select={self.select!r}): {suggest(str(self.select), SELECT)}")
         if not is_whole(self.seed):
-            raise ConfigError(f"Dash(seed={self.seed!r}) is no seed: use a whole number.")
+            raise ConfigError(f"Dash(seed={self.seed!r}) is not a seed: use a whole number.")
 
     def build(self, fan_in: int, out: int) -> DashTerm:
         """s empty slots; fewer where W has fewer directions."""
@@ -104,6 +104,13 @@ class DashTerm(BoostTerm):
     """The Dash slots of one site. Saved: gains, directions, which they are, and whether they have been launched."""
 
     roles: ClassVar[Mapping[str, Role]] = {"gain": "gain"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "gain": ("slots",),
+        "down": ("slots", "in"),
+        "up": ("out", "slots"),
+        **dict.fromkeys(("index", "sigma", "rate"), cast("tuple[Axis, ...]", ("slots",))),
+        "launched": (),
+    }
 
     down: Tensor
     up: Tensor
@@ -180,7 +187,7 @@ class DashLaunch:
 
     def count(self, site: SiteView) -> int:
         """See `Launch`."""
-        return len(_term(site).gain)
+        return len(_term(site).index)
 
     def apply(self, site: SiteView, found: change_rates.Directions, largest: float) -> LaunchEffect:
         """See `Launch`: the gains start fresh; moments fed with zeros would make their first steps too large."""

@@ -46,10 +46,10 @@ class Only(Layers):
         for block in named:
             if not is_whole(block, 0) and not (isinstance(block, str) and block):
                 raise ConfigError(
-                    f"Only({named!r}): {block!r} is no block; use numbers from 0 up, or full names of blocks or modules."
+                    f"Only({named!r}): {block!r} is not a block; use numbers from 0 up, or full names of blocks or modules."
                 )
         if not isinstance(self.gated, bool):
-            raise ConfigError(f"Only(gated={self.gated!r}) is neither true nor false: write one of the two.")
+            raise ConfigError(f"Only(gated={self.gated!r}) is neither true nor false: use one of the two.")
         numbers = sorted({block for block in named if isinstance(block, int)})
         object.__setattr__(self, "blocks", (*numbers, *sorted({block for block in named if isinstance(block, str)})))
 

@@ -140,7 +140,7 @@ class Reallocate(Ranks):
             if getattr(self, name) is not None:
                 _check_whole(name, getattr(self, name), 1)
         if not is_whole(self.seed):
-            raise ConfigError(f"Reallocate(seed={self.seed!r}) is no seed: use a whole number.")
+            raise ConfigError(f"Reallocate(seed={self.seed!r}) is not a seed: use a whole number.")
         if self.move not in ("types", "modules"):
             if isinstance(self.move, str):
                 raise ConfigError(f"Reallocate(move={self.move!r}): {suggest(self.move, ['types', 'modules'])}")
@@ -150,7 +150,7 @@ class Reallocate(Ranks):
                 raise ConfigError(f"Reallocate({name}={value!r}): {suggest(str(value), valid)}")
         for name in ("resample", "revive", "check"):
             if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"Reallocate({name}={value!r}) is neither true nor false: write one of the two.")
+                raise ConfigError(f"Reallocate({name}={value!r}) is neither true nor false: use one of the two.")
 
     @property
     def needs_data(self) -> bool:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from weftlora import change_rates
 from weftlora.change_rates import SELECT
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Role, Slots
+from weftlora.kernel import Axis, Role, Slots
 from weftlora.settings import Time, check_time, is_number, is_whole
 from weftlora.terms.events import Controller, LaunchEffect, SiteView, Timeline
 from weftlora.terms.extra import Direction
@@ -87,11 +87,11 @@ class Directions(Start):
                 raise ConfigError(f"Directions({name}={given!r}): {suggest(str(given), valid)}")
         for name, usual in (("eps", "1e-8"), ("guard", "1e-6")):
             if not is_number(given := getattr(self, name)) or not 0 <= given < 1:
-                raise ConfigError(f"Directions({name}={given!r}) is no small number: use {usual}.")
+                raise ConfigError(f"Directions({name}={given!r}) is not a small number: use {usual}.")
         if not is_number(self.kappa) or not 0 < self.kappa < math.inf:
-            raise ConfigError(f"Directions(kappa={self.kappa!r}) is no length: use 1.0.")
+            raise ConfigError(f"Directions(kappa={self.kappa!r}) is not a length: use 1.0.")
         if not is_whole(self.seed):
-            raise ConfigError(f"Directions(seed={self.seed!r}) is no seed: use a whole number.")
+            raise ConfigError(f"Directions(seed={self.seed!r}) is not a seed: use a whole number.")
 
     def draw(
         self,
@@ -117,6 +117,12 @@ class DirectionsTerm(StartTerm):
     """The frozen twins of one site's slots. Saved: twins, which directions they are, and whether they have been switched on."""
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "down": ("slots", "in"),
+        "up": ("out", "slots"),
+        **dict.fromkeys(("index", "sigma", "rate"), cast("tuple[Axis, ...]", ("slots",))),
+        "launched": (),
+    }
 
     down: Tensor | None
     up: Tensor | None

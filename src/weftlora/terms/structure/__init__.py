@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from weftlora.kernel import Factors, Role
+from weftlora.kernel import Axis, Factors, Role
 from weftlora.terms.choice import Choice
 
 SlotFirst = Callable[[Tensor], Tensor]
@@ -115,6 +115,9 @@ class StructureTerm(nn.Module, ABC):
     choice: Structure
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up"}
     """What each of its parameters does in the equation, by name, which is all that an optimiser is told."""
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {}
+    """What the axes of each of its tensors run over, by name. How it is split among processes follows: along in or out where the base
+    is (`weftlora.kernel.AXES`), by its rows under a wrapper that splits every parameter so, else not at all."""
     zero: str = "B"
     """The name of the factor that is zero at step 0, which has to be trained."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, Role, RouterInput
+from weftlora.kernel import Axis, Factors, Role, RouterInput
 from weftlora.settings import is_number, is_whole
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
@@ -100,7 +100,7 @@ class Hydra(Structure):
             )
         if not is_number(self.router_gain) or not 0 < self.router_gain < math.inf:
             raise ConfigError(
-                f"Hydra(router_gain={self.router_gain!r}) is no factor on a router: use a number above 0, such as 8."
+                f"Hydra(router_gain={self.router_gain!r}) is not a factor on a router: use a number above 0, such as 8."
             )
         drawn = self.router != "uniform" and self.router_init == "kaiming"
         if self.router_gain != 1 and not drawn:
@@ -117,13 +117,13 @@ class Hydra(Structure):
             )
         for name in ("split", "per_head_dropout"):
             if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"Hydra({name}={value!r}) is neither true nor false: write one of the two.")
+                raise ConfigError(f"Hydra({name}={value!r}) is neither true nor false: use one of the two.")
         if self.split and self.router_input == "Ax":
             raise ConfigError(
                 "Hydra(split=True, router_input='Ax'): heads share no A that a router could read; use router_input='x'."
             )
         if not is_number(self.balance) or not 0 <= self.balance < math.inf:
-            raise ConfigError(f"Hydra(balance={self.balance!r}) is no weight: use 0 or a small number such as 0.01.")
+            raise ConfigError(f"Hydra(balance={self.balance!r}) is not a weight: use 0 or a small number such as 0.01.")
         if self.router_init not in ("kaiming", "zero"):
             raise ConfigError(
                 f"Hydra(router_init={self.router_init!r}): {suggest(str(self.router_init), ['kaiming', 'zero'])}"
@@ -134,11 +134,11 @@ class Hydra(Structure):
             )
         if self.router_init == "zero" and not self.per_head_dropout:
             raise ConfigError(
-                "Hydra(router_init='zero') with one shared dropout mask keeps all heads equal for ever: "
+                "Hydra(router_init='zero') with one shared dropout mask keeps all heads equal: "
                 "use router_init='kaiming', or per_head_dropout=True with lora_dropout > 0."
             )
         if self.split:
-            reason = "with split=True a rank slot would be one head's alone"
+            reason = "with split=True a rank slot would belong to one head alone"
             object.__setattr__(self, "objections", {"Reallocate": reason})
 
     def build(self, size: Size, room: int, owners: Mapping[str, StructureTerm], draw: Draw) -> HydraTerm:
@@ -164,9 +164,7 @@ class Hydra(Structure):
     def check(self, dropout: float) -> None:
         """A zero router needs masks that differ by head."""
         if self.router_init == "zero" and not dropout:
-            raise ConfigError(
-                "Hydra(router_init='zero') without dropout keeps all heads equal for ever: set lora_dropout > 0."
-            )
+            raise ConfigError("Hydra(router_init='zero') without dropout keeps all heads equal: set lora_dropout > 0.")
 
     def controllers(self, timeline: Timeline) -> list[Controller]:
         """Nothing happens."""
@@ -180,6 +178,11 @@ class HydraTerm(Unshared):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "router": "router"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "A": ("slots", "in"),
+        "B": ("out", "slots"),
+        "router": ("heads", "in"),
+    }
     choice: Hydra
 
     def __init__(self, choice: Hydra, a: Tensor, out_features: int, router: Tensor):
@@ -235,6 +238,16 @@ def balance_loss(omega_tn: Tensor) -> Tensor:
 
     Source: Switch Transformers, arXiv 2101.03961, equations 4-6; HydraLoRA itself uses none.
     """
-    heads = omega_tn.shape[-1]
+    return balance_of(balance_sums(omega_tn), len(omega_tn))
+
+
+def balance_sums(omega_tn: Tensor) -> Tensor:
+    """[2, N]: over tokens, how often each head's weight is the largest, and the sum of its weights, which has the graph."""
     top = torch.zeros_like(omega_tn).scatter_(-1, omega_tn.argmax(-1, keepdim=True), 1.0)
-    return heads * (top.mean(0) * omega_tn.mean(0)).sum()
+    return torch.stack([top.sum(0), omega_tn.sum(0)])
+
+
+def balance_of(sums_2n: Tensor, tokens: Tensor | int) -> Tensor:
+    """`balance_loss` of the sums over so many tokens."""
+    f_n, mean_n = sums_2n / tokens
+    return sums_2n.shape[1] * (f_n * mean_n).sum()

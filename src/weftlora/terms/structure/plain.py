@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from weftlora.kernel import Factors, Role
+from weftlora.kernel import Axis, Factors, Role
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, Unshared, sides_of
 
@@ -55,6 +55,7 @@ class PlainTerm(Unshared):
     """Owns A [r, in] and B [out, r] of one site."""
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {"A": ("slots", "in"), "B": ("out", "slots")}
     choice = Plain()
 
     def __init__(self, a: torch.Tensor, out_features: int):

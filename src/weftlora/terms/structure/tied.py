@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from weftlora.errors import ConfigError, suggest
-from weftlora.kernel import Factors, Role
+from weftlora.kernel import Axis, Factors, Role
 from weftlora.terms.events import Controller, Timeline
 from weftlora.terms.structure import Draw, Place, Size, SlotFirst, Structure, StructureTerm, sides_of
 
@@ -46,7 +46,7 @@ def trained_parts(train: str | Collection[str]) -> frozenset[Part]:
     for letter in letters:
         if not isinstance(letter, str) or letter.lower() not in named:
             names = suggest(str(train), [*PRESETS, *PARTS]) if isinstance(train, str) else "use one of A, B, u, v."
-            raise ConfigError(f"Tied(train={train!r}) names {letter!r}, which is no part: {names}")
+            raise ConfigError(f"Tied(train={train!r}) names {letter!r}, which is not a part: {names}")
     if not letters:
         raise ConfigError(
             f"Tied(train={train!r}) trains nothing: name some of A, B, u, v or a preset ({', '.join(PRESETS)})."
@@ -174,6 +174,12 @@ class TiedTerm(StructureTerm):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"A": "down", "B": "up", "u": "gain", "v": "gain"}
+    axes: ClassVar[Mapping[str, tuple[Axis, ...]]] = {
+        "A": ("slots", "in"),
+        "B": ("out", "slots"),
+        "u": ("slots",),
+        "v": ("out",),
+    }
     choice: Tied
 
     def __init__(self, choice: Tied, owned: dict[Part, Tensor], owner: dict[Part, TiedTerm]):

@@ -1,0 +1,296 @@
+"""One adapter over several processes, by engine and method: `worlds.py WORLD FOLDER ENGINE [METHOD ...]`, over gloo on the loopback.
+
+Every process trains the same tiny Llama on its rows of one global batch, with the method's event at step 3 of 7, and writes what it
+came to: the decisions, the adapter as it is saved, and the largest tensor of an event. `trained(name, dtype)` is the one process that
+all are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+import weftlora
+from families import FAMILIES
+from weftlora.host.attach import schedules
+
+EVENT, END, ROWS = 3, 7, 8
+IDS = torch.randint(3, 64, (ROWS * END + 16, 7), generator=torch.Generator().manual_seed(5))
+HELD_OUT = [{"input_ids": row, "labels": row} for row in IDS[ROWS * END :]]
+
+FLEXORA = weftlora.Search(outer_batches=3, val_size=8, steps=4, alpha_lr=0.05)
+
+
+def flexora(run: nn.Module, model: PeftModel) -> dict[str, Any]:
+    """What a search of the model comes to; every process calls it with the same rows."""
+    rows = [{"input_ids": row, "labels": row} for row in IDS[:40]]
+    found = weftlora.search_layers(model, rows, batch_size=2, accumulation=3, lr=1e-2, seed=1)
+    alpha = torch.tensor([each.alpha for each in found.candidates], dtype=torch.float64)
+    return {**of(run, model), "events": [{"selected": list(found.blocks)}], "alpha": alpha}
+
+
+METHODS: dict[str, Callable[[], weftlora.WeftConfig]] = {
+    "lora": lambda: weftlora.PlainLoraConfig(r=4, target_modules="all-linear"),
+    "hydralora": lambda: weftlora.HydraLoraConfig(r=2, heads=3, balance=0.01, target_modules="all-linear"),
+    "tied_lora": lambda: weftlora.TiedLoraConfig(r=4),
+    "lora_dash": lambda: weftlora.LoraDashConfig(r=2, directions=3, after=EVENT, target_modules="all-linear"),
+    "lora_init": lambda: weftlora.LoraInitConfig(r=2, after=EVENT, target_modules="all-linear"),
+    "lora_tsd": lambda: weftlora.LoraTsdConfig(r=2, directions=3, after=EVENT, target_modules="all-linear"),
+    "alora": lambda: weftlora.AllocLoraConfig(
+        r=2, first=EVENT, every=2, max_rounds=2, rows=4, score="exact", target_modules="all-linear"
+    ),
+    "flexora": lambda: weftlora.WeftConfig(r=2, layers=FLEXORA, target_modules="all-linear"),
+}
+DTYPES = {"fp32": (torch.float32, 1e-5), "fp64": (torch.float64, 1e-9)}
+
+
+def model_of(name: str, dtype: torch.dtype) -> PeftModel:
+    base = FAMILIES["llama"].build()
+    torch.manual_seed(0)
+    model = get_peft_model(base, METHODS[name]()).to(dtype).train()
+    if name == "alora":
+        weftlora.attach(model, validation=HELD_OUT)
+    return model
+
+
+def steps(run: nn.Module, model: PeftModel, rank: int, world: int) -> None:
+    """The global batch of every step, this process's rows of it."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+    for step in range(END):
+        ids = IDS[ROWS * step : ROWS * (step + 1)].chunk(world)[rank]
+        with weftlora.routing(model) as routers:
+            loss = run(input_ids=ids, labels=ids).loss
+        if any(site.routed for site in _sites(model)):
+            loss = loss + routers.balance_loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _sites(model: nn.Module) -> list[Any]:
+    from weftlora.adapter.site import Site
+
+    return [m for m in model.modules() if isinstance(m, Site)]
+
+
+def whole(t: Tensor) -> Tensor:
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+
+
+def of(run: nn.Module, model: PeftModel) -> dict[str, Any]:
+    """`outcome`, also where a wrapper must be asked for the whole."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if isinstance(run, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(run, writeback=False):
+            return outcome(model)
+    return outcome(model)
+
+
+def outcome(model: PeftModel) -> dict[str, Any]:
+    told = [e for s in schedules(model).values() for e in s.events]
+    tensors = {n: whole(t) for n, t in model.state_dict().items() if ".weft_site." in n}
+    return {"tensors": tensors, "events": [{k: v for k, v in e.items() if k != "seconds"} for e in told]}
+
+
+def trained(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    model = model_of(name, dtype)
+    if name == "flexora":
+        return flexora(model, model)
+    steps(model, model, 0, 1)
+    return outcome(model)
+
+
+# ---------------------------------------------------------------------- engines
+
+
+def ddp(model: PeftModel) -> nn.Module:
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(model)
+
+
+def fsdp2(model: PeftModel) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.base_model.model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fsdp1(model: PeftModel) -> nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    blocks = {type(block) for block in model.base_model.model.model.layers}
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy(blocks), device_id=cpu
+    )
+
+
+def tp(model: PeftModel) -> nn.Module:
+    """Every process has the whole batch and a half of each base's weight."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    columns = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan = {f"{name}.base_layer": ColwiseParallel() for name in columns}
+    plan |= {f"{name}.base_layer": RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.base_model.model.model.layers:
+        present = {name for name, _ in block.named_modules()}
+        parallelize_module(
+            block,
+            mesh,
+            {name if name in present else name.removesuffix(".base_layer"): how for name, how in plan.items()},
+        )
+    return model
+
+
+ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "tp": tp}
+
+
+def watched() -> dict[str, Any]:
+    """What is gathered from now on: of each W, whether it was sent to this process, and the largest tensor that all had whole."""
+    from torch.distributed.tensor import DTensor
+
+    from weftlora.adapted import layer
+
+    seen: dict[str, Any] = {"sent": [], "gathered": 0}
+    real, its = REAL.setdefault("full", DTensor.full_tensor), REAL.setdefault("one", layer.on_one)
+
+    def full_tensor(self: DTensor, **given: Any) -> Tensor:
+        seen["gathered"] = max(seen["gathered"], self.numel())
+        return real(self, **given)
+
+    def on_one(t: Tensor, process: int) -> Tensor | None:
+        found = its(t, process)
+        seen["sent"].append(int(found is not None))
+        return found
+
+    DTensor.full_tensor, layer.on_one = full_tensor, on_one  # type: ignore[method-assign]
+    return seen
+
+
+REAL: dict[str, Any] = {}
+
+
+def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str) -> None:
+    """Write what each method comes to on this process, as far as they come."""
+    found: dict[Any, Any] = {}
+    for name in names:
+        for kind in kinds:
+            dtype, seen = DTYPES[kind][0], watched()
+            model = model_of(name, dtype)
+            run = ENGINES[engine](model)
+            if name == "flexora":
+                found[name, kind] = {**flexora(run, model), **seen}
+                torch.save(found, file)
+                continue
+            steps(run, model, *((0, 1) if engine == "tp" else (rank, world)))
+            gathered = seen["gathered"]
+            found[name, kind] = {**of(run, model), **seen, "gathered": gathered}
+            torch.save(found, file)
+
+
+def largest_difference(one: dict[str, Any], got: dict[str, Any]) -> float:
+    """Of any saved value, directions being pairs of which both signs are the same."""
+    worst, signs = 0.0, {}
+    for key, value in one["tensors"].items():
+        owner, _, part = key.rpartition(".")
+        if part == "down":
+            signs[owner] = (value * got["tensors"][key]).sum(1).sign()
+    for key, value in one["tensors"].items():
+        mine, (owner, _, part) = got["tensors"][key].to(value), key.rpartition(".")
+        twin = owner.removesuffix("structure") + "start"
+        sign = signs.get(owner if part in ("down", "up") else twin if part in ("A", "B") else "")
+        if sign is not None and part in ("down", "A"):
+            mine = mine * torch.where(sign == 0, 1.0, sign)[:, None]
+        elif sign is not None and part in ("up", "B"):
+            mine = mine * torch.where(sign == 0, 1.0, sign)
+        if value.numel():
+            worst = max(worst, float((mine.double() - value.double()).abs().max()))
+    return worst
+
+
+def decisions(found: dict[str, Any]) -> list[Any]:
+    """What was decided, without the numbers that it was decided by."""
+    told: list[Any] = []
+    for event in found["events"]:
+        sites = {name: site["index"] for name, site in event.get("sites", {}).items()}
+        moved = [[each[:2] for each in event.get(what, ())] for what in ("pruned", "added")]
+        told.append([event.get("event"), event.get("step"), sites, moved, event.get("selected"), event.get("ranks")])
+    return told
+
+
+def run_script(script: str, *given: str) -> None:
+    """A script beside this file, to its end."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(Path(weftlora.__file__).parents[1]), str(here), str(here.parent)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(here / script), *given]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def alone(names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
+    """Each method in one process."""
+    return {(name, kind): trained(name, DTYPES[kind][0]) for name in names for kind in kinds}
+
+
+def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Be all processes of a world, each forked after the imports, and meanwhile the one that they are compared with."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    children = []
+    for rank in range(world):
+        if child := os.fork():
+            children.append(child)
+            continue
+        try:
+            be(rank, world, folder, engine, names, kinds)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    torch.save(alone(names, kinds), f"{folder}/alone.pt")
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(int(any(codes)))
+
+
+def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Be one of the processes."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world))
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    patience = datetime.timedelta(seconds=240)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
+    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    given = argparse.ArgumentParser()
+    given.add_argument("world", type=int)
+    given.add_argument("folder")
+    given.add_argument("engine", choices=ENGINES)
+    given.add_argument("methods", nargs="*")
+    given.add_argument("--kinds", nargs="+", default=list(DTYPES))
+    asked = given.parse_args()
+    main(asked.world, asked.folder, asked.engine, asked.methods or list(METHODS), asked.kinds)
