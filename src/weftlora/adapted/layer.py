@@ -112,7 +112,7 @@ class WeftLayer(nn.Module, BaseTunerLayer):
 
     def _checked_scale(self, adapter: str, scale: float) -> float:
         if not is_number(scale) or not math.isfinite(scale):
-            raise ConfigError(f"scale={scale!r} is no number that an update could be multiplied by: use a finite one.")
+            raise ConfigError(f"scale={scale!r} is not a number to multiply an update by: use a finite one.")
         if adapter in self.merged_adapters:
             raise AdapterError(
                 f"adapter {adapter!r} is merged into {self.module_name}, so its scale is in W: call model.unmerge_adapter() first."

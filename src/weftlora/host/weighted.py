@@ -54,9 +54,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             "the model has no weftlora adapter to rescale: peft.helpers.rescale_adapter_scale is for stock LoRA's."
         )
     if not is_number(multiplier):
-        raise ConfigError(
-            f"multiplier={multiplier!r} is no number that an update could be multiplied by: use a finite one."
-        )
+        raise ConfigError(f"multiplier={multiplier!r} is not a number to multiply an update by: use a finite one.")
     before = [layer.site(name).strength for layer, name in sites]
     try:
         for layer, name in sites:
