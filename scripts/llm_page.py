@@ -213,6 +213,6 @@ def not_reached(form: Form, found: Mapping[str, Any]) -> list[str]:
     names = ", ".join(f"{name} {hours:.1f}" for name, hours in left.items())
     return [
         *lines,
-        f"**Not reached** for want of {sum(left.values()):.1f} hours on one core of the machine at hand, by recipe: {names}.",
+        f"**Not reached:** {sum(left.values()):.1f} more hours on one core of this machine, by recipe: {names}.",
         f"`{AGAIN.format(form=form.name)}` goes on in parts of an hour.",
     ]

@@ -79,7 +79,9 @@ def loading(settings: Mapping[str, Any], path: str) -> Any:
     method = str(given.pop(METHOD))
     name = method if method != "bitsandbytes" else "bitsandbytes_4bit"
     if name not in KNOWN:
-        raise ConfigError(f"model.quantization.quant_method={method!r} is no quantiser: {suggest(method, KNOWN)}")
+        raise ConfigError(
+            f"model.quantization.quant_method={method!r} is not a quantiser that it knows: {suggest(method, KNOWN)}"
+        )
     kind = KNOWN[name]
     valid = [key for key in inspect.signature(kind).parameters if key not in ("kwargs", "args")]
     for key in given:

@@ -149,7 +149,7 @@ def _misfit(own: Any, found: Any, name: str) -> str | None:
         return None if is_whole(found, 0) and found < LARGEST else f"{name} is not a count"
     if isinstance(own, float):
         return None if is_number(found) and found >= 0 else f"{name} is not a number"
-    return None if isinstance(found, type(own)) else f"{name} is no {type(own).__name__}"
+    return None if isinstance(found, type(own)) else f"{name} is not of type {type(own).__name__}"
 
 
 def _damage(job: LayerSearch, own: dict[str, Any], state: dict[str, Any]) -> str | None:
