@@ -251,6 +251,20 @@ def peft_suite() -> str:
     return f"{_table(head, rows)}\n\nWith {versions}."
 
 
+def hosts() -> str:
+    """What was run in other trainers (`scripts/hosts.py`)."""
+    record = json.loads((BENCH.parent / "evidence" / "hosts.json").read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"{each['host']} with transformers {each['versions']['transformers']}, peft {each['versions']['peft']}",
+            each.get("way", "not run"),
+            "; ".join([*each["did"], *each.get("left", [])]) or each["why"],
+        )
+        for each in record["hosts"]
+    ]
+    return _table(("host", "through", "what was run"), rows)
+
+
 def peft_examples() -> str:
     """What runs of peft's documentation with one line changed (`scripts/peft_examples.py`)."""
     record = json.loads((BENCH.parent / "evidence" / "peft-examples.json").read_text(encoding="utf-8"))
@@ -407,6 +421,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "matrix": matrix,
     "peft-suite": peft_suite,
     "scaling": scaling,
+    "hosts": hosts,
     "peft-examples": peft_examples,
     "model-families": model_families,
     "step-bf16": lambda: _table(*docs_bench.cases("step", "bf16")),

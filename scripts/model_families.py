@@ -147,16 +147,16 @@ def _list(name: str, value: list[Any]) -> list[Any]:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-MLA: dict[str, Any] = {"num_key_value_heads": 4, "num_experts_per_tok": 2}
+MLA: dict[str, Any] = {"num_key_value_heads": 4, "num_experts_per_tok": 2, "head_dim": 4}
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA,
-    "axk2": {**MLA, "head_dim": 4},
-    "deepseek_v2": {**MLA, "head_dim": 4},
+    "axk2": MLA,
+    "deepseek_v2": MLA,
     "deepseek_v3": MLA,
-    "deepseek_v32": {**MLA, "head_dim": 4},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "deepseek_v32": MLA,
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "gemma3n_text": {"activation_sparsity_pattern": [0.5, 0.0], "num_kv_shared_layers": 0},
-    "glm_moe_dsa": {**MLA, "head_dim": 4},
+    "glm_moe_dsa": MLA,
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
     "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": ROPE},
     "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": ROPE},
