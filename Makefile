@@ -21,7 +21,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ bench: $(STAMP) ## the figures: a training step against the frozen base and stoc
 	$(BIN)/weftlora bench step --all --rounds 9 --out bench/step.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/train_bench.py --out bench/train.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/rows_bench.py --large 2 --out bench/rows.json
+
+quantisers: $(STAMP) ## every quantiser against training, resuming, ranking directions, export and merges, into bench/quantisers.json (installs them into a folder; ten minutes)
+	nice $(BIN)/python scripts/quantisers.py
 
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, also on the GGUF file of SmolLM2 (builds llama-cpp-python; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py

@@ -242,6 +242,11 @@ SOURCES = {
         "make matrix",
         alone="it makes an environment per row, two of several GB",
     ),
+    "hosts": Source(
+        "our methods inside other trainers",
+        "make hosts",
+        alone="it fetches the packages of those trainers",
+    ),
     "alora-move": Source(
         "how many rank slots a round of ALoRA moves", "weftlora compare evidence/alora-move.yaml --json", True
     ),

@@ -109,3 +109,72 @@ def _named(case: dict[str, Any]) -> Row:
     words += ["compiled"] if case["compiled"] else []
     numbers = ("", "", "") if case["kind"] == "floor" else (str(case["r"]), f"{case['p']:g}", case["adapter"])
     return (", ".join(words), *numbers)
+
+
+def quantisers() -> tuple[Row, list[Row]]:
+    """Head and rows: a quantiser each, what was executed on it and what came out."""
+    found = record("quantisers")
+    head = (
+        *(
+            "base",
+            "train and reload",
+            "resume",
+            "rank, on the base",
+            "rank, on the original",
+            "checkpointing",
+            "export",
+        ),
+        *("merge, quantised again", "merge, bfloat16", "merge, original", "evaluated: stock / here"),
+    )
+    rows = []
+    for name, row in found["rows"].items():
+        trained = {key.removeprefix("train "): row[key] for key in row if key.startswith("train ")}
+        if "loss" not in trained["lora"]:
+            rows.append((f"`{name}`", f"refused: {_why(trained['lora'])}", *[""] * (len(head) - 2)))
+            continue
+        failed = [f"{method}: {_why(each)}" for method, each in trained.items() if "loss" not in each]
+        methods = ", ".join(f"{method}" for method, each in trained.items() if "loss" in each)
+        methods += f" (off by at most {max(each.get('off', 0.0) for each in trained.values()):.0e})"
+        checked = [row[f"checkpointing {kind}"] for kind in ("reentrant", "non_reentrant")]
+        rows.append(
+            (
+                f"`{name}`" + (f": {row['form']}" if row["form"] else ""),
+                "; ".join([methods, *failed]),
+                _cell(row["resume"], lambda each: "bit for bit" if each["same"] else "**differs**"),
+                *(
+                    _cell(row[f"rank on {on}"], lambda each: f"{each['shared']:.0%} shared")
+                    for on in ("memory", "original")
+                ),
+                " / ".join(_cell(each, lambda one: f"{one['off']:.0e}" if one["off"] else "0") for each in checked),
+                _cell(row["export"], lambda each: f"{each['error']:.0e}"),
+                _cell(row["merge as it is"], lambda each: f"{each['lost']:.0%}"),
+                *(_cell(row[f"merge {way}"], lambda each: f"{each['lost']:.1%}") for way in ("bfloat16", "original")),
+                _cell(row["evaluated"], lambda each: f"{each['stock']:.2g} / {each['weftlora']:.2g}"),
+            )
+        )
+    return head, rows
+
+
+def _cell(found: dict[str, Any], shown: Any) -> str:
+    return f"refused: {_why(found)}" if {"refused", "fault"} & found.keys() else str(shown(found))
+
+
+def _why(found: dict[str, Any]) -> str:
+    """The sentence of a refusal; what is no sentence of ours is marked."""
+    return str(found["refused"]) if "refused" in found else f"**fault**: {found.get('fault')}"
+
+
+def qlora() -> tuple[Row, list[Row]]:
+    """Head and rows: QLoRA training on the real model, stock peft's and ours."""
+    cases = record("qlora")["cases"]
+    rows = []
+    for name, kept in cases.items():
+        stock = cases[name.replace("weftlora", "stock")]
+        rows.append(
+            (
+                f"`{name}`",
+                f"{kept['peak_rss'] / 2**30:.2f} GiB",
+                f"{kept['peak_rss'] / stock['peak_rss']:.2f}",
+            )
+        )
+    return ("case", "peak RSS", "of stock's"), rows

@@ -37,6 +37,9 @@ MEANING: dict[str, str] = {
     "[real one](#a-real-model-by-one-word); relative paths count from the recipe file",
     "model.dtype": "dtype of the base's weights; left out, `bfloat16` on a CPU that is faster with it if the checkpoint is in it too, "
     "else `float32`; `auto` is the checkpoint's own",
+    "model.load_in_4bit": "NF4 with double quantisation, by bitsandbytes: [QLoRA](quantised.md)",
+    "model.load_in_8bit": "LLM.int8(), by bitsandbytes",
+    "model.quantization": "[any quantiser](quantised.md#what-a-recipe-says) of transformers, with the keys of its config",
     "model.task": "`auto` takes it from the model and the data",
     "model.trust_remote_code": "there is no other value: code from a model folder never runs",
     "model.attn_implementation": "passed to transformers",
@@ -207,7 +210,7 @@ def extras() -> str:
         "`export_lora`, `merge`"
     )
     named = [(f'`"weftlora[{name}]"`', purpose) for name, purpose in PURPOSES.items()]
-    rows = [("`weftlora`", core), *named, ('`"weftlora[all]"`', "everything above")]
+    rows = [("`weftlora`", core), *named, ('`"weftlora[all]"`', "everything above but `quant`")]
     return _table(("`pip install ...`", "what you can do"), rows)
 
 
@@ -430,6 +433,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-setting": lambda: _table(*docs_bench.setting("step")),
     "training": lambda: _table(*docs_bench.training("train")),
     "rows": lambda: _table(*docs_bench.encoding("rows")),
+    "quantisers": lambda: _table(*docs_bench.quantisers()),
+    "qlora-memory": lambda: _table(*docs_bench.qlora()),
     "step-dash": lambda: _table(*docs_bench.dash("step")),
 }
 

@@ -93,6 +93,7 @@ def described(contrast: Contrast, found: Mapping[str, Any]) -> list[str]:
     for method, seeds in rows:
         both = [seeds[s] - control[s] for s in sorted(seeds.keys() & control.keys())]
         gap = f"{fmean(both):+.4f}" if both and method["name"] != contrast.control else ""
+        gap = gap if method["rates"] else "not compared: its rate is not tuned"
         loss = spread(list(seeds.values())) if seeds else "not reached"
         cells = [
             method["name"],
@@ -117,7 +118,16 @@ def domains(contrast: Contrast, found: Mapping[str, Any]) -> list[str]:
         return []
     names = sorted(ended[0]["domains"])
     methods = [contrast.ours, contrast.control]
-    lines = ["By domain, means over the seeds:", "", f"| method | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
+    paired = set.intersection(*({o["seed"] for o in ended if o["method"] == method} for method in methods))
+    ended = [o for o in ended if o["seed"] in paired]
+    if not ended:
+        return []
+    lines = [
+        f"By domain, over the {len(paired)} seed{'s' * (len(paired) > 1)} that both have:",
+        "",
+        f"| method | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+    ]
     for method in methods:
         of = [o["domains"] for o in ended if o["method"] == method]
         if of:
@@ -203,6 +213,6 @@ def not_reached(form: Form, found: Mapping[str, Any]) -> list[str]:
     names = ", ".join(f"{name} {hours:.1f}" for name, hours in left.items())
     return [
         *lines,
-        f"**Not reached** for want of {sum(left.values()):.1f} hours on one core of the machine at hand, by recipe: {names}.",
+        f"**Not reached:** {sum(left.values()):.1f} more hours on one core of this machine, by recipe: {names}.",
         f"`{AGAIN.format(form=form.name)}` goes on in parts of an hour.",
     ]

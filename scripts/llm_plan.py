@@ -143,7 +143,7 @@ FORMS = {
         ),
         Form(
             "large",
-            "for one H200: 32 rows of up to 256 tokens a step, twice the steps, all rows of E2E and GSM8K, 1,000 test rows",
+            "for one H200: 32 rows of up to 256 tokens a step, up to twice the steps, ten times the rows, 1,000 test rows",
             ("train.batch_size=32", "data.max_length=256", "data.test_limit=1000"),
             {
                 "hydra": ("train.steps=300",),

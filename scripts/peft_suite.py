@@ -90,6 +90,12 @@ CLASSED: tuple[tuple[str, str, str, str], ...] = (
         "names",
         "it sets a field that only LoraConfig has on a config that is made",
     ),
+    (
+        "(?!plain).*",
+        r"test_nb_params_|test_model_with_injected_layers",
+        "mathematics",
+        "it counts the parameters of a pair A, B, and this structure has others",
+    ),
     (".*", r"TestRankAndAlphaPattern", "defaults", "lora_alpha that is left out is 2 r, and 8 in stock LoRA"),
     (".*", r"(Excluded|Targeted)ModuleNames::test_realistic_example", "defaults", "it names no targets"),
     (

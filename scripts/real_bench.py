@@ -9,6 +9,12 @@ run is a process of its own; a round runs each case once, in a fresh random orde
     stock fp32  the same in float32
     weftlora    `weftlora train lora` with its defaults and adapter.r=16
 
+    python scripts/real_bench.py --nf4 --out bench/qlora.json        the same on a base in NF4 (QLoRA); needs the extra quant too
+
+    stock nf4      bitsandbytes' NF4 with double quantisation, in bfloat16, prepare_model_for_kbit_training, peft's LoraConfig
+    weftlora nf4   model.load_in_4bit=true model.dtype=bfloat16
+                   both also `checkpointed`: with gradient checkpointing
+
 tokens/s are the tokens of the steps, padding left out, per CPU second of the process from the end of the first step to the end of the
 last: on a machine that others use too, wall seconds measure the others. Peak RSS is the most that was resident in the process, with
 libraries and loading.
@@ -34,7 +40,7 @@ from typing import Any
 
 RANK, BATCH, LENGTH, ROWS = 16, 4, 256, 400
 CASES = ("stock", "stock fp32", "weftlora")
-AGAINST = "stock"
+NF4 = ("stock nf4", "weftlora nf4", "stock nf4 checkpointed", "weftlora nf4 checkpointed")
 
 
 def data_of(folder: Path) -> dict[str, Any]:
@@ -62,21 +68,33 @@ def clock() -> Any:
     return Clock()
 
 
-def stock(steps: int, folder: Path, dtype: str, watch: Any) -> None:
+def stock(steps: int, folder: Path, dtype: str, watch: Any, nf4: bool = False, checkpointed: bool = False) -> None:
     """As the documentation of peft has it."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        DataCollatorForSeq2Seq,
+        Trainer,
+        TrainingArguments,
+    )
 
     from weftlora.data import DataConfig, load
     from weftlora.runs.base_model import resolved
 
     place = resolved("smollm2", folder)
     tokenizer = AutoTokenizer.from_pretrained(place)
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+    bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **bits)} if nf4 else {}
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
+    if nf4:
+        told = {"use_reentrant": False}
+        model = prepare_model_for_kbit_training(model, checkpointed, gradient_checkpointing_kwargs=told)
     rows = load(DataConfig.parse(data_of(folder)), tokenizer).train
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    told = TrainingArguments(
+    arguments = TrainingArguments(
         str(folder / "stock"),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
@@ -88,23 +106,23 @@ def stock(steps: int, folder: Path, dtype: str, watch: Any) -> None:
     )
     Trainer(
         model=get_peft_model(model, config),
-        args=told,
+        args=arguments,
         train_dataset=rows.select_columns(["input_ids", "attention_mask", "labels"]),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         callbacks=[watch],
     ).train()
 
 
-def ours(steps: int, folder: Path, watch: Any) -> None:
+def ours(steps: int, folder: Path, watch: Any, nf4: bool = False, checkpointed: bool = False) -> None:
     """As a user runs it."""
     import weftlora
 
     weftlora.train(
         {
-            "model": "smollm2",
+            "model": {"path": "smollm2", "load_in_4bit": nf4, **({"dtype": "bfloat16"} if nf4 else {})},
             "data": data_of(folder),
             "adapter": {"recipe": "lora", "r": RANK},
-            "train": {"steps": steps, "batch_size": BATCH, "lr": 1e-3},
+            "train": {"steps": steps, "batch_size": BATCH, "lr": 1e-3, "gradient_checkpointing": checkpointed},
             "out": str(folder / "run"),
         },
         callbacks=[watch],
@@ -119,10 +137,12 @@ def one(case: str, steps: int) -> dict[str, float]:
     warnings.simplefilter("ignore")
     watch = clock()
     with tempfile.TemporaryDirectory() as folder:
-        if case == "weftlora":
-            ours(steps, Path(folder), watch)
+        nf4, checkpointed = "nf4" in case, case.endswith("checkpointed")
+        if case.startswith("weftlora"):
+            ours(steps, Path(folder), watch, nf4, checkpointed)
         else:
-            stock(steps, Path(folder), "float32" if case.endswith("fp32") else "bfloat16", watch)
+            dtype = "float32" if case.endswith("fp32") else "bfloat16"
+            stock(steps, Path(folder), dtype, watch, nf4, checkpointed)
     (began, before), (ended, after) = watch.marks[0], watch.marks[-1]
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tokens, seconds = after - before, ended - began
@@ -134,13 +154,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--cases", nargs="*")
+    parser.add_argument("--nf4", action="store_true", help="on a base in NF4")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         print(json.dumps(one(given.one, given.steps)))
         return
+    given.cases = given.cases or list(NF4 if given.nf4 else CASES)
     order, found = random.Random(given.seed), {name: list[dict[str, float]]() for name in given.cases}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     for _ in range(given.rounds):
@@ -162,7 +184,9 @@ MEASURED = ("tokens_per_s", "peak_rss")
 
 def summary(found: dict[str, list[dict[str, float]]], steps: int, seed: int) -> dict[str, Any]:
     """The record of rounds that are complete: medians, ratios over the stock one paired by round, and every run."""
-    rounds = min(map(len, found.values()))
+    rounds, against = min(map(len, found.values())), "stock" if "stock" in found else next(iter(found))
+    packages = ["torch", "transformers", "peft", "accelerate"]
+    packages += ["bitsandbytes"] if any("nf4" in name for name in found) else []
     names = " ".join(repr(name) for name in found)
     result: dict[str, Any] = {
         "command": f"scripts/real_bench.py --steps {steps} --rounds {rounds} --seed {seed} --cases {names}",
@@ -171,14 +195,14 @@ def summary(found: dict[str, list[dict[str, float]]], steps: int, seed: int) -> 
         "rows_per_step": BATCH,
         "max_length": LENGTH,
         "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine(), "threads": 1},
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
-        "against": AGAINST,
+        "versions": {name: version(name) for name in packages},
+        "against": against,
         "cases": {},
     }
     for name, runs in found.items():
         kept: dict[str, Any] = {}
         for key in MEASURED:
-            ratios = [run[key] / base[key] for run, base in zip(runs, found[AGAINST], strict=False)]
+            ratios = [run[key] / base[key] for run, base in zip(runs, found[against], strict=False)]
             kept |= {key: statistics.median(run[key] for run in runs[:rounds])}
             kept |= {f"{key}_ratio": statistics.median(ratios), f"{key}_range": [min(ratios), max(ratios)]}
         result["cases"][name] = {**kept, "all": runs[:rounds]}

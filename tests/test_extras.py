@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import quantisers
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -204,9 +205,21 @@ def test_the_extras_are_those_of_the_project_file() -> None:
     assert core == {"torch", "peft", "transformers", "safetensors", "filelock"}
     for extra, packages in EXTRAS.items():
         assert set(packages.values()) == names(groups[extra]) - {"accelerate"}, extra  # which peft brings
-    assert names(groups["all"]) == set().union(*(names(groups[extra]) for extra in EXTRAS))
+    assert names(groups["all"]) == set().union(*(names(groups[extra]) for extra in EXTRAS if extra != "quant"))
     assert names(groups["all"]) <= names(groups["dev"])
     assert PURPOSES.keys() == EXTRAS.keys()
+
+
+def test_the_quantisers_of_the_extra_are_those_that_the_table_was_executed_with() -> None:
+    """Its lower bounds are the versions of scripts/quantisers.py; they are in no row of the matrix."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tried = {need.name: next(iter(need.specifier)).version for need in map(Requirement, quantisers.PACKAGES)}
+    for need in map(Requirement, project["optional-dependencies"]["quant"]):
+        (bound,) = need.specifier
+        assert bound.operator == ">="
+        assert (
+            Version(bound.version).release == Version(tried[need.name]).release[: len(Version(bound.version).release)]
+        )
 
 
 def test_the_windows_of_the_project_file_are_those_of_the_matrix() -> None:
@@ -217,7 +230,10 @@ def test_the_windows_of_the_project_file_are_those_of_the_matrix() -> None:
     tried = [row["versions"] for row in rows if "reason" not in row]
     needs = {
         str(need): need
-        for lines in (project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS))
+        for lines in (
+            project["dependencies"],
+            *(project["optional-dependencies"][extra] for extra in EXTRAS if extra != "quant"),
+        )
         for need in map(Requirement, lines)
         if need.name != "weftlora"
     }

@@ -143,8 +143,8 @@ def unknown_key(name: str, valid: Iterable[str], where: str) -> ConfigError:
     valid = set(valid)
     if name in QUANTISED:
         return ConfigError(
-            f"{where} has no key {name!r}: recipes train on unquantised weights, which model.dtype=bfloat16 halves; for a base in "
-            "4 or 8 bits load it yourself and train weftlora's adapter in your own Trainer."
+            f"{where} has no key {name!r}: a base in fewer bits is asked for by model.load_in_4bit=true, model.load_in_8bit=true or "
+            "model.quantization, with the keys of transformers' quantisation configs."
         )
     if (key := ELSEWHERE.get(name)) is not None:
         own = key.rpartition(".")[2]

@@ -27,6 +27,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "train": _TRAIN,
     "compare": {**_TRAIN, "scipy": "scipy"},
     "gguf": {"gguf": "gguf"},
+    "quant": {"bitsandbytes": "bitsandbytes", "torchao": "torchao"},
     "report": {
         "jinja2": "jinja2",
         "pydantic": "pydantic",
@@ -42,6 +43,7 @@ PURPOSES = {
     "train": "recipes: `train`, `evaluate`, `generate`, `suggest_heads`; brings datasets, trl and the libraries of the scores",
     "compare": "`compare`, with all of `train`",
     "gguf": "models in GGUF files, `smollm2` among them, wherever a model is named",
+    "quant": "bases in 4 and 8 bits: `model.load_in_4bit=true` and its kin; not in `all`, since peft then imports them at every start",
     "report": "HTML pages: `report`, `inspect --html`",
 }
 """Extra → what you can do with it. The tables of the documents and `weftlora doctor` say these."""

@@ -218,20 +218,19 @@ class FewBits(nn.Linear):
         return x @ (self.weight.float() * self.step).T
 
 
-def quantise(base: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    monkeypatch.setattr("weftlora.adapted.layer.dequantize_module_weight", lambda m: m.weight.float() * m.step)
+def quantise(base: nn.Module) -> nn.Module:
     for name, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             base.set_submodule(name, FewBits(module))
     return base
 
 
-def test_a_quantised_base_is_noted_and_warned_of_and_its_original_used_where_named(tmp_path: Path, monkeypatch):
+def test_a_quantised_base_is_noted_and_warned_of_and_its_original_used_where_named(tmp_path: Path):
     FAMILIES["llama"].build().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=r"14 modules .* dequantised base"):
-        blurred = sites_of(launched("llama", base=quantise(FAMILIES["llama"].build(), monkeypatch)))
+        blurred = sites_of(launched("llama", base=quantise(FAMILIES["llama"].build())))
     assert {site["ranked_on"] for site in blurred.values()} == {"dequantised"}
-    sharp = sites_of(launched("llama", base=quantise(FAMILIES["llama"].build(), monkeypatch), original=tmp_path))
+    sharp = sites_of(launched("llama", base=quantise(FAMILIES["llama"].build()), original=tmp_path))
     assert {site["ranked_on"] for site in sharp.values()} == {"original"}
     assert sharp["model.layers.0.self_attn.q_proj"]["sigma"] != blurred["model.layers.0.self_attn.q_proj"]["sigma"]
 

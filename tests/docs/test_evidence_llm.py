@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -40,7 +41,7 @@ def planted(contrast: Contrast, *gaps: float, **more: Any) -> dict[str, Any]:
         for seed, gap in enumerate(gaps)
         for name in (contrast.control, contrast.ours)
     ]
-    method = {"parameters": 1000, "lr": 1e-3, "rate_at_edge": False}
+    method = {"parameters": 1000, "lr": 1e-3, "rate_at_edge": False, "rates": [{"lr": 1e-3}]}
     return {
         "outcomes": [
             {"method": m, "seed": s, "status": "complete", "scores": {"loss": loss}, "domains": {}}
@@ -166,6 +167,9 @@ def test_the_section_says_what_was_reached_and_what_was_not(tmp_path: Path) -> N
     record["outcomes"][1]["heads"] = [{"step": 30, **point}, {"step": 60, **point, "cosine": None}]
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "hydra.json").write_text(json.dumps(record))
+    untuned = planted(dataclasses.replace(HYDRA, ours="gain 8"), -0.3)
+    untuned["methods"] = [untuned["methods"][1] | {"rates": []}]
+    (tmp_path / "short" / "hydra-start.json").write_text(json.dumps(untuned))
     text = "\n".join(llm_page.section(tmp_path))
     row = next(line for line in text.splitlines() if line.startswith("| HydraLoRA |"))
     assert "**underpowered**" in row
@@ -173,7 +177,8 @@ def test_the_section_says_what_was_reached_and_what_was_not(tmp_path: Path) -> N
     assert "no verdict: 2 of 8 seeds" in row
     assert "| hydralora | 30 | 1 | 0.960 | 0.980 | 0.010 | arc 0.97 |" in text
     assert "| hydralora | 60 | 1 |  | 0.980 |" in text
-    assert text.count("**Not reached**") == 2  # of the plan everything, of the short form the rest
+    assert "| gain 8 | 1,000 | 0.001 | 1 | 0.7000 | not compared: its rate is not tuned |" in text
+    assert text.count("**Not reached:**") == 2  # of the plan everything, of the short form the rest
     assert "`python scripts/evidence_llm.py --form short` goes on" in text
 
 
@@ -257,3 +262,16 @@ def test_a_packed_model_comes_back_whole_and_a_lost_file_is_named(
     (packed / "model.gguf.1").unlink()
     with pytest.raises(SystemExit, match=r"model\.gguf\.1"):
         evidence_llm.take(packed)
+
+
+def test_what_the_page_of_hydralora_says_of_its_heads_is_in_the_records() -> None:
+    page = re.sub(r"\s+", " ", (llm_plan.ROOT / "docs" / "methods" / "hydralora.md").read_text(encoding="utf-8"))
+    found = llm_plan.records(llm_plan.RECIPES, "short")
+    said = {}
+    for name, method in (("hydra", "hydralora"), ("hydra-start", "gain 8"), ("hydra-start", "gain 32")):
+        last = [o["heads"][-1] for o in found[name]["outcomes"] if o["method"] == method and "heads" in o]
+        assert {point["step"] for point in last} == {60}
+        said[method] = [sum(point[key] for point in last) / len(last) for key in ("cosine", "information")]
+    cosines, told = zip(*said.values(), strict=True)
+    assert "heads' B is {:.2f} as released, {:.2f} with a gain of 8 and {:.2f} with 32".format(*cosines) in page
+    assert "of its head is {:.3f}, {:.3f} and {:.3f} of ln 3".format(*told) in page

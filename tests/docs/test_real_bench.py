@@ -21,3 +21,13 @@ def test_the_figures_of_the_page_are_those_of_the_record() -> None:
     assert f"| `weftlora train lora` | {tokens} | {ratios[0]} | {memory} | {ratios[1]} |" in page
     assert ours["tokens_per_s_ratio"] >= 1.15
     assert ours["peak_rss_ratio"] <= 0.65
+
+
+def test_the_page_of_experts_has_the_numbers_of_its_record() -> None:
+    record = json.loads((ROOT / "bench" / "experts.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "experts.md").read_text(encoding="utf-8")
+    assert record["command"] in page
+    for case in record["cases"][1:]:
+        ratio, kept = case["ratio"], case["saved_bytes"] / 2**20
+        told = f"| {ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] | {kept:.1f} | {case['trained']:,} |"
+        assert told in page, case["case"]["kind"]

@@ -165,7 +165,7 @@ class FewBits(nn.Module):
 
 
 def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
-    llama_folder: Path, in_process: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama_folder: Path, in_process: Jobs, tmp_path: Path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(llama_folder)
     for block in base.model.layers:
@@ -174,14 +174,11 @@ def test_a_quantised_base_is_merged_into_its_original_or_not_at_all(
     model = get_peft_model(base, weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
     randomise(model)
     with pytest.raises(
-        MergeError, match=r"FewBits, a base kept in fewer bits.*original=.*or export the adapter as LoRA"
+        MergeError, match=r"FewBits, a base kept in fewer bits that.*original=.*or export the adapter as LoRA"
     ):
         weftlora.merge(model, tmp_path / "merged")
     with pytest.raises(ModelError, match="no model weights"):
         weftlora.merge(model, tmp_path / "merged", original=tmp_path)
-    monkeypatch.setattr(
-        "weftlora.adapted.layer.dequantize_module_weight", lambda module: module.kept
-    )  # what the quantiser's own function gives
     found = weftlora.merge(model, tmp_path / "merged", "float32", original=llama_folder, accept_loss=True)
     original = load_file(llama_folder / "model.safetensors")
     stored = load_file(tmp_path / "merged" / "model.safetensors")

@@ -211,16 +211,6 @@ def test_an_adapter_that_transformers_loaded_leaves_too(
     assert by_folder.ranks == found.ranks
 
 
-def test_a_quantised_base_is_not_run_in_fp32(
-    adapted: Adapted, in_process: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = adapted(weftlora.PlainLoraConfig(r=2))
-    model.get_base_model().is_quantized = True
-    with pytest.raises(AdapterError, match=r"quantised.*export its folder"):
-        weftlora.export_lora(model, tmp_path / "lora")
-    assert weftlora.export_lora(model, tmp_path / "lora", verify=False).proof is None
-
-
 def test_what_cannot_be_proved_says_so_and_can_be_exported_unproved(tmp_path: Path) -> None:
     net = get_peft_model(FAMILIES["plain"].build(), weftlora.PlainLoraConfig(r=2, exclude_modules=["head"]))
     with pytest.raises(AdapterError, match=r"PlainNet is not a model of transformers.*use verify=False"):

@@ -157,7 +157,7 @@ def test_an_adapter_is_weighed_for_the_length_of_a_block(structure: str) -> None
     with torch.no_grad(), weftlora.rescale_adapter_scale(model, 0.5):
         half = layer(x) - layer.get_base_layer()(x)
         with (
-            pytest.raises(weftlora.ConfigError, match="multiplier='no' is no number"),
+            pytest.raises(weftlora.ConfigError, match="multiplier='no' is not a number"),
             weftlora.rescale_adapter_scale(model, "no"),
         ):
             pass

@@ -157,7 +157,8 @@ def test_what_is_said_wins_over_the_demo() -> None:
         ("num_train_epochs=3", "weftlora calls it train.epochs."),
         ("rank=8", "weftlora calls it adapter.r."),
         ("data.cutoff_len=8", "weftlora calls it max_length."),
-        ("model.load_in_4bit=true", "recipes train on unquantised weights, which model.dtype=bfloat16 halves"),
+        ("model.qlora=true", "asked for by model.load_in_4bit=true, model.load_in_8bit=true or model.quantization"),
+        ("train.load_in_4bit=true", "asked for by model.load_in_4bit=true"),
     ],
 )
 def test_the_names_of_other_trainers_get_a_hint_and_no_list(override: str, says: str) -> None:

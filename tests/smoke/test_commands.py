@@ -105,7 +105,7 @@ def test_a_gguf_file_is_a_base(tmp_path: Path, needs: Callable[..., None], monke
     from weftlora.runs.base_model import Wanted, find, load
 
     # The one file of other folders that is used here: it needs gguf and transformers alone.
-    written = importlib.util.spec_from_file_location("tiny_gguf", Path(__file__).parents[1] / "train" / "tiny_gguf.py")
+    written = importlib.util.spec_from_file_location("tiny_gguf", Path(__file__).parents[1] / "tiny_gguf.py")
     tiny = importlib.util.module_from_spec(written)  # type: ignore[arg-type]
     written.loader.exec_module(tiny)  # type: ignore[union-attr]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora import change_rates
 from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.quantised import distance, is_quantised
 from weftlora.disk.files import check_regular
 from weftlora.errors import ModelError
 
@@ -212,7 +213,8 @@ class OriginalWeight:
         base = self.layer.get_base_layer()
         as_stored = isinstance(base, Conv1D) or self.layer.reading is not None
         wanted = tuple(cast(Tensor, base.weight).shape) if as_stored else (base.out_features, base.in_features)
-        if (found := self.checkpoint.shape(self.layer.module_name)) != wanted:
+        found = self.checkpoint.shape(self.layer.module_name)
+        if found != wanted and not (is_quantised(base) and found == wanted[::-1]):
             raise ModelError(
                 f"{self.layer.module_name} is {list(found)} in {self.checkpoint.folder} and {list(wanted)} in the model: give "
                 "the checkpoint that this base was made from."
@@ -224,11 +226,19 @@ class OriginalWeight:
         Raises:
             ModelError: it is not near the W in memory, so it is another model's.
         """
-        here = self.layer.base_matrix()
-        stored = self.checkpoint.read(self.layer.module_name).to(here.device)
-        w = stored.T if isinstance(self.layer.get_base_layer(), Conv1D) else stored
-        w = w if self.layer.reading is None else self.layer.reading.matrix(stored)
-        far = torch.dist(w.float(), here.float()) / w.float().norm()
+        base = self.layer.get_base_layer()
+        stored = self.checkpoint.read(self.layer.module_name)
+        if self.layer.reading is None and is_quantised(base):
+            # by what the layer computes; a quantised layer in a Conv1D's place is [out, in], and the checkpoint is not
+            near = [(distance(base, w), w) for w in (stored, stored.T)]
+            far, w = min(near, key=lambda each: each[0])
+            w = w.to(next(base.parameters()).device)
+        else:
+            here = self.layer.base_matrix()
+            stored = stored.to(here.device)
+            w = stored.T if isinstance(base, Conv1D) else stored
+            w = w if self.layer.reading is None else self.layer.reading.matrix(stored)
+            far = float(torch.dist(w.float(), here.float()) / w.float().norm())
         if not far < FAR:
             raise ModelError(
                 f"{self.layer.module_name} in {self.checkpoint.folder} differs from the weight in memory by {far:.0%}: give the "

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
+from weftlora.adapted.quantised import can_be_requantised, is_quantised, matrix, requantised, stored
 from weftlora.adapted.reading import Reading, reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapted.tensor_parallel import add as add_to_slice
@@ -66,7 +66,10 @@ class WeftLayer(nn.Module, BaseTunerLayer):
         self.keep_base = True
         self.shares_weight = False  # with another module, which a merge must leave as it is
         self.rows: Sequence[str] | None = None  # the adapter of every row of the batch, for the length of a forward
+        self.merge_loss: tuple[float, float] | None = None
+        """While merged into a quantised base, ‖what that kept of ΔW − ΔW‖ and ‖ΔW‖."""
         self._kept: Tensor | None = None
+        self._kept_layer: tuple[nn.Module, ...] = ()  # of a merge into a quantised base: the base; no submodule
         self._disable_adapters = False
         self._active_adapter: list[str] | str = []
 
@@ -109,7 +112,7 @@ class WeftLayer(nn.Module, BaseTunerLayer):
 
     def _checked_scale(self, adapter: str, scale: float) -> float:
         if not is_number(scale) or not math.isfinite(scale):
-            raise ConfigError(f"scale={scale!r} is no number that an update could be multiplied by: use a finite one.")
+            raise ConfigError(f"scale={scale!r} is not a number to multiply an update by: use a finite one.")
         if adapter in self.merged_adapters:
             raise AdapterError(
                 f"adapter {adapter!r} is merged into {self.module_name}, so its scale is in W: call model.unmerge_adapter() first."
@@ -123,16 +126,20 @@ class WeftLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------ merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """W ← W + ΣΔW in fp32, rounded once to W's dtype. All or nothing.
+        """W ← W + ΣΔW in fp32, rounded once to W's dtype, or quantised again as W is (`merge_loss`). All or nothing.
 
         Raises:
-            MergeError: an adapter is routed, the base is not x Wᵀ with a plain floating-point W, or `safe_merge` and the
+            MergeError: an adapter is routed, the base is not x Wᵀ with a W that can be changed, or `safe_merge` and the
                 merged weight has a value that is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.weft_site]
         if not names:
             return
         self.check_mergeable(names, finite=safe_merge)
+        if self._requantised:
+            self._merge_quantised(names)
+            self.merged_adapters.extend(names)
+            return
         merged, weight = self._merged_weight(names), self._plain_weight()
         if self.shares_weight:
             self._kept = weight if self._kept is None else self._kept
@@ -146,6 +153,11 @@ class WeftLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Put the original W back, bit for bit."""
         if not self.merged_adapters:
+            return
+        if self._kept_layer:
+            self.put_base(self._kept_layer[0])
+            self._kept_layer, self.merge_loss = (), None
+            self.merged_adapters.clear()
             return
         if self._kept is None:
             raise MergeError(
@@ -173,7 +185,8 @@ class WeftLayer(nn.Module, BaseTunerLayer):
                     f"{structure.no_closed_form}; serve it unmerged, or train {' or '.join(mergeable_structures())} where a merge is "
                     "needed."
                 )
-        self._plain_weight()
+        if not self._requantised:
+            self._plain_weight()
         if finite and not torch.isfinite(self._merged_weight(names)).all():
             raise MergeError(
                 f"merging {', '.join(names)} into {self.module_name} gives values that are not finite, so nothing was merged: "
@@ -192,9 +205,29 @@ class WeftLayer(nn.Module, BaseTunerLayer):
         """Let the base compute with this W."""
         raise NotImplementedError
 
+    @property
+    def _requantised(self) -> bool:
+        """Whether a merge quantises the sum again."""
+        return False
+
+    def _dequantised(self) -> Tensor:
+        """The W [out, in] of a base that is quantised again."""
+        raise NotImplementedError
+
+    def put_base(self, layer: nn.Module) -> None:
+        """Replace the base layer, which adapters of others may stand around."""
+        holder: Any = self
+        while isinstance(holder.base_layer, BaseTunerLayer):
+            holder = holder.base_layer
+        holder.base_layer = layer
+
+    def _merge_quantised(self, names: list[str]) -> None:
+        """A quantised layer of W + ΣΔW in place of the base, which is kept as it is to be put back."""
+        raise NotImplementedError
+
     def _merged_weight(self, names: list[str]) -> Tensor:
         """W plus the updates of those adapters that are here and not merged yet, in W's dtype."""
-        weight = self._plain_weight()
+        weight = self._dequantised() if self._requantised else self._plain_weight()
         new = [name for name in names if name in self.weft_site and name not in self.merged_adapters]
         delta = sum((self.get_delta_weight(name) for name in new), torch.zeros((), device=weight.device))
         return (weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) + delta).to(weight.dtype)
@@ -222,6 +255,8 @@ class WeftLinear(WeftLayer):
             base_layer if not isinstance(base_layer, BaseTunerLayer) else base_layer.get_base_layer()
         )
         self.group: InputGroup | None = None  # of linears that read one input; see `weftlora.adapted.input_groups`
+        self.quantiser: Any = None
+        """transformers' quantiser of the model, which says how a merged weight is quantised again."""
 
     def members(self, adapter_name: str) -> list[Member]:
         """The one site."""
@@ -415,13 +450,16 @@ class WeftLinear(WeftLayer):
         """W [out, in] as it is in memory: transposed from Conv1D's layout, dequantised where the base is quantised.
 
         Raises:
-            ConfigError: the base keeps no weight that can be read, or this process has but a part of it.
+            ConfigError: the base keeps no weight that can be read, or none that is what it computes with, or this process has but a
+                part of it.
         """
         if self.is_split():
             raise ConfigError(
                 f"the weight of {self.module_name} is split among processes, so this one cannot read it: save the adapter "
                 "(save_pretrained), and load its folder in one process for this."
             )
+        if self.reading is None and is_quantised(base := self.get_base_layer()):
+            return matrix(base, self.module_name)
         return self._as_matrix(self._weight())
 
     def is_split(self) -> bool:
@@ -444,17 +482,35 @@ class WeftLinear(WeftLayer):
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         base = self.get_base_layer()
-        if not weight.is_floating_point():
-            weight = dequantize_module_weight(base)
         if self.reading is not None:
-            return self.reading.matrix(weight.detach())
+            here = stored(base) if is_quantised(base) else weight
+            return self.reading.matrix((weight if here is None else here).detach())
         return weight.detach().T if isinstance(base, Conv1D) else weight.detach()
 
     @property
     def base_source(self) -> str:
         """What `base_matrix` reads: "in memory" (the weight itself), or "dequantised" where the base keeps fewer bits."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        return "in memory" if weight is None or weight.is_floating_point() else "dequantised"
+        return "dequantised" if is_quantised(self.get_base_layer()) else "in memory"
+
+    @property
+    def _requantised(self) -> bool:
+        base = self.get_base_layer()
+        return self.reading is None and is_quantised(base) and can_be_requantised(base, self.quantiser)
+
+    def _dequantised(self) -> Tensor:
+        return self.base_matrix()
+
+    def _merge_quantised(self, names: list[str]) -> None:
+        base, before = self.get_base_layer(), self.base_matrix().float()
+        new = [name for name in names if name not in self.merged_adapters]
+        delta = sum((self.get_delta_weight(name).float() for name in new), torch.zeros_like(before))
+        layer = requantised(base, before + delta, self.quantiser)
+        off = (matrix(layer, self.module_name).float() - before - delta).norm()
+        far, whole = self.merge_loss or (0.0, 0.0)
+        self.merge_loss = (far**2 + float(off) ** 2) ** 0.5, (whole**2 + float(delta.norm()) ** 2) ** 0.5
+        if not self._kept_layer and self.keep_base:
+            self._kept_layer = (base,)
+        self.put_base(layer)
 
     def _plain_weight(self) -> nn.Parameter:
         base = self.get_base_layer()

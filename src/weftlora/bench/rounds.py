@@ -134,7 +134,7 @@ def step(
             jobs = _prepare(todo, setting, dtype, builders, progress)
             order[dtype] = _run(jobs, setting, dtype, progress)
             results += [_result(job, jobs[0], dtype) for job in jobs]
-    return StepBench(setting, versions(), results, [] if quick else targets(results), order)
+    return StepBench(setting, versions(), results, [] if quick or setting.shape.experts else targets(results), order)
 
 
 @dataclass

@@ -33,7 +33,9 @@ def export(
     server_ranks: Annotated[
         bool, typer.Option("--server-ranks", help="Use one rank, the next of 8, 16, 32, 64, 128, 256, 320, 512.")
     ] = False,
-    dtype: Annotated[str | None, typer.Option(help="Store float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store float32, bfloat16 or float16; dequantises a quantised base.")
+    ] = None,
     approximate: Annotated[
         str | None, typer.Option(help="Approximate HydraLoRA with fixed gates (mean-gate); needs --data.")
     ] = None,

@@ -125,13 +125,14 @@ def merge(
     Args:
         model_or_folder: a model with weftlora adapters in it (it stays as it is), a run folder or an adapter folder.
         out: the new folder; written beside and renamed last.
-        dtype: float32, bfloat16 or float16; by default that of the weights in memory.
+        dtype: float32, bfloat16 or float16; by default that of the weights in memory. A quantised base is dequantised for it, and
+            without it the sums are quantised again, which loses far more.
         inputs: batches to measure on; by default as in `export_lora`.
         verify: load the folder with stock transformers in a process of its own and measure. False for models that do not fit
             into memory twice; then ‖ΔW‖ alone decides.
         accept_loss: write the folder even if more than a tenth of the adapter's change of the logits is lost.
         adapter: which adapters of a model in memory: by default the active ones; several are added up.
-        original: folder of the unquantised checkpoint, for a base that is quantised in memory.
+        original: folder of the unquantised checkpoint to merge into instead, for a base that is quantised in memory.
         base: where the base lies, if not where the run says.
         overwrite: replace an earlier export in `out`; anything else that lies there is never replaced.
 
@@ -139,7 +140,7 @@ def merge(
         What was written and measured; `.record()` is plain data.
 
     Raises:
-        MergeError: a routed adapter, a quantised base without `original`, or a loss above the limit (nothing is left behind).
+        MergeError: a routed adapter, a base that takes no update, or a loss above the limit (nothing is left behind).
         AdapterError, ConfigError, RunError: as in `export_lora`.
         ModelError: `original` is not the checkpoint of this base.
     """

@@ -21,10 +21,14 @@ from typing import Any, cast
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapted.quantised import is_quantised
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError
+from weftlora.host.stock_lora import replace_module
 from weftlora.settings import IGNORE
 
 Batch = Mapping[str, Tensor]
@@ -83,6 +87,61 @@ def activate(model: nn.Module, adapters: Sequence[str]) -> None:
             module.enable_adapters(True)
             own = [name for name in adapters if name in module.modules_to_save]
             module.set_adapter(own[:1])  # none: the base's own
+
+
+def dequantise(own: nn.Module, original: Checkpoint | None = None) -> None:
+    """Give a shell plain weights: in place of every quantised layer the matrix that it computes with, in fp32.
+
+    Args:
+        original: the checkpoint whose weights stand in for those of all quantised and all adapted layers.
+
+    Raises:
+        ConfigError: a quantised weight that cannot be read.
+        ModelError: `original` is of another model.
+    """
+    adapted = {name: module for name, module in own.named_modules() if isinstance(module, WeftLinear)}
+    for layer in adapted.values():
+        base = layer.get_base_layer()
+        if layer.reading is None and (original is not None or is_quantised(base)):
+            w = (layer.base_matrix() if original is None else OriginalWeight(layer, original)()).float()
+            layer.put_base(conv1d(base, w) if isinstance(base, Conv1D) else linear(base, w))
+    inside = tuple(f"{name}." for name in adapted)
+    for name, module in list(own.named_modules()):
+        if name in adapted or name.startswith(inside) or not isinstance(getattr(module, "in_features", None), int):
+            continue
+        if is_quantised(module):
+            reader = WeftLinear(module, name.removeprefix("base_model.model."))
+            w = (reader.base_matrix() if original is None else OriginalWeight(reader, original)()).float()
+            replace_module(own, name, linear(module, w))
+    forget_quantiser(base_of(own))
+
+
+def forget_quantiser(model: Any) -> None:
+    """Let a model of transformers whose layers are plain be saved and moved as one."""
+    for name, value in (
+        ("hf_quantizer", None), ("is_quantized", False), ("is_loaded_in_4bit", False), ("is_loaded_in_8bit", False),
+    ):  # fmt: skip
+        if hasattr(model, name):
+            setattr(model, name, value)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        del model.config.quantization_config
+
+
+def linear(base: nn.Module, w: Tensor) -> nn.Linear:
+    """A plain linear module of weight `w` [out, in], with the bias of `base`, which may have kept its weight in fewer bits."""
+    bias = getattr(base, "bias", None)
+    plain = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(w, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def conv1d(base: Conv1D, w: Tensor) -> Conv1D:
+    """The same for a module that keeps its weight as [in, out]."""
+    plain = copy.copy(base)
+    plain.__dict__["_parameters"] = {**base._parameters, "weight": nn.Parameter(w.T.contiguous(), requires_grad=False)}
+    return plain
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from weftlora.adapted.experts import WeftExpertWeight
+from weftlora.adapted.quantised import format_of
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.export import folder, live, record
@@ -77,7 +78,9 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
             parameters=sum(pair.a.numel() + pair.b.numel() for pair in sites.values()),
             whole_modules=sorted({name.rpartition(".")[0] for name in heads}),
         )
-        prover = Prover.of(own, source, inputs or inputs_of(source, None), measured) if choices.verify else None
+        prover = None
+        if choices.verify:
+            prover = Prover.of(own, plainly(own, source), inputs or inputs_of(source, None), measured)
 
         def fill(place: Path) -> None:
             done.append(write(place, bare, config, sites, heads, choices.dtype, prover, stock_keys(source, sites)))
@@ -88,6 +91,17 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
 
         folder.write(out, fill)
     return done[-1]
+
+
+def plainly(own: nn.Module, source: Source) -> Source:
+    """The source with a shell whose weights are plain: what is written does not depend on the base, and the proof is in float32.
+
+    A quantised base is dequantised for it, and stands in a folder of its own for the length of the proof.
+    """
+    if format_of(base_of(own)) is None:
+        return source
+    live.dequantise(own)
+    return replace(source, base=None)
 
 
 def check_routed(source: Source, approximate: bool) -> None:

@@ -2,6 +2,9 @@
 
     W' = round(W + ΔW)        W the original weight, the sum in fp32, one rounding into the dtype of the folder
 
+Of a quantised base W is the matrix that its layers compute with. The sums are quantised again, as merging into such a base does
+everywhere and which loses most, unless a dtype is named, which leaves them dequantised, or the unquantised checkpoint.
+
 What the rounding loses is measured per site and on the logits, and a merge that loses too much is refused unless told to go on:
 
     lost = ‖(round(W + ΔW) − round(W)) − ΔW‖_F / ‖ΔW‖_F
@@ -26,8 +29,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.experts import WeftExpertWeight
-from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
+from weftlora.adapted.frozen_weights import Checkpoint
 from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapted.quantised import can_be_requantised, format_of, is_quantised, requantised
 from weftlora.adapted.updates import base_of
 from weftlora.errors import MergeError
 from weftlora.export import folder, live, record
@@ -37,7 +41,7 @@ from weftlora.export.lora import pairs
 from weftlora.export.proof import TOLERANCE, Prover
 from weftlora.export.record import Merge, SiteLoss
 from weftlora.export.source import Inputs, Source, check_linear, inputs_of
-from weftlora.host.stock_lora import replace_module, without_adapters
+from weftlora.host.stock_lora import without_adapters
 
 # The 16 values of NF4: quantiles of a normal distribution scaled to [−1, 1], with an exact zero.
 # Source: QLoRA, arXiv 2305.14314, appendix E.
@@ -88,17 +92,22 @@ class Choices:
 def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) -> Merge:
     """Write the folder; see `weftlora.export.merge`."""
     check(source, choices)
-    dtype = choices.dtype or weight_dtype(source)
+    again, dtype = stays_quantised(source, choices), choices.dtype or weight_dtype(source)
     done: list[Merge] = []
 
     with live.shell(source.model, source.adapters) as own:
+        if choices.original is None and not again:
+            live.dequantise(own)
         prover = Prover.of(own, source, inputs or inputs_of(source, None), {}) if choices.verify else None
-        nf4 = None if prover is None else logits_lost_to_nf4(own, source, choices.original, prover)
-        sites = add_updates(own, source, choices.original, dtype)
+        if choices.original is not None:
+            live.dequantise(own, choices.original)
+        nf4 = None if prover is None or again else logits_lost_to_nf4(own, source, prover)
+        sites = quantise_updates(own, source) if again else add_updates(own, source, dtype)
 
         def fill(place: Path) -> None:
-            save(own, source, place, dtype, choices.original)
-            bare = replace(bare_record(out, source, sites, dtype, choices), lost_logits_nf4=nf4)
+            save(own, source, place, None if again else dtype)
+            named = format_of(base_of(source.model)) if again else None
+            bare = replace(bare_record(out, source, sites, named or name_of(dtype), choices), lost_logits_nf4=nf4)
             done.append(measured(place, bare, choices, prover))
             (place / "README.md").write_text(record.merged(done[0], source), encoding="utf-8")
 
@@ -106,12 +115,18 @@ def merge(source: Source, out: Path, choices: Choices, inputs: Inputs | None) ->
     return done[0]
 
 
+def stays_quantised(source: Source, choices: Choices) -> bool:
+    """Whether the sums are quantised again: the base is, and nobody names another type or the original."""
+    quantised = any(is_quantised(layer.get_base_layer()) for layer in source.layers if layer.reading is None)
+    return quantised and choices.dtype is None and choices.original is None
+
+
 def check(source: Source, choices: Choices) -> None:
     """Refuse what has no merged form.
 
     Raises:
-        MergeError: a routed adapter, a base that transformers cannot save, tied weights that would change twice, or a quantised
-            base without `original`.
+        MergeError: a routed adapter, a base that transformers cannot save, tied weights that would change twice, or a base that
+            takes no update.
     """
     base = base_of(source.model)
     if not isinstance(base, PreTrainedModel):
@@ -127,7 +142,7 @@ def check(source: Source, choices: Choices) -> None:
                 raise MergeError(
                     f"adapter {name!r} is {structure.method}, and {structure.no_closed_form}: serve it with weftlora{instead}."
                 )
-        check_base(layer, choices.original)
+        check_base(layer, choices)
     tied = {id(p) for p in (base.get_input_embeddings().weight,) if base.get_output_embeddings() is not None}
     for layer in source.layers:
         if id(getattr(layer.get_base_layer(), "weight", None)) in tied:
@@ -136,14 +151,14 @@ def check(source: Source, choices: Choices) -> None:
             )
 
 
-def check_base(layer: WeftLayer, original: Checkpoint | None) -> None:
+def check_base(layer: WeftLayer, choices: Choices) -> None:
     """Refuse a base layer to which nothing can be added.
 
     Raises:
-        MergeError: it is quantised and there is no `original`, or it is no x Wᵀ; experts with `original`.
+        MergeError: it is no x Wᵀ, or quantised and its quantiser takes or saves no other weight; experts with `original`.
     """
     if isinstance(layer, WeftExpertWeight):
-        if original is not None:
+        if choices.original is not None:
             raise MergeError(
                 f"{layer.module_name} holds experts, whose matrices checkpoints keep under other names than the model: merge into the "
                 "weights in memory (without original), or export the adapter as LoRA, which is exact."
@@ -151,21 +166,33 @@ def check_base(layer: WeftLayer, original: Checkpoint | None) -> None:
         layer.check_mergeable([])
         return
     base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    if original is not None:
+    if choices.original is not None or (choices.dtype is not None and is_quantised(base)):
         return
-    if (
-        isinstance(base, (nn.Linear, Conv1D))
-        and weight is not None
-        and weight.is_floating_point()
-        and type(weight.detach()) is Tensor
-    ):
-        return
-    raise MergeError(
-        f"{layer.module_name} is a {type(base).__name__}, a base kept in fewer bits: merging would dequantise it and lose most of "
-        "the update when it is quantised again. Name the folder of the unquantised checkpoint (original=..., --original), or "
-        "export the adapter as LoRA, which is exact."
+    instead = (
+        "name a type for dequantised weights (dtype='bfloat16', --dtype bfloat16) or the folder of the unquantised checkpoint "
+        "(original=..., --original), or export the adapter as LoRA, which is exact."
     )
+    if is_quantised(base):
+        quantiser = cast(WeftLinear, layer).quantiser
+        if not can_be_requantised(base, quantiser):
+            raise MergeError(
+                f"{layer.module_name} is a {type(base).__name__}, a base kept in fewer bits that takes no other weight: {instead}"
+            )
+        if quantiser is not None and not saves(quantiser):
+            raise MergeError(
+                f"{layer.module_name} is a {type(base).__name__}, and transformers saves no model that is quantised so: {instead}"
+            )
+        return
+    weight = getattr(base, "weight", None)
+    if isinstance(base, (nn.Linear, Conv1D)) and weight is not None and type(weight.detach()) is Tensor:
+        return
+    raise MergeError(f"{layer.module_name} is a {type(base).__name__}, to which no update can be added: {instead}")
+
+
+def saves(quantiser: Any) -> bool:
+    """Whether a quantiser of transformers writes its models into folders; older versions ask for the way of saving."""
+    found = quantiser.is_serializable
+    return bool(found() if callable(found) else found)
 
 
 def weight_dtype(source: Source) -> torch.dtype:
@@ -177,10 +204,10 @@ def weight_dtype(source: Source) -> torch.dtype:
     return next((w.dtype for w in weights if w is not None and w.is_floating_point()), torch.float32)
 
 
-def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dtype: torch.dtype) -> list[SiteLoss]:
+def add_updates(own: nn.Module, source: Source, dtype: torch.dtype) -> list[SiteLoss]:
     """Give every adapted module of the shell its merged weight in `dtype`; the model that the shell borrows from keeps its own."""
     sites = []
-    for layer, w, delta in updated(own, source, original):
+    for layer, w, delta in updated(own, source):
         base = layer.get_base_layer()
         sites.append(site_loss(layer.module_name, w, delta, dtype))
         summed = (w + delta).to(dtype)
@@ -189,7 +216,7 @@ def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dty
         elif isinstance(base, Conv1D):
             base.weight = nn.Parameter(summed.T.contiguous(), requires_grad=False)
         else:
-            layer.base_layer = linear(base, summed)
+            layer.base_layer = live.linear(base, summed)
         if not torch.isfinite(summed).all():
             raise MergeError(
                 f"merging into {layer.module_name} gives values that {name_of(dtype)} cannot hold, so nothing was merged: choose "
@@ -198,36 +225,57 @@ def add_updates(own: nn.Module, source: Source, original: Checkpoint | None, dty
     return sites
 
 
-def updated(own: nn.Module, source: Source, original: Checkpoint | None) -> Iterator[tuple[WeftLayer, Tensor, Tensor]]:
+def quantise_updates(own: nn.Module, source: Source) -> list[SiteLoss]:
+    """Give every adapted module of the shell its merged weight, quantised as its base is; a plain one among them keeps its type."""
+    sites = []
+    for layer, w, delta in updated(own, source):
+        if isinstance(layer, WeftExpertWeight):
+            sites.append(site_loss(layer.module_name, w, delta, layer.weight.dtype))
+            layer.put((w + delta).to(layer.weight.dtype))
+            continue
+        base = layer.get_base_layer()
+        if not is_quantised(base):
+            dtype = cast(Tensor, base.weight).dtype
+            sites.append(site_loss(layer.module_name, w, delta, dtype))
+            layer.put_base(live.linear(base, (w + delta).to(dtype)))
+            continue
+        one = cast(WeftLinear, layer)
+        one.put_base(requantised(base, w + delta, one.quantiser))
+        off, norm = (one.base_matrix().float() - w - delta).double().norm(), float(delta.double().norm())
+        bare = site_loss(layer.module_name, w, delta, torch.float32)
+        sites.append(replace(bare, lost=float(off) / norm if norm else 0.0))
+    return sites
+
+
+def updated(own: nn.Module, source: Source) -> Iterator[tuple[WeftLayer, Tensor, Tensor]]:
     """Every adapted module of the shell with its W and its ΔW [out, in], of experts [E, out, in], fp32, one at a time."""
     updates = pairs(source, {})
     for layer in [m for m in own.modules() if isinstance(m, WeftLayer) and m.module_name in updates]:
         if isinstance(layer, WeftExpertWeight):
             w = layer.layout.matrix(layer.weight.detach()).float()
         else:
-            one = cast(WeftLinear, layer)
-            w = (one.base_matrix() if original is None else OriginalWeight(one, original)()).float()
+            w = cast(WeftLinear, layer).base_matrix().float()
         yield layer, w, updates[layer.module_name].delta().to(w.device, torch.float32)
 
 
-def logits_lost_to_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: Prover) -> float:
+def logits_lost_to_nf4(own: nn.Module, source: Source, prover: Prover) -> float:
     """‖(merged − base, both with the adapted weights in NF4) − (live − base)‖ / ‖live − base‖ over logits: 0 keeps the change."""
-    after = in_nf4(own, source, original, prover, merged=True)
-    return prover.lost_change(after, in_nf4(own, source, original, prover, merged=False))
+    after = in_nf4(own, source, prover, merged=True)
+    return prover.lost_change(after, in_nf4(own, source, prover, merged=False))
 
 
-def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: Prover, *, merged: bool) -> Outputs:
+def in_nf4(own: nn.Module, source: Source, prover: Prover, *, merged: bool) -> Outputs:
     """What the shell computes with its adapted weights in NF4: with the update in them, or as its base without any adapter."""
     replaced: list[tuple[Any, Any]] = []
     try:
-        for layer, w, delta in updated(own, source, original):
+        for layer, w, delta in updated(own, source):
             rounded = round_nf4(w + delta if merged else w)
             if isinstance(layer, WeftExpertWeight):
                 replaced.append((layer, layer.weight))
                 layer.put(rounded)
             else:
                 replaced.append((layer, layer.get_base_layer()))
-                layer.base_layer = linear(layer.get_base_layer(), rounded)
+                layer.base_layer = live.linear(layer.get_base_layer(), rounded)
             replaced[-1][0].enable_adapters(False)
         with nullcontext() if merged else live.switched_off(own):  # merged, what was trained in full stays at work
             return live.forward_all(own, prover.inputs.batches)
@@ -240,24 +288,6 @@ def in_nf4(own: nn.Module, source: Source, original: Checkpoint | None, prover: 
             layer.enable_adapters(True)
 
 
-def linear(base: nn.Module, w: Tensor) -> nn.Linear:
-    """A plain linear module of weight `w` [out, in], with the bias of `base`, which may have kept its weight in fewer bits."""
-    bias = getattr(base, "bias", None)
-    plain = nn.Linear(w.shape[1], w.shape[0], bias=bias is not None, device="meta")
-    plain.weight = nn.Parameter(w, requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return plain
-
-
-def unquantised(plain: nn.Module, original: Checkpoint) -> None:
-    """Give what no adapter is on its weight in the checkpoint too: a folder of weights is not quantised in part."""
-    for name, module in list(plain.named_modules()):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and not weight.is_floating_point():
-            replace_module(plain, name, linear(module, OriginalWeight(WeftLinear(module, name), original)()))
-
-
 def site_loss(name: str, w: Tensor, delta: Tensor, dtype: torch.dtype) -> SiteLoss:
     """What rounding loses of one update ΔW [out, in] on W [out, in]."""
     norm = float(delta.double().norm())
@@ -265,16 +295,13 @@ def site_loss(name: str, w: Tensor, delta: Tensor, dtype: torch.dtype) -> SiteLo
     return SiteLoss(name, norm, *((x / norm if norm else 0.0) for x in lost))
 
 
-def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype, original: Checkpoint | None) -> None:
-    """The shell's model without adapters, everything in `dtype`, and its tokenizer where one is known."""
+def save(own: nn.Module, source: Source, place: Path, dtype: torch.dtype | None) -> None:
+    """The shell's model without adapters, everything in `dtype` (None: as it is), and its tokenizer where one is known."""
     plain = cast(Any, without_adapters(base_of(own), trained=True))
-    if original is not None:
-        unquantised(plain, original)
-        plain.hf_quantizer = None
-    cast_parameters(plain, dtype)
-    plain.config.dtype = dtype
-    if getattr(plain.config, "quantization_config", None) is not None:
-        del plain.config.quantization_config
+    if dtype is not None:
+        cast_parameters(plain, dtype)
+        plain.config.dtype = dtype
+        live.forget_quantiser(plain)
     save_model(plain, place)
     tokenizer = source.tokenizer
     if tokenizer is None and source.base is not None and (Path(source.base) / "tokenizer_config.json").is_file():
@@ -293,14 +320,17 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, new[id(p)])
 
 
-def bare_record(out: Path, source: Source, sites: list[SiteLoss], dtype: torch.dtype, choices: Choices) -> Merge:
+def bare_record(out: Path, source: Source, sites: list[SiteLoss], dtype: str, choices: Choices) -> Merge:
     """What is known before the folder has been run."""
     whole = math.sqrt(sum(site.norm**2 for site in sites)) or 1.0
     lost = math.sqrt(sum((site.norm * site.lost) ** 2 for site in sites)) / whole
     lost_nf4 = math.sqrt(sum((site.norm * site.lost_nf4) ** 2 for site in sites)) / whole
-    unquantised = choices.original is not None
-    weights = "the weights of the unquantised checkpoint" if unquantised else "the weights it was trained on"
-    return Merge(out, source.adapters, name_of(dtype), weights, sites, lost, lost_nf4)
+    weights = "the weights it was trained on"
+    if choices.original is not None:
+        weights = "the weights of the unquantised checkpoint"
+    elif choices.dtype is not None and (named := format_of(base_of(source.model))) is not None:
+        weights = f"the weights it was trained on, dequantised from {named}"
+    return Merge(out, source.adapters, dtype, weights, sites, lost, lost_nf4)
 
 
 def measured(place: Path, bare: Merge, choices: Choices, prover: Prover | None) -> Merge:

@@ -29,6 +29,7 @@ from weftlora.export.live import Batch, Gates, Outputs, without_padding
 from weftlora.export.record import Approximation, Proof
 from weftlora.export.source import Inputs, Source
 from weftlora.host.stock_lora import without_adapters
+from weftlora.runs import quantisation
 
 TOLERANCE = 1e-5
 """Of the error, in fp32."""
@@ -143,8 +144,9 @@ def _found_in() -> list[str]:
 
     The isolated process would not see what PYTHONPATH names, and would prove the export with other versions, or find none.
     """
-    loaded = [getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "transformers", "peft")]
-    folders = {str(Path(file).absolute().parents[1]) for file in loaded if file}
+    names = {"torch", "transformers", "peft", *(module for module, _ in quantisation.PACKAGES.values())}
+    tops = [sys.modules.get(name.partition(".")[0]) for name in names]
+    folders = {str(Path(place).absolute().parent) for top in tops for place in getattr(top, "__path__", ())}
     return [folder for entry in sys.path if (folder := str(Path(entry).absolute())) in folders]
 
 
@@ -187,21 +189,15 @@ class Prover:
         """What stock peft computes from a LoRA folder, on the base that the source names (saved anew, if it is only in memory).
 
         Raises:
-            AdapterError: stock libraries cannot load it, or read it as another adapter; the base in memory is quantised.
+            AdapterError: stock libraries cannot load it, or read it as another adapter.
         """
-        if getattr(base_of(self.source.model), "is_quantized", False):
-            raise AdapterError(
-                "the base in memory is quantised, and the proof is in float32: save the adapter and export its folder, for which "
-                "the base is loaded as it is stored, or use verify=False (the matrices of an export are exact whatever the base "
-                "is)."
-            )
-        base: str | Path | None = self.source.base
-        if base is None:
-            base = place / SCRATCH / "base"
-            if not base.exists():
-                self._save_base(base)
-        dtype = getattr(base_of(self.source.model), "dtype", torch.float32)
-        return self._run(Job(base, dtype, place, ranks), place)
+        if self.source.base is not None:
+            dtype = getattr(base_of(self.source.model), "dtype", torch.float32)
+            return self._run(Job(self.source.base, dtype, place, ranks), place)
+        base = place / SCRATCH / "base"
+        if not base.exists():
+            self._save_base(base)
+        return self._run(Job(base, adapter=place, sites=ranks), place)
 
     def of_model(self, place: Path) -> Outputs:
         """What stock transformers computes from a folder of merged weights. Raises AdapterError as `of_adapter`."""

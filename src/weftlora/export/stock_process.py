@@ -57,10 +57,18 @@ def _run(job: dict[str, Any]) -> str | None:
     torch.manual_seed(982451653)  # what the base lacks is drawn, and must not be as it was in training by accident
     stored = getattr(torch, job["dtype"])  # first as in training, so that a checkpoint is rounded as it was there
     load = {"dtype": stored, **job["load"]}
-    model = cls.from_pretrained(job["base"], use_safetensors=True, trust_remote_code=False, **load).float()
+    model = cls.from_pretrained(job["base"], use_safetensors=True, trust_remote_code=False, **load)
+    quantised = getattr(model, "hf_quantizer", None) is not None  # stays where and as it is loaded
+    model = model if quantised else model.float()
     if job["pad_token_id"] is not None:
         model.config.get_text_config().pad_token_id = job["pad_token_id"]
-    model.to(job["device"])
+    for layer in model.modules():
+        if hasattr(
+            layer, "support_avx512bf16_for_cpu"
+        ):  # bitsandbytes' other layout takes no layer of less than 32 rows
+            layer.support_avx512bf16_for_cpu = False
+    if not quantised:
+        model.to(job["device"])
     if job["adapter"] is not None:
         from peft import PeftModel
 

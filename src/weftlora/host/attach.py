@@ -163,6 +163,7 @@ def attach(
         ConfigError: the model has no weftlora adapter, a length is not a positive number, an event cannot happen in a run of
             this length (or, where a length is given, cannot be placed in it), or no adapter has directions to launch, or rank
             slots to score.
+        ConfigError: also, directions would be ranked on quantised weights that cannot be read (`weftlora.adapted.quantised`).
         DataError: `validation` has no rows.
         ModelError: `original` is not the checkpoint of this base.
     """
@@ -184,6 +185,8 @@ def attach(
     found = schedules(model)
     if original is not None or cache is not None:
         _decompose(model, found, original, cache)
+    for schedule in found.values():
+        _check_readable(model, schedule)
     if validation is not None:
         _score_on(model, found, validation)
     for schedule in found.values():
@@ -232,6 +235,19 @@ def _decompose(
         weights = [OriginalWeight(layers[name, member.name], checkpoint) for name, member in members]
         for (_, member), weight in zip(members, weights, strict=True):
             member.weight, member.source, member.is_split = weight, "original", lambda: False
+
+
+def _check_readable(model: nn.Module, schedule: Schedule) -> None:
+    """Read a weight of every kind of quantised layer that directions will be ranked on: what cannot be read is an error now."""
+    if not any(isinstance(c, LaunchController) and not c.done() for c in schedule.controllers):
+        return
+    layers = {m.module_name: m.get_base_layer() for m in model.modules() if isinstance(m, WeftLinear)}
+    seen: set[type] = set()
+    for member in schedule.members:
+        kind = type(layers[member.name])
+        if member.source == "dequantised" and kind not in seen:
+            seen.add(kind)
+            member.weight()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

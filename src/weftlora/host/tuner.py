@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, check_experts, expert_parameters
 from weftlora.adapted.fusion import forget, fuse, unfuse
 from weftlora.adapted.layer import BASE, WeftLayer, WeftLinear
+from weftlora.adapted.quantised import keep_differentiable
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
     Blocks,
@@ -296,6 +297,7 @@ class WeftTuner(BaseTuner):
         for part, key in keys.items():
             self._owners.setdefault((part, key), site.structure)
         layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
+        layer.quantiser = getattr(self.model, "hf_quantizer", None)
         layer.add_site(
             adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=peft_config.inference_mode
         )
@@ -323,6 +325,7 @@ class WeftTuner(BaseTuner):
             _report_experts(layers, adapter_name)
             make_schedule(layers, adapter_name, self.peft_config[adapter_name])
             watch(adapter_name, layers)
+            keep_differentiable(model)
             fuse(model)
             for layer in layers:
                 _buffers_follow(layer.site(adapter_name))
@@ -457,9 +460,10 @@ class WeftTuner(BaseTuner):
     # ------------------------------------------------------------------ merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge everywhere or nowhere; see `WeftLinear.merge`."""
+        """Merge everywhere or nowhere; see `WeftLinear.merge`. What a quantised base loses of the update is a warning."""
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        _warn_of_loss(self._layers())
 
     def _unload_and_optionally_merge(
         self,
@@ -479,12 +483,11 @@ class WeftTuner(BaseTuner):
             layer.keep_base = False  # the model is handed out merged for good: keep no second copy of W
         unfuse(self.model)
         try:
-            return cast(
-                nn.Module,
-                super()._unload_and_optionally_merge(
-                    merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-                ),
+            plain = super()._unload_and_optionally_merge(
+                merge=True, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+            _warn_of_loss(layers)
+            return cast(nn.Module, plain)
         finally:
             for layer in layers:
                 layer.keep_base = True
@@ -579,6 +582,20 @@ def _buffers_follow(site: Site) -> None:
         for name, buffer in list(module.named_buffers(recurse=False)):
             if not (module is site and name in site.counters):
                 setattr(module, name, buffer.to("meta"))
+
+
+def _warn_of_loss(layers: Sequence[WeftLayer]) -> None:
+    """Say what merging into quantised modules has lost of the update, if there are such."""
+    lost = {layer.module_name: layer.merge_loss for layer in layers if layer.merge_loss is not None}
+    if not lost:
+        return
+    far, whole = (sum(each[part] ** 2 for each in lost.values()) ** 0.5 for part in (0, 1))
+    warnings.warn(
+        f"merging into {len(lost)} quantised modules such as {next(iter(lost))} has lost {far / (whole or 1.0):.0%} of ‖ΔW‖, since "
+        "the sums are quantised again: weftlora.merge(..., dtype='bfloat16') keeps it in dequantised weights, and "
+        "weftlora.export_lora exactly.",
+        stacklevel=4,
+    )
 
 
 def _with_rows(rows: list[str]) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -26,7 +26,6 @@ from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "peft.utils": ("register_peft_method", "ModulesToSaveWrapper"),
-    "peft.utils.integrations": ("dequantize_module_weight",),
     "peft.utils.other": ("get_pattern_key", "AuxiliaryTrainingWrapper"),
     "peft.tuners.tuners_utils": (
         "_maybe_include_all_linear_layers",

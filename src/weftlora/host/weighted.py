@@ -54,9 +54,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
             "the model has no weftlora adapter to rescale: peft.helpers.rescale_adapter_scale is for stock LoRA's."
         )
     if not is_number(multiplier):
-        raise ConfigError(
-            f"multiplier={multiplier!r} is no number that an update could be multiplied by: use a finite one."
-        )
+        raise ConfigError(f"multiplier={multiplier!r} is not a number to multiply an update by: use a finite one.")
     before = [layer.site(name).strength for layer, name in sites]
     try:
         for layer, name in sites:
@@ -92,7 +90,7 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
             )
         if config[name].bias != "none":
             raise MergeError(
-                f"adapter {name!r} trains biases of the base (bias={config[name].bias!r}), which are no sum: add adapters without "
+                f"adapter {name!r} trains biases of the base (bias={config[name].bias!r}), which cannot be added: add adapters without "
                 "them."
             )
         if config[name].trainable_token_indices is not None:

@@ -167,7 +167,7 @@ def _in_folders(
 
     def read(one: _Saved) -> Updates:
         if one.run is not None and isinstance(base, PreTrainedModel):
-            trained = Fingerprint(one.run.base["kind"], one.run.base["shapes"], one.run.base["values"])
+            trained = Fingerprint.of(one.run.base)
             check_same(trained, fingerprint(base), one.label, source)
         with borrowed(base) as shell:
             return read_updates(put_in(cast(PreTrainedModel, shell), one.folder), "default", batches)

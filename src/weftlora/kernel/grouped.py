@@ -115,21 +115,24 @@ class _Write(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, m: Tensor, ends: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        ctx.save_for_backward(h, m, ends)
+        m_t = (
+            m.to(h.dtype).transpose(-2, -1).contiguous()
+        )  # so both products that read it are fast (measured: docs/lab-log.md)
+        ctx.scale, ctx.dtype = scale, m.dtype
+        ctx.save_for_backward(h, m_t, ends)
         ctx.mark_dirty(y)
-        return y.add_(_rows(h, m.to(h.dtype).transpose(-2, -1), ends), alpha=scale)
+        return y.add_(_rows(h, m_t, ends), alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        h, m, ends = ctx.saved_tensors
+        h, m_t, ends = ctx.saved_tensors
         gh = gm = None
         g_h = g.to(h.dtype)
         if ctx.needs_input_grad[1]:
-            gh = _rows(g_h, m.to(h.dtype), ends).mul_(ctx.scale)
+            gh = _rows(g_h, m_t.transpose(-2, -1), ends).mul_(ctx.scale)
         if ctx.needs_input_grad[2]:
-            gm = _outer(h, g_h, ends, m.dim() == 2).mul_(ctx.scale).transpose(-2, -1).to(m.dtype)
+            gm = _outer(h, g_h, ends, m_t.dim() == 2).mul_(ctx.scale).transpose(-2, -1).to(ctx.dtype)
         return g, gh, gm, None, None
 
 
@@ -140,8 +143,10 @@ def grouped_linear(x: Tensor, weight: Tensor, grouping: Grouping, bias: Tensor |
 
 
 def _padded(m: Tensor, x: Tensor, dim: int) -> Tensor:
-    """M with zeros along its axis of slots up to a width that products are fast in, or can be taken at all."""
-    width = fast_width(m.shape[dim], x) if x.device.type == "cpu" else -(-m.shape[dim] // 8) * 8
+    """M with zeros along its axis of slots up to a width that grouped products take, 16 bytes, and in 16 bits are fast in."""
+    unit = 16 // x.element_size()
+    narrow = x.dtype in (torch.float32, torch.float64) or x.device.type != "cpu"
+    width = -(-m.shape[dim] // unit) * unit if narrow else fast_width(m.shape[dim], x)
     missing = width - m.shape[dim]
     return m if not missing else F.pad(m, (0, missing) if dim == -1 else (0, 0, 0, missing))
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -35,8 +35,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from weftlora.adapted.quantised import format_of, is_quantised, keep_differentiable
 from weftlora.data.paths import locate
 from weftlora.errors import AdapterError, ModelError
+from weftlora.runs import quantisation
 from weftlora.runs.gguf import dequantised
 from weftlora.runs.precision import Precision, precision
 
@@ -66,6 +68,9 @@ class Wanted:
     """None: as `weftlora.runs.precision` chooses."""
     task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
     attn_implementation: str | None = None
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quantization: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ class Base:
 
     precision: Precision
     """The type that its weights are held in."""
+
+    @property
+    def quantisation(self) -> dict[str, Any] | None:
+        """How it is quantised as it is loaded, with the keys of transformers; None where it is taken as it is stored."""
+        asked = self.config
+        return quantisation.asked(asked.load_in_4bit, asked.load_in_8bit, asked.quantization, self.precision.dtype)
 
     @property
     def wants(self) -> Task | None:
@@ -104,7 +115,10 @@ def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
     """Locate a base, read its config and tokenizer.
 
     Raises:
-        ModelError: no such folder or hub model, or a folder without config, tokenizer or safetensors weights.
+        ModelError: no such folder or hub model, a folder without config, tokenizer or safetensors weights, or one that is
+            quantised already and asked for in another form.
+        ConfigError: a form of fewer bits that there is not.
+        MissingExtraError: the package of its quantiser is not installed.
     """
     source = resolved(config.path, base_dir)
     try:
@@ -117,7 +131,11 @@ def find(config: ModelConfig | Wanted, base_dir: Path) -> Base:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise ModelError(f"the tokenizer of {config.path!r} has no padding, end or unknown token: give it a pad_token.")
-    return Base(config, source, settings, tokenizer, precision(config.dtype, settings))
+    base = Base(config, source, settings, tokenizer, precision(config.dtype, settings))
+    quantisation.check(base.quantisation, settings, config.path)
+    if base.quantisation is not None:
+        quantisation.loading(base.quantisation, config.path)  # what is wrong with it is said before rows are read
+    return base
 
 
 def _check_attention(settings: PretrainedConfig, path: str) -> None:
@@ -140,6 +158,8 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
     _check_task(base, task)
     dtype = base.precision.dtype
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if base.quantisation is not None:
+        options["quantization_config"] = quantisation.loading(base.quantisation, base.config.path)
     if base.config.attn_implementation:
         options["attn_implementation"] = base.config.attn_implementation
     if task == "classification":
@@ -160,6 +180,7 @@ def load(base: Base, task: Task, labels: list[str] | None = None) -> PreTrainedM
     finally:
         loading.setLevel(level)
     _check_complete(base, task, report["missing_keys"], report["mismatched_keys"])
+    keep_differentiable(model)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = base.tokenizer.pad_token_id
     if getattr(model, "generation_config", None) is not None:
@@ -288,7 +309,7 @@ def check_end(base: Base, model: PreTrainedModel, data: Loaded, trained: Iterabl
     if any(name == given or name.endswith(f".{given}") for name in names for given in trained):
         return
     weight = cast(torch.Tensor, head.weight).detach()
-    if weight.is_meta:
+    if weight.is_meta or is_quantised(head):
         return
     for token in sorted(ends(data, base.tokenizer)):
         if token >= len(weight):
@@ -334,34 +355,58 @@ _SIZES = ("hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers",
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a base is: `kind` to show a person, the hashes to compare."""
+    """What a base is: `kind` to show a person, the hashes and the form to compare."""
 
     kind: str
     shapes: str
     values: str
+    form: str = ""
+    """How its weights are quantised, in words; empty where they are not."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Fingerprint:
+        """That in a run's record of its base."""
+        return cls(record["kind"], record["shapes"], record["values"], str(record.get("form", "")))
 
 
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
-    """The fingerprint of a base, taken before any adapter is put into it; a new classification head is left out."""
+    """The fingerprint of a base, taken before any adapter is put into it; a new classification head is left out.
+
+    Of a quantised layer only the sides are in it: how its bytes are laid out differs between machines and versions of the quantiser.
+    """
 
     shapes, values = hashlib.sha256(), hashlib.sha256()
+    form = format_of(model) or ""
+    few: list[str] = []
+    if form:
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "in_features", None), int) and is_quantised(module):
+                few.append(f"{name}.")
+                shapes.update(f"{name} {module.out_features} {module.in_features}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if name.split(".")[0] in HEADS or "pooler" in name:
+        if name.split(".")[0] in HEADS or "pooler" in name or name.startswith(tuple(few)):
             continue
         shapes.update(f"{name} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // 32)][:32]
         values.update(picked.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     sizes = [f"{key}={value}" for key in _SIZES if (value := getattr(model.config, key, None)) is not None]
-    return Fingerprint(" ".join([model.config.model_type, *sizes]), shapes.hexdigest()[:16], values.hexdigest()[:16])
+    kind = " ".join([model.config.model_type, *sizes])
+    return Fingerprint(kind, shapes.hexdigest()[:16], values.hexdigest()[:16], form)
 
 
 def check_same(trained: Fingerprint, given: Fingerprint, adapter: str, base: str) -> None:
     """Refuse a base other than the adapter's own.
 
     Raises:
-        AdapterError: another architecture, or the same one with other weights.
+        AdapterError: another architecture, or the same one with other weights or in another form.
     """
+    if given.form != trained.form:
+        before, now = (f"in {each.form}" if each.form else "that was not quantised" for each in (trained, given))
+        raise AdapterError(
+            f"the adapter {adapter} was trained on a base {before}, and {base} is one {now}: give the base in the form it was trained "
+            "on."
+        )
     if given.shapes != trained.shapes:
         raise AdapterError(
             f"the adapter {adapter} was trained on another base ({trained.kind}) than {base} ({given.kind}): "

@@ -69,7 +69,7 @@ def load_run(
     weights = Weights(found.source, known, str(run.adapter_folder)) if isinstance(known, dict) and known else None
     with _drawing(run.seed):  # a classification head that no adapter brings is drawn as it was in training
         plain = base_model.load(found, task, run.data["labels"])
-        trained = Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"])
+        trained = Fingerprint.of(run.base)
         check_same(trained, fingerprint(plain), str(run.adapter_folder), found.source)
         check_files(run.base, found.settings, found.source, str(run.adapter_folder))
         at_the_start(plain)

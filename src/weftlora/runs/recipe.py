@@ -1,6 +1,6 @@
 """A recipe: which model, which data, which adapter, how to train, where to write; from a file, or by its built-in name.
 
-    model:   demo | smollm2 | path | hub id | {path, dtype, task, attn_implementation}
+    model:   demo | smollm2 | path | hub id | {path, dtype, load_in_4bit, load_in_8bit, quantization, task, attn_implementation}
     data:    demo | path | the keys of `weftlora.data.DataConfig`
     adapter: a recipe name | {recipe: name, its fields} | {structure: ..., the other axes, r, ...} | none
     train:   steps or epochs, batch_size, lr, ...
@@ -29,6 +29,7 @@ from weftlora.data.paths import checked_path, locate
 from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
+from weftlora.runs import quantisation
 from weftlora.runs.run import Run, check_continues, check_extends
 from weftlora.settings import is_number
 
@@ -129,9 +130,19 @@ class ModelConfig(RecipeSection):
     path: Annotated[str, AfterValidator(checked_path)] = "demo"
     dtype: Dtype | None = None
     """Of the weights; none is float32, or bfloat16 where that is the checkpoint's own and faster (`weftlora.runs.precision`)."""
+    load_in_4bit: bool = False
+    """NF4 with double quantisation, as QLoRA has it."""
+    load_in_8bit: bool = False
+    quantization: dict[str, Any] | None = None
+    """As transformers' quantisation configs have it (`weftlora.runs.quantisation`)."""
     task: Literal["auto", "causal", "seq2seq", "classification"] = "auto"
     trust_remote_code: Literal[False] = False
     attn_implementation: str | None = None
+
+    @model_validator(mode="after")
+    def _one_quantiser(self) -> Self:
+        quantisation.asked(self.load_in_4bit, self.load_in_8bit, self.quantization, "float32")
+        return self
 
 
 class TrainConfig(RecipeSection):

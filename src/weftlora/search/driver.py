@@ -140,16 +140,16 @@ def _misfit(own: Any, found: Any, name: str) -> str | None:
             own.dtype,
             own.layout,
         )
-        return None if same and bool(found.isfinite().all()) else f"{name} is no such tensor as its own"
+        return None if same and bool(found.isfinite().all()) else f"{name} is not a tensor like its own"
     if isinstance(own, dict):
         if not isinstance(found, dict) or found.keys() != own.keys():
             return f"{name} has other parts than its own"
         return next((wrong for key in own if (wrong := _misfit(own[key], found[key], f"{name}.{key}"))), None)
     if isinstance(own, int):
-        return None if is_whole(found, 0) and found < LARGEST else f"{name} is no count"
+        return None if is_whole(found, 0) and found < LARGEST else f"{name} is not a count"
     if isinstance(own, float):
-        return None if is_number(found) and found >= 0 else f"{name} is no number"
-    return None if isinstance(found, type(own)) else f"{name} is no {type(own).__name__}"
+        return None if is_number(found) and found >= 0 else f"{name} is not a number"
+    return None if isinstance(found, type(own)) else f"{name} is not of type {type(own).__name__}"
 
 
 def _damage(job: LayerSearch, own: dict[str, Any], state: dict[str, Any]) -> str | None:
@@ -169,7 +169,7 @@ def _damage(job: LayerSearch, own: dict[str, Any], state: dict[str, Any]) -> str
             return wrong
     rows, random = state["history"], own["random"][0]
     if len(rows) != state["done"] or state["done"] > job.steps or not all(map(_is_step, rows)):
-        return "its history is none of so many steps"
+        return "its history has another number of steps"
     if not all(is_whole(n) for rows in state["splits"].values() for n in rows):
         return "its rows have no numbers"
     for each in state["random"]:
@@ -198,13 +198,13 @@ def _optimizer_misfit(optimizer: torch.optim.Optimizer, saved: Any, name: str) -
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(states, dict) or any(not is_whole(n, 0) or n >= len(params) for n in states):
-        return f"{name} is no state of its optimiser"
+        return f"{name} is not a state of its optimiser"
     adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     for number, state in states.items():
         if not isinstance(state, dict) or (
             state and state.keys() != ({"step", "exp_avg", "exp_avg_sq"} if adam else {})
         ):
-            return f"{name} is no state of its optimiser"
+            return f"{name} is not a state of its optimiser"
         if not state:
             continue
         moments = ("exp_avg", "exp_avg_sq")

@@ -26,6 +26,7 @@ from peft import PeftConfig
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
+from weftlora.adapted.updates import base_of
 from weftlora.adapter.shards import is_sharded
 from weftlora.data import sampled
 from weftlora.disk.lock import claimed
@@ -33,7 +34,7 @@ from weftlora.disk.ownership import check_no_links
 from weftlora.errors import ConfigError, DivergedError, RunError, WeftError
 from weftlora.host.attach import warn_of_missing
 from weftlora.progress import Progress
-from weftlora.runs import identity
+from weftlora.runs import identity, quantisation
 from weftlora.runs.adapter import parameters, write_adapter
 from weftlora.runs.recipe import Recipe
 from weftlora.runs.run import Made, Run, check_free, is_run, now, settle
@@ -183,6 +184,7 @@ def _describe(prepared: Prepared, adapter: PeftConfig, folder: Path, load_second
             "config": identity.config_digest(prepared.base.settings, prepared.base.source),
             "tokenizer": identity.tokenizer_digest(prepared.base.source),
             **identity.quantised(prepared.base.source),
+            **quantisation.described(base_of(prepared.model)),
         },
         adapter=_plain(adapter.to_dict()),
         parameters=parameters(prepared.model),

@@ -276,7 +276,7 @@ def go_on(plain: PreTrainedModel, config: PeftConfig, folder: Path, mark: Finger
     holder = folder.parent
     if folder.name == "adapter" and (holder / "run.json").is_file():
         before = Run.load(holder)
-        trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
+        trained = Fingerprint.of(before.base)
         base_model.check_same(trained, mark, str(folder), str(plain.name_or_path))
     adapted = put_in(plain, folder, trainable=True)
     saved = adapted.peft_config["default"]

@@ -37,13 +37,8 @@ def check_same_input(before: Run, run: Run, prepared: Prepared) -> None:
                 f"{now.get('tokens')} now): another version of weftlora or of the tokenizer has read them; start it again with "
                 "--overwrite, or resume it with the version in its run.json."
             )
-    trained = Fingerprint(before.base["kind"], before.base["shapes"], before.base["values"])
-    check_same(
-        trained,
-        Fingerprint(run.base["kind"], run.base["shapes"], run.base["values"]),
-        str(run.folder),
-        run.base["source"],
-    )
+    trained, now_on = Fingerprint.of(before.base), Fingerprint.of(run.base)
+    check_same(trained, now_on, str(run.folder), run.base["source"])
     identity.check_files(before.base, prepared.base.settings, run.base["source"], str(run.folder))
 
 

@@ -1,0 +1,203 @@
+"""What a layer in fewer bits computes is read once, believed where its forward agrees, and refused where it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import Tensor, nn
+
+import weftlora
+from families import FAMILIES
+from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
+from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.quantised import distance, format_of, is_quantised, keep_differentiable, matrix
+from weftlora.errors import ConfigError, MergeError, ModelError
+
+
+class InCode(nn.Module):
+    """A quantised linear module under a name of its own: rounded to sixteenths, and dequantised as `told` says."""
+
+    def __init__(self, whole: nn.Linear, told: str = "right"):
+        super().__init__()
+        self.in_features, self.out_features, self.told = whole.in_features, whole.out_features, told
+        self.W_q = nn.Parameter((whole.weight.detach() * 16).round().to(torch.int8), requires_grad=False)
+        self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach(), requires_grad=False)
+        self.calls = 0
+
+    def dequantize(self) -> Tensor:
+        if self.told == "fails":
+            raise RuntimeError("no state before the first forward")
+        w = self.W_q.float() / 16
+        return w.flip(0) if self.told == "wrong" else w
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = F.linear(x, self.W_q.to(x.dtype) / 16, self.bias)
+        return y.abs() if self.told == "bent" else y
+
+
+class Quanto(nn.Linear):
+    """What weftlora asks of a layer that can be quantised again, in the names that optimum-quanto has for it."""
+
+    weight_qtype, activation_qtype = "sixteenths", None
+
+    @classmethod
+    def from_module(cls, whole: nn.Linear, weights: str, activations: None) -> Quanto:
+        made = cls(whole.in_features, whole.out_features, bias=whole.bias is not None)
+        made.weight, made.bias = whole.weight, whole.bias
+        return made
+
+    def freeze(self) -> None:
+        self.weight = nn.Parameter(
+            (self.weight.detach() * 16).round().clamp(-127, 127).to(torch.int8), requires_grad=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) / 16, self.bias)
+
+
+def in_quanto(whole: nn.Linear) -> Quanto:
+    made = Quanto.from_module(whole, "sixteenths", None)
+    made.freeze()
+    return made
+
+
+@pytest.fixture
+def whole() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(6, 4)
+
+
+@pytest.mark.parametrize("told", ["right", "wrong", "fails"])
+def test_what_is_read_is_what_the_forward_computes(whole: nn.Linear, told: str) -> None:
+    layer = InCode(whole, told)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert is_quantised(layer)
+    assert torch.equal(matrix(layer, "here"), layer.W_q.float() / 16)
+    assert layer.calls == 0  # a copy of the layer is asked
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+def test_what_is_no_matrix_is_refused_with_both_reasons(whole: nn.Linear) -> None:
+    with pytest.raises(
+        ConfigError, match=r"weight of mlp\.up \(InCode\).*dequantises is \d+% off.*identity is \d+% off.*original="
+    ) as raised:
+        matrix(InCode(whole, "bent"), "mlp.up")
+    assert "\n" not in str(raised.value)
+
+
+def test_plain_layers_of_any_kind_are_not_quantised(whole: nn.Linear) -> None:
+    assert not any(is_quantised(layer) for layer in (whole, nn.Embedding(3, 4), nn.LayerNorm(4), nn.Sequential()))
+    assert not is_quantised(whole.to(torch.bfloat16))
+    assert is_quantised(in_quanto(nn.Linear(6, 4)))
+
+
+def test_a_wide_layer_is_read_in_parts() -> None:
+    layer = InCode(nn.Linear(2500, 3), "fails")
+    assert torch.equal(matrix(layer, "wide"), layer.W_q.float() / 16)
+
+
+def test_what_cannot_be_read_is_refused_before_a_step_is_taken() -> None:
+    base = FAMILIES["llama"].build()
+    for block in base.model.layers:
+        block.mlp.up_proj = InCode(block.mlp.up_proj, "bent")
+    model = get_peft_model(base, weftlora.LoraDashConfig(r=2, directions=2, after=1, target_modules=["up_proj"]))
+    with pytest.raises(ConfigError, match=r"up_proj \(InCode\) cannot be read"):
+        weftlora.attach(model, total_steps=3)
+    plain = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
+    weftlora.attach(plain, total_steps=3)
+
+
+def test_an_original_is_known_by_what_the_layer_computes(tmp_path: Path) -> None:
+    base = FAMILIES["llama"].build()
+    base.save_pretrained(tmp_path)
+    name, right = "model.layers.0.mlp.up_proj", base.model.layers[0].mlp.up_proj
+    layer = WeftLinear(InCode(right, "wrong"), name)
+    assert torch.equal(OriginalWeight(layer, Checkpoint(tmp_path))(), right.weight)
+    torch.manual_seed(1)
+    other = nn.Linear(right.in_features, right.out_features)
+    with pytest.raises(ModelError, match="differs from the weight in memory"):
+        OriginalWeight(WeftLinear(InCode(other), name), Checkpoint(tmp_path))()
+
+
+def test_no_layer_is_laid_out_anew_once_an_adapter_is_in_the_model() -> None:
+    base = FAMILIES["llama"].build()
+    for block in base.model.layers:
+        block.mlp.up_proj.support_avx512bf16_for_cpu = True  # bitsandbytes' name for it; this one has no adapter
+    get_peft_model(base, weftlora.PlainLoraConfig(r=2, target_modules=["q_proj"]))
+    assert not any(block.mlp.up_proj.support_avx512bf16_for_cpu for block in base.model.layers)
+
+
+def test_a_layout_is_taken_back_with_its_scales_in_order() -> None:
+    class Packed(nn.Linear):
+        support_avx512bf16_for_cpu = True
+
+        def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+            self.weight.quant_state.packing_format_for_cpu = False
+            return super().state_dict(*args, **kwargs)
+
+    layer = Packed(4, 2)
+    scales = torch.arange(6.0).view(2, 3)  # [out, in / block]
+    state = type("State", (), {"packing_format_for_cpu": True, "absmax": scales.T.contiguous().bfloat16()})()
+    layer.weight.quant_state = state
+    keep_differentiable(nn.Sequential(layer))
+    assert torch.equal(state.absmax, scales.flatten())
+    assert not state.packing_format_for_cpu
+
+
+def test_a_merge_is_quantised_again_and_taken_back_bit_for_bit() -> None:
+    base = FAMILIES["llama"].build()
+    for block in base.model.layers:
+        block.mlp.up_proj = in_quanto(block.mlp.up_proj)
+    kept = [block.mlp.up_proj for block in base.model.layers]
+    model = get_peft_model(base, weftlora.PlainLoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    layers = [m for m in model.modules() if isinstance(m, WeftLinear)]
+    wanted = [layer.base_matrix() + layer.get_delta_weight("default") for layer in layers]
+    with pytest.warns(
+        UserWarning, match=r"2 quantised modules such as model\.layers\.0\.mlp\.up_proj has lost \d+% of ‖ΔW‖"
+    ):
+        model.merge_adapter()
+    for layer, w in zip(layers, wanted, strict=True):
+        assert (layer.base_matrix() - w).abs().max() <= 1 / 32  # half a step
+        off, whole = layer.merge_loss
+        assert 0 < off < whole
+    model.unmerge_adapter()
+    assert [layer.get_base_layer() for layer in layers] == kept
+
+
+def test_a_quantised_base_is_merged_as_it_is_only_where_its_form_can_be_saved(tmp_path: Path) -> None:
+    base = FAMILIES["llama"].build()
+    base.model.layers[0].mlp.up_proj = in_quanto(base.model.layers[0].mlp.up_proj)
+    base.hf_quantizer = type("Quantiser", (), {"is_serializable": lambda self: False})()
+    model = get_peft_model(base, weftlora.PlainLoraConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(
+        MergeError, match=r"saves no model that is quantised so: name a type for dequantised weights.*--original"
+    ):
+        weftlora.merge(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_how_a_base_is_quantised_is_said_in_words() -> None:
+    base = FAMILIES["llama"].build()
+    base.config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    }
+    assert format_of(base) is None  # the config says so, and no layer is
+    base.model.layers[0].mlp.up_proj = in_quanto(base.model.layers[0].mlp.up_proj)
+    assert format_of(base) == "nf4 (bitsandbytes)"
+    base.config.quantization_config = {
+        "quant_method": "torchao",
+        "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}},
+    }
+    assert format_of(base) == "Int8WeightOnly (torchao)"
+
+
+def test_the_distance_to_another_shape_is_infinite(whole: nn.Linear) -> None:
+    assert distance(InCode(whole), whole.weight.T) == float("inf")
+    assert distance(InCode(whole), whole.weight) < 0.2
