@@ -211,7 +211,7 @@ class Setting:
         chosen = {} if self.table else {"dropout": self.dropouts, "only": self.kinds}
         many = {"dtype": self.dtypes, **chosen, "case": self.own_cases}
         one = {
-            **vars(self.shape),
+            **{name: value for name, value in vars(self.shape).items() if value},
             "rounds": self.rounds,
             "threads": self.threads,
             "clock": self.clock,

@@ -90,7 +90,7 @@ def check(config: Mapping[str, WeftConfig], adapters: Sequence[str], weights: Se
             )
         if config[name].bias != "none":
             raise MergeError(
-                f"adapter {name!r} trains biases of the base (bias={config[name].bias!r}), which cannot be added: add adapters without "
+                f"adapter {name!r} trains biases of the base (bias={config[name].bias!r}), which do not add up: add adapters without "
                 "them."
             )
         if config[name].trainable_token_indices is not None:
