@@ -77,7 +77,8 @@ def worker(rank: int) -> dict[Any, Any]:
         for kind, (dtype, _) in DTYPES.items():
             calls.clear()
             adapted = made(fields, dtype)
-            model = DistributedDataParallel(adapted, find_unused_parameters=False)
+            rests = "pair" in fields  # A and B have no gradient after the launch, which DDP has to be told
+            model = DistributedDataParallel(adapted, find_unused_parameters=rests)
             trained = train(model, adapted, rank, 2)
             out[name, kind] = (trained, list(calls), [e["sites"] for e in schedule(adapted).events])
     out["odd"] = odd_cases(rank)

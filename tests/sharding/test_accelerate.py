@@ -69,7 +69,8 @@ def test_killed_on_one_process_resumed_by_another_number_and_exported(tmp_path: 
     files = {path.name for path in (whole / "checkpoints" / "checkpoint-8").iterdir()}
     assert {"adapter_model.safetensors", "optimizer.pt", "complete.json"} <= files
     assert not any(path.startswith("pytorch_model") for path in files), "the base is in no checkpoint"
-    weftlora.export_lora(cut, tmp_path / "lora", approximate="mean-gate")
+    rows = [{"input_ids": torch.tensor([[5, 9, 12, 7, 3]]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}]
+    weftlora.export_lora(cut, tmp_path / "lora", approximate="mean-gate", data=rows)
     base = AutoModelForCausalLM.from_pretrained(demo_model_path())
     model = PeftModel.from_pretrained(base, str(tmp_path / "lora"))
     assert model.peft_config["default"].peft_type == "LORA"
