@@ -242,6 +242,9 @@ SOURCES = {
         "make matrix",
         alone="it makes an environment per row, two of several GB",
     ),
+    "scaling": Source(
+        "every method among several processes, sharded or not", "make scaling", alone="it starts two and four processes"
+    ),
     "hosts": Source(
         "our methods inside other trainers",
         "make hosts",

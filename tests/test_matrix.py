@@ -37,7 +37,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(matrix, "own", own)
     monkeypatch.setattr(matrix, "shared", shared)
-    monkeypatch.setattr(matrix, "suite", lambda row, python, path: {"name": row["name"], **PASSED})
+    monkeypatch.setattr(matrix, "suite", lambda row, python, path, bounded: {"name": row["name"], **PASSED})
     monkeypatch.setattr(matrix, "version", lambda name: "2.13.0+cpu")
     return places
 

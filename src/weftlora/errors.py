@@ -63,6 +63,10 @@ class RunError(WeftError, RuntimeError):
     """A run folder that cannot be written, resumed or read."""
 
 
+class ApartError(WeftError):
+    """The processes of a run are no longer at one place, and cannot go on together: what failed on one of them ends all."""
+
+
 class DivergedError(RunError):
     """A training whose losses or scores are no numbers any more."""
 

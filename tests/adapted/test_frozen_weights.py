@@ -269,7 +269,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path):
 
 def test_original_without_directions_to_launch_is_refused(tmp_path: Path):
     model = get_peft_model(FAMILIES["llama"].build(), weftlora.PlainLoraConfig(r=2))
-    with pytest.raises(ConfigError, match="no adapter"):
+    with pytest.raises(ConfigError, match="the model has none: leave them out"):
         weftlora.attach(model, original=tmp_path)
 
 

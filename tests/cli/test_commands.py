@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,10 @@ def test_doctor_tells_versions_and_what_is_missing(weftlora: Weft) -> None:
 def test_doctor_lists_the_extras_and_how_to_install_what_is_not_there(
     weftlora: Weft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert json.loads(weftlora("doctor", "--json").out)["extras"] == {name: [] for name in EXTRAS}
+    quant = [
+        package for module, package in EXTRAS["quant"].items() if find_spec(module) is None
+    ]  # is in no other extra
+    assert json.loads(weftlora("doctor", "--json").out)["extras"] == {name: [] for name in EXTRAS} | {"quant": quant}
     for module in ("trl", "sacrebleu"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     found = json.loads(weftlora("doctor", "--json").out)
@@ -120,6 +124,7 @@ def test_doctor_lists_the_extras_and_how_to_install_what_is_not_there(
         "train": ["sacrebleu", "trl"],
         "compare": ["sacrebleu", "trl"],
         "gguf": [],
+        "quant": quant,
         "report": [],
     }
     assert not [problem for problem in found["problems"] if "trl" in problem]

@@ -51,7 +51,7 @@ def test_a_launch_before_anything_moved_is_refused_with_a_sentence() -> None:
     model = dash(after=T)
     optimizer = SGD(parameters(model), lr=0.0)
     train(model, 1, optimizer)
-    with pytest.raises(ConfigError, match=r"due after step 2, but no weight has moved .*: train before it"):
+    with pytest.raises(ConfigError, match=r"due after step 2, but no weight has moved .*: train longer before it"):
         train(model, 1, optimizer, start=1)
     assert not launched(model)
     optimizer.param_groups[0]["lr"] = 0.1  # who goes on gets the launch as soon as something has moved

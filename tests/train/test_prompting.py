@@ -234,5 +234,5 @@ def test_a_model_by_itself_is_talked_to_in_its_chat_template(chat_base: Path, mo
     assert talk.remembers
     assert talk.say("c").given == "s be kind</s>u c</s>a "
     assert read == [str(chat_base)], "config and tokenizer are read once"
-    with pytest.raises(ConfigError, match="a model by itself, which has no other base"):
+    with pytest.raises(ConfigError, match="is a model, not an adapter, so it has no other base"):
         weftlora.chat(chat_base, base="demo")

@@ -265,7 +265,7 @@ def test_a_folder_that_cannot_be_written_any_more_is_one_sentence(
     def read_only(*given: Any, **more: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(given[0]))
 
-    with monkeypatch.context(), pytest.raises(RunError, match=r"cannot write|taken away"):
+    with monkeypatch.context(), pytest.raises(RunError, match=r"cannot write|removed or replaced"):
         weftlora.train(given, callbacks=[Trouble()])
     monkeypatch.undo()
     if how == "gone":

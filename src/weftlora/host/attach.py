@@ -239,13 +239,14 @@ def _decompose(
 
 def _check_readable(model: nn.Module, schedule: Schedule) -> None:
     """Read a weight of every kind of quantised layer that directions will be ranked on: what cannot be read is an error now."""
-    if not any(isinstance(c, LaunchController) and not c.done() for c in schedule.controllers):
+    read = [member for member in schedule.members if member.source == "dequantised"]
+    if not read or not any(isinstance(c, LaunchController) and not c.done() for c in schedule.controllers):
         return
     layers = {m.module_name: m.get_base_layer() for m in model.modules() if isinstance(m, WeftLinear)}
     seen: set[type] = set()
-    for member in schedule.members:
+    for member in read:
         kind = type(layers[member.name])
-        if member.source == "dequantised" and kind not in seen:
+        if kind not in seen:
             seen.add(kind)
             member.weight()
 

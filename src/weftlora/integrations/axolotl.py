@@ -87,11 +87,10 @@ class WeftPlugin(BasePlugin):
         from peft import PeftModel, get_peft_model
 
         if cfg.lora_model_dir:
-            from weftlora.adapter.spec import WeftConfig
+            from weftlora.adapter.spec import read_config
 
-            config = WeftConfig.from_pretrained(cfg.lora_model_dir)
             if config_only:
-                return None, config
+                return None, read_config(cfg.lora_model_dir)
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference)
             return model, model.peft_config["default"]
         config = _config(cfg)

@@ -147,7 +147,9 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
     """The parts side by side, in the dtype and on the device of the first; one that all sites of a batch share, for each of them."""
     if len(parts) == 1:
         return parts[0]
-    lead = max((p.shape[:-2] for p in parts), key=len)
+    lead = parts[0].shape[:-2]
+    for p in parts:  # max(..., key=len) is no part of a compiled graph
+        lead = p.shape[:-2] if p.dim() - 2 > len(lead) else lead
     return torch.cat([like(p, parts[0]).expand(*lead, *p.shape[-2:]) for p in parts], dim)
 
 

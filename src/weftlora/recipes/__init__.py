@@ -52,7 +52,7 @@ CONFIG_KEYS = frozenset(
         "target_modules",
     }
     | {"exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"}
-    | {"use_rslora", "trainable_token_indices", "init_lora_weights", "ensure_weight_tying"}
+    | {"target_parameters", "bias", "use_rslora", "trainable_token_indices", "init_lora_weights", "ensure_weight_tying"}
 )
 """Fields of `WeftConfig` that a recipe file may set; the others are filled in by peft and weftlora."""
 _FIXED = {"structure", "start", "boost", "ranks"}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weftlora.adapter.shards import carrier
-from weftlora.errors import WeftError
+from weftlora.errors import ApartError, WeftError
 
 T = TypeVar("T")
 
@@ -30,10 +30,6 @@ def world() -> int:
 def rank() -> int:
     """The number of this process."""
     return dist.get_rank() if world() > 1 else 0
-
-
-class ApartError(WeftError):
-    """The processes are no longer at one place, and cannot go on together: what failed on one of them ends all."""
 
 
 @contextlib.contextmanager

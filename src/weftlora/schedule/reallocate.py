@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from weftlora.adapter.buffers import Remembered
-from weftlora.errors import ConfigError, WeftError
+from weftlora.errors import ApartError, ConfigError, WeftError
 from weftlora.progress import Progress, ignore
 from weftlora.schedule import processes
 from weftlora.schedule import rank_slots as surgery
@@ -215,7 +215,7 @@ class ReallocateController:
                 if scoring.in_lockstep
                 else processes.attempt(decide_here, "a round of moving ranks", self._device)
             )
-        except processes.ApartError:
+        except ApartError:
             raise
         except WeftError as error:  # on all processes; training is worth more than a round
             warnings.warn(f"round {number} of moving ranks moves nothing: {error}", stacklevel=2)
