@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from weftlora.errors import (
     AdapterError,
+    ApartError,
     CombinationError,
     ConfigError,
     DataError,
@@ -108,6 +109,7 @@ __all__ = [
     "AdapterError",
     "All",
     "AllocLoraConfig",
+    "ApartError",
     "Callback",
     "CombinationError",
     "ConfigError",

@@ -264,7 +264,7 @@ def test_alpha_is_the_rank_so_that_the_papers_formula_has_no_factor():
 
 
 def test_another_alpha_with_a_preset_of_the_paper_is_said():
-    with pytest.warns(UserWarning, match="scale 1"):
+    with pytest.warns(UserWarning, match=r"scales the update of Tied-LoRA by 2, where the paper uses 1"):
         weftlora.TiedLoraConfig(r=8, train="tl5", lora_alpha=16)
 
 
