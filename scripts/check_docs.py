@@ -210,7 +210,10 @@ def check_only_page() -> None:
 def check_apart(page: Path, address: str) -> str | None:
     """`check_page` in a process and a folder of its own, where `weftlora` starts as fast; the server is at `address`."""
     with tempfile.TemporaryDirectory(prefix="weft-docs-") as folder, tempfile.TemporaryFile("w+") as shown:
-        environment = dict(os.environ)
+        environment = {
+            **os.environ,
+            "PIP_DRY_RUN": "1",
+        }  # a page may say how to install what the tests are to run without
         environment["PATH"] = os.pathsep.join(
             [str(_command(Path(folder), address)), str(Path(sys.executable).parent), environment.get("PATH", "")]
         )
