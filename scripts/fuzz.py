@@ -40,6 +40,7 @@ if __name__ == "__main__":
 
 import engine
 from faults import FAULTS, HELD_BY_TESTS, check, patched, put_back
+from matrix import source_digest
 from mutations import Case
 from readers import Target, readers
 from writers import writers
@@ -281,7 +282,8 @@ def failed_again(held: list[Any], out: Path) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory(prefix="weft-put-back-") as top:
             found = failure(fault.target, patched(fault, Path(top)))
         rows[fault.name] = {
-            "fault": fault.name, "test": fault.target, "source": source_digest(), "again": bool(found) and not passes[fault.target],
+            "fault": fault.name, "test": fault.target, "source": source_digest("src/weftlora"),
+            "again": bool(found) and not passes[fault.target],
             "as": found,
         }  # fmt: skip
         record = kept(out)
@@ -293,14 +295,6 @@ def failed_again(held: list[Any], out: Path) -> list[dict[str, Any]]:
     tests.stdin.close()
     tests.wait()
     return [rows[fault.name] for fault in held]
-
-
-def source_digest() -> str:
-    """Of weftlora's source: counts of several parts are of one source only where these agree."""
-    whole = hashlib.sha256()
-    for path in sorted((ROOT / "src" / "weftlora").rglob("*.py")):
-        whole.update(path.read_bytes())
-    return whole.hexdigest()[:12]
 
 
 def added(
@@ -369,7 +363,7 @@ def main() -> int:
     chosen = [target for target in targets() if not (given.only or given.held) or target.name in (given.only or ())]
     if not chosen and not given.held:
         sys.exit(f"there is no target {given.only}: use {', '.join(target.name for target in targets())}")
-    began, source = time.monotonic(), source_digest()
+    began, source = time.monotonic(), source_digest("src/weftlora")
     prepared(chosen)
     print(f"ready in {time.monotonic() - began:.1f} s", flush=True)
     by_name = {target.name: target for target in chosen}

@@ -148,6 +148,18 @@ def logits(model: Any) -> Any:
     return found
 
 
+def train(model: Any, steps: int, lr: float) -> None:
+    """A loop of our own over tokens drawn at random."""
+    import torch
+
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        model(input_ids=(ids := torch.randint(5, 60, (4, 16))), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def loaded(folder: Path, method: str) -> list[str]:
     """Load what a host has saved, with peft alone, and say what was checked: it has learnt, had its event, and is of the method."""
     import torch
@@ -265,12 +277,7 @@ def in_llamafactory() -> dict[str, Any]:
 
     config = {"name": "weft", "recipe": "lora_dash", "after": 3, "directions": 2, "r": 4, "target_modules": "all"}
     model = PeftPlugin(config["name"])(base(), config, True)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(6):
-        model(input_ids=(ids := torch.randint(5, 60, (4, 16))), labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    train(model, 6, 1e-3)
     model.save_pretrained("out")
     did = loaded(Path("out"), "LoRA-Dash")
     again = PeftPlugin("weft")(base(), {"name": "weft", "adapter_name_or_path": "out"}, False)
@@ -318,12 +325,8 @@ def in_trl() -> dict[str, Any]:
     def trained() -> Any:
         """An adapter after its launch."""
         torch.manual_seed(0)
-        model = get_peft_model(base(), dash()).train()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for _ in range(5):
-            model(input_ids=(ids := torch.randint(5, 60, (4, 16))), labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        model = get_peft_model(base(), dash())
+        train(model, 5, 1e-2)
         return model
 
     trials: dict[str, Callable[[Any, Any], Any]] = {

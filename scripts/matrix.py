@@ -189,10 +189,10 @@ def pip(python: str, *arguments: str) -> None:
     subprocess.run([python, "-m", "pip", "install", "--quiet", *arguments], check=True)
 
 
-def source_digest() -> str:
-    """Of what a row has tried: the package and the suite, by name and content."""
+def source_digest(*folders: str) -> str:
+    """Of the Python files of these folders of the project, by name and content: results are of one source where it is equal."""
     whole = hashlib.sha256()
-    for folder in ("src/weftlora", "tests/smoke"):
+    for folder in folders:
         for file in sorted((ROOT / folder).rglob("*.py")):
             whole.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
     return whole.hexdigest()[:12]
@@ -266,7 +266,7 @@ def suite(row: dict[str, Any], python: str, path: list[str], bounded: bool = Tru
         "left_out": sorted({said for reason in skipped.values() if (said := reason_of(reason))}),
         "seconds": round(seconds),
         "cpu_seconds": round(used),
-        "source": source_digest(),
+        "source": source_digest("src/weftlora", "tests/smoke"),
         **json.loads(subprocess.run([python, "-c", FOUND], capture_output=True, text=True, check=True).stdout),
     }
 

@@ -29,20 +29,13 @@ COLUMNS = ("ddp:2", "ddp:4", "fsdp1:2", "fsdp2:2", "fsdp2:4", "tp:2")
 
 def begun(engine: str, world: int, folder: Path, methods: list[str]) -> list[int]:
     """The processes of a world, forked from this one, at work in a folder."""
-    from worlds import DTYPES, be
+    from worlds import DTYPES, be, forked
 
-    children = []
-    for rank in range(world):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            be(rank, world, str(folder), engine, methods, list(DTYPES))
-        except BaseException as error:
-            (folder / f"{rank}.failed").write_text("".join(traceback.format_exception(error)))
-            os._exit(1)
-        os._exit(0)
-    return children
+    return forked(
+        world,
+        lambda rank: be(rank, world, str(folder), engine, methods, list(DTYPES)),
+        lambda rank, error: (folder / f"{rank}.failed").write_text("".join(traceback.format_exception(error))),
+    )
 
 
 def measured(folder: Path, world: int, one: dict[Any, Any], methods: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from worlds import ENGINES, model_of, steps
+from worlds import ENGINES, forked, model_of, steps
 
 from weftlora.adapted.layer import WeftLinear
 from weftlora.schedule import rank_slots, reallocate
@@ -62,26 +62,23 @@ def be(rank: int, phase: str, way: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, patience = FOLDER / f"{phase} {way}.store", datetime.timedelta(seconds=240)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience)
+    setattr(owner, name, stopping(getattr(owner, name), way))  # before a schedule takes hold of the layer's own methods
     model = model_of(method, torch.float32)
     run: nn.Module = ENGINES["fsdp2"](model)
-    setattr(owner, name, stopping(getattr(owner, name), way))
     steps(run, model, rank, 2)
     sharded.save(model, FOLDER / f"{phase} {way}", rank == 0)
 
 
 def pair(phase: str, way: str) -> dict[str, Any]:
     """Both processes, to their ends."""
-    began, children = time.monotonic(), []
-    for rank in (0, 1):
-        if child := os.fork():
-            children.append(child)
-            continue
-        try:
-            be(rank, phase, way)
-        except BaseException as error:
-            (FOLDER / f"{phase} {way}.{rank}").write_text("".join(traceback.format_exception_only(error)))
-            os._exit(1)
-        os._exit(0)
+    began = time.monotonic()
+    children = forked(
+        2,
+        lambda rank: be(rank, phase, way),
+        lambda rank, error: (FOLDER / f"{phase} {way}.{rank}").write_text(
+            "".join(traceback.format_exception_only(error))
+        ),
+    )
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     said = [FOLDER / f"{phase} {way}.{rank}" for rank in (0, 1)]
     texts = [path.read_text() if path.exists() else "" for path in said]

@@ -252,21 +252,31 @@ def alone(names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
     return {(name, kind): trained(name, DTYPES[kind][0]) for name in names for kind in kinds}
 
 
-def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
-    """Be all processes of a world, each forked after the imports, and meanwhile the one that they are compared with."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def forked(world: int, work: Callable[[int], None], failed: Callable[[int, BaseException], object]) -> list[int]:
+    """Start the processes of a world from this one, after its imports; `failed` is told of one what it raised."""
     children = []
     for rank in range(world):
         if child := os.fork():
             children.append(child)
             continue
         try:
-            be(rank, world, folder, engine, names, kinds)
-        except BaseException:
-            traceback.print_exc()
+            work(rank)
+        except BaseException as error:
+            failed(rank, error)
             os._exit(1)
         os._exit(0)
+    return children
+
+
+def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    """Be all processes of a world, each forked after the imports, and meanwhile the one that they are compared with."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    children = forked(
+        world,
+        lambda rank: be(rank, world, folder, engine, names, kinds),
+        lambda rank, error: traceback.print_exception(error),
+    )
     torch.save(alone(names, kinds), f"{folder}/alone.pt")
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     sys.exit(int(any(codes)))

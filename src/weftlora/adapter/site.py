@@ -97,7 +97,7 @@ class Site(nn.Module):
         self._keep: Tensor | None = None
         self._keeps: dict[int, Tensor] = {}  # the same of single experts of a batch
         self._live = Remembered(_live_slots)
-        self._ranks_of: list[int] = []
+        self.ranks_of: list[int] = []  # the initial rank of every expert of a batch
         self.initial_rank = 0  # r of its first day, which its scale and its share of a budget keep
         self.size = Size(0, 0, 0)
         self.slot_parameters = 0  # trainable parameters of one slot, 0 where slots cannot move
@@ -325,11 +325,6 @@ class Site(nn.Module):
         }
         return view
 
-    @property
-    def ranks_of(self) -> list[int]:
-        """The initial rank of every expert of a batch."""
-        return self._ranks_of
-
     def by_slot(self) -> list[tuple[nn.Parameter, SlotFirst]]:
         """The parameters that have a part per rank slot, A first, and how to see a tensor of their shape with the slots of this site
         first (a view). Of one expert the parameters are the batch's."""
@@ -507,7 +502,7 @@ def _stacked(sites: Sequence[Site], ranks_of: Sequence[int], scales: Sequence[fl
         for name, _ in list(module.named_buffers(recurse=False)):
             if prefix + name in own:
                 setattr(module, name, torch.stack([each[prefix + name] for each in tensors]))
-    batch.experts, batch.per_expert, batch._ranks_of = len(sites), own, list(ranks_of)
+    batch.experts, batch.per_expert, batch.ranks_of = len(sites), own, list(ranks_of)
     batch.initial_rank = max(ranks_of)
     if len(set(scales)) > 1:
         batch.scale, batch.scales = 1.0, list(scales)

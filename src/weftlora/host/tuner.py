@@ -9,7 +9,7 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -237,20 +237,33 @@ class WeftTuner(BaseTuner):
         fan_in, out = layer.layout.fan_in, layer.layout.out
         ranks_of, scales = self._expert_ranks(config, name)
         keys = shared_keys(config.structure, name, (max(ranks_of), fan_in, out), expert=True)
-        owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
         site = build_batch(
             config.structure,
             ranks_of,
             (fan_in, out),
             scales=scales,
             dropout=config.lora_dropout,
-            owners=owners,
+            owners=self._owners_of(keys),
             shares=list(keys),
             boost=config.boost,
             start=config.start,
             ranks=config.ranks,
             layers=config.layers,
         )
+        self._add_site(layer, adapter_name, config, site, keys)
+        if experts is not module:
+            experts.train(module.training)
+            parent, _, child = path.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, experts)
+
+    def _owners_of(self, keys: Mapping[str, Hashable]) -> Owners:
+        """Who owns the shared parts of a site already; a part that nobody does becomes the site's own."""
+        return {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
+
+    def _add_site(
+        self, layer: WeftLayer, adapter_name: str, config: WeftConfig, site: Site, keys: Mapping[str, Hashable]
+    ) -> None:
+        """Put a fresh site on its layer, and remember what it owns for the sites that share that."""
         if not config.init_lora_weights:
             site.fill_zero_factor()
         for part, key in keys.items():
@@ -258,10 +271,6 @@ class WeftTuner(BaseTuner):
         layer.add_site(
             adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=config.inference_mode
         )
-        if experts is not module:
-            experts.train(module.training)
-            parent, _, child = path.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, experts)
 
     def _create_and_replace(
         self,
@@ -278,29 +287,22 @@ class WeftTuner(BaseTuner):
         alpha = by_pattern(peft_config.alpha_pattern, current_key, cast(float, peft_config.lora_alpha))
         size, structure = (r, fan_in, out), peft_config.structure
         keys = shared_keys(structure, current_key, size)
-        owners: Owners = {part: self._owners[part, key] for part, key in keys.items() if (part, key) in self._owners}
 
         site = build_site(
             structure,
             size,
             scale=peft_config.scale(r, alpha),
             dropout=peft_config.lora_dropout,
-            owners=owners,
+            owners=self._owners_of(keys),
             boost=peft_config.boost,
             start=peft_config.start,
             ranks=peft_config.ranks,
             layers=peft_config.layers,
         )
-        if not peft_config.init_lora_weights:
-            site.fill_zero_factor()
         site.one_mask = peft_config.dropout_mask == "input"
-        for part, key in keys.items():
-            self._owners.setdefault((part, key), site.structure)
         layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
         layer.quantiser = getattr(self.model, "hf_quantizer", None)
-        layer.add_site(
-            adapter_name, site, active=adapter_name in self.active_adapters, inference_mode=peft_config.inference_mode
-        )
+        self._add_site(layer, adapter_name, peft_config, site, keys)
         if layer is not target:
             layer.train(target.training)
             self._replace_module(parent, target_name, layer, target)
