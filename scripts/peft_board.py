@@ -26,7 +26,9 @@ SCALE = 0.0024
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--only", choices=("reduced", "full"), nargs="+", default=["reduced", "full"])
+    options.add_argument(
+        "--only", choices=("reduced", "full"), nargs="*", default=["reduced", "full"], help="none: only the record"
+    )
     given = options.parse_args()
     if "WEFT_DATA" not in os.environ:
         sys.exit("WEFT_DATA is not set: point it to the folder with models/ and tasks/.")
