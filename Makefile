@@ -23,7 +23,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-version docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,11 @@ docs-build: $(STAMP) ## the documentation site into site/; a broken link is an e
 
 docs-write: $(STAMP) ## write the generated tables of the documents anew
 	$(BIN)/python scripts/check_docs.py --write
+
+docs-version: $(STAMP) ## the site of this version beside those kept before, on the local branch gh-pages (DOCS_VERSION=0.2); pushes nothing
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy --quiet --update-aliases \
+		$(or $(DOCS_VERSION),$$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/weftlora/version.py)) latest
+	$(BIN)/mike set-default latest
 
 docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
