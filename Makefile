@@ -100,9 +100,9 @@ docs-write: $(STAMP) ## write the generated tables of the documents anew
 	$(BIN)/python scripts/check_docs.py --write
 
 docs-version: $(STAMP) ## the site of this version beside those kept before, on the local branch gh-pages (DOCS_VERSION=0.2); pushes nothing
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mike deploy --quiet --update-aliases \
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mike --quiet deploy --update-aliases \
 		$(or $(DOCS_VERSION),$$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/weftlora/version.py)) latest
-	$(BIN)/mike set-default latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike --quiet set-default latest
 
 docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
