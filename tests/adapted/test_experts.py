@@ -10,12 +10,15 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.nn import functional as F
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
 import weftlora
 from weftlora import Dash, Directions, Hydra, Reallocate, Tied, WeftConfig
-from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, expert_parameters, fused
+from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, expert_parameters, fused, layout_of
 from weftlora.adapted.updates import base_matrix
 from weftlora.errors import AdapterError, ConfigError, TargetError
 from weftlora.kernel import use_reference
@@ -171,37 +174,38 @@ def test_dropout_takes_elements_of_the_adapters_input_alone() -> None:
     torch.testing.assert_close(base, Mixture(model.base_model.model.experts.base_layer)(x))
 
 
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "hydra": {"structure": Hydra(heads=2)},
-    "hydra reads A x, with dash": {
-        "structure": Hydra(heads=2, router_input="Ax"),
-        "boost": Dash(directions=2, after=1),
-    },
-    "one A of all experts": {"structure": Tied(group="experts")},
-    "one pair of all layers": {"structure": Tied(group="module_type"), "target_modules": "all-linear"},
-    "directions and dash": {"start": Directions(after=1), "boost": Dash(directions=2, after=1)},
-    "rank per expert": {"rank_pattern": {r"layers.0.mlp.experts.gate_up_proj.1": 2, "experts.down_proj.3": 5}},
-}
+STRUCTURES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "hydra": (qwen, {"structure": Hydra(heads=2)}),
+    "hydra reads A x, with dash": (
+        gpt_oss, {"structure": Hydra(heads=2, router_input="Ax"), "boost": Dash(directions=2, after=1)},
+    ),
+    "one A of all experts": (gpt_oss, {"structure": Tied(group="experts")}),
+    "one pair of all layers": (qwen, {"structure": Tied(group="module_type"), "target_modules": "all-linear"}),
+    "directions and dash": (gpt_oss, {"start": Directions(after=1), "boost": Dash(directions=2, after=1)}),
+    "rank per expert": (
+        qwen, {"rank_pattern": {r"layers.0.mlp.experts.gate_up_proj.1": 2, "experts.down_proj.3": 5}},
+    ),
+}  # fmt: skip
+"""Each on one of the two layouts of models: which one that is does not meet what a structure is, and the loops above have both."""
 
 
-@pytest.mark.parametrize("make", [qwen, gpt_oss])
 @pytest.mark.parametrize("structure", list(STRUCTURES))
-def test_every_structure_starts_as_the_base_trains_and_comes_back(
-    structure: str, make: Callable[[], nn.Module], tmp_path: Path
-) -> None:
+def test_every_structure_starts_as_the_base_trains_and_comes_back(structure: str, tmp_path: Path) -> None:
+    make, fields = STRUCTURES[structure]
     base = make()
     before = base(IDS, labels=IDS).loss
-    model = get_peft_model(base, WeftConfig(r=3, **STRUCTURES[structure]))
+    model = get_peft_model(base, WeftConfig(r=3, **fields))
     assert sum(isinstance(m, WeftExpertWeight) for m in model.modules()) == 4
     torch.testing.assert_close(model(IDS, labels=IDS).loss, before, rtol=1e-6, atol=1e-6)
     optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=2e-2))
-    for _ in range(3):
+    for _ in range(2):
         loss = model(IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < before
-    logits = model(IDS).logits
+    found = model(IDS, labels=IDS)
+    logits = found.logits
+    assert found.loss < before
     with use_reference():
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
     model.save_pretrained(str(tmp_path))
@@ -312,22 +316,75 @@ def test_what_cannot_be_is_said_before_anything_is_changed(what: str) -> None:
     [({"structure": Hydra(heads=2)}, "router per token"), ({"lora_dropout": 0.1}, "lora_dropout=0.1 drops")],
 )
 def test_by_weights_is_for_unrouted_structures_without_dropout(fields: dict[str, Any], sentence: str) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_experts, self.weight = 3, nn.Parameter(torch.randn(3, 4, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("eoi,ti->to", self.weight, x)
-
     mixture = nn.Sequential()
-    mixture.experts, mixture.last = Plain(), nn.Linear(4, 4)
+    mixture.experts, mixture.last = Cubes("eoi,ti->to", 4, 6), nn.Linear(4, 4)
     assert expert_parameters(mixture) == ["experts.weight"]
     assert fused(mixture.experts) == ["weight"]
     with pytest.raises(TargetError, match=sentence):
         get_peft_model(mixture, WeftConfig(r=2, target_parameters=["experts.weight"], **fields))
     with pytest.warns(UserWarning, match="all-linear leaves out what cannot carry"):
         get_peft_model(mixture, WeftConfig(r=2, **fields))
+
+
+class Cubes(nn.Module):
+    """Three experts with a forward of its own, whose matrices lie as `equation` says."""
+
+    def __init__(self, equation: str, *sides: int) -> None:
+        super().__init__()
+        self.num_experts, self.equation = 3, equation
+        self.weight = nn.Parameter(torch.randn(3, *sides))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, self.weight, x)
+
+
+def _llama4() -> nn.Module:
+    return Llama4TextExperts(Llama4TextConfig(num_local_experts=3, hidden_size=6, intermediate_size=4))
+
+
+TOLD: dict[str, tuple[Callable[[], nn.Module], str, tuple[bool, int, int]]] = {
+    "by what it states": (lambda: JetMoeParallelExperts(3, 6, 4), "weight", (False, 6, 4)),
+    "by gate and up": (_llama4, "gate_up_proj", (True, 6, 8)),
+    "by the other parameter": (_llama4, "down_proj", (True, 4, 6)),
+    "by its forward, [out, in]": (lambda: Cubes("eoi,ti->to", 4, 6), "weight", (False, 6, 4)),
+    "by its forward, [in, out]": (lambda: Cubes("eio,ti->to", 4, 6), "weight", (True, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("how", list(TOLD))
+def test_how_matrices_lie_is_what_the_module_says(how: str) -> None:
+    make, name, expected = TOLD[how]
+    layout = layout_of(make(), name)
+    assert (layout.transposed, layout.fan_in, layout.out) == expected
+
+
+def test_a_layout_that_nobody_knows_is_refused_in_one_sentence() -> None:
+    class Two(Cubes):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            return super().forward(x)
+
+    square, silent, torn = Cubes("eoi,ti->to", 6, 6), Two("eoi,ti->to", 4, 6), _llama4()
+    torn.is_transposed = False
+    for experts, said in ((square, "nor the sides"), (silent, "nor the sides"), (torn, "disagrees")):
+        model = nn.ModuleDict({"experts": experts})
+        name = "gate_up_proj" if experts is torn else "weight"
+        with pytest.raises(TargetError, match=f"experts.{name} holds matrices .*{said}"):
+            get_peft_model(model, WeftConfig(r=2, target_parameters=[f"experts.{name}"]))
+        assert not any(isinstance(m, WeftExperts) for m in model.modules())
+    square.is_transposed = True
+    assert layout_of(square, "weight").transposed
+
+
+def test_experts_run_outside_of_a_compiled_graph() -> None:
+    model, _ = _adapted("out, in")
+    x = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    expected = _value_and_gradients(model, x)
+    for one, other in zip(_value_and_gradients(torch.compile(model, backend="eager"), x), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.compiler.reset()
+    with pytest.raises(Unsupported, match="experts run outside of compiled graphs"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.compiler.reset()
 
 
 def test_all_linear_leaves_experts_out_where_it_is_told_so() -> None:

@@ -18,6 +18,7 @@ parameter's own name.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -54,11 +55,76 @@ class Layout:
         return w.transpose(-2, -1) if self.transposed else w
 
 
-def layout_of(module: nn.Module, name: str) -> Layout:
-    """The layout of the parameter `name` of an experts module."""
+def layout_of(module: nn.Module, name: str, path: str = "") -> Layout:
+    """The layout of the parameter `name` of an experts module; `path` is what the model calls that.
+
+    Raises:
+        TargetError: nothing about the module tells [out, in] from [in, out], or what it says of itself disagrees.
+    """
     experts, first, second = cast(Tensor, getattr(module, name)).shape
-    transposed = bool(getattr(module, "is_transposed", False))
+    found = set(_told(module, name))
+    if len(found) != 1:
+        called, kind = f"{path}.{name}" if path else name, type(module).__name__
+        why = (
+            f"what {kind} says of itself disagrees about whether they are [out, in] or [in, out]"
+            if found
+            else f"neither {kind} nor the sides of its parameters tell whether they are [out, in] or [in, out]"
+        )
+        raise TargetError(
+            f"{called} holds matrices {[first, second]} of {experts} experts, and {why}: leave it out (target_parameters=[]), or set "
+            "is_transposed on the module, True for [in, out]."
+        )
+    (transposed,) = found
     return Layout(experts, *((first, second) if transposed else (second, first)), transposed)
+
+
+def _told(module: nn.Module, name: str) -> Iterator[bool]:
+    """What there is to say whether the matrices of `name` are [in, out]: what the module states, the sides of its two parameters, of
+    which one's output is the other's input twice (gate and up), and where both are silent its own forward.
+
+    Of a module of the host's door the flag is what the host computes by, so a forward is not asked.
+    """
+    silent = True
+    if isinstance(flag := vars(module).get("is_transposed"), bool):
+        silent = False
+        yield flag
+    _, first, second = cast(Tensor, getattr(module, name)).shape
+    for fan_in, out in (("input_size", "output_size"), ("in_features", "out_features")):
+        stated = vars(module).get(fan_in), vars(module).get(out)
+        if stated[0] != stated[1] and set(stated) == {first, second}:
+            silent = False
+            yield stated == (first, second)
+    sides = [tuple(p.shape[1:]) for p in module.parameters(recurse=False) if p.dim() == 3]
+    for one, other in (sides, sides[::-1]) if len(sides) == 2 else ():
+        if (one[1], one[0]) == (other[0], 2 * other[1]):
+            silent = False
+            yield False
+        if one == (other[1], 2 * other[0]):
+            silent = False
+            yield True
+    if silent and first != second:
+        yield from _taken(module, first, second)
+
+
+@torch.no_grad()
+def _taken(module: nn.Module, first: int, second: int) -> Iterator[bool]:
+    """Which of the two widths a forward of one input takes on the meta device, where it takes one of them only."""
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if len(needed) != 1 or any(type(value) not in (Tensor, nn.Parameter) for value in state.values()):
+        return
+    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    one, took = next(iter(meta.values())), []
+    for width in (first, second):
+        x = one.new_empty(len(one), width)
+        try:
+            functional_call(module, meta, (x,))
+        except Exception:  # foreign code, which fails in any way
+            took.append(False)
+        else:
+            took.append(True)
+    if took[0] != took[1]:
+        yield took[0]
 
 
 def fused(module: nn.Module) -> list[str]:
@@ -141,6 +207,11 @@ class WeftExpertWeight(WeftLayer):
     def out_features(self) -> int:
         """Of every expert."""
         return self.layout.out
+
+    @property
+    def turned_by_stock(self) -> bool:
+        """Whether stock peft takes the two sides of the matrices for one another: it reads [in, out] where a flag says so alone."""
+        return self.layout.transposed != bool(getattr(self._experts[0], "is_transposed", False))
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         site, weight = self.site(adapter_name), self.weight
@@ -253,6 +324,9 @@ class WeftExperts(nn.Module):
         ours._experts_implementation_internal = IMPLEMENTATION
         return config, ours
 
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="the tokens of an expert are counted in every forward, so experts run outside of compiled graphs"
+    )
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layers = list(self.layers())
         for layer in layers:
@@ -318,6 +392,7 @@ def check_experts(config: WeftConfig, name: str, module: nn.Module) -> None:
         raise TargetError(
             f"{name} is shared out over processes (expert parallelism): load the model without it, or leave it out."
         )
+    layout_of(experts, last, name.rpartition(".")[0])
     if structure.outside or (structure.per_head_dropout and config.lora_dropout):
         what = f"{structure.title} is outside the equation" if structure.outside else "a dropout mask per head is drawn"
         raise TargetError(f"{name} holds experts, and {what}, which linear modules alone can have: leave it out.")

@@ -41,6 +41,10 @@ class Pair:
         room = rank - self.rank
         return Pair(F.pad(self.a, (0, 0, 0, room)), F.pad(self.b, (0, room)))
 
+    def transposed(self) -> Pair:
+        """The pair of ΔWᵀ."""
+        return Pair(self.b.T, self.a.T)
+
     def delta(self) -> Tensor:
         """ΔW [out, in]."""
         return self.b @ self.a

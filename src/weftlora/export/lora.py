@@ -162,7 +162,8 @@ def pairs(source: Source, gates: Gates) -> dict[str, Pair | Stack]:
         mine = [adapter for adapter in source.adapters if adapter in layer.weft_site]
         if isinstance(layer, WeftExpertWeight):
             sites = zip(*([m.site for m in layer.members(a)] for a in mine), strict=True)
-            found[name] = Stack(tuple(combined(map(closed_form, own)) for own in sites))
+            own = [combined(map(closed_form, each)) for each in sites]
+            found[name] = Stack(tuple(pair.transposed() if layer.turned_by_stock else pair for pair in own))
         else:
             found[name] = combined(closed_form(layer.site(a), gates.get(a, {}).get(name)) for a in mine)
     return found
