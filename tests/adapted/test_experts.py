@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,23 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
 import weftlora
 from weftlora import Dash, Directions, Hydra, Reallocate, Tied, WeftConfig
-from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, expert_parameters, fused, layout_of
+from weftlora.adapted.experts import (
+    WeftExperts,
+    WeftExpertWeight,
+    expert_parameters,
+    fused,
+    layout_of,
+    make_experts_plain,
+)
 from weftlora.adapted.updates import base_matrix
-from weftlora.errors import AdapterError, ConfigError, TargetError
+from weftlora.errors import AdapterError, ConfigError, MergeError, TargetError
 from weftlora.kernel import use_reference
 
 moe = pytest.importorskip("transformers.integrations.moe")
@@ -286,6 +295,81 @@ def test_ranks_move_between_experts_by_their_estimate() -> None:
     assert (moments[site.mask == 0] == 0).all()
     model(IDS, labels=IDS).loss.backward()
     optimizer.step()
+
+
+class Sixteenths(nn.Module):
+    """A parametrisation as bitsandbytes makes one of experts: whole numbers are kept, and their sixteenths computed with."""
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return (w * 16).round().to(torch.int8)
+
+    def forward(self, kept: Tensor) -> Tensor:
+        return kept.float() / 16
+
+
+class Coded(Tensor):
+    """A parameter as torchao keeps one, with a way back of its own; its numbers are left as they are."""
+
+    def dequantize(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dequantize().clone().as_subclass(Coded)
+
+
+def _in_fewer_bits(experts: nn.Module, how: str) -> None:
+    for name in fused(experts):
+        if how == "computed":
+            w = getattr(experts, name)
+            setattr(experts, name, nn.Parameter(Sixteenths().right_inverse(w.detach()), requires_grad=False))
+            parametrize.register_parametrization(experts, name, Sixteenths(), unsafe=True)
+        elif how == "coded":
+            w = getattr(experts, name).detach().as_subclass(Coded)
+            setattr(experts, name, nn.Parameter(w, requires_grad=False))
+        else:
+            setattr(
+                experts,
+                name,
+                nn.Parameter(getattr(experts, name).detach().to(torch.float8_e4m3fn), requires_grad=False),
+            )
+
+
+@pytest.mark.parametrize(("how", "door"), [("computed", True), ("computed", False), ("coded", True)])
+def test_experts_in_fewer_bits_are_computed_as_in_numbers(how: str, door: bool) -> None:
+    torch.manual_seed(0)
+    mixture = Mixture(experts_of(**LAYOUTS["transposed"])).float()
+    if not door:
+        del mixture.experts.has_gate
+    _in_fewer_bits(mixture.experts, how)
+    fields = {"target_parameters": ["gate_up_proj", "down_proj"], "init_lora_weights": False}
+    config = WeftConfig(r=3, **fields)
+    model = get_peft_model(mixture, config, autocast_adapter_dtype=False)
+    layers = list(model.base_model.model.experts.layers())
+    by_tokens = how == "computed" and door
+    assert (model.base_model.model.experts.by_weights is None) == by_tokens
+    assert {layer.base_source for layer in layers} == {"dequantised"}
+    x = torch.randn(5, HIDDEN, requires_grad=True)
+    found = _value_and_gradients(model, x)
+    if not by_tokens:
+        with pytest.raises(TargetError, match="by its weights only"):
+            get_peft_model(mixture, WeftConfig(structure=Hydra(heads=2), **fields))
+    with pytest.raises(MergeError, match="not a plain parameter"):
+        model.merge_adapter()
+    plain = copy.deepcopy(model)
+    make_experts_plain(plain)
+    assert {layer.base_source for layer in plain.base_model.model.experts.layers()} == {"in memory"}
+    expected = _value_and_gradients(plain, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert torch.equal(model(x), found[0])
+
+
+def test_bytes_that_nobody_reads_are_refused() -> None:
+    mixture = Mixture(experts_of(**LAYOUTS["out, in"]))
+    _in_fewer_bits(mixture.experts, "bytes")
+    with pytest.raises(TargetError, match="gate_up_proj of Experts is kept as float8_e4m3fn"):
+        get_peft_model(mixture, WeftConfig(r=3, target_parameters=["gate_up_proj"]))
+    assert not any(isinstance(m, WeftExperts) for m in mixture.modules())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

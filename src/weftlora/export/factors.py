@@ -71,6 +71,10 @@ class Stack:
         """The same products with `rank` slots."""
         return Stack(self.pairs, rank)
 
+    def transposed(self) -> Stack:
+        """The stack of ΔWᵀ."""
+        return Stack(tuple(pair.transposed() for pair in self.pairs), self.room)
+
     @property
     def a(self) -> Tensor:
         """[E·R, in]: row e·R + k is slot k of expert e."""
