@@ -66,8 +66,8 @@ class Source:
 
 
 def place(name: str | Path, line: int, unit: str = "line") -> str:
-    """How an error names a row: `rows.jsonl, line 17`."""
-    return f"{name}, {unit} {line}"
+    """How an error names a row: `rows.jsonl, line 17`; what is no row has no line (0)."""
+    return f"{name}, {unit} {line}" if line else str(name)
 
 
 def bad_row(name: str | Path, line: int, what: str, unit: str = "line") -> DataError:

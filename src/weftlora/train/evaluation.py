@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from weftlora.data import IGNORE, Collator, generation_prompts
 from weftlora.data import load as load_data
+from weftlora.data.examples import tools_of
 from weftlora.data.paths import is_model
 from weftlora.disk.files import write_json
 from weftlora.disk.lock import holding
@@ -75,11 +76,18 @@ class Speaker:
         return cls(trained, source.how)
 
     def answer(
-        self, prompt: Prompt, system: str | None, raw: bool, max_new_tokens: int, temperature: float, seed: int
+        self,
+        prompt: Prompt,
+        system: str | None,
+        raw: bool,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        tools: list[Any] | None = None,
     ) -> Generation:
         """See `weftlora.train.generate`."""
         tokenizer = self.trained.base.tokenizer
-        ids = prompt_ids(self.trained, self.how.written(prompt, system, raw))
+        ids = prompt_ids(self.trained, self.how.written(prompt, system, raw), tools)
         started = time.monotonic()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
@@ -107,12 +115,16 @@ def generate(
     temperature: float,
     seed: int,
     base: str | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Generation:
     """See `weftlora.train.generate`."""
     check_sampling(max_new_tokens, temperature)
     given = Source.of(source, base)
-    given.how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
-    return Speaker.opened(given).answer(prompt, system, raw, max_new_tokens, temperature, seed)
+    written = given.how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
+    held = tools_of([dict(each) if isinstance(each, Mapping) else each for each in tools or ()], "the prompt")
+    if held is not None and isinstance(written, str):
+        raise ConfigError("tools are written by a chat template, and this prompt is a text: leave the tools out.")
+    return Speaker.opened(given).answer(prompt, system, raw, max_new_tokens, temperature, seed, held)
 
 
 def check_sampling(max_new_tokens: int, temperature: float) -> None:
