@@ -183,6 +183,8 @@ def read_saved(folder: Path, split: str | None = None) -> Source:
             "write it with Dataset.save_to_disk, or name a file in it."
         ) from None
     if isinstance(saved, datasets.Dataset):
+        if split is not None:
+            raise DataError(f"{folder} is one saved split, not several, so it has no {split!r}: leave out data.split.")
         return _source(saved, folder)
     held = {str(name): _source(part, folder / str(name)) for name, part in saved.items()}
     return of_splits(held, str(folder), split, "name one split's folder instead")
