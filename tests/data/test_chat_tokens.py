@@ -264,6 +264,17 @@ def test_tool_calls_and_tools_reach_the_template_or_are_refused():
         encoded(byte_level(), named)
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["c.function.arguments", "'' + c.function.arguments", "c.function.arguments | tojson", "c.function | tojson"],
+)
+def test_arguments_of_calls_are_json_however_the_template_takes_them(written):
+    """Some write them as JSON, some put down what they are given, which Python would write in quotes of its own."""
+    tokenizer = byte_level(TOOLS.replace("c.function.arguments | tojson", written))
+    (row,) = encoded(tokenizer, (TALK[0], {"role": "assistant", "content": "", "tool_calls": CALL}))
+    assert '{"where": "river"}' in learned(tokenizer, row)[0]
+
+
 SHIPPED = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 
 

@@ -24,6 +24,7 @@ is an error, since its masks would be wrong, and the loss on the last answer, or
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -276,11 +277,17 @@ def _rendered(
     open_answer: bool,
     tools: list[Any] | None,
 ) -> list[str]:
-    made = [list(each) for each in conversations]
-    if takes_parts(tokenizer):
-        made = [[_in_parts(message) for message in each] for each in made]
+    made = [_as_taken(tokenizer, each) for each in conversations]
     texts: Any = tokenizer.apply_chat_template(made, tools=tools, tokenize=False, add_generation_prompt=open_answer)
     return list(texts)
+
+
+def _as_taken(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """Messages in the form that the chat template takes: contents in parts, arguments of calls as JSON."""
+    made = [_in_parts(message) for message in messages] if takes_parts(tokenizer) else list(messages)
+    if any(message.get("tool_calls") for message in made) and takes_json(tokenizer):
+        made = [_with_json(message) for message in made]
+    return made
 
 
 _PARTS: dict[str, bool] = {}
@@ -291,16 +298,47 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes a text only where it is a part of a content, as those of models that see images do."""
     template = str(tokenizer.chat_template)
     if template not in _PARTS:
-        probe: list[Message] = [{"role": "user", "content": "weftlora"}]
-        found = []
-        for messages in (probe, [_in_parts(probe[0])]):
-            try:
-                text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            except Exception:
-                text = ""
-            found.append("weftlora" in text)
+        probe: Message = {"role": "user", "content": "weftlora"}
+        found = ["weftlora" in (_probed(tokenizer, [each]) or "") for each in (probe, _in_parts(probe))]
         _PARTS[template] = found == [False, True]
     return _PARTS[template]
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str | None:
+    """What the template makes of messages of ours; None where it refuses them."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # see `render`
+        return None
+
+
+_JSON: dict[str, bool] = {}
+"""Of each template seen, whether it takes the arguments of a call as JSON only."""
+
+
+def takes_json(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template puts the arguments of a call down as they stand: it refuses a mapping, or writes it as Python does."""
+    template = str(tokenizer.chat_template)
+    if template not in _JSON:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"weftlora": "a"}}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked: Message = {"role": "user", "content": "a"}
+        told = [[asked, each] for each in (said, _with_json(said))]
+        if takes_parts(tokenizer):
+            told = [[_in_parts(message) for message in each] for each in told]
+        mapping, text = (_probed(tokenizer, each) for each in told)
+        _JSON[template] = (mapping is None or "'weftlora'" in mapping) and '"weftlora"' in (text or "")
+    return _JSON[template]
+
+
+def _with_json(message: Message) -> Message:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        held = call.get("function") if isinstance(call.get("function"), dict) else call
+        if isinstance(arguments := held.get("arguments"), dict):
+            held = {**held, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        calls.append({**call, "function": held} if "function" in call else held)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _in_parts(message: Message) -> Message:
@@ -491,7 +529,7 @@ def _by_marks(
     if not _MARKED.search(template):
         return None
     _, marks = render_jinja_template(
-        conversations=[[_in_parts(each) for each in messages] if takes_parts(tokenizer) else list(messages)],
+        conversations=[_as_taken(tokenizer, messages)],
         tools=tools,
         chat_template=template,
         return_assistant_tokens_mask=True,
