@@ -314,6 +314,12 @@ def test_several_files_are_one_set_and_weights_say_how_often_they_are_seen(tmp_p
         load_in(tmp_path, letters, ["a.jsonl", "d.jsonl"])
 
 
+def test_a_weight_that_draws_nothing_is_named(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", [{"prompt": str(n), "completion": "x"} for n in range(4)])
+    with pytest.raises(DataError, match=r"a\.jsonl is drawn with the weight that data\.train gives it"):
+        load_in(tmp_path, letters, {"train": {"a.jsonl": 0.01}})
+
+
 def test_a_column_that_only_the_test_rows_have_is_not_dropped(tmp_path, letters):
     jsonl(tmp_path / "a.jsonl", numbers(10))
     jsonl(tmp_path / "t.jsonl", [{"prompt": "p", "completion": "c", "context": "seen"}])

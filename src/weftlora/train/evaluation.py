@@ -33,6 +33,7 @@ from weftlora.runs.load import Trained, load_adapter, load_base, load_model, loa
 from weftlora.runs.recipe import Recipe, builtin
 from weftlora.runs.run import Run
 from weftlora.runs.scores import Measured, accuracy, bleu, evaluating, exact_match, macro_f1, mean_loss, rouge_l
+from weftlora.settings import check_seed
 from weftlora.train import prepare as preparing
 from weftlora.train.prompting import Message, Prompt, Prompting, prompt_ids, stop_at_turns
 
@@ -118,7 +119,7 @@ def generate(
     tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Generation:
     """See `weftlora.train.generate`."""
-    check_sampling(max_new_tokens, temperature)
+    check_sampling(max_new_tokens, temperature, seed)
     given = Source.of(source, base)
     written = given.how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
     held = tools_of([dict(each) if isinstance(each, Mapping) else each for each in tools or ()], "the prompt")
@@ -127,12 +128,13 @@ def generate(
     return Speaker.opened(given).answer(prompt, system, raw, max_new_tokens, temperature, seed, held)
 
 
-def check_sampling(max_new_tokens: int, temperature: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
     """Refuse what generates nothing. Raises ConfigError."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} leaves nothing to generate: give at least 1.")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature={temperature} has no meaning: use 0 for greedy, or a positive number.")
+    check_seed(seed, "seed")
 
 
 class Conversation:
@@ -144,7 +146,7 @@ class Conversation:
     def __init__(
         self, speaker: Speaker, system: str | None, max_new_tokens: int, temperature: float, seed: int
     ) -> None:
-        check_sampling(max_new_tokens, temperature)
+        check_sampling(max_new_tokens, temperature, seed)
         self.speaker, self.system, self.seed = speaker, system, seed
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.messages: list[Message] = []
@@ -178,7 +180,7 @@ def chat(
     base: str | None,
 ) -> Conversation:
     """See `weftlora.train.chat`."""
-    check_sampling(max_new_tokens, temperature)
+    check_sampling(max_new_tokens, temperature, seed)
     given = Source.of(source, base)
     given.how.written("", system)
     return Conversation(Speaker.opened(given), system, max_new_tokens, temperature, seed)
