@@ -68,7 +68,7 @@ types: $(STAMP) ## mypy, strict
 test: unit sharded grid ## all tests
 
 unit: $(STAMP) ## all tests but those of the next two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid and not slow and not sharded and not kills" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid and not slow and not sharded and not kills and not interpreter" --durations=5
 
 sharded: $(STAMP) ## tests in which several processes train or score together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m sharded --durations=5
