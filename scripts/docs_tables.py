@@ -414,7 +414,9 @@ def peft_board(form: str) -> str:
     for each in json.loads((EVIDENCE / "peft-board.json").read_text(encoding="utf-8"))[form]:
         told, trained = each["run_info"], each["train_info"]
         last = trained["metrics"][-1]
-        accuracy = [] if form == "reduced" else ["" if last["test accuracy"] is None else f"{last['test accuracy']:.2f}"]
+        accuracy = (
+            [] if form == "reduced" else ["" if last["test accuracy"] is None else f"{last['test accuracy']:.2f}"]
+        )
         rows.append(
             (
                 f"`{told['experiment_name'].partition('/')[0]}`, r = {told['peft_config']['r']}",
