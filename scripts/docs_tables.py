@@ -61,6 +61,7 @@ MEANING: dict[str, str] = {
     "data.max_length": "tokens a row may have",
     "data.truncate": "what is cut of a row that is too long; every cut is counted",
     "data.validation_fraction": "share of `train` that is split off where no validation rows are given",
+    "data.test_fraction": "share of `train` that is split off as test rows where none are given",
     "data.split_on": "`prompt` keeps all rows with one prompt on one side of that split",
     "data.limit": "draw this many rows of every split; rows that are empty or dropped are not among them",
     "data.validation_limit": "draw this many validation rows instead",

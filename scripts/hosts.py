@@ -517,7 +517,7 @@ def in_lightning() -> dict[str, Any]:
                 weftlora.load_state_dict(self.model, self.schedule)
 
     def fitted(epochs: int, *, start: str | None = None) -> Any:
-        """Two steps an epoch. It is stopped between two, since Lightning begins the rows anew inside one."""
+        """Two steps an epoch. It is stopped between two, since inside one Lightning begins with the first row again."""
         module = Module(adapted())
         trainer = lightning.Trainer(
             max_epochs=epochs, accelerator="cpu", devices=1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
