@@ -42,7 +42,7 @@ def begun(engine: str, world: int, folder: Path, methods: list[str], kinds: tupl
 
     return forked(
         world,
-        lambda rank: be(rank, world, str(folder), engine, methods, kinds),
+        lambda rank: be(rank, world, str(folder), engine, methods, kinds, weigh=True),
         lambda rank, error: (folder / f"{rank}.failed").write_text("".join(traceback.format_exception(error))),
     )
 
@@ -81,6 +81,7 @@ def measured(
             kind: {
                 "difference": max(largest_difference(one[method, kind], got[method, kind]) for got in each),
                 "same_decisions": all(decisions(got[method, kind]) == decisions(one[method, kind]) for got in each),
+                "processes_agree": all(_equal(each[0][method, kind], got[method, kind]) for got in each),
             }
             for kind in kinds
         }
@@ -88,6 +89,14 @@ def measured(
             names = ("adapter_bytes", "event_largest", "event_peak")
             found[method]["bytes"] = {name: max(got[method, kinds[-1]][name] for got in each) for name in names}
     return found
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two processes came to the same, bit for bit."""
+    from worlds import decisions
+
+    same = all(torch.equal(value, other["tensors"][name]) for name, value in one["tensors"].items())
+    return same and decisions(one) == decisions(other)
 
 
 def compared_with(engine: str, world: int, top: Path, methods: list[str], kinds: tuple[str, ...]) -> dict[Any, Any]:
@@ -127,7 +136,7 @@ def launched() -> dict[str, Any]:
         for engine in ("ddp", "fsdp2"):
             config, out = ROOT / "examples" / f"accelerate-{engine}.yaml", top / engine
             # accelerate shards only where it sees accelerators: on_cpu.py has it see the CPUs as such
-            program = ["-m", "weftlora.cli"] if engine == "ddp" else [str(ROOT / "tests" / "sharding" / "on_cpu.py")]
+            program = ["-m", "weftlora"] if engine == "ddp" else [str(ROOT / "tests" / "sharding" / "on_cpu.py")]
             how = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
             words = [*how, *program, "train", str(top / "r.yaml"), f"out={out}"]
             command = [sys.executable, "-m", "accelerate.commands.launch", *words]

@@ -286,8 +286,10 @@ class Memory(TorchDispatchMode):
         return {"adapter_bytes": sum(sizes), "event_largest": self.largest, "event_peak": self.peak}
 
 
-def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str) -> None:
-    """Write what each method comes to on this process, as far as they come."""
+def work(
+    rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str, weigh: bool = False
+) -> None:
+    """Write what each method comes to on this process, as far as they come; `weigh`: its bytes too, which takes time."""
     found: dict[Any, Any] = {}
     for name in names:
         for kind in kinds:
@@ -300,9 +302,14 @@ def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequen
                 else:
                     memory = Memory(model)
                     whose = (0, 1) if engine == "tp" else (rank, world)
-                    steps(run, model, *whose, PARTS.get(engine, 1), memory)
+                    steps(run, model, *whose, PARTS.get(engine, 1), memory if weigh else nullcontext)
                     gathered = seen["gathered"]
-                    found[name, kind] = {**seen, **memory.record(), **of(run, model), "gathered": gathered}
+                    found[name, kind] = {
+                        **seen,
+                        **(memory.record() if weigh else {}),
+                        **of(run, model),
+                        "gathered": gathered,
+                    }
             except ConfigError as error:  # on every process, before any of them waits for another
                 found[name, kind] = {"refused": str(error)}
             torch.save(found, file)
@@ -383,7 +390,9 @@ def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequ
     sys.exit(int(any(codes)))
 
 
-def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+def be(
+    rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str], weigh: bool = False
+) -> None:
     """Be one of the processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world))
     if sys.platform == "linux":
@@ -391,7 +400,7 @@ def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], ki
     patience = datetime.timedelta(seconds=240)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
-    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt")
+    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt", weigh)
     dist.barrier()
     dist.destroy_process_group()
 
