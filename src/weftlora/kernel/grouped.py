@@ -24,17 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from weftlora.kernel.dropout import draw, masked
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import (
-    Factors,
-    Slots,
-    Work,
-    branch,
-    mixture,
-    mixture_backward,
-    softmax,
-    used,
-    without_autocast,
-)
+from weftlora.kernel.factors import Factors, Slots, Work, branch, mixture, softmax, used, without_autocast
 from weftlora.kernel.fast_path import current
 from weftlora.kernel.node import fast_width
 
@@ -80,20 +70,6 @@ def _rows(x: Tensor, m: Tensor, ends: Tensor) -> Tensor:
             torch.mm(x[start:end], one, out=out[start:end])
         start = end
     return out
-
-
-def _add_rows(y: Tensor, x: Tensor, m: Tensor, ends: Tensor, scale: float) -> None:
-    """y += scale · x m_e, as `_rows` has it; on a CPU without the sum of products [S, o] beside y, which it is as large as."""
-    if y.device.type != "cpu" or y.dtype not in (torch.float32, torch.float64):
-        y.add_(_rows(x, m, ends), alpha=scale)
-    elif m.dim() == 2:
-        y.addmm_(x, m, alpha=scale)
-    else:
-        start = 0
-        for one, end in zip(m, ends.tolist(), strict=True):
-            if end > start:
-                y[start:end].addmm_(x[start:end], one, alpha=scale)
-            start = end
 
 
 def _outer(g: Tensor, x: Tensor, ends: Tensor, shared: bool) -> Tensor:
@@ -145,8 +121,7 @@ class _Write(Function):
         ctx.scale, ctx.dtype = scale, m.dtype
         ctx.save_for_backward(h, m_t, ends)
         ctx.mark_dirty(y)
-        _add_rows(y, h, m_t, ends, scale)
-        return y
+        return y.add_(_rows(h, m_t, ends), alpha=scale)
 
     @staticmethod
     @once_differentiable
@@ -159,26 +134,6 @@ class _Write(Function):
         if ctx.needs_input_grad[2]:
             gm = _outer(h, g_h, ends, m_t.dim() == 2).mul_(ctx.scale).transpose(-2, -1).to(ctx.dtype)
         return g, gh, gm, None, None
-
-
-class _Mix(Function):
-    """(h, ω) of u [S, ≥ R] and logits q [S, N]; apply(u, q, r, R, top), as `weftlora.kernel.factors.mixture` says."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, q: Tensor, r: int, width: int, top: int | None) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.r, ctx.width, ctx.top, ctx.dtype = r, width, top, q.dtype
-        omega = softmax(q)
-        ctx.save_for_backward(u, omega)
-        return mixture(u[:, :width], used(omega, top), r), omega
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gh: Tensor | None, gomega: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, omega = ctx.saved_tensors
-        gu, gq = mixture_backward(gh, gomega, u[:, : ctx.width], omega, ctx.r, ctx.top)
-        gu = F.pad(gu, (0, u.shape[1] - ctx.width)) if u.shape[1] > ctx.width else gu
-        return gu, gq.to(ctx.dtype), None, None, None
 
 
 def grouped_linear(x: Tensor, weight: Tensor, grouping: Grouping, bias: Tensor | None = None) -> Tensor:
@@ -207,26 +162,25 @@ def add_grouped(y: Tensor, x: Tensor, work: Work, grouping: Grouping) -> Tensor:
     f = work.factors
     b = branch(f, x.device, p > 0)
     bits = None if not p else draw(x, p) if work.mask is None else work.mask
-    slots = b.down.shape[-2]
-    beside = b.route is not None and bits is None and b.route.dim() == b.down.dim()  # the router's rows read the same x
-    down = torch.cat([b.down, cast(Tensor, b.route).to(b.down.dtype)], -2) if beside else b.down
-    read = cast(Tensor, _Read.apply(x, _padded(down, x, -2), ends, bits, p))
-    u = _kept(read, f, grouping, slots) if work.scored else read
+    down = _padded(b.down, x, -2)
+    u = cast(Tensor, _Read.apply(x, down, ends, bits, p))
+    if work.scored:
+        u = _kept(u, f, grouping, b.down.shape[-2])
     h = u
     if b.heads:
         if b.route is not None:
             rows = b.route.shape[-2]
-            own = None if beside else _Read.apply(x, _padded(b.route, x, -2), ends, None, 0.0)
-            q = read[:, slots : slots + rows] if own is None else cast(Tensor, own)[:, :rows]
+            q = cast(Tensor, _Read.apply(x, _padded(b.route, x, -2), ends, None, 0.0))[:, :rows]
         else:
             q = u[:, : b.r]
         if b.mix is not None:
             heads = b.mix.shape[-2]
             mix = _padded(_padded(b.mix, x, -2), x, -1)
             q = cast(Tensor, _Read.apply(F.pad(q, (0, mix.shape[-1] - q.shape[1])), mix, ends, None, 0.0))[:, :heads]
-        h, omega = _Mix.apply(u, q, b.r, slots, b.top)
+        omega = softmax(q)
         if work.on_mix is not None:
             work.on_mix(omega)
+        h = mixture(u[:, : b.down.shape[-2]], used(omega, b.top), b.r)
     up = _padded(b.up, x, -1)
     h = F.pad(h, (0, up.shape[-1] - h.shape[1])) if h.shape[1] != up.shape[-1] else h
     return cast(Tensor, _Write.apply(y, h.to(y.dtype), up, ends, b.scale / (1 - p)))
