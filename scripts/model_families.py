@@ -160,8 +160,11 @@ MLA: dict[str, Any] = {"num_key_value_heads": 4, "num_experts_per_tok": 2, "head
 MROPE: dict[str, Any] = {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}}
 """Positions of three axes, which share the four angles of a head."""
 NEMOTRON: dict[str, Any] = {
-    **{"layers_block_type": ["mamba", "moe", "attention"], "num_hidden_layers": 3},
-    **{"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2},
+    "layers_block_type": ["mamba", "moe", "attention"],
+    "num_hidden_layers": 3,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
 }
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA,
@@ -183,7 +186,10 @@ OWN: dict[str, dict[str, Any]] = {
     "ministral": {"rope_parameters": ROPE, "head_dim": 8},
     "dots1": {
         **MLA,
-        **{"first_k_dense_replace": 0, "n_routed_experts": 4, "moe_intermediate_size": 16, "n_shared_experts": 1},
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
     },
     "glm46v": MROPE,
     "glm4v": MROPE,
