@@ -132,6 +132,7 @@ def _train(
         run = dataclasses.replace(run, extends=extending.described(extends, last))
     validate = prepared.data.validation is not None
     args = arguments.arguments(prepared.recipe.train, run.checkpoints, run.steps, validate, before=begins)
+    arguments.check_made(args, prepared.model)
     if main and verify_base:
         known = None if before is None else before.base.get("weights")
         expected = known if isinstance(known, dict) else None

@@ -116,6 +116,7 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int 
     set_seed(recipe.train.seed)
     plain = base_model.load(base, task, data.labels)
     base_model.check_ids(base, plain, data)
+    base_model.check_places(plain, data.train, data.validation, data.test)
     if recipe.data.packing:
         check_packing(plain, base)
     mark = fingerprint(plain)
