@@ -221,8 +221,8 @@ def check_made(args: TrainingArguments, model: Any) -> None:
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         name = SchedulerType(args.lr_scheduler_type).value
         raise ConfigError(
-            f"train.schedule={name} cannot be made: {_one_line(error)}; what it needs goes into train.args.lr_scheduler_kwargs, such as "
-            "{min_lr: 1e-5}."
+            f"train.schedule={name} cannot be made: {_one_line(error)}; what it needs goes into train.args.lr_scheduler_kwargs, as "
+            "in {min_lr: 1e-5}."
         ) from None
 
 
