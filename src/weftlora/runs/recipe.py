@@ -382,7 +382,7 @@ def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: 
     """
     if not isinstance(source, (str, Path)):
         raise ConfigError("only a run can be extended: give its folder.")
-    before, given = Run.load(source), list(overrides)
+    before, given = Run.load(source).whole(), list(overrides)
     if before.status != "complete":
         raise RunError(f"{before.folder} is {before.status}: finish it with --resume before it is extended.")
     kept = {**before.recipe, "train": dict(before.recipe["train"])}
