@@ -59,6 +59,21 @@ def test_rows_become_tokens_masks_and_raw_columns(tmp_path, letters, ids):
     assert (loaded.task, loaded.labels, loaded.counts["train"].answer_tokens) == ("causal", None, 3)
 
 
+def test_test_rows_are_carved_before_the_validation_rows_and_all_three_differ(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", [*numbers(40), {"prompt": "", "completion": ""}])
+    both = {"train": "a.jsonl", "validation_fraction": 0.1, "test_fraction": 0.25}
+    loaded = load_in(tmp_path, letters, both)
+    prompts = {name: set(getattr(loaded, name)["prompt"]) for name in ("train", "validation", "test")}
+    assert [len(found) for found in prompts.values()] == [27, 3, 10]
+    assert len(set.union(*prompts.values())) == 40
+    assert loaded.counts["train"].empty == 1
+    shorter = load_in(tmp_path, letters, both | {"validation_fraction": 0.3})
+    assert set(shorter.test["prompt"]) == prompts["test"]  # whatever validation takes of the rest
+    jsonl(tmp_path / "t.jsonl", numbers(2, 100))
+    given = load_in(tmp_path, letters, both | {"test": "t.jsonl"})
+    assert (len(given.train), len(given.test)) == (36, 2)
+
+
 def test_validation_is_carved_and_the_test_rows_are_left_alone(tmp_path, letters):
     jsonl(tmp_path / "a.jsonl", numbers(40))
     jsonl(tmp_path / "t.jsonl", numbers(5, 100))

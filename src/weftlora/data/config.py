@@ -127,7 +127,7 @@ class DataConfig(RecipeSection):
     document between blank lines, `line` one per line. With `separator`, each line is `prompt<separator>completion`.
 
     `limit`, `validation_limit`, `test_limit` draw that many rows with `seed`, after the split, and keep file order.
-    `split_on: prompt` keeps all rows with the same prompt on one side of the carved validation split.
+    `split_on: prompt` keeps all rows with the same prompt on one side of the carved validation split, and of the test split.
 
     `processes` encode the rows of a large file side by side. What was read from one is kept in the user's cache folder, unless `cache`
     is false, and a second start on the same rows, settings and tokenizer takes it from there.
@@ -152,6 +152,8 @@ class DataConfig(RecipeSection):
     max_length: int = Field(default=512, ge=8, le=2**24)
     truncate: Literal["prompt", "completion", "drop"] = "prompt"
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    test_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the training rows that become test rows, where none are given; they are taken first."""
     split_on: Literal["row", "prompt"] = "row"
     limit: int | None = Field(default=None, ge=1, le=2**62)
     validation_limit: int | None = Field(default=None, ge=1, le=2**62)
