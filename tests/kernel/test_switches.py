@@ -8,8 +8,9 @@ import torch
 
 import weftlora
 from weftlora.errors import ConfigError, MissingExtraError
-from weftlora.kernel import current, switched, switches, triton_runs
+from weftlora.kernel import current, switched, switches
 from weftlora.kernel.philox import philox
+from weftlora.kernel.switches import triton_runs
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 HALF = torch.bfloat16
