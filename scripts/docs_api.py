@@ -18,7 +18,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Train, evaluate, generate": ("weftlora.train", "weftlora.runs"),
     "In a loop of your own": ("weftlora.host.attach", "weftlora.host.optimizer", "weftlora.adapted.routing"),
     "Select blocks": ("weftlora.search",),
-    "Compare and report": ("weftlora.compare", "weftlora.report"),
+    "Compare, search and report": ("weftlora.compare", "weftlora.auto", "weftlora.report"),
     "Look inside": ("weftlora.data.suggest_heads", "weftlora.inspection.inspecting", "weftlora.inspection.directions"),
     "Serve": ("weftlora.host.hotswap", "weftlora.host.weighted"),
     "Export and import": ("weftlora.export", "weftlora.host.released_code"),

@@ -26,6 +26,7 @@ ROOMS = (
     {"train"},
     {"bench", "compare", "inspection", "integrations", "testing"},
     {"report"},
+    {"auto"},
     {"cli"},
 )
 """From the bottom up: a room imports those of the lines above its own, and none beside it."""

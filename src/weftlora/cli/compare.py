@@ -118,7 +118,7 @@ def standing_table(standing: Standing) -> RenderableType:
     columns = ("method", "runs", f"{standing.metric} so far")
     table = output.table(*columns, words=columns, look="headed")
     for name, (runs, mean) in standing.best.items():
-        table.add_row(name, str(runs), "" if mean is None else _number(mean, standing.metric))
+        table.add_row(name, str(runs), "" if mean is None else number(mean, standing.metric))
     lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
     over = f"{standing.done} of {standing.total} runs  {_left(standing.seconds_left)}"
     return Group(table, *lines, over)
@@ -226,7 +226,7 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
         return ""
     unit = " %" if metric_of(metric).share else ""
     mean, *ends = (
-        _number(value, metric, sign).removesuffix(unit)
+        number(value, metric, sign).removesuffix(unit)
         for value in (found.mean, found.low, found.high)
         if value is not None
     )
@@ -234,7 +234,8 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
     return shown if found.n == seeds else f"{shown} (n = {found.n})"
 
 
-def _number(value: float, metric: str, sign: bool = False) -> str:
+def number(value: float, metric: str, sign: bool = False) -> str:
+    """A score or a difference of two, as tables have it."""
     form = "+" if sign else ""
     if metric_of(metric).share:
         return f"{100 * value:{form}.1f} %"

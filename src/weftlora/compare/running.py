@@ -64,8 +64,9 @@ def compare(
     jobs: int,
     overwrite: bool,
     watch: Watch,
+    over: workers.Over = workers.never,
 ) -> Comparison:
-    """See `weftlora.compare.compare`."""
+    """See `weftlora.compare.compare`; once it is `over`, no run begins and those at work are stopped where they are."""
     if not is_whole(jobs, 0):
         raise ConfigError(
             f"jobs={jobs!r} is not a number of runs: use a whole number from 1 up, or 0 for none but this process."
@@ -85,10 +86,10 @@ def compare(
             at_once = max(jobs, 1)
             dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
             if jobs == 0:
-                workers.in_this_process(folder, queue.following, queue.told)
+                workers.in_this_process(folder, lambda: None if over() else queue.following(), queue.told)
             else:
                 with workers.Pool(at_once, folder, lock) as processes:
-                    processes.run(queue.following, queue.told)
+                    processes.run(queue.following, queue.told, over)
         comparison = results.read(folder)
         write_json(folder / RESULT, comparison.record())
     return comparison
@@ -142,7 +143,7 @@ def _adds_seeds(plan: Plan, recipe: CompareRecipe) -> bool:
 def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: bool) -> Plan:
     """The plan to follow, on disk; called by the one in charge."""
     if overwrite and _has_plan(folder):
-        _clear(folder)
+        clear(folder)
     if _has_plan(folder):
         there = Plan.load(folder)
         _check_same(there, recipe, folder)
@@ -159,7 +160,7 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
     return plan
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Delete what a comparison has written, the plan last, so that what a kill leaves is still one."""
     plan = Plan.load(folder)
     places = (
