@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Tests run in this many processes, each with one torch thread.
 JOBS ?= 2
+# A file's tests stay in one process (`--dist loadfile`): what its fixtures have trained is trained once. Groups by mark are not used;
+# pytest-xdist 3.8 passes over them without a word beside pytest 9.2.
 
 # Every base and data set is local; nothing is looked up on a hub.
 export HF_HUB_OFFLINE := 1
@@ -68,16 +70,16 @@ types: $(STAMP) ## mypy, strict
 test: unit sharded grid ## all tests
 
 unit: $(STAMP) ## all tests but those of the next two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not grid and not slow and not sharded and not kills" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not grid and not slow and not sharded and not kills" --durations=5
 
 sharded: $(STAMP) ## tests in which several processes train or score together
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m sharded --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m sharded --durations=5
 
 scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, against one: the table of docs/scaling.md (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/scaling.py
 
 grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "(grid or slow) and not sharded and not kills" --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "(grid or slow) and not sharded and not kills" --durations=5
 
 matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py

@@ -31,7 +31,7 @@ from importlib.util import find_spec
 print(find_spec("weftlora").origin, version("weftlora"), *sys.path, sep="\\n")
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distribution")]  # one process builds, for all tests here
+pytestmark = pytest.mark.slow
 
 
 def not_copied(folder: str, names: list[str]) -> set[str]:

@@ -18,7 +18,7 @@ import tiny_bases as tiny
 import weftlora
 from weftlora.testing import check_processes, check_term
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stranger")]  # one process trains the runs that all look at
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 READS = ["recipes", "doctor", "report of runs", "report"]
 COMMANDS = ["eval", "generate", "inspect", "inspect alone", "directions", "export", "merge", "adapter folder"]

@@ -21,7 +21,7 @@ import weftlora
 from weftlora.export import proof
 
 # one worker runs them all: the folders of all cells are made once and run by one process
-pytestmark = [pytest.mark.grid, pytest.mark.xdist_group("export")]
+pytestmark = pytest.mark.grid
 
 LAYOUTS: dict[str, dict[str, Any]] = {"pattern": {}, "uniform": {"uniform": True}, "server": {"server_ranks": True}}
 FORMS = [*LAYOUTS, "merged"]

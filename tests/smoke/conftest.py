@@ -61,10 +61,9 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a file's fixtures have trained is used by all of its tests: with several processes they stay in one."""
+    """Every test here belongs to the slow part of the check."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.xdist_group(f"smoke {item.path.stem}"))
             item.add_marker(pytest.mark.slow)
     if ROW:  # whether this is the row at all is said before anything else is tried in it
         items.sort(key=lambda item: item.path.name != "test_versions.py")
