@@ -34,7 +34,7 @@ RETURNED: dict[str, tuple[str, ...]] = {
         "weftlora.train.evaluation.Conversation",
         "weftlora.train.previewing.Preview",
     ),
-    "Compare and report": ("weftlora.report.comparison.page.Report",),
+    "Compare, search and report": ("weftlora.report.comparison.page.Report",),
     "Look inside": (
         "weftlora.inspection.record.Inspection",
         "weftlora.data.suggest_heads.HeadSuggestion",

@@ -18,6 +18,7 @@ from weftlora.cli import output
 from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.cli.output import LINE_EVERY
 from weftlora.compare.record import metric_of
+from weftlora.errors import ConfigError
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A comparison's file.")],
+    recipe: Annotated[str, typer.Argument(help="A comparison's file; with --worker, or its folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Run this many at once, each in a process with one torch thread.")
@@ -39,6 +40,13 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the comparison in the folder and start again.")
     ] = False,
+    worker: Annotated[
+        bool,
+        typer.Option("--worker", help="Be one of many, on any machine that reaches the folder, until no run is left."),
+    ] = False,
+    lease: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --worker: take over what was not heard of for so long.")
+    ] = 60.0,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -62,8 +70,15 @@ def compare(
         return
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
         from weftlora.compare import compare as call
+        from weftlora.compare import work
 
-        found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
+        if worker and (overwrite or jobs != 1):
+            wrong = "--overwrite" if overwrite else f"--jobs {jobs}"
+            raise ConfigError(f"--worker is one of many that share the runs, and takes no {wrong}: leave it out.")
+        if worker:
+            found = work(recipe, *given, lease=lease, watch=watch)
+        else:
+            found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
     output.show(found.record(), as_json, lambda: result(found))
     if any(run.status == "failed" for run in found.outcomes):
         raise typer.Exit(1)
