@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def weftlora(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "weftlora.cli", *words], check=True)
+    subprocess.run([sys.executable, "-m", "weftlora", *words], check=True)
 
 
 def small_full() -> None:
@@ -56,7 +56,7 @@ def small_full() -> None:
     weftlora("bench", "peft", str(folder), "--quiet")
     command.mkdir(exist_ok=True)
     program = command / "weftlora"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m weftlora.cli "$@"\n', encoding="utf-8")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m weftlora "$@"\n', encoding="utf-8")
     program.chmod(0o755)
     rows = {"train": "gsm8k/train.jsonl", "validation": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}
     rows["texts"] = "fairytaleqa/stories.test.jsonl"

@@ -127,7 +127,7 @@ def launched() -> dict[str, Any]:
         for engine in ("ddp", "fsdp2"):
             config, out = ROOT / "examples" / f"accelerate-{engine}.yaml", top / engine
             # accelerate shards only where it sees accelerators: on_cpu.py has it see the CPUs as such
-            program = ["-m", "weftlora.cli"] if engine == "ddp" else [str(ROOT / "tests" / "sharding" / "on_cpu.py")]
+            program = ["-m", "weftlora"] if engine == "ddp" else [str(ROOT / "tests" / "sharding" / "on_cpu.py")]
             how = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
             words = [*how, *program, "train", str(top / "r.yaml"), f"out={out}"]
             command = [sys.executable, "-m", "accelerate.commands.launch", *words]

@@ -25,7 +25,7 @@ LEASE = 10
 
 
 def start(file: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "weftlora.cli", "compare", str(file), "--worker", "--lease", str(LEASE), "--quiet"]
+    command = [sys.executable, "-m", "weftlora", "compare", str(file), "--worker", "--lease", str(LEASE), "--quiet"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
 
 
