@@ -208,7 +208,7 @@ def check_wrapper(plugin: Any, deepspeed: Any = None) -> None:
     """
     if deepspeed is not None:
         raise ConfigError(
-            "weftlora train writes no checkpoints that DeepSpeed could go on from: start it with examples/accelerate-fsdp2.yaml, "
+            "weftlora train writes no checkpoints that DeepSpeed could continue from: start it with examples/accelerate-fsdp2.yaml, "
             "or use DeepSpeed in a loop of your own (docs/scaling.md says for which methods)."
         )
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not getattr(plugin, "use_orig_params", True):
