@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from weftlora.cli import bench, output
+from weftlora.cli.auto import auto
 from weftlora.cli.compare import compare, report
 from weftlora.cli.data import data, look
 from weftlora.cli.directions import directions, heads
@@ -63,6 +64,7 @@ app.add_typer(bench.app, name="bench")
 app.command()(directions)
 app.command()(search)
 app.command()(compare)
+app.command()(auto)
 app.command()(export)
 app.command()(push)
 app.command()(inspect)

@@ -111,7 +111,7 @@ def write(
     bt, bo = (64 if table is None else table.chunk), _block(width, 128)
     _launch(
         kernels.write_kernel, (_programs(tokens, bt, table), triton.cdiv(width, bo)), base, h, up, out,
-        *_table(table, base), tokens, width, slots, scale, *base.stride(), *h.stride(), _adapter_stride(up, table),
+        *_table(table, base), tokens, width, slots, float(scale), *base.stride(), *h.stride(), _adapter_stride(up, table),
         *up.stride()[-2:], out.stride(0), bt, *_drop(drop),
         **_common(h, table, drop), BT=bt, BO=bo, BR=_block(slots, 64),
     )  # fmt: skip
@@ -137,7 +137,7 @@ def linear(
     more = {} if INTERPRETED else {"num_warps": warps, "num_stages": stages}
     _launch(
         kernels.linear_kernel, grid, x, weight, x if bias is None else bias, h, up, out, tokens, width, inner, slots,
-        scale, *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0),
+        float(scale), *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0),
         *h.stride(), *up.stride(), BIAS=bias is not None, **_dot(x),
         BT=bt, BO=bo, BI=bi, BR=_block(slots, 64), GROUP=8, **more,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def write_backward(g: Tensor, h: Tensor, up: Tensor, scale: float, table: Table 
     gup = _parts(runs, (width, slots), up.dtype, up)
     _launch(
         kernels.write_backward_kernel, (blocks, runs, across), g, h, up, gh, gup, *_runs(table, g), tokens, width,
-        slots, scale, *g.stride(), *h.stride(), _adapter_stride(up, table), *up.stride()[-2:], gh.stride(0),
+        slots, float(scale), *g.stride(), *h.stride(), _adapter_stride(up, table), *up.stride()[-2:], gh.stride(0),
         gup.stride(0), chunk, **_common(h, table), BT=bt, BO=bo, BR=br,
     )  # fmt: skip
     return _added(gh, h.dtype), gup.to(up.dtype) if table is not None else _added(gup, up.dtype)
