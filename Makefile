@@ -23,7 +23,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid interpreter gpu docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid interpreter gpu docs-run notebooks docs-build docs-write docs-version docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,11 @@ docs-build: $(STAMP) ## the documentation site into site/; a broken link is an e
 
 docs-write: $(STAMP) ## write the generated tables of the documents anew
 	$(BIN)/python scripts/check_docs.py --write
+
+docs-version: $(STAMP) ## the site of this version beside those kept before, on the local branch gh-pages (DOCS_VERSION=0.2); pushes nothing
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mike --quiet deploy --update-aliases \
+		$(or $(DOCS_VERSION),$$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/weftlora/version.py)) latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike --quiet set-default latest
 
 docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

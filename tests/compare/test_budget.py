@@ -13,6 +13,7 @@ from tiny_bases import write_rows
 from weftlora.compare.budget import nearest_rank
 from weftlora.compare.plan import Plan, make
 from weftlora.compare.recipe import CompareRecipe
+from weftlora.compare.results import with_rate
 from weftlora.errors import ConfigError
 from weftlora.runs.adapter import adapter_config
 from weftlora.runs.recipe import Recipe
@@ -157,6 +158,20 @@ def test_equal_steps_leave_ranks_alone_and_charge_a_search(bases: Path):
         1 + 2
     )  # two batches of four validation rows for every step on four rows
     assert "Its search costs 12 steps" in plan.of("flexora").note
+
+
+def test_a_method_with_a_rate_of_its_own_is_trained_at_it_and_none_is_tried_for_it(bases: Path):
+    methods = [{"recipe": "lora", "lr": 3e-3}, {"recipe": "lora", "name": "tried"}, "none"]
+    made = planned(bases, methods=methods, train={"steps": 40, "lr": None}, rates={"values": [1e-3, 1e-2]})
+    own, tried, frozen = made.methods
+    assert made.tuning(own) == made.tuning(frozen) == []
+    assert [job.lr for job in made.tuning(tried)] == [1e-3, 1e-2]
+    assert with_rate(made, own, bases).lr == 3e-3
+    assert made.runs == 2 + (2 + 2) + 1
+    alone = planned(bases, methods=methods[:1], train={"steps": 40, "lr": None})
+    assert (alone.rates, alone.tuning_seeds, alone.runs) == ([3e-3], [], 2)
+    with pytest.raises(ConfigError, match="the method lora has lr=-1, which is not a learning rate"):
+        planned(bases, methods=[{"recipe": "lora", "lr": -1}])
 
 
 def test_scale_own_leaves_every_recipe_its_alpha(bases: Path):

@@ -136,11 +136,12 @@ def plan_table(plan: Plan) -> RenderableType:
         numbers = (_or_blank(method.rank), alpha, f"{method.parameters or 0:,}", gap, str(method.steps or ""))
         table.add_row(method.name, *numbers)
     tried = len(plan.rates) * len(plan.tuning_seeds)
-    rates = (
-        f", {tried} of a method to choose its rate from {_listed(plan.rates)}"
-        if tried
-        else f", all at lr {plan.rates[0]:g}"
-    )
+    own = [f"{method.name} at lr {method.lr:g}" for method in plan.methods if method.lr is not None]
+    if tried:
+        own.append(f"{tried} of a method to choose its rate from {_listed(plan.rates)}")
+    elif len(own) < sum(not method.frozen for method in plan.methods):
+        own.append(f"{'the others' if own else 'all'} at lr {plan.rates[0]:g}")
+    rates = "".join(f", {each}" for each in own)
     lines = [plan.budget_sentence, f"{plan.runs} runs: seeds {_listed(plan.seeds)}{rates}.", *_notes(plan.methods)]
     return Group(table, *lines)
 

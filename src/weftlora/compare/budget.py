@@ -150,7 +150,7 @@ def _solved(
     if contender.frozen:
         return Solved(contender, Method(contender.name, NONE, parameters=0, steps=0))
     _check_free(contender, recipe)
-    blocks: list[int] | None = None
+    lr, blocks = contender.lr, cast("list[int] | None", None)
     if contender.draws or (contender.search is not None and target is not None):
         blocks = scales.blocks(contender.section)
         contender = _of_fixed_size(contender, len(blocks), told)
@@ -178,7 +178,7 @@ def _solved(
         notes.append("Its blocks differ in size, so its trainable parameters depend on which it adapts.")
     steps, said = _steps(recipe, contender, scales)
     adapter = made | ({"layers": {"random": contender.count}} if contender.draws else {})
-    method = Method(contender.name, adapter, r, alpha, parameters, gap, steps, note=" ".join([*notes, *said]))
+    method = Method(contender.name, adapter, r, alpha, parameters, gap, steps, lr, note=" ".join([*notes, *said]))
     return Solved(contender, method, blocks if contender.draws else None)
 
 

@@ -6,12 +6,14 @@
     random_moves                                       ALoRA whose slots move at random
     none                                               the frozen base
 
-A method of a mapping may have a `name`; without one it is called by its recipe and its axes.
+A method of a mapping may have a `name`; without one it is called by its recipe and its axes. With an `lr` it is trained at that rate,
+and none is tried for it.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import random
 import re
 import warnings
@@ -25,7 +27,7 @@ from weftlora.compare.record import NONE, Method
 from weftlora.errors import ConfigError, TargetError, suggest
 from weftlora.recipes import RECIPES, SEARCHING
 from weftlora.runs.adapter import adapter_config
-from weftlora.settings import is_whole
+from weftlora.settings import is_number, is_whole
 from weftlora.terms.axes import AXES
 from weftlora.terms.choice import Choice
 from weftlora.terms.layers import SearchedLayers
@@ -49,6 +51,8 @@ class Contender:
     """Whether its blocks are drawn anew for every seed."""
     count: int | None = None
     """Of how many blocks, where it draws or selects as many as it is told to."""
+    lr: float | None = None
+    """A rate of its own, for which none is tried."""
 
     @property
     def slug(self) -> str:
@@ -127,7 +131,7 @@ def _contender(entry: str | dict[str, Any]) -> Contender:
     if isinstance(entry, str):
         entry = {"control": entry} if entry in CONTROLS else {"recipe": entry}
     fields = dict(entry)
-    name, control, count = fields.pop("name", None), fields.pop("control", None), None
+    name, control, count, lr = fields.pop("name", None), fields.pop("control", None), None, fields.pop("lr", None)
     if control is not None and control not in CONTROLS:
         raise ConfigError(f"there is no control {control!r}: {suggest(str(control), CONTROLS)}")
     if control == "random_layers":
@@ -140,9 +144,11 @@ def _contender(entry: str | dict[str, Any]) -> Contender:
     if not isinstance(fields.get("recipe"), (str, type(None))) or not fields:
         raise ConfigError(f"the method {entry!r} names no recipe and no axis: write {{recipe: lora}} or a name.")
     called = _called(control or _name(fields) if name is None else name)
+    if lr is not None and not (is_number(lr) and 0 < lr < math.inf):
+        raise ConfigError(f"the method {called} has lr={lr!r}, which is not a learning rate: use a number above 0.")
     section = _on_axes(fields)
     _check(section, called)
-    return Contender(called, section, control == "random_layers", count)
+    return Contender(called, section, control == "random_layers", count, None if lr is None else float(lr))
 
 
 def _called(name: Any) -> str:

@@ -102,13 +102,11 @@ class Plan(Record):
     @property
     def runs(self) -> int:
         """How many runs there are in all."""
-        trained = [method for method in self.methods if not method.frozen]
-        frozen = len(self.methods) - len(trained)
-        return len(trained) * (len(self.seeds) + len(self.rates) * len(self.tuning_seeds)) + frozen
+        return sum(len(self.reported_seeds(method)) + len(self.tuning(method)) for method in self.methods)
 
     def tuning(self, method: Method) -> list[Job]:
-        """The runs that try rates for a method; none where there is one rate, or nothing to train."""
-        if method.frozen:
+        """The runs that try rates for a method; none where there is one rate, or it has its own, or nothing to train."""
+        if method.frozen or method.lr is not None:
             return []
         return [self._job(method, seed, lr, True) for lr in self.rates for seed in self.tuning_seeds]
 
@@ -217,8 +215,10 @@ def make(recipe: CompareRecipe) -> Plan:
     arguments.check(recipe.train)
     base = models.find(recipe.model, recipe.base_dir)
     data = load_data(recipe.data, base.tokenizer, base_dir=recipe.base_dir, task=base.wants)
-    rates = recipe.all_rates
-    _check_splits(data, tried=len(rates) > 1)
+    own = sorted({each.lr for each in found if each.lr is not None})
+    needed = any(each.lr is None and not each.frozen for each in found)
+    rates = recipe.all_rates if needed else own
+    _check_splits(data, tried=needed and len(rates) > 1)
     metric = _metric(recipe, data.task)
     _check_countable(metric, data)
     steps = arguments.total_steps(recipe.train, len(data.train))
@@ -226,7 +226,7 @@ def make(recipe: CompareRecipe) -> Plan:
     solved, budget = solve(recipe, found, scales)
     seeds = recipe.all_seeds
     free = (seed for seed in range(TUNING_SEED, TUNING_SEED + 10**6) if seed not in seeds)
-    tried = (recipe.rates.seeds if recipe.rates else 1) if len(rates) > 1 else 0
+    tried = (recipe.rates.seeds if recipe.rates else 1) if needed and len(rates) > 1 else 0
     plain = recipe.model_dump(mode="json")
     plain["train"]["num_threads"] = recipe.train.num_threads or 1
     plain["model"]["dtype"] = base.precision.dtype

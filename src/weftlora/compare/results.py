@@ -58,7 +58,7 @@ def with_rate(plan: Plan, method: Method, folder: Path) -> Method:
     """
     jobs = plan.tuning(method)
     if not jobs:
-        return method if method.frozen else replace(method, lr=plan.rates[0])
+        return method if method.frozen or method.lr is not None else replace(method, lr=plan.rates[0])
     ended = [job for job in jobs if status(folder / job.folder, tuning=True) != "missing"]
     tried = [Rate(job.lr, job.seed, _validation_loss(folder / job.folder)) for job in ended]
     method = replace(method, rates=tried)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -55,10 +56,31 @@ class RecipeSection(BaseModel):
             first = error.errors()[0]
             if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
                 raise cause from None
-            field = ".".join(str(part) for part in first["loc"]) or cls.where
+            field = ".".join(cls._keys(first["loc"])) or cls.where
             if first["type"] == "missing":
                 raise ConfigError(f"{cls.where} lacks {field}: add it.") from None
-            raise ConfigError(f"{cls.where}: {field}={first.get('input')!r} is not valid: {first['msg']}.") from None
+            alike = [each for each in error.errors() if cls._keys(each["loc"]) == cls._keys(first["loc"])]
+            nearest = max(
+                alike, key=lambda each: len(each["loc"])
+            )  # of several kinds of value, the one that fits furthest
+            raise ConfigError(
+                f"{cls.where}: {field}={nearest.get('input')!r} is not valid: {nearest['msg']}."
+            ) from None
+
+    @classmethod
+    def _keys(cls, loc: Sequence[Any]) -> list[str]:
+        """The keys of a recipe in the place of an error, without pydantic's words for the kinds of value that were tried."""
+        keys: list[str] = []
+        section: Any = cls
+        for part in loc:
+            if (
+                not (isinstance(section, type) and issubclass(section, RecipeSection))
+                or part not in section.model_fields
+            ):
+                break
+            keys.append(str(part))
+            section = section.model_fields[part].annotation
+        return keys
 
 
 class Fields(RecipeSection):
@@ -105,7 +127,7 @@ class DataConfig(RecipeSection):
     document between blank lines, `line` one per line. With `separator`, each line is `prompt<separator>completion`.
 
     `limit`, `validation_limit`, `test_limit` draw that many rows with `seed`, after the split, and keep file order.
-    `split_on: prompt` keeps all rows with the same prompt on one side of the carved validation split.
+    `split_on: prompt` keeps all rows with the same prompt on one side of the carved validation split, and of the test split.
 
     `processes` encode the rows of a large file side by side. What was read from one is kept in the user's cache folder, unless `cache`
     is false, and a second start on the same rows, settings and tokenizer takes it from there.
@@ -130,6 +152,8 @@ class DataConfig(RecipeSection):
     max_length: int = Field(default=512, ge=8, le=2**24)
     truncate: Literal["prompt", "completion", "drop"] = "prompt"
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    test_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the training rows that become test rows, where none are given; they are taken first."""
     split_on: Literal["row", "prompt"] = "row"
     limit: int | None = Field(default=None, ge=1, le=2**62)
     validation_limit: int | None = Field(default=None, ge=1, le=2**62)

@@ -22,7 +22,7 @@ from array import array
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -63,13 +63,13 @@ def carve(keys: Sequence[str], fraction: float, seed: int) -> tuple[list[int], l
     return train.tolist(), held.tolist()
 
 
-def carved(places: Numbers, fraction: float) -> tuple[Numbers, Numbers]:
-    """As `carve`, of the rows' places in the order."""
+def carved(places: Numbers, fraction: float, name: str = "validation") -> tuple[Numbers, Numbers]:
+    """As `carve`, of the rows' places in the order; `name` is what errors call the split."""
     _, inverse, sizes = np.unique(places, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"a validation split cannot be carved from {len(places)} row(s), as it takes two that differ: "
-            "give data.validation, or set data.validation_fraction: 0."
+            f"a {name} split cannot be carved from {len(places)} row(s), as it takes two that differ: "
+            f"give data.{name}, or set data.{name}_fraction: 0."
         )
     wanted = max(1, round(fraction * len(places)))
     chosen: list[int] = []
@@ -325,6 +325,10 @@ class Encoder:
             tokens=tokens,
             answer_tokens=int(books["answer_tokens"].sum()) if len(held) else 0,
         )
+        if not counts.read:
+            raise DataError(
+                f"no row of {split.name} is drawn with the weight that data.train gives it: raise the weight."
+            )
         if not len(held):
             raise DataError(
                 f"no row of {split.name} is left to use: of {counts.read}, {counts.empty} are empty and {counts.dropped} "
@@ -466,6 +470,7 @@ def _load(
             update={
                 "limit": getattr(config, f"{only}_limit", None) or config.limit,
                 "validation_fraction": 0.0,
+                "test_fraction": None,
                 "packing": False,
             }
         )
@@ -567,7 +572,7 @@ def _labels(looked: dict[str, Looked], known: Sequence[str] | None) -> list[str]
 
 
 def _splits(looked: dict[str, Looked], config: DataConfig) -> tuple[dict[str, Split], list[str]]:
-    """The splits by name, in the order train, validation, test; validation carved where it is not given. And what to say of them."""
+    """The splits by name, in the order train, validation, test; those that are not given carved. And what to say of them."""
     seen = looked["train"].key
     splits, notes = {}, []
     for name, held in looked.items():
@@ -577,21 +582,24 @@ def _splits(looked: dict[str, Looked], config: DataConfig) -> tuple[dict[str, Sp
             notes.append(f"{copies} of the {len(held)} rows of {said} are copies of training rows.")
         blank = sum(part.source.blank for part in held.parts)
         splits[name] = Split(said, held, np.arange(len(held)), blank, copies)
+    if "test" not in splits and config.test_fraction:
+        splits |= _carved(splits["train"], "test", config.test_fraction)
     if "validation" not in splits and config.validation_fraction > 0:
-        splits |= _carved(splits["train"], config)
+        splits |= _carved(splits["train"], "validation", config.validation_fraction)
     train = splits["train"]
     splits["train"] = replace(train, indices=train.looked.weighted(train.indices, config.seed))
     return {name: splits[name] for name in SPLITS if name in splits}, notes
 
 
-def _carved(whole: Split, config: DataConfig) -> dict[str, Split]:
-    """Training and validation split out of `whole`; its empty rows are no use to either and stay counted in training."""
-    filled = np.flatnonzero(~whole.looked.empty)
-    train, held = carved(whole.looked.place[filled], config.validation_fraction)
-    rest = np.sort(np.concatenate([filled[train], np.flatnonzero(whole.looked.empty)]))
+def _carved(whole: Split, name: Literal["validation", "test"], fraction: float) -> dict[str, Split]:
+    """Training rows and those of another split out of `whole`, whose empty rows are no use to either and stay counted in training."""
+    empty = whole.looked.empty[whole.indices]
+    filled = whole.indices[~empty]
+    train, held = carved(whole.looked.place[filled], fraction, name)
+    rest = np.sort(np.concatenate([filled[train], whole.indices[empty]]))
     return {
         "train": replace(whole, indices=rest),
-        "validation": Split(f"the validation rows of {whole.name}", whole.looked, filled[held]),
+        name: Split(f"the {name} rows of {whole.name}", whole.looked, filled[held]),
     }
 
 

@@ -263,7 +263,7 @@ def data_of(source: Source, path: str, limit: int) -> Inputs:
             run = source.run
             config = recipe_of(run).data
             task, labels = cast(Any, run.task), run.data["labels"]
-        alone = {"train": path, "validation": None, "test": None, "validation_fraction": 0.0}
+        alone = {"train": path, "validation": None, "test": None, "validation_fraction": 0.0, "test_fraction": None}
         loaded = load(config.model_copy(update=alone), source.tokenizer, base_dir=Path.cwd(), task=task, labels=labels)
     rows = loaded.train.select(range(min(limit, len(loaded.train))))
     return Inputs(collated(rows, source.tokenizer), f"{len(rows)} rows of {Path(path).name}")

@@ -385,7 +385,14 @@ def _which(run: Run | None, data: str | None) -> tuple[DataConfig, Path | None, 
     recipe = recipe_of(run)
     labels = run.data["labels"]
     if given is not None:  # alone: the run's own files need not be there any more
-        alone = {"train": given, "validation": None, "test": None, "validation_fraction": 0.0, "limit": None}
+        alone = {
+            "train": given,
+            "validation": None,
+            "test": None,
+            "validation_fraction": 0.0,
+            "test_fraction": None,
+            "limit": None,
+        }
         split = "test" if given == "demo" else "train"
         return recipe.data.model_copy(update=alone), recipe.base_dir, labels, split, f"rows of {data}"
     own = recipe.data
