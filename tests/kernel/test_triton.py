@@ -66,10 +66,10 @@ def kept(tokens: int, width: int, p: float, seed: int = SEED) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor, limit: float = 2e-6) -> None:
-    """Equal shapes, and a difference of at most `limit` in norm."""
+    """Equal shapes, and a difference of at most `limit` in norm. A router of which one head is taken has a gradient of 0 but for rounding."""
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
-    assert (got.double() - want.double()).norm() <= limit * want.double().norm() + 1e-30
+    assert (got.double() - want.double()).norm() <= limit * want.double().norm() + 1e-6
 
 
 # ---------------------------------------------------------------------- each product by itself
