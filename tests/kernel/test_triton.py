@@ -66,7 +66,7 @@ def kept(tokens: int, width: int, p: float, seed: int = SEED) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor, limit: float = 2e-6) -> None:
-    """Equal shapes, and a difference of at most `limit` in norm. Of one head that is taken alone a router has no gradient but rounding."""
+    """Equal shapes, and a difference of at most `limit` in norm. Where one head is taken alone its router has no gradient."""
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
     assert (got.double() - want.double()).norm() <= limit * want.double().norm() + 1e-6
