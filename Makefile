@@ -149,7 +149,7 @@ quantisers: $(STAMP) ## every quantiser against training, resuming, ranking dire
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, also on the GGUF file of SmolLM2 (builds llama-cpp-python; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-hosts: $(STAMP) ## our methods inside axolotl, ms-swift, LLaMA-Factory and trl (fetches their packages; ten minutes)
+hosts: $(STAMP) ## our methods inside axolotl, ms-swift, LLaMA-Factory, trl, unsloth, Lightning and accelerate (fetches their packages; ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/hosts.py
 
 peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,23 @@ def test_what_is_no_extension_is_refused_and_leaves_nothing(
     with pytest.raises(ConfigError, match=says):
         weftlora.train(short.folder, *overrides, f"out={tmp_path / 'never'}", extend=True)
     assert not (tmp_path / "never").exists()
+
+
+def test_the_base_is_that_of_the_run_to_the_last_value(short: Run, tmp_path: Path) -> None:
+    """Also where all of it looks the same: of the weights a fingerprint knows some values only."""
+    other = Run.load(shutil.copytree(short.folder, tmp_path / "other"))
+    other.base["weights"] = dict.fromkeys(short.base["weights"], "0" * 64)
+    other.save()
+    for given in ({"extend": True}, {}):
+        recipe = (
+            other.folder if given else {**short.recipe, "train": {**short.recipe["train"], "from": str(other.folder)}}
+        )
+        with pytest.raises(AdapterError, match="was trained on other weights"):
+            weftlora.train(recipe, "train.steps=6", f"out={tmp_path / 'more'}", overwrite=True, **given)
+    del other.recipe["train"]
+    other.save()
+    with pytest.raises(RunError, match=r"is damaged: it has no recipe\.train"):
+        weftlora.train(other.folder, "train.steps=6", extend=True)
 
 
 def test_resume_refuses_other_steps_and_names_the_way(short: Run, recipe: Make) -> None:

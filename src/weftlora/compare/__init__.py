@@ -1,6 +1,7 @@
 """Which adapter for my task and budget: methods trained side by side on the same seeds, and what can be said of them.
 
     weftlora.compare("compare.yaml", jobs=2)         train, measure, decide; goes on where it was stopped
+    weftlora.compare.work("compare.yaml")            one of many workers, on as many machines
     weftlora.compare.load("runs/comparison")         what a folder says, as far as it has come
 
 Heavy modules load on the first call, not on import.
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from weftlora.compare.recipe import CompareRecipe
     from weftlora.compare.running import Watch
 
-__all__ = ["Comparison", "Interval", "Method", "Outcome", "Rate", "Row", "Verdict", "compare", "load"]
+__all__ = ["Comparison", "Interval", "Method", "Outcome", "Rate", "Row", "Verdict", "compare", "load", "work"]
 
 
 def compare(
@@ -57,6 +58,33 @@ def compare(
         from weftlora.compare import running
 
         return running.compare(read, (), jobs, overwrite, watch or running.ignore)
+
+
+def work(
+    recipe: str | Path,
+    *overrides: str,
+    lease: float = 60.0,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Be one of many workers on a comparison, until no run is left that this one could begin.
+
+    Start it on every machine that reaches the folder: each run is claimed by a lease that its worker renews, and is taken over
+    where it stopped once a worker has not been heard of for `lease` seconds. Runs that fail are not tried again by workers.
+
+    Args:
+        recipe: a comparison's file, or the folder of one that has been planned.
+        overrides: as for `compare`.
+        lease: seconds, the same for all workers.
+        watch: as for `compare`.
+
+    Raises:
+        ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was trained.
+        RunError: a `weftlora compare` runs everything itself there, or the folder cannot be reached or written.
+    """
+    with needs("compare", "weftlora.compare.work"):
+        from weftlora.compare import running, working
+
+        return working.work(recipe, overrides, watch or running.ignore, lease)
 
 
 def load(paths: str | Path | Sequence[str | Path]) -> Comparison:

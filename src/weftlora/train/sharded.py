@@ -201,9 +201,18 @@ class _Everywhere:
 
 
 def check_wrapper(plugin: Any) -> None:
-    """Refuse a wrapper that would flatten trained and frozen parameters into one. Raises ConfigError."""
+    """Refuse a wrapper that would flatten trained and frozen parameters into one, or send parameters alone. Raises ConfigError."""
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not getattr(plugin, "use_orig_params", True):
         raise ConfigError(
             "FSDP1 without use_orig_params makes one parameter of a block's frozen and trained ones, which cannot be trained in "
             "part: set fsdp_version: 2, or fsdp_use_orig_params: true, in the accelerate config."
+        )
+    if (
+        plugin is not None
+        and getattr(plugin, "fsdp_version", 1) == 2
+        and getattr(plugin, "cpu_ram_efficient_loading", False)
+    ):
+        raise ConfigError(
+            "accelerate's cpu_ram_efficient_loading sends a model's parameters to the other processes and stops at the buffers that "
+            "an adapter has beside them: set fsdp_cpu_ram_efficient_loading: false in the accelerate config (it is true if left out)."
         )
