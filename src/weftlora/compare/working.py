@@ -59,8 +59,7 @@ def work(source: str | Path, overrides: tuple[str, ...], watch: Watch, ttl: floa
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _check_free(folder)
-    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    worker = _Worker(folder, Claims(Files(str(folder / LEASES)), owner, ttl), watch)
+    worker = _Worker(folder, Claims(Files(str(folder / LEASES)), _owner(), ttl), watch)
     try:
         worker.work(_planned(folder, recipe, worker))
     except OSError as error:
@@ -99,6 +98,23 @@ def _planned(folder: Path, recipe: CompareRecipe | None, worker: _Worker) -> Pla
         check_rows(plan, recipe)
     check_saved(contenders(recipe.methods) if recipe is not None else [], plan.methods, plan.draws)
     return plan
+
+
+def planned(recipe: CompareRecipe, ttl: float = TTL) -> Plan:
+    """The plan of a comparison that workers are to be started on, made where there is none. Raises as `work` does."""
+    recipe.check_places()
+    folder = Path(recipe.out).expanduser()
+    check_place(folder, recipe, False)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _check_free(folder)
+    return _planned(
+        folder, recipe, _Worker(folder, Claims(Files(str(folder / LEASES)), _owner(), ttl), lambda standing: None)
+    )
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class _Worker:
