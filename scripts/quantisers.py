@@ -61,7 +61,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "awq": {"quantization": {"quant_method": "awq", "bits": 4}},
 }
 """Name → the keys of a recipe's model section."""
-METHODS = ("lora", "hydralora", "tied_lora", "alora", "flexora")
+METHODS = ("lora", "hydralora", "tied_lora", "lora_dash", "alora", "flexora")
 STEPS = 6
 
 
@@ -72,6 +72,8 @@ def recipe(row: str, method: str, out: Path) -> dict[str, Any]:
         adapter |= {"r": 4}
     if method == "flexora":
         adapter |= {"steps": 2, "outer_batches": 1, "val_size": 8}
+    if method == "lora_dash":
+        adapter |= {"after": 2, "directions": 8}
     if method == "alora":
         adapter |= {"first": 2, "every": 1, "max_rounds": 2, "rows": 8}
     return {

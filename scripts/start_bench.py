@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-WEFT = [sys.executable, "-m", "weftlora.cli"]
+WEFT = [sys.executable, "-m", "weftlora"]
 CASES = {
     "weftlora --help": [*WEFT, "--help"],
     "weftlora --version": [*WEFT, "--version"],

@@ -197,6 +197,8 @@ def test_the_record_is_of_the_hosts_that_are_listed() -> None:
     record = json.loads((ROOT / "evidence" / "hosts.json").read_text(encoding="utf-8"))
     assert [each["name"] for each in record["hosts"]] == [host["name"] for host in hosts]
     for host, each in zip(hosts, record["hosts"], strict=True):
-        assert each["host"] == (host["packages"] or [f"trl=={each['versions']['trl']}"])[0].replace("==", " ")
+        assert each["host"] == (host["packages"] or [f"{host['name']}=={each['versions'][host['name']]}"])[0].replace(
+            "==", " "
+        )
         assert each["ran"]
         assert each["did"]

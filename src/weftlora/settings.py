@@ -28,6 +28,13 @@ def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
     )
 
 
+def check_seed(seed: Any, where: str) -> int:
+    """A seed that every library takes: a whole number of 32 bits. Raises ConfigError."""
+    if not is_whole(seed, 0) or seed >= 2**32:
+        raise ConfigError(f"{where}={seed!r} is not a seed: use a whole number from 0 to 2**32 - 1.")
+    return seed
+
+
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether `value` is an int of 64 bits or a float, which may be infinite or no number."""
     return isinstance(value, float) or is_whole(value)

@@ -39,7 +39,7 @@ from weftlora.adapter import site
 from weftlora.adapter.spec import WeftConfig, decode_choice, encode_choice, read_config
 from weftlora.errors import ConfigError, MergeError, WeftError
 from weftlora.host.attach import schedules
-from weftlora.kernel.fast_path import use_reference
+from weftlora.kernel.switches import use_reference
 from weftlora.terms import registry
 from weftlora.terms.layers import SearchedLayers
 from weftlora.terms.structure import OutsideTerm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,25 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextExperts
 
 import weftlora
 from weftlora import Dash, Directions, Hydra, Reallocate, Tied, WeftConfig
-from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, expert_parameters, fused
+from weftlora.adapted.experts import (
+    WeftExperts,
+    WeftExpertWeight,
+    expert_parameters,
+    fused,
+    layout_of,
+    make_experts_plain,
+)
 from weftlora.adapted.updates import base_matrix
-from weftlora.errors import AdapterError, ConfigError, TargetError
+from weftlora.errors import AdapterError, ConfigError, MergeError, TargetError
 from weftlora.kernel import use_reference
 
 moe = pytest.importorskip("transformers.integrations.moe")
@@ -171,37 +183,38 @@ def test_dropout_takes_elements_of_the_adapters_input_alone() -> None:
     torch.testing.assert_close(base, Mixture(model.base_model.model.experts.base_layer)(x))
 
 
-STRUCTURES: dict[str, dict[str, Any]] = {
-    "hydra": {"structure": Hydra(heads=2)},
-    "hydra reads A x, with dash": {
-        "structure": Hydra(heads=2, router_input="Ax"),
-        "boost": Dash(directions=2, after=1),
-    },
-    "one A of all experts": {"structure": Tied(group="experts")},
-    "one pair of all layers": {"structure": Tied(group="module_type"), "target_modules": "all-linear"},
-    "directions and dash": {"start": Directions(after=1), "boost": Dash(directions=2, after=1)},
-    "rank per expert": {"rank_pattern": {r"layers.0.mlp.experts.gate_up_proj.1": 2, "experts.down_proj.3": 5}},
-}
+STRUCTURES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "hydra": (qwen, {"structure": Hydra(heads=2)}),
+    "hydra reads A x, with dash": (
+        gpt_oss, {"structure": Hydra(heads=2, router_input="Ax"), "boost": Dash(directions=2, after=1)},
+    ),
+    "one A of all experts": (gpt_oss, {"structure": Tied(group="experts")}),
+    "one pair of all layers": (qwen, {"structure": Tied(group="module_type"), "target_modules": "all-linear"}),
+    "directions and dash": (gpt_oss, {"start": Directions(after=1), "boost": Dash(directions=2, after=1)}),
+    "rank per expert": (
+        qwen, {"rank_pattern": {r"layers.0.mlp.experts.gate_up_proj.1": 2, "experts.down_proj.3": 5}},
+    ),
+}  # fmt: skip
+"""Each on one of the two layouts of models: which one that is does not meet what a structure is, and the loops above have both."""
 
 
-@pytest.mark.parametrize("make", [qwen, gpt_oss])
 @pytest.mark.parametrize("structure", list(STRUCTURES))
-def test_every_structure_starts_as_the_base_trains_and_comes_back(
-    structure: str, make: Callable[[], nn.Module], tmp_path: Path
-) -> None:
+def test_every_structure_starts_as_the_base_trains_and_comes_back(structure: str, tmp_path: Path) -> None:
+    make, fields = STRUCTURES[structure]
     base = make()
     before = base(IDS, labels=IDS).loss
-    model = get_peft_model(base, WeftConfig(r=3, **STRUCTURES[structure]))
+    model = get_peft_model(base, WeftConfig(r=3, **fields))
     assert sum(isinstance(m, WeftExpertWeight) for m in model.modules()) == 4
     torch.testing.assert_close(model(IDS, labels=IDS).loss, before, rtol=1e-6, atol=1e-6)
     optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=2e-2))
-    for _ in range(3):
+    for _ in range(2):
         loss = model(IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert loss < before
-    logits = model(IDS).logits
+    found = model(IDS, labels=IDS)
+    logits = found.logits
+    assert found.loss < before
     with use_reference():
         torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
     model.save_pretrained(str(tmp_path))
@@ -284,6 +297,81 @@ def test_ranks_move_between_experts_by_their_estimate() -> None:
     optimizer.step()
 
 
+class Sixteenths(nn.Module):
+    """A parametrisation as bitsandbytes makes one of experts: whole numbers are kept, and their sixteenths computed with."""
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return (w * 16).round().to(torch.int8)
+
+    def forward(self, kept: Tensor) -> Tensor:
+        return kept.float() / 16
+
+
+class Coded(Tensor):
+    """A parameter as torchao keeps one, with a way back of its own; its numbers are left as they are."""
+
+    def dequantize(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dequantize().clone().as_subclass(Coded)
+
+
+def _in_fewer_bits(experts: nn.Module, how: str) -> None:
+    for name in fused(experts):
+        if how == "computed":
+            w = getattr(experts, name)
+            setattr(experts, name, nn.Parameter(Sixteenths().right_inverse(w.detach()), requires_grad=False))
+            parametrize.register_parametrization(experts, name, Sixteenths(), unsafe=True)
+        elif how == "coded":
+            w = getattr(experts, name).detach().as_subclass(Coded)
+            setattr(experts, name, nn.Parameter(w, requires_grad=False))
+        else:
+            setattr(
+                experts,
+                name,
+                nn.Parameter(getattr(experts, name).detach().to(torch.float8_e4m3fn), requires_grad=False),
+            )
+
+
+@pytest.mark.parametrize(("how", "door"), [("computed", True), ("computed", False), ("coded", True)])
+def test_experts_in_fewer_bits_are_computed_as_in_numbers(how: str, door: bool) -> None:
+    torch.manual_seed(0)
+    mixture = Mixture(experts_of(**LAYOUTS["transposed"])).float()
+    if not door:
+        del mixture.experts.has_gate
+    _in_fewer_bits(mixture.experts, how)
+    fields = {"target_parameters": ["gate_up_proj", "down_proj"], "init_lora_weights": False}
+    config = WeftConfig(r=3, **fields)
+    model = get_peft_model(mixture, config, autocast_adapter_dtype=False)
+    layers = list(model.base_model.model.experts.layers())
+    by_tokens = how == "computed" and door
+    assert (model.base_model.model.experts.by_weights is None) == by_tokens
+    assert {layer.base_source for layer in layers} == {"dequantised"}
+    x = torch.randn(5, HIDDEN, requires_grad=True)
+    found = _value_and_gradients(model, x)
+    if not by_tokens:
+        with pytest.raises(TargetError, match="by its weights only"):
+            get_peft_model(mixture, WeftConfig(structure=Hydra(heads=2), **fields))
+    with pytest.raises(MergeError, match="not a plain parameter"):
+        model.merge_adapter()
+    plain = copy.deepcopy(model)
+    make_experts_plain(plain)
+    assert {layer.base_source for layer in plain.base_model.model.experts.layers()} == {"in memory"}
+    expected = _value_and_gradients(plain, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert torch.equal(model(x), found[0])
+
+
+def test_bytes_that_nobody_reads_are_refused() -> None:
+    mixture = Mixture(experts_of(**LAYOUTS["out, in"]))
+    _in_fewer_bits(mixture.experts, "bytes")
+    with pytest.raises(TargetError, match="gate_up_proj of Experts is kept as float8_e4m3fn"):
+        get_peft_model(mixture, WeftConfig(r=3, target_parameters=["gate_up_proj"]))
+    assert not any(isinstance(m, WeftExperts) for m in mixture.modules())
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no such expert": ({"rank_pattern": {"experts.down_proj.4": 2}}, ConfigError, "names expert 4 .* has 4"),
     "no such parameter": ({"target_parameters": ["experts.up"]}, TargetError, "none of Qwen3MoeForCausalLM"),
@@ -312,22 +400,75 @@ def test_what_cannot_be_is_said_before_anything_is_changed(what: str) -> None:
     [({"structure": Hydra(heads=2)}, "router per token"), ({"lora_dropout": 0.1}, "lora_dropout=0.1 drops")],
 )
 def test_by_weights_is_for_unrouted_structures_without_dropout(fields: dict[str, Any], sentence: str) -> None:
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.num_experts, self.weight = 3, nn.Parameter(torch.randn(3, 4, 6))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("eoi,ti->to", self.weight, x)
-
     mixture = nn.Sequential()
-    mixture.experts, mixture.last = Plain(), nn.Linear(4, 4)
+    mixture.experts, mixture.last = Cubes("eoi,ti->to", 4, 6), nn.Linear(4, 4)
     assert expert_parameters(mixture) == ["experts.weight"]
     assert fused(mixture.experts) == ["weight"]
     with pytest.raises(TargetError, match=sentence):
         get_peft_model(mixture, WeftConfig(r=2, target_parameters=["experts.weight"], **fields))
     with pytest.warns(UserWarning, match="all-linear leaves out what cannot carry"):
         get_peft_model(mixture, WeftConfig(r=2, **fields))
+
+
+class Cubes(nn.Module):
+    """Three experts with a forward of its own, whose matrices lie as `equation` says."""
+
+    def __init__(self, equation: str, *sides: int) -> None:
+        super().__init__()
+        self.num_experts, self.equation = 3, equation
+        self.weight = nn.Parameter(torch.randn(3, *sides))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, self.weight, x)
+
+
+def _llama4() -> nn.Module:
+    return Llama4TextExperts(Llama4TextConfig(num_local_experts=3, hidden_size=6, intermediate_size=4))
+
+
+TOLD: dict[str, tuple[Callable[[], nn.Module], str, tuple[bool, int, int]]] = {
+    "by what it states": (lambda: JetMoeParallelExperts(3, 6, 4), "weight", (False, 6, 4)),
+    "by gate and up": (_llama4, "gate_up_proj", (True, 6, 8)),
+    "by the other parameter": (_llama4, "down_proj", (True, 4, 6)),
+    "by its forward, [out, in]": (lambda: Cubes("eoi,ti->to", 4, 6), "weight", (False, 6, 4)),
+    "by its forward, [in, out]": (lambda: Cubes("eio,ti->to", 4, 6), "weight", (True, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("how", list(TOLD))
+def test_how_matrices_lie_is_what_the_module_says(how: str) -> None:
+    make, name, expected = TOLD[how]
+    layout = layout_of(make(), name)
+    assert (layout.transposed, layout.fan_in, layout.out) == expected
+
+
+def test_a_layout_that_nobody_knows_is_refused_in_one_sentence() -> None:
+    class Two(Cubes):
+        def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+            return super().forward(x)
+
+    square, silent, torn = Cubes("eoi,ti->to", 6, 6), Two("eoi,ti->to", 4, 6), _llama4()
+    torn.is_transposed = False
+    for experts, said in ((square, "nor the sides"), (silent, "nor the sides"), (torn, "disagrees")):
+        model = nn.ModuleDict({"experts": experts})
+        name = "gate_up_proj" if experts is torn else "weight"
+        with pytest.raises(TargetError, match=f"experts.{name} holds matrices .*{said}"):
+            get_peft_model(model, WeftConfig(r=2, target_parameters=[f"experts.{name}"]))
+        assert not any(isinstance(m, WeftExperts) for m in model.modules())
+    square.is_transposed = True
+    assert layout_of(square, "weight").transposed
+
+
+def test_experts_run_outside_of_a_compiled_graph() -> None:
+    model, _ = _adapted("out, in")
+    x = torch.randn(9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    expected = _value_and_gradients(model, x)
+    for one, other in zip(_value_and_gradients(torch.compile(model, backend="eager"), x), expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.compiler.reset()
+    with pytest.raises(Unsupported, match="experts run outside of compiled graphs"):
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    torch.compiler.reset()
 
 
 def test_all_linear_leaves_experts_out_where_it_is_told_so() -> None:

@@ -183,7 +183,7 @@ def test_footnote_4_where_every_module_lost_a_slot_the_total_falls_and_rounds_go
     train(model, 8)
     told = events(model)
     assert len(told) == 3
-    assert [e["lost"] for e in told] == [20, 0, 0] or any(e["lost"] for e in told)
+    assert any(e["lost"] for e in told)
     totals = [28]
     for event in told:
         totals.append(totals[-1] - event["lost"])

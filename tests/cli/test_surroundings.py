@@ -18,7 +18,7 @@ from weftlora.train import train
 from weftlora.train.trainer import Recorder
 
 Weft = Callable[..., Any]
-SHELL = f"{sys.executable} -m weftlora.cli"
+SHELL = f"{sys.executable} -m weftlora"
 
 
 def shell(line: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

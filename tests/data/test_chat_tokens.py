@@ -124,6 +124,15 @@ def test_a_template_that_takes_contents_in_parts_is_given_parts():
     )
     row, plain = encoded(byte_level(parts), TALK)[0], encoded(byte_level(BARE), TALK)[0]
     assert (row.input_ids, row.labels) == (plain.input_ids, plain.labels)
+    marked = (
+        "{{ messages | length }}{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content[0].text }}</s>{% else %}"
+        "A:{% generation %}{{ m.content[0].text }}</s>{% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
+    )
+    assert learned(byte_level(marked), encoded(byte_level(marked), TALK)[0]) == [
+        "Mira has the lamp.</s>",
+        "Tomas has it</s>",
+    ]
 
 
 def test_a_slow_tokenizer_that_joins_prompt_and_answer_is_refused():
@@ -184,6 +193,27 @@ def test_a_template_that_drops_the_system_message_without_a_word_is_refused():
         encoded(tokenizer, ({"role": "system", "content": "Be brief."}, *TALK))
 
 
+KNOWS = BARE.replace("in messages", "in messages if m.role in ['system', 'user', 'assistant'] and not m.tool_calls")
+CALLED = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("talk", "what"),
+    [
+        (({"role": "developer", "content": "Be brief."}, *TALK), "the developer message out: put it before"),
+        ((*TALK[:3], {"role": "tool", "content": "Mira"}, TALK[3]), "message 4, of the tool, out: give a template"),
+        ((TALK[0], CALLED, TALK[3]), "message 2, of the assistant, whose text stands beside tool calls, out"),
+    ],
+)
+def test_a_message_of_which_the_template_writes_nothing_is_refused(talk, what):
+    tokenizer = byte_level(KNOWS)
+    assert encoded(tokenizer, ({"role": "system", "content": "Be brief."}, *TALK))
+    with pytest.raises(DataError, match=f"line 7: the chat template leaves {what}"):
+        encoded(tokenizer, talk)
+    with pytest.raises(DataError, match=f"the prompt: the chat template leaves {what}"):
+        encode_prompt(tokenizer, talk)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_conversation_may_open_with_the_assistant(kind):
     tokenizer = KINDS[kind]()
@@ -227,11 +257,22 @@ def test_tool_calls_and_tools_reach_the_template_or_are_refused():
         DataError, match=r"line 7: a message of the assistant has the key 'tool_calls', which the chat template leaves"
     ):
         encoded(byte_level(), talk)
-    with pytest.raises(DataError, match=r"line 7: the row has tools, which the chat template leaves out"):
+    with pytest.raises(DataError, match=r"line 7: it has tools, which the chat template leaves out"):
         encoded(byte_level(), TALK, tools=tools)
     named = ({"role": "user", "content": "hi", "name": "Mira"}, TALK[1])
     with pytest.raises(DataError, match=r"has the key 'name', .*data\.ignore=name"):
         encoded(byte_level(), named)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["c.function.arguments", "'' + c.function.arguments", "c.function.arguments | tojson", "c.function | tojson"],
+)
+def test_arguments_of_calls_are_json_however_the_template_takes_them(written):
+    """Some write them as JSON, some put down what they are given, which Python would write in quotes of its own."""
+    tokenizer = byte_level(TOOLS.replace("c.function.arguments | tojson", written))
+    (row,) = encoded(tokenizer, (TALK[0], {"role": "assistant", "content": "", "tool_calls": CALL}))
+    assert '{"where": "river"}' in learned(tokenizer, row)[0]
 
 
 SHIPPED = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"

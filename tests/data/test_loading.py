@@ -206,6 +206,18 @@ def test_data_for_another_task_is_refused(tmp_path, letters, rows, task, says):
     assert says in str(error.value)
 
 
+def test_a_split_of_what_has_none_is_refused(tmp_path, letters):
+    """It would be trained on the whole file."""
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "xyz"}])
+    with pytest.raises(
+        ConfigError, match=r"data\.split='dev' names a split .* and data\.train='a\.jsonl' has no splits"
+    ):
+        load_in(tmp_path, letters, {"train": "a.jsonl", "split": "dev"})
+    Dataset.from_list([{"prompt": "ab", "completion": "xyz"}]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="is one saved split, not several, so it has no 'dev'"):
+        load_in(tmp_path, letters, {"train": "saved", "split": "dev"})
+
+
 def test_an_encoder_decoder_gets_prompt_and_answer_apart(tmp_path, framed_letters, ids):
     jsonl(tmp_path / "a.jsonl", [{"prompt": "ab", "completion": "xyz"}])
     loaded = load_in(tmp_path, framed_letters, {"train": "a.jsonl", "validation_fraction": 0}, task="seq2seq")
@@ -315,6 +327,12 @@ def test_several_files_are_one_set_and_weights_say_how_often_they_are_seen(tmp_p
     (tmp_path / "d.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"prompt": 1, "completion": null}\n')
     with pytest.raises(DataError, match=r"d\.jsonl, line 2: column 'completion' holds None"):
         load_in(tmp_path, letters, ["a.jsonl", "d.jsonl"])
+
+
+def test_a_weight_that_draws_nothing_is_named(tmp_path, letters):
+    jsonl(tmp_path / "a.jsonl", [{"prompt": str(n), "completion": "x"} for n in range(4)])
+    with pytest.raises(DataError, match=r"a\.jsonl is drawn with the weight that data\.train gives it"):
+        load_in(tmp_path, letters, {"train": {"a.jsonl": 0.01}})
 
 
 def test_a_column_that_only_the_test_rows_have_is_not_dropped(tmp_path, letters):

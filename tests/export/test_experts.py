@@ -12,7 +12,14 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import weftlora
 from weftlora import Hydra, Reallocate, WeftConfig
@@ -40,6 +47,13 @@ def gpt_oss() -> nn.Module:
     return GptOssForCausalLM(GptOssConfig(**SIDES, intermediate_size=12, num_local_experts=4, sliding_window=8)).eval()
 
 
+def llama4() -> nn.Module:
+    """Transposed experts without a flag that says so: stock peft takes their sides for one another."""
+    torch.manual_seed(0)
+    own = {"intermediate_size": 12, "intermediate_size_mlp": 24, "num_local_experts": 4, "moe_layers": [1]}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIDES, **own, pad_token_id=0)).eval()
+
+
 def adapted(make: Any, **fields: Any) -> nn.Module:
     model = get_peft_model(make(), WeftConfig(r=3, init_lora_weights=False, **fields)).eval()
     with torch.no_grad():
@@ -49,12 +63,12 @@ def adapted(make: Any, **fields: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [qwen, gpt_oss])
+@pytest.mark.parametrize("make", [qwen, gpt_oss, llama4])
 def test_stock_peft_in_this_process_computes_the_export(make: Any, tmp_path: Path) -> None:
     """What the proof does in a process of its own, without its seconds: the tensors into a stock model of that config."""
     model = adapted(make, rank_pattern={"experts.down_proj.2": 5})
     export = weftlora.export_lora(model, tmp_path / "lora", verify=False)
-    last = "model.layers.1.mlp.experts."
+    last = f"model.layers.1.{'feed_forward' if make is llama4 else 'mlp'}.experts."
     assert export.ranks[last + "down_proj"] == 5
     assert export.ranks[last + "gate_up_proj"] == 3
     said = json.loads((tmp_path / "lora" / "adapter_config.json").read_text(encoding="utf-8"))

@@ -958,7 +958,7 @@ def _prompts(folder: Path, case: Case) -> None:
     from weftlora.train.prompting import Prompting, read_messages
 
     known, messages = Prompting.of_adapter(folder), list[Any]()
-    _refused_or_not(lambda: messages.extend(read_messages(folder / "messages.json")))
+    _refused_or_not(lambda: messages.extend(read_messages(folder / "messages.json")[0]))
     check_message(ValueError(known.trained_on))
     check_message(ValueError(known.reason(_tokenizer(), False)))
     given = [

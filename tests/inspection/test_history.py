@@ -96,7 +96,9 @@ def test_a_run_tells_its_moves_and_ends_at_the_ranks_it_has(alora_run: Path):
     assert found.history.rounds[-1].ranks == {site.site: site.rank for site in found.sites}
     assert set(found.history.before.values()) == {2}
     assert found.history.source.endswith("events.jsonl")
-    assert any("rank slots" in sentence and "2 rounds" in sentence for sentence in found.verdict)
+    way = found.history.rounds[0].way
+    assert way
+    assert any(f"of rank slots in 2 rounds, scored by {way}, among" in sentence for sentence in found.verdict)
 
 
 def test_an_adapter_without_its_run_knows_only_what_was_made_later(alora_run: Path):

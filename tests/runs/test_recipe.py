@@ -79,6 +79,20 @@ def test_a_value_that_cannot_work_names_the_field(override: str) -> None:
         Recipe.read(WHOLE, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.train={a.jsonl: .nan}", "data: train=nan is not valid: Input should be"),
+        ("train.samples=-1", "train.samples=-1 is not valid: Input should be greater than or equal to 0"),
+        ("data.fields.prompt=3", "fields.prompt=3 is not valid: Input should be a valid string"),
+    ],
+)
+def test_a_value_of_several_kinds_is_named_by_its_key_alone(override: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Recipe.read(WHOLE | {"data": {"train": "rows.jsonl"}}, override)
+    assert says in str(raised.value)
+
+
 def test_remote_code_is_never_trusted() -> None:
     with pytest.raises(ConfigError, match="trust_remote_code"):
         Recipe.read(WHOLE, "model.trust_remote_code=true")

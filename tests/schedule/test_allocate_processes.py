@@ -57,6 +57,13 @@ def test_a_module_without_slots_keeps_no_process_waiting(both: list) -> None:
             assert torch.equal(value, both[0]["rank 0"]["tensors"][name]), name
 
 
+def test_the_way_of_scoring_is_the_main_processs(both: list) -> None:
+    assert [result["way"] for result in both] == [
+        ["exact (auto)"] * 3,
+        ["taylor (auto)", "exact (auto)", "exact (auto)"],
+    ]
+
+
 def test_a_failure_on_one_process_ends_both(both: list) -> None:
     assert "failed on process 1: " in both[0]["odd"]["failed"]
     assert "ignored" in both[1]["odd"]["failed"]

@@ -319,7 +319,16 @@ def test_moving_more_than_there_is_is_refused_at_the_first_step() -> None:
     with pytest.raises(
         weftlora.ConfigError, match=r"takes 28 rank slots a round .* that have 28: nothing would be left"
     ):
-        train(alora(move=28), 1)
+        train(bare(move=28, score="random"), 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [({"move": 28}, "nothing would be left"), ({"target_modules": ["0.mlp.up_proj"], "move": 1}, "one adapted module")],
+)
+def test_and_where_the_length_of_the_run_is_told_before_any_step(fields: dict, says: str) -> None:
+    with pytest.raises(weftlora.ConfigError, match=says):
+        weftlora.attach(bare(score="random", **fields), total_steps=8)
 
 
 def test_a_round_after_the_end_of_the_run_is_an_error() -> None:

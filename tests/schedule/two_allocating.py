@@ -111,9 +111,20 @@ def without_a_slot(rank: int) -> dict[str, Any]:
     return {"tensors": tensors(model), "live": first.live()}
 
 
+def decided(rank: int) -> list[str]:
+    """The way of scoring that a process would come to by its own counts, and that it has after its first step."""
+    model = bare(score="auto", max_rounds=1, move=1)
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS[:4]]
+    weftlora.attach(model, validation=rows, total_steps=8, tokens_per_step=(1e7, 1.0)[rank])
+    alone = controller(model).choice.score
+    model(input_ids=TOKENS[:2], labels=TOKENS[:2]).loss.backward()
+    adam(model).step()
+    return [alone, controller(model).choice.score, model.peft_config["default"].ranks.score]
+
+
 def worker(rank: int) -> dict[str, Any]:
     out: dict[str, Any] = {name: run(fields, rank, 2) for name, fields in CASES.items()}
-    return {**out, "brackets": brackets(rank), "odd": odd(rank), "rank 0": without_a_slot(rank)}
+    return {**out, "brackets": brackets(rank), "odd": odd(rank), "rank 0": without_a_slot(rank), "way": decided(rank)}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def run(
 ) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     python(
-        "-m", "weftlora.cli", "train", "lora_dash", *ROWS, "adapter.after=2", "train.steps=3", "train.save_every=2",
+        "-m", "weftlora", "train", "lora_dash", *ROWS, "adapter.after=2", "train.steps=3", "train.save_every=2",
         "train.warmup=0.4", "train.gradient_checkpointing=true", f"out={folder}", "--quiet",
     )  # fmt: skip
     return folder

@@ -14,7 +14,8 @@ import tiny_bases as tiny
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of each kind of tiny base."""
     top = tmp_path_factory.mktemp("bases")
-    return {"llama": tiny.llama(top / "llama"), "bert": tiny.bert(top / "bert"), "t5": tiny.t5(top / "t5")}
+    kinds = {"llama": tiny.llama, "bert": tiny.bert, "t5": tiny.t5, "mixture": tiny.mixture}
+    return {name: make(top / name) for name, make in kinds.items()}
 
 
 @pytest.fixture

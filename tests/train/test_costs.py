@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from interrupting import Interrupt
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
@@ -187,6 +188,16 @@ def test_sums_of_another_device_are_dropped_and_the_whole_time_is_kept() -> None
     sums = costs.timed(state)
     assert (sums.device, sums.steps) == ("cpu", 1)
     assert sums.train_seconds > 100
+
+
+def test_a_measurement_that_will_take_long_says_how_long(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "weftlora")
+    sums = costs.Timed(
+        "cpu", steps=2, seconds=4.0, tokens=40
+    )  # a tenth of a second a token, and half of that without a backward
+    costs.announce_measuring(sums, Dataset.from_dict({"input_ids": [[1] * 100]}))
+    costs.announce_measuring(sums, Dataset.from_dict({"input_ids": [[1] * 300] * 2}))
+    assert [record.getMessage() for record in caplog.records] == ["measuring the validation loss on 2 rows: about 30 s"]
 
 
 # ---------------------------------------------------------------------- resumed

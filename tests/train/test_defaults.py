@@ -49,8 +49,11 @@ def test_what_was_said_is_not_called_a_default(recipe: Make, caplog: pytest.LogC
     caplog.set_level(logging.INFO, "weftlora")
     made = recipe()
     made["data"]["max_length"] = 32
+    made["train"]["warmup"] = 99
     weftlora.train(made)
-    assert not [record for record in caplog.records if "by default" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records]
+    assert not [text for text in said if "by default" in text]
+    assert [text for text in said if "train.warmup=99 is no less than the" in text]
 
 
 def test_a_run_whose_rate_was_chosen_for_it_resumes_exactly(recipe: Make, tmp_path: Path) -> None:

@@ -234,7 +234,13 @@ def test_generation_is_the_bases_own_greedy_search(bases: dict[str, Path], recip
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"max_new_tokens": 0}, "max_new_tokens"), ({"temperature": -1}, "temperature")]
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seed": 2**70}, "is not a seed: use a whole number from 0 to"),
+    ],
 )
 def test_impossible_requests(trained: Run, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):

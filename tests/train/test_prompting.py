@@ -104,6 +104,10 @@ def test_a_system_turn_and_whole_conversations(spoken: Run) -> None:
         weftlora.generate(spoken, [{"role": "system", "content": "x"}, *talk], system="y")
     with pytest.raises(DataError, match="did you mean 'user'"):
         weftlora.generate(spoken, [{"role": "usr", "content": "x"}])
+    with pytest.raises(DataError, match="the prompt: it has tools, which the chat template leaves out"):
+        weftlora.generate(spoken, talk, tools=[{"name": "look"}])
+    with pytest.raises(ConfigError, match="tools are written by a chat template, and this prompt is a text"):
+        weftlora.generate(spoken, "a", raw=True, tools=[{"name": "look"}])
     with pytest.raises(ConfigError, match="raw takes a text as it is"):
         weftlora.generate(spoken, talk, raw=True)
 
@@ -192,14 +196,15 @@ def test_text_stays_text(form: str | None) -> None:
         ("{", "is not JSON"),
         ('{"a": 1}', "holds no list of messages"),
         ("[]", "no message to answer"),
-        ("[1]", "lacks a role"),
+        ("[1]", "the prompt: message 1 .* lacks a text role"),
         ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_file_of_messages(content: str, says: str, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
-    file.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
-    assert read_messages(file) == [{"role": "user", "content": "a"}]
+    said = [{"from": "human", "value": [{"type": "text", "text": "a"}]}]  # as rows may have it
+    file.write_text(json.dumps({"messages": said, "tools": '[{"name": "look"}]'}))
+    assert read_messages(file) == ([{"role": "user", "content": "a"}], [{"name": "look"}])
     file.write_text(content)
     with pytest.raises(DataError, match=says):
         read_messages(file)

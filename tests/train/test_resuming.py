@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from interrupting import Interrupt, weights
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import weftlora
@@ -61,6 +62,23 @@ def test_every_structure_resumes_exactly(recipe: Make, tmp_path: Path, adapter: 
     given = recipe(adapter=section, train=train, out=str(tmp_path / "cut"))
     interrupted(given)
     assert weights(weftlora.train(given, resume=True)) == weights(whole)
+
+
+def test_ranks_that_move_between_experts_resume_exactly(recipe: Make, tmp_path: Path) -> None:
+    targets = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    moves = {"first": 1, "every": 1, "max_rounds": 3, "move": 3, "rows": 4}
+    section = {"recipe": "alora", "r": 4, "lora_dropout": 0.1, **moves, **targets}
+    train = LENGTH | {"steps": 4, "save_every": 2, "batch_size": 2}
+    whole = weftlora.train(recipe("mixture", adapter=section, train=train, out=str(tmp_path / "whole")))
+    given = recipe("mixture", adapter=section, train=train, out=str(tmp_path / "cut"))
+    interrupted(given, 3)
+    resumed = weftlora.train(given, resume=True)
+    assert resumed.time["resumed_from"] == 2
+    assert weights(resumed) == weights(whole)
+    saved = load_file(whole.adapter_folder / "adapter_model.safetensors")
+    ranks = {n: mask.sum(-1).tolist() for n, mask in saved.items() if n.endswith("experts.down_proj.weft_site.mask")}
+    assert len(ranks) == 2
+    assert any(len(set(own)) > 1 for own in ranks.values())
 
 
 @pytest.mark.parametrize("keys", [{"lora_plus_ratio": 16.0}, {"freeze_down": True}])

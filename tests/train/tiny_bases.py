@@ -14,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -49,6 +51,27 @@ def llama(folder: Path, hidden: int = 32, seed: int = 0) -> Path:
         initializer_range=0.2,  # at the usual 0.02 a model this small has no logits worth the name
     )
     return _save(LlamaForCausalLM(config), folder)
+
+
+def mixture(folder: Path) -> Path:
+    """Two blocks of four experts, whose matrices are fused parameters."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=SIZE,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    return _save(Qwen3MoeForCausalLM(config), folder)
 
 
 def bert(folder: Path) -> Path:

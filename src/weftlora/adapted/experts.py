@@ -18,6 +18,7 @@ parameter's own name.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -54,11 +55,76 @@ class Layout:
         return w.transpose(-2, -1) if self.transposed else w
 
 
-def layout_of(module: nn.Module, name: str) -> Layout:
-    """The layout of the parameter `name` of an experts module."""
-    experts, first, second = cast(Tensor, getattr(module, name)).shape
-    transposed = bool(getattr(module, "is_transposed", False))
+def layout_of(module: nn.Module, name: str, path: str = "") -> Layout:
+    """The layout of the parameter `name` of an experts module; `path` is what the model calls that.
+
+    Raises:
+        TargetError: nothing about the module tells [out, in] from [in, out], or what it says of itself disagrees.
+    """
+    experts, first, second = cubes(module)[name]
+    found = set(_told(module, name))
+    if len(found) != 1:
+        called, kind = f"{path}.{name}" if path else name, type(module).__name__
+        why = (
+            f"what {kind} says of itself disagrees about whether they are [out, in] or [in, out]"
+            if found
+            else f"neither {kind} nor the sides of its parameters tell whether they are [out, in] or [in, out]"
+        )
+        raise TargetError(
+            f"{called} holds matrices {[first, second]} of {experts} experts, and {why}: leave it out (target_parameters=[]), or set "
+            "is_transposed on the module, True for [in, out]."
+        )
+    (transposed,) = found
     return Layout(experts, *((first, second) if transposed else (second, first)), transposed)
+
+
+def _told(module: nn.Module, name: str) -> Iterator[bool]:
+    """What there is to say whether the matrices of `name` are [in, out]: what the module states, the sides of its two parameters, of
+    which one's output is the other's input twice (gate and up), and where both are silent its own forward.
+
+    Of a module of the host's door the flag is what the host computes by, so a forward is not asked.
+    """
+    silent = True
+    if isinstance(flag := vars(module).get("is_transposed"), bool):
+        silent = False
+        yield flag
+    _, first, second = cubes(module)[name]
+    for fan_in, out in (("input_size", "output_size"), ("in_features", "out_features")):
+        stated = vars(module).get(fan_in), vars(module).get(out)
+        if stated[0] != stated[1] and set(stated) == {first, second}:
+            silent = False
+            yield stated == (first, second)
+    sides = [side[1:] for side in cubes(module).values()]
+    for one, other in (sides, sides[::-1]) if len(sides) == 2 else ():
+        if (one[1], one[0]) == (other[0], 2 * other[1]):
+            silent = False
+            yield False
+        if one == (other[1], 2 * other[0]):
+            silent = False
+            yield True
+    if silent and first != second:
+        yield from _taken(module, first, second)
+
+
+@torch.no_grad()
+def _taken(module: nn.Module, first: int, second: int) -> Iterator[bool]:
+    """Which of the two widths a forward of one input takes on the meta device, where it takes one of them only."""
+    needed = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if len(needed) != 1 or any(type(value) not in (Tensor, nn.Parameter) for value in state.values()):
+        return
+    meta = {name: torch.empty_like(value, device="meta") for name, value in state.items()}
+    one, took = next(iter(meta.values())), []
+    for width in (first, second):
+        x = one.new_empty(len(one), width)
+        try:
+            functional_call(module, meta, (x,))
+        except Exception:  # foreign code, which fails in any way
+            took.append(False)
+        else:
+            took.append(True)
+    if took[0] != took[1]:
+        yield took[0]
 
 
 def fused(module: nn.Module) -> list[str]:
@@ -68,10 +134,71 @@ def fused(module: nn.Module) -> list[str]:
     """
     if isinstance(module, (nn.modules.conv._ConvNd, WeftExperts, BaseTunerLayer)):
         return []
-    cubes = [(name, p) for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
     counts = {value for key, value in vars(module).items() if "expert" in key and isinstance(value, int)}
     named = "expert" in type(module).__name__.lower()
-    return [name for name, p in cubes if (named or len(p) in counts) and len(p) > 1]
+    return [name for name, (count, *_) in cubes(module).items() if (named or count in counts) and count > 1]
+
+
+def cubes(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """The parameters of a module with three axes, and their shapes; also those that torch's parametrisation computes (bitsandbytes
+    keeps experts in 4 bits so)."""
+    found = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+    for name, held in getattr(module, "parametrizations", {}).items():
+        if (shape := held.__dict__.get("_weft_shape")) is None:  # it is computed at every look
+            shape = held.__dict__["_weft_shape"] = cast(Tensor, getattr(module, name)).shape
+        found[name] = shape
+    return {name: cast("tuple[int, int, int]", tuple(shape)) for name, shape in found.items() if len(shape) == 3}
+
+
+def is_computed(module: nn.Module, name: str) -> bool:
+    """Whether torch's parametrisation computes the parameter `name` of a module."""
+    return name in getattr(module, "parametrizations", {})
+
+
+def in_fewer_bits(w: Tensor) -> bool:
+    """Whether a parameter is kept in fewer bits than it is computed with: as a tensor of a quantiser's own, or as its bytes."""
+    own = type(w).dequantize is not Tensor.dequantize
+    return own or not w.is_floating_point() or w.dtype.itemsize == 1
+
+
+def is_quantised(module: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` of a module is kept in fewer bits, or computed from such."""
+    return is_computed(module, name) or in_fewer_bits(cast(Tensor, module._parameters[name]))
+
+
+def values(module: nn.Module, name: str) -> Tensor:
+    """The parameter `name` of an experts module in the numbers that it computes with.
+
+    Raises:
+        TargetError: nobody says how its bytes are read.
+    """
+    w = cast(Tensor, getattr(module, name))
+    if not in_fewer_bits(w):
+        return w
+    if type(w).dequantize is Tensor.dequantize:
+        raise TargetError(
+            f"{name} of {type(module).__name__} is kept as {str(w.dtype).removeprefix('torch.')}, which only the kernels of its "
+            "quantiser read: load the base in another form, or leave experts out (target_parameters=[])."
+        )
+    return cast(Tensor, cast(Any, w).dequantize())
+
+
+def experts_in_fewer_bits(model: nn.Module) -> list[nn.Module]:
+    """The modules of experts that keep a matrix in fewer bits than they compute with."""
+    found = ((module, fused(module)) for module in model.modules())
+    return [m for m, names in found if any(is_quantised(m, n) for n in names)]
+
+
+def make_experts_plain(model: nn.Module) -> None:
+    """Give experts that are kept in fewer bits the numbers that they compute with, fp32, as plain parameters; others stay."""
+    for module in experts_in_fewer_bits(model):
+        table = getattr(module, "parametrizations", {})
+        plain = {name: values(module, name).detach().float() for name in dict.fromkeys([*fused(module), *table])}
+        if table:  # the class that the parametrisation made is also that of the module's copies, so it is left alone
+            module.__class__ = type(module).__bases__[0]
+            del module._modules["parametrizations"]
+        for name, w in plain.items():
+            module.register_parameter(name, nn.Parameter(w, requires_grad=False))
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
@@ -91,10 +218,11 @@ def why_by_weights(module: nn.Module) -> str | None:
     told = ("is_transposed", "has_bias", "has_gate")
     if not all(isinstance(vars(module).get(name), bool) for name in told) or _interface() is None:
         return f"{kind} has no door for an experts function of another package"
-    up = next((name for name in UP if name in module._parameters), None)
-    plain = [p for p in (module._parameters.get(up or ""), module._parameters.get(DOWN)) if p is not None]
-    if len(plain) < 2 or not all(p.is_floating_point() and p.dim() == 3 and p.dtype.itemsize > 1 for p in plain):
-        return f"the weights of this {kind} are quantised, or not two parameters"
+    there = cubes(module)
+    if DOWN not in there or not any(name in there for name in UP):
+        return f"the weights of this {kind} are not two parameters"
+    if any(in_fewer_bits(p) for p in module.parameters(recurse=False) if p.dim() == 3):
+        return f"the weights of this {kind} are quantised"
     return None
 
 
@@ -124,8 +252,13 @@ class WeftExpertWeight(WeftLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The parameter, [E, out, in] or transposed, as it is in memory."""
-        return cast(Tensor, getattr(self._experts[0], self.name))
+        """The parameter, [E, out, in] or transposed, as it is computed with."""
+        return values(self._experts[0], self.name)
+
+    @property
+    def base_source(self) -> str:
+        """What `base_matrix` reads: "in memory" (the parameter itself), or "dequantised" where the base keeps fewer bits."""
+        return "dequantised" if is_quantised(self._experts[0], self.name) else "in memory"
 
     @property
     def bias(self) -> None:
@@ -142,6 +275,11 @@ class WeftExpertWeight(WeftLayer):
         """Of every expert."""
         return self.layout.out
 
+    @property
+    def turned_by_stock(self) -> bool:
+        """Whether stock peft takes the two sides of the matrices for one another: it reads [in, out] where a flag says so alone."""
+        return self.layout.transposed != bool(getattr(self._experts[0], "is_transposed", False))
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         site, weight = self.site(adapter_name), self.weight
         if not any(p.is_meta for p in site.parameters()):
@@ -154,12 +292,12 @@ class WeftExpertWeight(WeftLayer):
             return []
         site = self.site(adapter_name)
         return [
-            Member(f"{self.module_name}.{e}", site, _Matrix(self, e), "in memory", e)
+            Member(f"{self.module_name}.{e}", site, _Matrix(self, e), self.base_source, e)
             for e in range(self.layout.experts)
         ]
 
     def base_matrix(self, e: int) -> Tensor:
-        """W [out, in] of one expert as it is in memory."""
+        """W [out, in] of one expert as it is computed with."""
         return self.layout.matrix(self.weight.detach()[e])
 
     def work(self, adapter_name: str, grouping: Grouping) -> Work:
@@ -231,6 +369,8 @@ class WeftExperts(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.startswith("__"):  # how it is copied or pickled is its own
+                raise
             return getattr(super().__getattr__("base_layer"), name)  # what the model asks its experts for
 
     def layer(self, name: str) -> WeftExpertWeight:
@@ -253,6 +393,9 @@ class WeftExperts(nn.Module):
         ours._experts_implementation_internal = IMPLEMENTATION
         return config, ours
 
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="the tokens of an expert are counted in every forward, so experts run outside of compiled graphs"
+    )
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layers = list(self.layers())
         for layer in layers:
@@ -273,7 +416,7 @@ class WeftExperts(nn.Module):
             return self.base_layer(*args, **kwargs)
         if not active:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
+        return _called_with(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -290,6 +433,31 @@ class WeftExperts(nn.Module):
             self.base_layer.config = self._configs[0]
             self.base_layer.__dict__.pop("_weft_layers", None)
         return self.base_layer
+
+
+class _Given(nn.Module):
+    """Stands for a parametrisation whose value is given."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.__dict__["value"] = value
+
+    def forward(self) -> Tensor:
+        return cast(Tensor, self.__dict__["value"])
+
+
+def _called_with(module: nn.Module, given: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """What a module gives with other values of some of its parameters, those that a parametrisation computes among them."""
+    computed = {name: w for name, w in given.items() if is_computed(module, name)}
+    if not computed:
+        return functional_call(module, given, args, kwargs)
+    table = cast(nn.ModuleDict, module.parametrizations)._modules
+    before = {name: table[name] for name in computed}
+    table.update({name: _Given(w) for name, w in computed.items()})
+    try:
+        return functional_call(module, {n: w for n, w in given.items() if n not in computed}, args, kwargs)
+    finally:
+        table.update(before)
 
 
 def _whole(layer: WeftExpertWeight) -> Tensor:
@@ -318,6 +486,8 @@ def check_experts(config: WeftConfig, name: str, module: nn.Module) -> None:
         raise TargetError(
             f"{name} is shared out over processes (expert parallelism): load the model without it, or leave it out."
         )
+    layout_of(experts, last, name.rpartition(".")[0])
+    values(experts, last)
     if structure.outside or (structure.per_head_dropout and config.lora_dropout):
         what = f"{structure.title} is outside the equation" if structure.outside else "a dropout mask per head is drawn"
         raise TargetError(f"{name} holds experts, and {what}, which linear modules alone can have: leave it out.")

@@ -107,7 +107,7 @@ def base_matrix(model: nn.Module, name: str) -> tuple[Tensor, str]:
     """W [out, in] of the module `name` as it is in memory, and its source as a `Member` has it."""
     module = module_of(model, name)
     if isinstance(module, WeftExpertWeight):
-        return module.base_matrix(int(name.rpartition(".")[2])), "in memory"
+        return module.base_matrix(int(name.rpartition(".")[2])), module.base_source
     reader = module if isinstance(module, WeftLinear) else WeftLinear(_bare(module), name)
     return reader.base_matrix(), reader.base_source
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from weftlora.bench.cases import DTYPES, Agreement, Case, Dtype, Shape
 from weftlora.errors import ConfigError, suggest
 from weftlora.records import Record
+from weftlora.settings import check_seed
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ class Setting:
         for name, value in (("rounds", self.rounds), ("threads", self.threads)):
             if value < 1:
                 raise ConfigError(f"{name}={value} measures nothing: use a whole number from 1 up.")
+        check_seed(self.seed, "seed")
 
     @property
     def command(self) -> str:

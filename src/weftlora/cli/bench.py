@@ -19,9 +19,10 @@ from weftlora.errors import RunError
 
 if TYPE_CHECKING:
     from weftlora.bench import CaseResult, LaunchBench, Spread, StepBench
+    from weftlora.bench.peft_board import PeftBoard
     from weftlora.progress import Progress
 
-    Bench = TypeVar("Bench", StepBench, LaunchBench)
+    Bench = TypeVar("Bench", StepBench, LaunchBench, PeftBoard)
 
 VERDICTS = {"aim": "aim reached", "must": "reached", "missed": "missed", "": ""}
 
@@ -161,6 +162,66 @@ def launch(
     _measured(measure, lambda found: [launch_table(found)], ("directions", "results"), out, overwrite, as_json, quiet)
 
 
+@app.command()
+def peft(
+    folder: Annotated[Path, typer.Argument(help="Write experiments and results here.")],
+    run: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|reduced",
+            help="Run them too: full is the protocol of peft's method comparison (a GPU, hours); reduced trains SmolLM2 on "
+            "solutions of GSM8K (a CPU, minutes per method).",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD", help="Take this method; may be repeated. Default: all.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Train on this base instead: a folder, a GGUF file or a hub id.")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Take this share of the steps and of the evaluated rows.")] = 1.0,
+    train: Annotated[
+        str | None, typer.Option(help="Train on the rows of this JSONL file, or of this hub data set.")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="Score ranks and search layers on these.")] = None,
+    test: Annotated[str | None, typer.Option(help="Measure answers on these.")] = None,
+    texts: Annotated[str | None, typer.Option(help="Measure forgetting on these, rows with a text.")] = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Our methods as experiments of peft's method comparison (MetaMathQA to GSM8K), and that comparison run on them.
+
+    A result that is there is kept: what was stopped goes on. A run of anything less than the full protocol is marked `reduced`, and
+    is no row of the board.
+    """
+
+    def measure(progress: Progress) -> PeftBoard:
+        from weftlora.bench.peft_board import peft as call
+
+        return call(
+            folder,
+            run=run,  # type: ignore[arg-type]  # the library refuses what is no form
+            only=only or (),
+            model=model,
+            scale=scale,
+            train=train,
+            validation=validation,
+            test=test,
+            texts=texts,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+        )
+
+    found = _measured(measure, lambda it: [board_table(it)], ("experiments", "form"), out, overwrite, as_json, quiet)
+    if failed := [each for each in found.experiments if each.failed]:
+        raise RunError(f"{failed[0].name} did not end: {failed[0].failed}. Delete its result to try it again.")
+
+
 def _measured(
     measure: Callable[[Progress], Bench],
     shown: Callable[[Bench], list[Table]],
@@ -190,6 +251,37 @@ def launch_table(result: LaunchBench) -> Table:
     for row in result.results:
         seconds = (f"{statistics.median(values):.3g}" for values in (row.seconds, row.published))
         table.add_row(row.what, str(row.rounds), str(row.sites), *seconds, _spread(row.ratio), f"{row.agreed:.1%}")
+    return table
+
+
+def board_table(result: PeftBoard) -> Table:
+    """A row per experiment."""
+    table = output.table(
+        *(
+            "experiment",
+            "trainable",
+            "train loss",
+            "accuracy",
+            "solution loss",
+            "before",
+            "forgetting",
+            "file MiB",
+            "s",
+        ),
+        title=f"peft's method comparison · {result.form or 'written, not run'} · {result.folder}",
+        caption=f"reduced, no row of the board: {', '.join(result.less)} differ" if result.less else None,
+    )
+
+    def shown(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in result.experiments:
+        figures = (row.train_loss, row.accuracy, row.loss, row.loss_before, row.forgetting)
+        size = None if row.file_bytes is None else row.file_bytes / 2**20
+        table.add_row(
+            row.name, shown(row.trainable, ","), *(shown(value, ".3f") for value in figures), shown(size, ".1f"),
+            shown(row.seconds, ".0f"),
+        )  # fmt: skip
     return table
 
 

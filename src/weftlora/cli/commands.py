@@ -184,7 +184,9 @@ def generate(
     system: System = None,
     messages: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Continue this conversation, a JSON file of messages, instead of a prompt."),
+        typer.Option(
+            metavar="FILE", help="Continue this conversation, a JSON file of messages (and tools), instead of a prompt."
+        ),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the model the text as it is.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
@@ -204,10 +206,12 @@ def generate(
     with output.calling(as_json, quiet=True):
         from weftlora.train import generate as call
 
+        given, tools = _read_messages(messages) if messages else (sys.stdin.read() if prompt == "-" else prompt, None)
         answer = call(
             run,
-            _read_messages(messages) if messages else sys.stdin.read() if prompt == "-" else str(prompt),
+            given or "",
             system=system,
+            tools=tools,
             raw=raw,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -217,7 +221,7 @@ def generate(
     output.show(answer.record(), as_json, lambda: answer.text)
 
 
-def _read_messages(file: Path) -> list[dict[str, str]]:
+def _read_messages(file: Path) -> tuple[str | list[dict[str, Any]] | None, list[Any] | None]:
     from weftlora.train.prompting import read_messages
 
     return read_messages(file, sys.stdin.read() if str(file) == "-" else None)

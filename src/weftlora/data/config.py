@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import string
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -55,10 +56,31 @@ class RecipeSection(BaseModel):
             first = error.errors()[0]
             if isinstance(cause := first.get("ctx", {}).get("error"), ConfigError):
                 raise cause from None
-            field = ".".join(str(part) for part in first["loc"]) or cls.where
+            field = ".".join(cls._keys(first["loc"])) or cls.where
             if first["type"] == "missing":
                 raise ConfigError(f"{cls.where} lacks {field}: add it.") from None
-            raise ConfigError(f"{cls.where}: {field}={first.get('input')!r} is not valid: {first['msg']}.") from None
+            alike = [each for each in error.errors() if cls._keys(each["loc"]) == cls._keys(first["loc"])]
+            nearest = max(
+                alike, key=lambda each: len(each["loc"])
+            )  # of several kinds of value, the one that fits furthest
+            raise ConfigError(
+                f"{cls.where}: {field}={nearest.get('input')!r} is not valid: {nearest['msg']}."
+            ) from None
+
+    @classmethod
+    def _keys(cls, loc: Sequence[Any]) -> list[str]:
+        """The keys of a recipe in the place of an error, without pydantic's words for the kinds of value that were tried."""
+        keys: list[str] = []
+        section: Any = cls
+        for part in loc:
+            if (
+                not (isinstance(section, type) and issubclass(section, RecipeSection))
+                or part not in section.model_fields
+            ):
+                break
+            keys.append(str(part))
+            section = section.model_fields[part].annotation
+        return keys
 
 
 class Fields(RecipeSection):

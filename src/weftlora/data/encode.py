@@ -24,9 +24,10 @@ is an error, since its masks would be wrong, and the loss on the last answer, or
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -123,18 +124,26 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes that are no text; tokenizers refuse it."""
 
 
+def as_text(prompt: str) -> str:
+    """`prompt`. Raises DataError where it holds bytes that are no text."""
+    if _SURROGATE.search(prompt):
+        raise DataError("the prompt holds bytes that are not UTF-8 text: write it in UTF-8.")
+    return prompt
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], tools: list[Any] | None = None
 ) -> list[int]:
     """The tokens of a prompt as in training, for a decoder to go on from; messages go through the chat template."""
 
     frame = Frame.of(tokenizer)
-    written = [prompt] if isinstance(prompt, str) else [str(message.get("content", "")) for message in prompt]
-    if any(_SURROGATE.search(text) for text in written):
-        raise DataError("the prompt holds bytes that are not UTF-8 text: write it in UTF-8.")
     if isinstance(prompt, str):
-        return frame.opened(frame.ids([prompt])[0])
-    return frame.ids(render(tokenizer, [list(prompt)], ["the prompt"], open_answer=True, tools=tools))[0]
+        return frame.opened(frame.ids([as_text(prompt)])[0])
+    for message in prompt:
+        as_text(str(message.get("content", "")))
+    text = render(tokenizer, [list(prompt)], ["the prompt"], open_answer=True, tools=tools)[0]
+    check_reaches(tokenizer, prompt, tools, "the prompt", set())
+    return frame.ids([text])[0]
 
 
 def causal(frame: Frame, max_length: int, truncate: str) -> Encode:
@@ -268,11 +277,17 @@ def _rendered(
     open_answer: bool,
     tools: list[Any] | None,
 ) -> list[str]:
-    made = [list(each) for each in conversations]
-    if takes_parts(tokenizer):
-        made = [[_in_parts(message) for message in each] for each in made]
+    made = [_as_taken(tokenizer, each) for each in conversations]
     texts: Any = tokenizer.apply_chat_template(made, tools=tools, tokenize=False, add_generation_prompt=open_answer)
     return list(texts)
+
+
+def _as_taken(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
+    """Messages in the form that the chat template takes: contents in parts, arguments of calls as JSON."""
+    made = [_in_parts(message) for message in messages] if takes_parts(tokenizer) else list(messages)
+    if any(message.get("tool_calls") for message in made) and takes_json(tokenizer):
+        made = [_with_json(message) for message in made]
+    return made
 
 
 _PARTS: dict[str, bool] = {}
@@ -283,16 +298,47 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes a text only where it is a part of a content, as those of models that see images do."""
     template = str(tokenizer.chat_template)
     if template not in _PARTS:
-        probe: list[Message] = [{"role": "user", "content": "weftlora"}]
-        found = []
-        for messages in (probe, [_in_parts(probe[0])]):
-            try:
-                text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            except Exception:
-                text = ""
-            found.append("weftlora" in text)
+        probe: Message = {"role": "user", "content": "weftlora"}
+        found = ["weftlora" in (_probed(tokenizer, [each]) or "") for each in (probe, _in_parts(probe))]
         _PARTS[template] = found == [False, True]
     return _PARTS[template]
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str | None:
+    """What the template makes of messages of ours; None where it refuses them."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # see `render`
+        return None
+
+
+_JSON: dict[str, bool] = {}
+"""Of each template seen, whether it takes the arguments of a call as JSON only."""
+
+
+def takes_json(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template puts the arguments of a call down as they stand: it refuses a mapping, or writes it as Python does."""
+    template = str(tokenizer.chat_template)
+    if template not in _JSON:
+        call = {"id": "call00000", "type": "function", "function": {"name": "f", "arguments": {"weftlora": "a"}}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        asked: Message = {"role": "user", "content": "a"}
+        told = [[asked, each] for each in (said, _with_json(said))]
+        if takes_parts(tokenizer):
+            told = [[_in_parts(message) for message in each] for each in told]
+        mapping, text = (_probed(tokenizer, each) for each in told)
+        _JSON[template] = (mapping is None or "'weftlora'" in mapping) and '"weftlora"' in (text or "")
+    return _JSON[template]
+
+
+def _with_json(message: Message) -> Message:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        held = call.get("function") if isinstance(call.get("function"), dict) else call
+        if isinstance(arguments := held.get("arguments"), dict):
+            held = {**held, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        calls.append({**call, "function": held} if "function" in call else held)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _in_parts(message: Message) -> Message:
@@ -483,7 +529,7 @@ def _by_marks(
     if not _MARKED.search(template):
         return None
     _, marks = render_jinja_template(
-        conversations=[list(messages)],
+        conversations=[_as_taken(tokenizer, messages)],
         tools=tools,
         chat_template=template,
         return_assistant_tokens_mask=True,
@@ -494,33 +540,66 @@ def _by_marks(
     return [(*mark, number) for mark, number in zip(marks[0], spoken, strict=True) if number in turns]
 
 
-def check_reaches(tokenizer: PreTrainedTokenizerBase, row: Example, known: set[tuple[str, str]]) -> None:
-    """Refuse what the template would leave out of a row: a system message, tools, keys of a message. Raises DataError.
+def check_reaches(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: list[Any] | None,
+    where: str,
+    known: set[tuple[Any, ...]],
+) -> None:
+    """Refuse what the template would leave out of a conversation: a message, tools, keys of a message. Raises DataError.
 
-    A key that was seen to reach the text, or to number messages only, is added to `known` and not looked at again.
+    What was seen to reach the text, or to number messages only, is added to `known` and not looked at again: keys by who has them,
+    messages by who says them, whether they come first, and whether calls or tools stand beside them.
     """
-    keys = {(message["role"], key) for message in row.messages for key in message} - known
-    whole = None
-    for role, key in sorted((role, key) for role, key in keys if key not in ("role", "content", *PAIRED)):
-        whole = whole if whole is not None else _text_of(tokenizer, row.messages, row.tools, row.where)
-        without = [
-            {k: v for k, v in message.items() if k != key or message["role"] != role} for message in row.messages
-        ]
-        if _text_of(tokenizer, without, row.tools, row.where) == whole:
+    said = [
+        kind if str(each.get("content") or "").strip() else None
+        for each, kind in zip(messages, _kinds(messages, tools), strict=True)
+    ]
+    keys = {(each["role"], key) for each in messages for key in each if key not in ("role", "content", *PAIRED)} - known
+    given = tools is not None and ("", "tools") not in known
+    if not (keys or given or {*said} - known - {None}):
+        return
+    whole = _text_of(tokenizer, messages, tools, where)
+    if whole is None:
+        return  # which is an error of its own
+    for number, (message, kind) in enumerate(zip(messages, said, strict=True)):
+        if kind is None or kind in known:
+            continue
+        role, content = message["role"], message["content"]
+        other = {**message, "content": f"{content} weftlora"}
+        if _text_of(tokenizer, [*messages[:number], other, *messages[number + 1 :]], tools, where) == whole:
+            what = f"the {role} message" if number == 0 else f"message {number + 1}, of the {role},"
+            what += " whose text stands beside tool calls," if message.get("tool_calls") else ""
+            first = number == 0 and role in ("system", "developer")
+            cure = (
+                "put it before the first user's, as data.system=fold does"
+                if first
+                else "give a template that writes it"
+            )
+            raise DataError(f"{where}: the chat template leaves {what} out: {cure}.")
+        known.add(kind)
+    for role, key in sorted(keys):
+        without = [{k: v for k, v in message.items() if k != key or message["role"] != role} for message in messages]
+        if _text_of(tokenizer, without, tools, where) == whole:
             raise DataError(
-                f"{row.where}: a message of the {role} has the key {key!r}, which the chat template leaves out: set "
-                f"data.ignore={key}, or give a template that writes it."
+                f"{where}: a message of the {role} has the key {key!r}, which the chat template leaves out: leave "
+                f"it out too (data.ignore={key}), or give a template that writes it."
             )
         known.add((role, key))
-    if row.tools is not None and ("", "tools") not in known:
-        if _text_of(tokenizer, row.messages, None, row.where) == _text_of(
-            tokenizer, row.messages, row.tools, row.where
-        ):
+    if given:
+        if _text_of(tokenizer, messages, None, where) == whole:
             raise DataError(
-                f"{row.where}: the row has tools, which the chat template leaves out: set data.ignore=tools, or give a template for "
-                "tools."
+                f"{where}: it has tools, which the chat template leaves out: leave them out too (data.ignore=tools), or give a "
+                "template for tools."
             )
         known.add(("", "tools"))
+
+
+def _kinds(messages: Sequence[Message], tools: list[Any] | None) -> Iterator[tuple[Any, ...]]:
+    """What decides whether a template writes a message, as far as it can be told."""
+    for number, message in enumerate(messages):
+        yield message["role"], number == 0, bool(message.get("tool_calls")), tools is not None
 
 
 def _text_of(
@@ -541,21 +620,16 @@ def chat(frame: Frame, max_length: int, truncate: str, answers: str = "all", fol
     """Labels on what the assistant says; what follows the last learned answer is left out."""
     tokenizer = frame.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    known: set[tuple[str, str]] = set()
+    known: set[tuple[Any, ...]] = set()
     compared = 0
 
     def encode(rows: Sequence[Example]) -> list[list[Encoded]]:
         for row in rows:
-            if row.tools is not None or any(len(message) > 2 for message in row.messages):
-                check_reaches(tokenizer, row, known)
+            messages = fold_system(row.messages) if fold else row.messages
+            plain = row.tools is None and all(len(message) == 2 for message in messages)
+            if not (plain and all(kind in known for kind in _kinds(messages, None))):
+                check_reaches(tokenizer, messages, row.tools, row.where, known)
         spoken = talks(tokenizer, rows, answers, fold)
-        for row, held in zip(rows, spoken, strict=True):
-            first = row.messages[0]
-            if first["role"] == "system" and not fold and first["content"].strip() not in held[0].text:
-                raise DataError(
-                    f"{row.where}: the chat template leaves the system message out: set data.system=fold to put it before the "
-                    "first user's."
-                )
         flat = [talk for held in spoken for talk in held]
         nonlocal compared
         done = iter(_tokenised(tokenizer, flat, max(0, COMPARED - compared)))

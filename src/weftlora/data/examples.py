@@ -482,10 +482,14 @@ def _conversation(row: Row, source: Source, columns: Columns, domain: str | None
 def _tools(row: Row, source: Source, columns: Columns) -> list[Any] | None:
     if "tools" not in columns.of or not filled(tools := row.values.get("tools")):
         return None
+    return _descriptions(tools, row, source)
+
+
+def _descriptions(tools: Any, row: Row, source: Source) -> list[Any] | None:
     if isinstance(tools, str):
         tools = _parsed(tools)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _bad(row, source, "column 'tools' is not a list of tool descriptions; give JSON objects.")
+        raise _bad(row, source, "'tools' is not a list of tool descriptions; give JSON objects.")
     return tools or None
 
 
@@ -558,6 +562,16 @@ def _messages(row: Row, source: Source, column: str, ignore: Sequence[str]) -> t
         messages.append(message)
         flags.append(flag)
     return messages, flags
+
+
+def messages_of(turns: Sequence[Any], name: str) -> list[Message]:
+    """Messages that stand in no row, in the form that those of rows are given. Raises DataError, which calls them `name`."""
+    return _messages(Row({"messages": list(turns)}, 0), Source(name, (), {}), "messages", ())[0]
+
+
+def tools_of(tools: Any, name: str) -> list[Any] | None:
+    """As `messages_of`, the tools of a conversation; None where there are none."""
+    return _descriptions(tools, Row({}, 0), Source(name, (), {})) if filled(tools) else None
 
 
 def _message(

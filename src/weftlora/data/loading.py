@@ -325,6 +325,10 @@ class Encoder:
             tokens=tokens,
             answer_tokens=int(books["answer_tokens"].sum()) if len(held) else 0,
         )
+        if not counts.read:
+            raise DataError(
+                f"no row of {split.name} is drawn with the weight that data.train gives it: raise the weight."
+            )
         if not len(held):
             raise DataError(
                 f"no row of {split.name} is left to use: of {counts.read}, {counts.empty} are empty and {counts.dropped} "

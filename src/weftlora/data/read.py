@@ -66,8 +66,8 @@ class Source:
 
 
 def place(name: str | Path, line: int, unit: str = "line") -> str:
-    """How an error names a row: `rows.jsonl, line 17`."""
-    return f"{name}, {unit} {line}"
+    """How an error names a row: `rows.jsonl, line 17`; what is no row has no line (0)."""
+    return f"{name}, {unit} {line}" if line else str(name)
 
 
 def bad_row(name: str | Path, line: int, what: str, unit: str = "line") -> DataError:
@@ -183,6 +183,8 @@ def read_saved(folder: Path, split: str | None = None) -> Source:
             "write it with Dataset.save_to_disk, or name a file in it."
         ) from None
     if isinstance(saved, datasets.Dataset):
+        if split is not None:
+            raise DataError(f"{folder} is one saved split, not several, so it has no {split!r}: leave out data.split.")
         return _source(saved, folder)
     held = {str(name): _source(part, folder / str(name)) for name, part in saved.items()}
     return of_splits(held, str(folder), split, "name one split's folder instead")

@@ -66,6 +66,7 @@ def _sources(
 ) -> dict[str, list[tuple[Source, float]]]:
     """The sources of each split that is given; one training source with further splits supplies those that are not."""
     sources: dict[str, list[tuple[Source, float]]] = {}
+    _check_split(config, base_dir)
     for split in splits:
         written = named(getattr(config, split))
         if not written and config.train == DEMO:
@@ -75,6 +76,17 @@ def _sources(
         if not written and len(sources.get("train", ())) == 1 and split in (parts := sources["train"][0][0].parts):
             sources[split] = [(parts[split], 1.0)]
     return sources
+
+
+def _check_split(config: DataConfig, base_dir: str | os.PathLike[str] | None) -> None:
+    """Refuse to name a split of what has none. Raises ConfigError."""
+    names = [(name, resolve_path(name, base_dir)) for name, _ in named(config.train) if name != DEMO]
+    if config.split is None or any(path.is_dir() or hub_name(name, path) is not None for name, path in names):
+        return
+    raise ConfigError(
+        f"data.split={config.split!r} names a split of a folder or of a data set, and data.train={config.train!r} has no splits: "
+        "leave it out, or name the file of that split."
+    )
 
 
 def _source(

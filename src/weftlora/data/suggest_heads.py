@@ -26,7 +26,7 @@ from typing import Any
 from weftlora.errors import ConfigError, DataError
 from weftlora.extras import needs
 from weftlora.records import Record
-from weftlora.settings import is_whole
+from weftlora.settings import check_seed, is_whole
 
 CLEAR = 0.05
 """A bend below it is a curve as good as straight: texts without clusters have no elbow."""
@@ -182,6 +182,7 @@ def _clusters(features: Any, k: int, seed: int) -> tuple[float, list[int]]:
 
 
 def _check(largest: int, rows: int, seed: int) -> None:
-    for name, value, least in (("largest", largest, 3), ("rows", rows, 10), ("seed", seed, 0)):
+    for name, value, least in (("largest", largest, 3), ("rows", rows, 10)):
         if not is_whole(value, least):
             raise ConfigError(f"suggest_heads({name}={value!r}) is out of range: use a whole number from {least} up.")
+    check_seed(seed, "suggest_heads: seed")

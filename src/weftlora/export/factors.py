@@ -41,6 +41,10 @@ class Pair:
         room = rank - self.rank
         return Pair(F.pad(self.a, (0, 0, 0, room)), F.pad(self.b, (0, room)))
 
+    def transposed(self) -> Pair:
+        """The pair of ΔWᵀ."""
+        return Pair(self.b.T, self.a.T)
+
     def delta(self) -> Tensor:
         """ΔW [out, in]."""
         return self.b @ self.a
@@ -66,6 +70,10 @@ class Stack:
     def padded(self, rank: int) -> Stack:
         """The same products with `rank` slots."""
         return Stack(self.pairs, rank)
+
+    def transposed(self) -> Stack:
+        """The stack of ΔWᵀ."""
+        return Stack(tuple(pair.transposed() for pair in self.pairs), self.room)
 
     @property
     def a(self) -> Tensor:

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from weftlora.adapted.experts import WeftExperts, WeftExpertWeight
+from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, cubes
 from weftlora.adapted.updates import base_of
 from weftlora.disk.files import restore, unfinished, why_no_file, write_folder, writing
 from weftlora.disk.lock import beside, holding
@@ -150,7 +150,7 @@ def stock_keys(source: Source, sites: Collection[str]) -> dict[str, str]:
     keys = {name: name for name in sites}
     for path, module in base_of(source.model).named_modules():
         if isinstance(module, WeftExperts):
-            own = [n for n, _ in module.base_layer.named_parameters(recurse=False) if f"{path}.{n}" in keys]
+            own = [n for n in cubes(module.base_layer) if f"{path}.{n}" in keys]
             for depth, name in enumerate(reversed(own)):
                 keys[f"{path}.{name}"] = path + ".base_layer" * depth
     return keys

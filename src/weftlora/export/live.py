@@ -23,6 +23,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.experts import make_experts_plain
 from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.quantised import is_quantised
@@ -106,6 +107,7 @@ def dequantise(own: nn.Module, original: Checkpoint | None = None) -> None:
             w = (layer.base_matrix() if original is None else OriginalWeight(layer, original)()).float()
             layer.put_base(conv1d(base, w) if isinstance(base, Conv1D) else linear(base, w))
     inside = tuple(f"{name}." for name in adapted)
+    make_experts_plain(own)
     for name, module in list(own.named_modules()):
         if name in adapted or name.startswith(inside) or not isinstance(getattr(module, "in_features", None), int):
             continue

@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from weftlora.adapted.experts import WeftExpertWeight
+from weftlora.adapted.experts import WeftExpertWeight, experts_in_fewer_bits
 from weftlora.adapted.quantised import format_of
 from weftlora.adapted.updates import base_of
 from weftlora.errors import AdapterError, ConfigError, MergeError
@@ -66,7 +66,7 @@ def export(source: Source, out: Path, choices: Choices, inputs: Inputs | None, g
         found = pairs(source, measured)
         drawn = drawn_parts(source)
         heads = trained_modules(base_of(source.model), source.adapters) | in_full(drawn, found)
-        sites = laid_out(found, choices)
+        sites = laid_out(as_stock_reads(source, found), choices)
         config = config_of(source, {name: pair.rank for name, pair in sites.items()}, list(drawn), choices.base_name)
         bare = LoraExport(
             folder=out,
@@ -98,7 +98,7 @@ def plainly(own: nn.Module, source: Source) -> Source:
 
     A quantised base is dequantised for it, and stands in a folder of its own for the length of the proof.
     """
-    if format_of(base_of(own)) is None:
+    if format_of(base_of(own)) is None and not experts_in_fewer_bits(own):
         return source
     live.dequantise(own)
     return replace(source, base=None)
@@ -166,6 +166,14 @@ def pairs(source: Source, gates: Gates) -> dict[str, Pair | Stack]:
         else:
             found[name] = combined(closed_form(layer.site(a), gates.get(a, {}).get(name)) for a in mine)
     return found
+
+
+def as_stock_reads(source: Source, found: Mapping[str, Pair | Stack]) -> dict[str, Pair | Stack]:
+    """The same updates; those of experts whose sides stock peft takes for one another as the pairs of ΔWᵀ."""
+    turned = {
+        layer.module_name for layer in source.layers if isinstance(layer, WeftExpertWeight) and layer.turned_by_stock
+    }
+    return {name: update.transposed() if name in turned else update for name, update in found.items()}
 
 
 def laid_out(found: Mapping[str, Pair | Stack], choices: Choices) -> dict[str, Pair | Stack]:

@@ -288,4 +288,5 @@ def _round(event: dict[str, Any], subject: Subject) -> RankRound:
         taken=[(str(name), int(slot), score) for name, slot, score in event["pruned"]],
         made=[(str(name), int(slot)) for name, slot in event["added"]],
         ranks={name: int(event["ranks"][name]) for name in subject.sites},
+        way=str(event["score"]) if event.get("score") else None,
     )

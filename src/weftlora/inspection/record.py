@@ -86,13 +86,15 @@ class Layers:
 
 @dataclass(frozen=True)
 class RankRound:
-    """One round of moving rank slots. `taken`: (site, slot, score); `made`: (site, slot); `ranks`: live slots after it."""
+    """One round of moving rank slots. `taken`: (site, slot, score); `made`: (site, slot); `ranks`: live slots after it; `way`: how
+    slots were scored ("taylor (auto)" where weftlora chose it), None in a run of before that was told."""
 
     step: int
     round: int
     taken: list[tuple[str, int, float | None]]
     made: list[tuple[str, int]]
     ranks: dict[str, int]
+    way: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class RankHistory:
     source: str
     before: dict[str, int]
     rounds: list[RankRound]
+
+    @property
+    def told(self) -> str:
+        """Its rounds and how they scored slots, in words."""
+        ways = [way for way in dict.fromkeys(each.way for each in self.rounds) if way]
+        return _count(len(self.rounds), "round") + (f", scored by {' and '.join(ways)}" if ways else "")
 
 
 @dataclass(frozen=True)
@@ -381,9 +389,7 @@ def _ranks(found: Inspection) -> list[str]:
     now = sum(site.rank for site in found.sites)
     empty = sum(site.rank == 0 for site in found.sites)
     none = f"; {_count(empty, 'module')} ended without any" if empty else ""
-    return [
-        f"{_count(taken, 'move')} of rank slots in {_count(len(found.history.rounds), 'round')}, among {now}{none}."
-    ]
+    return [f"{_count(taken, 'move')} of rank slots in {found.history.told}, among {now}{none}."]
 
 
 def _layers(found: Inspection) -> list[str]:

@@ -22,18 +22,9 @@ site use `reference`.
 from weftlora.kernel.dropout import draw
 from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import AXES, Axis, Factors, Role, RouterInput, Slots, Work, delta_weight, used
-from weftlora.kernel.fast_path import (
-    Linear,
-    Switches,
-    add_low_rank,
-    add_read,
-    current,
-    gated_mlp,
-    linears,
-    switched,
-    use_reference,
-)
+from weftlora.kernel.fast_path import Linear, add_low_rank, add_read, gated_mlp, linears
 from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
+from weftlora.kernel.switches import Switches, current, switched, triton_runs, use_reference
 
 __all__ = [
     "AXES",
@@ -58,6 +49,7 @@ __all__ = [
     "linears",
     "reference",
     "switched",
+    "triton_runs",
     "use_reference",
     "used",
 ]

@@ -13,6 +13,9 @@ word, 1 with the probability 2⁸ · rest. So each element is dropped with proba
 are correlated by less than 1e-4 (they share an event of probability 2⁻⁸ at most), all others not at all.
 Drawing takes nine random words for 64 elements; torch's own dropout on a CPU draws one for each.
 
+Where the Triton kernels run (`weftlora.kernel.switches`), the seed is one of numbers that are counted (`weftlora.kernel.philox`), so a
+kernel makes the part of a mask that it needs where it needs it, and again in the backward. p is then exact to 2⁻³².
+
 Every mask takes one seed from torch's global CPU generator, so `torch.manual_seed`, checkpoints of the generator's state
 and gradient checkpointing govern it as they do torch's own dropout. Off the CPU only that seed is kept and the mask is made
 again in the backward. Under `torch.compile` both steps are opaque custom ops: traced, they took ten times as long.
@@ -29,18 +32,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weftlora.kernel.philox import threshold, words
+from weftlora.kernel.switches import triton_runs
+
 DIGITS = 8  # of p that are drawn per lane
 
 
 def draw(x: Tensor, p: float, width: int | None = None) -> Tensor:
     """Bits of a fresh mask for x [..., in], or for as many tokens of another width, on the device of x.
 
-    On a CPU uint8 [⌈numel/8⌉], packed; elsewhere a seed, int64 [] on the CPU.
+    On a CPU uint8 [⌈numel/8⌉], packed; elsewhere a seed, int64 [] on the CPU. The seed of a counted mask is int64 [1].
     """
     count = x.numel() if width is None else x.shape[:-1].numel() * width
-    return (
-        cast(Tensor, torch.ops.weftlora.draw_mask(x, count, p)) if torch.compiler.is_compiling() else _draw(x, count, p)
-    )
+    how = count, p, triton_runs(x.device, x.dtype)
+    return cast(Tensor, torch.ops.weftlora.draw_mask(x, *how)) if torch.compiler.is_compiling() else _draw(x, *how)
+
+
+def is_counted(bits: Tensor) -> bool:
+    """Whether these are the seed of a mask that any kernel can make a part of."""
+    return bits.dtype == torch.int64 and bits.dim() == 1
 
 
 def masked(x: Tensor, bits: Tensor, p: float) -> Tensor:
@@ -57,9 +67,9 @@ def dropped(x: Tensor, p: float, bits: Tensor | None = None) -> Tensor:
     return x * keep / (1 - p)
 
 
-def _draw(x: Tensor, count: int, p: float) -> Tensor:
-    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    if x.device.type != "cpu":
+def _draw(x: Tensor, count: int, p: float, counted: bool = False) -> Tensor:
+    seed = torch.randint(2**63 - 1, (1,) if counted else (), dtype=torch.int64, device="cpu")
+    if counted or x.device.type != "cpu":
         return seed
     return torch.from_numpy(packed_bits(count, p, int(seed)))
 
@@ -85,6 +95,13 @@ def packed_bits(count: int, p: float, seed: int) -> np.ndarray[tuple[int], np.dt
 
 
 def _masked(x: Tensor, bits: Tensor, p: float) -> Tensor:
+    if is_counted(bits):
+        if triton_runs(x.device, x.dtype):
+            from weftlora.kernel.triton.launches import masked_by_count
+
+            return masked_by_count(x, int(bits), p)
+        drawn = words(int(bits), x.shape[:-1].numel(), x.shape[-1], x.device)
+        return torch.where((drawn >= threshold(p)).view(x.shape), x, torch.zeros_like(x))
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(int(bits))
         keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # not as x: its strides would decide who is dropped
@@ -111,14 +128,14 @@ def _table(size: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
 
 
 @torch.library.custom_op("weftlora::draw_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _draw_op(x: Tensor, count: int, p: float) -> Tensor:
-    return _draw(x, count, p)
+def _draw_op(x: Tensor, count: int, p: float, counted: bool) -> Tensor:
+    return _draw(x, count, p, counted)
 
 
 @_draw_op.register_fake
-def _(x: Tensor, count: int, p: float) -> Tensor:
-    if x.device.type != "cpu":
-        return torch.empty((), dtype=torch.int64, device="cpu")
+def _(x: Tensor, count: int, p: float, counted: bool) -> Tensor:
+    if counted or x.device.type != "cpu":
+        return torch.empty((1,) if counted else (), dtype=torch.int64, device="cpu")
     return torch.empty((count + 7) // 8, dtype=torch.uint8, device="cpu")
 
 

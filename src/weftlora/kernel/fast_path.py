@@ -1,19 +1,12 @@
-"""The ways into the autograd node, and the switches that close them.
+"""The ways into the autograd node.
 
-A site's update goes onto the output of another module, or is computed with the linears themselves. What may be done holds for the
-whole process, from the environment at the start, and within a `with` block:
-
-    WEFT_REFERENCE=1    every site computes the equation in einsums, after its base layer
-    WEFT_GROUPS=0       no node spans several linears that read one input
-    WEFT_MLP=0          no node spans a gated MLP
+A site's update goes onto the output of another module, or is computed with the linears themselves. `weftlora.kernel.switches` says
+which ways are open.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,43 +17,7 @@ from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import Work, branch, by_part, joined, like, mixture, softmax, used, without_autocast
 from weftlora.kernel.gated_mlp_node import run_gated
 from weftlora.kernel.node import Member, Parts, Plan, run
-
-
-@dataclass(frozen=True)
-class Switches:
-    """`reference`: the plain equation everywhere. `groups`, `mlp`: nodes that span several linears."""
-
-    reference: bool = False
-    groups: bool = True
-    mlp: bool = True
-
-
-_current = Switches(
-    reference=os.environ.get("WEFT_REFERENCE") == "1",
-    groups=os.environ.get("WEFT_GROUPS") != "0",
-    mlp=os.environ.get("WEFT_MLP") != "0",
-)
-
-
-def current() -> Switches:
-    """The switches as they are now. Under `torch.jit.trace` the reference, as its files hold no Python functions."""
-    return replace(_current, reference=True) if torch._C._get_tracing_state() is not None else _current
-
-
-@contextmanager
-def switched(**to: bool) -> Iterator[None]:
-    """Within the block the switches named have these values; nested blocks and errors leave what was before."""
-    global _current
-    before, _current = _current, replace(_current, **to)
-    try:
-        yield
-    finally:
-        _current = before
-
-
-def use_reference(on: bool = True) -> AbstractContextManager[None]:
-    """Within the block every site computes with `reference` (or, with False, with the fast path)."""
-    return switched(reference=on)
+from weftlora.kernel.switches import current, triton_runs
 
 
 def add_low_rank(y: Tensor, x: Tensor, work: Work) -> Tensor:
@@ -136,7 +93,7 @@ def _planned(
                 b.mix,
             )
         )
-    return Plan(tuple(found), len(masks), p), masks, tensors
+    return Plan(tuple(found), len(masks), p, triton_runs(x.device, x.dtype)), masks, tensors
 
 
 def _tell(works: Sequence[Work], omegas: Sequence[Tensor]) -> None:

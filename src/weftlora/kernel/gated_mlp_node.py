@@ -20,7 +20,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from weftlora.kernel.factors import without_autocast
-from weftlora.kernel.node import Parts, Plan, backward, flat, gated, latents_of, read, shaped, split, spread, up
+from weftlora.kernel.node import Parts, Plan, backward, flat, latents_of, read, shaped, split, spread, up
 
 FIELDS = len(Parts._fields)
 
@@ -78,10 +78,10 @@ class GatedMlp(Function):
         x_ti = x.reshape(-1, x.shape[-1])
         seen = read(x_ti, inner, each[:2], first)
         members = (*inner.members, *outer.members)
-        e, a = (up(*of[:2], x_ti, gated(*of)) for of in zip(inner.members, each[:2], seen, strict=True))
+        e, a = (up(inner, *of[:2], x_ti, of[2]) for of in zip(inner.members, each[:2], seen, strict=True))
         hidden = ACTIVATIONS[activation].value(e).mul_(a)
         seen += read(hidden, outer, each[2:], second)
-        y = up(members[2], each[2], hidden, gated(members[2], each[2], seen[2]))
+        y = up(outer, members[2], each[2], hidden, seen[2])
         ctx.plans = activation, inner, outer
         ctx.save_for_backward(x, e, a, *tensors, *flat(seen))
         ctx.set_materialize_grads(False)

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from weftlora.kernel.dropout import draw, masked
 from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import Factors, Slots, Work, branch, mixture, softmax, used, without_autocast
-from weftlora.kernel.fast_path import current
 from weftlora.kernel.node import fast_width
+from weftlora.kernel.switches import current
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ are cast to x's dtype inside, W only under autocast. Where another module comput
 A plan holds what of the linears is no tensor. Autograd takes and saves their tensors in one flat row: `flat` makes it, `split` and
 `latents_of` read it. Small products are brought into the shapes that GEMMs are fast in.
 
+Where a plan says `triton`, the products are those of `weftlora.kernel.triton`, and nothing is padded or cast before: dropout, the
+mixture of heads and casts happen inside them.
+
 The backward is no formula of differentiable steps: a second one raises (`once_differentiable`). What needs it uses
 `weftlora.kernel.reference`.
 """
@@ -25,8 +28,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from weftlora.kernel.dropout import masked
+from weftlora.kernel.dropout import is_counted, masked
 from weftlora.kernel.factors import mixture, mixture_backward, softmax, used, without_autocast
+from weftlora.kernel.triton import products
 
 
 class Member(NamedTuple):
@@ -53,11 +57,12 @@ class Parts(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A node's members and masks; p is the masks' probability."""
+    """A node's members and masks; p is the masks' probability. `triton`: whose its products are, in the backward as in the forward."""
 
     members: tuple[Member, ...]
     masks: int
     p: float
+    triton: bool = False
 
 
 class Latents(NamedTuple):
@@ -158,7 +163,9 @@ class LowRankLinears(Function):
         masks, each = cast("tuple[Tensor, ...]", tensors[: plan.masks]), split(tensors[plan.masks :])
         x_ti = x.reshape(-1, x.shape[-1])
         latents = read(x_ti, plan, each, masks)
-        outputs = [shaped(up(*of[:2], x_ti, gated(*of)), x) for of in zip(plan.members, each, latents, strict=True)]
+        outputs = [
+            shaped(up(plan, m, own, x_ti, seen), x) for m, own, seen in zip(plan.members, each, latents, strict=True)
+        ]
         told = [cast(Tensor, seen.omega) for m, seen in zip(plan.members, latents, strict=True) if m.told]
         ctx.plan = plan
         kept = [own._replace(base=None) for own in each]
@@ -191,11 +198,22 @@ def read(x: Tensor, plan: Plan, each: Sequence[Parts], masks: Sequence[Tensor]) 
     found: list[Tensor] = [x] * len(rows)
     for source in sorted(set(sources)):
         own = [i for i, s in enumerate(sources) if s == source]
-        x_s = x if source < 0 else masked(x, masks[source], plan.p)
-        u = F.linear(x_s, stacked([rows[i] for i in own], x))
+        if plan.triton:
+            x_s, mask = _source(x, source, masks, plan.p)
+            u = products.read(x_s, [rows[i] for i in own], mask, plan.p)
+        else:
+            x_s = x if source < 0 else masked(x, masks[source], plan.p)
+            u = F.linear(x_s, stacked([rows[i] for i in own], x))
         for i, part in zip(own, taken_apart(u, [rows[i].shape[0] for i in own], 1), strict=True):
             found[i] = part
     return _latents(plan, each, found)
+
+
+def _source(x: Tensor, source: int, masks: Sequence[Tensor], p: float) -> tuple[Tensor, Tensor | None]:
+    """What a kernel reads: x and a mask that it makes itself, or, of a mask that was drawn otherwise, x through it and none."""
+    if source < 0:
+        return x, None
+    return (x, masks[source]) if is_counted(masks[source]) else (masked(x, masks[source], p), None)
 
 
 def _rows(plan: Plan, each: Sequence[Parts], x: Tensor) -> tuple[list[Tensor], list[int]]:
@@ -203,7 +221,7 @@ def _rows(plan: Plan, each: Sequence[Parts], x: Tensor) -> tuple[list[Tensor], l
     rows: list[Tensor] = []
     sources: list[int] = []
     for m, own in zip(plan.members, each, strict=True):
-        rows.append(own.down if m.heads else padded_rows(own.down, x))
+        rows.append(own.down if m.heads or plan.triton else padded_rows(own.down, x))
         sources.append(m.mask)
         if own.route is not None:
             rows.append(own.route)
@@ -226,23 +244,30 @@ def _latents(plan: Plan, each: Sequence[Parts], found: Sequence[Tensor]) -> list
     return latents
 
 
-def gated(m: Member, own: Parts, seen: Latents) -> Tensor:
+def gated(plan: Plan, m: Member, seen: Latents) -> Tensor:
     """h of one member, as many columns as GEMMs are fast in."""
     if seen.omega is None:
         return seen.u
+    if plan.triton:
+        return products.mix(seen.u, seen.omega, m.r, m.top)
     h = mixture(seen.u, used(seen.omega, m.top), m.r)
     return F.pad(h, (0, fast_width(h.shape[1], h) - h.shape[1]))
 
 
-def up(m: Member, own: Parts, x: Tensor, h: Tensor) -> Tensor:
+def up(plan: Plan, m: Member, own: Parts, x: Tensor, seen: Latents) -> Tensor:
     """x Wᵀ + b + s h B̃ᵀ [t, out] of x [t, in]; the sum is formed in place unless another module's output is added to."""
-    columns = padded_columns(own.up, h.shape[1], x).T
+    h = gated(plan, m, seen)
     if own.base is not None:
         y = own.base.reshape(-1, own.base.shape[-1])
+        if plan.triton and y.dtype == h.dtype:
+            return products.write(y, h, own.up, m.scale)
+        columns = padded_columns(own.up, h.shape[1], x).T
         return torch.addmm(y, h.to(y.dtype), columns.to(y.dtype), alpha=m.scale)
     weight = cast(Tensor, own.weight).to(x.dtype)
-    y = F.linear(x, weight, None if own.bias is None else own.bias.to(x.dtype))
-    return y.addmm_(h, columns, alpha=m.scale)
+    bias = None if own.bias is None else own.bias.to(x.dtype)
+    if plan.triton:
+        return products.linear(x, weight, bias, h, own.up, m.scale)
+    return F.linear(x, weight, bias).addmm_(h, padded_columns(own.up, h.shape[1], x).T, alpha=m.scale)
 
 
 def shaped(y: Tensor, like: Tensor) -> Tensor:
@@ -271,7 +296,7 @@ def backward(
     through: list[Tensor | None] = []
     for m, own, seen, g, gomega in zip(plan.members, each, latents, grads, gomegas, strict=True):
         g_to = None if g is None else g.reshape(-1, g.shape[-1])
-        gu, gq, gmix, gup = member_backward(m, own, seen, g_to, gomega, x)
+        gu, gq, gmix, gup = member_backward(plan, m, own, seen, g_to, gomega, x)
         found.append([None, None, g if own.weight is None else None, None, gup, None, gmix])
         through += [gu] if own.route is None else [gu, gq]
     reads, grows = read_backward(x.reshape(-1, x.shape[-1]), plan, each, masks, through)
@@ -285,20 +310,24 @@ def backward(
 
 
 def member_backward(
-    m: Member, own: Parts, seen: Latents, g: Tensor | None, gomega: Tensor | None, x: Tensor
+    plan: Plan, m: Member, own: Parts, seen: Latents, g: Tensor | None, gomega: Tensor | None, x: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of u, q, mix and up of one member, given that of its output, g [t, out], and of ω."""
     if g is None and gomega is None:
         return None, None, None, None
     gh = gup = None
     if g is not None:
-        h = gated(m, own, seen)
+        h = gated(plan, m, seen)
         g = g.to(x.dtype)
-        gh = scaled(g, padded_columns(own.up, h.shape[1], x), m.scale)
-        gup = scaled(h.T, g, m.scale)[: own.up.shape[1]].T.to(own.up.dtype)  # hᵀ g: the other form, gᵀ h, takes longer
+        if plan.triton:
+            gh, gup = products.write_backward(g, h, own.up, m.scale)
+        else:
+            gh = scaled(g, padded_columns(own.up, h.shape[1], x), m.scale)
+            gup = scaled(h.T, g, m.scale)[: own.up.shape[1]].T.to(own.up.dtype)  # hᵀ g: gᵀ h takes longer
     if seen.omega is None:
         return gh, None, None, gup
-    gu, glogits = mixture_backward(gh, gomega, seen.u, seen.omega, m.r, m.top)
+    through = products.mix_backward if plan.triton and gh is not None else mixture_backward
+    gu, glogits = through(gh, gomega, seen.u, seen.omega, m.r, m.top)  # type: ignore[arg-type]
     if own.mix is None or seen.q is None:
         return gu, glogits, None, gup
     gq = glogits @ own.mix.to(glogits.dtype)
@@ -322,10 +351,17 @@ def read_backward(
         own = [i for i, s in enumerate(sources) if s == source and through[i] is not None]
         if not own:
             continue
-        matrix = stacked([rows[i] for i in own], x)
-        gu = side_by_side([cast(Tensor, through[i]) for i in own], matrix.shape[0])
-        x_s = x if source < 0 else masked(x, masks[source], plan.p)
-        grows = gu.T @ x_s
+        given = [cast(Tensor, through[i]) for i in own]
+        if plan.triton:
+            matrix = products.below([rows[i] for i in own])
+            gu = side_by_side(given, matrix.shape[0])
+            x_s, mask = _source(x, source, masks, plan.p)
+            grows = products.rows_backward(gu, x_s, matrix.dtype, mask, plan.p)
+        else:
+            matrix = stacked([rows[i] for i in own], x)
+            gu = side_by_side(given, matrix.shape[0])
+            x_s = x if source < 0 else masked(x, masks[source], plan.p)
+            grows = gu.T @ x_s
         for i, part in zip(own, taken_apart(grows, [rows[i].shape[0] for i in own], 0), strict=True):
             found[i] = part
         reads.append(Reading(source, gu, matrix))
@@ -341,6 +377,8 @@ def input_backward(
     reads: Sequence[Reading],
 ) -> Tensor | None:
     """The gradient of x [..., in]: through every W, and through the rows that read it."""
+    if plan.triton:
+        return _input_by_kernels(x, plan, each, masks, grads, reads)
     gx: Tensor | None = None
     for own, g in zip(each, grads, strict=True):
         if g is not None and own.weight is not None:
@@ -352,6 +390,44 @@ def input_backward(
             gx = share if gx is None else gx.add_(share)
         else:
             gx = gu @ matrix if gx is None else gx.addmm_(gu, matrix)
+    return None if gx is None else gx.view(x.shape)
+
+
+def _input_by_kernels(
+    x: Tensor,
+    plan: Plan,
+    each: Sequence[Parts],
+    masks: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    reads: Sequence[Reading],
+) -> Tensor | None:
+    """`input_backward` with the last product through a W in one with what was read of x itself."""
+    gx: Tensor | None = None
+    bases = [
+        (g.reshape(-1, g.shape[-1]), own.weight.to(x.dtype))
+        for own, g in zip(each, grads, strict=True)
+        if g is not None and own.weight is not None
+    ]
+    rest = list(reads)
+    if len(bases) == 1:
+        [(g, weight)] = bases
+        direct = [of for of in rest if of.source < 0]
+        if direct:
+            gx = products.linear(g, weight.T, None, direct[0].gu, direct[0].rows.T, 1.0)
+            rest.remove(direct[0])
+        else:
+            gx = g @ weight
+    else:
+        for g, weight in bases:
+            gx = g @ weight if gx is None else gx.addmm_(g, weight)
+    for source, gu, matrix in rest:
+        mask = None if source < 0 else masks[source]
+        if mask is not None and not is_counted(mask):
+            share = masked(gu @ matrix.to(gu.dtype), mask, plan.p)
+            gx = share if gx is None else gx.add_(share)
+        else:
+            gx = x.new_zeros(x.shape).reshape(-1, x.shape[-1]) if gx is None else gx
+            gx = products.write(gx, gu, matrix.T, 1.0, mask, plan.p, into=True)
     return None if gx is None else gx.view(x.shape)
 
 

@@ -132,6 +132,8 @@ class ReallocateController:
         late = [time for time in (self.choice.first, self.choice.every) if not isinstance(time, int)]
         what = f"the last of {self.choice.max_rounds} rounds of moving ranks"
         check_possible(steps[-1] if steps else None, length, what, late[0] if late else self.choice.first)
+        if not cast(Tensor, self.members[0].site.mask).is_meta and self.rounds == 0:
+            self._check_can_move()
 
     def before_step(self, step: int | None, length: Length) -> None:
         """See `Controller`."""

@@ -26,6 +26,7 @@ from weftlora.search.driver import LayerSearch
 from weftlora.search.finetuning_stage import second_stage, unload
 from weftlora.search.hypergradient import Inner
 from weftlora.search.selection import Candidate, Selection, compare
+from weftlora.settings import check_seed
 from weftlora.terms.layers import SearchedLayers
 
 __all__ = [
@@ -82,6 +83,7 @@ def search_layers(
         RunError: no validation loss was ever a number, or too few blocks are selected and `when_fewer` is "error".
     """
     inner = Inner(lr, batch_size, accumulation, optimizer, schedule, weight_decay, max_grad_norm)
+    check_seed(seed, "search_layers: seed")
     before = [(p, p.requires_grad) for p in model.parameters()]
     adapted, search, own = _searchable(model, config, adapter)
     try:

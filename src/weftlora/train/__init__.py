@@ -147,9 +147,10 @@ def evaluate(
 
 def generate(
     run: Run | str | Path,
-    prompt: str | Sequence[dict[str, str]] | Mapping[str, Any],
+    prompt: str | Sequence[Mapping[str, Any]] | Mapping[str, Any],
     *,
     system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     raw: bool = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -164,6 +165,7 @@ def generate(
     Args:
         prompt: a text; chat messages; or the columns of `data.prompt_template`, by name.
         system: a system turn before it, for runs that were trained on conversations.
+        tools: the tools that it may call, as rows have them in `tools`; for runs that were trained on conversations.
         raw: take the text as it stands, whatever the run was trained on.
         temperature: 0 is greedy; above, tokens are sampled with `seed`.
         base: where the base lies now, if not where the adapter says.
@@ -177,7 +179,7 @@ def generate(
     with needs("train", "weftlora.generate"):
         from weftlora.train import evaluation as module
 
-        return module.generate(run, prompt, system, raw, max_new_tokens, temperature, seed, base)
+        return module.generate(run, prompt, system, raw, max_new_tokens, temperature, seed, base, tools)
 
 
 def chat(

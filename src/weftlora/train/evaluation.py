@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from weftlora.data import IGNORE, Collator, generation_prompts
 from weftlora.data import load as load_data
+from weftlora.data.examples import tools_of
 from weftlora.data.paths import is_model
 from weftlora.disk.files import write_json
 from weftlora.disk.lock import holding
@@ -32,6 +33,7 @@ from weftlora.runs.load import Trained, load_adapter, load_base, load_model, loa
 from weftlora.runs.recipe import Recipe, builtin
 from weftlora.runs.run import Run
 from weftlora.runs.scores import Measured, accuracy, bleu, evaluating, exact_match, macro_f1, mean_loss, rouge_l
+from weftlora.settings import check_seed
 from weftlora.train import prepare as preparing
 from weftlora.train.prompting import Message, Prompt, Prompting, prompt_ids, stop_at_turns
 
@@ -75,11 +77,18 @@ class Speaker:
         return cls(trained, source.how)
 
     def answer(
-        self, prompt: Prompt, system: str | None, raw: bool, max_new_tokens: int, temperature: float, seed: int
+        self,
+        prompt: Prompt,
+        system: str | None,
+        raw: bool,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        tools: list[Any] | None = None,
     ) -> Generation:
         """See `weftlora.train.generate`."""
         tokenizer = self.trained.base.tokenizer
-        ids = prompt_ids(self.trained, self.how.written(prompt, system, raw))
+        ids = prompt_ids(self.trained, self.how.written(prompt, system, raw), tools)
         started = time.monotonic()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
@@ -107,20 +116,25 @@ def generate(
     temperature: float,
     seed: int,
     base: str | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> Generation:
     """See `weftlora.train.generate`."""
-    check_sampling(max_new_tokens, temperature)
+    check_sampling(max_new_tokens, temperature, seed)
     given = Source.of(source, base)
-    given.how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
-    return Speaker.opened(given).answer(prompt, system, raw, max_new_tokens, temperature, seed)
+    written = given.how.written(prompt, system, raw)  # what is wrong with it is said before anything is loaded
+    held = tools_of([dict(each) if isinstance(each, Mapping) else each for each in tools or ()], "the prompt")
+    if held is not None and isinstance(written, str):
+        raise ConfigError("tools are written by a chat template, and this prompt is a text: leave the tools out.")
+    return Speaker.opened(given).answer(prompt, system, raw, max_new_tokens, temperature, seed, held)
 
 
-def check_sampling(max_new_tokens: int, temperature: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, seed: int) -> None:
     """Refuse what generates nothing. Raises ConfigError."""
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} leaves nothing to generate: give at least 1.")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise ConfigError(f"temperature={temperature} has no meaning: use 0 for greedy, or a positive number.")
+    check_seed(seed, "seed")
 
 
 class Conversation:
@@ -132,7 +146,7 @@ class Conversation:
     def __init__(
         self, speaker: Speaker, system: str | None, max_new_tokens: int, temperature: float, seed: int
     ) -> None:
-        check_sampling(max_new_tokens, temperature)
+        check_sampling(max_new_tokens, temperature, seed)
         self.speaker, self.system, self.seed = speaker, system, seed
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.messages: list[Message] = []
@@ -166,7 +180,7 @@ def chat(
     base: str | None,
 ) -> Conversation:
     """See `weftlora.train.chat`."""
-    check_sampling(max_new_tokens, temperature)
+    check_sampling(max_new_tokens, temperature, seed)
     given = Source.of(source, base)
     given.how.written("", system)
     return Conversation(Speaker.opened(given), system, max_new_tokens, temperature, seed)

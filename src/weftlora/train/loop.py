@@ -219,6 +219,14 @@ def _announce(run: Run, prepared: Prepared) -> None:
             else f"a batch is padded to its longest, since {how} attention works on a mask "
             "(model.attn_implementation=flash_attention_2 on a GPU leaves the padding out)",
         )
+    added, warmup = run.steps - run.extends.get("step", 0), prepared.recipe.train.warmup
+    if warmup >= 1 and warmup >= added:
+        log.warning(
+            "train.warmup=%g is no less than the %d steps of this run, so that its rate never gets to train.lr: give fewer, or "
+            "a fraction",
+            warmup,
+            added,
+        )
     for sentence in lost_rows(run):
         log.warning("%s", sentence)
     if prepared.defaults:

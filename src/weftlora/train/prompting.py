@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from weftlora.data import encode_prompt
 from weftlora.data.config import template_columns
-from weftlora.data.encode import fold_system, render
-from weftlora.data.examples import SPEAKERS
+from weftlora.data.encode import as_text, fold_system, render
+from weftlora.data.examples import messages_of, tools_of
 from weftlora.disk.ownership import PROMPTS
 from weftlora.errors import AdapterError, ConfigError, DataError, ModelError, suggest
 from weftlora.foreign_text import from_json
@@ -31,8 +31,8 @@ from weftlora.runs.load import Trained, recipe_of
 from weftlora.runs.run import Run
 from weftlora.settings import is_whole
 
-Message = dict[str, str]
-Prompt = str | Sequence[Message] | Mapping[str, Any]
+Message = dict[str, Any]
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 """A text, the messages of a conversation, or the columns of a row."""
 
 _WORDS = {"chat": "conversations", "prompt_completion": "prompts and answers", "text": "plain text"}
@@ -141,18 +141,18 @@ class Prompting:
                 raise ConfigError(f"data.prompt_template has no column {name!r}: {suggest(str(name), columns)}")
         return self.template.format(**values)
 
-    def _conversation(self, messages: list[Message], system: str | None) -> list[Message]:
+    def _conversation(self, messages: Sequence[Mapping[str, Any]], system: str | None) -> list[Message]:
         if self.form in ("prompt_completion", "text"):
             raise ConfigError(
                 f"messages are for runs that were trained on conversations, and this one was trained on {self.trained_on}: give the "
                 "prompt as one text."
             )
-        messages = checked(messages)
+        turns = checked(messages)
         if system is not None:
-            if messages[0]["role"] in ("system", "developer"):
+            if turns[0]["role"] in ("system", "developer"):
                 raise ConfigError("the messages begin with a system turn, and another is given: keep one of the two.")
-            messages = [{"role": "system", "content": system}, *messages]
-        return list(fold_system(messages)) if self.fold else messages
+            turns = [{"role": "system", "content": system}, *turns]
+        return list(fold_system(turns)) if self.fold else turns
 
     def reason(self, tokenizer: PreTrainedTokenizerBase, raw: bool) -> str:
         """Why an answer may have ended at once, as far as that is known, and what to do."""
@@ -171,37 +171,37 @@ class Prompting:
 
 
 def checked(messages: Sequence[Any]) -> list[Message]:
-    """Messages that an answer may follow. Raises DataError where they are none."""
+    """Messages that an answer may follow, in the form that those of rows have. Raises DataError where they are none."""
     if not messages:
         raise DataError("there is no message to answer: give a list of messages with role and content.")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"message {number} lacks a role or a content: write {{'role': 'user', 'content': ...}}.")
-        if message["role"] not in SPEAKERS:
-            raise DataError(f"message {number} has the role {message['role']!r}: {suggest(message['role'], SPEAKERS)}")
-    return [dict(message) for message in messages]
+    return messages_of([dict(each) if isinstance(each, Mapping) else each for each in messages], "the prompt")
 
 
-def read_messages(path: Path, text: str | None = None) -> list[Message]:
-    """The messages of a JSON file: a list, or an object whose `messages` is one. Raises DataError."""
+def read_messages(path: Path, text: str | None = None) -> tuple[list[Message], list[Any] | None]:
+    """The messages and the tools of a JSON file: a list of messages, or an object with `messages` and `tools`. Raises DataError."""
     try:
         found = from_json(path.read_text(encoding="utf-8") if text is None else text, exact=True)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its path.") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): write a list of messages with role and content.") from None
+    tools: Any = None
     if isinstance(found, dict):
-        found = found.get("messages")
+        tools, found = found.get("tools"), found.get("messages")
     if not isinstance(found, list):
         raise DataError(f"{path} holds no list of messages: write [{{'role': 'user', 'content': '...'}}].")
-    return checked(found)
+    return checked(found), tools_of(tools, str(path))
 
 
-def prompt_ids(trained: Trained, written: str | list[Message]) -> list[int]:
-    """The tokens of what `Prompting.written` gave, as training made them."""
+def prompt_ids(trained: Trained, written: str | list[Message], tools: list[Any] | None = None) -> list[int]:
+    """The tokens of what `Prompting.written` gave, as training made them.
+
+    Raises:
+        DataError: bytes that are no text; messages or tools that the chat template refuses or leaves out.
+    """
     if trained.task == "seq2seq" and isinstance(written, str):
-        return list(trained.base.tokenizer(written)["input_ids"])
-    return encode_prompt(trained.base.tokenizer, written)
+        return list(trained.base.tokenizer(as_text(written))["input_ids"])
+    return encode_prompt(trained.base.tokenizer, written, tools)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -105,7 +105,7 @@ def history(found: Inspection) -> Iterator[Section]:
         ("after step", "slots taken from", "slots made in"),
         [(str(e.step), _counted(s for s, *_ in e.taken), _counted(s for s, _ in e.made)) for e in history.rounds],
     )
-    lead = f"{len(history.rounds)} rounds of moving rank slots, from {history.source}. A click in the legend picks a line out."
+    lead = f"Moves of rank slots in {history.told}, from {history.source}. A click in the legend picks a line out."
     yield Section("moves", "Ranks over time", lead, [("Mean rank per module over the steps of the run", chart)], table)
 
 
