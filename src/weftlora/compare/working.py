@@ -131,6 +131,7 @@ class _Worker:
         gone: set[str] = set()
         try:
             with workers.Pool(1, self.folder, held) as processes:
+                processes.warm()  # a claim is not renewed meanwhile
                 while True:
                     _check_free(self.folder)
                     queue = Queue(plan, self.folder, self.watch)
