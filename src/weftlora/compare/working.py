@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from weftlora.compare import results, workers
-from weftlora.compare.leases import TTL, Claims, Files, Lease, name_of
+from weftlora.compare.leases import LOOKS, TTL, Claims, Files, Lease, name_of
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
@@ -123,7 +123,7 @@ class _Worker:
 
     def pause(self) -> None:
         """Wait for others."""
-        time.sleep(self.claims.ttl / 10)
+        time.sleep(self.claims.ttl / LOOKS)
 
     def work(self, plan: Plan) -> None:
         """Runs until none is left but those that have ended badly."""
