@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from weftlora.kernel.philox import ROUNDS, WORD, threshold
 from weftlora.kernel.switches import INTERPRETED
@@ -179,7 +180,8 @@ def write_backward(g: Tensor, h: Tensor, up: Tensor, scale: float, table: Table 
     (tokens, width), slots = g.shape, up.shape[-1]
     if not tokens * width * slots:
         return h.new_zeros(tokens, slots), torch.zeros_like(up)
-    bt, bo, br = 64, _block(width, 128), _block(slots, 64)
+    bt, br = 64, _block(slots, 64)
+    bo = _block(width, 256 if g.element_size() == 2 and br <= 32 else 128)  # the wider, the fewer parts of gh
     blocks, across = triton.cdiv(width, bo), triton.cdiv(slots, br)
     chunk = _share(tokens, blocks * across, least=2 * bt, unit=bt)
     runs = triton.cdiv(tokens, chunk) if table is None else len(table.runs)
@@ -217,9 +219,13 @@ def rows_backward(
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **how: Any) -> None:
-    """On the device of the first argument, which need not be the current one."""
+    """On the device of the first argument, which need not be the current one. Where a block and its next ones have no room side by
+    side in shared memory (of smaller GPUs, in fp32), one after the other."""
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **how)
+        try:
+            kernel[grid](*args, **how)
+        except OutOfResources:
+            kernel[grid](*args, **how | {"num_stages": 1})
 
 
 def _power(n: int) -> int:
