@@ -76,7 +76,7 @@ unit: $(STAMP) ## all tests but those of the next three
 sharded: $(STAMP) ## tests in which several processes train or score together
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m sharded --durations=5
 
-scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, against one: the table of docs/scaling.md (ten minutes)
+scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, against one: the tables of docs/scaling.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/scaling.py
 
 grid: $(STAMP) ## every structure on every family of base models, and tests that take more than a few seconds
