@@ -101,9 +101,10 @@ def names_in_file(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     those whose name is of today and has an old one in it (`shared_experts` of `shared_expert.`, whose dot is any character). For these
     the name of before is written, which becomes that of today. A warning names what no name becomes.
     """
-    renamed = _renaming(model)
     found = {name: name for name in names}
-    for name in names if renamed is not None else ():
+    if (renamed := _renaming(model)) is None:
+        return found
+    for name in names:
         if not _finds(renamed(name), name):
             olds = (name.replace(new, old) for old, new in renamed.table if new in name)
             if (old := next((old for old in olds if renamed(old) == name), None)) is None:
