@@ -18,7 +18,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Train, evaluate, generate": ("weftlora.train", "weftlora.runs"),
     "In a loop of your own": ("weftlora.host.attach", "weftlora.host.optimizer", "weftlora.adapted.routing"),
     "Select blocks": ("weftlora.search",),
-    "Compare and report": ("weftlora.compare", "weftlora.report"),
+    "Compare, search and report": ("weftlora.compare", "weftlora.auto", "weftlora.report"),
     "Look inside": ("weftlora.data.suggest_heads", "weftlora.inspection.inspecting", "weftlora.inspection.directions"),
     "Serve": ("weftlora.host.hotswap", "weftlora.host.weighted"),
     "Export and import": ("weftlora.export", "weftlora.host.released_code"),
@@ -34,7 +34,7 @@ RETURNED: dict[str, tuple[str, ...]] = {
         "weftlora.train.evaluation.Conversation",
         "weftlora.train.previewing.Preview",
     ),
-    "Compare and report": ("weftlora.report.comparison.page.Report",),
+    "Compare, search and report": ("weftlora.report.comparison.page.Report",),
     "Look inside": (
         "weftlora.inspection.record.Inspection",
         "weftlora.data.suggest_heads.HeadSuggestion",

@@ -26,6 +26,7 @@ ROOMS = (
     {"train"},
     {"bench", "compare", "inspection", "integrations", "testing"},
     {"report"},
+    {"auto"},
     {"cli"},
     {"__main__"},
 )

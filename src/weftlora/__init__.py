@@ -34,6 +34,7 @@ from weftlora.version import __version__ as __version__
 if TYPE_CHECKING:
     from weftlora.adapted.routing import Routing, routing
     from weftlora.adapter.spec import WeftConfig
+    from weftlora.auto import auto
     from weftlora.compare import compare
     from weftlora.data.suggest_heads import suggest_heads
     from weftlora.export import export_lora, merge, push
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from weftlora.train.callback import Callback
 
 _LAZY = {
+    "auto": "weftlora.auto",
     "compare": "weftlora.compare",
     **dict.fromkeys(("export_lora", "merge", "push"), "weftlora.export"),
     **dict.fromkeys(("attach", "load_state_dict", "state_dict"), "weftlora.host.attach"),
@@ -144,6 +146,7 @@ __all__ = [
     "WeftConfig",
     "WeftError",
     "attach",
+    "auto",
     "chat",
     "compare",
     "directions",

@@ -12,6 +12,7 @@ _ALSO = {
     **dict.fromkeys(("train", "eval", "generate", "search", "heads"), "train"),
     "compare": "compare",
     "report": "report",
+    "auto": "auto",
 }
 """Command → the extra that it needs beside `cli`; who has neither is told both at once."""
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Group, RenderableType
@@ -18,6 +18,7 @@ from weftlora.cli import output
 from weftlora.cli.options import Json, Quiet, TrustTerms
 from weftlora.cli.output import LINE_EVERY
 from weftlora.compare.record import metric_of
+from weftlora.errors import ConfigError
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A comparison's file.")],
+    recipe: Annotated[str, typer.Argument(help="A comparison's file; with --worker, or its folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Run this many at once, each in a process with one torch thread.")
@@ -39,6 +40,16 @@ def compare(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the comparison in the folder and start again.")
     ] = False,
+    worker: Annotated[
+        bool,
+        typer.Option("--worker", help="Be one of many, on any machine that reaches the folder, until no run is left."),
+    ] = False,
+    engine: Annotated[str, typer.Option(help="Where the runs are: local, or ray, on a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="With --engine ray: the cluster's, such as head:6379.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="With --engine ray: the share of a GPU of a run.")] = None,
+    lease: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --worker: take over what was not heard of for so long.")
+    ] = 60.0,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -62,8 +73,24 @@ def compare(
         return
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
         from weftlora.compare import compare as call
+        from weftlora.compare import work
 
-        found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
+        if worker and (overwrite or jobs != 1):
+            wrong = "--overwrite" if overwrite else f"--jobs {jobs}"
+            raise ConfigError(f"--worker is one of many that share the runs, and takes no {wrong}: leave it out.")
+        if worker:
+            found = work(recipe, *given, lease=lease, watch=watch)
+        else:
+            found = call(
+                recipe,
+                *given,
+                jobs=jobs,
+                overwrite=overwrite,
+                watch=watch,
+                engine=cast(Any, engine),
+                address=address,
+                gpus=gpus,
+            )
     output.show(found.record(), as_json, lambda: result(found))
     if any(run.status == "failed" for run in found.outcomes):
         raise typer.Exit(1)
@@ -118,7 +145,7 @@ def standing_table(standing: Standing) -> RenderableType:
     columns = ("method", "runs", f"{standing.metric} so far")
     table = output.table(*columns, words=columns, look="headed")
     for name, (runs, mean) in standing.best.items():
-        table.add_row(name, str(runs), "" if mean is None else _number(mean, standing.metric))
+        table.add_row(name, str(runs), "" if mean is None else number(mean, standing.metric))
     lines = [f"{each.name}: {each.tick.phase} {each.tick.done}/{each.tick.total}" for each in standing.running]
     over = f"{standing.done} of {standing.total} runs  {_left(standing.seconds_left)}"
     return Group(table, *lines, over)
@@ -226,7 +253,7 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
         return ""
     unit = " %" if metric_of(metric).share else ""
     mean, *ends = (
-        _number(value, metric, sign).removesuffix(unit)
+        number(value, metric, sign).removesuffix(unit)
         for value in (found.mean, found.low, found.high)
         if value is not None
     )
@@ -234,7 +261,8 @@ def _interval(found: Interval | None, metric: str, seeds: int, sign: bool = Fals
     return shown if found.n == seeds else f"{shown} (n = {found.n})"
 
 
-def _number(value: float, metric: str, sign: bool = False) -> str:
+def number(value: float, metric: str, sign: bool = False) -> str:
+    """A score or a difference of two, as tables have it."""
     form = "+" if sign else ""
     if metric_of(metric).share:
         return f"{100 * value:{form}.1f} %"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,6 +128,12 @@ class Plan(Record):
     def of(self, name: str) -> Method:
         """The method of a name."""
         return next(method for method in self.methods if method.name == name)
+
+    def trial(self, method: Method, seed: int, lr: float, steps: int, folder: str) -> Job:
+        """A run of a method at a rate and a length that the plan itself does not have, judged by its validation loss."""
+        job = self._job(method, seed, lr, True)
+        train = job.recipe["train"] | {"steps": steps, "epochs": None}
+        return replace(job, folder=folder, recipe=job.recipe | {"train": train})
 
     def _job(self, method: Method, seed: int, lr: float, tuning: bool) -> Job:
         rows = self.recipe["train"].get("eval_rows") or "all"  # rates are chosen by the loss on them

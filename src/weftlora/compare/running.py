@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.compare import results, workers
+from weftlora.compare.leases import check_none
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
@@ -26,6 +27,8 @@ from weftlora.runs.run import differences
 from weftlora.settings import is_whole
 
 RESULT = "comparison.json"
+LEASES = "leases"
+"""Where workers say which of them runs what."""
 TRAINING = 0.8
 """The share of a run that its training is taken for, to guess what time is left."""
 
@@ -64,19 +67,21 @@ def compare(
     jobs: int,
     overwrite: bool,
     watch: Watch,
+    over: workers.Over = workers.never,
 ) -> Comparison:
-    """See `weftlora.compare.compare`."""
+    """See `weftlora.compare.compare`; once it is `over`, no run begins and those at work are stopped where they are."""
     if not is_whole(jobs, 0):
         raise ConfigError(
             f"jobs={jobs!r} is not a number of runs: use a whole number from 1 up, or 0 for none but this process."
         )
     recipe = CompareRecipe.read(source, *overrides)
     folder = Path(recipe.out).expanduser()
-    _check_place(folder, recipe, overwrite)
-    new = None if _has_plan(folder) and not overwrite else make(recipe)
+    check_place(folder, recipe, overwrite)
+    new = None if has_plan(folder) and not overwrite else make(recipe)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with in_charge(folder) as lock:
+        check_none(folder / LEASES)
         plan = _settled(folder, recipe, new, overwrite)
         queue = Queue(plan, folder, watch)
         if queue.left:
@@ -85,29 +90,32 @@ def compare(
             at_once = max(jobs, 1)
             dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
             if jobs == 0:
-                workers.in_this_process(folder, queue.following, queue.told)
+                workers.in_this_process(folder, lambda: None if over() else queue.following(), queue.told)
             else:
                 with workers.Pool(at_once, folder, lock) as processes:
-                    processes.run(queue.following, queue.told)
+                    processes.run(queue.following, queue.told, over)
         comparison = results.read(folder)
         write_json(folder / RESULT, comparison.record())
     return comparison
 
 
-def _has_plan(folder: Path) -> bool:
+def has_plan(folder: Path) -> bool:
+    """Whether a comparison in this folder has been planned."""
     return (folder / "compare.json").is_file()
 
 
-def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
+def check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
     """Refuse a folder that is not this comparison's, before anything slow begins. Raises ConfigError or RunError."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"the comparison's folder {folder} is a file: choose another with --out.")
-    if _has_plan(folder):
+    if has_plan(folder):
         if not overwrite:
-            _check_same(Plan.load(folder), recipe, folder)
+            check_same(Plan.load(folder), recipe, folder)
         return
     if folder.is_dir() and (
-        other := [path.name for path in folder.iterdir() if path.name not in NAMES and not is_temporary(path)]
+        other := [
+            path.name for path in folder.iterdir() if path.name not in (*NAMES, LEASES) and not is_temporary(path)
+        ]
     ):
         raise RunError(f"{folder} holds other files, such as {other[0]}, and no comparison: choose another with --out.")
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -117,7 +125,8 @@ def _check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
         )
 
 
-def _check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
+def check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
+    """Refuse to go on with another recipe than the plan's. Raises ConfigError."""
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
     defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
@@ -141,11 +150,11 @@ def _adds_seeds(plan: Plan, recipe: CompareRecipe) -> bool:
 
 def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: bool) -> Plan:
     """The plan to follow, on disk; called by the one in charge."""
-    if overwrite and _has_plan(folder):
-        _clear(folder)
-    if _has_plan(folder):
+    if overwrite and has_plan(folder):
+        clear(folder)
+    if has_plan(folder):
         there = Plan.load(folder)
-        _check_same(there, recipe, folder)
+        check_same(there, recipe, folder)
         check_saved(contenders(recipe.methods), there.methods, there.draws)
         more = [seed for seed in recipe.all_seeds if seed not in there.seeds]
         asked = there.recipe | ({"seeds": recipe.seeds} if more else {})
@@ -159,7 +168,7 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
     return plan
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Delete what a comparison has written, the plan last, so that what a kill leaves is still one."""
     plan = Plan.load(folder)
     places = (
@@ -175,6 +184,7 @@ def _clear(folder: Path) -> None:
         for run in runs:
             delete(of_run(run, vouched=True), folder)
             without_empty({run / name for name in FOLDERS} | {run}, folder)
+        delete([*(folder / LEASES).glob("*.lease")], folder)
         (folder / RESULT).unlink(missing_ok=True)
         (folder / "compare.json").unlink()
 

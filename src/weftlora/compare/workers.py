@@ -174,6 +174,17 @@ Told = Callable[[Job, Tick | None], None]
 BEGUN = Tick("start", 0, 1)
 
 
+Over = Callable[[], bool]
+"""Whether what is at work is to be stopped where it is: it goes on the next time."""
+LOOK_EVERY = 0.5
+"""Seconds between two looks at whether it is over."""
+
+
+def never() -> bool:
+    """Stop nothing."""
+    return False
+
+
 def in_this_process(top: Path, following: Next, told: Told) -> None:
     """The runs one after the other in this process, on one torch thread. Raises what `carry_out` raises."""
     import torch
@@ -204,23 +215,38 @@ class Pool:
             forkserver.ensure_running()
         return self
 
+    def warm(self) -> None:
+        """Wait until the server has imported everything, so that the first run begins at once too."""
+        process = self.context.Process(target=_nothing, daemon=True)
+        with _unnamed_main():
+            process.start()
+        process.join()
+
     def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         """End what is still at work; a run that is cut short goes on the next time."""
         for _, process in self.at_work.values():
             process.terminate()
         for _, process in self.at_work.values():
             process.join()
+        self.at_work.clear()
 
-    def run(self, following: Next, told: Told) -> None:
-        """Carry out what `following` gives until it gives none and all have ended. Raises RunError if the disk refuses."""
-        while True:
+    def run(self, following: Next, told: Told, over: Over = never) -> None:
+        """Carry out what `following` gives until it gives none and all have ended, or it is `over`, which ends those at work.
+
+        Raises RunError if the disk refuses.
+        """
+        while not over():
             while len(self.at_work) < self.count and (job := following()) is not None:
                 self._start(job)
                 told(job, BEGUN)
             if not self.at_work:
                 return
-            for connection in wait(list(self.at_work)):
+            for connection in wait(list(self.at_work), None if over is never else LOOK_EVERY):
                 self._hear(cast(Connection, connection), told)
+        self._end()
 
     def _start(self, job: Job) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
@@ -314,10 +340,15 @@ def _life(parent: Connection, lock: _Held, top: Path, job: Job) -> None:
             last = time.monotonic()
             parent.send(tick)
 
+    parent.send(BEGUN)  # again: what came before was the server's start
     try:
         carry_out(job, top, tell)
     except RunError as error:
         parent.send(error)
+
+
+def _nothing() -> None:
+    """A process that only shows that one can begin."""
 
 
 def _follow_the_parent() -> None:
