@@ -384,8 +384,8 @@ WORLDS = {
     "fsdp2:4": "FSDP2, 4",
     "fsdp1:2": "FSDP1, 2",
     "tp:2": "TP, 2",
-    "zero2:2": "ZeRO-2",
-    "zero3:2": "ZeRO-3",
+    "zero2:2": "ZeRO-2, 2",
+    "zero3:2": "ZeRO-3, 2",
 }
 
 
@@ -412,6 +412,9 @@ def scaling(worlds: dict[str, str]) -> str:
             return "refused"
         if "failed" in got:
             return "fails"
+        if "fp64" not in got:  # ZeRO
+            same = got["fp32"]["difference"] <= 1e-5 and got["fp32"]["same_decisions"]
+            return f"{got['fp32']['difference']:.0e} (fp32)" if same else f"differs ({got['fp32']['difference']:.0e})"
         # in a mixed policy fp64 weights are computed with in fp32, whose rounding is what may be left
         apart, allowed = max(got["fp64"]["difference"], 0.0), 1e-5 if "mixed" in world else 1e-9
         fine = "mixed" in world or got.get("fp32", {}).get("difference", 0.0) <= 1e-5

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weftlora.compare.leases import BEATS, Claims, Lease
+from weftlora.compare.leases import BEATS, LOOKS, Claims, Lease
 
 HOUR = 3600.0
 
@@ -160,7 +160,7 @@ class Simulation:
             node.lease = None
         if node.lease is None:
             if self.left:
-                self._at(self.world.ttl / 10, node, self._look)
+                self._at(self.world.ttl / LOOKS, node, self._look)
             return
         if node.idle_since is not None:
             node.waited += self.now - node.idle_since

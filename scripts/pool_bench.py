@@ -58,7 +58,7 @@ def pools() -> dict[str, tuple[Callable[[], Any], Callable[[Any, str], Any]]]:
     import pebble
 
     return {
-        "a process a run, forked from a server (ours; pebble can too)": (
+        "pebble, a process a run, forked from a server, as ours": (
             lambda: pebble.ProcessPool(2, max_tasks=1, context=context()),
             lambda pool, kind: pool.schedule(life, args=[kind]),
         ),

@@ -16,6 +16,8 @@ import sys
 import tempfile
 import traceback
 import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         (f"fsdp2-{way}:2" for way in ("accumulation", "checkpointing", "reentrant", "wrapper", "offload")), FINE
     ),
     "fsdp2-mixed:2": BOTH,
+    "zero2:2": ("fp32",),
+    "zero3:2": ("fp32",),
 }
-"""Engine and number of processes → the types of the weights. Mixed precision computes in fp32 under fp64, and in bf16 under fp32."""
+"""Engine and number of processes → the types of the weights. Mixed precision computes in fp32 under fp64, and in bf16 under fp32;
+ZeRO's columns are run where DeepSpeed is installed, which is not part of the environment."""
 
 
 def begun(engine: str, world: int, folder: Path, methods: list[str], kinds: tuple[str, ...]) -> list[int]:
@@ -42,7 +47,7 @@ def begun(engine: str, world: int, folder: Path, methods: list[str], kinds: tupl
 
     return forked(
         world,
-        lambda rank: be(rank, world, str(folder), engine, methods, kinds),
+        lambda rank: be(rank, world, str(folder), engine, methods, kinds, weigh=True),
         lambda rank, error: (folder / f"{rank}.failed").write_text("".join(traceback.format_exception(error))),
     )
 
@@ -81,6 +86,7 @@ def measured(
             kind: {
                 "difference": max(largest_difference(one[method, kind], got[method, kind]) for got in each),
                 "same_decisions": all(decisions(got[method, kind]) == decisions(one[method, kind]) for got in each),
+                "processes_agree": all(_equal(each[0][method, kind], got[method, kind]) for got in each),
             }
             for kind in kinds
         }
@@ -88,6 +94,14 @@ def measured(
             names = ("adapter_bytes", "event_largest", "event_peak")
             found[method]["bytes"] = {name: max(got[method, kinds[-1]][name] for got in each) for name in names}
     return found
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two processes came to the same, bit for bit."""
+    from worlds import decisions
+
+    same = all(torch.equal(value, other["tensors"][name]) for name, value in one["tensors"].items())
+    return same and decisions(one) == decisions(other)
 
 
 def compared_with(engine: str, world: int, top: Path, methods: list[str], kinds: tuple[str, ...]) -> dict[Any, Any]:
@@ -168,6 +182,9 @@ def main() -> None:
     found = json.loads(given.out.read_text()) if given.out.exists() else {"command": "make scaling", "columns": {}}
     one: dict[tuple[str, ...], Any] = {}
     for name in given.only:
+        if name.startswith("zero") and find_spec("deepspeed") is None:
+            print(name, "not run: DeepSpeed is not installed", flush=True)
+            continue
         if name == "launch":
             found["launched"] = launched()
             given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
@@ -183,7 +200,9 @@ def main() -> None:
                 one[own, *kinds] = compared_with(engine, world, Path(top), methods, kinds)
             ended(children, folder)
             found["columns"].setdefault(name, {}).update(measured(folder, world, one[own, *kinds], methods, kinds))
-        found["versions"] = {"torch": torch.__version__}
+        found.setdefault("versions", {})["torch"] = torch.__version__
+        if engine.startswith("zero"):
+            found["versions"]["deepspeed"] = version("deepspeed")
         given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
         print(name, found["columns"][name], flush=True)
 

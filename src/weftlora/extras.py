@@ -29,6 +29,7 @@ EXTRAS: dict[str, dict[str, str]] = {
     "auto": {**_TRAIN, "scipy": "scipy", "optuna": "optuna", "jinja2": "jinja2", "vl_convert": "vl-convert-python"},
     "gguf": {"gguf": "gguf"},
     "quant": {"bitsandbytes": "bitsandbytes", "torchao": "torchao"},
+    "ray": {"ray": "ray"},
     "report": {
         "jinja2": "jinja2",
         "pydantic": "pydantic",
@@ -46,6 +47,7 @@ PURPOSES = {
     "auto": "`auto`: the best adapter within a budget; with all of `compare` and `report`, and Optuna",
     "gguf": "models in GGUF files, `smollm2` among them, wherever a model is named",
     "quant": "bases in 4 and 8 bits: `model.load_in_4bit=true` and its kin; not in `all`, since peft then imports them at every start",
+    "ray": "`compare --engine ray`: a comparison on a Ray cluster; not in `all`, since it is large",
     "report": "HTML pages: `report`, `inspect --html`",
 }
 """Extra → what you can do with it. The tables of the documents and `weftlora doctor` say these."""

@@ -50,7 +50,7 @@ def test_every_method_is_an_experiment_that_peft_reads(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ran(tmp_path: Path, rows: dict[str, str]) -> tuple[Path, Any]:
-    return tmp_path, peft(tmp_path, run="reduced", only=["lora_dash"], model="demo", scale=0.15, **rows)
+    return tmp_path, peft(tmp_path, run="reduced", only=["lora_dash"], model="demo", scale=0.34, **rows)
 
 
 def test_a_reduced_run_has_the_shape_of_a_result_and_cannot_be_taken_for_one(
@@ -81,10 +81,10 @@ def test_a_reduced_run_has_the_shape_of_a_result_and_cannot_be_taken_for_one(
         with pytest.raises(RunError, match=says):
             check_result(damaged, file)
     monkeypatch.setattr("weftlora.bench.peft_board._one", None)  # what has a result is not run again
-    given = {"run": "reduced", "only": ["lora_dash"], "model": "demo", "scale": 0.15, **rows}
+    given = {"run": "reduced", "only": ["lora_dash"], "model": "demo", "scale": 0.34, **rows}
     assert peft(place, **given).experiments == found.experiments  # type: ignore[arg-type]
     with pytest.raises(RunError, match="is of another experiment"):
-        peft(place, **{**given, "scale": 0.2})  # type: ignore[arg-type]
+        peft(place, **{**given, "scale": 0.25})  # type: ignore[arg-type]
 
 
 def test_rows_are_scored_on_and_searched_on_and_answers_are_counted(tmp_path: Path, rows: dict[str, str]) -> None:

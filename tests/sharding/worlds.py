@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import os
 import subprocess
 import sys
@@ -86,6 +87,8 @@ def steps(
     One process alone takes the rows of all processes of `world`, where it accumulates: a micro-batch of its is theirs together.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+    if isinstance(run, Zero):
+        run.begin(optimizer, ROWS // world)
     mine = range(world) if rank < 0 else [rank]
     for step in range(END):
         shares = IDS[ROWS * step : ROWS * (step + 1)].chunk(world)
@@ -97,9 +100,9 @@ def steps(
                 loss = run(input_ids=ids, labels=ids).loss
             if any(site.routed for site in _sites(model)):
                 loss = loss + routers.balance_loss()
-            (loss / parts).backward()
+            run.backward(loss) if isinstance(run, Zero) else (loss / parts).backward()
         with around():
-            optimizer.step()
+            run.step() if isinstance(run, Zero) else optimizer.step()
         optimizer.zero_grad()
 
 
@@ -117,6 +120,9 @@ def of(run: nn.Module, model: PeftModel) -> dict[str, Any]:
     """`outcome`, also where a wrapper must be asked for the whole."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    if isinstance(run, Zero):
+        with run.whole():
+            return outcome(model)
     if isinstance(run, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(run, writeback=False):
             return outcome(model)
@@ -206,6 +212,44 @@ def tp(model: PeftModel) -> nn.Module:
     return model
 
 
+class Zero(nn.Module):
+    """A model under DeepSpeed's engine, which is not part of the environment: it steps for the optimiser that it is given."""
+
+    def __init__(self, model: PeftModel, stage: int):
+        super().__init__()
+        self.model, self.stage = model, stage
+        self.engine: Any = None
+
+    def begin(self, optimizer: torch.optim.Optimizer, rows: int) -> None:
+        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
+        deepspeed = importlib.import_module("deepspeed")
+        # its sum of tensors in shared memory is a C++ extension, compiled at the first start; without it gloo sums them
+        vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+        config = {
+            "train_micro_batch_size_per_gpu": rows,
+            "zero_optimization": {"stage": self.stage, "overlap_comm": False, "contiguous_gradients": False},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        self.engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def whole(self) -> AbstractContextManager[object]:
+        if self.stage < 3:
+            return nullcontext()
+        gathered = importlib.import_module("deepspeed").zero.GatheredParameters
+        return gathered(list(self.model.parameters()))  # type: ignore[no-any-return]
+
+
 ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {
     "ddp": ddp,
     "fsdp1": fsdp1,
@@ -216,6 +260,8 @@ ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {
     "fsdp2-reentrant": lambda model: fsdp2(checkpointed(model, reentrant=True)),
     "fsdp2-wrapper": lambda model: fsdp2(wrapped(model)),
     "fsdp2-mixed": mixed,
+    "zero2": lambda model: Zero(model, 2),
+    "zero3": lambda model: Zero(model, 3),
     "fsdp2-offload": lambda model: fsdp2(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
 }
 PARTS = {"fsdp2-accumulation": 2}
@@ -286,8 +332,10 @@ class Memory(TorchDispatchMode):
         return {"adapter_bytes": sum(sizes), "event_largest": self.largest, "event_peak": self.peak}
 
 
-def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str) -> None:
-    """Write what each method comes to on this process, as far as they come."""
+def work(
+    rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str, weigh: bool = False
+) -> None:
+    """Write what each method comes to on this process, as far as they come; `weigh`: its bytes too, which takes time."""
     found: dict[Any, Any] = {}
     for name in names:
         for kind in kinds:
@@ -300,9 +348,14 @@ def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequen
                 else:
                     memory = Memory(model)
                     whose = (0, 1) if engine == "tp" else (rank, world)
-                    steps(run, model, *whose, PARTS.get(engine, 1), memory)
+                    steps(run, model, *whose, PARTS.get(engine, 1), memory if weigh else nullcontext)
                     gathered = seen["gathered"]
-                    found[name, kind] = {**seen, **memory.record(), **of(run, model), "gathered": gathered}
+                    found[name, kind] = {
+                        **seen,
+                        **(memory.record() if weigh else {}),
+                        **of(run, model),
+                        "gathered": gathered,
+                    }
             except ConfigError as error:  # on every process, before any of them waits for another
                 found[name, kind] = {"refused": str(error)}
             torch.save(found, file)
@@ -383,7 +436,9 @@ def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequ
     sys.exit(int(any(codes)))
 
 
-def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+def be(
+    rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str], weigh: bool = False
+) -> None:
     """Be one of the processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world))
     if sys.platform == "linux":
@@ -391,7 +446,7 @@ def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], ki
     patience = datetime.timedelta(seconds=240)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
-    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt")
+    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt", weigh)
     dist.barrier()
     dist.destroy_process_group()
 

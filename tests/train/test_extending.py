@@ -159,7 +159,7 @@ def test_the_base_is_that_of_the_run_to_the_last_value(short: Run, tmp_path: Pat
             other.folder if given else {**short.recipe, "train": {**short.recipe["train"], "from": str(other.folder)}}
         )
         with pytest.raises(AdapterError, match="was trained on other weights"):
-            weftlora.train(recipe, "train.steps=6", f"out={tmp_path / 'more'}", overwrite=True, **given)
+            weftlora.train(recipe, "train.steps=5", f"out={tmp_path / 'more'}", overwrite=True, **given)
     del other.recipe["train"]
     other.save()
     with pytest.raises(RunError, match=r"is damaged: it has no recipe\.train"):
@@ -181,9 +181,13 @@ def test_resume_refuses_other_steps_and_names_the_way(short: Run, recipe: Make) 
 
 @pytest.mark.parametrize("adapter", ["lora", "hydralora", "peft:lora"])
 def test_training_begins_where_an_adapter_is(recipe: Make, tmp_path: Path, adapter: str) -> None:
-    first = weftlora.train(recipe(adapter=adapter, train={"steps": 20, "lr": 2e-2}, out=str(tmp_path / "first")))
+    first = weftlora.train(
+        recipe(adapter=adapter, train={"steps": 4, "lr": 2e-2, "save_every": 0}, out=str(tmp_path / "first"))
+    )
     for name in (first.folder, first.adapter_folder):
-        made = recipe(adapter=adapter, train={"steps": 1, "lr": 1e-12}, out=str(tmp_path / name.name / "second"))
+        made = recipe(
+            adapter=adapter, train={"steps": 1, "lr": 1e-12, "save_every": 0}, out=str(tmp_path / name.name / "second")
+        )
         made["train"]["from"] = str(name)
         again = weftlora.train(made)
         assert again.parameters == first.parameters

@@ -119,7 +119,7 @@ def _losses(tried: list[Tried]) -> Spec:
         300,
         mark={"type": "point", "filled": True, "opacity": 0.75},
         encoding={
-            "x": {**quantity("lr", "learning rate", "~g", type="log", zero=False)},
+            "x": {**quantity("lr", "learning rate", "~g", type="log")},
             "y": {**quantity("loss", "validation loss", zero=False)},
             "color": colour,
             "size": {"field": "steps", "type": "ordinal", "title": "steps", "scale": {"range": [40, 140]}},

@@ -470,7 +470,7 @@ class _Auto:
             stages=self.stages,
             runs=len({*self.folder.glob("search/*/*/run.json"), *self.folder.glob(f"{FINALISTS}/runs/*/*/run.json")}),
             tried=known or tried,
-            left_out=plan.left_out,
+            left_out=[*plan.left_out, *_beyond(plan)],
             seeds=plan.size.seeds,
             methods=[] if comparison is None else comparison.methods,
             outcomes=[] if comparison is None else comparison.outcomes,
@@ -565,6 +565,12 @@ def _choice(
             f"{first.lr:g} had the lowest validation loss of one seed ({first.losses[str(length)]:.4f} after {length} steps)."
         ),
     )
+
+
+def _beyond(plan: AutoPlan) -> list[Left]:
+    """The methods that a small search has no room for."""
+    count = plan.size.methods
+    return [Left(name, f"the budget has room for {count} methods.") for name in list(plan.methods)[count:]]
 
 
 def _best_run(comparison: Comparison, method: str, folder: Path) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Group, RenderableType
@@ -44,6 +44,9 @@ def compare(
         bool,
         typer.Option("--worker", help="Be one of many, on any machine that reaches the folder, until no run is left."),
     ] = False,
+    engine: Annotated[str, typer.Option(help="Where the runs are: local, or ray, on a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="With --engine ray: the cluster's, such as head:6379.")] = None,
+    gpus: Annotated[float | None, typer.Option(help="With --engine ray: the share of a GPU of a run.")] = None,
     lease: Annotated[
         float, typer.Option(metavar="SECONDS", help="With --worker: take over what was not heard of for so long.")
     ] = 60.0,
@@ -78,7 +81,16 @@ def compare(
         if worker:
             found = work(recipe, *given, lease=lease, watch=watch)
         else:
-            found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
+            found = call(
+                recipe,
+                *given,
+                jobs=jobs,
+                overwrite=overwrite,
+                watch=watch,
+                engine=cast(Any, engine),
+                address=address,
+                gpus=gpus,
+            )
     output.show(found.record(), as_json, lambda: result(found))
     if any(run.status == "failed" for run in found.outcomes):
         raise typer.Exit(1)

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weftlora.compare.record import Comparison, Interval, Method, Outcome, Rate, Row, Verdict
-from weftlora.errors import RunError
+from weftlora.errors import ConfigError, RunError, suggest
 from weftlora.extras import needs
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Interval", "Method", "Outcome", "Rate", "Row", "Verdict", "compare", "load", "work"]
 
+LEASE = 60.0
+"""Seconds after which a worker that is not heard of is taken for lost."""
+
 
 def compare(
     recipe: str | Path | Mapping[str, Any] | CompareRecipe,
@@ -32,6 +35,9 @@ def compare(
     jobs: int = 1,
     overwrite: bool = False,
     watch: Watch | None = None,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
+    gpus: float | None = None,
 ) -> Comparison:
     """Compare methods on one model and data set: choose each one's rate, train it with every seed, and say what holds.
 
@@ -45,6 +51,10 @@ def compare(
             run's peak memory includes what those before it have left.
         overwrite: delete the comparison in `out` and start anew.
         watch: called with a `weftlora.compare.running.Standing` whenever a run has come on.
+        engine: "ray" carries the runs out on a Ray cluster whose nodes mount the folder; `jobs` is then the number of workers, and 1
+            as many as there is room for.
+        address: of that cluster; None starts one on this machine.
+        gpus: with Ray, the share of a GPU that a run gets; None is a whole one where the model is on one.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was trained.
@@ -55,6 +65,18 @@ def compare(
 
         read = CompareRecipe.read(recipe, *overrides)
         read.check_places()
+        if engine not in ("local", "ray"):
+            raise ConfigError(f"there is no engine {engine!r}: {suggest(str(engine), ['local', 'ray'])}")
+        if engine == "local" and (address or gpus is not None):
+            raise ConfigError("address and gpus are of a Ray cluster: give engine=ray (--engine ray) with them.")
+        if engine == "ray":
+            if overwrite:
+                raise ConfigError(
+                    "engine=ray does not overwrite a comparison: delete the folder, or choose another with out."
+                )
+            from weftlora.compare import on_ray, running
+
+            return on_ray.compare(read, address, jobs if jobs > 1 else None, gpus, watch or running.ignore, LEASE)
         from weftlora.compare import running
 
         return running.compare(read, (), jobs, overwrite, watch or running.ignore)
@@ -63,7 +85,7 @@ def compare(
 def work(
     recipe: str | Path,
     *overrides: str,
-    lease: float = 60.0,
+    lease: float = LEASE,
     watch: Watch | None = None,
 ) -> Comparison:
     """Be one of many workers on a comparison, until no run is left that this one could begin.

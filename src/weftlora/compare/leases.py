@@ -29,6 +29,9 @@ TTL = 60.0
 """Seconds after which a job whose owner has not been heard of is taken over."""
 FENCE = 0.75
 """Of it, after which an owner that could not renew stops."""
+LOOKS = 4
+"""How often within `ttl` a worker that has nothing to do looks again."""
+ENDING = ".lease"
 BEATS = 5
 """How often a lease is renewed within `ttl`."""
 
@@ -175,10 +178,12 @@ class Claims:
 
     def _latest(self) -> dict[str, int]:
         found: dict[str, int] = {}
-        for name in self.storage.names():
-            job, *rest = name.rsplit(".", 2)
-            if len(rest) == 2 and rest[1] == "lease" and rest[0].isdecimal():
-                found[job] = max(found.get(job, -1), int(rest[0]))
+        for name in filter(_is_lease, self.storage.names()):
+            job, _, n = name.removesuffix(ENDING).rpartition(".")
+            if n == "0":  # nearly all
+                found.setdefault(job, 0)
+            elif n.isdecimal():
+                found[job] = max(found.get(job, -1), int(n))
         return found
 
     def _content(self, beat: int, ended: bool = False) -> str:
@@ -192,6 +197,10 @@ def _said(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
+
+
+def _is_lease(name: str) -> bool:
+    return name.endswith(ENDING)
 
 
 def check_none(folder: Path, ttl: float = TTL) -> None:

@@ -215,6 +215,13 @@ class Pool:
             forkserver.ensure_running()
         return self
 
+    def warm(self) -> None:
+        """Wait until the server has imported everything, so that the first run begins at once too."""
+        process = self.context.Process(target=_nothing, daemon=True)
+        with _unnamed_main():
+            process.start()
+        process.join()
+
     def __exit__(self, *error: object) -> None:
         self._end()
 
@@ -338,6 +345,10 @@ def _life(parent: Connection, lock: _Held, top: Path, job: Job) -> None:
         carry_out(job, top, tell)
     except RunError as error:
         parent.send(error)
+
+
+def _nothing() -> None:
+    """A process that only shows that one can begin."""
 
 
 def _follow_the_parent() -> None:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from weftlora.compare import results, workers
-from weftlora.compare.leases import TTL, Claims, Files, Lease, name_of
+from weftlora.compare.leases import LOOKS, TTL, Claims, Files, Lease, name_of
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
@@ -59,8 +59,7 @@ def work(source: str | Path, overrides: tuple[str, ...], watch: Watch, ttl: floa
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _check_free(folder)
-    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    worker = _Worker(folder, Claims(Files(str(folder / LEASES)), owner, ttl), watch)
+    worker = _Worker(folder, Claims(Files(str(folder / LEASES)), _owner(), ttl), watch)
     try:
         worker.work(_planned(folder, recipe, worker))
     except OSError as error:
@@ -101,13 +100,30 @@ def _planned(folder: Path, recipe: CompareRecipe | None, worker: _Worker) -> Pla
     return plan
 
 
+def planned(recipe: CompareRecipe, ttl: float = TTL) -> Plan:
+    """The plan of a comparison that workers are to be started on, made where there is none. Raises as `work` does."""
+    recipe.check_places()
+    folder = Path(recipe.out).expanduser()
+    check_place(folder, recipe, False)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _check_free(folder)
+    return _planned(
+        folder, recipe, _Worker(folder, Claims(Files(str(folder / LEASES)), _owner(), ttl), lambda standing: None)
+    )
+
+
+def _owner() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 class _Worker:
     def __init__(self, folder: Path, claims: Claims, watch: Watch) -> None:
         self.folder, self.claims, self.watch = folder, claims, watch
 
     def pause(self) -> None:
         """Wait for others."""
-        time.sleep(self.claims.ttl / 10)
+        time.sleep(self.claims.ttl / LOOKS)
 
     def work(self, plan: Plan) -> None:
         """Runs until none is left but those that have ended badly."""
@@ -115,6 +131,7 @@ class _Worker:
         gone: set[str] = set()
         try:
             with workers.Pool(1, self.folder, held) as processes:
+                processes.warm()  # a claim is not renewed meanwhile
                 while True:
                     _check_free(self.folder)
                     queue = Queue(plan, self.folder, self.watch)

@@ -272,14 +272,8 @@ def complete(
     Raises:
         ModelError: a prompt leaves no place for an answer.
     """
-    if (most := base_model.places(model)) is not None:
-        taken = 1 if model.config.is_encoder_decoder else max(len(prompt) for prompt in prompts)
-        if max(taken, *map(len, prompts)) > most or taken == most:
-            longest = max(len(prompt) for prompt in prompts)
-            raise ModelError(
-                f"the prompt has {longest} tokens, and the model has places for {most}: give a shorter one."
-            )
-        max_new_tokens = min(max_new_tokens, most - taken)
+    if (left := room(model, prompts)) is not None:
+        max_new_tokens = min(max_new_tokens, left)
     pad = tokenizer.pad_token_id
     inputs = {key: value.to(model.device) for key, value in _left_padded(prompts, pad).items()}
     stop = stop_tokens(model, tokenizer)
@@ -297,6 +291,21 @@ def complete(
         output = model.generate(**inputs, generation_config=settings)
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return [_until_stop(row, stop) for row in output[:, start:].tolist()]
+
+
+def room(model: Any, prompts: Sequence[list[int]]) -> int | None:
+    """Tokens that answers to these prompts have places for; None where the model counts none.
+
+    Raises:
+        ModelError: a prompt leaves no place for an answer.
+    """
+    if (most := base_model.places(model)) is None:
+        return None
+    longest = max(len(prompt) for prompt in prompts)
+    taken = 1 if model.config.is_encoder_decoder else longest
+    if longest > most or taken >= most:
+        raise ModelError(f"the prompt has {longest} tokens, and the model has places for {most}: give a shorter one.")
+    return most - taken
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:

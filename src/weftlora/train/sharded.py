@@ -200,8 +200,17 @@ class _Everywhere:
         return self.state
 
 
-def check_wrapper(plugin: Any) -> None:
-    """Refuse a wrapper that would flatten trained and frozen parameters into one, or send parameters alone. Raises ConfigError."""
+def check_wrapper(plugin: Any, deepspeed: Any = None) -> None:
+    """Refuse a wrapper that would flatten trained and frozen parameters into one, send parameters alone, or is DeepSpeed's.
+
+    Raises:
+        ConfigError: the message says which setting to use.
+    """
+    if deepspeed is not None:
+        raise ConfigError(
+            "weftlora train writes no checkpoints that DeepSpeed could continue from: start it with examples/accelerate-fsdp2.yaml, "
+            "or use DeepSpeed in a loop of your own (docs/scaling.md says for which methods)."
+        )
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not getattr(plugin, "use_orig_params", True):
         raise ConfigError(
             "FSDP1 without use_orig_params makes one parameter of a block's frozen and trained ones, which cannot be trained in "

@@ -1,0 +1,136 @@
+"""A comparison on a Ray cluster: Ray places workers and replaces those whose node is gone; `weftlora.compare.working` does the rest.
+
+    weftlora compare R.yaml --engine ray --address HOST:6379
+
+A worker is a task with the CPUs and the share of a GPU that a run needs. It claims runs by leases in the comparison's folder, which
+every node mounts; so nothing of the comparison's state is in Ray, and neither a node, nor the driver, nor the cluster itself is needed
+for what was done to count. The driver that is started again goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from weftlora.compare import results, working
+from weftlora.compare.plan import Plan
+from weftlora.compare.recipe import CompareRecipe
+from weftlora.compare.record import Comparison
+from weftlora.compare.running import Queue, Watch
+from weftlora.errors import ConfigError, RunError, WeftError
+from weftlora.extras import needs
+from weftlora.settings import is_number
+
+LOOK_EVERY = 2.0
+"""Seconds between two looks at how far it is."""
+
+
+def compare(
+    recipe: CompareRecipe,
+    address: str | None,
+    jobs: int | None,
+    gpus: float | None,
+    watch: Watch,
+    lease: float,
+) -> Comparison:
+    """See `weftlora.compare.compare` with engine="ray".
+
+    Args:
+        address: of the cluster; None starts one on this machine.
+        jobs: workers; None is as many as the cluster has room for.
+        gpus: share of a GPU of each; None is a whole one where the plan was made on one.
+
+    Raises:
+        RunError: no cluster answers, or has room for a worker.
+        ConfigError: jobs or gpus that mean nothing.
+    """
+    if gpus is not None and not (is_number(gpus) and 0 <= gpus <= 64 and (gpus <= 1 or gpus == int(gpus))):
+        raise ConfigError(
+            f"gpus={gpus!r} is not a share of a GPU for a run: give 0, a share such as 0.25, or a whole number."
+        )
+    with needs("ray", "weftlora compare --engine ray"):
+        import ray
+    folder = Path(recipe.out).expanduser().resolve()
+    plan = working.planned(recipe, lease)
+    needed = {"num_cpus": float(plan.recipe["train"]["num_threads"]), "num_gpus": _gpus(plan, gpus)}
+    began_here = not ray.is_initialized()
+    _connect(ray, address)
+    try:
+        count = jobs or _room(ray, needed)
+        worker = ray.remote(max_retries=-1, **needed)(_work)
+        at_work = [worker.remote(str(folder), lease, os.getcwd()) for _ in range(count)]
+        _follow(ray, at_work, plan, folder, watch)
+    finally:
+        if began_here:
+            ray.shutdown()
+    return results.read(folder)
+
+
+def _work(folder: str, lease: float, place: str) -> None:
+    """A worker's task, on some node."""
+    if os.path.isdir(place):
+        os.chdir(place)
+    if not (Path(folder) / "compare.json").is_file():
+        raise RunError(f"{folder} is not on this node: put the comparison on a disk that all nodes mount.")
+    working.work(folder, (), _unwatched, lease)
+
+
+def _unwatched(standing: object) -> None:
+    """Nobody watches a worker: the driver reads the folders."""
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"no Ray cluster answers at {address or 'this machine'} ({said}): start one with ray start --head, or check --address."
+        ) from None
+
+
+def _gpus(plan: Plan, asked: float | None) -> float:
+    if asked is not None:
+        return float(asked)
+    return 0.0 if plan.device == "cpu" else 1.0
+
+
+def _room(ray: Any, needed: dict[str, float]) -> int:
+    """How many workers fit onto the nodes, one by one: a task is on one node. Raises RunError where none does."""
+    count = 0
+    for node in ray.nodes():
+        has = node["Resources"] if node["Alive"] else {}
+        fits = [has.get("CPU", 0.0) // needed["num_cpus"]]
+        if needed["num_gpus"]:
+            fits.append(has.get("GPU", 0.0) // needed["num_gpus"])
+        count += int(min(fits))
+    if not count:
+        raise RunError(
+            f"no node of the cluster has {needed['num_cpus']:g} CPUs and {needed['num_gpus']:g} GPUs for a run: add one, or ask "
+            "for less with train.num_threads or --gpus."
+        )
+    return count
+
+
+def _follow(
+    ray: Any, at_work: list[Any], plan: Plan, folder: Path, watch: Watch, now: Callable[[], float] = time.monotonic
+) -> None:
+    """Tell how far it is until every worker has ended. Raises RunError: a worker's own."""
+    left = list(at_work)
+    while left:
+        done, left = ray.wait(left, timeout=LOOK_EVERY)
+        for each in done:
+            try:
+                ray.get(each)
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, WeftError) else None
+                raise RunError(
+                    str(cause) if cause else f"a worker failed: {' '.join(str(error).split())[-300:]}"
+                ) from None
+        watch(Queue(plan, folder, lambda standing: None).standing())
