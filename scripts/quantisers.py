@@ -17,7 +17,8 @@ the first time. A row is what `weftlora train` and its Python calls did:
 
     evaluated     how far the base's logits move when a model is evaluated and its adapter saved, ours and stock peft's
 
-The environment variable QUANTISERS may name a folder with the packages to use instead of .venv/quantisers.
+The environment variable QUANTISERS may name a folder with the packages to use instead of .venv/quantisers; the rows gptq and awq
+need gptqmodel and what it imports in it (pypcre, device-smi, logbar, tokenicer, threadpoolctl, defuser, optimum, pillow).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ PACKAGES = (
     *("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "ninja==1.13.2", "hqq==0.2.8.post1"),
     *("einops==0.8.2", "termcolor==3.3.0"),
 )
+TEXTS = [f"mill turn kqzv -> row {n}" * 4 for n in range(32)]
+"""What GPTQ chooses its roundings on."""
 ROWS: dict[str, dict[str, Any]] = {
     "none": {},
     "nf4": {"load_in_4bit": True, "quantization": {"bnb_4bit_use_double_quant": False}},
@@ -57,7 +60,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "quanto-int8": {"quantization": {"quant_method": "quanto", "weights": "int8"}},
     "quanto-int4": {"quantization": {"quant_method": "quanto", "weights": "int4"}},
     "hqq": {"quantization": {"quant_method": "hqq", "nbits": 4, "group_size": 64}},
-    "gptq": {"quantization": {"quant_method": "gptq", "bits": 4}},
+    "gptq": {"quantization": {"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": TEXTS}},
     "awq": {"quantization": {"quant_method": "awq", "bits": 4}},
 }
 """Name → the keys of a recipe's model section."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
@@ -94,6 +97,21 @@ def test_modules_that_stock_peft_would_rename_are_told_as_parameters(tmp_path: P
     assert "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in load_file(
         tmp_path / "lora" / "adapter_model.safetensors"
     )
+
+
+def test_names_that_stock_peft_changes_on_load_are_written_as_it_reads_them(tmp_path: Path) -> None:
+    kind = getattr(transformers, "LagunaForCausalLM", None)
+    if kind is None:
+        pytest.skip("this transformers has no family whose shared experts are renamed on load")
+    torch.manual_seed(0)
+    own = {"num_experts": 4, "intermediate_size": 24, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 8}
+    made = kind(kind.config_class(**SIDES, **own, mlp_only_layers=[0])).eval()
+    model = adapted(lambda: copy.deepcopy(made))
+    weftlora.export_lora(model, tmp_path / "lora", verify=False, base="memory")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        stock = PeftModel.from_pretrained(made, str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(stock(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-6)
 
 
 def test_a_stack_is_the_matrices_of_its_experts() -> None:

@@ -28,7 +28,7 @@ from weftlora.disk.ownership import is_export, listed, of_export
 from weftlora.errors import AdapterError, ConfigError, RunError, suggest
 from weftlora.export.factors import Pair, Stack
 from weftlora.export.source import Source
-from weftlora.host.stock_lora import HOST, as_parameters, stock_config
+from weftlora.host.stock_lora import HOST, as_parameters, names_in_file, stock_config
 
 SCRATCH = ".proof"
 """Folder inside the unfinished one, for what a proof needs; gone before the rename."""
@@ -143,11 +143,12 @@ _HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 
 def stock_keys(source: Source, sites: Collection[str]) -> dict[str, str]:
-    """{site: what stock peft calls the module that holds its A and B}: its own name, but for experts.
+    """{site: what the file calls the module that holds its A and B}: its own name, but for experts, and what peft renames.
 
     Stock peft wraps a module of experts once per adapted parameter, in the order in which it has them: the last is outside.
     """
-    keys = {name: name for name in sites}
+    experts = {layer.module_name for layer in source.layers if isinstance(layer, WeftExpertWeight)}
+    keys = {name: name for name in sites} | names_in_file(base_of(source.model), [n for n in sites if n not in experts])
     for path, module in base_of(source.model).named_modules():
         if isinstance(module, WeftExperts):
             own = [n for n in cubes(module.base_layer) if f"{path}.{n}" in keys]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from peft import LoraConfig
@@ -91,6 +92,67 @@ def as_parameters(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
     """{site: its weight's name} of the linear modules that stock peft would rename in target_modules, and leaves as parameters."""
     renamed = renamed_targets(model)
     return {name: f"{name}.weight" for name in sites if name.rpartition(".")[2] in renamed}
+
+
+def names_in_file(model: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """{name: what a LoRA file has to call the module `name` so that stock peft finds it}: its own name nearly always.
+
+    Where transformers renames old checkpoints of a type on load, stock peft renames the tensors of a LoRA file in the same way, also
+    those whose name is of today and has an old one in it (`shared_experts` of `shared_expert.`, whose dot is any character). For these
+    the name of before is written, which becomes that of today. A warning names what no name becomes.
+    """
+    found = {name: name for name in names}
+    if (renamed := _renaming(model)) is None:
+        return found
+    for name in names:
+        if not _finds(renamed(name), name):
+            olds = (name.replace(new, old) for old, new in renamed.table if new in name)
+            if (old := next((old for old in olds if renamed(old) == name), None)) is None:
+                warnings.warn(
+                    f"stock peft renames {name} to {renamed(name)} when it loads a LoRA for a {type(model).__name__}, and would leave "
+                    "it out: look at its warnings, or merge the adapter instead (weftlora merge).",
+                    stacklevel=4,
+                )
+                continue
+            found[name] = old
+    return found
+
+
+def _finds(renamed: str, name: str) -> bool:
+    """Whether stock peft ends at `name`: it takes a renaming back that only took a beginning away."""
+    return f"{HOST}{name}".endswith(renamed)
+
+
+@dataclass(frozen=True)
+class _Renaming:
+    """What stock peft makes of a module's name in a LoRA file; `table`: (old, new) parts of names, as text."""
+
+    entries: tuple[list[Any], list[Any]]
+    table: tuple[tuple[str, str], ...]
+
+    def __call__(self, name: str) -> str:
+        from transformers.core_model_loading import rename_source_key
+
+        key, _ = rename_source_key(f"{HOST}{name}.lora_A.weight", *self.entries)
+        return cast(str, key).removesuffix(".lora_A.default.weight")
+
+
+def _renaming(model: nn.Module) -> _Renaming | None:
+    """Stock peft's for this model; None where it renames nothing, or is of a version that does not."""
+    try:
+        from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+    except ImportError:
+        return None
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None or get_checkpoint_conversion_mapping(kind) is None:
+        return None
+    own = get_model_conversion_mapping(model)
+    every = build_peft_weight_mapping(own, adapter_name="default", peft_config=LoraConfig())
+    entries = [e for e in every if isinstance(e, WeightRenaming)], [e for e in every if isinstance(e, WeightConverter)]
+    table = [(o, n) for e in own if isinstance(e, WeightRenaming) for o in e.source_patterns for n in e.target_patterns]
+    return _Renaming(entries, tuple((o.lstrip("^").replace("\\", ""), n) for o, n in table))
 
 
 def check_resolution(
