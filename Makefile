@@ -86,7 +86,7 @@ grid: $(STAMP) ## every structure on every family of base models, and tests that
 TRITON := 3.9.0
 INTERPRETER := $(VENV)/interpreter-$(TRITON)
 
-$(INTERPRETER)/.installed: $(STAMP)
+$(INTERPRETER)/.installed: | $(STAMP)
 	rm -rf $(VENV)/interpreter-*
 	$(BIN)/python -m pip install --quiet --no-deps --target $(INTERPRETER) triton==$(TRITON)
 	touch $@

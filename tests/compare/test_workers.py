@@ -37,9 +37,10 @@ def written(top: Path, out: str) -> tuple[dict[str, Any], Path]:
     return made, file
 
 
-def wait_for(sign: Any, seconds: float = 300) -> None:
+def wait_for(sign: Any, process: subprocess.Popen[str], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not sign():
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
 
@@ -50,7 +51,7 @@ def test_workers_of_which_one_is_killed_in_a_run_end_as_one_comparison_that_ran_
     _, file = written(tmp_path, "shared")
     first, second = start(file), start(file)
     shared = tmp_path / "shared"
-    wait_for(lambda: [*shared.glob("tuning/*/*/run.json")])
+    wait_for(lambda: [*shared.glob("tuning/*/*/run.json")], first)
     os.kill(first.pid, signal.SIGKILL)  # its run is taken over once nobody has heard of it
     third = start(file)
     for process in (second, third):

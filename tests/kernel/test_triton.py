@@ -344,7 +344,7 @@ def each_way(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(products, "fastest", taken)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=2),
     sizes=st.tuples(st.integers(1, 150), st.integers(1, 150), st.integers(1, 24), st.integers(2, 5)),

@@ -53,7 +53,7 @@ def auto(
             verdict, which is said before the search starts.
         RunError: the folder is in use, holds something else, or cannot be written; or no run gave an adapter.
     """
-    with needs("auto", "weftlora.auto", "report"):
+    with needs("auto", "weftlora.auto"):
         from weftlora.auto import running
         from weftlora.auto.recipe import AutoRecipe
 

@@ -100,11 +100,13 @@ def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         MissingExtraError: WEFT_TRITON=1 asks for them, and triton is not installed.
     """
-    asked = _current.triton
-    if asked is False or dtype not in DTYPES or device.type not in ("cpu", "cuda"):
+    asked, kind = _current.triton, device.type
+    if kind == "cpu" and not INTERPRETED:
         return False
-    if device.type == "cpu":
-        return bool(asked) and INTERPRETED and FOUND
+    if asked is False or dtype not in DTYPES or kind not in ("cpu", "cuda"):
+        return False
+    if kind == "cpu":
+        return bool(asked) and FOUND
     if not asked and not (MEASURED and FOUND and architecture(device.index or 0) in MEASURED):
         return False
     if not FOUND:
