@@ -92,7 +92,16 @@ $(INTERPRETER)/.installed: $(STAMP)
 	touch $@
 
 interpreter: $(INTERPRETER)/.installed ## the Triton kernels, run in Python by Triton's interpreter and compiled for a GPU that is not there
-	PYTHONPATH=$(INTERPRETER) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m interpreter tests/kernel --durations=5
+	PYTHONPATH=$(CURDIR)/$(INTERPRETER) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m interpreter tests/kernel --durations=5
+
+# On a GPU with the Python that has its torch, which need not be one of ours: PYTHON names it. DEVICE=cpu runs everything at a tiny size.
+ifeq ($(DEVICE),cpu)
+gpu: $(INTERPRETER)/.installed
+	PYTHONPATH=$(CURDIR)/$(INTERPRETER) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python scripts/gpu.py --device cpu
+else
+gpu: ## the Triton kernels measured on a GPU, into bench/gpu.json (six minutes; PYTHON=, CARRIED=; DEVICE=cpu: no times, in the interpreter)
+	$(PYTHON) scripts/gpu.py $(if $(CARRIED),--carried $(CARRIED))
+endif
 
 matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
@@ -140,7 +149,7 @@ quantisers: $(STAMP) ## every quantiser against training, resuming, ranking dire
 interop: $(STAMP) ## an export in llama.cpp: greedy tokens as in transformers, also on the GGUF file of SmolLM2 (builds llama-cpp-python; half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/interop.py
 
-hosts: $(STAMP) ## our methods inside axolotl, ms-swift, LLaMA-Factory and trl (fetches their packages; ten minutes)
+hosts: $(STAMP) ## our methods inside axolotl, ms-swift, LLaMA-Factory, trl, unsloth, Lightning and accelerate (fetches their packages; ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/hosts.py
 
 peft-suite: $(STAMP) ## peft's own tests with our configs in place of LoraConfig, stock LoRA beside; goes on where it stopped (hours)

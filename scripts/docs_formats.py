@@ -82,6 +82,7 @@ ROWS = (
     Case("OpenAI messages", {"messages": TALK}),
     Case("messages with a system message", {"messages": BRIEF}),
     Case("a system message in its own column", {"system": "Be brief.", "messages": TALK[:2]}),
+    Case("OpenOrca", {"system_prompt": "Be brief.", "question": "2+2?", "response": "4"}),
     Case(
         "contents in parts",
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, TALK[1]]},

@@ -104,7 +104,16 @@ def small(config_class: type, **more: Any) -> Any:
         more: fields that this family needs at other values than SIZES gives.
     """
     fields = config_class().to_dict()
-    return config_class(**{**_shrunk(fields), **more})
+    return config_class(**_merged(_shrunk(fields), more))
+
+
+def _merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`more` over `fields`, part by part where a field is a part's config."""
+    own = {
+        k: _merged(fields[k], v) if k.endswith("config") and isinstance(fields.get(k), dict) else v
+        for k, v in more.items()
+    }
+    return {**fields, **own}
 
 
 def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +157,15 @@ def _list(name: str, value: list[Any]) -> list[Any]:
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MLA: dict[str, Any] = {"num_key_value_heads": 4, "num_experts_per_tok": 2, "head_dim": 4}
+MROPE: dict[str, Any] = {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}}
+"""Positions of three axes, which share the four angles of a head."""
+NEMOTRON: dict[str, Any] = {
+    "layers_block_type": ["mamba", "moe", "attention"],
+    "num_hidden_layers": 3,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+}
 OWN: dict[str, dict[str, Any]] = {
     "axk1": MLA,
     "axk2": MLA,
@@ -157,7 +175,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
     "gemma3n_text": {"activation_sparsity_pattern": [0.5, 0.0], "num_kv_shared_layers": 0},
     "glm_moe_dsa": MLA,
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8, "rope_parameters": ROPE},
     "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": ROPE},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
@@ -166,7 +184,30 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": MLA,
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "ministral": {"rope_parameters": ROPE, "head_dim": 8},
-    "dots1": {**MLA, "first_k_dense_replace": 0, "n_routed_experts": 4, "moe_intermediate_size": 16},
+    "dots1": {
+        **MLA,
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+    },
+    "glm46v": MROPE,
+    "glm4v": MROPE,
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}}
+    },
+    "glm_ocr": MROPE,
+    "kimi_k25": {"text_config": MLA},
+    "mistral_large4": {"text_config": MLA},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": NEMOTRON,
+    "nemotron_h_omni": {"text_config": NEMOTRON},
+    "paddleocr_vl": MROPE,
+    "qwen2_5_omni_thinker": MROPE,
+    "qwen2_5_vl": MROPE,
+    "qwen2_vl": MROPE,
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "youtu": MLA,
 }
 """Family → fields that SIZES cannot know."""
 
@@ -183,6 +224,8 @@ def built(family: str, name: str) -> Any:
     config_class = transformers.models.auto.configuration_auto.CONFIG_MAPPING[family]
     config = small(config_class, **OWN.get(family, {}))
     kind = getattr(transformers, name)
+    if not isinstance(config, kind.config_class):  # the model is a part of the family's
+        config = config.get_text_config(decoder=True)
     with torch.device("meta"):
         count = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
     if count > LARGEST:

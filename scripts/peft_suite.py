@@ -12,7 +12,8 @@ LoraConfig means the method's config. Where a test asks for an adapter that is n
 launched too, at random. A test that fails belongs to a class:
 
     refused       weftlora says in one sentence that it does not offer this (the sentence is kept)
-    names         the test reads or writes names that only stock LoRA's layers and files have (`lora_A`, `scaling`)
+    names         the test reads or writes names that only stock LoRA's layers and files have (`lora_A`, `scaling`), or takes
+                  every saved tensor for one of its matrices
     words         it looks for the words of peft's own refusal, and weftlora refuses in others (which are kept)
     defaults      it expects what stock LoRA adapts where no targets are named
     mathematics   what it asks for does not exist for the method: a routed update depends on the token, so it has no ΔW
@@ -95,6 +96,24 @@ CLASSED: tuple[tuple[str, str, str, str], ...] = (
         r"test_nb_params_|test_model_with_injected_layers",
         "mathematics",
         "it counts the parameters of a pair A, B, and this structure has others",
+    ),
+    (
+        ".*",
+        r"test_targeting_trainable_tokens_raises",
+        "names",
+        "peft's sentence names the class of the layer, and it is stock LoRA's that the test expects",
+    ),
+    (
+        ".*",
+        r"test_inject_from_state_dict_low_cpu_mem_usage",
+        "names",
+        "it takes every saved tensor for a matrix of LoRA; counts of steps and numbers of directions are whole numbers, kept in memory",
+    ),
+    (
+        ".*",
+        r"target_same_layers\[LoRA-Roberta\]",
+        "defaults",
+        "it names no targets; the default here has the head, whose two outputs are fewer than the rank, which a warning says",
     ),
     (".*", r"TestRankAndAlphaPattern", "defaults", "lora_alpha that is left out is 2 r, and 8 in stock LoRA"),
     (".*", r"(Excluded|Targeted)ModuleNames::test_realistic_example", "defaults", "it names no targets"),

@@ -18,6 +18,10 @@ IGNORE = -100
 """The label of a token, or of a row, that the loss leaves out: what torch calls ignore_index and transformers relies on."""
 
 
+MOST_THREADS = 1024
+"""Threads from which on torch itself may fall over."""
+
+
 def is_whole(value: Any, least: int | None = None) -> TypeGuard[int]:
     """Whether `value` is an int of 64 bits, and no smaller than `least`."""
     return (

@@ -15,7 +15,7 @@ from families import FAMILIES
 from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.quantised import distance, format_of, is_quantised, keep_differentiable, matrix
-from weftlora.errors import ConfigError, MergeError, ModelError
+from weftlora.errors import ConfigError, MergeError, ModelError, TargetError
 
 
 class InCode(nn.Module):
@@ -37,7 +37,7 @@ class InCode(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         y = F.linear(x, self.W_q.to(x.dtype) / 16, self.bias)
-        return y.abs() if self.told == "bent" else y
+        return y.abs() if self.told == "bent" else y.detach() if self.told == "cut" else y
 
 
 class Quanto(nn.Linear):
@@ -64,6 +64,18 @@ def in_quanto(whole: nn.Linear) -> Quanto:
     made = Quanto.from_module(whole, "sixteenths", None)
     made.freeze()
     return made
+
+
+def test_a_base_through_which_no_gradient_comes_is_refused_for_training(whole: nn.Linear) -> None:
+    layer = InCode(whole, "right")
+    config = weftlora.PlainLoraConfig(r=2, target_modules=["0"])
+    get_peft_model(nn.Sequential(layer), config)
+    layer = InCode(whole, "cut")
+    with pytest.raises(
+        TargetError, match=r"0 is a InCode .* gives its input no gradient, so nothing before it would train"
+    ):
+        get_peft_model(nn.Sequential(layer), config)
+    get_peft_model(nn.Sequential(layer), weftlora.PlainLoraConfig(r=2, target_modules=["0"], inference_mode=True))
 
 
 @pytest.fixture

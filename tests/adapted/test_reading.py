@@ -138,7 +138,9 @@ def test_an_embedding_that_scales_what_it_gives_is_scaled_with_its_adapter() -> 
     assert torch.allclose((layer.weight + layer.get_delta_weight("default"))[ids] * 3, expected, atol=1e-6)
 
 
-def test_grouped_convolutions_are_refused_by_name() -> None:
+def test_grouped_convolutions_and_whole_attentions_are_refused_by_name() -> None:
+    with pytest.raises(weftlora.TargetError, match="0 is a torch MultiheadAttention, which multiplies"):
+        get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), weftlora.PlainLoraConfig(target_modules=["0"]))
     with pytest.raises(weftlora.TargetError, match="0 is a Conv1d with groups=2"):
         get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), weftlora.PlainLoraConfig(target_modules=["0"]))
 

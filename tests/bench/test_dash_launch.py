@@ -58,7 +58,15 @@ def test_settings_that_cannot_work(monkeypatch: pytest.MonkeyPatch):
     for text in ("4096", "4096x", "ax8", "8x0", "8x8@0", "8x8@x"):
         with pytest.raises(ConfigError, match="OUTxIN"):
             launch([text])
-    for setting in ({"clock": "sun"}, {"rounds": 0}, {"threads": 0}, {"r": 0}, {"directions": 0}):
+    for setting in (
+        {"clock": "sun"},
+        {"rounds": 0},
+        {"threads": 0},
+        {"threads": 10**5},
+        {"seed": -1},
+        {"r": 0},
+        {"directions": 0},
+    ):
         with pytest.raises(ConfigError):
             launch(quick=True, **setting)
     monkeypatch.setenv("WEFT_CACHE", "somewhere")

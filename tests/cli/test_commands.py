@@ -283,6 +283,24 @@ def test_a_bug_of_ours_keeps_its_traceback(recipe_file: Path, monkeypatch: pytes
         main(["train", str(recipe_file)])
 
 
+def test_what_the_memory_has_no_room_for_is_one_sentence(
+    weftlora: Weft, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weftlora.train import loop
+
+    said = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nx"
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(loop, "train", full)
+    answer = weftlora("train", recipe_file)
+    assert answer.code == 1
+    assert answer.err.count("\n") == 1
+    assert "there is not enough memory" in answer.err
+    assert "lower train.batch_size" in answer.err
+
+
 def test_of_several_processes_the_first_one_speaks(weftlora: Weft, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert weftlora("recipes", "--json").out == ""

@@ -68,6 +68,7 @@ def test_what_cannot_work_is_one_sentence(weftlora: Weft, recipe_file: Path, tmp
         (("--out", tmp_path / "no" / "selection.json"), "choose another file"),
         (("adapter={recipe: peft:lora}", "--out", tmp_path / "s.json"), "no layer gates"),
         (("adapter.layers=search", "--out", tmp_path / "s.json"), "val_size"),
+        (("--rows", 9999), "rows=9999 are more than the"),
     ):
         said = weftlora("search", recipe_file, *given)
         assert said.code == 1

@@ -147,6 +147,6 @@ def test_who_is_in_charge_is_told_of_workers_that_were_heard_of(tmp_path: Path):
 
 
 def test_storage_that_is_not_there_is_one_sentence():
-    with pytest.raises(RunError, match="nosuch://bucket is no storage that can be reached"):
+    with pytest.raises(RunError, match="nosuch://bucket cannot be reached"):
         Files("nosuch://bucket")
     assert name_of("tuning/lora/lr0.01-s1000") == "tuning+lora+lr0.01-s1000"

@@ -58,5 +58,5 @@ def test_a_cluster_that_is_not_there_or_has_no_room_is_one_sentence(cluster: obj
         on_ray.compare(written(tmp_path, "room"), cluster.address, None, 4, lambda standing: None, LEASE)  # type: ignore[attr-defined]
     with pytest.raises(RunError, match="no Ray cluster answers at nowhere:1"):
         on_ray.compare(written(tmp_path, "room"), "nowhere:1", None, None, lambda standing: None, LEASE)
-    with pytest.raises(ConfigError, match="gpus=-1 is no share of a GPU"):
+    with pytest.raises(ConfigError, match="gpus=-1 is not a share of a GPU"):
         on_ray.compare(written(tmp_path, "room"), None, None, -1, lambda standing: None, LEASE)

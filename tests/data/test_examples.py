@@ -121,7 +121,7 @@ def test_what_is_made_of_the_columns_is_one_line():
     )
 
 
-@pytest.mark.parametrize("column", ["system", "history", "tools", "context", "input"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "history", "tools", "context", "input", "images"])
 @pytest.mark.parametrize(
     "row",
     [
@@ -161,6 +161,7 @@ def talk(*said):
         ({"conversation": ["q", "a"]}, [("user", "q"), ("assistant", "a")]),
         ({"system": "s", "prompt": "q", "completion": "a"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
         ({"system": "s", "messages": [TURN]}, [("system", "s"), ("assistant", "c")]),
+        ({"system_prompt": "s", "question": "q", "response": "a"}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
         ({"instruction": "q", "input": "", "output": "a", "history": [["q0", "a0"]]},
          [("user", "q0"), ("assistant", "a0"), ("user", "q"), ("assistant", "a")]),
         ({"prompt": talk(("user", "q")), "completion": talk(("assistant", "a"))}, [("user", "q"), ("assistant", "a")]),

@@ -3,16 +3,28 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_bases as tiny
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from weftlora.errors import AdapterError, DataError, ModelError
 from weftlora.runs import base_model
 from weftlora.runs.base_model import check_same, fingerprint
 from weftlora.runs.recipe import ModelConfig
+from weftlora.train.evaluation import complete
 
 
 def found(folder: Path, **fields: str) -> base_model.Base:
@@ -129,3 +141,55 @@ def test_a_fingerprint_does_not_depend_on_the_head_drawn(bases: dict[str, Path])
         torch.manual_seed(seed)
         marks.append(fingerprint(base_model.load(found(bases["bert"]), "classification", ["a", "b"])))
     assert marks[0] == marks[1]
+
+
+SMALL: dict[str, Any] = {"vocab_size": 11, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+TABLES: dict[str, tuple[type, Any, int]] = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_positions=8, n_embd=4, n_layer=1, n_head=1, **SMALL), 8),
+    "opt": (
+        OPTForCausalLM,
+        OPTConfig(
+            max_position_embeddings=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, ffn_dim=4,
+            word_embed_proj_dim=4, **SMALL,
+        ),
+        8,
+    ),
+    "roberta": (
+        RobertaForMaskedLM,
+        RobertaConfig(
+            max_position_embeddings=10, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4, **SMALL
+        ),
+        8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_rows_fit_the_table_of_places(family: str) -> None:
+    """As many tokens as it says are taken, one more is what torch falls over."""
+    kind, config, most = TABLES[family]
+    model = kind(config).eval()
+    assert base_model.places(model) == most
+    model.vision_model = torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(3, 4)})  # of images
+    assert base_model.places(model) == most
+    with torch.no_grad():
+        model(input_ids=torch.full((1, most), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1), 5))
+    base_model.check_places(model, Dataset.from_dict({"input_ids": [[5] * most], "labels": [[5]]}), None)
+    with pytest.raises(ModelError, match=f"rows have up to 9 tokens, .* has places for 8: set data.max_length={most}"):
+        base_model.check_places(model, Dataset.from_dict({"input_ids": [[5], [5] * 9], "labels": [3, 4]}))
+
+
+def test_an_answer_ends_with_the_places(bases: dict[str, Path]) -> None:
+    kind, config, most = TABLES["gpt2"]
+    tokenizer = AutoTokenizer.from_pretrained(bases["llama"])
+    model = kind(config).eval()
+    model.generation_config.eos_token_id = None
+    tokenizer.eos_token = None
+    answers = complete(model, tokenizer, [[5] * 6, [5]], 100)
+    assert [len(answer) for answer in answers] == [most - 6] * 2
+    for length in (most, most + 1):
+        with pytest.raises(ModelError, match=f"the prompt has {length} tokens, and the model has places for 8"):
+            complete(model, tokenizer, [[5] * length], 1)
+    assert base_model.places(base_model.load(found(bases["llama"]), "causal")) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,28 @@ def test_a_plain_loop_launches_after_step_n_exactly() -> None:
         optimizer.zero_grad()
     assert seen == [s for n in range(5) for s in [(n, n >= N)] * 2]
     assert launch_step(model) == N
+
+
+def test_deepspeed_whose_steps_cannot_be_counted_is_refused_where_something_is_to_happen() -> None:
+    def stepped(config: weftlora.WeftConfig) -> nn.Module:
+        """Under stage 2, as DeepSpeed leaves it: the optimiser holds a tensor of its own, and each parameter knows its piece of it."""
+        model = get_peft_model(Net(), config)
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters(model)]))
+        optimizer = SGD([flat], lr=0.1)
+        for p in parameters(model):
+            p._hp_mapping = SimpleNamespace(hp_fragment=flat.detach().narrow(0, 0, p.numel()))
+        flat.grad = torch.ones_like(flat)
+        optimizer.step()
+        return model
+
+    stepped(weftlora.PlainLoraConfig(target_modules=["first"]))
+    with pytest.raises(weftlora.ConfigError, match="DeepSpeed's ZeRO steps on tensors of its own"):
+        stepped(weftlora.LoraDashConfig(target_modules=["first"]))
+    third = get_peft_model(Net(), weftlora.LoraDashConfig(target_modules=["first"]))
+    for p in parameters(third):
+        p.ds_id = 0  # stage 3
+    with pytest.raises(weftlora.ConfigError, match="waits for"):
+        weftlora.attach(third, total_steps=200)
 
 
 def test_the_default_is_the_papers_100() -> None:

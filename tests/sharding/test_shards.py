@@ -79,6 +79,14 @@ def test_a_wrapper_that_makes_one_parameter_of_frozen_and_trained_ones_is_refuse
         check_wrapper(plugin)
 
 
+def test_a_wrapper_that_sends_parameters_alone_and_deepspeeds_are_refused() -> None:
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True)
+    with pytest.raises(ConfigError, match="fsdp_cpu_ram_efficient_loading: false"):
+        check_wrapper(plugin)
+    with pytest.raises(ConfigError, match=r"accelerate-fsdp2\.yaml"):
+        check_wrapper(None, SimpleNamespace(zero_stage=2))
+
+
 @pytest.mark.parametrize(("accumulation", "begun", "now", "expected"), [(2, 2, 4, 1), (1, 4, 2, 2), (3, 1, 3, 1)])
 def test_as_many_rows_make_a_step_of_another_number_of_processes(
     accumulation: int, begun: int, now: int, expected: int

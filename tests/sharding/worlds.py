@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import os
 import subprocess
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,14 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import weftlora
 from families import FAMILIES
+from weftlora.errors import ConfigError
 from weftlora.host.attach import schedules
 
 EVENT, END, ROWS = 3, 7, 8
@@ -66,17 +74,35 @@ def model_of(name: str, dtype: torch.dtype) -> PeftModel:
     return model
 
 
-def steps(run: nn.Module, model: PeftModel, rank: int, world: int) -> None:
-    """The global batch of every step, this process's rows of it."""
+def steps(
+    run: nn.Module,
+    model: PeftModel,
+    rank: int,
+    world: int,
+    parts: int = 1,
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """The global batch of every step, this process's rows of it, in so many micro-batches; the optimiser steps inside `around`.
+
+    One process alone takes the rows of all processes of `world`, where it accumulates: a micro-batch of its is theirs together.
+    """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
+    if isinstance(run, Zero):
+        run.begin(optimizer, ROWS // world)
+    mine = range(world) if rank < 0 else [rank]
     for step in range(END):
-        ids = IDS[ROWS * step : ROWS * (step + 1)].chunk(world)[rank]
-        with weftlora.routing(model) as routers:
-            loss = run(input_ids=ids, labels=ids).loss
-        if any(site.routed for site in _sites(model)):
-            loss = loss + routers.balance_loss()
-        loss.backward()
-        optimizer.step()
+        shares = IDS[ROWS * step : ROWS * (step + 1)].chunk(world)
+        for part in range(parts):
+            ids = torch.cat([shares[each].chunk(parts)[part] for each in mine])
+            if isinstance(run, FSDPModule):
+                run.set_requires_gradient_sync(part == parts - 1)
+            with weftlora.routing(model) as routers:
+                loss = run(input_ids=ids, labels=ids).loss
+            if any(site.routed for site in _sites(model)):
+                loss = loss + routers.balance_loss()
+            run.backward(loss) if isinstance(run, Zero) else (loss / parts).backward()
+        with around():
+            run.step() if isinstance(run, Zero) else optimizer.step()
         optimizer.zero_grad()
 
 
@@ -94,6 +120,9 @@ def of(run: nn.Module, model: PeftModel) -> dict[str, Any]:
     """`outcome`, also where a wrapper must be asked for the whole."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    if isinstance(run, Zero):
+        with run.whole():
+            return outcome(model)
     if isinstance(run, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(run, writeback=False):
             return outcome(model)
@@ -106,11 +135,11 @@ def outcome(model: PeftModel) -> dict[str, Any]:
     return {"tensors": tensors, "events": [{k: v for k, v in e.items() if k != "seconds"} for e in told]}
 
 
-def trained(name: str, dtype: torch.dtype) -> dict[str, Any]:
+def trained(name: str, dtype: torch.dtype, world: int = 1, parts: int = 1) -> dict[str, Any]:
     model = model_of(name, dtype)
     if name == "flexora":
         return flexora(model, model)
-    steps(model, model, 0, 1)
+    steps(model, model, -1, world, parts)
     return outcome(model)
 
 
@@ -123,12 +152,34 @@ def ddp(model: PeftModel) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def fsdp2(model: PeftModel) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
+def fsdp2(model: PeftModel, **how: Any) -> nn.Module:
     for block in model.base_model.model.model.layers:
-        fully_shard(block)
-    return fully_shard(model)
+        fully_shard(block, **how)
+    return fully_shard(model, **how)
+
+
+def checkpointed(model: PeftModel, reentrant: bool) -> PeftModel:
+    """Activations of a block are recomputed in the backward, as transformers does it."""
+    if reentrant:
+        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return model
+
+
+def wrapped(model: PeftModel) -> PeftModel:
+    """The same by a wrapper around each block, as accelerate's FSDP does it."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    blocks = list(model.base_model.model.model.layers)
+    apply_activation_checkpointing(model, check_fn=lambda module: any(module is block for block in blocks))
+    return model
+
+
+def mixed(model: PeftModel) -> nn.Module:
+    """Forward and backward in half as many bits as the parameters have, gradients summed in all of them."""
+    whole_type = next(p.dtype for p in model.parameters() if p.requires_grad)
+    half = {torch.float64: torch.float32, torch.float32: torch.bfloat16}[whole_type]
+    return fsdp2(model, mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=whole_type))
 
 
 def fsdp1(model: PeftModel) -> nn.Module:
@@ -161,13 +212,64 @@ def tp(model: PeftModel) -> nn.Module:
     return model
 
 
-ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {"ddp": ddp, "fsdp1": fsdp1, "fsdp2": fsdp2, "tp": tp}
+class Zero(nn.Module):
+    """A model under DeepSpeed's engine, which is not part of the environment: it steps for the optimiser that it is given."""
+
+    def __init__(self, model: PeftModel, stage: int):
+        super().__init__()
+        self.model, self.stage = model, stage
+        self.engine: Any = None
+
+    def begin(self, optimizer: torch.optim.Optimizer, rows: int) -> None:
+        os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
+        deepspeed = importlib.import_module("deepspeed")
+        # its sum of tensors in shared memory is a C++ extension, compiled at the first start; without it gloo sums them
+        vars(sys.modules["deepspeed.comm.torch"])["build_shm_op"] = lambda: None
+        config = {
+            "train_micro_batch_size_per_gpu": rows,
+            "zero_optimization": {"stage": self.stage, "overlap_comm": False, "contiguous_gradients": False},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        self.engine = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
+
+    def forward(self, **batch: Tensor) -> Any:
+        return self.engine(**batch)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def whole(self) -> AbstractContextManager[object]:
+        if self.stage < 3:
+            return nullcontext()
+        gathered = importlib.import_module("deepspeed").zero.GatheredParameters
+        return gathered(list(self.model.parameters()))  # type: ignore[no-any-return]
+
+
+ENGINES: Mapping[str, Callable[[PeftModel], nn.Module]] = {
+    "ddp": ddp,
+    "fsdp1": fsdp1,
+    "fsdp2": fsdp2,
+    "tp": tp,
+    "fsdp2-accumulation": fsdp2,
+    "fsdp2-checkpointing": lambda model: fsdp2(checkpointed(model, reentrant=False)),
+    "fsdp2-reentrant": lambda model: fsdp2(checkpointed(model, reentrant=True)),
+    "fsdp2-wrapper": lambda model: fsdp2(wrapped(model)),
+    "fsdp2-mixed": mixed,
+    "zero2": lambda model: Zero(model, 2),
+    "zero3": lambda model: Zero(model, 3),
+    "fsdp2-offload": lambda model: fsdp2(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+}
+PARTS = {"fsdp2-accumulation": 2}
+"""Micro-batches of a step, where there are several."""
 
 
 def watched() -> dict[str, Any]:
     """What is gathered from now on: of each W, whether it was sent to this process, and the largest tensor that all had whole."""
-    from torch.distributed.tensor import DTensor
-
     from weftlora.adapted import layer
 
     seen: dict[str, Any] = {"sent": [], "gathered": 0}
@@ -189,21 +291,73 @@ def watched() -> dict[str, Any]:
 REAL: dict[str, Any] = {}
 
 
-def work(rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str) -> None:
-    """Write what each method comes to on this process, as far as they come."""
+class Memory(TorchDispatchMode):
+    """Bytes on this process: of an adapter's parameters and their moments, and of what optimisers' steps and their events make.
+
+    Counted are storages, as long as they live, in what happens inside `with memory():`; what was there before is not.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.live: dict[int, int] = {}
+        self.peak = self.largest = 0
+
+    def __call__(self) -> Memory:
+        self.live.clear()
+        return self
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        before = {id(storage) for storage in self._storages((args, kwargs))}
+        for storage in self._storages(made):
+            if id(storage) in before or id(storage) in self.live:
+                continue
+            size = storage.nbytes()
+            self.live[id(storage)] = size
+            weakref.finalize(storage, self.live.pop, id(storage), None)
+            self.largest = max(self.largest, size)
+        self.peak = max(self.peak, sum(self.live.values()))
+        return made
+
+    def _storages(self, tree: Any) -> list[Any]:
+        plain = [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in plain]
+        return [t.untyped_storage() for t in local]
+
+    def record(self) -> dict[str, int]:
+        """Of this process; an adapter has, in AdamW, its gradient and two moments beside each parameter."""
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        sizes = [(p.to_local() if isinstance(p, DTensor) else p).nbytes for p in own]
+        return {"adapter_bytes": sum(sizes), "event_largest": self.largest, "event_peak": self.peak}
+
+
+def work(
+    rank: int, world: int, engine: str, names: Sequence[str], kinds: Sequence[str], file: str, weigh: bool = False
+) -> None:
+    """Write what each method comes to on this process, as far as they come; `weigh`: its bytes too, which takes time."""
     found: dict[Any, Any] = {}
     for name in names:
         for kind in kinds:
-            dtype, seen = DTYPES[kind][0], watched()
-            model = model_of(name, dtype)
+            seen = watched()
+            model = model_of(name, DTYPES[kind][0])
             run = ENGINES[engine](model)
-            if name == "flexora":
-                found[name, kind] = {**flexora(run, model), **seen}
-                torch.save(found, file)
-                continue
-            steps(run, model, *((0, 1) if engine == "tp" else (rank, world)))
-            gathered = seen["gathered"]
-            found[name, kind] = {**of(run, model), **seen, "gathered": gathered}
+            try:
+                if name == "flexora":
+                    found[name, kind] = {**flexora(run, model), **seen}
+                else:
+                    memory = Memory(model)
+                    whose = (0, 1) if engine == "tp" else (rank, world)
+                    steps(run, model, *whose, PARTS.get(engine, 1), memory if weigh else nullcontext)
+                    gathered = seen["gathered"]
+                    found[name, kind] = {
+                        **seen,
+                        **(memory.record() if weigh else {}),
+                        **of(run, model),
+                        "gathered": gathered,
+                    }
+            except ConfigError as error:  # on every process, before any of them waits for another
+                found[name, kind] = {"refused": str(error)}
             torch.save(found, file)
 
 
@@ -247,9 +401,9 @@ def run_script(script: str, *given: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def alone(names: Sequence[str], kinds: Sequence[str]) -> dict[Any, Any]:
-    """Each method in one process."""
-    return {(name, kind): trained(name, DTYPES[kind][0]) for name in names for kind in kinds}
+def alone(names: Sequence[str], kinds: Sequence[str], world: int = 1, parts: int = 1) -> dict[Any, Any]:
+    """Each method in one process, which accumulates as the processes of a world do."""
+    return {(name, kind): trained(name, DTYPES[kind][0], world, parts) for name in names for kind in kinds}
 
 
 def forked(world: int, work: Callable[[int], None], failed: Callable[[int, BaseException], object]) -> list[int]:
@@ -282,7 +436,9 @@ def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequ
     sys.exit(int(any(codes)))
 
 
-def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+def be(
+    rank: int, world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str], weigh: bool = False
+) -> None:
     """Be one of the processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE=str(world))
     if sys.platform == "linux":
@@ -290,7 +446,7 @@ def be(rank: int, world: int, folder: str, engine: str, names: Sequence[str], ki
     patience = datetime.timedelta(seconds=240)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
-    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt")
+    work(rank, world, engine, names, kinds, f"{folder}/{rank}.pt", weigh)
     dist.barrier()
     dist.destroy_process_group()
 

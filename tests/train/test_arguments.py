@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from weftlora.errors import ConfigError
 from weftlora.runs.recipe import TrainConfig
-from weftlora.train.arguments import OWNED, arguments, check, save_interval, total_steps
+from weftlora.train.arguments import OWNED, arguments, check, check_made, save_interval, total_steps
 
 
 def config(**fields: Any) -> TrainConfig:
@@ -87,6 +88,21 @@ def test_a_value_transformers_refuses_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="transformers refuses") as raised:
         arguments(config(args={"eval_delay": "soon", "logging_strategy": "sometimes"}), tmp_path, 9, validate=False)
     assert "\n" not in str(raised.value)
+
+
+def test_an_optimiser_whose_package_is_not_there_is_named_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any) -> Any:
+        raise ImportError("You need to install `bitsandbytes`\n  to use it")
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", missing)
+    made = arguments(TrainConfig(lr=1e-3, optimizer="adamw_bnb_8bit"), tmp_path, 2, False)
+    with pytest.raises(
+        ConfigError,
+        match=r"train\.optimizer=.*adamw_bnb_8bit cannot be made: You need to install `bitsandbytes` to use it$",
+    ):
+        check_made(made, None)
 
 
 def test_a_rate_that_nobody_has_decided_is_no_rate(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,23 @@ def test_what_is_no_extension_is_refused_and_leaves_nothing(
     assert not (tmp_path / "never").exists()
 
 
+def test_the_base_is_that_of_the_run_to_the_last_value(short: Run, tmp_path: Path) -> None:
+    """Also where all of it looks the same: of the weights a fingerprint knows some values only."""
+    other = Run.load(shutil.copytree(short.folder, tmp_path / "other"))
+    other.base["weights"] = dict.fromkeys(short.base["weights"], "0" * 64)
+    other.save()
+    for given in ({"extend": True}, {}):
+        recipe = (
+            other.folder if given else {**short.recipe, "train": {**short.recipe["train"], "from": str(other.folder)}}
+        )
+        with pytest.raises(AdapterError, match="was trained on other weights"):
+            weftlora.train(recipe, "train.steps=5", f"out={tmp_path / 'more'}", overwrite=True, **given)
+    del other.recipe["train"]
+    other.save()
+    with pytest.raises(RunError, match=r"is damaged: it has no recipe\.train"):
+        weftlora.train(other.folder, "train.steps=6", extend=True)
+
+
 def test_resume_refuses_other_steps_and_names_the_way(short: Run, recipe: Make) -> None:
     with pytest.raises(ConfigError, match=r"train\.steps=4, not 8: .*--extend train\.steps=8"):
         weftlora.train(short.folder, "train.steps=8", resume=True)
@@ -163,9 +181,13 @@ def test_resume_refuses_other_steps_and_names_the_way(short: Run, recipe: Make) 
 
 @pytest.mark.parametrize("adapter", ["lora", "hydralora", "peft:lora"])
 def test_training_begins_where_an_adapter_is(recipe: Make, tmp_path: Path, adapter: str) -> None:
-    first = weftlora.train(recipe(adapter=adapter, train={"steps": 20, "lr": 2e-2}, out=str(tmp_path / "first")))
+    first = weftlora.train(
+        recipe(adapter=adapter, train={"steps": 4, "lr": 2e-2, "save_every": 0}, out=str(tmp_path / "first"))
+    )
     for name in (first.folder, first.adapter_folder):
-        made = recipe(adapter=adapter, train={"steps": 1, "lr": 1e-12}, out=str(tmp_path / name.name / "second"))
+        made = recipe(
+            adapter=adapter, train={"steps": 1, "lr": 1e-12, "save_every": 0}, out=str(tmp_path / name.name / "second")
+        )
         made["train"]["from"] = str(name)
         again = weftlora.train(made)
         assert again.parameters == first.parameters

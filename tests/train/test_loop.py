@@ -198,6 +198,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[WeftError], str]] = {
     "no target in peft": ({"adapter": {"recipe": "peft:lora", "target_modules": ["nothing"]}}, TargetError, "nothing"),
     "no adapter": ({"adapter": "none"}, ConfigError, "weftlora eval"),
     "missing base": ({"model": "./nowhere"}, ModelError, "no model folder"),
+    "schedule that needs more": (
+        {"train": {"steps": 1, "schedule": "cosine_with_min_lr"}},
+        ConfigError,
+        "lr_scheduler_kwargs",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from weftlora.errors import ConfigError, MergeError
+from weftlora.errors import ConfigError, MergeError, TargetError
 
 NEAR = 0.05
 """‖x Wᵀ + b − forward(x)‖ / ‖forward(x) − b‖ up to which W is believed; a layer that rounds x to 8 bits is off by 0.01."""
@@ -274,6 +274,39 @@ def _linear(base: Any, w: Tensor) -> nn.Linear:
 
 
 # ---------------------------------------------------------------------- what training needs of them
+
+
+def cuts_gradients(base: nn.Module) -> bool:
+    """Whether a quantised layer's forward gives its input no gradient (one that rounds x to 8 bits as well, say); False where the
+    forward cannot be run by itself."""
+    own = _twin(base)  # a forward may remember the type of its first input
+    device, dtype = _place(base)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            return not own.forward(
+                torch.ones(2, _sides(base)[0], device=device, dtype=dtype, requires_grad=True)
+            ).requires_grad
+    except Exception:  # foreign code, which fails in any way
+        return False
+
+
+def check_gradients(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse to train on quantised layers through which no gradient comes; one of each kind is tried.
+
+    Raises:
+        TargetError: names the first, and what to do.
+    """
+    tried: set[tuple[type, type]] = set()
+    for name, module in modules.items():
+        if not is_quantised(module) or (kind := (type(module), type(getattr(module, "weight", None)))) in tried:
+            continue
+        tried.add(kind)
+        if cuts_gradients(module):
+            raise TargetError(
+                f"{name} is a {kind[0].__name__} whose quantised weight ({kind[1].__name__}) gives its input no gradient, so nothing "
+                "before it would train: load the base with weights alone in fewer bits (weight-only), or serve the adapter on it "
+                "(inference_mode=True)."
+            )
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -46,6 +46,11 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base).__name__
+    if isinstance(base, nn.MultiheadAttention):
+        raise TargetError(
+            f"{name} is a torch MultiheadAttention, which multiplies with its weights itself, where no adapter of a linear module is "
+            "asked: leave it out, or train it in full (modules_to_save)."
+        )
     if isinstance(parent, nn.MultiheadAttention):
         raise TargetError(
             f"{name} belongs to a torch MultiheadAttention, which reads its weight without calling it: exclude it."

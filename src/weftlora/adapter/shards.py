@@ -4,6 +4,8 @@
     FSDP1      with use_orig_params=True a parameter is a flat piece, possibly empty, of its unit's flat parameter
     otherwise  every process holds all of it
 
+Nothing here reads what DeepSpeed's ZeRO splits: a schedule refuses it (`is_deepspeeds`).
+
 How a tensor is split is the wrapper's affair and is read from the tensor. A change is made to the whole, and each process keeps its
 part of the result, which is exact under any split: a rank slot is a row of A and a column of B, wherever their rows lie.
 
@@ -52,6 +54,22 @@ def _is_dtensor(t: Tensor) -> bool:
 def is_piece(t: Tensor) -> bool:
     """Whether `t` is a parameter that FSDP1 has split."""
     return isinstance(t, nn.Parameter) and hasattr(t, "_fsdp_flattened")
+
+
+def is_deepspeeds(t: Tensor, optimizer: torch.optim.Optimizer | None = None) -> bool:
+    """Whether DeepSpeed's ZeRO has taken `t` over, whose optimiser then holds other tensors; `optimizer`: and whether it is that one.
+
+    In stages 1 and 2 a parameter knows its piece of a tensor that the optimiser holds; stage 3 does not say which optimiser it is.
+    """
+    piece = getattr(getattr(t, "_hp_mapping", None), "hp_fragment", None)
+    if optimizer is None:
+        return piece is not None or hasattr(t, "ds_id")
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    return piece is not None and any(_memory(p) == _memory(piece) for p in held)
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
 
 
 def is_split_as(t: Tensor, parameter: Tensor) -> bool:

@@ -415,7 +415,7 @@ class _Auto:
 
     def _problem(self, folder: str) -> str:
         file = self.folder / folder / PROBLEM
-        return str(read_json(file).get("problem", "")) if file.is_file() else "its validation loss is no number."
+        return str(read_json(file).get("problem", "")) if file.is_file() else "its validation loss is not a number."
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -521,7 +521,7 @@ def _tuned(tried: list[Tried], plan: AutoPlan) -> float:
     """Plain LoRA's rate. Raises RunError where it diverged at every one."""
     found = search.best([each for each in tried if each.stage == "rates"], plan.steps)
     if found is None:
-        problems = next((each.problem for each in tried if each.problem), "its loss is no number")
+        problems = next((each.problem for each in tried if each.problem), "its loss is not a number")
         raise RunError(f"plain LoRA has failed at every rate that was tried: {problems}")
     return found.lr
 

@@ -31,7 +31,7 @@ from weftlora.host.attach import schedules
 from weftlora.progress import Progress, Tick, ignore
 from weftlora.recipes import LoraDashConfig
 from weftlora.records import Record
-from weftlora.settings import check_seed
+from weftlora.settings import MOST_THREADS, check_seed
 
 SHAPES = ("768x768@7", "3072x768@7", "2048x2048@5", "4096x4096@2")
 QUICK = ("48x32@2", "32x48@2")
@@ -135,6 +135,8 @@ def launch(
     for name, value in {"rounds": rounds, "threads": threads, "r": r, "directions": directions}.items():
         if value < 1:
             raise ConfigError(f"{name}={value} measures nothing: use a whole number from 1 up.")
+    if threads > MOST_THREADS:
+        raise ConfigError(f"threads={threads} is more than a machine has: use at most {MOST_THREADS}.")
     check_seed(seed, "seed")
     if quick:
         layers, hidden, rounds = min(layers, 1), 64, 2

@@ -203,7 +203,7 @@ def peft(
         run: "full", the board's protocol (a GPU; hours); "reduced", SmolLM2 on GSM8K's solutions, 12 steps (a CPU).
         only: methods, such as "hydralora"; all without.
         model: another base: a folder, a GGUF file, a hub id.
-        scale: share of the steps and of the rows that are evaluated; 1 is the form's.
+        scale: share of the steps, of the rows that are evaluated and of an answer's tokens; 1 is the form's.
         train, validation, test, texts: other rows: files of JSON lines with query and response (or question and answer), and with
             text; or data sets of the hub.
         seed: of the adapter's start and the order of the search.
@@ -217,7 +217,7 @@ def peft(
         RunError: the folder cannot be written.
     """
     if run is not None and run not in FORMS:
-        raise ConfigError(f"run={run!r} is no form of the comparison: {suggest(run, FORMS)}")
+        raise ConfigError(f"run={run!r} is not a form of the comparison: {suggest(run, FORMS)}")
     if not 0 < scale <= 1:
         raise ConfigError(f"scale={scale} is not a share of the protocol: use a number up to 1, such as 0.01.")
     protocol, rows = FORMS[run or "full"]
@@ -252,7 +252,10 @@ def _scaled(protocol: Protocol, rows: Rows, scale: float) -> tuple[Protocol, Row
 
     steps = part(protocol.max_steps)
     tested = part(rows.test_rows or 1319)  # of GSM8K
-    protocol = replace(protocol, max_steps=steps, eval_steps=max(1, min(steps, steps // 2)))
+    answers = protocol.generation_kwargs
+    if answers:
+        answers = {**answers, "max_new_tokens": max(16, part(answers["max_new_tokens"]))}
+    protocol = replace(protocol, max_steps=steps, eval_steps=max(1, steps // 2), generation_kwargs=answers)
     held = max(2, part(rows.validation_rows))
     return protocol, replace(rows, validation_rows=held, test_rows=tested, text_rows=part(rows.text_rows))
 

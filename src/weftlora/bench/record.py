@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from weftlora.bench.cases import DTYPES, Agreement, Case, Dtype, Shape
 from weftlora.errors import ConfigError, suggest
 from weftlora.records import Record
-from weftlora.settings import check_seed
+from weftlora.settings import MOST_THREADS, check_seed
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ class Setting:
         for name, value in (("rounds", self.rounds), ("threads", self.threads)):
             if value < 1:
                 raise ConfigError(f"{name}={value} measures nothing: use a whole number from 1 up.")
+        if self.threads > MOST_THREADS:
+            raise ConfigError(f"threads={self.threads} is more than a machine has: use at most {MOST_THREADS}.")
         check_seed(self.seed, "seed")
 
     @property

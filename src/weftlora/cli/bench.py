@@ -179,7 +179,9 @@ def peft(
     model: Annotated[
         str | None, typer.Option(help="Train on this base instead: a folder, a GGUF file or a hub id.")
     ] = None,
-    scale: Annotated[float, typer.Option(help="Take this share of the steps and of the evaluated rows.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(help="Take this share of steps, evaluated rows and an answer's tokens.")
+    ] = 1.0,
     train: Annotated[
         str | None, typer.Option(help="Train on the rows of this JSONL file, or of this hub data set.")
     ] = None,

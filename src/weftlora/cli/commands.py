@@ -333,6 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(_say(f"{error.filename!r} cannot be a file or folder here: {str(error.strerror).lower()}."))
     except Exception as error:
+        if isinstance(error, MemoryError | RuntimeError) and (said := _out_of_memory(error)):
+            sys.exit(_say(said))
         if isinstance(error, ValueError) and "embedded null byte" in str(error):
             sys.exit(_say("a path contains a NUL character, which no path can contain: write it again."))
         if _UsageError is None or not isinstance(error, _UsageError):
@@ -343,6 +345,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "interrupted; `weftlora train ... --resume` continues a run, and `weftlora compare`, given again, a comparison."
         )
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What to say where there is not enough memory for what was asked; empty for other errors."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not known and "can't allocate memory" not in first and "not enough memory" not in first:
+        return ""
+    return (
+        f"there is not enough memory ({shortened(first, 200).rstrip('.') or 'none is left'}): lower train.batch_size, data.max_length "
+        "or the size of the adapter."
+    )
 
 
 _OF_A_STREAM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EBADF}

@@ -183,7 +183,8 @@ def _kernel() -> str:
     if switches.reference:
         return "reference"
     off = [name for name, on in (("groups", switches.groups), ("mlp", switches.mlp)) if not on]
-    return f"fused, without {' and '.join(off)}" if off else "fused"
+    triton = {None: "", True: "; Triton on every GPU", False: "; Triton on no GPU"}[switches.triton]
+    return (f"fused, without {' and '.join(off)}" if off else "fused") + triton
 
 
 def _nodes(adapted: Path) -> dict[str, str]:

@@ -62,7 +62,7 @@ class Files:
             self.files, self.top = fsspec.core.url_to_fs(place)
             self.files.makedirs(self.top, exist_ok=True)
         except (ImportError, ValueError) as error:
-            raise RunError(f"{place} is no storage that can be reached: {error}.") from None
+            raise RunError(f"{place} cannot be reached: {error}.") from None
         except OSError as error:
             raise RunError(f"leases cannot be written to {place}: {error.strerror or error}.") from None
         self.is_local = "file" in self.files.protocol

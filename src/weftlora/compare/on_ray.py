@@ -54,7 +54,7 @@ def compare(
     """
     if gpus is not None and not (is_number(gpus) and 0 <= gpus <= 64 and (gpus <= 1 or gpus == int(gpus))):
         raise ConfigError(
-            f"gpus={gpus!r} is no share of a GPU for a run: give 0, a share such as 0.25, or a whole number."
+            f"gpus={gpus!r} is not a share of a GPU for a run: give 0, a share such as 0.25, or a whole number."
         )
     with needs("ray", "weftlora compare --engine ray"):
         import ray

@@ -54,7 +54,11 @@ PAIRED = ("id", "tool_call_id")
 """Keys that only number messages; a template may leave them out."""
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """What a message's reasoning is called; templates read the first, some the second."""
-MATTERS = ("system", "history", "tools", "context", "input", "chat_template_kwargs")
+SYSTEM = ("system", "system_prompt", "system_message")
+"""What the column of a conversation's system message is called."""
+SEEN = ("images", "image", "audios", "audio", "videos", "video")
+"""Columns with what a model is to see or hear beside a text, which is all that is read here."""
+MATTERS = (*SYSTEM, "history", "tools", "context", "input", "chat_template_kwargs", *SEEN)
 """Columns that what is learned depends on: never dropped without a word."""
 JOINS = {
     ("instruction", "input"): 0,
@@ -246,7 +250,10 @@ class _Finder:
                 elif not (role == "prompt" and self._preferred_only()):
                     roles[role] = self._column(role, chosen)
         if chosen == "chat":
-            roles |= {role: role for role in ("system", "tools") if role in self.present and self.seen.filled(role)}
+            if self._holds("tools"):
+                roles["tools"] = "tools"
+            if (system := next(filter(self._holds, SYSTEM), None)) is not None:
+                roles["system"] = system
         if (domain := config.fields.domain or ("domain" if "domain" in self.present else None)) is not None:
             roles["domain"] = domain
         return Columns(chosen, roles, template, prompts)
@@ -259,6 +266,9 @@ class _Finder:
         fit = [alias for alias in ALIASES[role] if alias in self.present]
         held = [alias for alias in fit if self.seen.filled(alias)]
         return held or fit[:1]  # a column that is empty in every row is no rival
+
+    def _holds(self, name: str) -> bool:
+        return name in self.present and self.seen.filled(name)
 
     def _pair(self) -> tuple[str, ...]:
         """The two columns that are one prompt together, if they are."""
@@ -295,7 +305,7 @@ class _Finder:
         if self._pair() or self._preferred_only():
             has.add("prompt")
         if {"prompt", "completion"} <= has and "messages" not in has and self.config.prompt_template is None:
-            spread = any(self.seen.filled(name) and name in self.present for name in ("system", "history", "tools"))
+            spread = any(map(self._holds, (*SYSTEM, "history", "tools")))
             lists = any(
                 self.seen.is_list(name) for name in (*self._candidates("prompt"), *self._candidates("completion"))
             )
@@ -447,12 +457,14 @@ def _conversation(row: Row, source: Source, columns: Columns, domain: str | None
         messages, flags = _messages(row, source, of["messages"], ignore)
     else:
         messages, flags = _from_columns(row, source, columns, ignore)
-    if "system" in of and filled(system := row.values.get("system")):
+    if "system" in of and filled(system := row.values.get(of["system"])):
         if not isinstance(system, str):
-            raise _bad(row, source, f"column 'system' holds {system!r:.60}, not text; quote it.")
+            raise _bad(row, source, f"column {of['system']!r} holds {system!r:.60}, not text; quote it.")
         if messages[0]["role"] == "system":
-            raise _bad(row, source, "both the column 'system' and the first message are a system message; keep one.")
-        messages.insert(0, {"role": "system", "content": _encodable(system, row, source, "system")})
+            raise _bad(
+                row, source, f"both the column {of['system']!r} and the first message are a system message; keep one."
+            )
+        messages.insert(0, {"role": "system", "content": _encodable(system, row, source, of["system"])})
         flags.insert(0, None)
     if all(message["role"] != "assistant" for message in messages):
         raise _bad(row, source, "no assistant message to learn from; add one.")

@@ -186,6 +186,7 @@ def attach(
     if original is not None or cache is not None:
         _decompose(model, found, original, cache)
     for schedule in found.values():
+        schedule.check_counted()
         _check_readable(model, schedule)
     if validation is not None:
         _score_on(model, found, validation)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, check_experts, expert_parameters
 from weftlora.adapted.fusion import forget, fuse, unfuse
 from weftlora.adapted.layer import BASE, WeftLayer, WeftLinear
-from weftlora.adapted.quantised import keep_differentiable
+from weftlora.adapted.quantised import check_gradients, keep_differentiable
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
     Blocks,
@@ -160,6 +160,9 @@ class WeftTuner(BaseTuner):
             module = model.get_submodule(name)
             check_adaptable(name, module, model.get_submodule(name.rpartition(".")[0]))
             check_reading(peft_config, name, module)
+        if not peft_config.inference_mode:
+            bases = {name: model.get_submodule(name) for name in matched}
+            check_gradients({n: m.get_base_layer() if isinstance(m, WeftLinear) else m for n, m in bases.items()})
         check_saved_modules(peft_config, model)
         check_tokens(peft_config, model)
         warn_of_unmatched(peft_config, model)

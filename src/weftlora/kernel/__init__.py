@@ -24,7 +24,7 @@ from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import AXES, Axis, Factors, Role, RouterInput, Slots, Work, delta_weight, used
 from weftlora.kernel.fast_path import Linear, add_low_rank, add_read, gated_mlp, linears
 from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
-from weftlora.kernel.switches import Switches, current, switched, triton_runs, use_reference
+from weftlora.kernel.switches import Switches, current, switched, use_reference
 
 __all__ = [
     "AXES",
@@ -49,7 +49,6 @@ __all__ = [
     "linears",
     "reference",
     "switched",
-    "triton_runs",
     "use_reference",
     "used",
 ]

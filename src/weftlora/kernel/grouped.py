@@ -8,13 +8,14 @@ all experts. A factor that all experts share has no axis of experts and is multi
 E × out × in is made or kept, forward or backward; kept are x (once per product that trains what reads it), the bits of
 a mask, u and h.
 
-torch's own grouped product is taken where it has one for the dtype and the widths, else a loop over the experts.
+torch's own grouped product is taken where it has one for the dtype and the widths, else a loop over the experts. Where the Triton
+kernels run, products with factors are theirs, with a table of which expert each token has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from weftlora.kernel.dropout import draw, masked
+from weftlora.kernel.dropout import draw, is_counted, masked
 from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import Factors, Slots, Work, branch, mixture, softmax, used, without_autocast
 from weftlora.kernel.node import fast_width
-from weftlora.kernel.switches import current
+from weftlora.kernel.switches import current, triton_runs
+
+if TYPE_CHECKING:
+    from weftlora.kernel.triton.launches import Drop, Table
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,38 @@ def _outer(g: Tensor, x: Tensor, ends: Tensor, shared: bool) -> Tensor:
     return out
 
 
+def _table(x: Tensor, grouping: Grouping) -> Table | None:
+    """The table of the Triton kernels, where they compute with x; torch.compile does not see them here."""
+    if torch.compiler.is_compiling() or not triton_runs(x.device, x.dtype):
+        return None
+    from weftlora.kernel.triton.launches import table_of
+
+    return table_of(grouping.expert, len(grouping.ends))
+
+
+def _through(x: Tensor, bits: Tensor | None, p: float) -> tuple[Tensor, Drop | None]:
+    """What a kernel reads of x: x and a mask that it makes itself, or x through a mask that was drawn otherwise."""
+    from weftlora.kernel.triton.launches import Drop
+
+    if bits is None or is_counted(bits):
+        return x, None if bits is None else Drop(int(bits), p)
+    return masked(x, bits, p), None
+
+
 class _Read(Function):
-    """x̂ M_eᵀ [S, rows] of x [S, in], M [E, rows, in] or [rows, in]; apply(x, M, ends, bits of a mask or None, p)."""
+    """x̂ M_eᵀ [S, rows] of x [S, in], M [E, rows, in] or [rows, in]; apply(x, M, ends, bits of a mask or None, p, table or None)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, m: Tensor, ends: Tensor, bits: Tensor | None, p: float) -> Tensor:
-        ctx.p = p
+    def forward(
+        ctx: Any, x: Tensor, m: Tensor, ends: Tensor, bits: Tensor | None, p: float, table: Table | None
+    ) -> Tensor:
+        ctx.p, ctx.table = p, table
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, m, ends, bits)
+        if table is not None:
+            from weftlora.kernel.triton import launches
+
+            x, drop = _through(x, bits, p)
+            return launches.read(x, m, drop, table if m.dim() == 3 else None)
         x = x if bits is None else masked(x, bits, p)
         return _rows(x, m.to(x.dtype).transpose(-2, -1), ends)
 
@@ -100,6 +129,8 @@ class _Read(Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, m, ends, bits = ctx.saved_tensors
+        if ctx.table is not None:
+            return (*_read_backward(ctx, g), None, None, None, None)
         gx = gm = None
         if ctx.needs_input_grad[0]:
             gx = _rows(g, m.to(g.dtype), ends)
@@ -107,20 +138,44 @@ class _Read(Function):
         if ctx.needs_input_grad[1]:
             x = x if bits is None else masked(x, bits, ctx.p)
             gm = _outer(g, x, ends, m.dim() == 2).to(m.dtype)
-        return gx, gm, None, None, None
+        return gx, gm, None, None, None, None
+
+
+def _read_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and M of `_Read`, by the kernels."""
+    from weftlora.kernel.triton import launches
+
+    x, m, _, bits = ctx.saved_tensors
+    table = ctx.table if m.dim() == 3 else None
+    gx = gm = None
+    if ctx.needs_input_grad[0]:
+        gx = g.new_zeros(g.shape[0], m.shape[-1])
+        _, drop = _through(gx, bits, ctx.p)
+        gx = launches.write(gx, g, m.transpose(-2, -1), 1.0, drop, table, into=True)
+        gx = gx if bits is None or drop is not None else masked(gx, bits, ctx.p)
+    if ctx.needs_input_grad[1]:
+        x, drop = _through(x, bits, ctx.p)
+        gm = launches.rows_backward(g, x, m.dtype, drop, table)
+    return gx, gm
 
 
 class _Write(Function):
-    """y + s · h M_eᵀ, into y [S, out] itself; apply(y, h [S, M], M [E, out, M] or [out, M], ends, s)."""
+    """y + s · h M_eᵀ, into y [S, out] itself; apply(y, h [S, M], M [E, out, M] or [out, M], ends, s, table or None)."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, m: Tensor, ends: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, y: Tensor, h: Tensor, m: Tensor, ends: Tensor, scale: float, table: Table | None) -> Tensor:
+        ctx.scale, ctx.dtype, ctx.table = scale, m.dtype, table
+        ctx.mark_dirty(y)
+        if table is not None:
+            from weftlora.kernel.triton import launches
+
+            ctx.save_for_backward(h, m, ends)
+            written = launches.write(y, h, m, scale, None, table if m.dim() == 3 else None, into=True)
+            return y if written is y else y.copy_(written)
         m_t = (
             m.to(h.dtype).transpose(-2, -1).contiguous()
         )  # so both products that read it are fast (measured: docs/lab-log.md)
-        ctx.scale, ctx.dtype = scale, m.dtype
         ctx.save_for_backward(h, m_t, ends)
-        ctx.mark_dirty(y)
         return y.add_(_rows(h, m_t, ends), alpha=scale)
 
     @staticmethod
@@ -129,16 +184,21 @@ class _Write(Function):
         h, m_t, ends = ctx.saved_tensors
         gh = gm = None
         g_h = g.to(h.dtype)
+        if ctx.table is not None:
+            from weftlora.kernel.triton import launches
+
+            gh, gm = launches.write_backward(g_h, h, m_t, ctx.scale, ctx.table if m_t.dim() == 3 else None)
+            return g, gh, gm, None, None, None
         if ctx.needs_input_grad[1]:
             gh = _rows(g_h, m_t.transpose(-2, -1), ends).mul_(ctx.scale)
         if ctx.needs_input_grad[2]:
             gm = _outer(h, g_h, ends, m_t.dim() == 2).mul_(ctx.scale).transpose(-2, -1).to(ctx.dtype)
-        return g, gh, gm, None, None
+        return g, gh, gm, None, None, None
 
 
 def grouped_linear(x: Tensor, weight: Tensor, grouping: Grouping, bias: Tensor | None = None) -> Tensor:
     """x W_eᵀ + b_e of each token's expert: a fresh [S, out] of x [S, in], W [E, out, in] (a transposed view will do), b [E, out]."""
-    y = cast(Tensor, _Read.apply(x, weight, grouping.ends, None, 0.0))
+    y = cast(Tensor, _Read.apply(x, weight, grouping.ends, None, 0.0, None))
     return y if bias is None else y.add_(bias.to(y.dtype)[grouping.expert])
 
 
@@ -162,28 +222,31 @@ def add_grouped(y: Tensor, x: Tensor, work: Work, grouping: Grouping) -> Tensor:
     f = work.factors
     b = branch(f, x.device, p > 0)
     bits = None if not p else draw(x, p) if work.mask is None else work.mask
+    table = _table(x, grouping)
     down = _padded(b.down, x, -2)
-    u = cast(Tensor, _Read.apply(x, down, ends, bits, p))
+    u = cast(Tensor, _Read.apply(x, down, ends, bits, p, table))
     if work.scored:
         u = _kept(u, f, grouping, b.down.shape[-2])
     h = u
     if b.heads:
         if b.route is not None:
             rows = b.route.shape[-2]
-            q = cast(Tensor, _Read.apply(x, _padded(b.route, x, -2), ends, None, 0.0))[:, :rows]
+            q = cast(Tensor, _Read.apply(x, _padded(b.route, x, -2), ends, None, 0.0, table))[:, :rows]
         else:
             q = u[:, : b.r]
         if b.mix is not None:
             heads = b.mix.shape[-2]
             mix = _padded(_padded(b.mix, x, -2), x, -1)
-            q = cast(Tensor, _Read.apply(F.pad(q, (0, mix.shape[-1] - q.shape[1])), mix, ends, None, 0.0))[:, :heads]
+            q = cast(Tensor, _Read.apply(F.pad(q, (0, mix.shape[-1] - q.shape[1])), mix, ends, None, 0.0, table))[
+                :, :heads
+            ]
         omega = softmax(q)
         if work.on_mix is not None:
             work.on_mix(omega)
         h = mixture(u[:, : b.down.shape[-2]], used(omega, b.top), b.r)
     up = _padded(b.up, x, -1)
     h = F.pad(h, (0, up.shape[-1] - h.shape[1])) if h.shape[1] != up.shape[-1] else h
-    return cast(Tensor, _Write.apply(y, h.to(y.dtype), up, ends, b.scale / (1 - p)))
+    return cast(Tensor, _Write.apply(y, h.to(y.dtype), up, ends, b.scale / (1 - p), table))
 
 
 def _kept(u: Tensor, f: Factors, grouping: Grouping, width: int) -> Tensor:

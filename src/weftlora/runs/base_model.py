@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -276,6 +278,42 @@ def check_ids(base: Base, model: PreTrainedModel, data: Loaded) -> None:
             f"the tokenizer of {base.config.path!r} has the token {token!r} (id {worst}), {use}, and the model's embedding has {size} "
             "rows: call model.resize_token_embeddings(len(tokenizer)), save model and tokenizer into a folder, and give that, with "
             "adapter.modules_to_save=[embed_tokens, lm_head] if the new tokens mean something."
+        )
+
+
+_PLACES = re.compile(r"(?:^|\.)(?:wpe|\w*position\w*)$")
+"""What families call the table that gives every place in a row a vector of its own."""
+_NO_TEXT = ("relative", "vis", "image", "patch", "audio", "speech")
+"""In the names of such tables that count no tokens of a text."""
+
+
+def places(model: nn.Module) -> int | None:
+    """The longest row that a model with such a table takes, in tokens; None for one without, where places are computed."""
+    found = []
+    for name, table in model.named_modules():
+        if isinstance(table, nn.Embedding) and _PLACES.search(name) and not any(part in name for part in _NO_TEXT):
+            first = getattr(table, "offset", None)  # of a class of its own, as OPT's and BART's
+            if type(table) is nn.Embedding and table.padding_idx is not None:  # RoBERTa counts from behind its padding
+                first = table.padding_idx + 1
+            found.append(table.num_embeddings - (first if isinstance(first, int) else 0))
+    return min(found, default=None)
+
+
+def check_places(model: nn.Module, *splits: Dataset | None) -> None:
+    """Refuse rows that are longer than the model's table of places. Raises ModelError."""
+    import pyarrow.compute as pc
+
+    if (most := places(model)) is None:
+        return
+    longest = 0
+    for split in splits:
+        for column in ("input_ids", "labels"):
+            if split is not None and len(split) and isinstance(split[0][column], list):
+                chunks = split.select_columns([column]).with_format("arrow")[:][column].chunks
+                longest = max(longest, *(pc.max(pc.list_value_length(chunk)).as_py() for chunk in chunks))
+    if longest > most:
+        raise ModelError(
+            f"rows have up to {longest} tokens, and the model has places for {most}: set data.max_length={most}."
         )
 
 

@@ -31,7 +31,7 @@ from weftlora.foreign_text import shortened
 from weftlora.recipes import check_fields
 from weftlora.runs import quantisation
 from weftlora.runs.run import Run, check_continues, check_extends
-from weftlora.settings import is_number
+from weftlora.settings import MOST_THREADS, is_number
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def own(name: str) -> dict[str, Any]:
     }
 
 
-MOST_OF_ALL, MOST_ROWS, MOST_THREADS = 2**31 - 1, 10**6, 1024
-"""Bounds of steps, of rows at a time, and of threads: beyond them libraries fail in ways of their own, or machines hang."""
+MOST_OF_ALL, MOST_ROWS = 2**31 - 1, 10**6
+"""Bounds of steps, and of rows at a time: beyond them libraries fail in ways of their own, or machines hang."""
 Dtype = Literal["float32", "bfloat16", "auto"]
 
 
@@ -382,7 +382,7 @@ def asked_to_extend(source: str | Path | Mapping[str, Any] | Recipe, overrides: 
     """
     if not isinstance(source, (str, Path)):
         raise ConfigError("only a run can be extended: give its folder.")
-    before, given = Run.load(source), list(overrides)
+    before, given = Run.load(source).whole(), list(overrides)
     if before.status != "complete":
         raise RunError(f"{before.folder} is {before.status}: finish it with --resume before it is extended.")
     kept = {**before.recipe, "train": dict(before.recipe["train"])}

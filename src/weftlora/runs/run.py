@@ -201,6 +201,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     ),
     **dict.fromkeys(("recipe.model.path", "recipe.out"), str),
     "recipe.data.train": (str, list, dict),
+    "base.weights": (str, dict),
     **dict.fromkeys(("base.source", "base.kind", "base.shapes", "base.values", "adapter.peft_type"), str),
     **dict.fromkeys(("recipe.train.lr", "time.train_seconds", "time.search_seconds", "time.search_in_steps"), NUMBER),
     **dict.fromkeys(("adapter.r", "adapter.target_r", "adapter.lora_alpha"), (*NUMBER, type(None))),

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from weftlora.adapter.buffers import Remembered
-from weftlora.adapter.shards import is_piece, is_sharded
+from weftlora.adapter.shards import is_deepspeeds, is_piece, is_sharded
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.schedule import processes
@@ -219,11 +219,24 @@ class Schedule:
         """Whether `optimizer` holds the anchor: the adapter's first trained parameter in the first optimiser that steps.
 
         It is chosen anew when it is no longer the adapter's, no longer trained, or no longer in any living optimiser.
+
+        Raises:
+            ConfigError: none ever will, as DeepSpeed's ZeRO steps on tensors of its own, and something is to happen.
         """
         anchor = self._anchor
         if anchor is None or not any(p is anchor for p in self._trained()) or not owners(anchor):
             self._anchor = anchor = next((p for p in self._trained() if holds(optimizer, p)), None)
+            if anchor is None:
+                self.check_counted(optimizer)
         return anchor is not None and holds(optimizer, anchor)
+
+    def check_counted(self, optimizer: Optimizer | None = None) -> None:
+        """Refuse DeepSpeed's ZeRO, whose steps are on tensors of its own, where one is waited for. Raises ConfigError."""
+        if (waiting := self.pending()) and any(is_deepspeeds(p, optimizer) for p in self._trained()):
+            raise ConfigError(
+                f"adapter {self.adapter_name!r} waits for {waiting[0].what}, and DeepSpeed's ZeRO steps on tensors of its own, so "
+                "that no step would be counted: use FSDP2, or a method to which nothing happens in training."
+            )
 
     def _trained(self) -> Iterator[nn.Parameter]:
         held = {id(member.held): member.held for member in self.members}  # a batch once, however many experts it is of

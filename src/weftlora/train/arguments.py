@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
 from weftlora.errors import ConfigError, suggest
+from weftlora.foreign_text import shortened
 from weftlora.host.versions import grouped, named
 from weftlora.redaction import secrets_in
 from weftlora.runs.recipe import TrainConfig
@@ -194,6 +195,39 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
         return kind(**named(kind, values))
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"transformers refuses the train section: {' '.join(str(error).split())}") from None
+
+
+def check_made(args: TrainingArguments, model: Any) -> None:
+    """Refuse an optimiser and a schedule that cannot be made: a package is missing, or an argument that they need.
+
+    Raises:
+        ConfigError: what the libraries say of it.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"train.optimizer={OptimizerNames(args.optim).value} cannot be made: {_one_line(error)}"
+        ) from None
+    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            probe,
+            num_warmup_steps=args.get_warmup_steps(args.max_steps),
+            num_training_steps=args.max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        name = SchedulerType(args.lr_scheduler_type).value
+        raise ConfigError(
+            f"train.schedule={name} cannot be made: {_one_line(error)}; what it needs goes into train.args.lr_scheduler_kwargs, as "
+            "in {min_lr: 1e-5}."
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return shortened(" ".join(str(error).split()), 400).rstrip(".")
 
 
 _BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}

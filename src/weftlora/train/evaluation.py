@@ -266,8 +266,14 @@ def complete(
 ) -> list[list[int]]:
     """Answers to tokenised prompts, each up to and including its stop token; `temperature` 0 is greedy.
 
-    The base's own sampling settings are set aside, so that greedy is greedy whatever its generation_config says.
+    The base's own sampling settings are set aside, so that greedy is greedy whatever its generation_config says. Where a model has
+    places for so many tokens only, an answer ends with them.
+
+    Raises:
+        ModelError: a prompt leaves no place for an answer.
     """
+    if (left := room(model, prompts)) is not None:
+        max_new_tokens = min(max_new_tokens, left)
     pad = tokenizer.pad_token_id
     inputs = {key: value.to(model.device) for key, value in _left_padded(prompts, pad).items()}
     stop = stop_tokens(model, tokenizer)
@@ -285,6 +291,21 @@ def complete(
         output = model.generate(**inputs, generation_config=settings)
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return [_until_stop(row, stop) for row in output[:, start:].tolist()]
+
+
+def room(model: Any, prompts: Sequence[list[int]]) -> int | None:
+    """Tokens that answers to these prompts have places for; None where the model counts none.
+
+    Raises:
+        ModelError: a prompt leaves no place for an answer.
+    """
+    if (most := base_model.places(model)) is None:
+        return None
+    longest = max(len(prompt) for prompt in prompts)
+    taken = 1 if model.config.is_encoder_decoder else longest
+    if longest > most or taken >= most:
+        raise ModelError(f"the prompt has {longest} tokens, and the model has places for {most}: give a shorter one.")
+    return most - taken
 
 
 def _left_padded(prompts: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
@@ -392,6 +413,7 @@ def evaluate(
     subject = _subject(source, overrides, split, adapter, base)
     split = subject.split
     rows = subject.rows if limit is None else subject.rows.select(range(min(limit, len(subject.rows))))
+    base_model.check_places(subject.trained.model, rows)
     size = batch_size or subject.size
     groups = _by_domain(rows)
     bound = max_new_tokens if answers else 0

@@ -295,6 +295,8 @@ def _search_once(
     again = recipe.model_copy(update={"train": train, "adapter": _with_search(recipe.adapter)})
     again._base_dir = recipe.base_dir
     prepared = prepare(again)
+    if rows is not None and rows > (there := len(prepared.data.train)):
+        raise ConfigError(f"rows={rows} are more than the {there} that there are to search on: give fewer.")
     search = make_search(
         prepared,
         arguments.arguments(prepared.recipe.train, Path(recipe.out), prepared.steps, False),

@@ -42,7 +42,7 @@ from weftlora.runs.scores import accuracy, mean_loss
 from weftlora.schedule import processes
 from weftlora.train import ahead, arguments, checkpoint, costs, extending, layer_search, sampling
 from weftlora.train.costs import announce_measuring, timed
-from weftlora.train.prepare import Prepared, prepare
+from weftlora.train.prepare import Prepared, begun_from, prepare
 from weftlora.train.resuming import check_can_resume, check_same_input, resume_point, with_as_many_rows
 from weftlora.train.sharded import whole_adapter, whole_sites
 from weftlora.train.trainer import make_trainer
@@ -132,8 +132,10 @@ def _train(
         run = dataclasses.replace(run, extends=extending.described(extends, last))
     validate = prepared.data.validation is not None
     args = arguments.arguments(prepared.recipe.train, run.checkpoints, run.steps, validate, before=begins)
+    arguments.check_made(args, prepared.model)
     if main and verify_base:
-        known = None if before is None else before.base.get("weights")
+        source = before or extends or begun_from(prepared.recipe)  # on whose base this run goes on
+        known = None if source is None else source.base.get("weights")
         expected = known if isinstance(known, dict) else None
         prepared = dataclasses.replace(
             prepared, weights=identity.Weights(prepared.base.source, expected, str(run.adapter_folder))

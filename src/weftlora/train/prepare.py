@@ -26,7 +26,7 @@ from weftlora.host.versions import why_no_sft
 from weftlora.runs import base_model, rates
 from weftlora.runs.adapter import adapt, adapter_config, as_begun, saved_selection
 from weftlora.runs.base_model import Fingerprint, fingerprint
-from weftlora.runs.identity import Weights
+from weftlora.runs.identity import Weights, check_files
 from weftlora.runs.load import put_in
 from weftlora.runs.recipe import Recipe, Task, TrainConfig
 from weftlora.runs.run import Run, adapter_in, check_source
@@ -116,6 +116,7 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int 
     set_seed(recipe.train.seed)
     plain = base_model.load(base, task, data.labels)
     base_model.check_ids(base, plain, data)
+    base_model.check_places(plain, data.train, data.validation, data.test)
     if recipe.data.packing:
         check_packing(plain, base)
     mark = fingerprint(plain)
@@ -143,7 +144,7 @@ def prepare(recipe: Recipe, begun: Mapping[str, Any] | None = None, begins: int 
     if config is None or recipe.train.from_adapter is None:
         adapted = plain if config is None else adapt(plain, config, task)
     else:
-        adapted = go_on(plain, config, locate_adapter(recipe), mark)
+        adapted = go_on(plain, config, locate_adapter(recipe), begun_from(recipe), base, mark)
         config = adapted.peft_config["default"]
     if isinstance(config, WeftConfig) and (recipe.train.lora_plus_ratio or recipe.train.freeze_down):
         _by_role(adapted, recipe)
@@ -266,18 +267,31 @@ def locate_adapter(recipe: Recipe) -> Path:
     return adapter_in(folder)
 
 
-def go_on(plain: PreTrainedModel, config: PeftConfig, folder: Path, mark: Fingerprint) -> PeftModel:
+def begun_from(recipe: Recipe) -> Run | None:
+    """The run whose adapter `train.from` names; None without one, and for an adapter folder out of its run."""
+    if recipe.train.from_adapter is None:
+        return None
+    folder = locate_adapter(recipe)
+    return Run.load(folder.parent) if folder.name == "adapter" and (folder.parent / "run.json").is_file() else None
+
+
+def go_on(
+    plain: PreTrainedModel,
+    config: PeftConfig,
+    folder: Path,
+    before: Run | None,
+    base: base_model.Base,
+    mark: Fingerprint,
+) -> PeftModel:
     """The base with the adapter of a folder in it, to be trained further; it must be what the recipe's adapter section describes.
 
     Raises:
         AdapterError: another base, a damaged adapter or none.
         ConfigError: it is another adapter than the recipe's.
     """
-    holder = folder.parent
-    if folder.name == "adapter" and (holder / "run.json").is_file():
-        before = Run.load(holder)
-        trained = Fingerprint.of(before.base)
-        base_model.check_same(trained, mark, str(folder), str(plain.name_or_path))
+    if before is not None:  # its weights are looked at while training begins
+        base_model.check_same(Fingerprint.of(before.whole().base), mark, str(folder), base.source)
+        check_files(before.base, base.settings, base.source, str(folder))
     adapted = put_in(plain, folder, trainable=True)
     saved = adapted.peft_config["default"]
     for name in _DESCRIBES:

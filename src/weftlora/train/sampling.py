@@ -25,7 +25,7 @@ from weftlora.progress import Progress, Tick
 from weftlora.runs.load import Trained
 from weftlora.runs.run import SAMPLES, Run
 from weftlora.train import arguments
-from weftlora.train.evaluation import complete, stop_tokens
+from weftlora.train.evaluation import complete, room, stop_tokens
 from weftlora.train.prepare import Prepared
 from weftlora.train.prompting import Prompting, prompt_ids, stop_at_turns
 
@@ -46,6 +46,7 @@ def asked(prepared: Prepared) -> list[Asked]:
 
     Raises:
         ConfigError: a classifier, rows without prompts, no validation rows, or a prompt that the run has no place for.
+        ModelError: a prompt that is longer than the model takes.
     """
     wanted, data = prepared.recipe.train.samples, prepared.data
     if not wanted:
@@ -55,7 +56,9 @@ def asked(prepared: Prepared) -> list[Asked]:
     trained = _trained(prepared)
     if isinstance(wanted, list):
         how = _how(prepared)
-        return [Asked(text, prompt_ids(trained, how.written(text))) for text in wanted]
+        given = [Asked(text, prompt_ids(trained, how.written(text))) for text in wanted]
+        room(trained.model, [each.ids for each in given])
+        return given
     if data.format == "text":
         raise ConfigError(
             f"train.samples={wanted} takes prompts from validation rows, and rows of plain text have none: give some, as in "

@@ -200,10 +200,28 @@ class _Everywhere:
         return self.state
 
 
-def check_wrapper(plugin: Any) -> None:
-    """Refuse a wrapper that would flatten trained and frozen parameters into one. Raises ConfigError."""
+def check_wrapper(plugin: Any, deepspeed: Any = None) -> None:
+    """Refuse a wrapper that would flatten trained and frozen parameters into one, send parameters alone, or is DeepSpeed's.
+
+    Raises:
+        ConfigError: the message says which setting to use.
+    """
+    if deepspeed is not None:
+        raise ConfigError(
+            "weftlora train writes no checkpoints that DeepSpeed could continue from: start it with examples/accelerate-fsdp2.yaml, "
+            "or use DeepSpeed in a loop of your own (docs/scaling.md says for which methods)."
+        )
     if plugin is not None and getattr(plugin, "fsdp_version", 1) == 1 and not getattr(plugin, "use_orig_params", True):
         raise ConfigError(
             "FSDP1 without use_orig_params makes one parameter of a block's frozen and trained ones, which cannot be trained in "
             "part: set fsdp_version: 2, or fsdp_use_orig_params: true, in the accelerate config."
+        )
+    if (
+        plugin is not None
+        and getattr(plugin, "fsdp_version", 1) == 2
+        and getattr(plugin, "cpu_ram_efficient_loading", False)
+    ):
+        raise ConfigError(
+            "accelerate's cpu_ram_efficient_loading sends a model's parameters to the other processes and stops at the buffers that "
+            "an adapter has beside them: set fsdp_cpu_ram_efficient_loading: false in the accelerate config (it is true if left out)."
         )

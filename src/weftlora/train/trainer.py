@@ -347,7 +347,7 @@ def make_trainer(
         **options,
     )
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    check_wrapper(plugin)
+    check_wrapper(plugin, getattr(trainer.accelerator.state, "deepspeed_plugin", None))
     if plugin is not None and prepared.recipe.train.samples:
         raise ConfigError(
             "train.samples generates on the main process alone, which a model that is split among processes cannot: leave it out."

@@ -19,6 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+VARIES = ("tokens", "chunk", "key0", "key1", "limit")
+"""Arguments that are new in every step: no kernel is compiled anew for what their values have in common."""
+
 
 @triton.jit
 def _philox_round(c0, c1, c2, c3, k0, k1):
@@ -68,7 +71,7 @@ def _tokens(order, at, last, TABLE: tl.constexpr):
     return t, live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def masked_kernel(
     x, out, tokens, width, x_t, x_i, key0, key1, limit, ROUNDS: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr
 ):
@@ -83,7 +86,7 @@ def masked_kernel(
     tl.store(out + at * width + i[None, :], value.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def read_kernel(
     x, rows, out, tiles, order, tokens, width, slots,
     x_t, x_i, rows_e, rows_r, rows_i, out_k,
@@ -112,7 +115,7 @@ def read_kernel(
     tl.store(out + part.to(tl.int64) * out_k + at * slots + r[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def write_kernel(
     base, h, up, out, tiles, order, tokens, width, slots, scale,
     base_t, base_o, h_t, h_r, up_e, up_o, up_r, out_t,
@@ -141,7 +144,7 @@ def write_kernel(
     tl.store(out + at * out_t + o[None, :], acc.to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def linear_kernel(
     x, weight, bias, h, up, out, tokens, width, inner, slots, scale,
     x_t, x_i, w_o, w_i, bias_o, h_t, h_r, up_o, up_r,
@@ -176,7 +179,7 @@ def linear_kernel(
     tl.store(out + at * width + to, acc.to(out.dtype.element_ty), mask=live & within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def mix_kernel(
     u, omega, h, tokens, rank, heads, extra, top,
     u_t, u_r, omega_t, omega_n, h_t,
@@ -214,7 +217,7 @@ def _largest(omega, n, heads, top):
     return chosen / tl.where(total > 0.0, total, 1.0)  # 0 only of tokens that are not there
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def mix_backward_kernel(
     gh, gomega, u, omega, gu, glogits, tokens, rank, heads, extra, top,
     gh_t, gh_r, gomega_t, gomega_n, u_t, u_r, omega_t, omega_n, gu_t,
@@ -251,7 +254,7 @@ def mix_backward_kernel(
     tl.store(glogits + at * heads + n[None, :], through.to(glogits.dtype.element_ty), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def write_backward_kernel(
     g, h, up, gh, gup, tiles, order, tokens, width, slots, scale,
     g_t, g_o, h_t, h_r, up_e, up_o, up_r, gh_k, gup_k,
@@ -284,7 +287,7 @@ def write_backward_kernel(
     tl.store(where, (acc * scale).to(gup.dtype.element_ty), mask=within[:, None] & of_rank[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARIES)
 def rows_backward_kernel(
     gu, x, grows, tiles, order, tokens, width, slots,
     gu_t, gu_r, x_t, x_i, grows_k,

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from weftlora.kernel.philox import ROUNDS, WORD, threshold
 from weftlora.kernel.switches import INTERPRETED
@@ -111,7 +112,7 @@ def write(
     bt, bo = (64 if table is None else table.chunk), _block(width, 128)
     _launch(
         kernels.write_kernel, (_programs(tokens, bt, table), triton.cdiv(width, bo)), base, h, up, out,
-        *_table(table, base), tokens, width, slots, scale, *base.stride(), *h.stride(), _adapter_stride(up, table),
+        *_table(table, base), tokens, width, slots, float(scale), *base.stride(), *h.stride(), _adapter_stride(up, table),
         *up.stride()[-2:], out.stride(0), bt, *_drop(drop),
         **_common(h, table, drop), BT=bt, BO=bo, BR=_block(slots, 64),
     )  # fmt: skip
@@ -137,7 +138,7 @@ def linear(
     more = {} if INTERPRETED else {"num_warps": warps, "num_stages": stages}
     _launch(
         kernels.linear_kernel, grid, x, weight, x if bias is None else bias, h, up, out, tokens, width, inner, slots,
-        scale, *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0),
+        float(scale), *x.stride(), *weight.stride(), 1 if bias is None else bias.stride(0),
         *h.stride(), *up.stride(), BIAS=bias is not None, **_dot(x),
         BT=bt, BO=bo, BI=bi, BR=_block(slots, 64), GROUP=8, **more,
     )  # fmt: skip
@@ -179,7 +180,8 @@ def write_backward(g: Tensor, h: Tensor, up: Tensor, scale: float, table: Table 
     (tokens, width), slots = g.shape, up.shape[-1]
     if not tokens * width * slots:
         return h.new_zeros(tokens, slots), torch.zeros_like(up)
-    bt, bo, br = 64, _block(width, 128), _block(slots, 64)
+    bt, br = 64, _block(slots, 64)
+    bo = _block(width, 256 if g.element_size() == 2 and br <= 32 else 128)  # the wider, the fewer parts of gh
     blocks, across = triton.cdiv(width, bo), triton.cdiv(slots, br)
     chunk = _share(tokens, blocks * across, least=2 * bt, unit=bt)
     runs = triton.cdiv(tokens, chunk) if table is None else len(table.runs)
@@ -187,7 +189,7 @@ def write_backward(g: Tensor, h: Tensor, up: Tensor, scale: float, table: Table 
     gup = _parts(runs, (width, slots), up.dtype, up)
     _launch(
         kernels.write_backward_kernel, (blocks, runs, across), g, h, up, gh, gup, *_runs(table, g), tokens, width,
-        slots, scale, *g.stride(), *h.stride(), _adapter_stride(up, table), *up.stride()[-2:], gh.stride(0),
+        slots, float(scale), *g.stride(), *h.stride(), _adapter_stride(up, table), *up.stride()[-2:], gh.stride(0),
         gup.stride(0), chunk, **_common(h, table), BT=bt, BO=bo, BR=br,
     )  # fmt: skip
     return _added(gh, h.dtype), gup.to(up.dtype) if table is not None else _added(gup, up.dtype)
@@ -217,9 +219,13 @@ def rows_backward(
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **how: Any) -> None:
-    """On the device of the first argument, which need not be the current one."""
+    """On the device of the first argument, which need not be the current one. Where a block and its next ones have no room side by
+    side in shared memory (of smaller GPUs, in fp32), one after the other."""
     with torch.cuda.device_of(args[0]):
-        kernel[grid](*args, **how)
+        try:
+            kernel[grid](*args, **how)
+        except OutOfResources:
+            kernel[grid](*args, **how | {"num_stages": 1})
 
 
 def _power(n: int) -> int:
