@@ -10,6 +10,8 @@ for what was done to count. The driver that is started again goes on.
 from __future__ import annotations
 
 import os
+import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,9 @@ from weftlora.errors import ConfigError, RunError, WeftError
 from weftlora.extras import needs
 from weftlora.settings import is_number
 
+PATIENCE = 10.0
+"""Seconds in which a cluster has to answer."""
+_PLACE = re.compile(r"(?P<host>[^/:]+):(?P<port>\d{1,5})")
 LOOK_EVERY = 2.0
 """Seconds between two looks at how far it is."""
 
@@ -87,8 +92,10 @@ def _connect(ray: Any, address: str | None) -> None:
     if ray.is_initialized():
         return
     try:
+        if found := _PLACE.fullmatch(address or ""):  # Ray itself would try for minutes
+            socket.create_connection((found["host"], int(found["port"])), timeout=PATIENCE).close()
         ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
+    except (ValueError, OverflowError, RuntimeError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise RunError(
             f"no Ray cluster answers at {address or 'this machine'} ({said}): start one with ray start --head, or check --address."
