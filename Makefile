@@ -74,7 +74,7 @@ unit: $(STAMP) ## all tests but those of the next three
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not grid and not slow and not sharded and not kills and not interpreter" --durations=5
 
 sharded: $(STAMP) ## tests in which several processes train or score together
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m sharded --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "sharded and not kills" --durations=5
 
 scaling: $(STAMP) ## every method under every engine in 2 and 4 processes, against one: the tables of docs/scaling.md (a quarter of an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/scaling.py

@@ -277,6 +277,11 @@ SOURCES = {
     "peft-examples": Source(
         "what peft's documentation shows, with one line changed", "python scripts/peft_examples.py"
     ),
+    "many-jobs": Source(
+        "ten thousand runs on a hundred machines that die, through the claims of workers",
+        "python scripts/many_jobs.py --out evidence/many-jobs.json --nodes 100",
+        alone="it simulates for minutes, and no claim about a method stands on it",
+    ),
     "families": Source(
         "every family of transformers that a shrunken config builds, with every recipe",
         "python scripts/model_families.py",

@@ -75,6 +75,10 @@ class MissingExtraError(WeftError, ImportError):
     """A package that the call needs is in an extra that is not installed; says the `pip install` line."""
 
 
+class _TimeIsUpError(Exception):
+    """Ends a stage of `weftlora.auto`, where what has ended by then counts; no caller sees it."""
+
+
 def are_also(host_error: type[Exception], no_match: type[Exception] | None = None) -> None:
     """Make every error of this tree one of the host's too, so that its `except` clauses catch them; once is enough.
 

@@ -108,6 +108,7 @@ def stopped_after(count: int) -> Any:
     return watch
 
 
+@pytest.mark.kills
 def test_a_stop_anywhere_changes_nothing(place: Path, whole: Found):
     made = asked(place, "stopped")
     for count in (3, 2, 2):  # while a method is timed, in the rates, later
@@ -116,6 +117,7 @@ def test_a_stop_anywhere_changes_nothing(place: Path, whole: Found):
     assert decided(weftlora.auto(made, jobs=0)) == decided(whole)
 
 
+@pytest.mark.kills
 def test_the_clock_ends_it_with_what_there_is_and_a_longer_budget_goes_on(
     place: Path, whole: Found, monkeypatch: pytest.MonkeyPatch
 ):

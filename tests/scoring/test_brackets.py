@@ -200,8 +200,9 @@ def test_with_b_zero_every_bracket_is_exactly_zero() -> None:
 
 
 def test_with_one_slot_last_in_is_first_in() -> None:
-    model = alora(r=1, target_modules=["layers.0.mlp.up_proj"]).double()
+    model = alora(r=1, target_modules=["layers.0.mlp.up_proj", "layers.1.mlp.up_proj"]).double()
     random_factors(model)
+    scorer(model).sites[1].mask[:] = 0  # the only other slot
     last_in, first_in = scorer(model).exact([(0, 0)], "a").sum(2)[0].tolist()
     batch = scorer(model).drawn("a")
     model.eval()

@@ -49,7 +49,7 @@ from weftlora.data import load as load_data
 from weftlora.data.paths import resolve_path
 from weftlora.disk.files import read_json, why_no_file, write_json, write_text, writing
 from weftlora.disk.ownership import FOLDERS, delete, is_temporary, of_export, of_run, without_empty
-from weftlora.errors import ConfigError, MergeError, RunError, WeftError
+from weftlora.errors import ConfigError, MergeError, RunError, WeftError, _TimeIsUpError
 from weftlora.export import LoraExport, export_lora
 from weftlora.progress import Tick
 from weftlora.runs import base_model as models
@@ -98,10 +98,6 @@ Watch = Callable[[Standing], None]
 
 def ignore(standing: Standing) -> None:
     """Watch nothing."""
-
-
-class _TimeIsUpError(Exception):
-    """Ends a stage; what has ended by then counts."""
 
 
 class Clock:

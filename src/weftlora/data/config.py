@@ -14,7 +14,7 @@ import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -71,16 +71,22 @@ class RecipeSection(BaseModel):
     def _keys(cls, loc: Sequence[Any]) -> list[str]:
         """The keys of a recipe in the place of an error, without pydantic's words for the kinds of value that were tried."""
         keys: list[str] = []
-        section: Any = cls
+        section: type[BaseModel] | None = cls
         for part in loc:
-            if (
-                not (isinstance(section, type) and issubclass(section, RecipeSection))
-                or part not in section.model_fields
-            ):
-                break
+            if not isinstance(part, int):  # which is a place in a list
+                if section is None or part not in section.model_fields:
+                    break
+                section = _section_in(section.model_fields[part].annotation)
             keys.append(str(part))
-            section = section.model_fields[part].annotation
         return keys
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that values of a field are, or hold in a list; None where there is none, or several kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [section for each in get_args(annotation) if (section := _section_in(each)) is not None]
+    return found[0] if len(found) == 1 else None
 
 
 class Fields(RecipeSection):
