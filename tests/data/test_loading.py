@@ -369,7 +369,11 @@ def test_a_large_split_is_encoded_into_a_file_and_found_again(tmp_path, monkeypa
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(loading, "LARGE", 50)
     monkeypatch.setattr(loading, "AT_ONCE", 16)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    environment, held = os.environ, dict(os.environ)
     large = load_in(tmp_path, chat_letters, section)
+    assert os.environ is environment
+    assert dict(environment) == held
     assert large.train.cache_files
     (entry,) = (tmp_path / "cache" / "weftlora" / "rows").iterdir()
     monkeypatch.setattr(loading, "_load", lambda *args: pytest.fail("it was encoded again"))

@@ -20,6 +20,7 @@ import os
 import warnings
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
@@ -363,7 +364,7 @@ class Encoder:
         def encoded(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
             return _columns(encoded_rows(split, self.encode, batch["index"]), list(self.types))
 
-        with quiet():
+        with quiet(), _same_environment():
             held = Dataset.from_dict({"index": split.indices}).map(
                 encoded,
                 batched=True,
@@ -377,6 +378,20 @@ class Encoder:
                 new_fingerprint=f"{folder.name[-16:]}-{name}",
             )
         return held, split.indices
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """`os.environ` is afterwards what it was. Where `datasets` maps in several processes it leaves a copy in its place, so that whoever
+    holds the first, as rich does, sees no later change; and a setting of tokenizers."""
+    held, before = os.environ, dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ = held  # noqa: B003 - the very object, not new contents
+        for name in held.keys() - before.keys():
+            del held[name]
+        held.update(before)
 
 
 def _books(held: Dataset) -> tuple[dict[str, Numbers], int]:
