@@ -382,8 +382,11 @@ class Encoder:
 
 @contextmanager
 def _same_environment() -> Iterator[None]:
-    """`os.environ` is afterwards what it was. Where `datasets` maps in several processes it leaves a copy in its place, so that whoever
-    holds the first, as rich does, sees no later change; and a setting of tokenizers."""
+    """`os.environ` is afterwards what it was.
+
+    Where `datasets` maps in several processes it leaves a copy in its place, so that whoever holds the first, as rich does, sees no
+    later change; and a setting of tokenizers.
+    """
     held, before = os.environ, dict(os.environ)
     try:
         yield
