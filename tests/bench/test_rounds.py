@@ -28,6 +28,7 @@ def test_every_structure_and_the_controls_are_there(quick: StepBench):
     assert [r.nodes for r in quick.cases] == [{}] * 3 + [spanned] * 7
 
 
+@pytest.mark.slow
 def test_the_table_of_figures_is_measured_with_compiled_blocks():
     found = step(quick=True, table=True, dtypes=["fp32"])
     assert {str(r.case) for r in found.cases} >= {
