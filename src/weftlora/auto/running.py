@@ -47,8 +47,8 @@ from weftlora.compare.record import METRICS, Comparison, Interval, Method, Outco
 from weftlora.compare.workers import PROBLEM, in_charge, status
 from weftlora.data import load as load_data
 from weftlora.data.paths import resolve_path
-from weftlora.disk.files import read_json, why_no_file, write_json, write_text, writing
-from weftlora.disk.ownership import FOLDERS, delete, is_temporary, of_export, of_run, without_empty
+from weftlora.disk.files import read_json, write_json, write_text, writing
+from weftlora.disk.ownership import FOLDERS, delete, of_export, of_run, without_empty
 from weftlora.errors import ConfigError, MergeError, RunError, WeftError, _TimeIsUpError
 from weftlora.export import LoraExport, export_lora
 from weftlora.progress import Tick
@@ -663,21 +663,10 @@ def read_found(folder: Path) -> Found:
 
 def _check_place(folder: Path, recipe: AutoRecipe, overwrite: bool) -> None:
     """Refuse a folder that is not this search's, before anything slow begins. Raises ConfigError or RunError."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"the search's folder {folder} is a file: choose another with --out.")
-    if (folder / NAME).is_file():
-        if not overwrite:
-            _check_same(AutoPlan.load(folder), recipe, folder)
-        return
-    if folder.is_dir() and (
-        other := [path.name for path in folder.iterdir() if path.name not in OURS and not is_temporary(path)]
-    ):
-        raise RunError(f"{folder} holds other files, such as {other[0]}, and no search: choose another with --out.")
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if reason := why_no_file(nearest):
-        raise RunError(
-            f"the search's folder {folder} cannot be made: {nearest} takes no new file ({reason}); choose another with --out."
-        )
+    is_begun = (folder / NAME).is_file()
+    comparing.check_folder(folder, "search", is_begun, OURS)
+    if is_begun and not overwrite:
+        _check_same(AutoPlan.load(folder), recipe, folder)
 
 
 def _check_same(plan: AutoPlan, recipe: AutoRecipe, folder: Path) -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group, RenderableType
-from rich.live import Live
 
 from weftlora.cli import output
 from weftlora.cli.compare import number
 from weftlora.cli.options import Json, Quiet, TrustTerms
-from weftlora.cli.output import LINE_EVERY
 
 if TYPE_CHECKING:
     from weftlora.auto.record import Found
-    from weftlora.auto.running import Standing, Watch
+    from weftlora.auto.running import Standing
 
 
 def auto(
@@ -54,38 +51,13 @@ def auto(
 # ---------------------------------------------------------------------- while it runs
 
 
-@contextmanager
-def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Watch]:
+def watching(
+    show: bool, clock: Callable[[], float] = time.monotonic
+) -> AbstractContextManager[Callable[[Standing], None]]:
     """Who to tell how far a search is: a live line on a terminal, now and then a line elsewhere; what was decided always."""
-    if not show:
-        yield lambda standing: None
-    elif sys.stderr.isatty():
-        with Live(console=output.Screen(stderr=True), transient=True, refresh_per_second=4) as live:
-
-            def update(standing: Standing) -> None:
-                if standing.said:
-                    live.console.print(f"{standing.stage}: {standing.said}", markup=False, highlight=False)
-                else:
-                    live.update(progress(standing))
-
-            yield update
-    else:
-        yield _Lines(clock)
-
-
-class _Lines:
-    """What was decided, and a line every few seconds."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.shown = clock, -LINE_EVERY
-
-    def __call__(self, standing: Standing) -> None:
-        now = self.clock()
-        if standing.said:
-            sys.stderr.write(f"{standing.stage}: {standing.said}\n")
-        elif now - self.shown >= LINE_EVERY:
-            self.shown = now
-            sys.stderr.write(f"{progress(standing)}\n")
+    return output.watching_many(
+        show, clock, progress, progress, lambda standing: f"{standing.stage}: {standing.said}" if standing.said else ""
+    )
 
 
 def progress(standing: Standing) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 
 from weftlora.cli import output
 from weftlora.cli.options import Json, Quiet, TrustTerms
-from weftlora.cli.output import LINE_EVERY
 from weftlora.compare.record import metric_of
 from weftlora.errors import ConfigError
 from weftlora.extras import needs
@@ -24,7 +21,7 @@ from weftlora.extras import needs
 if TYPE_CHECKING:
     from weftlora.compare.plan import Plan
     from weftlora.compare.record import Comparison, Interval, Method, Outcome
-    from weftlora.compare.running import Standing, Watch
+    from weftlora.compare.running import Standing
 
 
 def compare(
@@ -99,30 +96,11 @@ def compare(
 # ---------------------------------------------------------------------- while it runs
 
 
-@contextmanager
-def watching(show: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Watch]:
+def watching(
+    show: bool, clock: Callable[[], float] = time.monotonic
+) -> AbstractContextManager[Callable[[Standing], None]]:
     """Who to tell how far a comparison is: a live table on a terminal, now and then a line elsewhere."""
-    if not show:
-        yield lambda standing: None
-    elif sys.stderr.isatty():
-        with Live(console=output.Screen(stderr=True), transient=True, refresh_per_second=4) as live:
-            yield lambda standing: live.update(standing_table(standing))
-    else:
-        yield _Lines(clock)
-
-
-class _Lines:
-    """A line every few seconds."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.shown = clock, -LINE_EVERY
-
-    def __call__(self, standing: Standing) -> None:
-        now = self.clock()
-        if now - self.shown < LINE_EVERY:
-            return
-        self.shown = now
-        sys.stderr.write(f"{_progress(standing)}\n")
+    return output.watching_many(show, clock, standing_table, _progress)
 
 
 def _progress(standing: Standing) -> str:

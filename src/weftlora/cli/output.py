@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.segment import Segment
@@ -82,6 +83,42 @@ class _Bar:
         if self.bar is not None:
             self.bar.stop()
         self.bar = None
+
+
+@contextmanager
+def watching_many(
+    show: bool,
+    clock: Callable[[], float],
+    shown: Callable[[Any], RenderableType],
+    line: Callable[[Any], str],
+    said: Callable[[Any], str] = lambda standing: "",
+) -> Iterator[Callable[[Any], None]]:
+    """Who to tell how far several runs are: `shown` on a terminal, a `line` now and then elsewhere; what is `said`, always."""
+    if not show:
+        yield lambda standing: None
+    elif sys.stderr.isatty():
+        with Live(console=Screen(stderr=True), transient=True, refresh_per_second=4) as live:
+
+            def update(standing: Any) -> None:
+                if kept := said(standing):
+                    live.console.print(kept, markup=False, highlight=False)
+                else:
+                    live.update(shown(standing))
+
+            yield update
+    else:
+        last = -LINE_EVERY
+
+        def tell(standing: Any) -> None:
+            nonlocal last
+            now = clock()
+            if kept := said(standing):
+                sys.stderr.write(f"{kept}\n")
+            elif now - last >= LINE_EVERY:
+                last = now
+                sys.stderr.write(f"{line(standing)}\n")
+
+        yield tell
 
 
 def _progress() -> Bar:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,22 +106,25 @@ def has_plan(folder: Path) -> bool:
 
 def check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
     """Refuse a folder that is not this comparison's, before anything slow begins. Raises ConfigError or RunError."""
+    check_folder(folder, "comparison", has_plan(folder), (*NAMES, LEASES))
+    if has_plan(folder) and not overwrite:
+        check_same(Plan.load(folder), recipe, folder)
+
+
+def check_folder(folder: Path, what: str, is_begun: bool, ours: Collection[str]) -> None:
+    """Refuse a folder that cannot be that of a `what`, which has files named `ours` and has begun here or not. Raises RunError."""
     if folder.exists() and not folder.is_dir():
-        raise RunError(f"the comparison's folder {folder} is a file: choose another with --out.")
-    if has_plan(folder):
-        if not overwrite:
-            check_same(Plan.load(folder), recipe, folder)
+        raise RunError(f"the {what}'s folder {folder} is a file: choose another with --out.")
+    if is_begun:
         return
     if folder.is_dir() and (
-        other := [
-            path.name for path in folder.iterdir() if path.name not in (*NAMES, LEASES) and not is_temporary(path)
-        ]
+        other := [path.name for path in folder.iterdir() if path.name not in ours and not is_temporary(path)]
     ):
-        raise RunError(f"{folder} holds other files, such as {other[0]}, and no comparison: choose another with --out.")
+        raise RunError(f"{folder} holds other files, such as {other[0]}, and no {what}: choose another with --out.")
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if reason := why_no_file(nearest):
         raise RunError(
-            f"the comparison's folder {folder} cannot be made: {nearest} takes no new file ({reason}); choose another with --out."
+            f"the {what}'s folder {folder} cannot be made: {nearest} takes no new file ({reason}); choose another with --out."
         )
 
 

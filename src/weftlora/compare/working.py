@@ -25,7 +25,6 @@ from weftlora.compare.running import LEASES, RESULT, Queue, Watch, check_place, 
 from weftlora.disk.files import write_json, writing
 from weftlora.disk.lock import NAME, holder, is_held
 from weftlora.errors import ConfigError, RunError
-from weftlora.progress import Tick
 from weftlora.settings import is_number
 
 PLAN = "plan"
@@ -53,13 +52,8 @@ def work(source: str | Path, overrides: tuple[str, ...], watch: Watch, ttl: floa
         folder, recipe = Path(source), None
     else:
         recipe = CompareRecipe.read(source, *overrides)
-        recipe.check_places()
-        folder = Path(recipe.out).expanduser()
-        check_place(folder, recipe, False)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    _check_free(folder)
-    worker = _Worker(folder, Claims(Files(str(folder / LEASES)), _owner(), ttl), watch)
+        folder = _checked(recipe)
+    worker = _worker(folder, ttl, watch)
     try:
         worker.work(_planned(folder, recipe, worker))
     except OSError as error:
@@ -102,19 +96,24 @@ def _planned(folder: Path, recipe: CompareRecipe | None, worker: _Worker) -> Pla
 
 def planned(recipe: CompareRecipe, ttl: float = TTL) -> Plan:
     """The plan of a comparison that workers are to be started on, made where there is none. Raises as `work` does."""
+    folder = _checked(recipe)
+    return _planned(folder, recipe, _worker(folder, ttl, lambda standing: None))
+
+
+def _checked(recipe: CompareRecipe) -> Path:
+    """The folder of a comparison that can begin or go on there."""
     recipe.check_places()
     folder = Path(recipe.out).expanduser()
     check_place(folder, recipe, False)
+    return folder
+
+
+def _worker(folder: Path, ttl: float, watch: Watch) -> _Worker:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _check_free(folder)
-    return _planned(
-        folder, recipe, _Worker(folder, Claims(Files(str(folder / LEASES)), _owner(), ttl), lambda standing: None)
-    )
-
-
-def _owner() -> str:
-    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return _Worker(folder, Claims(Files(str(folder / LEASES)), owner, ttl), watch)
 
 
 class _Worker:
@@ -161,8 +160,5 @@ class _Worker:
             lost = lost or not self.claims.renew(lease)
             return lost
 
-        def told(each: Job, tick: Tick | None) -> None:
-            queue.told(each, tick)
-
-        processes.run(lambda: next(following, None), told, over)
+        processes.run(lambda: next(following, None), queue.told, over)
         return not lost
