@@ -40,8 +40,12 @@ def lacks_triton() -> bool:
 
 
 MODULES = {
-    **{"pyyaml": "yaml", "rouge-score": "rouge_score", "scikit-learn": "sklearn", "vl-convert-python": "vl_convert"},
-    **{"protobuf": "google.protobuf", "rpds_py": "rpds"},
+    "pyyaml": "yaml",
+    "rouge-score": "rouge_score",
+    "scikit-learn": "sklearn",
+    "vl-convert-python": "vl_convert",
+    "protobuf": "google.protobuf",
+    "rpds_py": "rpds",
 }
 """What is imported of a package that has another name."""
 
