@@ -345,6 +345,20 @@ def test_the_settings_of_the_optimisers_are_the_configs_and_not_the_files():
     found.step()
 
 
+def test_random_numbers_of_gpus_go_on_where_there_are_as_many_gpus(monkeypatch: pytest.MonkeyPatch):
+    found, went_on = search(), []
+    [mine] = found.state_dict()["random"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16, dtype=torch.uint8)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: went_on.append(len(states)))
+    state, gpu = found.state_dict(), torch.ones(16, dtype=torch.uint8)
+    for there in (1, 2):
+        found.load_state_dict(state | {"random": [mine | {"cuda": [gpu] * there}]})
+        assert torch.equal(torch.get_rng_state(), mine["cpu"])
+    assert went_on == [1]
+
+
 def test_a_disk_that_refuses_the_state_says_so_as_other_files_do(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):  # torch.save to a path: a RuntimeError that names its own source
         search().save(tmp_path / "gone" / "state.pt")
