@@ -319,6 +319,7 @@ FORMS: dict[str, Any] = {
     "random state that is none": lambda state: (
         state | {"random": [{"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}]}
     ),
+    "history that is no list": lambda state: state | {"history": 2},
     "history of other steps": lambda state: state | {"history": state["history"][:1]},
     "rows that are tensors": lambda state: state | {"splits": {"train": [torch.ones(2)], "validation": []}},
 }

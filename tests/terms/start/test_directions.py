@@ -224,7 +224,10 @@ def test_a_twin_that_is_cleared_says_nothing_of_its_direction() -> None:
     switch(site, found([3.0, 2.0]))
     term = site.start
     before = term.rate.clone()
+    term.index[1] = 0  # the largest of W, which is a direction like any other
+    assert [(each.index, each.sigma) for each in term.chosen()] == [(7, 3.0), (0, 2.0)]
     term.clear([0])
+    assert [each.index for each in term.chosen()] == [0]
     assert (int(term.index[0]), float(term.sigma[0]), float(term.rate[0])) == (-1, 0.0, 0.0)
     assert torch.equal(term.rate[1:], before[1:])
     assert not term.down[0].any()
