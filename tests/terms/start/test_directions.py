@@ -145,6 +145,8 @@ def test_the_guard_is_a_share_of_the_weights_largest_sigma() -> None:
     for largest, guarded in ((1e4, True), (1e2, False)):
         frozen = start_values(found([0.1]), torch.randn(1, IN), OUT, Directions(guard=1e-4), 1.0, largest)[2]
         assert frozen.tolist() == [not guarded]
+    exactly = start_values(found([0.25]), torch.randn(1, IN), OUT, Directions(guard=0.125), 1.0, 2.0)[2]
+    assert exactly.tolist() == [False]
 
 
 def test_slots_beyond_the_directions_keep_where_their_row_points() -> None:
