@@ -99,6 +99,13 @@ def test_products_of_rank_slots_of_any_size(tokens: int, width: int, slots: int,
         )
 
 
+def test_in_sixteen_bits_a_wide_output_has_wider_blocks():
+    g, h, up = (normal(*shape).bfloat16() for shape in ((3, 300), (3, 5), (300, 5)))
+    gh, gup = launches.write_backward(g, h, up, 0.5)
+    close(gh.double(), 0.5 * g.double() @ up.double(), 1e-2)
+    close(gup.double(), 0.5 * g.double().T @ h.double(), 1e-2)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every second", "a part of wider rows"])
 def test_nothing_has_to_be_contiguous(layout: str):
     def given(rows: int, columns: int) -> Tensor:
@@ -575,7 +582,7 @@ def test_the_fake_implementations_are_those_of_the_ops():
         "mix": (h, omega, 2, 1),
         "mix_backward": (normal(6, 5), None, h, omega, 2, None),
         "write_backward": (base, h, up, 1.5),
-        "rows_backward": (h, x, torch.float32, None, 0.0),
+        "rows_backward": (h, x, torch.float16, None, 0.0),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.weftlora, f"triton_{name}").default, arguments)
