@@ -131,6 +131,25 @@ def test_write_adds_into_its_base_where_it_is_told_to():
     close(base, want)
 
 
+def test_what_several_programs_compute_is_put_together():
+    """A sum in four parts; nine blocks of tokens by two of out, in groups of eight, of which the last has one."""
+    x, rows = normal(3, 512), normal(4, 512)
+    close(launches.read(x, rows), x.double() @ rows.double().T)
+    x, weight, h, up = normal(520, 4), normal(130, 4), normal(520, 2), normal(130, 2)
+    close(
+        launches.linear(x, weight, None, h, up, 0.5), x.double() @ weight.double().T + 0.5 * h.double() @ up.double().T
+    )
+
+
+def test_blocks_are_what_a_compiler_takes_and_shares_no_larger_than_they_must_be():
+    """Powers of two; of an axis the least multiple of a block with which as many programs as are wanted have it all."""
+    for tokens, out, fan_in, *_ in launches.FUSED.values():
+        assert all(size >= 16 and size & (size - 1) == 0 for size in (tokens, out, fan_in))
+    for length, programs, parts in ((1000, 1, 7), (1024, 1, 8), (1024, 100, 3), (100, 1, 1), (2050, 20, 14)):
+        share = launches._share(length, programs, least=128, unit=64)
+        assert share == 64 * math.ceil(length / parts / 64)
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.integers(1, 40),
@@ -442,6 +461,39 @@ def test_an_update_goes_onto_the_output_of_another_module(y_type: torch.dtype):
     assert got.dtype == y_type
     assert torch.equal(y, before)
     close(got, y.double() + reference(x.double(), work(wide(f), 0.3, 5)), LIMIT[y_type])
+
+
+def test_and_the_update_alone_has_its_gradients():
+    """Where no W is the node's, x has those that come through the rows: of slots through a mask, of the router past it."""
+    f, x, y = factors((20, 30, 4, 3), "x", 1, True, None, torch.float32), normal(7, 20), normal(7, 30)
+    found = []
+    for own, path in ((f, add_low_rank), (wide(f), lambda y, x, work: y + reference(x, work))):
+        source = x.to(own.A.dtype).requires_grad_()
+        result = path(y.to(source.dtype), source, work(own, 0.3, 5))
+        found.append(torch.autograd.grad(result.square().sum(), [source, *leaves(own)]))
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 2e-5)
+
+
+def test_a_mask_that_was_drawn_without_the_kernels_is_the_mask_of_their_products():
+    """Such a mask no kernel can make a part of: x goes through it before one reads it, and so does the gradient of x."""
+    x = normal(6, 20)
+    with switched(triton=False):
+        bits = kernel.draw(x, 0.4)
+    for outs in ((12,), (12, 9)):
+        each = [factors((20, out, 3, 2), None, 0, False, None, torch.float32) for out in outs]
+        assert_node(x, [(normal(len(f.B), 20), None, Work(f, 0.4, mask=bits)) for f in each])
+    grouping = Grouping(torch.tensor([3, 6], dtype=torch.int32), torch.tensor([0, 0, 0, 1, 1, 1]))
+    experts = Factors(normal(2, 3, 20).requires_grad_(), normal(2, 12, 3).requires_grad_(), 2.0)
+    leading = [x.requires_grad_(), *leaves(experts)]
+    for mask in (bits, torch.tensor([SEED])):
+        found = []
+        for plain in (False, True):
+            with kernel.use_reference(plain):
+                result = add_grouped(torch.zeros(6, 12), x, Work(experts, 0.4, mask=mask), grouping)
+            found.append([result.detach(), *torch.autograd.grad(result.square().sum(), leading)])
+        for mine, theirs in zip(*found, strict=True):
+            close(mine, theirs, 2e-5)
 
 
 @pytest.mark.parametrize("router", [None, "x", "Ax"])
