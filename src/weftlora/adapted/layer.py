@@ -31,7 +31,7 @@ from weftlora.adapted.tensor_parallel import slice_of
 from weftlora.adapter.shards import is_shard, on_one
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
-from weftlora.kernel import Linear, Work, current, linears
+from weftlora.kernel import Linear, Work, add_by_row, current, linears
 from weftlora.schedule.schedule import Member
 from weftlora.settings import is_number
 from weftlora.terms.axes import mergeable_structures
@@ -355,11 +355,21 @@ class WeftLinear(WeftLayer):
             )
         read = self.cast_input(x)
         y = cast(Tensor, self.base_layer(read, *args, **kwargs))
-        for name in dict.fromkeys(rows):
-            if name in self.weft_site:
-                where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
-                y = y.index_copy(0, where, self.weft_site[name](read[where], y[where], None, self._add))
+        names = [name for name in dict.fromkeys(rows) if name in self.weft_site]
+        if (whole := self._by_table(names, rows, read, y)) is not None:
+            return whole
+        for name in names:
+            where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
+            y = y.index_copy(0, where, self.weft_site[name](read[where], y[where], None, self._add))
         return y
+
+    def _by_table(self, names: list[str], rows: Sequence[str], read: Tensor, y: Tensor) -> Tensor | None:
+        """The same in one launch per product for all of these adapters, where the Triton kernels can compute it."""
+        sites = [self.site(name) for name in names]
+        if not sites or self._add is not None or any(site.outside or watched(site) for site in sites):
+            return None
+        numbers = {name: number for number, name in enumerate(names)}
+        return add_by_row(y, read, (site.work() for site in sites), tuple(numbers.get(row, len(names)) for row in rows))
 
     def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
         """The base's output with the first active adapter's update, if one node can compute both."""
