@@ -23,7 +23,15 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
-from weftlora.adapted.quantised import can_be_requantised, is_quantised, matrix, requantised, stored
+from weftlora.adapted.quantised import (
+    can_be_requantised,
+    dequantised,
+    is_quantised,
+    is_shared,
+    matrix,
+    requantised,
+    stored,
+)
 from weftlora.adapted.reading import Reading, reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapted.tensor_parallel import add as add_to_slice
@@ -400,13 +408,17 @@ class WeftLinear(WeftLayer):
         it (`cast_input`).
         """
         base, device = self.base_layer, read.device.type
-        weight = cast(Tensor, base.weight)
-        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        if weight.device != read.device or read.dtype != computed:
+        weight = base.weight if type(base) is nn.Linear else None  # of a base in 4 bits it is made below
+        own = read if weight is None else weight
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own.dtype
+        if own.device != read.device or read.dtype != computed:
             return None
         self._check_distributed(name)
         work = self.site(name).work()
         if work.plain or work.scored:
+            return None
+        weight = dequantised(base, read) if weight is None else weight
+        if weight is None:
             return None
         mask = self._mask(name, x, read)
         return weight, cast("Tensor | None", base.bias), work if mask is None else replace(work, mask=mask)
@@ -417,8 +429,10 @@ class WeftLinear(WeftLayer):
             return "WEFT_REFERENCE is set"
         base = self.base_layer
         if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
-            return f"{type(base).__name__} is not a plain Linear"
-        if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
+            if not is_shared(base) or self._add is not None:
+                return f"{type(base).__name__} is not a plain Linear"
+            weight = None
+        if (weight is not None and weight.requires_grad) or ((bias := base.bias) is not None and bias.requires_grad):
             return "the base is trained too"
         if watched(base):
             return "hooks on the base"
