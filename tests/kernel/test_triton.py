@@ -703,6 +703,51 @@ def test_adapted_models_of_every_structure_take_the_same_step(llama: torch.nn.Mo
         llama = model.unload()
 
 
+WORLD = """
+import os, sys, traceback, warnings
+
+import torch
+import worlds
+from weftlora.kernel.triton import launches
+
+folder, launched, launch = sys.argv[1], [], launches._launch
+launches._launch = lambda *a, **k: (launched.append(1), launch(*a, **k))[1]
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+worlds.END = 2
+worlds.METHODS["hydralora"] = lambda: worlds.weftlora.HydraLoraConfig(r=2, heads=2, balance=0.01, target_modules=["q_proj", "up_proj"])
+
+def be(rank):
+    for engine in ("ddp", "fsdp2"):
+        before = len(launched)
+        worlds.be(rank, 2, f"{folder}/{engine}", engine, ["hydralora"], ["fp32"])
+        assert len(launched) > before, engine
+
+children = worlds.forked(2, be, lambda rank, error: traceback.print_exception(error))
+torch.save(worlds.alone(["hydralora"], ["fp32"]), f"{folder}/alone.pt")
+assert launched
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_two_processes_end_as_one_does(tmp_path: Path):
+    """Two steps of HydraLoRA, replicated by DDP and sharded by FSDP2, each process with the kernels; worlds.py has the training."""
+    for engine in ("ddp", "fsdp2"):
+        (tmp_path / engine).mkdir()
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tests), str(tests / "sharding")])
+    env = {**os.environ, "WEFT_TRITON": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", WORLD, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = torch.load(tmp_path / "alone.pt", weights_only=True)["hydralora", "fp32"]["tensors"]
+    for engine in ("ddp", "fsdp2"):
+        first, second = (torch.load(tmp_path / engine / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+        for key, value in one.items():
+            mine = first["hydralora", "fp32"]["tensors"][key]
+            assert torch.equal(mine, second["hydralora", "fp32"]["tensors"][key]), (engine, key)
+            assert (mine - value).abs().max() <= 1e-5, (engine, key)
+
+
 # ---------------------------------------------------------------------- the seam, and the compiler
 
 NOTHING = """
