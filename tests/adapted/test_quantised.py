@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weftlora
 from families import FAMILIES
@@ -90,6 +90,14 @@ def in_bitsandbytes(whole: nn.Linear) -> nn.Module:
     layer = Linear4bit(whole.in_features, whole.out_features, bias=whole.bias is not None, compute_dtype=torch.float32)
     layer.load_state_dict(whole.state_dict())
     return layer.to("cpu")  # quantised when it is moved
+
+
+def in_hqq(whole: nn.Linear) -> nn.Module:
+    """HQQ's own layer."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=4, group_size=16)
+    return HQQLinear(copy.deepcopy(whole), settings, compute_dtype=torch.float32, device="cpu", del_orig=False)
 
 
 class Quanto(nn.Linear):
@@ -274,13 +282,19 @@ KINDS = {"no checkpointing": None, "not reentrant": False, "reentrant": True}
 NF4 = pytest.param(
     "NF4", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 )
+HQQ = pytest.param("HQQ", marks=pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed"))
 
 
 def quantised_model(kind: str, checkpointing: str = "no checkpointing") -> nn.Module:
     """Two blocks whose linear modules are in fewer bits, with a trained adapter on each; its input asks for a gradient."""
     torch.manual_seed(0)
     base = FAMILIES["llama"].build()
-    make = {"HQQ's names": Sixteenths, "told wrong": lambda w: Sixteenths(w, "wrong"), "NF4": in_bitsandbytes}[kind]
+    make = {
+        "HQQ's names": Sixteenths,
+        "told wrong": lambda w: Sixteenths(w, "wrong"),
+        "NF4": in_bitsandbytes,
+        "HQQ": in_hqq,
+    }[kind]
     for parent in [module for block in base.model.layers for module in (block.self_attn, block.mlp)]:
         for name in PROJECTIONS:
             if hasattr(parent, name):
@@ -293,34 +307,35 @@ def quantised_model(kind: str, checkpointing: str = "no checkpointing") -> nn.Mo
     return get_peft_model(base, config).train()
 
 
-def taken(model: nn.Module) -> tuple[list[Tensor], Counter[str]]:
-    """Loss and gradients of a step, and how often each kind of layer dequantised its W."""
-    count: Counter[str] = Counter()
+class Counting(TorchDispatchMode):
+    """Counts the ops in which bitsandbytes dequantises a W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made += function._schema.name in ("bitsandbytes::dequantize_4bit", "bitsandbytes::gemm_4bit")
+        return function(*args, **(kwargs or {}))
+
+
+def taken(model: nn.Module) -> tuple[list[Tensor], dict[str, int]]:
+    """Loss and gradients of a step, how often it dequantised a W, and how many of these are still there."""
     layers = [m.base_layer for m in model.modules() if isinstance(m, WeftLinear)]
-    for layer in layers:
-        if isinstance(layer, Sixteenths):
-            layer.made.clear()
-    if not isinstance(layers[0], Sixteenths):
-        from bitsandbytes.backends.default import ops  # noqa: F401 (the op is registered)
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        class Counting(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                name = function._schema.name
-                count["made"] += name in ("bitsandbytes::dequantize_4bit", "bitsandbytes::gemm_4bit")
-                return function(*args, **(kwargs or {}))
-
-        watching = Counting()
-    else:
-        watching = contextlib.nullcontext()
     trained = [p for p in model.parameters() if p.requires_grad]
-    with watching:
+    made: list[weakref.ref[Tensor]] = []
+    with Counting() as ops, pytest.MonkeyPatch.context() as patch:
+        for layer in layers:
+            if isinstance(layer, Sixteenths):
+                layer.made.clear()
+            elif hasattr(layer, "W_q"):
+                own = layer.dequantize
+                patch.setattr(layer, "dequantize", lambda own=own: (w := own(), made.append(weakref.ref(w)))[0])
         loss = model(**FAMILIES["llama"].batch()).loss
         model.zero_grad()
         loss.backward()
-    if isinstance(layers[0], Sixteenths):
-        count["made"] = sum(len(layer.made) for layer in layers)
-        count["alive"] = sum(ref() is not None for layer in layers for ref in layer.made)
+    made += [ref for layer in layers if isinstance(layer, Sixteenths) for ref in layer.made]
+    count = {"made": ops.made + len(made), "alive": sum(ref() is not None for ref in made)}
     return [loss.detach(), *(p.grad.clone() for p in trained)], count
 
 
@@ -330,7 +345,7 @@ def without_sharing(kind: str) -> list[Tensor]:
         return taken(quantised_model(kind))[0]
 
 
-@pytest.mark.parametrize("kind", ["HQQ's names", NF4])
+@pytest.mark.parametrize("kind", ["HQQ's names", HQQ, NF4])
 @pytest.mark.parametrize(
     ("checkpointing", "said", "times"),
     [
