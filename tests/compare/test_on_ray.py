@@ -44,7 +44,7 @@ def cluster() -> object:
     made.shutdown()
 
 
-def wait_for(sign: Callable[[], Any], seconds: float = 500) -> None:
+def wait_for(sign: Callable[[], Any], seconds: float = 1000) -> None:
     end = time.monotonic() + seconds
     while not sign():
         assert time.monotonic() < end

@@ -13,6 +13,7 @@ from weftlora.compare.leases import Claims, Files
 from weftlora.compare.plan import Job
 from weftlora.compare.storing import Store, newest_step
 from weftlora.disk.files import write_json
+from weftlora.disk.lock import holding
 from weftlora.errors import ConfigError, RunError
 from weftlora.report import report
 from weftlora.train.checkpoint import mark
@@ -132,6 +133,22 @@ def test_what_cannot_be_reached_or_is_no_comparison_is_one_sentence(server: str,
     import s3fs
 
     assert not s3fs.S3FileSystem(skip_instance_cache=True).exists("no-such-bucket")
+
+
+def test_storage_that_takes_nothing_is_one_sentence_and_the_folder_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuses(*_: object) -> bool:
+        raise PermissionError(30, "Read-only file system")
+
+    file = tmp_path / "compare.yaml"
+    file.write_text("methods: [lora]\nmodel: demo\ndata: demo\nout: out\n", encoding="utf-8")
+    monkeypatch.setattr(Files, "create", refuses)
+    with pytest.raises(RunError, match="memory://read-only cannot be reached: Read-only file system; give the same"):
+        work(file, f"out={tmp_path / 'out'}", store="memory://read-only")
+    assert [*(tmp_path / "out").iterdir()] == []
+    with holding(tmp_path / "out", "weftlora compare --worker"), pytest.raises(RunError, match="choose another folder"):
+        work(file, f"out={tmp_path / 'out'}", store="memory://read-only")
 
 
 def test_misuse_is_one_sentence(tmp_path: Path):

@@ -139,7 +139,8 @@ def _checked(recipe: CompareRecipe) -> Path:
 def _worker(folder: Path, ttl: float, watch: Watch, store: str | None = None) -> _Worker:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    _check_free(folder)
+    if store is None:
+        _check_free(folder)
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     shared = None if store is None else Store(store)
     return _Worker(
