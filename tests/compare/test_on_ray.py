@@ -98,7 +98,9 @@ def test_a_driver_that_is_killed_is_started_again_and_goes_on(cluster: object, t
     os.geteuid() != 0 or shutil.which("unshare") is None, reason="a node without the disk needs a mount namespace"
 )
 def test_a_worker_that_is_cut_off_from_the_disk_stops_and_the_others_take_over(cluster: object, tmp_path: Path):
-    whole = compare(written(tmp_path, "alone"), jobs=0)
+    longer = {"methods": ["lora", "none"], "train": {"steps": 300, "save_every": 50}, "seeds": 3}
+    made = recipe(tmp_path, **longer)
+    whole = compare(made | {"out": str(tmp_path / "alone")}, jobs=0)
     shared, logs = tmp_path / "shared", tmp_path / "logs"
     started = ["ray", "start", "--block", "--num-cpus=1", "--object-store-memory=80000000"]
     started = [str(Path(ray.__file__).parents[1] / "bin" / "ray"), *started[1:]]
@@ -112,21 +114,22 @@ def test_a_worker_that_is_cut_off_from_the_disk_stops_and_the_others_take_over(c
         wait_for(lambda: sum(each["Alive"] for each in _nodes(cluster)) == 2 or node.poll() is not None)
 
         def cut() -> None:
-            wait_for(lambda: len([*shared.glob("leases/*.lease")]) > 3)
+            wait_for(lambda: len([*shared.glob("runs/lora/*/run.json")]) == 2)  # each of the two has begun one
             command = ["nsenter", "-t", str(node.pid), "-m", "mount", "-t", "tmpfs", "none", str(shared)]
             subprocess.run(command, check=True)
 
         cutter = threading.Thread(target=cut, daemon=True)
         cutter.start()
         told: list[Standing] = []
-        found = on_ray.compare(written(tmp_path, "shared"), cluster.address, 2, None, told.append, LEASE)  # type: ignore[attr-defined]
+        asked = CompareRecipe.read(made | {"out": str(shared)})
+        found = on_ray.compare(asked, cluster.address, 2, None, told.append, LEASE)  # type: ignore[attr-defined]
         cutter.join()
     finally:
         node.terminate()
         node.wait()
     lines = [standing.said for standing in told if standing.said]
-    assert any("stopped, since its lease could not be renewed" in line for line in lines)
-    assert any("cannot be reached" in line for line in lines)
+    assert any("the leases of" in line and "cannot be reached" in line for line in lines), lines
+    assert any(line.endswith(": taken over") for line in lines), lines
     assert quality(found.record()) == quality(whole.record())
 
 
