@@ -110,6 +110,20 @@ def test_workers_that_share_only_a_store_take_over_from_its_checkpoints(
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+def test_workers_that_submitit_starts_end_as_one_comparison(tmp_path: Path):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    made = recipe(tmp_path, methods=["lora", "none"], seeds=1)
+    whole = compare(made | {"out": str(tmp_path / "alone")}, jobs=0)
+    file = tmp_path / "shared.yaml"
+    file.write_text(yaml.safe_dump(made | {"out": str(tmp_path / "shared")}), encoding="utf-8")
+    executor = submitit.AutoExecutor(folder=str(tmp_path / "logs"), cluster="local")  # as on Slurm, without one
+    executor.update_parameters(timeout_min=10)
+    command = [sys.executable, "-m", "weftlora", "compare", str(file), "--worker", "--lease", str(LEASE), "--quiet"]
+    for job in [executor.submit(submitit.helpers.CommandFunction(command)) for _ in range(2)]:
+        job.result()
+    assert quality(load(tmp_path / "shared").record()) == quality(whole.record())
+
+
 def test_a_comparison_in_charge_and_workers_refuse_each_other_and_options_that_mean_nothing(tmp_path: Path):
     made, file = written(tmp_path, "both")
     (tmp_path / "both").mkdir()
