@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.options import Json, Quiet, TrustTerms
+from weftlora.cli.options import Jobs, Json, Quiet, TrustTerms, jobs_of
 from weftlora.compare.record import metric_of
 from weftlora.errors import ConfigError
 from weftlora.extras import needs
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A comparison's file; with --worker, or its folder.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A comparison's file; with --worker, or its folder; with --fetch, its store.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Run this many at once, each in a process with one torch thread.")
-    ] = 1,
+    jobs: Jobs = "1",
     out: Annotated[str | None, typer.Option(help="Write the comparison to this folder; short for out=....")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")
@@ -40,6 +40,16 @@ def compare(
     worker: Annotated[
         bool,
         typer.Option("--worker", help="Be one of many, on any machine that reaches the folder, until no run is left."),
+    ] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="With --worker: share results by this, such as s3://bucket/prefix, not by a folder."
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool,
+        typer.Option("--fetch", help="Bring the comparison out of the store that is given into --out; run nothing."),
     ] = False,
     engine: Annotated[str, typer.Option(help="Where the runs are: local, or ray, on a cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="With --engine ray: the cluster's, such as head:6379.")] = None,
@@ -70,18 +80,27 @@ def compare(
         return
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
         from weftlora.compare import compare as call
+        from weftlora.compare import fetch as bring
         from weftlora.compare import work
 
-        if worker and (overwrite or jobs != 1):
+        if fetch and (out is None or overrides or worker or overwrite or store):
+            raise ConfigError(
+                "--fetch takes the URL of a store and the folder to bring it to, with --out, and nothing else."
+            )
+        if store is not None and not worker:
+            raise ConfigError(f"--store {store} is for workers: give --worker with it.")
+        if worker and (overwrite or jobs != "1"):
             wrong = "--overwrite" if overwrite else f"--jobs {jobs}"
             raise ConfigError(f"--worker is one of many that share the runs, and takes no {wrong}: leave it out.")
-        if worker:
-            found = work(recipe, *given, lease=lease, watch=watch)
+        if fetch:
+            found = bring(recipe, str(out))
+        elif worker:
+            found = work(recipe, *given, lease=lease, watch=watch, store=store)
         else:
             found = call(
                 recipe,
                 *given,
-                jobs=jobs,
+                jobs=jobs_of(jobs),
                 overwrite=overwrite,
                 watch=watch,
                 engine=cast(Any, engine),
@@ -100,7 +119,7 @@ def watching(
     show: bool, clock: Callable[[], float] = time.monotonic
 ) -> AbstractContextManager[Callable[[Standing], None]]:
     """Who to tell how far a comparison is: a live table on a terminal, now and then a line elsewhere."""
-    return output.watching_many(show, clock, standing_table, _progress)
+    return output.watching_many(show, clock, standing_table, _progress, lambda standing: standing.said)
 
 
 def _progress(standing: Standing) -> str:
