@@ -28,6 +28,7 @@ import importlib.machinery
 import importlib.util
 import itertools
 import json
+import linecache
 import os
 import resource
 import signal
@@ -61,7 +62,10 @@ PATIENCE, WAITS = 5.0, 20
 """Times as many seconds of the processor as tests took: what takes more does not end, and is killed; and how many times as many of
 the clock, for what waits for ever on a machine that has much else to do."""
 TESTS = ("kernel", "terms", "schedule", "scoring", "search", "reference", "claims", "adapter", "test_change_rates.py")
-FAST = "not grid and not slow and not sharded and not kills"
+FAST = "not grid and not slow and not sharded and not kills and not interpreter"
+KERNELS = "kernel/triton/"
+"""Where Triton's interpreter runs the code: the tests of that part of the check are the ones that count, in its environment."""
+INTERPRETED = "tests/kernel/test_triton.py"
 
 
 # ---------------------------------------------------------------------- what can be changed
@@ -228,12 +232,27 @@ def measure(files: list[str]) -> None:
     settings.write_text(
         f"[run]\nsource_pkgs = {packages}\ndynamic_context = test_function\ndata_file = {MAP / 'coverage'}\n"
     )
-    tests = [str(ROOT / name) for name in files] or [str(ROOT / "tests" / name) for name in TESTS]
-    command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-m", FAST, *tests]
-    subprocess.run(
-        [*command, f"--junitxml={MAP / 'tests.xml'}", "-p", "no:cacheprovider"], cwd=ROOT, env=surroundings()
-    )
-    keep(MAP / "coverage", MAP / "tests.xml", SOURCE, files)
+    fast = [name for name in files if name != INTERPRETED] if files else [f"tests/{name}" for name in TESTS]
+    command = [
+        sys.executable,
+        "-m",
+        "coverage",
+        "run",
+        f"--rcfile={settings}",
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+    ]
+    if fast:
+        tests = ["-m", FAST, *(str(ROOT / name) for name in fast)]
+        subprocess.run([*command, f"--junitxml={MAP / 'tests.xml'}", *tests], cwd=ROOT, env=surroundings())
+        keep(MAP / "coverage", MAP / "tests.xml", SOURCE, files)
+    if not files or INTERPRETED in files:
+        (MAP / "coverage").unlink(missing_ok=True)
+        tests = ["-m", "interpreter", str(ROOT / INTERPRETED)]
+        subprocess.run([*command, f"--junitxml={MAP / 'tests.xml'}", *tests], cwd=ROOT, env=surroundings(kernels=True))
+        keep(MAP / "coverage", MAP / "tests.xml", SOURCE, [INTERPRETED])
 
 
 def keep(data: Path, report: Path, source: Path, files: list[str]) -> None:
@@ -297,7 +316,13 @@ def functions(path: Path) -> list[tuple[str, int, int]]:
 
 def fast_tests(one: Mutant, known: dict[str, Any], times: int = 1) -> list[str]:
     """Those that run its line, else its function, else its file; cheapest first, one per file before a second, up to the budget."""
-    of_file = known["lines"].get(one.file, {})
+    interpreted = one.file.startswith(KERNELS)
+    of_file = {
+        function: {
+            line: found for line, tests in by_line.items() if (found := [t for t in tests if counts(t) == interpreted])
+        }
+        for function, by_line in known["lines"].get(one.file, {}).items()
+    }
     spans = {name: first for name, first, _ in functions(SOURCE / one.file)}
     of_function = of_file.get(one.function, {})
     exact = of_function.get(str(one.line - spans.get(one.function, 0)), [])
@@ -325,6 +350,11 @@ def fast_tests(one: Mutant, known: dict[str, Any], times: int = 1) -> list[str]:
                     chosen.append(test)
                     spent += seconds[test]
     return chosen
+
+
+def counts(test: str) -> bool:
+    """Whether a test is one of the interpreter's."""
+    return test.partition("::")[0] == INTERPRETED
 
 
 # ---------------------------------------------------------------------- one mutant
@@ -370,10 +400,18 @@ def run_tests(one: Mutant | None, tests: list[str], seconds: float, *, show: boo
                 path = SOURCE / one.file
                 parts = path.relative_to(SOURCE.parent).with_suffix("").parts
                 module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-                sys.meta_path.insert(0, Changed(module, path, one.applied(path.read_bytes())))
+                text = one.applied(path.read_bytes())
+                sys.meta_path.insert(0, Changed(module, path, text))
+                # Triton reads a kernel's text again, by way of linecache, which takes this for the file's as long as it has no time.
+                linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
+            kernels = any(map(counts, tests))
+            if kernels:
+                os.environ.update(surroundings(kernels=True))
+                sys.path.insert(0, str(interpreter()))
             import pytest
 
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", FAST, "--no-header"]
+            chosen = "interpreter" if kernels else FAST
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "-m", chosen, "--no-header"]
             code = int(pytest.main([*options, *(str(ROOT / test) for test in tests)]))
         finally:
             os._exit(code)
@@ -410,9 +448,22 @@ def warm() -> None:
         raise SystemExit(f"{loaded[0]} is loaded already: nothing of it could be changed")
 
 
-def surroundings() -> dict[str, str]:
+def surroundings(*, kernels: bool = False) -> dict[str, str]:
+    """The environment of tests; `kernels`: of those that Triton's interpreter runs."""
     ours = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **ours, "PYTHONPATH": str(ROOT / "src")}
+    path = [str(ROOT / "src")]
+    if kernels:
+        ours["TRITON_INTERPRET"] = "1"
+        path.append(str(interpreter()))
+    return {**os.environ, **ours, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def interpreter() -> Path:
+    """The folder with Triton, which `make interpreter` makes."""
+    found = [path.parent for path in (ROOT / ".venv").glob("interpreter-*/.installed")]
+    if not found:
+        raise SystemExit("Triton is not there: run `make interpreter` first.")
+    return found[0]
 
 
 # ---------------------------------------------------------------------- a part

@@ -18,9 +18,7 @@ from weftlora.extras import EXTRAS, PURPOSES
 pytestmark = pytest.mark.slow
 
 APART = {"quant", "ray"}
-"""Extras that are not in `all`, nor in any row of the matrix."""
-IN_NO_ROW = {"optuna"}
-"""What no host pins: it was run with the version of constraints.txt alone."""
+"""Extras that are not in `all`."""
 BLOCKED = sorted(
     {name for names in EXTRAS.values() for name in names} - {"yaml", "jinja2"}
 )  # which torch and peft bring
@@ -236,10 +234,10 @@ def test_the_windows_of_the_project_file_are_those_of_the_matrix() -> None:
         str(need): need
         for lines in (
             project["dependencies"],
-            *(project["optional-dependencies"][extra] for extra in EXTRAS if extra not in APART),
+            *(project["optional-dependencies"][extra] for extra in EXTRAS if extra != "quant"),
         )
         for need in map(Requirement, lines)
-        if need.name not in {"weftlora", *IN_NO_ROW}
+        if need.name != "weftlora"
     }
     for need in needs.values():
         bounds = {one.operator: Version(one.version) for one in need.specifier}

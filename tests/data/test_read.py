@@ -130,6 +130,8 @@ def test_blocks_hold_whole_lines_and_lose_none(tmp_path):
         ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "a.jsonl, line 1: not valid JSON"),
         ("a.json", '{"a": 1}', "a.json, line 1: a .json file must be one list"),
         ("a.json", '[{"a": 1},\n{"a" 2}]', "a.json, line 2: not valid JSON"),
+        ("a.json", '[{"a": 1},\n{"a": 1, "b": 2, "a": 3}]', "a.json, line 2: the key 'a' stands more than once"),
+        ("a.jsonl", '{"a": 1}\n{"a": [{"b": 1, "b": 1}]}', "a.jsonl, line 2: the key 'b' stands more than once"),
         ("a.json", '[{"a": 1},\n\n3]', "a.json, line 3: 3 is not a JSON object"),
         ("a.json", '[{"a": 1}\n{"a": 2}]', "a.json, line 2: not valid JSON"),
         ("a.json", '[{"a": 1},\n]', "a.json, line 2: not valid JSON"),

@@ -262,10 +262,17 @@ class EightBit(torch.optim.SGD):
 )
 def test_states_that_do_not_fall_into_slots_are_refused_by_name_at_the_first_step(make, name: str) -> None:
     model = alora(first=5)
-    with pytest.raises(
-        weftlora.ConfigError, match=rf"{name} keeps a state '.*' .*cannot be taken apart by rank.*train with AdamW"
-    ):
+    said = rf"{name} keeps a state '.*' .*cannot be taken apart by rank.*train with AdamW"
+    with pytest.raises(weftlora.ConfigError, match=said):
         train(model, 1, make([p for p in model.parameters() if p.requires_grad]))
+    with pytest.raises(weftlora.ConfigError, match=said):
+        surgery.check_optimizer(make)  # the same, found without a model
+
+
+def test_an_optimiser_is_tried_before_training_and_one_that_cannot_be_is_left_to_the_first_step() -> None:
+    surgery.check_optimizer(lambda p: torch.optim.AdamW(p, lr=1e-2))
+    surgery.check_optimizer(lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9))
+    surgery.check_optimizer(lambda p: torch.optim.LBFGS(p))  # its step wants a closure
 
 
 def test_two_optimisers_each_have_their_moments_moved() -> None:

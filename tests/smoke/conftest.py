@@ -39,7 +39,14 @@ def lacks_triton() -> bool:
     return getattr(importlib.import_module("trl.trainer.utils"), "_ChunkedLogProbFunction", True) is None
 
 
-MODULES = {"pyyaml": "yaml", "rouge-score": "rouge_score", "scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}
+MODULES = {
+    "pyyaml": "yaml",
+    "rouge-score": "rouge_score",
+    "scikit-learn": "sklearn",
+    "vl-convert-python": "vl_convert",
+    "protobuf": "google.protobuf",
+    "rpds_py": "rpds",
+}
 """What is imported of a package that has another name."""
 
 

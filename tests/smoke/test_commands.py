@@ -89,6 +89,38 @@ def test_runs_are_compared_and_drawn(weftlora: Callable[..., Any], tmp_path: Pat
     assert "<svg" in page.read_text(encoding="utf-8")
 
 
+def test_a_search_ends_with_an_export(
+    weftlora: Callable[..., Any], tmp_path: Path, needs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest search there is: what the extra `auto` is for."""
+    needs("optuna", "scipy", "jinja2", "vl-convert-python")
+    from weftlora.auto import plan
+
+    monkeypatch.setattr(plan, "SIZES", (plan.Size(2, 2, 1, 2, 2),))
+    done = weftlora(
+        "auto", *ROWS, "train.steps=2", "train.batch_size=4", "methods=[lora, tied_lora]", "budget=30m",
+        f"out={tmp_path / 'search'}", "--quiet", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert {row["method"] for row in json.loads(done.stdout)["rows"]} == {"lora", "tied_lora"}
+    assert [*(tmp_path / "search").rglob("adapter_model.safetensors")]
+
+
+def test_a_comparison_runs_on_a_cluster(
+    python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, needs: Callable[..., None]
+) -> None:
+    """A Ray cluster of this machine alone: what the extra `ray` is for."""
+    needs("ray", "scipy")
+    recipe = tmp_path / "compare.yaml"
+    recipe.write_text(
+        "{model: demo, data: {train: demo, limit: 8, validation_limit: 4, test_limit: 4}, train: {steps: 1, batch_size: 4}, "
+        f"methods: [lora, tied_lora], baseline: lora, seeds: 2, out: {tmp_path / 'runs'}}}",
+        encoding="utf-8",
+    )
+    done = python("-m", "weftlora", "compare", str(recipe), "--engine", "ray", "--quiet", "--json")
+    assert json.loads(done.stdout)["complete"] is True
+
+
 def test_heads_are_suggested(weftlora: Callable[..., Any], tmp_path: Path, needs: Callable[..., None]) -> None:
     needs("scikit-learn")
     rows = [{"prompt": f"{word} {n}", "completion": word} for n in range(10) for word in ("sum", "colour", "town")]

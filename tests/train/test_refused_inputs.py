@@ -38,6 +38,15 @@ def test_what_cannot_work_is_a_sentence(recipe, tmp_path, override, error, words
     assert not (tmp_path / "run").exists()
 
 
+def test_an_optimiser_under_which_slots_cannot_move_is_refused_before_a_folder_exists(recipe, tmp_path):
+    given = recipe(
+        "llama", adapter={"recipe": "alora", "score": "random", "first": 1, "every": 1, "max_rounds": 1, "move": 1}
+    )
+    with pytest.raises(weftlora.ConfigError, match=r"Adafactor keeps .* slots cannot move: train with AdamW"):
+        weftlora.train(given, "train.optimizer=adafactor")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_key_written_twice_is_refused():
     with pytest.raises(weftlora.ConfigError, match="is given twice"):
         read_yaml("train: {steps: 1}\ntrain: {steps: 2}", "r.yaml")

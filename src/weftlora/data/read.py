@@ -467,11 +467,13 @@ class Lines(Stored):
 
     def _row(self, line: bytes, number: int) -> Row:
         try:
-            values = json.loads(line.decode())
+            values = _JSON.decode(line.decode())
         except UnicodeDecodeError as error:
             raise bad_row(
                 self.name, number, f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8."
             ) from None
+        except _TwiceError as error:
+            raise bad_row(self.name, number, str(error)) from None
         except (ValueError, RecursionError) as error:
             raise bad_row(self.name, number, f"not valid JSON ({error}); correct or delete the line.") from None
         return Row(_object(values, self.name, number), number)
@@ -497,6 +499,21 @@ def _object(values: Any, path: str | Path, line: int) -> dict[str, Any]:
     return values
 
 
+class _TwiceError(ValueError):
+    """A key that an object has more than once: JSON lets it pass, and what came first would be lost without a word."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice = next(key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1)
+        raise _TwiceError(f"the key {_short(twice)} stands more than once in one object; keep one of them.")
+    return values
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_each_once)
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -505,7 +522,7 @@ def _short(value: Any) -> str:
 def _read_json(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tuple[list[Row], int]:
     """A list of objects, read item by item so that each row knows its line."""
     skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
-    decode = json.JSONDecoder().raw_decode
+    decode = _JSON.raw_decode
     at = skip(text, 0).end()
     if text[at : at + 1] != "[":
         raise bad_row(path, 1, "a .json file must be one list of objects; name a file with one object a line .jsonl.")
@@ -516,6 +533,8 @@ def _read_json(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tup
         line, counted = line + text.count("\n", counted, at), at
         try:
             values, at = decode(text, at)
+        except _TwiceError as error:
+            raise bad_row(path, line, str(error)) from None
         except (ValueError, RecursionError) as error:
             raise bad_row(path, getattr(error, "lineno", line), f"not valid JSON ({error}); correct it.") from None
         rows.append(Row(_object(values, path, line), line))

@@ -125,6 +125,8 @@ def margin(brackets: Tensor, terms: str, count: int) -> tuple[float, float] | No
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
+PROBED = (16, 1024)
+"""Of the matrix on which an optimiser is tried: 8-bit ones keep small matrices in 32 bits."""
 
 
 def by_slot(site: Site) -> list[tuple[nn.Parameter, SlotFirst]]:
@@ -152,12 +154,37 @@ def check_sliceable(sites: Sequence[Site]) -> None:
     for site in sites:
         for parameter, _ in by_slot(site):
             for optimizer, name, value in _kept(parameter):
-                if name not in FIRST | SECOND or not is_split_as(value, parameter):
-                    raise ConfigError(
-                        f"{type(optimizer).__name__} keeps a state {name!r} ({type(value).__name__} {list(value.shape)}) for a matrix "
-                        f"{list(parameter.shape)} that cannot be taken apart by rank, so rank cannot move between modules: train "
-                        "with AdamW, Adam or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
-                    )
+                _check_lies_by_slot(optimizer, name, value, parameter)
+
+
+def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
+    """Find before training what `check_sliceable` would find after its first step, by a step on a matrix of its own.
+
+    Args:
+        make: an optimiser of these parameters. One that cannot be made or does not step on a matrix alone is left to the first step.
+
+    Raises:
+        ConfigError: as of `check_sliceable`.
+    """
+    probe = nn.Parameter(torch.zeros(PROBED))
+    probe.grad = torch.ones_like(probe)
+    try:
+        optimizer = make([probe])
+        optimizer.step()
+    except Exception:  # whatever a library's optimiser asks for beside parameters with a gradient
+        return
+    for name, value in optimizer.state[probe].items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            _check_lies_by_slot(optimizer, name, value, probe)
+
+
+def _check_lies_by_slot(optimizer: Optimizer, name: str, value: Tensor, parameter: nn.Parameter) -> None:
+    if name not in FIRST | SECOND or not is_split_as(value, parameter):
+        raise ConfigError(
+            f"{type(optimizer).__name__} keeps a state {name!r} ({type(value).__name__} {list(value.shape)}) for a matrix "
+            f"{list(parameter.shape)} that cannot be taken apart by rank, so rank cannot move between modules: train "
+            "with AdamW, Adam or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
+        )
 
 
 @torch.no_grad()

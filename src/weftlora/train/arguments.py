@@ -15,9 +15,12 @@ from transformers.training_args import OptimizerNames
 
 from weftlora.errors import ConfigError, suggest
 from weftlora.foreign_text import shortened
+from weftlora.host.attach import schedules
 from weftlora.host.versions import grouped, named
 from weftlora.redaction import secrets_in
 from weftlora.runs.recipe import TrainConfig
+from weftlora.schedule.rank_slots import check_optimizer
+from weftlora.schedule.reallocate import ReallocateController
 
 OWNED = {
     "output_dir": "out",
@@ -198,17 +201,21 @@ def arguments(config: TrainConfig, checkpoints: Path, steps: int, validate: bool
 
 
 def check_made(args: TrainingArguments, model: Any) -> None:
-    """Refuse an optimiser and a schedule that cannot be made: a package is missing, or an argument that they need.
+    """Refuse an optimiser and a schedule that cannot be made: a package is missing, or an argument that they need; and an optimiser
+    that keeps what cannot move with rank slots, where slots move.
 
     Raises:
         ConfigError: what the libraries say of it.
     """
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args, model)
+        kind, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"train.optimizer={OptimizerNames(args.optim).value} cannot be made: {_one_line(error)}"
         ) from None
+    pending = (controller for schedule in schedules(model).values() for controller in schedule.pending())
+    if any(isinstance(controller, ReallocateController) for controller in pending):
+        check_optimizer(lambda parameters: kind(parameters, **keywords))
     probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
     try:
         get_scheduler(
