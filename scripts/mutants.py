@@ -10,7 +10,8 @@ A mutant is one change of one expression or statement of kernel, terms, schedule
 constant, a condition, an argument or a call less. Which are tried is drawn by SEED from all of them: candidates are put in order by a
 digest of seed and name, so that a change of one function draws no other mutants elsewhere. A name holds its function, and a result
 counts as long as that function is the same. Each is tried by the fast tests that run its line, cheapest first, up to `BUDGET` seconds
-of them; the first that fails ends it. What survives is killed by a new test, or has a line in tests/mutants_explained.json.
+of them; the first that fails ends it. In kernel, which has lines that run with the Triton kernels alone, the interpreter's tests of
+the line come after them. What survives is killed by a new test, or has a line in tests/mutants_explained.json.
 
 Why not mutmut (3.8 was tried): it has no draw by a seed, and it puts every function behind a wrapper, so that what weftlora reads of
 its own functions (signatures of recipes, abstract and final methods, autograd nodes under torch.compile) is the wrapper's. Here the
@@ -314,9 +315,16 @@ def functions(path: Path) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda each: each[2] - each[1])
 
 
-def fast_tests(one: Mutant, known: dict[str, Any], times: int = 1) -> list[str]:
+def tests_of(one: Mutant, known: dict[str, Any], times: int) -> list[list[str]]:
+    """The fast tests, and where its line runs with the Triton kernels on, those of the interpreter, in a process of their own."""
+    if one.file.startswith(KERNELS):
+        return [fast_tests(one, known, times, interpreted=True)]
+    beside = fast_tests(one, known, times, interpreted=True) if one.file.startswith("kernel/") else []
+    return [fast_tests(one, known, times), *([beside] if beside else [])]
+
+
+def fast_tests(one: Mutant, known: dict[str, Any], times: int, *, interpreted: bool = False) -> list[str]:
     """Those that run its line, else its function, else its file; cheapest first, one per file before a second, up to the budget."""
-    interpreted = one.file.startswith(KERNELS)
     of_file = {
         function: {
             line: found for line, tests in by_line.items() if (found := [t for t in tests if counts(t) == interpreted])
@@ -479,7 +487,7 @@ def part(minutes: float) -> None:
     for one in sorted(chosen, key=lambda one: one.name in results):  # survivors, with the tests of today, at the end
         if one.name in results and results[one.name]["result"] != "survived":
             continue
-        if one.name in results and results[one.name].get("tests") == fast_tests(one, known, AGAIN):
+        if one.name in results and results[one.name].get("tests") == [*itertools.chain(*tests_of(one, known, AGAIN))]:
             continue  # survived these tests before
         if time.monotonic() > end:
             break
@@ -518,12 +526,13 @@ def told(one: Mutant, result: str, began: float) -> dict[str, Any]:
 def tried(one: Mutant, known: dict[str, Any]) -> dict[str, Any]:
     began, result = time.monotonic(), "no tests"
     for times in (1, AGAIN):
-        tests = fast_tests(one, known, times)
-        expected = sum(known["seconds"][test] for test in tests)
-        result = run_tests(one, tests, 30 + PATIENCE * expected) if tests else "no tests"
-        if result != "survived":
-            break
-    return told(one, result, began) | ({"tests": tests} if result == "survived" else {})
+        chosen = [tests for tests in tests_of(one, known, times) if tests]
+        for tests in chosen:
+            expected = sum(known["seconds"][test] for test in tests)
+            result = run_tests(one, tests, 30 + PATIENCE * expected)
+            if result.startswith("killed"):
+                return told(one, result, began)
+    return told(one, result, began) | ({"tests": [*itertools.chain(*chosen)]} if result == "survived" else {})
 
 
 def write(chosen: list[Mutant], results: dict[str, dict[str, Any]]) -> None:
@@ -578,7 +587,8 @@ def main() -> None:
         if given.by:
             by_name(one, given.by)
         else:
-            print(run_tests(one, fast_tests(one, json.loads((MAP / "map.json").read_text())), 600, show=True))
+            for tests in filter(None, tests_of(one, json.loads((MAP / "map.json").read_text()), 1)):
+                print(run_tests(one, tests, 600, show=True))
         return
     part(given.minutes)
 

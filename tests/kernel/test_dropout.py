@@ -33,7 +33,7 @@ def test_elements_are_dropped_independently_of_one_another(p: float, distance: i
     assert abs(correlation) < 5 / math.sqrt(MANY) + (1e-4 if distance < 64 else 0)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.05])
+@pytest.mark.parametrize("p", [0.5, 0.05, 0.001])
 def test_every_place_in_a_word_has_the_same_share(p: float):
     share = bits_of(MANY, p).reshape(-1, 64).mean(0)
     assert np.abs(share - p).max() < 5 * math.sqrt(p * (1 - p) / (MANY / 64))

@@ -73,12 +73,15 @@ def test_the_reference_is_a_loop_over_experts() -> None:
 def test_gates_of_a_part_of_the_batch_reach_its_tokens_alone() -> None:
     x, y, grouping = _given()
     part = torch.arange(S) % 3
-    f = _cases(torch.float64)["one A"]
-    keep = torch.rand(E, 3, R, dtype=torch.float64)
-    scored = replace(f, keep=keep)
+    f = _cases(torch.float64)["one pair"]
+    [slots] = f.extra
+    third = slots._replace(down=2 * slots.down)
+    keep, other = torch.rand(E, 3, R, dtype=torch.float64), torch.rand(E, 3, 2, dtype=torch.float64)
+    scored = replace(f, keep=keep, extra=(slots._replace(keep=other), third))
     found = add_grouped(y.clone(), x, Work(scored), replace(grouping, part=part))
     for k in range(3):
-        alone = replace(f, gate=None if f.gate is None else f.gate * keep[:, k])
+        beside = slots._replace(gate=slots.gate * other[:, k])
+        alone = replace(f, gate=None if f.gate is None else f.gate * keep[:, k], extra=(beside, third))
         expected = add_grouped(y.clone(), x, Work(alone), grouping)
         torch.testing.assert_close(found[part == k], expected[part == k])
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weftlora import kernel
 from weftlora.errors import MergeError
 from weftlora.kernel import Factors, Slots, Work, add_low_rank, delta_weight, reference
+from weftlora.kernel.factors import used
 
 IN, OUT, RANK, HEADS = 6, 7, 3, 4  # r + N and N·r are no multiples of 8
 
@@ -324,6 +325,16 @@ def test_on_mix_sees_the_softmax_with_its_graph(path):
     path(tokens(2, 5, OUT), x, Work(f, dropout=0.5, on_mix=weights.append))
     torch.testing.assert_close(weights[0], torch.softmax(x @ f.router.T, -1), rtol=1e-12, atol=1e-12)
     assert torch.autograd.grad(weights[0][..., 0].sum(), f.router)[0].abs().max() > 0
+
+
+def test_the_heads_in_use_are_those_of_each_token():
+    """[..., N] with any axes before; where all are in use, ω itself, of which a backward has the one softmax alone."""
+    omega = torch.softmax(tokens(2, 5, HEADS).detach(), -1)
+    least = omega.min(-1, keepdim=True).values
+    kept = torch.where(omega > least, omega, 0.0)
+    for shape in (omega.shape, (10, HEADS)):
+        torch.testing.assert_close(used(omega.view(shape), HEADS - 1), (kept / kept.sum(-1, keepdim=True)).view(shape))
+    assert used(omega, HEADS) is omega
 
 
 # ---------------------------------------------------------------------- ΔW

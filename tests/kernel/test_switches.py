@@ -9,7 +9,7 @@ import torch
 import weftlora
 from weftlora.errors import ConfigError, MissingExtraError
 from weftlora.kernel import current, switched, switches
-from weftlora.kernel.philox import philox
+from weftlora.kernel.philox import philox, words
 from weftlora.kernel.switches import triton_runs
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -83,13 +83,21 @@ def test_what_is_on_is_what_the_record_says():
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "words"),
+    ("counter", "key", "published"),
     [
         (0x0, 0x0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         (0xFFFFFFFF, 0xFFFFFFFF_FFFFFFFF, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ],
 )
-def test_philox_gives_the_published_numbers(counter: int, key: int, words: str):
+def test_philox_gives_the_published_numbers(counter: int, key: int, published: str):
     """With ten rounds, for which its authors give them; dropout takes seven."""
     every = torch.full((1,), counter, dtype=torch.int64)
-    assert " ".join(f"{int(word):08x}" for word in philox((every,) * 4, key, 10)) == words
+    assert " ".join(f"{int(word):08x}" for word in philox((every,) * 4, key, 10)) == published
+
+
+def test_the_words_of_a_mask_are_those_of_its_token_and_column():
+    found = words(2**40 + 7, 3, 6)
+    assert found.shape == (3, 6)
+    for token, column in ((0, 0), (2, 5)):
+        counter = tuple(torch.tensor(n) for n in (token, column // 4, 0, 0))
+        assert int(found[token, column]) == int(philox(counter, 2**40 + 7, 7)[column % 4])

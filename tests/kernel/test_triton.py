@@ -4,6 +4,8 @@
 interpreter, whose own are wrong; what the compiler makes of the kernels is looked at without a GPU, as machine code for one.
 """
 
+import ast
+import inspect
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +47,7 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 is not set: make interpreter sets it"),
 ]
 if INTERPRETED:
-    from weftlora.kernel.triton import launches
+    from weftlora.kernel.triton import kernels, launches
 
 SEED = 2**62 + 12345678901
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -99,6 +102,13 @@ def test_products_of_rank_slots_of_any_size(tokens: int, width: int, slots: int,
         )
 
 
+def test_in_sixteen_bits_a_wide_output_has_wider_blocks():
+    g, h, up = (normal(*shape).bfloat16() for shape in ((3, 300), (3, 5), (300, 5)))
+    gh, gup = launches.write_backward(g, h, up, 0.5)
+    close(gh.double(), 0.5 * g.double() @ up.double(), 1e-2)
+    close(gup.double(), 0.5 * g.double().T @ h.double(), 1e-2)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "every second", "a part of wider rows"])
 def test_nothing_has_to_be_contiguous(layout: str):
     def given(rows: int, columns: int) -> Tensor:
@@ -129,6 +139,32 @@ def test_write_adds_into_its_base_where_it_is_told_to():
     want = base + h @ up.T
     assert launches.write(base, h, up, 1.0, into=True) is base
     close(base, want)
+
+
+def test_what_several_programs_compute_is_put_together():
+    """A sum in four parts; nine blocks of tokens by two of out, in groups of eight, of which the last has one."""
+    x, rows = normal(3, 512), normal(4, 512)
+    close(launches.read(x, rows), x.double() @ rows.double().T)
+    x, weight, h, up = normal(520, 4), normal(130, 4), normal(520, 2), normal(130, 2)
+    close(
+        launches.linear(x, weight, None, h, up, 0.5), x.double() @ weight.double().T + 0.5 * h.double() @ up.double().T
+    )
+
+
+def test_blocks_are_what_a_compiler_takes_and_shares_no_larger_than_they_must_be(monkeypatch: pytest.MonkeyPatch):
+    """Powers of two; of an axis the least multiple of a block with which as many programs as are wanted have it all."""
+    launched: list[int] = []
+    monkeypatch.setattr(launches, "_launch", lambda *_, **how: launched.extend(how[b] for b in how if b[0] == "B"))
+    for dtype in (torch.float32, torch.bfloat16):
+        launches.write_backward(
+            normal(4, 300, dtype=dtype), normal(4, 3, dtype=dtype), normal(300, 3, dtype=dtype), 1.0
+        )
+    assert launched == [64, 128, 16, 64, 256, 16]
+    for tokens, out, fan_in, *_ in launches.FUSED.values():
+        assert all(size >= 16 and size & (size - 1) == 0 for size in (tokens, out, fan_in))
+    for length, programs, parts in ((1000, 1, 7), (1024, 1, 8), (1024, 100, 3), (100, 1, 1), (2050, 20, 14)):
+        share = launches._share(length, programs, least=128, unit=64)
+        assert share == 64 * math.ceil(length / parts / 64)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -444,6 +480,40 @@ def test_an_update_goes_onto_the_output_of_another_module(y_type: torch.dtype):
     close(got, y.double() + reference(x.double(), work(wide(f), 0.3, 5)), LIMIT[y_type])
 
 
+def test_and_the_update_alone_has_its_gradients():
+    """Where no W is the node's, x has those that come through the rows: of slots through a mask, of the router past it."""
+    torch.manual_seed(8)
+    f, x, y = factors((20, 30, 4, 3), "x", 1, True, 2, torch.float32), normal(7, 20), normal(7, 30)
+    found = []
+    for own, path in ((f, add_low_rank), (wide(f), lambda y, x, work: y + reference(x, work))):
+        source = x.to(own.A.dtype).requires_grad_()
+        result = path(y.to(source.dtype), source, work(own, 0.3, 5))
+        found.append(torch.autograd.grad(result.square().sum(), [source, *leaves(own)]))
+    for mine, theirs in zip(*found, strict=True):
+        close(mine, theirs, 2e-5)
+
+
+def test_a_mask_that_was_drawn_without_the_kernels_is_the_mask_of_their_products():
+    """Such a mask no kernel can make a part of: x goes through it before one reads it, and so does the gradient of x."""
+    x = normal(6, 20)
+    with switched(triton=False):
+        bits = kernel.draw(x, 0.4)
+    for outs in ((12,), (12, 9)):
+        each = [factors((20, out, 3, 2), None, 0, False, None, torch.float32) for out in outs]
+        assert_node(x, [(normal(len(f.B), 20), None, Work(f, 0.4, mask=bits)) for f in each])
+    grouping = Grouping(torch.tensor([3, 6], dtype=torch.int32), torch.tensor([0, 0, 0, 1, 1, 1]))
+    experts = Factors(normal(2, 3, 20).requires_grad_(), normal(2, 12, 3).requires_grad_(), 2.0)
+    leading = [x.requires_grad_(), *leaves(experts)]
+    for mask in (bits, torch.tensor([SEED])):
+        found = []
+        for plain in (False, True):
+            with kernel.use_reference(plain):
+                result = add_grouped(torch.zeros(6, 12), x, Work(experts, 0.4, mask=mask), grouping)
+            found.append([result.detach(), *torch.autograd.grad(result.square().sum(), leading)])
+        for mine, theirs in zip(*found, strict=True):
+            close(mine, theirs, 2e-5)
+
+
 @pytest.mark.parametrize("router", [None, "x", "Ax"])
 def test_the_derivatives_are_those_of_finite_differences(router: str | None):
     """In fp64, which the kernels leave to torch's products, under a mask that a kernel would make."""
@@ -575,7 +645,7 @@ def test_the_fake_implementations_are_those_of_the_ops():
         "mix": (h, omega, 2, 1),
         "mix_backward": (normal(6, 5), None, h, omega, 2, None),
         "write_backward": (base, h, up, 1.5),
-        "rows_backward": (h, x, torch.float32, None, 0.0),
+        "rows_backward": (h, x, torch.bfloat16, None, 0.0),
     }
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.weftlora, f"triton_{name}").default, arguments)
@@ -605,6 +675,59 @@ def test_adapted_models_of_every_structure_take_the_same_step(llama: torch.nn.Mo
         for mine, theirs in zip(*steps, strict=True):
             close(mine, theirs, 2e-5)
         llama = model.unload()
+
+
+# ---------------------------------------------------------------------- what only a GPU would show
+
+
+def test_every_product_has_the_precision_that_is_asked_for_and_no_load_leaves_a_value_open():
+    """The compiler's own precision is tf32, and what a mask leaves out is anything; in the interpreter they are exact, and 0."""
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(kernels))) if isinstance(node, ast.Call)]
+    named = {
+        name: [{k.arg: ast.unparse(k.value) for k in call.keywords} for call in calls if ast.unparse(call.func) == name]
+        for name in ("tl.dot", "tl.load")
+    }
+    assert [given.get("input_precision") for given in named["tl.dot"]] == ["PRECISION"] * len(named["tl.dot"])
+    assert all("other" in given for given in named["tl.load"] if "mask" in given)
+    assert all(named.values())
+
+
+def test_of_several_ways_the_fastest_is_measured_once_for_a_shape_and_the_first_taken_where_none_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    clock, taken = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            self.at = math.nan if enable_timing else None
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    def way(name: str, takes: float) -> Callable[[], Tensor]:
+        return lambda: (taken.append(name), clock.__setitem__(0, clock[0] + takes), torch.tensor(takes))[-1]
+
+    ways = {"first": way("first", 3.0), "fast": way("fast", 1.0), "last": way("last", 2.0)}
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32, shape=(5, 7))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(products, "ways_taken", {})
+    for deterministic, capturing in ((True, False), (False, True)):
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda on=deterministic: on)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda on=capturing: on)
+        assert float(products.fastest("read", x, (7,), ways)) == 3.0
+        assert (taken.pop(), taken, products.ways_taken) == ("first", [], {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert float(products.fastest("read", x, (7,), ways)) == 1.0
+    assert [taken.count(name) for name in ways] == [7, 8, 7]
+    assert float(products.fastest("read", x, (7,), ways)) == 1.0
+    assert len(taken) == 23
+    assert float(products.fastest("read", torch.zeros(5, 7), (7,), ways)) == 2.0
 
 
 # ---------------------------------------------------------------------- the seam, and the compiler

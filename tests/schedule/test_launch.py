@@ -35,7 +35,10 @@ from families import FAMILIES, adapter_config
 from weftlora import change_rates
 from weftlora.change_rates import decide
 from weftlora.errors import ConfigError
+from weftlora.host.attach import schedules
 from weftlora.progress import Tick
+from weftlora.schedule import direction_ranking, processes
+from weftlora.schedule.direction_ranking import MeanGate, Ranker
 
 T = 2
 
@@ -311,3 +314,18 @@ def test_a_launch_tells_how_far_it_is_once_for_all_who_ask() -> None:
     weftlora.attach(model, on_progress=ticks.append)
     train(model, T)
     assert [(tick.phase, tick.done, tick.total) for tick in ticks] == [("ranking directions", n, 2) for n in (1, 2)]
+
+
+def test_every_site_is_ranked_once_however_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker = Ranker(schedules(dash())["default"].members * 2)
+    monkeypatch.setattr(Ranker, "_rank_turn", lambda _, numbers, *__: list(numbers))
+    for world, split in ((2, False), (3, True), (1, True)):
+        monkeypatch.setattr(processes, "world", lambda world=world: world)
+        monkeypatch.setattr(direction_ranking, "is_sharded", lambda _, split=split: split)
+        assert ranker._rank_all([]) == [0, 1, 2, 3]
+
+
+def test_the_mean_gate_of_nothing_seen_is_uniform() -> None:
+    site = next(iter(sites(dash()).values()))
+    for seen in (None, torch.zeros(5, dtype=torch.float64)):
+        assert MeanGate(site, seen).mean(4).tolist() == [0.25] * 4

@@ -9,6 +9,7 @@ from dashing import sites, tensors
 from torch import Tensor, nn
 
 import weftlora
+from weftlora.schedule import processes
 from weftlora.schedule.rank_slots import agreement, block_of, kind_of, scores
 
 
@@ -226,3 +227,36 @@ def test_an_event_counts_the_parameters_of_the_slots_that_are_there() -> None:
         if hasattr(layer, "weft_site")
     }
     assert event["parameters"] == sum(rank * sizes[name] for name, rank in event["ranks"].items())
+
+
+# ---------------------------------------------------------------------- several processes, as far as one can tell
+
+
+def test_with_two_processes_rows_are_compared_before_they_are_scored_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(processes, "check_same", lambda _, what, __: compared.append(what))
+    scoring = controller(alora()).scoring
+    for world, times in ((1, 0), (2, 1)):
+        monkeypatch.setattr(processes, "world", lambda world=world: world)
+        monkeypatch.setattr(processes, "fail", lambda *_: None)
+        scoring._check_same_rows("0/1", other=False)
+        assert len(compared) == times
+
+
+def test_word_of_a_process_that_has_ended_is_the_first_line_of_what_the_wait_for_it_gave() -> None:
+    def wait() -> None:
+        raise RuntimeError("Connection closed by peer\nraised from a frame")
+
+    with pytest.raises(weftlora.WeftError, match=r"another process has ended \(Connection closed by peer\)$"):
+        processes._in_lockstep(wait, "scoring")
+
+
+def test_what_a_process_says_is_what_it_said() -> None:
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or dist.is_initialized():
+        pytest.skip("torch.distributed is not available, or in use")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert processes._said_by(0, "1ß" + "x" * 3000, torch.device("cpu")) == "1ß" + "x" * 1997
+    finally:
+        dist.destroy_process_group()

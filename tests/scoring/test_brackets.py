@@ -90,7 +90,11 @@ def test_chunks_and_shares_of_rows_do_not_show() -> None:
     model = alora(rows=8).double()
     random_factors(model)
     slots, s = controller(model).scoring.live()[::4], scorer(model)
+    passes: list[int] = []
+    seen = model.get_base_model().model.embed_tokens.register_forward_pre_hook(lambda _, x: passes.append(len(x[0])))
     expected = s.exact(slots, "a")
+    seen.remove()
+    assert passes[0] == 4  # ways are tried on the rows of one pass: 1024 tokens in 32 replicas of rows of 7
     with undisturbed(model, s.sites):
         batch = s.drawn("a")
         for tokens in (1, 14, 7 * 9, 7 * 64, 10**6):
@@ -114,10 +118,13 @@ def test_most_blocks_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     random_factors(model)
     s, slots = scorer(model), controller(model).scoring.live()
     s.exact(slots[:1], "a")
-    runs = [0, 0]
+    runs, passes, ticks = [0, 0], [], []
     for n, block in enumerate(s.way.blocks):
         block.mlp.register_forward_hook(lambda _, __, out, n=n: runs.__setitem__(n, runs[n] + len(out) // 2))
+        block.mlp.register_forward_hook(lambda *_: passes.append(1))
+    s.watch(ticks.append)
     s.exact(slots, "a")
+    assert (ticks[-1].done, ticks[-1].total) == (len(passes) - 2 * 2,) * 2  # blocks that were run, but for the prefixes
     here = len(slots) // 2  # slots of one block; each trajectory has a prefix pass, and a control per pass
     assert runs[0] == 2 * (1 + here + 1)
     assert 2 * (1 + 2 * here + 2) - 2 <= runs[1] <= 2 * (1 + 2 * here + 2)
@@ -158,7 +165,7 @@ def test_the_head_sees_only_positions_whose_label_counts() -> None:
     assert max(shape[0] for shape in seen) > 2  # replicas
 
 
-def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
+def test_a_model_of_unknown_form_is_scored_in_full_and_right(caplog: pytest.LogCaptureFixture) -> None:
     class Odd(nn.Module):
         """Its second block also reads the input of the first; the loss is its own."""
 
@@ -182,8 +189,10 @@ def test_a_model_of_unknown_form_is_scored_in_full_and_right() -> None:
         validation={"x": 0} and [{"x": torch.randn(4, 12, generator=draw).double(), "labels": torch.randn(4).double()}],
     )
     slots = controller(model).scoring.live()
-    got = scorer(model).exact(slots, "0/1")
+    with caplog.at_level("INFO", logger="weftlora"):
+        got = scorer(model).exact(slots, "0/1")
     assert scorer(model).way is None
+    assert "is not a cross-entropy over rows: one pass per slot." in caplog.text
     torch.testing.assert_close(got.sum(2), by_definition(model, slots), rtol=0, atol=1e-12)
     with pytest.raises(weftlora.ConfigError, match="use score='exact'"):
         scorer(model).estimate(slots, "0/1")

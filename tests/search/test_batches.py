@@ -61,6 +61,9 @@ def test_a_cycle_is_a_function_of_its_position():
     later = Cycle(7, seed=1)
     later.position = parts.position
     assert later.take(11) == taken[9:]
+    # A saved search has the position alone: with another order it would go on, in a later weftlora, over rows it has had.
+    orders = [torch.randperm(7, generator=torch.Generator().manual_seed(1_000_003 + turn)) for turn in range(3)]
+    assert taken == torch.cat(orders)[:20].tolist()
 
 
 def test_rows_of_unequal_lengths_need_a_collate():

@@ -319,6 +319,7 @@ FORMS: dict[str, Any] = {
     "random state that is none": lambda state: (
         state | {"random": [{"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}]}
     ),
+    "history that is no list": lambda state: state | {"history": 2},
     "history of other steps": lambda state: state | {"history": state["history"][:1]},
     "rows that are tensors": lambda state: state | {"splits": {"train": [torch.ones(2)], "validation": []}},
 }
@@ -343,6 +344,20 @@ def test_the_settings_of_the_optimisers_are_the_configs_and_not_the_files():
     state["alpha_optimizer"] = state["alpha_optimizer"] | {"param_groups": [{"lr": "x"}]}
     found.load_state_dict(state)
     found.step()
+
+
+def test_random_numbers_of_gpus_go_on_where_there_are_as_many_gpus(monkeypatch: pytest.MonkeyPatch):
+    found, went_on = search(), []
+    [mine] = found.state_dict()["random"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.zeros(16, dtype=torch.uint8)])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", lambda states: went_on.append(len(states)))
+    state, gpu = found.state_dict(), torch.ones(16, dtype=torch.uint8)
+    for there in (1, 2):
+        found.load_state_dict(state | {"random": [mine | {"cuda": [gpu] * there}]})
+        assert torch.equal(torch.get_rng_state(), mine["cpu"])
+    assert went_on == [1]
 
 
 def test_a_disk_that_refuses_the_state_says_so_as_other_files_do(tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ def test_search_layers_on_a_bare_base_hands_it_back_as_it_was():
     rows = [{k: v.float() for k, v in row.items()} for row in planted(stack(3), {1}, 40)]
     seen = []
     selection = weftlora.search_layers(
-        base.float(), rows, config=config, loss=mse, lr=1e-2, batch_size=2, on_step=seen.append
+        base.float(), rows, config=config, loss=mse, lr=1e-2, batch_size=2, seed=3, on_step=seen.append
     )
     assert isinstance(selection, Selection)
+    assert selection.record["seed"] == 3
     assert [row["step"] for row in seen] == [1, 2]
     after = dict(base.named_parameters())
     assert after.keys() == before.keys()

@@ -96,8 +96,6 @@ def test_a_selection_in_which_nothing_is_selected_is_refused(tmp_path: Path):
 
 
 def test_what_is_no_ordinary_file_is_not_read() -> None:
-    with pytest.raises(ConfigError, match="/dev/null"):
+    """Of a pipe there would be no end."""
+    with pytest.raises(ConfigError, match=r"^/dev/null is a pipe, a socket or a device"):
         Selection.load("/dev/null")
-    with pytest.raises(ConfigError) as raised:
-        Selection.load("/dev/null")
-    assert "no saved selection" not in str(raised.value)

@@ -145,6 +145,8 @@ def test_the_guard_is_a_share_of_the_weights_largest_sigma() -> None:
     for largest, guarded in ((1e4, True), (1e2, False)):
         frozen = start_values(found([0.1]), torch.randn(1, IN), OUT, Directions(guard=1e-4), 1.0, largest)[2]
         assert frozen.tolist() == [not guarded]
+    exactly = start_values(found([0.25]), torch.randn(1, IN), OUT, Directions(guard=0.125), 1.0, 2.0)[2]
+    assert exactly.tolist() == [False]
 
 
 def test_slots_beyond_the_directions_keep_where_their_row_points() -> None:
@@ -224,7 +226,10 @@ def test_a_twin_that_is_cleared_says_nothing_of_its_direction() -> None:
     switch(site, found([3.0, 2.0]))
     term = site.start
     before = term.rate.clone()
+    term.index[1] = 0  # the largest of W, which is a direction like any other
+    assert [(each.index, each.sigma) for each in term.chosen()] == [(7, 3.0), (0, 2.0)]
     term.clear([0])
+    assert [each.index for each in term.chosen()] == [0]
     assert (int(term.index[0]), float(term.sigma[0]), float(term.rate[0])) == (-1, 0.0, 0.0)
     assert torch.equal(term.rate[1:], before[1:])
     assert not term.down[0].any()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from weftlora.errors import ConfigError
+from weftlora.terms.structure import Place, Size
 from weftlora.terms.structure.tied import PARTS, PRESETS, Tied, TiedTerm, start_value, trained_parts, zero_part
 
 ALL_SETS = ["".join(c) for n in range(1, 5) for c in itertools.combinations("ABuv", n)]
@@ -77,6 +78,14 @@ def group(train: str = "tl6", count: int = 3) -> list[TiedTerm]:
         values = {part: start_value(choice, part, size, torch.randn) for part in PARTS if part not in owner}
         out.append(TiedTerm(choice, {p: t for p, t in values.items() if t is not None}, owner))
     return out
+
+
+def test_only_the_group_of_experts_gives_those_of_one_parameter_an_a_and_each_its_own_b():
+    expert, module = (Place("mlp.experts.up", Size(2, 5, 4), None, e) for e in (True, False))
+    alike = Tied().shared_keys(module)
+    assert alike["A"] == alike["B"]
+    assert set(Tied(group="experts").shared_keys(expert)) == {"A"}
+    assert Tied(group="experts").shared_keys(module) == Tied().shared_keys(expert) == alike
 
 
 def test_a_shared_tensor_is_looked_up_where_it_lives_at_every_use():
