@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import weftlora
 from families import FAMILIES
+from weftlora import kernel
 from weftlora.adapted.frozen_weights import Checkpoint, OriginalWeight
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapted.quantised import distance, format_of, is_quantised, keep_differentiable, matrix
@@ -38,6 +45,59 @@ class InCode(nn.Module):
         self.calls += 1
         y = F.linear(x, self.W_q.to(x.dtype) / 16, self.bias)
         return y.abs() if self.told == "bent" else y.detach() if self.told == "cut" else y
+
+
+class _Times(torch.autograd.Function):
+    """x Wᵀ with a W that is dequantised in the forward and again in the backward, as layers in 4 bits do it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: Sixteenths) -> Tensor:
+        ctx.layer = layer
+        return x @ layer.own_matrix().T
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, None]:
+        return g @ ctx.layer.own_matrix(), None
+
+
+class Sixteenths(InCode):
+    """Under the names of HQQ, which dequantises in the forward and again in the backward; `made` are the matrices that were."""
+
+    def __init__(self, whole: nn.Linear, told: str = "right"):
+        super().__init__(whole, told)
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def dequantize(self) -> Tensor:
+        return self._noted(super().dequantize())
+
+    def own_matrix(self) -> Tensor:
+        return self._noted(self.W_q.float() / 16)
+
+    def _noted(self, w: Tensor) -> Tensor:
+        self.made.append(weakref.ref(w))
+        return w
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = _Times.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+def in_bitsandbytes(whole: nn.Linear) -> nn.Module:
+    """NF4 with double quantisation, counting what is dequantised by W's shape."""
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(whole.in_features, whole.out_features, bias=whole.bias is not None, compute_dtype=torch.float32)
+    layer.load_state_dict(whole.state_dict())
+    return layer.to("cpu")  # quantised when it is moved
+
+
+def in_hqq(whole: nn.Linear) -> nn.Module:
+    """HQQ's own layer."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=4, group_size=16)
+    return HQQLinear(copy.deepcopy(whole), settings, compute_dtype=torch.float32, device="cpu", del_orig=False)
 
 
 class Quanto(nn.Linear):
@@ -213,3 +273,146 @@ def test_how_a_base_is_quantised_is_said_in_words() -> None:
 def test_the_distance_to_another_shape_is_infinite(whole: nn.Linear) -> None:
     assert distance(InCode(whole), whole.weight.T) == float("inf")
     assert distance(InCode(whole), whole.weight) < 0.2
+
+
+# ---------------------------------------------------------------------- one W for forward and backward
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+KINDS = {"no checkpointing": None, "not reentrant": False, "reentrant": True}
+NF4 = pytest.param(
+    "NF4", marks=pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+)
+HQQ = pytest.param("HQQ", marks=pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed"))
+
+
+def quantised_model(kind: str, checkpointing: str = "no checkpointing") -> nn.Module:
+    """Two blocks whose linear modules are in fewer bits, with a trained adapter on each; its input asks for a gradient."""
+    torch.manual_seed(0)
+    base = FAMILIES["llama"].build()
+    make = {
+        "HQQ's names": Sixteenths,
+        "told wrong": lambda w: Sixteenths(w, "wrong"),
+        "NF4": in_bitsandbytes,
+        "HQQ": in_hqq,
+    }[kind]
+    for parent in [module for block in base.model.layers for module in (block.self_attn, block.mlp)]:
+        for name in PROJECTIONS:
+            if hasattr(parent, name):
+                setattr(parent, name, make(getattr(parent, name)))
+    base.requires_grad_(False)
+    base.enable_input_require_grads()
+    if (reentrant := KINDS[checkpointing]) is not None:
+        base.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    config = weftlora.HydraLoraConfig(r=2, heads=2, target_modules=list(PROJECTIONS), init_lora_weights=False)
+    return get_peft_model(base, config).train()
+
+
+class Counting(TorchDispatchMode):
+    """Counts the ops in which bitsandbytes dequantises a W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.made += function._schema.name in ("bitsandbytes::dequantize_4bit", "bitsandbytes::gemm_4bit")
+        return function(*args, **(kwargs or {}))
+
+
+def taken(model: nn.Module) -> tuple[list[Tensor], dict[str, int]]:
+    """Loss and gradients of a step, how often it dequantised a W, and how many of these are still there."""
+    layers = [m.base_layer for m in model.modules() if isinstance(m, WeftLinear)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    made: list[weakref.ref[Tensor]] = []
+    with Counting() as ops, pytest.MonkeyPatch.context() as patch:
+        for layer in layers:
+            if isinstance(layer, Sixteenths):
+                layer.made.clear()
+            elif hasattr(layer, "W_q"):
+                own = layer.dequantize
+                patch.setattr(layer, "dequantize", lambda own=own: (w := own(), made.append(weakref.ref(w)))[0])
+        loss = model(**FAMILIES["llama"].batch()).loss
+        model.zero_grad()
+        loss.backward()
+    made += [ref for layer in layers if isinstance(layer, Sixteenths) for ref in layer.made]
+    count = {"made": ops.made + len(made), "alive": sum(ref() is not None for ref in made)}
+    return [loss.detach(), *(p.grad.clone() for p in trained)], count
+
+
+@lru_cache
+def without_sharing(kind: str) -> list[Tensor]:
+    with kernel.switched(dequantised=False):
+        return taken(quantised_model(kind))[0]
+
+
+@pytest.mark.parametrize("kind", ["HQQ's names", HQQ, NF4])
+@pytest.mark.parametrize(
+    ("checkpointing", "said", "times"),
+    [
+        ("no checkpointing", None, 2),
+        ("no checkpointing", True, 1),
+        ("not reentrant", None, 2),
+        ("not reentrant", False, 3),
+        ("reentrant", None, 2),
+        ("reentrant", False, 3),
+    ],
+)
+def test_one_dequantised_matrix_serves_a_forward_and_its_backward(
+    kind: str, checkpointing: str, said: bool | None, times: int
+) -> None:
+    """How often per layer and step: unasked under checkpointing only. Numbers are the same, and nothing is left of it afterwards."""
+    want = without_sharing(kind)
+    model = quantised_model(kind, checkpointing)
+    with kernel.switched(dequantised=said):
+        taken(model)  # each W is compared with what its layer computes, once
+        got, count = taken(model)
+    assert count["made"] == times * 2 * len(PROJECTIONS)
+    assert count["alive"] == 0
+    for mine, theirs in zip(got, want, strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm().clamp_min(1e-6)
+
+
+def test_what_is_saved_at_once_is_one_block_under_checkpointing_and_the_base_without(monkeypatch) -> None:
+    """The most matrices that live at a time."""
+    for checkpointing, said, most in (
+        ("not reentrant", None, 7),
+        ("reentrant", None, 7),
+        ("no checkpointing", True, 14),
+    ):
+        model = quantised_model("HQQ's names", checkpointing)
+        layers = [m.base_layer for m in model.modules() if isinstance(m, WeftLinear)]
+        alive: list[int] = []
+
+        def noted(self: Sixteenths, w: Tensor) -> Tensor:
+            self.made.append(weakref.ref(w))
+            alive.append(sum(ref() is not None for layer in layers for ref in layer.made))  # noqa: B023
+            return w
+
+        with kernel.switched(dequantised=said), monkeypatch.context() as patch:
+            taken(model)
+            patch.setattr(Sixteenths, "_noted", noted)
+            taken(model)
+        assert max(alive) == most
+
+
+def test_a_layer_is_called_where_its_matrix_cannot_be_shared() -> None:
+    """Its quantiser gives another W than it computes with; nobody asks for a gradient; autocast asks for another type."""
+    batch = FAMILIES["llama"].batch()
+    for kind in ("told wrong", "HQQ's names"):
+        model = quantised_model(kind)
+        layers = [m.base_layer for m in model.modules() if isinstance(m, WeftLinear)]
+
+        def called(run: Callable[[], object]) -> list[int]:
+            before = [layer.calls for layer in layers]  # noqa: B023
+            with kernel.switched(dequantised=True):
+                run()
+            return [layer.calls - was for layer, was in zip(layers, before, strict=True)]  # noqa: B023
+
+        got, _ = taken(model)
+        for mine, theirs in zip(got, without_sharing("HQQ's names"), strict=True):
+            assert (mine - theirs).norm() <= 1e-5 * theirs.norm().clamp_min(1e-6)
+        assert called(lambda: model(**batch)) == [1 if kind == "told wrong" else 0] * 14  # noqa: B023
+        with torch.no_grad():
+            assert called(lambda: model(**batch)) == [1] * 14  # noqa: B023
+        with torch.autocast("cpu", torch.bfloat16):
+            assert called(lambda: model(**batch))[0] == 1  # noqa: B023 (q_proj, which reads fp32)

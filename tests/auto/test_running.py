@@ -15,12 +15,13 @@ import weftlora
 from weftlora.auto import Found, plan, running
 from weftlora.auto.plan import Size
 from weftlora.auto.running import Standing, read_found
+from weftlora.compare import at_once
 from weftlora.errors import ConfigError, RunError
 from weftlora.runs.recipe import Recipe
 
 pytestmark = pytest.mark.sharded
 
-TIME = ("spent", "stages", "budget", "folder")
+TIME = ("spent", "stages", "budget", "folder", "at_once", "peak_bytes")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,8 @@ def decided(found: Found) -> str:
 def whole(place: Path) -> Iterator[Found]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plan, "SIZES", (Size(3, 9, 1, 2, 2),))
-        yield weftlora.auto(asked(place, "whole"), jobs=0)
+        patched.setattr(at_once, "machine", lambda device: at_once.Machine(1, 2**40))
+        yield weftlora.auto(asked(place, "whole"), jobs="auto")
 
 
 def test_it_ends_with_an_adapter_its_recipe_a_proved_export_and_a_page(place: Path, whole: Found):
@@ -82,6 +84,10 @@ def test_it_ends_with_an_adapter_its_recipe_a_proved_export_and_a_page(place: Pa
     assert (folder / "finalists.html").is_file()
     assert whole.method == "lora" or "better" in whole.why  # two seeds and no interval without 0: plain LoRA stays
     assert decided(read_found(folder)) == decided(whole)
+    assert whole.at_once.startswith("1 run at once: 1 core at 1 a run, and 1024.0 GiB of memory free")
+    assert "as measured" in whole.at_once  # by the runs that were timed
+    assert whole.peak_bytes is not None
+    assert 2**27 < whole.peak_bytes < 2**33
 
 
 def test_one_that_has_ended_is_not_run_again(place: Path, whole: Found):

@@ -112,7 +112,7 @@ def test_routing_reports_the_mean_weight_of_every_site():
     torch.testing.assert_close(next(iter(gates.values())), w.mean((0, 1)), rtol=1e-12, atol=1e-12)
 
 
-def test_the_weight_scales_the_term_and_zero_leaves_it_out():
+def test_the_weight_scales_the_term_and_zero_leaves_it_out(monkeypatch: pytest.MonkeyPatch):
     x = tokens()
     losses = []
     for balance in (0.1, 0.2):
@@ -122,8 +122,10 @@ def test_the_weight_scales_the_term_and_zero_leaves_it_out():
     assert losses[1] == pytest.approx(2 * losses[0])
     with weftlora.routing(model := net(balance=0.0)) as routing:
         model(x)
-    with pytest.raises(ConfigError, match="balance > 0"):
-        routing.balance_loss()
+    for processes in (1, 2):
+        monkeypatch.setattr("weftlora.adapted.routing.world", lambda processes=processes: processes)
+        with pytest.raises(ConfigError, match="balance > 0"):
+            routing.balance_loss()
 
 
 def test_nothing_is_recorded_after_the_block_or_by_the_other_mode():

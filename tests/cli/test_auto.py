@@ -131,6 +131,13 @@ def test_what_cannot_work_is_one_sentence(weftlora: Callable[..., Any]):
         1,
         "weftlora: budget='never' is not a time: give hours, minutes or seconds, such as 2h, 45m or 1h30m.\n",
     )
+    for jobs in ("many", "0", "-1", "1.5"):
+        said = weftlora("compare", "nothing.yaml", "--jobs", jobs)
+        assert (said.code, "is not a number of runs" in " ".join(said.err.split())) == (2, True), said.err
+    said = weftlora("compare", "nothing.yaml", "--store", "s3://bucket/prefix")
+    assert (said.code, "give --worker with it" in said.err) == (1, True)
+    said = weftlora("compare", "s3://bucket/prefix", "--fetch")
+    assert (said.code, "the folder to bring it to" in said.err) == (1, True)
     said = weftlora("compare", "nothing.yaml", "--worker", "--jobs", "2")
     assert (said.code, "takes no --jobs 2" in said.err) == (1, True)
     said = weftlora("compare", "nothing.yaml", "--worker")

@@ -1,16 +1,26 @@
-"""A comparison on a real Ray cluster of three nodes on one machine: a node that dies, a cluster that is not there, too little room."""
+"""A comparison on a real Ray cluster of three nodes on one machine: a node that dies, a driver that dies, a worker that is cut off."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from comparing import quality, recipe
 
 from weftlora.compare import compare, on_ray
 from weftlora.compare.recipe import CompareRecipe
+from weftlora.compare.running import Standing
 from weftlora.errors import ConfigError, RunError
 
 ray = pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -34,23 +44,99 @@ def cluster() -> object:
     made.shutdown()
 
 
+def wait_for(sign: Callable[[], Any], seconds: float = 1000) -> None:
+    end = time.monotonic() + seconds
+    while not sign():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_node_that_dies_in_a_run_changes_nothing(cluster: object, tmp_path: Path):
     whole = compare(written(tmp_path, "alone"), jobs=0)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 << 20) for _ in range(2)]  # type: ignore[attr-defined]
     shared = tmp_path / "shared"
 
     def kill_one() -> None:
-        end = time.monotonic() + 400
-        while time.monotonic() < end and not [*shared.glob("tuning/*/*/run.json")]:
-            time.sleep(0.1)
+        wait_for(lambda: [*shared.glob("tuning/*/*/run.json")])
         cluster.remove_node(nodes[0], allow_graceful=False)  # type: ignore[attr-defined]
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    found = on_ray.compare(written(tmp_path, "shared"), cluster.address, None, None, lambda standing: None, LEASE)  # type: ignore[attr-defined]
+    told: list[Standing] = []
+    found = on_ray.compare(written(tmp_path, "shared"), cluster.address, None, None, told.append, LEASE)  # type: ignore[attr-defined]
     killer.join()
+    lines = [standing.said for standing in told if standing.said]
+    assert any(line.endswith("runs/lora/s0: complete") for line in lines)  # what a worker on some node has said
+    assert any(line.endswith(": taken over") for line in lines)
     assert sum(node["Alive"] for node in ray.nodes()) == 2 if ray.is_initialized() else True
     assert quality(found.record()) == quality(whole.record())
+
+
+def test_a_driver_that_is_killed_is_started_again_and_goes_on(cluster: object, tmp_path: Path):
+    whole = compare(written(tmp_path, "alone"), jobs=0)
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 << 20) for _ in range(2)]  # type: ignore[attr-defined]
+    assert len(nodes) == 2
+    shared, file = tmp_path / "shared", tmp_path / "shared.yaml"
+    more = written(tmp_path, "shared").model_dump(mode="json", exclude_unset=True)
+    file.write_text(yaml.safe_dump(more), encoding="utf-8")
+    command = [sys.executable, "-m", "weftlora", "compare", str(file), "--engine", "ray", "--json"]
+    command += ["--address", cluster.address]  # type: ignore[attr-defined]
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    first = start()
+    wait_for(lambda: [*shared.glob("tuning/*/*/run.json")] or first.poll() is not None)
+    assert first.poll() is None, first.communicate()
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    out, wrong = start().communicate(timeout=900)
+    assert quality(json.loads(out)) == quality(whole.record()), wrong
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="a node without the disk needs a mount namespace"
+)
+def test_a_worker_that_is_cut_off_from_the_disk_stops_and_the_others_take_over(cluster: object, tmp_path: Path):
+    longer = {"methods": ["lora", "none"], "train": {"steps": 300, "save_every": 50}, "seeds": 3}
+    made = recipe(tmp_path, **longer)
+    whole = compare(made | {"out": str(tmp_path / "alone")}, jobs=0)
+    shared, logs = tmp_path / "shared", tmp_path / "logs"
+    started = ["ray", "start", "--block", "--num-cpus=1", "--object-store-memory=80000000"]
+    started = [str(Path(ray.__file__).parents[1] / "bin" / "ray"), *started[1:]]
+    with logs.open("w") as said:
+        node = subprocess.Popen(
+            ["unshare", "-m", sys.executable, *started, f"--address={cluster.address}"],  # type: ignore[attr-defined]
+            stdout=said,
+            stderr=said,
+        )
+    try:
+        wait_for(lambda: sum(each["Alive"] for each in _nodes(cluster)) == 2 or node.poll() is not None)
+
+        def cut() -> None:
+            wait_for(lambda: len([*shared.glob("runs/lora/*/run.json")]) == 2)  # each of the two has begun one
+            command = ["nsenter", "-t", str(node.pid), "-m", "mount", "-t", "tmpfs", "none", str(shared)]
+            subprocess.run(command, check=True)
+
+        cutter = threading.Thread(target=cut, daemon=True)
+        cutter.start()
+        told: list[Standing] = []
+        asked = CompareRecipe.read(made | {"out": str(shared)})
+        found = on_ray.compare(asked, cluster.address, 2, None, told.append, LEASE)  # type: ignore[attr-defined]
+        cutter.join()
+    finally:
+        node.terminate()
+        node.wait()
+    lines = [standing.said for standing in told if standing.said]
+    assert any("the leases of" in line and "cannot be reached" in line for line in lines), lines
+    assert any(line.endswith(": taken over") for line in lines), lines
+    assert quality(found.record()) == quality(whole.record())
+
+
+def _nodes(cluster: Any) -> list[dict[str, Any]]:
+    if not ray.is_initialized():
+        ray.init(address=cluster.address, log_to_driver=False)
+    return list(ray.nodes())
 
 
 def test_a_cluster_that_is_not_there_or_has_no_room_is_one_sentence(cluster: object, tmp_path: Path):

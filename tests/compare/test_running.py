@@ -19,7 +19,8 @@ import transformers
 import yaml
 from comparing import quality, recipe
 
-from weftlora.compare import Comparison, compare, load
+from weftlora.compare import Comparison, at_once, compare, load
+from weftlora.compare.plan import Plan
 from weftlora.compare.running import Standing
 from weftlora.compare.workers import BEGUN, in_charge
 from weftlora.disk.files import read_json, write_json
@@ -343,10 +344,14 @@ def test_runs_in_processes_say_what_those_here_say(tmp_path: Path, monkeypatch: 
     script = ModuleType("__main__")
     script.__file__ = str(tmp_path / "gone.py")  # a process that imports the caller's script would fail
     monkeypatch.setitem(sys.modules, "__main__", script)
-    apart = compare(made | {"out": str(tmp_path / "apart")}, jobs=2)
+    monkeypatch.setattr(at_once, "machine", lambda device: at_once.Machine(2, 2**40))
+    said: list[Standing] = []
+    apart = compare(made | {"out": str(tmp_path / "apart")}, jobs="auto", watch=said.append)
     here = compare(made | {"out": str(tmp_path / "here")}, jobs=0)
     assert quality(apart.record()) == quality(here.record())
     assert apart.machine.endswith("2 runs at once")
+    assert said[0].said.startswith("2 runs at once: 2 cores at 1 a run, and 1024.0 GiB of memory free")
+    assert Plan.load(tmp_path / "apart").at_once == said[0].said
     assert {tuple(outcome.scores) for outcome in apart.outcomes} == {("loss",)}
 
 

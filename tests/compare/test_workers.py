@@ -15,7 +15,8 @@ import pytest
 import yaml
 from comparing import quality, recipe
 
-from weftlora.compare import compare, work
+from weftlora.compare import compare, fetch, load, work
+from weftlora.compare.storing import Store
 from weftlora.disk.lock import holding
 from weftlora.errors import ConfigError, RunError
 
@@ -24,8 +25,19 @@ pytestmark = pytest.mark.kills
 LEASE = 10
 
 
-def start(file: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "weftlora", "compare", str(file), "--worker", "--lease", str(LEASE), "--quiet"]
+def start(file: Path, *more: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "weftlora",
+        "compare",
+        str(file),
+        "--worker",
+        "--lease",
+        str(LEASE),
+        "--quiet",
+        *more,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
 
 
@@ -62,6 +74,54 @@ def test_workers_of_which_one_is_killed_in_a_run_end_as_one_comparison_that_ran_
     assert quality(found) == quality(whole.record()).replace(str(tmp_path / "alone"), str(shared))
     again = work(shared)  # nothing is left
     assert quality(again.record()) == quality(found)
+
+
+@pytest.mark.parametrize("where", ["folder", "s3"])
+def test_workers_that_share_only_a_store_take_over_from_its_checkpoints(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    top = request.getfixturevalue("server") if where == "s3" else f"file://{tmp_path / 'store'}"
+    place = f"{top}/{tmp_path.name}"
+    more = {"methods": ["lora", "none"], "seeds": 1, "train": {"steps": 40, "save_every": 2}}
+    made = recipe(tmp_path, **more)
+    whole = compare(made | {"out": str(tmp_path / "alone")}, jobs=0)
+    file = tmp_path / "shared.yaml"
+    file.write_text(yaml.safe_dump(made), encoding="utf-8")
+    store = Store(place)
+    first = start(file, "--store", place, "--out", str(tmp_path / "first"))
+    wait_for(lambda: any(take.state == "begun" for take in store.latest().values()), first)
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate()
+    left = {take.job: take for take in store.latest().values() if take.state == "begun"}
+    second = start(file, "--store", place, "--out", str(tmp_path / "second"))
+    _, wrong = second.communicate(timeout=600)
+    assert second.returncode == 0, wrong
+    assert left.keys() == {"runs+lora+s0"}
+    assert {take.state for take in store.latest().values()} == {"ended"}
+    events = (tmp_path / "second" / "runs" / "lora" / "s0" / "events.jsonl").read_text(encoding="utf-8")
+    assert "resume" in events  # from the checkpoint of a machine that is gone
+    assert quality(load(place).record()) == quality(whole.record())
+    brought = fetch(place, tmp_path / "brought")
+    assert quality(brought.record()) == quality(whole.record())
+    adapters = [
+        tmp_path / each / "runs" / "lora" / "s0" / "adapter" / "adapter_model.safetensors"
+        for each in ("alone", "brought")
+    ]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_workers_that_submitit_starts_end_as_one_comparison(tmp_path: Path):
+    submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+    made = recipe(tmp_path, methods=["lora", "none"], seeds=1)
+    whole = compare(made | {"out": str(tmp_path / "alone")}, jobs=0)
+    file = tmp_path / "shared.yaml"
+    file.write_text(yaml.safe_dump(made | {"out": str(tmp_path / "shared")}), encoding="utf-8")
+    executor = submitit.AutoExecutor(folder=str(tmp_path / "logs"), cluster="local")  # as on Slurm, without one
+    executor.update_parameters(timeout_min=10)
+    command = [sys.executable, "-m", "weftlora", "compare", str(file), "--worker", "--lease", str(LEASE), "--quiet"]
+    for job in [executor.submit(submitit.helpers.CommandFunction(command)) for _ in range(2)]:
+        job.result()
+    assert quality(load(tmp_path / "shared").record()) == quality(whole.record())
 
 
 def test_a_comparison_in_charge_and_workers_refuse_each_other_and_options_that_mean_nothing(tmp_path: Path):

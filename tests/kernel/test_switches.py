@@ -55,11 +55,14 @@ def test_on_a_cpu_there_are_kernels_in_the_interpreter_only(monkeypatch: pytest.
 @pytest.mark.parametrize(("said", "means"), [(None, None), ("", None), ("0", False), ("1", True)])
 def test_what_the_environment_says(said: str | None, means: bool | None):
     assert switches._triton_asked(said) is means
+    assert switches._dequantised_asked(said) is means
 
 
 def test_what_it_cannot_say():
     with pytest.raises(ConfigError, match="WEFT_TRITON='yes' is neither 1 nor 0"):
         switches._triton_asked("yes")
+    with pytest.raises(ConfigError, match="WEFT_DEQUANTISED='yes' is neither 1 nor 0"):
+        switches._dequantised_asked("yes")
 
 
 def test_switches_are_as_before_after_a_block_and_after_an_error():

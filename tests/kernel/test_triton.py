@@ -30,6 +30,7 @@ from weftlora.kernel import (
     Grouping,
     Slots,
     Work,
+    add_by_row,
     add_grouped,
     add_low_rank,
     gated_mlp,
@@ -100,6 +101,13 @@ def test_products_of_rank_slots_of_any_size(tokens: int, width: int, slots: int,
             launches.linear(x, rows, rows[:, 0], gu, normal(slots, slots) * 0 + 1, 0.3, blocks),
             x.double() @ rows.double().T + rows[:, 0].double() + 0.3 * gu.double().sum(1, keepdim=True),
         )
+
+
+def test_in_sixteen_bits_a_wide_output_has_wider_blocks():
+    g, h, up = (normal(*shape).bfloat16() for shape in ((3, 300), (3, 5), (300, 5)))
+    gh, gup = launches.write_backward(g, h, up, 0.5)
+    close(gh.double(), 0.5 * g.double() @ up.double(), 1e-2)
+    close(gup.double(), 0.5 * g.double().T @ h.double(), 1e-2)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "every second", "a part of wider rows"])
@@ -245,6 +253,101 @@ def test_experts_are_adapters_of_one_batch(case: str, p: float):
     assert True in launched
     for mine, theirs in zip(*found, strict=True):
         close(mine, theirs, 2e-5)
+
+
+NAMED = {
+    "narrow": (3, None, 0, None),
+    "wide, with slots beside": (20, None, 2, None),
+    "routed": (4, "x", 1, None),
+    "one head of three": (5, "Ax", 0, 1),
+}
+"""Adapters of one batch: rank, router, extra slots, heads per token."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        ([1, 4, 3, 0, 2, 1], torch.float32),
+        ([2, 4, 3], torch.bfloat16),
+        ([4, 3], torch.float32),
+        ([0, 0], torch.float32),
+    ],
+)
+def test_rows_that_name_adapters_of_all_structures_are_in_one_launch(rows: list[int], dtype: torch.dtype):
+    """Of other ranks and scales, with a row of none (4): outputs, ω and gradients are those of each row by itself in fp64."""
+    torch.manual_seed(8)
+    named = [
+        factors((24, 18, r, 3), router, extra, True, top, torch.float32) for r, router, extra, top in NAMED.values()
+    ]
+    named = [replace(f, scale=0.5 + number) for number, f in enumerate(named)]
+    x, y = (
+        normal(len(rows), 5, 24, dtype=dtype).requires_grad_(),
+        normal(len(rows), 5, 18, dtype=dtype).requires_grad_(),
+    )
+    g = normal(*y.shape, dtype=dtype)
+    heard: list[Tensor] = []
+    used_now = sorted({row for row in rows if row < 4})
+    before, launched = y.detach().clone(), []
+    with pytest.MonkeyPatch.context() as patch:
+        launch = launches._launch
+        patch.setattr(launches, "_launch", lambda *a, **k: (launched.append(k["TABLE"]), launch(*a, **k))[1])
+        works = [Work(named[number], on_mix=heard.append) for number in used_now]
+        of_row = tuple(used_now.index(row) if row < 4 else len(used_now) for row in rows)
+        got = add_by_row(y, x, works, of_row)
+    routed = any(named[number].router_input == "x" and named[number].router is not None for number in used_now)
+    assert launched == [True] * (3 if routed else 2)
+    assert torch.equal(y, before)
+    exact = [wide(f) for f in named]
+    xs, ys, told = x.detach().double().requires_grad_(), y.detach().double().requires_grad_(), {}
+    want = torch.stack(
+        [
+            y_row
+            if row == 4
+            else y_row
+            + reference(x_row, Work(exact[row], on_mix=lambda o, row=row: told.setdefault(row, []).append(o)))
+            for x_row, y_row, row in zip(xs, ys, rows, strict=True)
+        ]
+    )
+    limit = LIMIT[dtype]
+    close(got, want, limit)
+    for mine, theirs in zip(heard, [torch.stack(told[row]) for row in used_now if row in told], strict=True):
+        close(mine, theirs, limit)
+    leading = [
+        (x, xs),
+        (y, ys),
+        *((a, b) for row in used_now for a, b in zip(leaves(named[row]), leaves(exact[row]), strict=True)),
+    ]
+    mine = torch.autograd.grad(got, [a for a, _ in leading], g)
+    theirs = torch.autograd.grad(want, [b for _, b in leading], g.double())
+    for a, b in zip(mine, theirs, strict=True):
+        close(a, b, 2 * limit)
+
+
+def test_a_model_whose_rows_name_adapters_computes_what_it_does_without_the_kernels(
+    llama: torch.nn.Module, token_batch: dict[str, Tensor]
+):
+    from peft import get_peft_model
+
+    from weftlora import HydraLoraConfig, PlainLoraConfig
+
+    model = get_peft_model(llama, HydraLoraConfig(r=4, heads=3, target_modules=["q_proj", "down_proj"]))
+    model.add_adapter("two", PlainLoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if ".weft_site." in name:
+            torch.nn.init.normal_(p, std=0.3)
+    model.eval()
+    ids, rows = token_batch["input_ids"].repeat(2, 1), ["two", "default", "__base__", "two"]
+    found, launched = [], []
+    for on in (True, False):
+        with switched(triton=on), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            launch = launches._launch
+            patch.setattr(launches, "_launch", lambda *a, **k: (launched.append(k["TABLE"]), launch(*a, **k))[1])  # noqa: B023
+            found.append(model(input_ids=ids, adapter_names=rows).logits)
+            assert launched.count(True) == 2 * (3 + 3)  # down, router and up of q_proj and of down_proj, in two blocks
+    close(*found, 2e-5)
+    with torch.inference_mode():
+        close(model(input_ids=ids, adapter_names=rows).logits, found[1], 2e-5)
 
 
 # ---------------------------------------------------------------------- dropout
@@ -668,6 +771,51 @@ def test_adapted_models_of_every_structure_take_the_same_step(llama: torch.nn.Mo
         for mine, theirs in zip(*steps, strict=True):
             close(mine, theirs, 2e-5)
         llama = model.unload()
+
+
+WORLD = """
+import os, sys, traceback, warnings
+
+import torch
+import worlds
+from weftlora.kernel.triton import launches
+
+folder, launched, launch = sys.argv[1], [], launches._launch
+launches._launch = lambda *a, **k: (launched.append(1), launch(*a, **k))[1]
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+worlds.END = 2
+worlds.METHODS["hydralora"] = lambda: worlds.weftlora.HydraLoraConfig(r=2, heads=2, balance=0.01, target_modules=["q_proj", "up_proj"])
+
+def be(rank):
+    for engine in ("ddp", "fsdp2"):
+        before = len(launched)
+        worlds.be(rank, 2, f"{folder}/{engine}", engine, ["hydralora"], ["fp32"])
+        assert len(launched) > before, engine
+
+children = worlds.forked(2, be, lambda rank, error: traceback.print_exception(error))
+torch.save(worlds.alone(["hydralora"], ["fp32"]), f"{folder}/alone.pt")
+assert launched
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_two_processes_end_as_one_does(tmp_path: Path):
+    """Two steps of HydraLoRA, replicated by DDP and sharded by FSDP2, each process with the kernels; worlds.py has the training."""
+    for engine in ("ddp", "fsdp2"):
+        (tmp_path / engine).mkdir()
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tests), str(tests / "sharding")])
+    env = {**os.environ, "WEFT_TRITON": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", WORLD, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one = torch.load(tmp_path / "alone.pt", weights_only=True)["hydralora", "fp32"]["tensors"]
+    for engine in ("ddp", "fsdp2"):
+        first, second = (torch.load(tmp_path / engine / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+        for key, value in one.items():
+            mine = first["hydralora", "fp32"]["tensors"][key]
+            assert torch.equal(mine, second["hydralora", "fp32"]["tensors"][key]), (engine, key)
+            assert (mine - value).abs().max() <= 1e-5, (engine, key)
 
 
 # ---------------------------------------------------------------------- what only a GPU would show

@@ -210,7 +210,9 @@ def test_scores_that_are_no_numbers_move_nothing_and_training_goes_on() -> None:
 
 
 def test_one_module_has_nowhere_to_move_a_slot() -> None:
-    with pytest.raises(weftlora.ConfigError, match="one adapted module to move rank slots between: target two or more"):
+    with pytest.raises(
+        weftlora.ConfigError, match="one adapted module and moves rank between modules: target two or more"
+    ):
         train(alora(score="random", target_modules=["0.mlp.up_proj"], move=1), 1)
 
 

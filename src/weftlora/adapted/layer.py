@@ -23,7 +23,15 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.hooks import watched
 from weftlora.adapted.input_groups import InputGroup
-from weftlora.adapted.quantised import can_be_requantised, is_quantised, matrix, requantised, stored
+from weftlora.adapted.quantised import (
+    can_be_requantised,
+    dequantised,
+    is_quantised,
+    is_shared,
+    matrix,
+    requantised,
+    stored,
+)
 from weftlora.adapted.reading import Reading, reading_of
 from weftlora.adapted.sharing import refuse_reentrant_checkpointing
 from weftlora.adapted.tensor_parallel import add as add_to_slice
@@ -31,7 +39,7 @@ from weftlora.adapted.tensor_parallel import slice_of
 from weftlora.adapter.shards import is_shard, on_one
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
-from weftlora.kernel import Linear, Work, current, linears
+from weftlora.kernel import Linear, Work, add_by_row, current, linears
 from weftlora.schedule.schedule import Member
 from weftlora.settings import is_number
 from weftlora.terms.axes import mergeable_structures
@@ -355,11 +363,21 @@ class WeftLinear(WeftLayer):
             )
         read = self.cast_input(x)
         y = cast(Tensor, self.base_layer(read, *args, **kwargs))
-        for name in dict.fromkeys(rows):
-            if name in self.weft_site:
-                where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
-                y = y.index_copy(0, where, self.weft_site[name](read[where], y[where], None, self._add))
+        names = [name for name in dict.fromkeys(rows) if name in self.weft_site]
+        if (whole := self._by_table(names, rows, read, y)) is not None:
+            return whole
+        for name in names:
+            where = torch.tensor([i for i, row in enumerate(rows) if row == name], device=y.device)
+            y = y.index_copy(0, where, self.weft_site[name](read[where], y[where], None, self._add))
         return y
+
+    def _by_table(self, names: list[str], rows: Sequence[str], read: Tensor, y: Tensor) -> Tensor | None:
+        """The same in one launch per product for all of these adapters, where the Triton kernels can compute it."""
+        sites = [self.site(name) for name in names]
+        if not sites or self._add is not None or any(site.outside or watched(site) for site in sites):
+            return None
+        numbers = {name: number for number, name in enumerate(names)}
+        return add_by_row(y, read, (site.work() for site in sites), tuple(numbers.get(row, len(names)) for row in rows))
 
     def _by_node(self, names: list[str], x: Tensor, read: Tensor) -> Tensor | None:
         """The base's output with the first active adapter's update, if one node can compute both."""
@@ -390,13 +408,17 @@ class WeftLinear(WeftLayer):
         it (`cast_input`).
         """
         base, device = self.base_layer, read.device.type
-        weight = cast(Tensor, base.weight)
-        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        if weight.device != read.device or read.dtype != computed:
+        weight = base.weight if type(base) is nn.Linear else None  # of a base in 4 bits it is made below
+        own = read if weight is None else weight
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own.dtype
+        if own.device != read.device or read.dtype != computed:
             return None
         self._check_distributed(name)
         work = self.site(name).work()
         if work.plain or work.scored:
+            return None
+        weight = dequantised(base, read) if weight is None else weight
+        if weight is None:
             return None
         mask = self._mask(name, x, read)
         return weight, cast("Tensor | None", base.bias), work if mask is None else replace(work, mask=mask)
@@ -407,8 +429,10 @@ class WeftLinear(WeftLayer):
             return "WEFT_REFERENCE is set"
         base = self.base_layer
         if type(base) is not nn.Linear or type(weight := base.weight) not in (nn.Parameter, Tensor):
-            return f"{type(base).__name__} is not a plain Linear"
-        if weight.requires_grad or ((bias := base.bias) is not None and bias.requires_grad):
+            if not is_shared(base) or self._add is not None:
+                return f"{type(base).__name__} is not a plain Linear"
+            weight = None
+        if (weight is not None and weight.requires_grad) or ((bias := base.bias) is not None and bias.requires_grad):
             return "the base is trained too"
         if watched(base):
             return "hooks on the base"

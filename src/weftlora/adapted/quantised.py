@@ -6,18 +6,26 @@ The quantiser's own dequantisation is asked first, and believed only where x W�
 bitsandbytes, for one, lays NF4 weights out anew on some CPUs and then dequantises them 144 % off. Where it is not believed, or there
 is none, W is read out of the forward, whose rows for x = I are the columns of W, and is checked in the same way. Nothing in the
 layer changes, and a layer that computes something else than x Wᵀ + b is refused.
+
+A layer in 4 bits dequantises W in its forward and once more in its backward. Where a node may own the linear, one W serves both: it is
+kept for the backward with what else the node saves (`WEFT_DEQUANTISED`, `weftlora.kernel.switches`). Of all layers that would be the
+whole base in 16 bits, so unasked it is done under gradient checkpointing only, where it is one block at a time: what is saved in the
+first pass is thrown away, and what is saved in the second lives until the backward of that block, which follows.
 """
 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from weftlora.adapter.shards import is_shard
 from weftlora.errors import ConfigError, MergeError, TargetError
+from weftlora.kernel import current
 
 NEAR = 0.05
 """‖x Wᵀ + b − forward(x)‖ / ‖forward(x) − b‖ up to which W is believed; a layer that rounds x to 8 bits is off by 0.01."""
@@ -158,6 +166,80 @@ def format_of(model: Any) -> str | None:
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     """Modules that could be quantised linear layers, those under adapters included."""
     return (module for module in model.modules() if isinstance(getattr(module, "in_features", None), int))
+
+
+# ---------------------------------------------------------------------- one W for forward and backward
+
+
+def is_shared(base: nn.Module) -> bool:
+    """Whether one dequantised W of this layer serves a forward that begins now and its backward."""
+    said = current().dequantised
+    if said is False or not _is_in_4_bits(base) or torch.compiler.is_compiling():
+        return False
+    return bool(said) or _is_checkpointed()
+
+
+def _is_in_4_bits(base: nn.Module) -> bool:
+    """A layer of bitsandbytes in 4 bits or of HQQ, which both dequantise in the forward and again in the backward."""
+    weight = getattr(base, "weight", None)
+    if getattr(weight, "quant_state", None) is None and not hasattr(base, "W_q"):
+        return False
+    return not is_shard(weight)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what this forward saves is forgotten after it, or is made for a backward that follows at once."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None:
+        return getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
+    return torch._C._current_graph_task_id() != -1
+
+
+_believed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], bool]] = weakref.WeakKeyDictionary()
+"""Of layers whose dequantised W was compared with what they compute: which bytes it was made of, and whether it is that."""
+
+
+def dequantised(base: nn.Module, x: Tensor) -> Tensor | None:
+    """W [out, in] of a layer in 4 bits as its forward makes it for x; None where the layer computes in another dtype than x's, where
+    nobody will ask for a gradient of x, or where W is not what the layer computes with."""
+    if not (torch.is_grad_enabled() and x.requires_grad and _computes_in(base, x.dtype)):
+        return None
+    kept: Any = getattr(base, "weight", None)
+    state = getattr(kept, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        return None
+    kept = base.W_q if state is None else kept
+    bytes_of = (kept.data_ptr(), kept._version, x.dtype)
+    with torch.no_grad():
+        if state is None:
+            w = stored(base)
+        else:
+            from bitsandbytes.functional import dequantize_4bit
+
+            state = copy.copy(state)
+            state.dtype = x.dtype  # not first in that of its checkpoint
+            w = dequantize_4bit(kept.data, state)
+        assert w is not None
+        w = w.to(x)
+    seen = _believed.get(base)
+    if seen is None or seen[0] != bytes_of:
+        with torch.autograd.graph.saved_tensors_hooks(
+            _as_it_is, _as_it_is
+        ):  # checkpointing counts what a forward saves
+            seen = _believed[base] = bytes_of, distance(base, w) <= NEAR
+    return w if seen[1] else None
+
+
+def _as_it_is(t: Tensor) -> Tensor:
+    return t
+
+
+def _computes_in(base: nn.Module, dtype: torch.dtype) -> bool:
+    said = getattr(base, "compute_dtype", None)
+    if said in (None, dtype):
+        return True
+    # bitsandbytes: the first forward sets it to the type of its input
+    return not getattr(base, "compute_type_is_set", True) and dtype in (torch.float32, torch.bfloat16)
 
 
 # ---------------------------------------------------------------------- a matrix put in

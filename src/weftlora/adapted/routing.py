@@ -63,14 +63,14 @@ class Routing:
             for omega in calls
             if self.weight[name]
         ]
-        if together and torch.is_grad_enabled() and world() > 1:
-            terms = [weight * value for weight, value in _over_processes(counted)]
-        else:
-            terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
         if not counted:
             raise ConfigError(
                 "no routed module with balance > 0 ran inside weftlora.routing(model): put the forward inside the block."
             )
+        if together and torch.is_grad_enabled() and world() > 1:
+            terms = [weight * value for weight, value in _over_processes(counted)]
+        else:
+            terms = [weight * balance_loss(omega) for weight, omega in counted if len(omega)]
         if torch.is_grad_enabled() and not all(term.requires_grad for term in terms):
             raise ConfigError(
                 "routers were recorded without a graph, as reentrant gradient checkpointing does: use "

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from weftlora.auto.record import Found, Left, Tried
 from weftlora.extras import needs
@@ -26,7 +26,7 @@ __all__ = ["Found", "Left", "Tried", "auto"]
 def auto(
     recipe: str | Path | Mapping[str, Any],
     *overrides: str,
-    jobs: int = 1,
+    jobs: int | Literal["auto"] = 1,
     overwrite: bool = False,
     watch: Watch | None = None,
 ) -> Found:
@@ -41,7 +41,8 @@ def auto(
     Args:
         recipe: a file, a mapping, or the first `key=value`.
         overrides: `key=value` with dots: `data.train`, `model`, `budget` (2h, 45m, 1h30m), `serve`, `metric`, `train.steps`, `out`.
-        jobs: runs at once, each in a process of its own. 0: in this process, one after the other.
+        jobs: runs at once, each in a process of its own. 0: in this process, one after the other. "auto": as many as this machine's
+            cores and free memory have room for.
         overwrite: delete the search in `out` and start again.
         watch: called with a `weftlora.auto.running.Standing` whenever something has come on.
 

@@ -174,6 +174,8 @@ class AutoPlan(Record):
     estimate: float
     """Seconds that the search was expected to take."""
     jobs: int
+    at_once: str = ""
+    """Why there were as many runs at once, where that was left to us."""
     stages: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:

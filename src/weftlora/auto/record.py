@@ -80,6 +80,10 @@ class Found(Record):
     """Those that were trained on the paired seeds; empty where the budget ended before."""
     outcomes: list[Outcome] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    at_once: str = ""
+    """Why there were as many runs at once, where that was left to us."""
+    peak_bytes: int | None = None
+    """The most memory that a run took in a step, as in its `figures`; None where the machine cannot tell."""
 
     def _repr_html_(self) -> str:
         rows = [("method", self.method), ("lr", f"{self.lr:g}"), ("rank", self.rank or ""), ("run", self.run)]

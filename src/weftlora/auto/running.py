@@ -40,7 +40,7 @@ from weftlora.auto.plan import (
 )
 from weftlora.auto.recipe import AutoRecipe
 from weftlora.auto.record import Found, Left, Tried
-from weftlora.compare import results, workers
+from weftlora.compare import at_once, results, workers
 from weftlora.compare import running as comparing
 from weftlora.compare.plan import TUNING_SEED, Job, Plan, make
 from weftlora.compare.record import METRICS, Comparison, Interval, Method, Outcome, Rate, Row, Verdict
@@ -55,7 +55,6 @@ from weftlora.progress import Tick
 from weftlora.runs import base_model as models
 from weftlora.runs import rates as default_rates
 from weftlora.runs.run import Run, differences
-from weftlora.settings import is_whole
 from weftlora.train import arguments
 
 FOUND, CLOCK, FINALISTS, EXPORT, RECIPE = "found.json", "clock.json", "finalists", "export", "recipe.yaml"
@@ -129,12 +128,9 @@ class Clock:
         return self.spent + seconds + self.ending <= self.budget
 
 
-def auto(recipe: AutoRecipe, jobs: int, overwrite: bool, watch: Watch) -> Found:
+def auto(recipe: AutoRecipe, jobs: at_once.Jobs, overwrite: bool, watch: Watch) -> Found:
     """See `weftlora.auto.auto`."""
-    if not is_whole(jobs, 0):
-        raise ConfigError(
-            f"jobs={jobs!r} is not a number of runs: use a whole number from 1 up, or 0 for none but this process."
-        )
+    at_once.check(jobs)
     pages.check_extra()
     recipe.check_places()
     folder = Path(recipe.out).expanduser()
@@ -149,8 +145,10 @@ def auto(recipe: AutoRecipe, jobs: int, overwrite: bool, watch: Watch) -> Found:
 
 
 class _Auto:
-    def __init__(self, recipe: AutoRecipe, folder: Path, jobs: int, lock: int, watch: Watch) -> None:
-        self.recipe, self.folder, self.jobs, self.lock, self.watch = recipe, folder, jobs, lock, watch
+    def __init__(self, recipe: AutoRecipe, folder: Path, jobs: at_once.Jobs, lock: int, watch: Watch) -> None:
+        self.recipe, self.folder, self.lock, self.watch = recipe, folder, lock, watch
+        self.asked, self.jobs, self.room = jobs, 1 if jobs == "auto" else jobs, ""
+        """Runs at once as they were asked for and as they are, and why, where that was left to us."""
         self.clock = Clock(folder / CLOCK, recipe.seconds)
         self.stages: dict[str, float] = {}
         self.timed: dict[tuple[str, bool], float] = {}
@@ -165,6 +163,10 @@ class _Auto:
         plan = self._planned(base, data)
         self.clock.ending = plan.profile.ending
         runs = make(self._comparison(plan.train, list(plan.methods.values()), plan.r))
+        self._settle(runs)
+        if self.room and self.room != plan.at_once:
+            plan = replace(plan, at_once=self.room)
+            plan.save(self.folder)
         if plan.hashes != runs.hashes:
             raise RunError(
                 f"the rows of {self.recipe.data.train} have changed since this search began: put them back, choose another folder "
@@ -213,8 +215,10 @@ class _Auto:
             name: default_rates.rate(str(entry.get("recipe")), settings, models.is_encoder(settings)).lr / start.lr
             for name, entry in chosen.entries.items()
         }
+        self._settle(runs)
         with self._stage("timing"):
             profile, failed = self._profile(runs, start.lr)
+        self._settle(runs)
         kept = {name: entry for name, entry in chosen.entries.items() if name not in failed}
         size, steps, length = self._size(runs, list(kept), profile, len(data.train), shortest)
         estimate = cost(size, list(kept), steps, profile, self.jobs)
@@ -235,12 +239,31 @@ class _Auto:
             estimate=round(estimate, 3),
             jobs=self.jobs,
             stages=self.stages,
+            at_once=self.room,
         )
         plan.save(self.folder)
         one = profile.run(PLAIN, steps)
         fit = int(for_what_is_left(self.recipe.seconds, self.clock.spent, profile) / one * max(self.jobs, 1))
         self._say("timing", f"a run of {steps} steps takes {one:.1f} s: about {fit} fit; {_in_counts(size, len(kept))}")
         return plan
+
+    def _settle(self, runs: Plan) -> None:
+        """How many runs at once, where that is left to us: by an estimate, and by what runs took once some have ended."""
+        if self.asked != "auto":
+            return
+        decision = at_once.decided("auto", runs, self._trained(), None)
+        self.jobs = decision.jobs
+        if decision.said != self.room:
+            self.room = decision.said
+            self._say("runs", decision.said)
+
+    def _trained(self) -> list[Path]:
+        """The folders of all runs, those that were timed among them."""
+        return [
+            file.parent
+            for form in ("profile/*", "search/*/*", f"{FINALISTS}/runs/*/*")
+            for file in self.folder.glob(f"{form}/run.json")
+        ]
 
     def _comparison(self, train: dict[str, Any], methods: list[Any], r: int, **more: Any) -> Any:
         recipe = self.recipe.model_copy(update={"train": type(self.recipe.train).parse(train)})
@@ -471,6 +494,8 @@ class _Auto:
             methods=[] if comparison is None else comparison.methods,
             outcomes=[] if comparison is None else comparison.outcomes,
             rows=[] if comparison is None else comparison.rows,
+            at_once=self.room or plan.at_once,
+            peak_bytes=at_once.peak(self._trained()),
         )
         pages.write(found, comparison, self.folder)
         found = replace(found, spent=round(self.clock.spent, 3))
@@ -548,7 +573,8 @@ def _choice(
     order = search.ranking(tried, plan.steps)
     if not order:
         raise RunError(
-            f"the budget of {plan.recipe['budget']} ended before a run did: give the same command with a longer one to go on."
+            f"the budget of {plan.recipe['budget']} ended before the first run did: give the same command "
+            "with a longer budget, and it continues."
         )
     first = order[0]
     length = max(map(int, first.losses))

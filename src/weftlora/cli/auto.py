@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 
 from weftlora.cli import output
 from weftlora.cli.compare import number
-from weftlora.cli.options import Json, Quiet, TrustTerms
+from weftlora.cli.options import Jobs, Json, Quiet, TrustTerms, jobs_of
 
 if TYPE_CHECKING:
     from weftlora.auto.record import Found
@@ -24,9 +24,7 @@ def auto(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="data.train=rows.jsonl budget=2h serve=vllm")
     ] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Run this many at once, each in a process with one torch thread.")
-    ] = 1,
+    jobs: Jobs = "1",
     out: Annotated[str | None, typer.Option(help="Write the search to this folder; short for out=....")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the search in the folder and start again.")
@@ -44,7 +42,7 @@ def auto(
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
         from weftlora.auto import auto as call
 
-        found = call(recipe, *given, jobs=jobs, overwrite=overwrite, watch=watch)
+        found = call(recipe, *given, jobs=jobs_of(jobs), overwrite=overwrite, watch=watch)
     output.show(found.record(), as_json, lambda: result(found))
 
 
@@ -83,6 +81,7 @@ def result(found: Found) -> RenderableType:
         score = "" if row.score is None else number(row.score.mean, found.metric)
         table.add_row(row.name, f"{lr[row.name] or 0:g}", score, row.verdict.sentence)
     below = [f"left out: {left.method}: {left.why}" for left in found.left_out]
+    memory = "" if found.peak_bytes is None else f", none of more than {found.peak_bytes / 2**20:,.0f} MiB"
     error = "" if found.export_error is None else f", {found.export_error:.1e} from the live adapter"
     below += [
         f"adapter: {found.folder}/{found.run}/adapter  ({found.method}, lr {found.lr:g}, rank {found.rank}, {found.parameters or 0:,} "
@@ -91,6 +90,6 @@ def result(found: Found) -> RenderableType:
         f"export:  {found.folder}/{found.export}{error}" if found.export else "export:  none",
         *([found.export_note] if found.export_note else []),
         f"page:    {found.folder}/report.html",
-        f"{found.runs} runs in {found.spent:,.0f} of {found.budget:,.0f} s",
+        f"{found.runs} runs in {found.spent:,.0f} of {found.budget:,.0f} s{memory}",
     ]
     return Group(*lines, *([table] if found.rows else []), *below)

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from weftlora.cli import output
-from weftlora.cli.options import Json, Quiet, TrustTerms
+from weftlora.cli.options import Jobs, Json, Quiet, TrustTerms, jobs_of
 from weftlora.compare.record import metric_of
 from weftlora.errors import ConfigError
 from weftlora.extras import needs
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help="A comparison's file; with --worker, or its folder.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A comparison's file; with --worker, or its folder; with --fetch, its store.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="budget.r=4 seeds=3")] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Run this many at once, each in a process with one torch thread.")
-    ] = 1,
+    jobs: Jobs = "1",
     out: Annotated[str | None, typer.Option(help="Write the comparison to this folder; short for out=....")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the methods and how equal they are; run nothing.")
@@ -41,11 +41,24 @@ def compare(
         bool,
         typer.Option("--worker", help="Be one of many, on any machine that reaches the folder, until no run is left."),
     ] = False,
-    engine: Annotated[str, typer.Option(help="Where the runs are: local, or ray, on a cluster.")] = "local",
-    address: Annotated[str | None, typer.Option(help="With --engine ray: the cluster's, such as head:6379.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="With --engine ray: the share of a GPU of a run.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Share results by this, such as s3://bucket/prefix, instead of a folder; with --worker."
+        ),
+    ] = None,
+    fetch: Annotated[
+        bool,
+        typer.Option("--fetch", help="Bring the comparison out of the store that is given into --out; run nothing."),
+    ] = False,
+    engine: Annotated[str, typer.Option(help="Run on this machine (local) or on a cluster (ray).")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Connect to this Ray cluster, such as head:6379; with --engine ray.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(help="Give every run this share of a GPU; with --engine ray.")] = None,
     lease: Annotated[
-        float, typer.Option(metavar="SECONDS", help="With --worker: take over what was not heard of for so long.")
+        float,
+        typer.Option(metavar="SECONDS", help="Take over runs that were not heard of for this long; with --worker."),
     ] = 60.0,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
@@ -70,18 +83,27 @@ def compare(
         return
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
         from weftlora.compare import compare as call
+        from weftlora.compare import fetch as bring
         from weftlora.compare import work
 
-        if worker and (overwrite or jobs != 1):
+        if fetch and (out is None or overrides or worker or overwrite or store):
+            raise ConfigError(
+                "--fetch takes the URL of a store and the folder to bring it to, with --out, and nothing else."
+            )
+        if store is not None and not worker:
+            raise ConfigError(f"--store {store} is for workers: give --worker with it.")
+        if worker and (overwrite or jobs != "1"):
             wrong = "--overwrite" if overwrite else f"--jobs {jobs}"
             raise ConfigError(f"--worker is one of many that share the runs, and takes no {wrong}: leave it out.")
-        if worker:
-            found = work(recipe, *given, lease=lease, watch=watch)
+        if fetch:
+            found = bring(recipe, str(out))
+        elif worker:
+            found = work(recipe, *given, lease=lease, watch=watch, store=store)
         else:
             found = call(
                 recipe,
                 *given,
-                jobs=jobs,
+                jobs=jobs_of(jobs),
                 overwrite=overwrite,
                 watch=watch,
                 engine=cast(Any, engine),
@@ -100,7 +122,7 @@ def watching(
     show: bool, clock: Callable[[], float] = time.monotonic
 ) -> AbstractContextManager[Callable[[Standing], None]]:
     """Who to tell how far a comparison is: a live table on a terminal, now and then a line elsewhere."""
-    return output.watching_many(show, clock, standing_table, _progress)
+    return output.watching_many(show, clock, standing_table, _progress, lambda standing: standing.said)
 
 
 def _progress(standing: Standing) -> str:
@@ -134,7 +156,7 @@ def standing_table(standing: Standing) -> RenderableType:
 
 def plan_table(plan: Plan) -> RenderableType:
     """The methods of a plan: rank, alpha, trainable parameters, how far from the budget; and how many runs it is."""
-    table = output.table("method", "rank", "alpha", "trained", "from the budget", "steps", look="headed")
+    table = output.table("method", "rank", "alpha", "trainable", "from the budget", "steps", look="headed")
     for method in plan.methods:
         gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
         alpha = "" if method.alpha is None else f"{method.alpha:g}"
@@ -178,7 +200,7 @@ def quality_table(found: Comparison) -> Table:
 
 def cost_table(found: Comparison) -> Table:
     """A row per method: its size, its rate, its CPU seconds a step over the baseline's, and the most memory it took."""
-    table = output.table("method", "rank", "trained", "lr", "CPU a step", "peak memory", look="headed")
+    table = output.table("method", "rank", "trainable", "lr", "CPU a step", "peak memory", look="headed")
     for row in found.rows:
         method = found.method(row.name)
         peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]

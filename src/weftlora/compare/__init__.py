@@ -3,6 +3,7 @@
     weftlora.compare("compare.yaml", jobs=2)         train, measure, decide; goes on where it was stopped
     weftlora.compare.work("compare.yaml")            one of many workers, on as many machines
     weftlora.compare.load("runs/comparison")         what a folder says, as far as it has come
+    weftlora.compare.fetch("s3://bucket/prefix", "runs/comparison")     what workers have put into an object store
 
 Heavy modules load on the first call, not on import.
 """
@@ -10,7 +11,9 @@ Heavy modules load on the first call, not on import.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from weftlora.compare.recipe import CompareRecipe
     from weftlora.compare.running import Watch
 
-__all__ = ["Comparison", "Interval", "Method", "Outcome", "Rate", "Row", "Verdict", "compare", "load", "work"]
+__all__ = ["Comparison", "Interval", "Method", "Outcome", "Rate", "Row", "Verdict", "compare", "fetch", "load", "work"]
 
 LEASE = 60.0
 """Seconds after which a worker that is not heard of is taken for lost."""
@@ -32,7 +35,7 @@ LEASE = 60.0
 def compare(
     recipe: str | Path | Mapping[str, Any] | CompareRecipe,
     *overrides: str,
-    jobs: int = 1,
+    jobs: int | Literal["auto"] = 1,
     overwrite: bool = False,
     watch: Watch | None = None,
     engine: Literal["local", "ray"] = "local",
@@ -48,11 +51,12 @@ def compare(
         recipe: a comparison's file, a mapping or a `CompareRecipe`.
         overrides: `key=value` with dots, such as `budget.r=4`; values are YAML.
         jobs: runs at once, each in a process of its own with one torch thread. 0: in this process, one after the other, where a
-            run's peak memory includes what those before it have left.
+            run's peak memory includes what those before it have left. "auto": as many as this machine's cores and free memory have
+            room for. Scores are the same whatever the number.
         overwrite: delete the comparison in `out` and start anew.
         watch: called with a `weftlora.compare.running.Standing` whenever a run has come on.
         engine: "ray" carries the runs out on a Ray cluster whose nodes mount the folder; `jobs` is then the number of workers, and 1
-            as many as there is room for.
+            or "auto" as many as there is room for.
         address: of that cluster; None starts one on this machine.
         gpus: with Ray, the share of a GPU that a run gets; None is a whole one where the model is on one.
 
@@ -72,11 +76,13 @@ def compare(
         if engine == "ray":
             if overwrite:
                 raise ConfigError(
-                    "engine=ray does not overwrite a comparison: delete the folder, or choose another with out."
+                    "engine=ray does not overwrite a comparison: delete the folder, or choose another (out, --out)."
                 )
-            from weftlora.compare import on_ray, running
+            from weftlora.compare import at_once, on_ray, running
 
-            return on_ray.compare(read, address, jobs if jobs > 1 else None, gpus, watch or running.ignore, LEASE)
+            at_once.check(jobs)
+            count = None if jobs == "auto" or jobs <= 1 else jobs
+            return on_ray.compare(read, address, count, gpus, watch or running.ignore, LEASE)
         from weftlora.compare import running
 
         return running.compare(read, (), jobs, overwrite, watch or running.ignore)
@@ -87,6 +93,7 @@ def work(
     *overrides: str,
     lease: float = LEASE,
     watch: Watch | None = None,
+    store: str | None = None,
 ) -> Comparison:
     """Be one of many workers on a comparison, until no run is left that this one could begin.
 
@@ -98,30 +105,57 @@ def work(
         overrides: as for `compare`.
         lease: seconds, the same for all workers.
         watch: as for `compare`.
+        store: a URL that fsspec knows, such as s3://bucket/prefix, where workers do not share the folder: leases, results, adapters
+            and checkpoints to go on from are there, `out` is a folder of this worker alone, and the recipe is the same everywhere.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was trained.
-        RunError: a `weftlora compare` runs everything itself there, or the folder cannot be reached or written.
+        RunError: a `weftlora compare` runs everything itself there, or the folder or the store cannot be reached or written.
     """
     with needs("compare", "weftlora.compare.work"):
         from weftlora.compare import running, working
 
-        return working.work(recipe, overrides, watch or running.ignore, lease)
+        return working.work(recipe, overrides, watch or running.ignore, lease, store)
+
+
+def fetch(store: str, folder: str | Path) -> Comparison:
+    """Bring what workers have put into a store into a folder: every run that has ended, with its adapter.
+
+    The folder is a comparison as any other then, for `weftlora.report`, `inspect` and `export`. What is there already is not
+    brought again.
+
+    Args:
+        store: as for `work`.
+        folder: a new one, or that of an earlier call.
+
+    Raises:
+        RunError: there is no comparison, the store cannot be reached or is damaged, or the folder holds something else.
+    """
+    with needs("compare", "weftlora.compare.fetch"):
+        from weftlora.compare import results, storing
+
+        place = Path(folder).expanduser()
+        storing.fetch(store, place)
+        return results.read(place)
 
 
 def load(paths: str | Path | Sequence[str | Path]) -> Comparison:
     """What is in a comparison's folder, as far as it has come, or what plain run folders say together.
 
     Args:
-        paths: one comparison's folder; or run folders of one model and data set, of which those that differ in seed and folder
-            only are one method. The baseline is plain LoRA, where there is one.
+        paths: one comparison's folder, or the URL of its store; or run folders of one model and data set, of which those that differ
+            in seed and folder only are one method. The baseline is plain LoRA, where there is one.
 
     Raises:
         RunError: a folder is neither, is damaged, or its runs are of other rows or another base than the rest.
         ConfigError: two runs of one method and seed.
     """
-    from weftlora.compare import results
+    from weftlora.compare import results, storing
 
+    if storing.is_url(paths):
+        with tempfile.TemporaryDirectory(prefix="weftlora-") as place:
+            storing.fetch(str(paths), Path(place), whole=False)
+            return replace(results.read(Path(place)), folder=str(paths))
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     if not given:
         raise RunError("there is nothing to compare: give a comparison's folder, or run folders.")

@@ -13,15 +13,17 @@ The storage is any that fsspec knows (a folder, s3://...) where making a file on
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
+from weftlora.disk.ownership import temporary
 from weftlora.errors import RunError
 from weftlora.foreign_text import from_json
 
@@ -52,44 +54,107 @@ class Storage(Protocol):
         """All files."""
 
 
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"}
+"""Protocols of storage without folders. Asked for one, some make a bucket, which a misspelt name must not."""
+CHUNK = 1 << 20
+
+
 class Files:
-    """Storage in a folder or under a URL, by fsspec."""
+    """Storage in a folder or under a URL, by fsspec. What it is asked for and cannot do is an OSError, whoever's error it was."""
 
     def __init__(self, place: str) -> None:
         import fsspec
 
+        self.place = place
         try:
             self.files, self.top = fsspec.core.url_to_fs(place)
-            self.files.makedirs(self.top, exist_ok=True)
         except (ImportError, ValueError) as error:
             raise RunError(f"{place} cannot be reached: {error}.") from None
+        protocol = self.files.protocol
+        kinds = {protocol} if isinstance(protocol, str) else set(protocol)
+        self.is_local, self.has_folders = "file" in kinds, not kinds & OBJECT_STORES
+        try:
+            self._folder(self.top)
         except OSError as error:
-            raise RunError(f"leases cannot be written to {place}: {error.strerror or error}.") from None
-        self.is_local = "file" in self.files.protocol
+            raise RunError(f"nothing can be written to {place}: {error.strerror or error}.") from None
 
     def create(self, name: str, text: str) -> bool:
-        try:
-            if self.is_local:  # where `pipe_file` would look first and write then
-                with self.files.open(f"{self.top}/{name}", "xb") as file:
-                    file.write(text.encode())
-            else:
-                self.files.pipe_file(f"{self.top}/{name}", text.encode(), mode="create")
-        except FileExistsError:
-            return False
+        with _one_kind_of_error():
+            try:
+                if self.is_local:  # where `pipe_file` would look first and write then
+                    with self.files.open(f"{self.top}/{name}", "xb") as file:
+                        file.write(text.encode())
+                else:
+                    self.files.pipe_file(f"{self.top}/{name}", text.encode(), mode="create")
+            except FileExistsError:
+                return False
         return True
 
     def write(self, name: str, text: str) -> None:
-        self.files.pipe_file(f"{self.top}/{name}", text.encode())
+        with _one_kind_of_error():
+            if self.is_local:  # whole or not at all, as an object store does it
+                partial = temporary(Path(self.top) / name)
+                partial.write_text(text, encoding="utf-8")
+                partial.replace(Path(self.top) / name)
+            else:
+                self.files.pipe_file(f"{self.top}/{name}", text.encode())
 
     def read(self, name: str) -> str | None:
-        try:
-            return bytes(self.files.cat_file(f"{self.top}/{name}")).decode("utf-8", "replace")
-        except FileNotFoundError:
-            return None
+        with _one_kind_of_error():
+            try:
+                return bytes(self.files.cat_file(f"{self.top}/{name}")).decode("utf-8", "replace")
+            except FileNotFoundError:
+                return None
 
     def names(self) -> list[str]:
-        self.files.invalidate_cache(self.top)
-        return [str(path).rsplit("/", 1)[-1] for path in self.files.ls(self.top, detail=False)]
+        with _one_kind_of_error():
+            self.files.invalidate_cache(self.top)
+            try:
+                return [str(path).rsplit("/", 1)[-1] for path in self.files.ls(self.top, detail=False)]
+            except FileNotFoundError:  # nothing is there yet
+                return []
+
+    def upload(self, path: Path, name: str) -> dict[str, Any]:
+        """Put a file there; how many bytes that were, and their SHA-256. A file that is replaced meanwhile is put as it was."""
+        with path.open("rb") as file, _one_kind_of_error():
+            self._folder(f"{self.top}/{name}".rpartition("/")[0])
+            with self.files.open(f"{self.top}/{name}", "wb") as there:
+                return _copied(file, there)
+
+    def download(self, name: str, file: IO[bytes]) -> dict[str, Any]:
+        """Have a file's content in an open file; how many bytes that were, and their SHA-256."""
+        with _one_kind_of_error(), self.files.open(f"{self.top}/{name}", "rb") as there:
+            return _copied(there, file)
+
+    def remove(self, name: str) -> None:
+        """Delete a file."""
+        with _one_kind_of_error():
+            self.files.rm_file(f"{self.top}/{name}")
+
+    def _folder(self, path: str) -> None:
+        if self.has_folders:
+            with _one_kind_of_error():
+                self.files.makedirs(path, exist_ok=True)
+
+
+def _copied(source: IO[bytes], there: IO[bytes]) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    while chunk := source.read(CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+        there.write(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _one_kind_of_error() -> Iterator[None]:
+    """What libraries of storage raise, of which each has errors of its own, as OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 @dataclass

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
+from weftlora.compare.at_once import expected
 from weftlora.compare.budget import Scales, solve
 from weftlora.compare.methods import contenders, drawn_blocks
 from weftlora.compare.recipe import CompareRecipe
@@ -94,6 +97,10 @@ class Plan(Record):
     """SHA-256 of the files of rows, by split."""
     jobs: list[int] = field(default_factory=list)
     """How many runs there were at once, in every session that had another number."""
+    peak_bytes: int = 0
+    """What a run is expected to take at most, before one was measured."""
+    at_once: str = ""
+    """Why there were as many at once, where that was left to us."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -113,6 +120,10 @@ class Plan(Record):
     def reported(self, method: Method, lr: float) -> list[Job]:
         """The runs of a method that are reported; one for the frozen base."""
         return [self._job(method, seed, lr, False) for seed in self.reported_seeds(method)]
+
+    def every_job(self) -> list[Job]:
+        """All runs; the rate of a reported one is not known here, and its folder does not depend on it."""
+        return [job for method in self.methods for job in (*self.tuning(method), *self.reported(method, self.rates[0]))]
 
     def reported_seeds(self, method: Method) -> list[int]:
         """The seeds that a method is reported with; nothing of the frozen base depends on one."""
@@ -253,6 +264,23 @@ def make(recipe: CompareRecipe) -> Plan:
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         device=arguments.device(),
         hashes=list(data.hashes.values()),
+        peak_bytes=_expected_bytes(recipe, base, data, [each.method for each in solved]),
+    )
+
+
+def _expected_bytes(recipe: CompareRecipe, base: models.Base, data: Any, methods: list[Method]) -> int:
+    """What a run takes at most, from its sizes."""
+    table = data.train.with_format("arrow")[:]
+    longest = max(len(ids) for ids in table["input_ids"])
+    dtype = getattr(torch, base.precision.dtype)
+    model = models.skeleton(base, data.task, data.labels)
+    return expected(
+        sum(parameter.numel() for parameter in model.parameters()),
+        max(method.parameters or 0 for method in methods),
+        model.config,
+        dtype.itemsize,
+        min(recipe.train.batch_size, len(data.train)),
+        longest,
     )
 
 
@@ -289,7 +317,7 @@ def _metric(recipe: CompareRecipe, task: str) -> str:
     metric = recipe.metric or ("accuracy" if classes else "loss")
     valid = [each.name for each in METRICS.values() if each.of in ("loss", "classes" if classes else "answers")]
     if metric not in valid:
-        raise ConfigError(f"metric={metric!r} is none of the task {task}: use one of {', '.join(valid)}.")
+        raise ConfigError(f"metric={metric!r} cannot be measured on the task {task}: use one of {', '.join(valid)}.")
     return metric
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftlora.compare import results, workers
+from weftlora.compare import at_once, results, workers
 from weftlora.compare.leases import check_none
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
@@ -24,11 +24,12 @@ from weftlora.errors import ConfigError, RunError
 from weftlora.progress import Tick
 from weftlora.runs.recipe import TrainConfig
 from weftlora.runs.run import differences
-from weftlora.settings import is_whole
 
 RESULT = "comparison.json"
 LEASES = "leases"
 """Where workers say which of them runs what."""
+LOGS = "logs"
+"""Where workers on a cluster write what they say."""
 TRAINING = 0.8
 """The share of a run that its training is taken for, to guess what time is left."""
 
@@ -52,6 +53,8 @@ class Standing:
     """Method: how many of its reported runs are done, and their mean of the metric."""
     metric: str
     seconds_left: float | None
+    said: str = ""
+    """What was decided, in a line, once."""
 
 
 Watch = Callable[[Standing], None]
@@ -64,16 +67,13 @@ def ignore(standing: Standing) -> None:
 def compare(
     source: str | Path | Mapping[str, Any] | CompareRecipe,
     overrides: tuple[str, ...],
-    jobs: int,
+    jobs: at_once.Jobs,
     overwrite: bool,
     watch: Watch,
     over: workers.Over = workers.never,
 ) -> Comparison:
     """See `weftlora.compare.compare`; once it is `over`, no run begins and those at work are stopped where they are."""
-    if not is_whole(jobs, 0):
-        raise ConfigError(
-            f"jobs={jobs!r} is not a number of runs: use a whole number from 1 up, or 0 for none but this process."
-        )
+    at_once.check(jobs)
     recipe = CompareRecipe.read(source, *overrides)
     folder = Path(recipe.out).expanduser()
     check_place(folder, recipe, overwrite)
@@ -87,16 +87,26 @@ def compare(
         if queue.left:
             if new is None:
                 check_rows(plan, recipe)
-            at_once = max(jobs, 1)
-            dataclasses.replace(plan, jobs=sorted({*plan.jobs, at_once})).save(folder)
+            decision = at_once.decided(jobs, plan, _runs(plan, folder), queue.left)
+            numbers = sorted({*plan.jobs, decision.jobs})
+            dataclasses.replace(plan, jobs=numbers, at_once=decision.said or plan.at_once).save(folder)
+            if decision.said:
+                watch(dataclasses.replace(queue.standing(), said=decision.said))
             if jobs == 0:
                 workers.in_this_process(folder, lambda: None if over() else queue.following(), queue.told)
             else:
-                with workers.Pool(at_once, folder, lock) as processes:
+                with workers.Pool(decision.jobs, folder, lock) as processes:
                     processes.run(queue.following, queue.told, over)
         comparison = results.read(folder)
         write_json(folder / RESULT, comparison.record())
     return comparison
+
+
+def _runs(plan: Plan, folder: Path) -> list[Path]:
+    """The folders of a plan's runs that are there."""
+    return [
+        path for slug in plan.slugs.values() for top in ("runs", "tuning") for path in (folder / top / slug).glob("*")
+    ]
 
 
 def has_plan(folder: Path) -> bool:
@@ -106,7 +116,7 @@ def has_plan(folder: Path) -> bool:
 
 def check_place(folder: Path, recipe: CompareRecipe, overwrite: bool) -> None:
     """Refuse a folder that is not this comparison's, before anything slow begins. Raises ConfigError or RunError."""
-    check_folder(folder, "comparison", has_plan(folder), (*NAMES, LEASES))
+    check_folder(folder, "comparison", has_plan(folder), (*NAMES, LEASES, LOGS))
     if has_plan(folder) and not overwrite:
         check_same(Plan.load(folder), recipe, folder)
 
@@ -174,10 +184,7 @@ def _settled(folder: Path, recipe: CompareRecipe, plan: Plan | None, overwrite: 
 def clear(folder: Path) -> None:
     """Delete what a comparison has written, the plan last, so that what a kill leaves is still one."""
     plan = Plan.load(folder)
-    places = (
-        place for slug in plan.slugs.values() for top in ("runs", "tuning") for place in (folder / top / slug).glob("*")
-    )
-    runs = [path for path in places if _RUN.fullmatch(path.name) and not path.is_symlink()]
+    runs = [path for path in _runs(plan, folder) if _RUN.fullmatch(path.name) and not path.is_symlink()]
     for run in runs:
         ours = of_run(run, vouched=True)
         for name in files_of(run):
@@ -187,7 +194,7 @@ def clear(folder: Path) -> None:
         for run in runs:
             delete(of_run(run, vouched=True), folder)
             without_empty({run / name for name in FOLDERS} | {run}, folder)
-        delete([*(folder / LEASES).glob("*.lease")], folder)
+        delete([*(folder / LEASES).glob("*.lease"), *(folder / LOGS).glob("*.log")], folder)
         (folder / RESULT).unlink(missing_ok=True)
         (folder / "compare.json").unlink()
 

@@ -24,6 +24,7 @@ from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import AXES, Axis, Factors, Role, RouterInput, Slots, Work, delta_weight, used
 from weftlora.kernel.fast_path import Linear, add_low_rank, add_read, gated_mlp, linears
 from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
+from weftlora.kernel.mixed_batch import add_by_row
 from weftlora.kernel.switches import Switches, current, switched, use_reference
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Slots",
     "Switches",
     "Work",
+    "add_by_row",
     "add_grouped",
     "add_low_rank",
     "add_read",

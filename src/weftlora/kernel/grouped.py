@@ -202,6 +202,11 @@ def grouped_linear(x: Tensor, weight: Tensor, grouping: Grouping, bias: Tensor |
     return y if bias is None else y.add_(bias.to(y.dtype)[grouping.expert])
 
 
+def read_by_table(x: Tensor, m: Tensor, table: Table) -> Tensor:
+    """x M_eᵀ [t, rows] of x [t, in] and M [E, rows, in] by the Triton kernels, with the derivatives; the table may be in any order."""
+    return cast(Tensor, _Read.apply(x, m, table.runs, None, 0.0, table))
+
+
 def _padded(m: Tensor, x: Tensor, dim: int) -> Tensor:
     """M with zeros along its axis of slots up to a width that grouped products take, 16 bytes, and in 16 bits are fast in."""
     unit = 16 // x.element_size()

@@ -4,10 +4,12 @@
     WEFT_GROUPS=0       no node spans several linears that read one input
     WEFT_MLP=0          no node spans a gated MLP
     WEFT_TRITON=1       the node's products are Triton's on every GPU; =0: on none
+    WEFT_DEQUANTISED=1  W of a base in 4 bits, dequantised in the forward, is kept for its backward; =0: never
 
 Without WEFT_TRITON they are Triton's on the architectures that have a record (`MEASURED`), of which the package has none until
 `make gpu` was run on one. TRITON_INTERPRET=1 makes Triton run its kernels in Python, and then WEFT_TRITON=1 takes them on a CPU too:
-so are they tested where there is no GPU.
+so are they tested where there is no GPU. Without WEFT_DEQUANTISED a W is kept where gradient checkpointing gives it a life of one
+block and no longer (`weftlora.adapted.quantised`).
 """
 
 from __future__ import annotations
@@ -29,12 +31,14 @@ from weftlora.errors import ConfigError, MissingExtraError
 @dataclass(frozen=True)
 class Switches:
     """`reference`: the plain equation everywhere. `groups`, `mlp`: nodes that span several linears. `triton`: on every GPU or on
-    none; None is on those that were measured."""
+    none; None is on those that were measured. `dequantised`: of bases in 4 bits W is kept for the backward, or never; None is under
+    gradient checkpointing."""
 
     reference: bool = False
     groups: bool = True
     mlp: bool = True
     triton: bool | None = None
+    dequantised: bool | None = None
 
 
 def _triton_asked(said: str | None) -> bool | None:
@@ -46,11 +50,22 @@ def _triton_asked(said: str | None) -> bool | None:
     return None if not said else said == "1"
 
 
+def _dequantised_asked(said: str | None) -> bool | None:
+    """What WEFT_DEQUANTISED says."""
+    if said not in (None, "", "0", "1"):
+        raise ConfigError(
+            f"WEFT_DEQUANTISED={said!r} is neither 1 nor 0: 1 keeps dequantised weights of a base in 4 bits from the forward to the "
+            "backward, 0 never does."
+        )
+    return None if not said else said == "1"
+
+
 _current = Switches(
     reference=os.environ.get("WEFT_REFERENCE") == "1",
     groups=os.environ.get("WEFT_GROUPS") != "0",
     mlp=os.environ.get("WEFT_MLP") != "0",
     triton=_triton_asked(os.environ.get("WEFT_TRITON")),
+    dequantised=_dequantised_asked(os.environ.get("WEFT_DEQUANTISED")),
 )
 
 
