@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP) ## every recipe on the bundled model, compared: a table and demo-report.html (under 3 minutes)
+demo: $(STAMP) ## each method at its job on the bundled model, beside plain LoRA: a table and demo-report.html (about 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/demo.py
 
 # The parts of `make check`: targets, and the minutes they may take on the build server (2 cores). A new part is one more line.
@@ -112,7 +112,7 @@ matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS)
 
-notebooks: $(STAMP) ## run every cell of examples/notebooks (a minute); make check runs the first
+notebooks: $(STAMP) ## run every cell of examples/notebooks, as make check does with the documents
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/check_docs.py --jobs $(JOBS) examples/notebooks/*.ipynb
 
 docs-build: $(STAMP) ## the documentation site into site/; a broken link is an error

@@ -253,9 +253,9 @@ def work(page: Path) -> int:
 
 
 def pages() -> list[Path]:
-    """README, CONTRIBUTING, all of docs, and the first notebook; `make notebooks` runs the others too."""
-    first = ROOT / "examples" / "notebooks" / "train.ipynb"
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), first]
+    """README, CONTRIBUTING, all of docs, and the notebooks."""
+    notebooks = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), *notebooks]
 
 
 def _name(page: Path) -> str:

@@ -214,6 +214,9 @@ class Source:
 
 SOURCES = {
     "demo": Source("all recipes and controls on the demo tasks", "weftlora compare evidence/demo.yaml --json", True),
+    "demo-jobs": Source(
+        "each method at the job it is for, on the demo tasks", "python scripts/demo.py --measure", True
+    ),
     "real-runs": Source(
         "HydraLoRA, Tied-LoRA and stock LoRA on real data",
         takes_jobs=True,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import demo
 import docs_api
 import docs_bench
 import docs_formats
@@ -269,6 +270,18 @@ def hosts() -> str:
     return _table(("host", "through", "what was run"), rows)
 
 
+def demo_jobs() -> str:
+    """Each method at the job it is for, beside plain LoRA (`scripts/demo.py`)."""
+    runs = demo.committed()
+    return _table(demo.columns(runs), [tuple(map(_code, cells)) for cells in demo.table_rows(runs)])
+
+
+def _code(cell: str) -> str:
+    """A recipe's name as code, linked to its page; other text as it is."""
+    page = {"lora_init": "lora_tsd"}.get(cell, cell)
+    return f"[`{cell}`](docs/methods/{page}.md)" if cell in demo.OURS else cell
+
+
 def peft_examples() -> str:
     """What runs of peft's documentation with one line changed (`scripts/peft_examples.py`)."""
     record = json.loads((BENCH.parent / "evidence" / "peft-examples.json").read_text(encoding="utf-8"))
@@ -470,6 +483,7 @@ def peft_board(form: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "demo-jobs": demo_jobs,
     "peft-board": lambda: peft_board("reduced"),
     "peft-board-full": lambda: peft_board("full"),
     "refused": refused,

@@ -4,7 +4,8 @@
     python scripts/words.py docs/index.md   some files
 
 Of a page the prose is read, not code. Of a Python file those texts are read that can reach a user: messages, help, labels; comments
-and docstrings are for those who read the source. A decision and the lab log keep the words of their day. Exits 1 if a word is found.
+and docstrings are for those who read the source. The help of an option begins with a verb. A decision and the lab log keep the words
+of their day. Exits 1 if a word is found.
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ VOCABULARY: dict[str, str] = {
 }
 """What is not written → what is, as a pattern of whole words."""
 
+VERBS = frozenset(
+    {
+        "Also", "Approximate", "Be", "Choose", "Compare", "Connect", "Continue", "Decompose", "Delete", "Do", "Draw", "Generate",
+        "Give", "Import", "Judge", "Keep", "Launch", "Make", "Measure", "Merge", "Name", "Predict", "Print", "Put", "Read", "Replace",
+        "Run",
+        "Sample", "Score", "Search", "Set", "Show", "Skip", "Store", "Take", "Train", "Try", "Use", "Write",
+    }
+)  # fmt: skip
+"""What the help of an option begins with: it says what you have the command do. A new verb is added here."""
+
 _WORDS = [(re.compile(rf"\b(?:{pattern})\b" if pattern[-1] != " " else rf"\b{pattern}", re.IGNORECASE), instead)
           for pattern, instead in VOCABULARY.items()]  # fmt: skip
 
@@ -100,11 +111,21 @@ def of_source(text: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+def of_options(text: str) -> Iterator[tuple[int, str]]:
+    """The help of every option of a Python file that does not begin with a verb, or is not there."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "typer.Option":
+            said = next((ast.unparse(each.value).strip("f'\"") for each in node.keywords if each.arg == "help"), "")
+            if said.partition(" ")[0] not in VERBS:
+                yield node.lineno, said or "an option without help"
+
+
 def hits(path: Path) -> list[Hit]:
     """What of `path` is not said in our words."""
     text, place = path.read_text(encoding="utf-8"), path.resolve().relative_to(ROOT).as_posix()
     lines = of_page(text) if path.suffix == ".md" else of_source(text)
-    return [
+    verbless = of_options(text) if path.suffix == ".py" else ()
+    return [Hit(path, number, said, "a help text that begins with a verb (VERBS)") for number, said in verbless] + [
         Hit(path, number, found[0], instead)
         for number, line in lines
         if " " in line

@@ -139,7 +139,7 @@ def test_an_embedding_that_scales_what_it_gives_is_scaled_with_its_adapter() -> 
 
 
 def test_grouped_convolutions_and_whole_attentions_are_refused_by_name() -> None:
-    with pytest.raises(weftlora.TargetError, match="0 is a torch MultiheadAttention, which multiplies"):
+    with pytest.raises(weftlora.TargetError, match="0 is a torch MultiheadAttention, which reads its weights directly"):
         get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), weftlora.PlainLoraConfig(target_modules=["0"]))
     with pytest.raises(weftlora.TargetError, match="0 is a Conv1d with groups=2"):
         get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), weftlora.PlainLoraConfig(target_modules=["0"]))

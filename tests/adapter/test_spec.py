@@ -108,7 +108,7 @@ def test_none_is_a_choice_only_where_an_axis_may_be_empty():
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("hidra", "did you mean 'hydra'"),
+        ("hidra", r"did you mean 'hydra'\?$"),
         ({"kind": "hydra", "hedas": 4}, "did you mean 'heads'"),
         ({"plain": {"heads": 4}}, "takes no fields"),
         ({"hydra": 3}, "by name"),

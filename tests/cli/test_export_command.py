@@ -52,7 +52,7 @@ def test_a_run_leaves_as_stock_lora_proved_on_its_own_validation_rows(weftlora: 
         assert str(place) not in card
     said = weftlora("export", runs["lora"])
     assert said.code == 1
-    assert "is not empty: choose another out" in said.err
+    assert "is not empty: choose another folder" in said.err
 
 
 def test_what_was_lost_is_on_the_screen(weftlora: Weft, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_kernel_of_the_hub_named_by_a_config_is_refused(weftlora: Weft, recipe
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "names a Python module to import"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil"}, "names a Python module"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "PROMPT_TUNING, which weftlora does not read"),
     ],
 )

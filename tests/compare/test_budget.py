@@ -127,7 +127,7 @@ def test_what_cannot_be_made_equal_says_so(bases: Path):
         ({"methods": ["lora", {"recipe": "lora", "boost": "dash"}]}, "the method lora [+] dash: .* 100"),
         ({"methods": ["none"]}, "trains nothing"),
         ({"baseline": "hydra"}, "did you mean 'hydralora'"),
-        ({"metric": "accuracy"}, "none of the task causal: use one of loss, exact_match, bleu"),
+        ({"metric": "accuracy"}, "cannot be measured on the task causal: use one of loss, exact_match, bleu"),
     ],
 )
 def test_what_has_no_budget_is_refused_before_anything_runs(bases: Path, given: dict[str, Any], sentence: str):

@@ -25,6 +25,11 @@ def test_of_a_source_file_only_what_users_see_is_read(tmp_path: Path, monkeypatc
     assert hits(tmp_path / "code.py", source, monkeypatch) == [(5, "anew"), (5, "sites")]
 
 
+def test_the_help_of_an_option_begins_with_a_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = 'a = typer.Option(help="Print it.")\nb = typer.Option(help="Of it.")\nc = typer.Option("-q")\n'
+    assert hits(tmp_path / "code.py", source, monkeypatch) == [(2, "Of it."), (3, "an option without help")]
+
+
 def test_authors_of_terms_know_what_a_site_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(words, "ROOT", tmp_path)

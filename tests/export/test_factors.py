@@ -115,5 +115,5 @@ def test_server_ranks_are_the_next_that_servers_know(rank: int, served: int):
 
 
 def test_a_rank_above_every_servers_is_refused():
-    with pytest.raises(AdapterError, match="two has 513 slots and servers take a rank of 512 at most"):
+    with pytest.raises(AdapterError, match="two has rank 513 and servers take a rank of 512 at most"):
         common_rank({"two": Pair(torch.zeros(513, 4), torch.zeros(4, 513))}, True)

@@ -137,7 +137,7 @@ def test_what_is_in_the_way_is_refused_before_anything_is_computed(tmp_path: Pat
     file.write_text("mine")
     with pytest.raises(RunError, match="is a file"):
         folder.check_out(file, None, True)
-    with pytest.raises(RunError, match="is not empty: choose another out, or replace"):
+    with pytest.raises(RunError, match=r"is not empty: choose another folder .*, or replace"):
         folder.check_out(taken, None, False)
     with pytest.raises(RunError, match="is not an export of weftlora, so it is not replaced"):
         folder.check_out(taken, None, True)

@@ -364,7 +364,7 @@ def test_only_the_trained_adapter_is_in_the_groups() -> None:
 
 
 def test_a_model_that_trains_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no parameter of the model is trained"):
+    with pytest.raises(ConfigError, match="the model has no trainable parameters"):
         weftlora.param_groups(dash().requires_grad_(False), lr=1.0)
 
 

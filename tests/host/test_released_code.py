@@ -164,7 +164,7 @@ def test_directions_of_another_shape_are_refused(tmp_path):
     ("settings", "says"),
     [
         ("{", "cannot be read as JSON"),
-        ("[1]", "holds no settings"),
+        ("[1]", "holds a list and no settings"),
         ('{"r": "two"}', "is not a number"),
         ('{"r": 2, "lora_dropout": null}', "is not a number"),
         ('{"r": 2, "use_rslora": true}', "use_rslora=True is nothing the released code has"),

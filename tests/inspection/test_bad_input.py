@@ -190,4 +190,4 @@ def test_a_stock_lora_whose_factors_are_no_matrices_that_fit(tmp_path: Path, let
 def test_settings_nested_too_deep(saved: Callable[[str], Path], tmp_path: Path):
     folder = shutil.copytree(saved("lora"), tmp_path / "adapter")
     (folder / "adapter_config.json").write_text('{"a":' * 3000)
-    assert "no adapter_config.json of an adapter" in refused(AdapterError, folder, base=False)
+    assert "no adapter_config.json that describes an adapter" in refused(AdapterError, folder, base=False)

@@ -481,7 +481,7 @@ def test_directions_launched_on_another_weight_are_refused():
     weftlora.directions(model)
     for layer in layers_of(model).values():
         torch.nn.init.normal_(layer.base_layer.weight, std=0.02)
-    with pytest.raises(AdapterError, match="do not belong to this weight"):
+    with pytest.raises(AdapterError, match="that are not those of this weight"):
         weftlora.directions(model)
 
 

@@ -59,7 +59,7 @@ def test_what_contradicts_itself_is_refused_when_it_is_read(given: dict[str, Any
 
 
 def test_an_unknown_quantiser_and_key_are_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"'qanto' is not a quantiser that it knows: did you mean 'quanto'"):
+    with pytest.raises(ConfigError, match=r"'qanto' is not a quantiser of transformers: did you mean 'quanto'"):
         quantisation.loading({"quant_method": "qanto"}, "demo")
     with pytest.raises(
         ConfigError, match=r"no key 'bnb_4bit_quant_typ' for bitsandbytes: did you mean 'bnb_4bit_quant_type'"

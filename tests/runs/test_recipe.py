@@ -82,9 +82,9 @@ def test_a_value_that_cannot_work_names_the_field(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("data.train={a.jsonl: .nan}", "data: train=nan is not valid: Input should be"),
-        ("train.samples=-1", "train.samples=-1 is not valid: Input should be greater than or equal to 0"),
-        ("data.fields.prompt=3", "fields.prompt=3 is not valid: Input should be a valid string"),
+        ("data.train={a.jsonl: .nan}", "data: train=nan is not valid: it should be"),
+        ("train.samples=-1", "train.samples=-1 is not valid: it should be greater than or equal to 0"),
+        ("data.fields.prompt=3", "fields.prompt=3 is not valid: it should be a valid string"),
     ],
 )
 def test_a_value_of_several_kinds_is_named_by_its_key_alone(override: str, says: str) -> None:

@@ -9,7 +9,7 @@ from dashing import sites, tensors
 from torch import Tensor, nn
 
 import weftlora
-from weftlora.schedule import processes
+from weftlora.schedule import direction_ranking, processes
 from weftlora.schedule.rank_slots import agreement, block_of, kind_of, scores
 
 
@@ -210,7 +210,9 @@ def test_scores_that_are_no_numbers_move_nothing_and_training_goes_on() -> None:
 
 
 def test_one_module_has_nowhere_to_move_a_slot() -> None:
-    with pytest.raises(weftlora.ConfigError, match="one adapted module to move rank slots between: target two or more"):
+    with pytest.raises(
+        weftlora.ConfigError, match="one adapted module and moves rank between modules: target two or more"
+    ):
         train(alora(score="random", target_modules=["0.mlp.up_proj"], move=1), 1)
 
 
@@ -249,12 +251,18 @@ def test_word_of_a_process_that_has_ended_is_the_first_line_of_what_the_wait_for
         processes._in_lockstep(wait, "scoring")
 
 
-def test_what_a_process_says_is_what_it_said() -> None:
+def test_what_a_process_says_and_what_the_main_one_has_comes_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     dist = pytest.importorskip("torch.distributed")
     if not dist.is_available() or dist.is_initialized():
         pytest.skip("torch.distributed is not available, or in use")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert processes._said_by(0, "1ß" + "x" * 3000, torch.device("cpu")) == "1ß" + "x" * 1997
+        here, plan = torch.device("cpu"), torch.tensor([[3, 1], [4, 1]])
+        assert processes._said_by(0, "1ß" + "x" * 3000, here) == "1ß" + "x" * 1997
+        monkeypatch.setattr(processes, "world", lambda: 2)  # of which this is the main one
+        assert torch.equal(processes.from_main(plan, here), plan)
+        rule = direction_ranking.Rule(1e-8, "top", 0)
+        sent = direction_ranking._share(None, [rule], next(iter(sites(alora()).values())), here, 0)
+        assert (len(sent.found[rule].index), sent.largest, sent.seconds) == (0, 0.0, 0.0)
     finally:
         dist.destroy_process_group()

@@ -262,7 +262,7 @@ class EightBit(torch.optim.SGD):
 )
 def test_states_that_do_not_fall_into_slots_are_refused_by_name_at_the_first_step(make, name: str) -> None:
     model = alora(first=5)
-    said = rf"{name} keeps '.*' .*does not fall into rank slots.*train with AdamW"
+    said = rf"{name} keeps a state '.*' .*cannot be taken apart by rank.*train with AdamW"
     with pytest.raises(weftlora.ConfigError, match=said):
         train(model, 1, make([p for p in model.parameters() if p.requires_grad]))
     with pytest.raises(weftlora.ConfigError, match=said):
@@ -323,9 +323,7 @@ def test_controls_need_no_rows(fields: dict) -> None:
 
 
 def test_moving_more_than_there_is_is_refused_at_the_first_step() -> None:
-    with pytest.raises(
-        weftlora.ConfigError, match=r"takes 28 rank slots a round .* that have 28: nothing would be left"
-    ):
+    with pytest.raises(weftlora.ConfigError, match=r"takes 28 ranks a round .* that have 28: nothing would be left"):
         train(bare(move=28, score="random"), 1)
 
 

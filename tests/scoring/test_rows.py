@@ -71,7 +71,7 @@ def test_labels_that_are_all_ignored_are_an_error_not_a_nan() -> None:
 
 def test_rows_for_an_adapter_that_scores_nothing_are_refused() -> None:
     model = get_peft_model(FAMILIES["llama"].build(), weftlora.LoraDashConfig(after=3))
-    with pytest.raises(weftlora.ConfigError, match="no adapter has Reallocate"):
+    with pytest.raises(weftlora.ConfigError, match="no adapter has it: leave validation out"):
         weftlora.attach(model, validation=HELD_OUT)
 
 

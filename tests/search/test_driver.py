@@ -280,7 +280,7 @@ def test_validation_micro_batches_shrink_before_one_step_repeats_a_row():
 
 
 def test_too_few_validation_rows_for_one_step_are_refused():
-    with pytest.raises(DataError, match="outer_batches=13 validation rows at least, but there are 12"):
+    with pytest.raises(DataError, match="at least outer_batches=13 validation rows, and there are 12"):
         search(outer_batches=13)
 
 

@@ -42,7 +42,9 @@ def test_an_optimiser_under_which_slots_cannot_move_is_refused_before_a_folder_e
     given = recipe(
         "llama", adapter={"recipe": "alora", "score": "random", "first": 1, "every": 1, "max_rounds": 1, "move": 1}
     )
-    with pytest.raises(weftlora.ConfigError, match=r"Adafactor keeps .* slots cannot move: train with AdamW"):
+    with pytest.raises(
+        weftlora.ConfigError, match=r"Adafactor keeps .* rank cannot move between modules: train with AdamW"
+    ):
         weftlora.train(given, "train.optimizer=adafactor")
     assert not (tmp_path / "run").exists()
 

@@ -21,7 +21,8 @@ def test_without_validation_rows_it_is_an_error_before_anything_is_written(recip
     given = recipe(adapter=ALORA)
     given["data"]["validation_fraction"] = 0
     with pytest.raises(
-        weftlora.ConfigError, match=r"scores its rank slots on validation rows, .* data\.validation_fraction=0\.1"
+        weftlora.ConfigError,
+        match=r"decides on validation rows which modules get rank, .* data\.validation_fraction=0\.1",
     ):
         weftlora.train(given)
     assert not (tmp_path / "run").exists()

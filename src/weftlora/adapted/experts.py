@@ -484,7 +484,7 @@ def check_experts(config: WeftConfig, name: str, module: nn.Module) -> None:
         )
     if getattr(experts, "_is_expert_parallel", False):
         raise TargetError(
-            f"{name} is shared out over processes (expert parallelism): load the model without it, or leave it out."
+            f"{name} is split among processes (expert parallelism): load the model without that, or leave {name} out."
         )
     layout_of(experts, last, name.rpartition(".")[0])
     values(experts, last)
@@ -531,7 +531,7 @@ def experts_forward(
     counts = torch.bincount(expert, minlength=experts)
     if len(counts) > experts:
         raise AdapterError(
-            "experts that are shared out over processes (expert parallelism) cannot carry adapters: train without it."
+            "experts that are split among processes (expert parallelism) cannot carry adapters: train without it."
         )
     source = order // k
     scored = next((site.keep for layer in layers.values() for site in _sites(layer) if site.keep is not None), None)

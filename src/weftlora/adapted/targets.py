@@ -48,12 +48,13 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     kind = type(base).__name__
     if isinstance(base, nn.MultiheadAttention):
         raise TargetError(
-            f"{name} is a torch MultiheadAttention, which multiplies with its weights itself, where no adapter of a linear module is "
-            "asked: leave it out, or train it in full (modules_to_save)."
+            f"{name} is a torch MultiheadAttention, which reads its weights directly, so an adapter on it would do "
+            "nothing: leave it out, or train it in full (modules_to_save)."
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise TargetError(
-            f"{name} belongs to a torch MultiheadAttention, which reads its weight without calling it: exclude it."
+            f"{name} belongs to a torch MultiheadAttention, which reads its weight directly, so an adapter "
+            "on it would do nothing: leave it out."
         )
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(

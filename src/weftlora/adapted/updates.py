@@ -73,7 +73,9 @@ def read_updates(
             "give a weftlora or plain LoRA adapter."
         )
     if merged := next((name for name, layer in mine.items() if layer.merged), None):
-        raise AdapterError(f"{merged} has its adapter merged, so the original W is not available: unmerge it first.")
+        raise AdapterError(
+            f"{merged} has its adapter merged, so the original W is not available: call model.unmerge_adapter() first."
+        )
     for name, layer in mine.items():
         if isinstance(layer, WeftLayer) and layer.site(adapter).outside:
             structure = layer.site(adapter).structure.choice

@@ -353,7 +353,7 @@ def _strict(init: Callable[..., None]) -> Callable[..., None]:
 
 
 _ELSEWHERE = {
-    "use_dora": "DoRA is not a choice of an axis",
+    "use_dora": "weftlora has no DoRA",
     "lora_bias": "an update has no bias of its own",
     "layer_replication": "no layer of the base is doubled",
 }
@@ -426,7 +426,7 @@ def _check_tokens(value: Any) -> None:
 
 def _check_alpha(alpha: Any, name: str) -> None:
     if not is_number(alpha) or not 0 < alpha < math.inf:
-        raise ConfigError(f"{name}={alpha!r} is not a scale: use a positive number, such as 2 * r.")
+        raise ConfigError(f"{name}={alpha!r} is not a positive number: use one, such as 2 * r.")
 
 
 FIRST_LINE = (

@@ -91,7 +91,7 @@ def choose(recipe: AutoRecipe, base: models.Base, data: Loaded) -> Chosen:
     for name, entry in {PLAIN: _mapping(PLAIN), **entries}.items():
         why = _refusal(recipe, entry, r, scales)
         if why and name == PLAIN:
-            raise ConfigError(f"plain LoRA cannot be searched, and the others are measured by it: {why}")
+            raise ConfigError(f"plain LoRA, which every other method is compared with, cannot be trained here: {why}")
         if why:
             left.append(Left(name, why))
         else:

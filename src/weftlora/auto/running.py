@@ -573,7 +573,8 @@ def _choice(
     order = search.ranking(tried, plan.steps)
     if not order:
         raise RunError(
-            f"the budget of {plan.recipe['budget']} ended before a run did: give the same command with a longer one to go on."
+            f"the budget of {plan.recipe['budget']} ended before the first run did: give the same command "
+            "with a longer budget, and it continues."
         )
     first = order[0]
     length = max(map(int, first.losses))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERDICTS = {"aim": "aim reached", "must": "reached", "missed": "missed", "": ""}
 
-Threads = Annotated[int, typer.Option(help="Threads of torch.")]
+Threads = Annotated[int, typer.Option(help="Give torch this many threads.")]
 Clock = Annotated[str, typer.Option(help="Measure CPU time of the process, or wall time (only on an idle machine).")]
 Seed = Annotated[int, typer.Option(help="Set the seed of the inputs and of the order.")]
 Tiny = Annotated[bool, typer.Option("--quick", help="Run tiny sizes, to see that everything works.")]
@@ -43,9 +43,9 @@ def bench() -> None:
 def step(
     hidden: Annotated[int, typer.Option(help="Set the width of the Llama-type model, a multiple of 64.")] = 768,
     layers: Annotated[int | None, typer.Option(help="Set its number of blocks; 4, or 8 with --all.")] = None,
-    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 2048,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 4,
-    seq: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    vocab: Annotated[int, typer.Option(help="Set the size of its vocabulary.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Take this many sequences per step.")] = 4,
+    seq: Annotated[int, typer.Option(help="Take this many tokens per sequence.")] = 256,
     experts: Annotated[int, typer.Option(help="Put this many experts in the place of every MLP; 0 for none.")] = 0,
     rounds: Annotated[
         int, typer.Option(help="Set the number of interleaved rounds; 7 or more for figures to publish.")
@@ -126,8 +126,8 @@ def launch(
     layers: Annotated[int, typer.Option(help="Launch on a Llama-type model of this many blocks; 0 leaves it out.")] = 4,
     hidden: Annotated[int, typer.Option(help="Set its width, a multiple of 64.")] = 768,
     rounds: Annotated[int, typer.Option(help="Set the number of rounds on the model.")] = 3,
-    r: Annotated[int, typer.Option("--r", help="Rank of ΔW.")] = 8,
-    directions: Annotated[int, typer.Option(help="Directions per module.")] = 8,
+    r: Annotated[int, typer.Option("--r", help="Set the rank of ΔW.")] = 8,
+    directions: Annotated[int, typer.Option(help="Launch this many directions per module.")] = 8,
     threads: Threads = 1,
     clock: Clock = "cpu",
     seed: Seed = 0,

@@ -44,18 +44,21 @@ def compare(
     store: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="With --worker: share results by this, such as s3://bucket/prefix, not by a folder."
+            metavar="URL", help="Share results by this, such as s3://bucket/prefix, instead of a folder; with --worker."
         ),
     ] = None,
     fetch: Annotated[
         bool,
         typer.Option("--fetch", help="Bring the comparison out of the store that is given into --out; run nothing."),
     ] = False,
-    engine: Annotated[str, typer.Option(help="Where the runs are: local, or ray, on a cluster.")] = "local",
-    address: Annotated[str | None, typer.Option(help="With --engine ray: the cluster's, such as head:6379.")] = None,
-    gpus: Annotated[float | None, typer.Option(help="With --engine ray: the share of a GPU of a run.")] = None,
+    engine: Annotated[str, typer.Option(help="Run on this machine (local) or on a cluster (ray).")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Connect to this Ray cluster, such as head:6379; with --engine ray.")
+    ] = None,
+    gpus: Annotated[float | None, typer.Option(help="Give every run this share of a GPU; with --engine ray.")] = None,
     lease: Annotated[
-        float, typer.Option(metavar="SECONDS", help="With --worker: take over what was not heard of for so long.")
+        float,
+        typer.Option(metavar="SECONDS", help="Take over runs that were not heard of for this long; with --worker."),
     ] = 60.0,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
@@ -153,7 +156,7 @@ def standing_table(standing: Standing) -> RenderableType:
 
 def plan_table(plan: Plan) -> RenderableType:
     """The methods of a plan: rank, alpha, trainable parameters, how far from the budget; and how many runs it is."""
-    table = output.table("method", "rank", "alpha", "trained", "from the budget", "steps", look="headed")
+    table = output.table("method", "rank", "alpha", "trainable", "from the budget", "steps", look="headed")
     for method in plan.methods:
         gap = "" if method.budget_gap is None else f"{method.budget_gap:+.1%}"
         alpha = "" if method.alpha is None else f"{method.alpha:g}"
@@ -197,7 +200,7 @@ def quality_table(found: Comparison) -> Table:
 
 def cost_table(found: Comparison) -> Table:
     """A row per method: its size, its rate, its CPU seconds a step over the baseline's, and the most memory it took."""
-    table = output.table("method", "rank", "trained", "lr", "CPU a step", "peak memory", look="headed")
+    table = output.table("method", "rank", "trainable", "lr", "CPU a step", "peak memory", look="headed")
     for row in found.rows:
         method = found.method(row.name)
         peak = [run.figures["peak_bytes"] for run in found.of(row.name) if "peak_bytes" in run.figures]

@@ -113,7 +113,7 @@ def push(
         str | None, typer.Option(help="Give the hub id of the base, where the adapter names a folder of this machine.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
-    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload with weftlora",
+    message: Annotated[str, typer.Option(help="Give the commit this message.")] = "Upload with weftlora",
     as_json: Json = False,
 ) -> None:
     """Put an adapter or an export onto the hub, with your own login (HF_TOKEN)."""

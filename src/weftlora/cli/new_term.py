@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def new_term(
     name: Annotated[str, typer.Argument(help="What configs will call it: small letters, digits and _.")],
-    axis: Annotated[str, typer.Option(help="structure, start, boost, ranks or layers.")],
+    axis: Annotated[str, typer.Option(help="Choose the axis: structure, start, boost, ranks or layers.")],
     out: Annotated[Path | None, typer.Option(help="Write to this folder; by default one called NAME.")] = None,
     as_json: Json = False,
 ) -> None:

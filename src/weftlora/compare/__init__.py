@@ -76,7 +76,7 @@ def compare(
         if engine == "ray":
             if overwrite:
                 raise ConfigError(
-                    "engine=ray does not overwrite a comparison: delete the folder, or choose another with out."
+                    "engine=ray does not overwrite a comparison: delete the folder, or choose another (out, --out)."
                 )
             from weftlora.compare import at_once, on_ray, running
 

@@ -142,7 +142,9 @@ def _contender(entry: str | dict[str, Any]) -> Contender:
     if control == "random_moves":
         fields = {"recipe": "alora", **fields, "score": "random"}
     if not isinstance(fields.get("recipe"), (str, type(None))) or not fields:
-        raise ConfigError(f"the method {entry!r} names no recipe and no axis: write {{recipe: lora}} or a name.")
+        raise ConfigError(
+            f"the method {entry!r} does not say what to train: write a recipe's name, such as lora, or {{recipe: lora, r: 4}}."
+        )
     called = _called(control or _name(fields) if name is None else name)
     if lr is not None and not (is_number(lr) and 0 < lr < math.inf):
         raise ConfigError(f"the method {called} has lr={lr!r}, which is not a learning rate: use a number above 0.")

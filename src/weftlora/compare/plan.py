@@ -317,7 +317,7 @@ def _metric(recipe: CompareRecipe, task: str) -> str:
     metric = recipe.metric or ("accuracy" if classes else "loss")
     valid = [each.name for each in METRICS.values() if each.of in ("loss", "classes" if classes else "answers")]
     if metric not in valid:
-        raise ConfigError(f"metric={metric!r} is none of the task {task}: use one of {', '.join(valid)}.")
+        raise ConfigError(f"metric={metric!r} cannot be measured on the task {task}: use one of {', '.join(valid)}.")
     return metric
 
 

@@ -64,7 +64,7 @@ class RecipeSection(BaseModel):
                 alike, key=lambda each: len(each["loc"])
             )  # of several kinds of value, the one that fits furthest
             raise ConfigError(
-                f"{cls.where}: {field}={nearest.get('input')!r} is not valid: {nearest['msg']}."
+                f"{cls.where}: {field}={nearest.get('input')!r} is not valid: {_it(nearest['msg'])}."
             ) from None
 
     @classmethod
@@ -79,6 +79,11 @@ class RecipeSection(BaseModel):
                 section = _section_in(section.model_fields[part].annotation)
             keys.append(str(part))
         return keys
+
+
+def _it(said: str) -> str:
+    """What pydantic says of an input, as the end of a sentence about it."""
+    return f"it{said.removeprefix('Input')}" if said.startswith("Input should") else said
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

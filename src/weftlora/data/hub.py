@@ -109,7 +109,7 @@ def _sentences(said: str) -> Iterator[None]:
             ) from None
         if any(issubclass(kind, OfflineModeIsEnabled) for kind in kinds):
             raise DataError(
-                f"the data set {said} is not on this machine, and HF_HUB_OFFLINE is set: unset it once."
+                f"the data set {said} is not on this machine, and HF_HUB_OFFLINE is set: unset it once to download it."
             ) from None
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise ConfigError(

@@ -69,8 +69,8 @@ def carved(places: Numbers, fraction: float, name: str = "validation") -> tuple[
     _, inverse, sizes = np.unique(places, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"a {name} split cannot be carved from {len(places)} row(s), as it takes two that differ: "
-            f"give data.{name}, or set data.{name}_fraction: 0."
+            f"{len(places)} row{'' if len(places) == 1 else 's'} cannot be divided into training and {name} rows, which takes two "
+            f"that differ: give more rows or data.{name}, or set data.{name}_fraction: 0."
         )
     wanted = max(1, round(fraction * len(places)))
     chosen: list[int] = []

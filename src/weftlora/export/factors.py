@@ -159,7 +159,7 @@ def common_rank(pairs: Mapping[str, Pair | Stack], server_ranks: bool) -> int:
     fitting = [rank for rank in SERVER_RANKS if rank >= largest]
     if not fitting:
         raise AdapterError(
-            f"{site} has {largest} slots and servers take a rank of {SERVER_RANKS[-1]} at most: export it without server_ranks, or "
+            f"{site} has rank {largest} and servers take a rank of {SERVER_RANKS[-1]} at most: export it without server_ranks, or "
             "merge it."
         )
     return fitting[0]

@@ -50,22 +50,26 @@ def check_out(out: Path, source: Path | None, overwrite: bool, base: str | None 
         with holding(place.parent, "weftlora export", beside(place)), writing(place):
             restore(place)
     if place.exists() and not place.is_dir():
-        raise RunError(f"cannot export to {out}: it is a file; choose another out.")
+        raise RunError(f"cannot export to {out}: it is a file; choose another folder (out, --out).")
     found = base if base is not None and Path(base).exists() else None  # else a hub id
     kept = {"the adapter itself": source, "the base model": found, "the current folder": Path.cwd()}
     for what, path in kept.items():
         if path is not None and _real(path).is_relative_to(place):
-            raise RunError(f"cannot export to {out}: it holds {what}; choose another out.")
+            raise RunError(f"cannot export to {out}: it holds {what}; choose another folder (out, --out).")
     if place.is_dir() and any(place.iterdir()):
         if not overwrite:
-            raise RunError(f"{out} is not empty: choose another out, or replace what is there with overwrite.")
+            raise RunError(
+                f"{out} is not empty: choose another folder (out, --out), or replace what is there with overwrite (--overwrite)."
+            )
         if not is_export(place):
             raise RunError(
-                f"{out} is not empty and is not an export of weftlora, so it is not replaced: choose another out."
+                f"{out} is not empty and is not an export of weftlora, so it is not replaced: choose another folder (out, --out)."
             )
     nearest = next(path for path in place.parents if path.exists())
     if reason := why_no_file(nearest):
-        raise RunError(f"cannot export to {out}: {nearest} takes no new file ({reason}); choose another out.")
+        raise RunError(
+            f"cannot export to {out}: {nearest} takes no new file ({reason}); choose another folder (out, --out)."
+        )
 
 
 def write(out: Path, fill: Callable[[Path], None]) -> None:

@@ -185,7 +185,7 @@ def laid_out(found: Mapping[str, Pair | Stack], choices: Choices) -> dict[str, P
     sites = {name: pair for name, pair in found.items() if pair.rank}
     if not sites:
         raise AdapterError(
-            "every module of the adapter has lost all its rank slots, so there is nothing to export: use the base as it is."
+            "no module of the adapter has any rank left, so there is nothing to export: use the base as it is."
         )
     if not (choices.uniform or choices.server_ranks):
         return sites

@@ -136,7 +136,7 @@ def _check(source: Source) -> None:
     for layer in source.layers:
         if layer.merged:
             raise AdapterError(
-                f"{layer.module_name} has its adapter merged, so the original W is not available: unmerge it first."
+                f"{layer.module_name} has its adapter merged, so the original W is not available: call model.unmerge_adapter() first."
             )
         for name in source.adapters:
             if name in layer.weft_site and layer.site(name).awaits_search:

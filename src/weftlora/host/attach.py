@@ -268,7 +268,9 @@ def _score_on(model: nn.Module, found: dict[str, Schedule], validation: Any) -> 
         for controller in schedule.controllers:
             taken |= controller.take_rows(mine)
     if not taken:
-        raise ConfigError("validation is for scoring rank slots, and no adapter has Reallocate: leave it out.")
+        raise ConfigError(
+            "validation rows decide where ranks=Reallocate(...) moves rank, and no adapter has it: leave validation out."
+        )
 
 
 @dataclass(frozen=True)

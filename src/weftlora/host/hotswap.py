@@ -101,8 +101,8 @@ def _by_module(folder: Path, mine: WeftConfig, layers: list[WeftLinear]) -> dict
         )
     if elsewhere := sorted(found.keys() - {layer.module_name for layer in layers}):
         raise AdapterError(
-            f"the adapter in {folder} is on {elsewhere[0]} too, where the model's has nothing: make the model's with the "
-            "target_modules of all that will be swapped in."
+            f"the adapter in {folder} also adapts {elsewhere[0]}, which the model's does not: make the model's adapter with the "
+            "target_modules of every adapter that will be swapped in."
         )
     return found
 
@@ -147,7 +147,7 @@ def _matched(
         wanted, mine = there.state_dict(), given[name]
         if wanted and not mine:
             raise AdapterError(
-                f"the folder's adapter is not on {name}, where the model's is, and what is there would have to stay: swap adapters on "
+                f"the model's adapter adapts {name} and the folder's does not, so there is nothing to put there: swap adapters of "
                 "the same modules, or load it with model.load_adapter."
             )
         extra += [f"{name}{SITE}{key}" for key in mine.keys() - wanted.keys()]
@@ -200,8 +200,8 @@ def _scaled(site: Site) -> list[Tensor]:
     factor = next((value for value in site.structure.linear() if any(value is each for each in own)), None)
     if factor is None:
         raise AdapterError(
-            f"the folder's adapter has another lora_alpha / r, and {site.structure.choice.method} has no factor of one module alone "
-            "that could take it: train both with one scale, or load it with model.load_adapter."
+            f"the folder's adapter has another lora_alpha / r, and {site.structure.choice.method} has no tensor per module that "
+            "could take up the difference: train both with one scale, or load it with model.load_adapter."
         )
     twins = None if site.start is None else site.start.slots(1.0, None, None)
     return [factor] if twins is None else [factor, twins.up]

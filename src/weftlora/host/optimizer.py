@@ -105,7 +105,7 @@ def param_groups(
         if site is not None:
             site.rates[name] = rate, decay
     if not groups:
-        raise ConfigError("no parameter of the model is trained: make an adapter with get_peft_model first.")
+        raise ConfigError("the model has no trainable parameters: make an adapter with get_peft_model first.")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (_, rate, decay), params in groups.items()]
 
 

@@ -152,7 +152,7 @@ def _settings(source: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} cannot be read as JSON ({error}): save the adapter again.") from None
     if not isinstance(settings, dict):
         raise AdapterError(
-            f"{path} holds no settings but {type(settings).__name__}: give the folder the released code saved."
+            f"{path} holds a {type(settings).__name__} and no settings: give the folder that the released code saved."
         )
     for key, kinds in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
         if key in settings and (not isinstance(settings[key], kinds) or isinstance(settings[key], bool)):

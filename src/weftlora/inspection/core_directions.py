@@ -355,7 +355,7 @@ def _check_fits(label: str, name: str, weight: Weight, update: Update) -> None:
     off = (w @ down.T - up * sigma).norm(dim=0).max() / size
     if not off <= STRANGE:
         raise AdapterError(
-            f"the adapter {label} launched directions in {name} that do not belong to this weight (off by {off:.0%}): give the base "
+            f"the adapter {label} has directions for {name} that are not those of this weight (off by {off:.0%}): give the base "
             "it was trained on, or its unquantised original."
         )
 

@@ -90,7 +90,7 @@ def _settings(folder: Path) -> tuple[str, dict[str, Any]]:
         kind = str(settings["peft_type"])
     except (OSError, ValueError, KeyError, TypeError):
         raise AdapterError(
-            f"{folder} has no adapter_config.json of an adapter: give a run or adapter folder."
+            f"{folder} has no adapter_config.json that describes an adapter: give a run or adapter folder."
         ) from None
     if kind not in ("WEFT", "LORA") or settings.get("use_dora"):
         name = "DoRA" if settings.get("use_dora") else kind

@@ -90,7 +90,9 @@ def live_subject(model: nn.Module, adapter: str | None, source: str) -> Subject:
     name = _name(model, adapter)
     layers = {n: m for n, m in base_of(model).named_modules() if isinstance(m, WeftLayer) and name in m.weft_site}
     if merged := next((n for n, layer in layers.items() if layer.merged_adapters), None):
-        raise AdapterError(f"{merged} has its adapter merged, so the original W is not available: unmerge it first.")
+        raise AdapterError(
+            f"{merged} has its adapter merged, so the original W is not available: call model.unmerge_adapter() first."
+        )
     config = getattr(model, "peft_config", {}).get(name)
     settings = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
     subject = Subject(

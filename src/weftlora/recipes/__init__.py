@@ -91,11 +91,13 @@ def check_fields(section: Mapping[str, Any]) -> None:
         valid -= {"layers"}
         if "layers" in fields:
             raise ConfigError(
-                f"adapter {name} searches its layers, and layers={fields['layers']!r} is given too: train a choice with another "
-                "recipe, such as lora."
+                f"adapter {name} searches its layers, and layers={fields['layers']!r} is given too: leave it out, or give layers "
+                "to another recipe, such as lora."
             )
     for key in fields:
         if key not in valid:
+            if others := [other for other in RECIPES if name and key in own_fields(other)]:
+                raise ConfigError(f"adapter {name} has no key {key!r}, which is of {', '.join(others)}: leave it out.")
             raise unknown_key(str(key), valid, "adapter" if name is None else f"adapter {name}")
 
 

@@ -33,12 +33,13 @@ def check_extra() -> None:
 
 
 def render(
-    template: str, specs: Mapping[str, Any], *, styles: Sequence[str] = (), scripts: Sequence[str] = (), **content: Any
+    template: Any, specs: Mapping[str, Any], *, styles: Sequence[str] = (), scripts: Sequence[str] = (), **content: Any
 ) -> str:
     """A page from a template that extends `base.html.jinja`, with its charts by the id of their place.
 
     Args:
-        template, styles, scripts: names of assets; styles and scripts follow those that every page has.
+        template, styles, scripts: names of assets; styles and scripts follow those that every page has. A template may also be one
+            that `environment` made.
         content: what the template shows; it is escaped unless the template says otherwise.
 
     Raises:
@@ -47,7 +48,7 @@ def render(
     check_extra()
     run = [_bundle(), *map(_asset, ("page.js", *scripts))]
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             **content,
@@ -60,8 +61,8 @@ def render(
 
 
 @functools.cache
-def _environment() -> Any:
-    """jinja2's, with every template compiled once."""
+def environment() -> Any:
+    """jinja2's, with the assets as templates, each compiled once."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     return Environment(

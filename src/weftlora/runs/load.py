@@ -266,7 +266,7 @@ def _check_runs_nothing(config: PeftConfig, folder: Path) -> None:
         )
     if getattr(config, "megatron_config", None) is not None:
         raise AdapterError(
-            f"the adapter {folder} names a Python module to import (megatron_config), which weftlora does not do: "
+            f"the adapter {folder} names a Python module (megatron_config), which weftlora does not import: "
             "take that out of adapter_config.json."
         )
 

@@ -80,7 +80,7 @@ def loading(settings: Mapping[str, Any], path: str) -> Any:
     name = method if method != "bitsandbytes" else "bitsandbytes_4bit"
     if name not in KNOWN:
         raise ConfigError(
-            f"model.quantization.quant_method={method!r} is not a quantiser that it knows: {suggest(method, KNOWN)}"
+            f"model.quantization.quant_method={method!r} is not a quantiser of transformers: {suggest(method, KNOWN)}"
         )
     kind = KNOWN[name]
     valid = [key for key in inspect.signature(kind).parameters if key not in ("kwargs", "args")]
@@ -106,7 +106,7 @@ def _torchao(given: dict[str, Any]) -> dict[str, Any]:
     name, values = str(given.pop("quant_type", "Int8WeightOnlyConfig")), given.pop("settings", None) or {}
     known = sorted(each for each in dir(kinds) if each.endswith("Config"))
     if name not in known:
-        raise ConfigError(f"model.quantization.quant_type={name!r} is none of torchao's: {suggest(name, known)}")
+        raise ConfigError(f"model.quantization.quant_type={name!r} is not a config of torchao: {suggest(name, known)}")
     return {**given, "quant_type": getattr(kinds, name)(**values)}
 
 

@@ -66,7 +66,7 @@ BUILTIN = {
             5e-3,
         ),
         Builtin("lora_tsd", "LoRA-Init and LoRA-Dash at once", "arXiv:2409.01035", {"after": 10}, 5e-3),
-        Builtin("alora", "LoRA whose rank slots move to where they are worth most", "arXiv:2403.16187", {}, 5e-3),
+        Builtin("alora", "LoRA whose rank moves to the modules where it is worth most", "arXiv:2403.16187", {}, 5e-3),
         Builtin(
             "flexora", "LoRA on the blocks that a search on held-out rows selects", "arXiv:2408.10774", {"r": 16}, 5e-3
         ),

@@ -243,13 +243,14 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not _is_empty(folder):
         if overwrite and folder.resolve() == Path.cwd():
             raise RunError(
-                f"--overwrite cannot replace the working folder {str(folder)!r}: choose another out, or start elsewhere."
+                f"--overwrite cannot replace the working folder {str(folder)!r}: choose another folder "
+                "with out=..., or start elsewhere."
             )
         if not overwrite:
             raise RunError(f"the run folder {folder} is not empty: continue it with --resume, or use --overwrite.")
         if not (folder / "run.json").is_file():
             raise RunError(
-                f"--overwrite replaces run folders only, and {folder} holds other files: choose another out."
+                f"--overwrite replaces run folders only, and {folder} holds other files: choose another folder with out=...."
             )
         check_no_links(folder)
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())

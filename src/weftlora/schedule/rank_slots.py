@@ -181,9 +181,9 @@ def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
 def _check_lies_by_slot(optimizer: Optimizer, name: str, value: Tensor, parameter: nn.Parameter) -> None:
     if name not in FIRST | SECOND or not is_split_as(value, parameter):
         raise ConfigError(
-            f"{type(optimizer).__name__} keeps {name!r} ({type(value).__name__} {list(value.shape)}) about a matrix "
-            f"{list(parameter.shape)}, which does not fall into rank slots, so slots cannot move: train with AdamW, "
-            "Adam or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
+            f"{type(optimizer).__name__} keeps a state {name!r} ({type(value).__name__} {list(value.shape)}) for a matrix "
+            f"{list(parameter.shape)} that cannot be taken apart by rank, so rank cannot move between modules: train "
+            "with AdamW, Adam or SGD (not an 8-bit or factored optimiser), or use ranks=Uniform()."
         )
 
 
@@ -408,7 +408,7 @@ class Scoring:
         able = set(range(len(ids))) if brackets is None else set(scored)
         if not all(map(math.isfinite, [*values, *worth])):
             raise ConfigError(
-                "the scores of rank slots are not finite: the training has diverged, lower the learning rate."
+                "the scores that decide where rank moves are not finite: the training has diverged, lower the learning rate."
             )
         return Measured(
             [

@@ -170,7 +170,7 @@ class ReallocateController:
     def _check_ready(self) -> None:
         if self.choice.needs_data and self.scorer is None:
             raise ConfigError(
-                f"{self.choice.title}(score={self.choice.way!r}) scores rank slots on validation rows and was given none: call "
+                f"{self.choice.title}(score={self.choice.way!r}) decides on validation rows where rank moves and was given none: call "
                 "weftlora.attach(model, validation=rows_or_dataloader) before training, or use score='random'."
             )
         surgery.check_sliceable([member.site for member in self.members])
@@ -190,12 +190,12 @@ class ReallocateController:
         live = [sum(len(self.members[m].site.live()) for m in group) for group, _ in groups]
         if all(len(group) < 2 for group, _ in groups):
             raise ConfigError(
-                f"{self.choice.title}(scope={self.choice.scope!r}) has one adapted module to move rank slots between: "
+                f"{self.choice.title}(scope={self.choice.scope!r}) has one adapted module and moves rank between modules: "
                 "target two or more" + ("." if self.choice.scope == "global" else ", or use scope='global'.")
             )
         if all(count >= there for (_, count), there in zip(groups, live, strict=True)):
             raise ConfigError(
-                f"{self.choice.title}(move={self.choice.move!r}) takes {groups[0][1]} rank slots a round from modules that have "
+                f"{self.choice.title}(move={self.choice.move!r}) takes {groups[0][1]} ranks a round from modules that have "
                 f"{live[0]}: nothing would be left; move fewer."
             )
 

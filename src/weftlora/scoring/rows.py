@@ -56,7 +56,9 @@ class Rows:
         batch = {k: v for k, v in collated.items() if isinstance(v, Tensor)}
         labels = batch.get("labels")
         if labels is None or not labels.numel():
-            raise DataError("the validation rows have no `labels`, which scoring rank slots needs: add them.")
+            raise DataError(
+                "the validation rows have no `labels`, so there is no loss to decide by where rank moves: add them."
+            )
         if not labels.is_floating_point() and bool((labels == IGNORE).all()):
             raise DataError(
                 f"every label of the {len(chosen)} validation rows drawn is ignored ({IGNORE}), so no loss exists: give rows with "
@@ -136,7 +138,7 @@ def rows_of(validation: Any) -> Rows:
 
 def _not_empty(rows: Rows) -> Rows:
     if not len(rows.items):
-        raise DataError("validation has no rows, so rank slots cannot be scored: give some.")
+        raise DataError("validation has no rows, and they decide where rank moves: give some.")
     return rows
 
 

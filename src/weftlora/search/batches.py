@@ -61,8 +61,8 @@ def split(
         held = {digest(validation[i]) for i in range(len(validation))}
         if leaked := sum(digest(train[i]) in held for i in order):
             raise DataError(
-                f"{leaked} of the {len(order)} training rows of the search are validation rows too: α would be fitted to rows "
-                "that θ has seen; take them out of one of the two."
+                f"{leaked} of the {len(order)} training rows of the search are validation rows too, so it would judge layers "
+                "by rows that it has trained on: take them out of one of the two."
             )
         return _checked(Splits(order, list(range(len(validation))), 0))
     if len(order) <= search.val_size:
@@ -79,7 +79,9 @@ def split(
 def _checked(splits: Splits) -> Splits:
     for name in ("train", "validation"):
         if not getattr(splits, name):
-            raise DataError(f"the search has no {name} rows: it needs some to train θ on, and others to train α on.")
+            raise DataError(
+                f"the layer search has no {name} rows: it needs some to train the adapter on, and others to judge layers by."
+            )
     return splits
 
 

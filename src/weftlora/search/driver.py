@@ -60,7 +60,9 @@ def state_of(job: LayerSearch) -> dict[str, Any]:
         RunError: the model is split among processes, each of which has but a part of it.
     """
     if job.passes.in_lockstep:
-        raise RunError("the search of a model that is split among processes cannot be saved: run it to its end.")
+        raise RunError(
+            "the layer search of a model that is split among processes cannot be saved half-way: run it to its end."
+        )
     return {
         "alpha": job.alpha.detach().clone(),
         "alpha_optimizer": job.alpha_optimizer.state_dict(),
@@ -400,7 +402,8 @@ class LayerSearch:
         there, count = len(self.splits.validation), self.search.outer_batches
         if there < count:
             raise DataError(
-                f"a step on α takes outer_batches={count} validation rows at least, but there are {there}: hold out more "
+                f"a step of the layer gates takes at least outer_batches={count} validation rows, and "
+                f"there are {there}: hold out more "
                 "(val_size), or lower outer_batches."
             )
         return min(self.inner.batch_size, there // count)

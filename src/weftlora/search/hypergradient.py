@@ -206,19 +206,23 @@ def check_exact(model: nn.Module) -> None:
     advice = "use hypergrad='unrolled_fd', which needs first derivatives only"
     if any(not p.is_floating_point() for p in model.parameters()) or getattr(model, "is_quantized", False):
         raise ConfigError(
-            f"hypergrad='unrolled_exact' on a quantised base: its matrix products have no second derivative; {advice}."
+            f"hypergrad='unrolled_exact' does not work on a quantised base, whose matrix products have no second derivative: {advice}."
         )
     if is_sharded(model):
         raise ConfigError(
-            f"hypergrad='unrolled_exact' on a model that is split among processes, which has no second derivative: {advice}."
+            "hypergrad='unrolled_exact' does not work on a model that is split among processes, where "
+            f"there are no second derivatives: {advice}."
         )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            raise ConfigError(f"hypergrad='unrolled_exact' with gradient checkpointing: turn it off, or {advice}.")
+            raise ConfigError(
+                f"hypergrad='unrolled_exact' does not work with gradient checkpointing: turn that off, or {advice}."
+            )
     kind = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if kind not in (None, "eager", "sdpa"):
         raise ConfigError(
-            f"hypergrad='unrolled_exact' with attn_implementation={kind!r}, which has no second derivative: load the model with "
+            f"hypergrad='unrolled_exact' does not work with attn_implementation={kind!r}, which has no "
+            "second derivative: load the model with "
             f"'eager', or {advice}."
         )
 

@@ -89,7 +89,7 @@ def find(axis: str, name: str, package: str | None = None, version: str | None =
             hint += "; a class that no package offers is known once a config of yours has used it in this process"
         elif package:
             hint = f"{package} offers it and is not installed"
-        raise ConfigError(f"{axis} has no choice {name!r}: {hint}.")
+        raise ConfigError(f"{axis} has no choice {name!r}: {hint}{'' if hint.endswith('?') else '.'}")
     if len(found) > 1:
         raise ConfigError(
             f"{axis}={name!r}: {' and '.join(map(str, found))} both offer a term of this name: uninstall one of the two."

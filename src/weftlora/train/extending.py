@@ -38,8 +38,8 @@ def point(before: Run, steps: int) -> Path:
     """
     if before.adapter["peft_type"] == "ADALORA":
         raise RunError(
-            f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: it cannot be extended; "
-            "set train.from to the run instead."
+            f"{before.folder} trains peft's AdaLoRA, whose checkpoints lack the importance averages it needs to continue: it "
+            "cannot be extended; set train.from to the run instead."
         )
     last = checkpoint.newest(before.checkpoints)
     if last is None:

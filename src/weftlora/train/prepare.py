@@ -350,7 +350,8 @@ def _scored_on(config: PeftConfig | None, data: Loaded, collator: Collator) -> R
         return None
     if data.validation is None or not len(data.validation):
         raise ConfigError(
-            "this adapter scores its rank slots on validation rows, and the data has none: set data.validation_fraction=0.1, or "
+            "this adapter decides on validation rows which modules get rank, and the data has none: set "
+            "data.validation_fraction=0.1, or "
             "data.validation to a file."
         )
     return Rows(data.validation.select_columns(["input_ids", "attention_mask", "labels"]), collator)

@@ -63,7 +63,7 @@ def check_can_resume(before: Run) -> None:
     """Refuse a method whose checkpoints lack something that it needs. Raises RunError."""
     if before.adapter["peft_type"] == "ADALORA" and checkpoint.newest(before.checkpoints):
         raise RunError(
-            f"{before.folder} trains peft's AdaLoRA, which keeps its importance averages in no checkpoint: "
+            f"{before.folder} trains peft's AdaLoRA, whose checkpoints lack the importance averages it needs to continue: "
             "start it again with --overwrite."
         )
 

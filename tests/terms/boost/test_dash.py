@@ -143,7 +143,7 @@ def test_a_number_of_directions_that_is_none(directions) -> None:
 
 @pytest.mark.parametrize("eps", [-1e-9, float("inf"), float("nan"), True, None, "0"])
 def test_an_eps_that_is_none(eps) -> None:
-    with pytest.raises(ConfigError, match="is not a small number: use 1e-8"):
+    with pytest.raises(ConfigError, match="is not a number from 0 up: use 1e-8"):
         Dash(eps=eps)
 
 

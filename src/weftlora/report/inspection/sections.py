@@ -43,7 +43,7 @@ def sites(found: Inspection) -> Iterator[Section]:
     routed = next((site.norm_kind for site in found.sites if site.norm_kind != "exact"), None)
     at = f" On a routed module ΔW depends on the token; here it is taken at the {routed}." if routed else ""
     table = Table(
-        ("module", "out × in", "rank", "effective rank", "trained", "‖ΔW‖", "‖ΔW‖ / ‖W‖"),
+        ("module", "out × in", "rank", "effective rank", "trainable", "‖ΔW‖", "‖ΔW‖ / ‖W‖"),
         [
             (
                 s.site,
@@ -72,7 +72,7 @@ def ranks(found: Inspection) -> Iterator[Section]:
         return
     says = tooltip(("value", "rank", "d"), *OF_A_SITE)
     chart = charts.heatmap(cells(found, {site.site: float(site.rank) for site in found.sites}), "d", says)
-    lead = "Live rank slots of every module. The effective rank of its update, in the tooltip, says how many of them matter."
+    lead = "Rank of every module as trained. The effective rank of its update, in the tooltip, says how much of it matters."
     table = Table(
         ("module", "rank", "highest possible rank", "initial rank", "effective rank"),
         [(s.site, str(s.rank), str(s.max_rank), str(s.initial_rank), f"{s.effective_rank:.2f}") for s in found.sites],

@@ -85,7 +85,7 @@ class Dash(Boost):
             raise ConfigError(f"Dash(directions={self.directions!r}) launches nothing: use a whole number from 1 up.")
         object.__setattr__(self, "after", check_time(self.after, "Dash(after=...)"))
         if not is_number(self.eps) or not 0 <= self.eps < math.inf:
-            raise ConfigError(f"Dash(eps={self.eps!r}) is not a small number: use 1e-8.")
+            raise ConfigError(f"Dash(eps={self.eps!r}) is not a number from 0 up: use 1e-8.")
         if self.select not in SELECT:
             raise ConfigError(f"Dash(select={self.select!r}): {suggest(str(self.select), SELECT)}")
         if not is_whole(self.seed):

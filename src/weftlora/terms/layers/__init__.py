@@ -95,7 +95,9 @@ class Weighed:
 
     def __post_init__(self) -> None:
         if not self.alpha or not all(math.isfinite(a) for a in self.alpha):
-            raise ConfigError(f"α={list(self.alpha)} cannot be selected from: the search has diverged.")
+            raise ConfigError(
+                f"the layer gates α={list(self.alpha)} are not finite, so the search has diverged: lower its learning rate."
+            )
 
 
 @dataclass(frozen=True)

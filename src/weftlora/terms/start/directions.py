@@ -87,9 +87,9 @@ class Directions(Start):
                 raise ConfigError(f"Directions({name}={given!r}): {suggest(str(given), valid)}")
         for name, usual in (("eps", "1e-8"), ("guard", "1e-6")):
             if not is_number(given := getattr(self, name)) or not 0 <= given < 1:
-                raise ConfigError(f"Directions({name}={given!r}) is not a small number: use {usual}.")
+                raise ConfigError(f"Directions({name}={given!r}) is not a number in [0, 1): use {usual}.")
         if not is_number(self.kappa) or not 0 < self.kappa < math.inf:
-            raise ConfigError(f"Directions(kappa={self.kappa!r}) is not a length: use 1.0.")
+            raise ConfigError(f"Directions(kappa={self.kappa!r}) is not a positive number: use 1.0.")
         if not is_whole(self.seed):
             raise ConfigError(f"Directions(seed={self.seed!r}) is not a seed: use a whole number.")
 

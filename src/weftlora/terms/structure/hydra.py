@@ -81,7 +81,8 @@ class Hydra(Structure):
     def __post_init__(self) -> None:
         if not is_whole(self.heads, 2):
             raise ConfigError(
-                f"Hydra(heads={self.heads!r}) is plain LoRA or nothing: use Plain(), or a whole number of heads from 2 up."
+                f"Hydra(heads={self.heads!r}) is not a number of heads: use a whole number from 2 up; one head is plain LoRA "
+                "(recipe lora, PlainLoraConfig)."
             )
         if self.router not in (routers := ("softmax", "topk", "uniform")):
             raise ConfigError(f"Hydra(router={self.router!r}): {suggest(str(self.router), routers)}")
