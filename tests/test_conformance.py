@@ -47,5 +47,6 @@ def test_a_built_in_term_keeps_the_contract(name: str) -> None:
     assert found.notes.get("events") == happens.get(name)
 
 
+@pytest.mark.sharded
 def test_every_built_in_term_trains_in_two_processes() -> None:
     check_processes([term for term, _ in TERMS.values()])

@@ -64,6 +64,7 @@ def test_every_structure_resumes_exactly(recipe: Make, tmp_path: Path, adapter: 
     assert weights(weftlora.train(given, resume=True)) == weights(whole)
 
 
+@pytest.mark.slow
 def test_ranks_that_move_between_experts_resume_exactly(recipe: Make, tmp_path: Path) -> None:
     targets = {"target_modules": ["o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     moves = {"first": 1, "every": 1, "max_rounds": 3, "move": 3, "rows": 4}
