@@ -85,7 +85,7 @@ JOBS = (
         "a fixed rank budget, 4 a module",
         [
             "lora",
-            {"recipe": "alora", "score": "shortlist", "first": 0.1, "every": 0.025},
+            {"recipe": "alora", "score": "shortlist", "first": 0.1, "every": 0.025, "max_rounds": 4},
             {"recipe": "peft:adalora", "tinit": 10, "tfinal": 30},
         ],
         r=4,

@@ -52,7 +52,7 @@ def report(
     """
     if urls := [str(run) for run in runs if "://" in str(run)]:
         raise RunError(
-            f"{urls[0]} is no folder of this machine: bring it here first, with weftlora compare {urls[0]} --fetch --out FOLDER."
+            f"{urls[0]} is not a folder of this machine: bring it here first, with weftlora compare {urls[0]} --fetch --out FOLDER."
         )
     if missing := [str(run) for run in runs if not Path(run).exists()]:
         raise RunError(f"there is no folder {missing[0]!r}: give a comparison's folder, or run folders.")
