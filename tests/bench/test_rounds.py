@@ -75,6 +75,7 @@ def test_the_record_is_json_and_says_how_to_repeat_it(quick: StepBench):
     record = json.loads(json.dumps(quick.record()))
     assert record["exact"] is True
     assert {"weftlora", "torch", "peft", "transformers", "python", "cpu"} == set(record["versions"])
+    assert record["versions"]["cpu"].endswith(("with AMX", "without AMX"))
     assert record["setting"]["threads"] == 1
     assert [row["label"] for row in record["cases"]] == LABELS
     assert record["command"].startswith("weftlora bench step --dtype fp32 --dropout 0.0 --only peft:lora")

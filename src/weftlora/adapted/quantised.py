@@ -196,7 +196,7 @@ def _is_checkpointed() -> bool:
 
 
 _believed: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], bool]] = weakref.WeakKeyDictionary()
-"""Of layers whose dequantised W was compared with what they compute: which bytes it was made of, and whether it is that."""
+"""Of layers whose dequantised W was compared with what they compute: in which form they were, and whether it is that."""
 
 
 def dequantised(base: nn.Module, x: Tensor) -> Tensor | None:
@@ -209,7 +209,7 @@ def dequantised(base: nn.Module, x: Tensor) -> Tensor | None:
     if getattr(state, "packing_format_for_cpu", False):
         return None
     kept = base.W_q if state is None else kept
-    bytes_of = (kept.data_ptr(), kept._version, x.dtype)
+    form = (kept.device, kept.dtype, x.dtype)
     with torch.no_grad():
         if state is None:
             w = stored(base)
@@ -222,11 +222,11 @@ def dequantised(base: nn.Module, x: Tensor) -> Tensor | None:
         assert w is not None
         w = w.to(x)
     seen = _believed.get(base)
-    if seen is None or seen[0] != bytes_of:
+    if seen is None or seen[0] != form:
         with torch.autograd.graph.saved_tensors_hooks(
             _as_it_is, _as_it_is
         ):  # checkpointing counts what a forward saves
-            seen = _believed[base] = bytes_of, distance(base, w) <= NEAR
+            seen = _believed[base] = form, distance(base, w) <= NEAR
     return w if seen[1] else None
 
 

@@ -13,9 +13,10 @@ import platform
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -42,6 +43,7 @@ from weftlora.bench.cases import (
 from weftlora.bench.record import CLOCKS, CaseResult, Clock, Setting, Spread, StepBench, targets
 from weftlora.kernel import switched
 from weftlora.progress import Progress, Tick, ignore
+from weftlora.runs.precision import cpu_kind
 from weftlora.version import __version__
 
 if TYPE_CHECKING:
@@ -237,12 +239,19 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _has_amx() -> bool:
+    """Whether Linux counts bfloat16 in tiles among the CPU's instructions; False where nobody says so."""
+    with suppress(OSError):
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    return False
+
+
 def versions() -> dict[str, str]:
-    """What was measured, and on what."""
+    """What was measured, and on what: the CPU's name, what torch says that it can do, and whether it has bfloat16 in tiles (AMX)."""
     found = {name: version(name) for name in ("torch", "peft", "transformers")}
     return {
         "weftlora": __version__,
         **found,
         "python": platform.python_version(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{cpu_kind()}, {'with' if _has_amx() else 'without'} AMX",
     }

@@ -44,12 +44,13 @@ def compare(
     store: Annotated[
         str | None,
         typer.Option(
-            metavar="URL", help="Share results by this, such as s3://bucket/prefix, instead of a folder; with --worker."
+            metavar="URL",
+            help="Keep results in this, such as s3://bucket/prefix, instead of a shared folder; with --worker.",
         ),
     ] = None,
     fetch: Annotated[
         bool,
-        typer.Option("--fetch", help="Bring the comparison out of the store that is given into --out; run nothing."),
+        typer.Option("--fetch", help="Read the comparison from the store that is given into --out, and run nothing."),
     ] = False,
     engine: Annotated[str, typer.Option(help="Run on this machine (local) or on a cluster (ray).")] = "local",
     address: Annotated[

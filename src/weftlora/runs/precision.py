@@ -62,7 +62,7 @@ def precision(asked: str | None, settings: Any) -> Precision:
 @functools.cache
 def bfloat16_gain() -> float:
     """How many times as fast this CPU multiplies in bfloat16 as in float32, from the user's cache where it was measured before."""
-    known = [_cpu(), torch.__version__, str(torch.get_num_threads())]
+    known = [cpu_kind(), torch.__version__, str(torch.get_num_threads())]
     file = user_cache("precision") / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = from_json(file.read_text(encoding="utf-8"))["gain"]
@@ -90,7 +90,7 @@ def measured_gain() -> float:
     return best[torch.float32] / best[torch.bfloat16]
 
 
-def _cpu() -> str:
+def cpu_kind() -> str:
     """What tells one kind of CPU from another: its name under Linux, with what torch says that it can do."""
     name = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
