@@ -66,7 +66,7 @@ JOBS = (
     Job("few parameters", "room for no more parameters than a LoRA of rank 1 has", ["lora", "tied_lora"], r=1),
     Job(
         "small rank",
-        "a small rank, 2",
+        "a small rank of 2",
         ["lora", {"recipe": "lora_dash", "after": 0.2}],
         r=2,
         known="dash-runs",
@@ -82,10 +82,10 @@ JOBS = (
     ),
     Job(
         "rank budget",
-        "a fixed rank budget, 4 a module",
+        "a fixed rank budget of 4 a module",
         [
             "lora",
-            {"recipe": "alora", "score": "shortlist", "first": 0.1, "every": 0.025},
+            {"recipe": "alora", "score": "shortlist", "first": 0.1, "every": 0.025, "max_rounds": 4},
             {"recipe": "peft:adalora", "tinit": 10, "tfinal": 30},
         ],
         r=4,
@@ -94,7 +94,7 @@ JOBS = (
     ),
     Job(
         "few rows",
-        "few rows, 64, and many epochs",
+        "64 rows and many epochs",
         ["lora", {"recipe": "flexora", "steps": 40, "val_size": 16}],
         r=8,
         data={"limit": 64, "validation_limit": 64},
@@ -246,9 +246,8 @@ def shown(runs: Runs) -> str:
         before, method = line.job, STOCK.get(line.method, line.method)
         said.append(f"    {method:20} {line.loss:.3f}   {line.difference}   {line.word}")
     n = max(line.gap.n for line in lines(runs))
-    return "\n".join(
-        [*said, f"In brackets: the interval that holds the true difference to plain LoRA at 95 %, of n = {n}.", ""]
-    )
+    last = f"In brackets: the interval that holds the true difference to plain LoRA at 95 %, of n = {n}."
+    return "\n".join([*said, last if n > 1 else "One seed has no interval and decides nothing.", ""])
 
 
 def asked(found: Sequence[Comparison]) -> Table:

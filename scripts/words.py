@@ -61,10 +61,10 @@ VOCABULARY: dict[str, str] = {
 
 VERBS = frozenset(
     {
-        "Also", "Approximate", "Be", "Choose", "Compare", "Connect", "Continue", "Decompose", "Delete", "Do", "Draw", "Generate",
-        "Give", "Import", "Judge", "Keep", "Launch", "Make", "Measure", "Merge", "Name", "Predict", "Print", "Put", "Read", "Replace",
-        "Run",
-        "Sample", "Score", "Search", "Set", "Show", "Skip", "Store", "Take", "Train", "Try", "Use", "Write",
+        "Also", "Approximate", "Be", "Bring", "Choose", "Compare", "Connect", "Continue", "Decompose", "Delete", "Do",
+        "Draw", "Generate", "Give", "Import", "Judge", "Keep", "Launch", "Make", "Measure", "Merge", "Name", "Predict",
+        "Print", "Put", "Read", "Replace", "Run", "Sample", "Score", "Search", "Set", "Share", "Show", "Skip", "Store",
+        "Take", "Train", "Try", "Use", "Write",
     }
 )  # fmt: skip
 """What the help of an option begins with: it says what you have the command do. A new verb is added here."""
