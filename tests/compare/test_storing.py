@@ -87,7 +87,22 @@ def test_of_a_run_that_ended_results_are_brought_first_and_its_checkpoints_are_g
     assert whole.keys() == {*small, "adapter/adapter_model.safetensors"}
     assert all(content(run)[name] == text for name, text in whole.items())
     with pytest.raises(OSError, match="checkpoint-2"):
-        store.top.download("runs/lora/s0/1/checkpoints/checkpoint-2/optimizer.pt", (tmp_path / "x").open("wb"))
+        store.top.download("runs/lora/s0/1.2/checkpoints/checkpoint-2/optimizer.pt", (tmp_path / "x").open("wb"))
+
+
+def test_a_worker_that_dies_while_it_puts_a_checkpoint_leaves_the_one_before(place: str, tmp_path: Path):
+    run = begun(tmp_path / "one", 2)
+    store = Store(place)
+    assert store.put_run(JOB, 0, tmp_path / "one", "begun")
+    two = content(run)
+    begun(tmp_path / "one", 4)
+    left = iter([True] * 5)  # all five files, and then no take
+    assert not store.put_run(JOB, 0, tmp_path / "one", "begun", lambda: next(left, False))
+    Store(place).go_on(JOB, tmp_path / "other")
+    assert content(tmp_path / "other" / JOB.folder) == two
+    assert store.put_run(JOB, 0, tmp_path / "one", "begun")
+    with pytest.raises(OSError, match="checkpoint-2"):  # nobody can go on from it any more
+        store.top.download("runs/lora/s0/0.2/checkpoints/checkpoint-2/optimizer.pt", (tmp_path / "x").open("wb"))
 
 
 def test_what_has_no_take_is_not_there_and_the_later_claim_counts(place: str, tmp_path: Path):

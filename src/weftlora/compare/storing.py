@@ -4,18 +4,21 @@
     leases/<job>.<n>.lease                who runs what: see `weftlora.compare.leases`
     takes/<job>.<n>.begun.json            what the n-th to claim a job has put there of it, so that the next one can go on from it
     takes/<job>.<n>.ended.json            the same of a run that has ended: its results, its adapter, or its problem
-    runs/<method>/s<seed>/<n>/...         the files themselves; tuning/<method>/lr<rate>-s<seed>/<n>/... likewise
+    runs/<method>/s<seed>/<n>.<step>/...  the files of a run that has come to a checkpoint; tuning/<method>/lr<rate>-s<seed>/ likewise
+    runs/<method>/s<seed>/<n>/...         those of one that has ended
 
-A worker runs in a folder of its own, laid out as any comparison's, and what counts is what the storage has. A take is written last, as
-one small object with the size and the SHA-256 of each of its files: what has none is not there. Every claim has names of its own, so
-that a worker that was taken for lost never writes over the one who took over, whenever it comes back; of two takes of a job the later
-one counts. Nothing is locked, renamed or appended to.
+A worker runs in a folder of its own, laid out as any comparison's, and what counts is what the storage has. A take is written last,
+as one small object with the size and the SHA-256 of each of its files: what has none is not there. Every claim has names of its own,
+and every checkpoint, so that a worker that was taken for lost never writes over the one who took over, whenever it comes back, and one
+that is killed in the middle leaves the take before as it was; of two takes of a job the later one counts. Nothing is locked, renamed
+or appended to.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,6 +50,10 @@ class Take:
     @property
     def name(self) -> str:
         return f"{self.job}.{self.n}.{self.state}.json"
+
+    def place(self, folder: str, step: int) -> str:
+        """Where its files are, of a run's folder and the step that the take is of."""
+        return f"{folder}/{self.n}" if self.state == "ended" else f"{folder}/{self.n}.{step}"
 
 
 def is_url(place: object) -> bool:
@@ -137,7 +144,7 @@ class Store:
             state: begun: with its newest checkpoint; ended: without checkpoints.
             is_ours: asked before the take is written.
         """
-        run = inside(folder, job.folder)
+        run, take = inside(folder, job.folder), Take(name_of(job.folder), n, state)
         step = newest_step(run)
         if state == "begun" and step < 0:
             return False
@@ -147,22 +154,24 @@ class Store:
                 if not is_ours():
                     return False
                 name = path.relative_to(run).as_posix()
-                files[name] = self.top.upload(path, f"{job.folder}/{n}/{name}")
+                files[name] = self.top.upload(path, f"{take.place(job.folder, step)}/{name}")
         except FileNotFoundError as error:
             if state == "ended" or Path(str(error.filename)).exists():
                 raise
             return False  # the training has dropped this checkpoint for a newer one
         if not is_ours() or (state == "begun" and f"checkpoints/checkpoint-{step}/{checkpoint.MARKER}" not in files):
             return False
-        take = Take(name_of(job.folder), n, state)
+        before = self._manifest(take) if state == "begun" else None
         content = {"format": FORMAT, "folder": job.folder, "step": step, "files": files}
         self.takes.write(take.name, json.dumps(content, indent=1))
+        if before is not None and before["step"] != step:
+            self._remove(take.place(job.folder, before["step"]), before)
         if state == "ended":
             self.brought[take.job] = n
-            self._tidy(take, job.folder, set(files))
+            self._tidy(take, job.folder)
         return True
 
-    def _tidy(self, ended: Take, folder: str, kept: set[str]) -> None:
+    def _tidy(self, ended: Take, folder: str) -> None:
         """Take away what was there only to go on from, as far as that can be done."""
         for name in self.takes.names():
             match = _TAKE.fullmatch(name)
@@ -170,11 +179,16 @@ class Store:
                 continue
             begun = Take(ended.job, int(match["n"]), "begun")
             with suppress(OSError, RunError):
-                manifest = self._manifest(begun) or {"files": {}}
+                manifest = self._manifest(begun)
                 self.takes.remove(name)  # first: what it names is no more
-                for file in manifest["files"]:
-                    if begun.n != ended.n or file not in kept:
-                        self.top.remove(f"{folder}/{begun.n}/{file}")
+                if manifest is not None:
+                    self._remove(begun.place(folder, manifest["step"]), manifest)
+
+    def _remove(self, place: str, manifest: dict[str, Any]) -> None:
+        """Delete the files of a take that is no more, as far as that can be done."""
+        for name in manifest["files"]:
+            with suppress(OSError):
+                self.top.remove(f"{place}/{name}")
 
     def _manifest(self, take: Take) -> dict[str, Any] | None:
         """What a take says is there; None where it is gone. Raises RunError."""
@@ -200,7 +214,7 @@ class Store:
         manifest = self._manifest(take)
         if manifest is None:
             return
-        run = inside(top, folder)
+        run, place = inside(top, folder), take.place(folder, manifest["step"])
         for name in sorted(filter(wanted, manifest["files"]), key=lambda name: (name == "run.json", name)):
             size, digest = manifest["files"][name]
             path = inside(run, name)
@@ -209,9 +223,9 @@ class Store:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
-                if self.top.download(f"{folder}/{take.n}/{name}", file) != {"bytes": size, "sha256": digest}:
+                if self.top.download(f"{place}/{name}", file) != {"bytes": size, "sha256": digest}:
                     raise RunError(
-                        f"{self.place}/{folder}/{take.n}/{name} is not what {TAKES}/{take.name} says it is: delete that take and its "
+                        f"{self.place}/{place}/{name} is not what {TAKES}/{take.name} says it is: delete that take and its "
                         "lease, and the run is carried out again."
                     )
 
@@ -247,15 +261,14 @@ def fetch(place: str, folder: Path, whole: bool = True) -> None:
             raise RunError(f"there is no comparison at {place}: it has no {PLAN}.")
         if (folder / PLAN).is_file():
             before = Plan.load(folder)
-        else:
-            before = None
-            if folder.is_dir() and (other := next(folder.iterdir(), None)) is not None:
-                raise RunError(f"{folder} holds other files, such as {other.name}: choose another folder with --out.")
+            with tempfile.TemporaryDirectory() as looked_at:
+                there = store.bring_plan(Path(looked_at))
+            if there is None or (before.hashes, before.slugs) != (there.hashes, there.slugs):
+                raise RunError(f"{folder} holds another comparison than {place}: choose another folder with --out.")
+        elif folder.is_dir() and (other := next(folder.iterdir(), None)) is not None:
+            raise RunError(f"{folder} holds other files, such as {other.name}: choose another folder with --out.")
         plan = store.bring_plan(folder)
         assert plan is not None
-        if before is not None and (before.hashes, before.slugs) != (plan.hashes, plan.slugs):
-            before.save(folder)
-            raise RunError(f"{folder} holds another comparison than {place}: choose another folder with --out.")
         store.bring(plan.every_job(), folder, whole)
 
 
