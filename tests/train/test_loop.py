@@ -306,7 +306,7 @@ class _Saves(TrainerCallback):
 
 @pytest.mark.parametrize("path", ["/dev/full", "/proc/version"])
 def test_whatever_torch_says_of_a_disk_that_refuses_a_file_is_one_sentence(recipe: Make, path: str) -> None:
-    with pytest.raises(RunError, match="the disk refused a checkpoint; free space and --resume"):
+    with pytest.raises(RunError, match="the disk refused it; free space on it and continue with --resume"):
         weftlora.train(recipe(train={"save_every": 2}), callbacks=[_Saves(path)])
 
 

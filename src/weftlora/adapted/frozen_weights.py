@@ -181,7 +181,8 @@ class Checkpoint:
         if len(near) != 1:
             found = f"several ({', '.join(sorted(near)[:3])})" if near else "none"
             raise ModelError(
-                f"{self.folder} should have one weight for {module}, but has {found}: give the same model."
+                f"{self.folder} should have one weight for {module}, but has {found}: give the folder of this very "
+                "model, not quantised."
             )
         return near[0]
 

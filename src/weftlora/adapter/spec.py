@@ -189,7 +189,9 @@ class WeftConfig(PeftConfig):
         self.format_version = FORMAT_VERSION  # from here on it names what it means
         for axis, one in PROTOCOLS.items():
             if one.default is not None and getattr(self, axis) is None:
-                raise ConfigError(f"{axis}=None leaves the adapter without that axis: {_choices(axis)}")
+                raise ConfigError(
+                    f"{axis} must not be None, since every adapter has one of its choices: {_choices(axis)}"
+                )
         compat.check(self.structure, self.start, self.boost, self.ranks, self.layers)
         _check_rank(self.r, "r")
         if self.lora_alpha is None:

@@ -204,16 +204,20 @@ class Plan(Record):
         ):
             raise ValueError("its methods and their folders do not belong together")
         if not self.seeds or not self.rates or not all(map(math.isfinite, self.rates)) or self.metric not in METRICS:
-            raise ValueError(f"seeds={self.seeds}, rates={self.rates}, metric={self.metric!r} decide nothing")
+            raise ValueError(
+                f"it needs one seed or more, finite rates and a known metric, and has seeds={self.seeds}, rates={self.rates}, "
+                f"metric={self.metric!r}"
+            )
         if isinstance(scale := self.recipe["scale"], str) and scale != "own":
-            raise ValueError(f"recipe.scale={scale!r} is not an alpha / r")
+            raise ValueError(f"recipe.scale={scale!r} is neither a number above 0 (lora_alpha / r) nor own")
         if self.baseline not in self.slugs:
             raise ValueError(f"its baseline {self.baseline!r} is none of its methods")
         for name, slug in self.slugs.items():
             if not _SLUG.fullmatch(slug):
                 raise RunError(
-                    f"{top / 'compare.json'} puts the runs of {name!r} into {slug!r}, which cannot be a folder in it: the file is "
-                    "damaged or not to be trusted."
+                    f"{top / 'compare.json'} names {slug!r} as the folder of the runs of {name!r}, which is not a folder inside "
+                    f"{top}: the file is damaged or not to be trusted; restore the original, or run the comparison "
+                    "again in another folder."
                 )
         for method in self.methods:
             tried = [(seed, lr) for lr in self.rates for seed in self.tuning_seeds]

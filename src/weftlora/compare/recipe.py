@@ -81,7 +81,9 @@ class CompareRecipe(Subject):
     def _is_scale(cls, value: Any) -> Any:
         if value == "own" or (is_number(value) and value > 0):
             return value
-        raise ConfigError(f"scale={value!r} is not an alpha / r: give a number above 0, or own for each recipe's.")
+        raise ConfigError(
+            f"scale={value!r} is not a scale: give lora_alpha / r as a number above 0, or own for each recipe's."
+        )
 
     @field_validator("seeds", mode="before")
     @classmethod

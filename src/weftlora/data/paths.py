@@ -190,9 +190,9 @@ def packaged_file(path: str) -> Packaged:
     files = [file for file in found.files or () if f"/{file}".endswith(f"/{inside}")]
     if not inside or ".." in Path(inside).parts or len(files) != 1:
         said = (
-            "which is in several of its folders: name the folder too"
+            "in several of its folders: write the folder in front of the name"
             if len(files) > 1
-            else "by its RECORD: check the name"
+            else "by the list of files that pip keeps of it (RECORD): check the name, or install the version that has it"
         )
         no = "has the file" if len(files) > 1 else "has no file"
         raise ModelError(f"the package {name!r} {no} {inside!r}, {said}.")

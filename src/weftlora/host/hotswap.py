@@ -200,8 +200,9 @@ def _scaled(site: Site) -> list[Tensor]:
     factor = next((value for value in site.structure.linear() if any(value is each for each in own)), None)
     if factor is None:
         raise AdapterError(
-            f"the folder's adapter has another lora_alpha / r, and {site.structure.choice.method} has no tensor per module that "
-            "could take up the difference: train both with one scale, or load it with model.load_adapter."
+            f"the adapter of the folder has another lora_alpha / r than the one it is to replace, and "
+            f"{site.structure.choice.method} cannot be rescaled in place: load it beside the other with "
+            "model.load_adapter, or train both with the same lora_alpha / r."
         )
     twins = None if site.start is None else site.start.slots(1.0, None, None)
     return [factor] if twins is None else [factor, twins.up]

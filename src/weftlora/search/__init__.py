@@ -127,5 +127,7 @@ def _searchable(model: nn.Module, config: WeftConfig | None, adapter: str) -> tu
         raise ConfigError("the model has an adapter and a config was given too: search one of the two.")
     given = model.peft_config.get(adapter)
     if not isinstance(given, WeftConfig) or (search := given.layers.search) is None:
-        raise ConfigError(f"adapter {adapter!r} of the model has no search: make it with layers=weftlora.Search().")
+        raise ConfigError(
+            f"adapter {adapter!r} of the model has no search: create its config with layers=weftlora.Search()."
+        )
     return model, search, False

@@ -276,7 +276,7 @@ def _check_learned(job: LayerSearch) -> None:
                 else f"lower lr, or look at the {what} rows"
             )
             raise RunError(
-                f"none of the {steps} {what} losses of the search was a number, so nothing was learned of the layers: {advice}."
+                f"none of the {steps} {what} losses of the search was finite, so it learned nothing about the layers: {advice}."
             )
 
 

@@ -408,7 +408,7 @@ def _sentences(record: _Record, run: Run) -> Iterator[None]:
         if not _is_of_saving(error):
             raise
         raise RunError(
-            f"cannot write below {run.folder}: the disk refused a checkpoint; free space and --resume."
+            f"a checkpoint could not be written into {run.folder}: the disk refused it; free space on it and continue with --resume."
         ) from error
 
 

@@ -127,8 +127,8 @@ class Prompting:
     def _filled(self, values: Mapping[str, Any]) -> str:
         if self.form == "chat" or self.template is None:
             raise ConfigError(
-                f"columns are for runs with a data.prompt_template, and this one was trained on {self.trained_on}: give the prompt as "
-                "one text."
+                f"a prompt of several columns fills a data.prompt_template, and this run was trained on {self.trained_on}, without "
+                "one: give the whole prompt as one string."
             )
         columns = list(dict.fromkeys(template_columns(self.template)))
         for name in columns:

@@ -75,7 +75,10 @@ def load(model: nn.Module, folder: str | Path) -> None:
     for name, value in _saved_names(model, adapter):
         given = saved.get(name)
         if given is None or (not is_shard(value) and given.shape != value.shape):
-            raise RunError(f"{folder} lacks {name} as this adapter has it: it is of another config.")
+            raise RunError(
+                f"{folder} has no {name} of the shape {list(value.shape)}: it was saved with another config; resume with the run's "
+                "own settings."
+            )
         put(value, given.to(value.device, value.dtype))
     for schedule in schedules(model).values():
         schedule.prepare()

@@ -240,8 +240,9 @@ def apply_rule(search: Search, found: Weighed) -> Chosen:
         chosen = {i for i in range(n) if alpha[i] - threshold > rounding}
     if len(chosen) < least and search.when_fewer == "error":
         raise RunError(
-            f"select={search.select!r} selects {len(chosen)} of {n} groups, fewer than min_layers={least}: the search found no more "
-            "worth an adapter; search longer, lower min_layers, or take those of the largest α too (when_fewer='fill')."
+            f"select={search.select!r} selects {len(chosen)} of {n} groups, fewer than min_layers={least}: no other group of "
+            "modules has a weight α that says an adapter helps there; search longer, lower min_layers, or also take the groups of the "
+            "largest α (when_fewer='fill')."
         )
     filled = tuple(sorted(i for i in ranked[:least] if i not in chosen)) if len(chosen) < least else ()
     distance = tuple(a - threshold for a in alpha)
