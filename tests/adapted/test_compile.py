@@ -151,6 +151,7 @@ def test_a_compiled_backward_applies_the_masks_of_its_forward(backend: str) -> N
     assert (g * v).sum().item() == pytest.approx(((value(ahead) - value(behind)) / 2e-6).item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_switching_adapters_gives_the_new_ones_output() -> None:
     model, batch = trained("plain").eval(), FAMILIES["plain"].batch()
     model.add_adapter("second", weftlora.PlainLoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

@@ -237,7 +237,7 @@ FAULTS = [
            ("weftlora.cli.output:Screen.render_str", "super()", "super(Screen, self)")),
     _fault("escape sequences in log lines", "logs and warnings",
            ("weftlora.cli.output:_OneLine.format", "visible(redacted(super().format(record)), lines=True)", "logging.Formatter.format(self, record)")),
-    _fault("HTML of names in pages", "pages", ("weftlora.report.web:_environment", "autoescape=True", "autoescape=False")),
+    _fault("HTML of names in pages", "pages", ("weftlora.report.web:environment", "autoescape=True", "autoescape=False")),
     _fault("scripts ended by names in pages", "pages", ("weftlora.report.web:_json", '.replace("<", "\\\\u003c")', "")),
     _fault("hidden characters in pages", "pages", ("weftlora.report.web:_shown", "visible(redacted(value), lines=True)", "redacted(value)")),
     _fault("markup of names in cards", "model cards", ("weftlora.foreign_text:for_markdown", '_MARKUP.sub(r"\\\\\\1", visible(text))', "visible(text)")),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import weftlora
 
+pytestmark = pytest.mark.sharded
 HERE = Path(__file__).parent
 LAUNCH, END = 5, 9
 # before the launch; at its step, before and while it is saved; after it, twice in one run

@@ -169,6 +169,7 @@ def test_the_adapter_of_a_searched_run_loads_with_peft(recipe: Make, bases: dict
     assert model.peft_config["default"].layers == Selection.load(run.folder / "selection.json").layers
 
 
+@pytest.mark.sharded
 def test_two_processes_select_as_one_does_and_resume_exactly_inside_the_search(recipe: Make, tmp_path: Path) -> None:
     """Half the accumulation on each of two processes: the same micro-batches together, in training and in the search."""
     adapter = {**FLEXORA, "steps": 5, "lora_dropout": 0.0}

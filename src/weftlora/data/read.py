@@ -472,8 +472,8 @@ class Lines(Stored):
             raise bad_row(
                 self.name, number, f"byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8."
             ) from None
-        except _TwiceError as error:
-            raise bad_row(self.name, number, str(error)) from None
+        except KeyError as error:
+            raise bad_row(self.name, number, error.args[0]) from None
         except (ValueError, RecursionError) as error:
             raise bad_row(self.name, number, f"not valid JSON ({error}); correct or delete the line.") from None
         return Row(_object(values, self.name, number), number)
@@ -499,15 +499,13 @@ def _object(values: Any, path: str | Path, line: int) -> dict[str, Any]:
     return values
 
 
-class _TwiceError(ValueError):
-    """A key that an object has more than once: JSON lets it pass, and what came first would be lost without a word."""
-
-
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which lets a key pass that stands in it twice; what came first would be lost. Raises KeyError, in words."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        twice = next(key for key, _ in pairs if sum(other == key for other, _ in pairs) > 1)
-        raise _TwiceError(f"the key {_short(twice)} stands more than once in one object; keep one of them.")
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise KeyError(f"the key {_short(twice)} stands more than once in one object; keep one of them.")
     return values
 
 
@@ -533,8 +531,8 @@ def _read_json(text: str, path: Path, config: DataConfig, blocks: Blocks) -> tup
         line, counted = line + text.count("\n", counted, at), at
         try:
             values, at = decode(text, at)
-        except _TwiceError as error:
-            raise bad_row(path, line, str(error)) from None
+        except KeyError as error:
+            raise bad_row(path, line, error.args[0]) from None
         except (ValueError, RecursionError) as error:
             raise bad_row(path, getattr(error, "lineno", line), f"not valid JSON ({error}); correct it.") from None
         rows.append(Row(_object(values, path, line), line))

@@ -14,7 +14,7 @@ from weftlora.terms.structure.hydra import Hydra, HydraTerm
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"heads": 1}, r"use Plain\(\)"),
+        ({"heads": 1}, "one head is plain LoRA"),
         ({"heads": 0}, "heads=0"),
         ({"heads": True}, "heads=True"),
         ({"heads": 3.0}, r"heads=3\.0"),
