@@ -27,16 +27,17 @@ def test_every_recipe_has_a_job_and_plain_lora_is_in_each():
 def test_the_demo_ends_with_a_table_a_page_and_a_report_per_job(
     tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    job = dataclasses.replace(demo.JOBS[0], methods=["lora", "peft:lora"])
+    job = dataclasses.replace(demo.JOBS[0], methods=["lora", "tied_lora", "peft:lora"])
     monkeypatch.setattr(demo, "JOBS", (job,))
     page = tmp_path / "page.html"
     given = ["--out", str(tmp_path / "out"), "--seeds", "1", "--steps", "2", "--rows", "8", "--jobs", "0"]
     monkeypatch.setattr(sys, "argv", ["demo.py", *given, "--report", str(page)])
-    monkeypatch.setattr(demo, "chosen_rates", lambda: {job.name: {"lora": 1e-2, "peft:lora": 5e-3}})
+    monkeypatch.setattr(demo, "chosen_rates", lambda: {job.name: {"lora": 1e-2, "tied_lora": 5e-3}})
     demo.main()
     shown = capsys.readouterr().out
-    for words in (job.have, "stock peft's LoRA", "one seed: no verdict", "The answer is"):
+    for words in (job.have, "tied_lora", "one seed: no verdict", "The answer is"):
         assert words in shown
+    assert "stock peft" not in shown  # its time is for seeds
     text = page.read_text(encoding="utf-8")
     assert "Each method at the job it is for" in text
     assert job.have in text
