@@ -101,7 +101,7 @@ def test_none_is_a_choice_only_where_an_axis_may_be_empty():
     assert WeftConfig(boost="none").boost is None
     assert encode_choice(None) is None
     for axis in ("structure", "start", "ranks", "layers"):
-        with pytest.raises(ConfigError, match=f"{axis}=None"):
+        with pytest.raises(ConfigError, match=f"{axis} must not be None"):
             WeftConfig(**{axis: None})
 
 
