@@ -31,7 +31,7 @@ import weftlora
 from weftlora.auto import Found
 from weftlora.auto.candidates import EARLY
 from weftlora.auto.plan import AutoPlan
-from weftlora.auto.running import Standing
+from weftlora.auto.running import Standing, trained
 from weftlora.compare import workers
 from weftlora.compare.plan import TUNING_SEED, make
 from weftlora.compare.recipe import CompareRecipe
@@ -230,8 +230,7 @@ def differences(ours: list[float], theirs: list[float]) -> list[float]:
 
 def steps_of(search: Path) -> int:
     """Optimiser steps of every run of a search: those that were timed, tried, and trained in the end."""
-    files = [*search.glob("profile/*/run.json"), *search.glob("search/*/*/run.json")]
-    return sum(Run.load(file.parent).steps for file in [*files, *search.glob("finalists/runs/*/*/run.json")])
+    return sum(Run.load(folder).steps for folder in trained(search))
 
 
 def the_grid(top: Path, subject: dict[str, Any], plan: dict[str, Any], steps: int) -> list[dict[str, Any]]:

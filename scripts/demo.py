@@ -105,6 +105,11 @@ JOBS = (
 """Every recipe, at its job. What a recipe does after a number of steps is shortened to so short a run."""
 
 
+def without_stock(job: Job) -> Job:
+    """The job without stock peft's methods."""
+    return replace(job, methods=[each for each in job.methods if _name(each) not in STOCK])
+
+
 def recipe(job: Job, out: str, steps: int, rows: int, seeds: int, rates: Mapping[str, float]) -> dict[str, Any]:
     """The comparison of a job, as a file would hold it; without `rates` by recipe, each method's is chosen."""
     methods = [each if each == "none" or not isinstance(each, str) else {"recipe": each} for each in job.methods]
@@ -309,24 +314,19 @@ def main() -> None:
     seeds = given.seeds or (5 if given.measure else 3)
     web.check_place(given.report, overwrite=False)
     found: dict[str, Comparison] = {}
-    for job in JOBS:
-        if given.measure and job.known:
-            continue
-        if not given.measure:
-            job = replace(job, methods=[each for each in job.methods if _name(each) not in STOCK])
+    unknown = [job for job in JOBS if not job.known]
+    for job in unknown if given.measure else map(without_stock, JOBS):
         console.print(f"You have {job.have}: {', '.join(map(_name, job.methods))}", highlight=False)
         made = recipe(job, given.out, given.steps, given.rows, seeds, rates.get(job.name, {}))
         with calling(as_json=False, quiet=True), watching(True) as watch:
             again = not given.measure and (Path(made["out"]) / "compare.json").is_file()
             found[job.name] = weftlora.compare.compare(made, jobs=given.jobs, overwrite=again, watch=watch)
     failed = [run for each in found.values() for run in each.outcomes if run.status == "failed"]
-    if given.measure and not failed:
-        compared.save(
-            NAME, "python scripts/demo.py --measure", [measured(job, found[job.name]) for job in JOBS if not job.known]
-        )
-        return
     if failed:
         sys.exit(f"demo: {failed[0].folder} failed: {failed[0].problem}")
+    if given.measure:
+        compared.save(NAME, "python scripts/demo.py --measure", [measured(job, found[job.name]) for job in unknown])
+        return
     show(found, {name: compared.rows(each.record()) for name, each in found.items()}, given, console)
     console.print(f"{time.monotonic() - began:.0f} s in all. On rows of yours: weftlora compare, with seeds: 5.")
     console.print(

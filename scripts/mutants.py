@@ -234,26 +234,15 @@ def measure(files: list[str]) -> None:
         f"[run]\nsource_pkgs = {packages}\ndynamic_context = test_function\ndata_file = {MAP / 'coverage'}\n"
     )
     fast = [name for name in files if name != INTERPRETED] if files else [f"tests/{name}" for name in TESTS]
-    command = [
-        sys.executable,
-        "-m",
-        "coverage",
-        "run",
-        f"--rcfile={settings}",
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-    ]
-    if fast:
-        tests = ["-m", FAST, *(str(ROOT / name) for name in fast)]
-        subprocess.run([*command, f"--junitxml={MAP / 'tests.xml'}", *tests], cwd=ROOT, env=surroundings())
-        keep(MAP / "coverage", MAP / "tests.xml", SOURCE, files)
-    if not files or INTERPRETED in files:
-        (MAP / "coverage").unlink(missing_ok=True)
-        tests = ["-m", "interpreter", str(ROOT / INTERPRETED)]
-        subprocess.run([*command, f"--junitxml={MAP / 'tests.xml'}", *tests], cwd=ROOT, env=surroundings(kernels=True))
-        keep(MAP / "coverage", MAP / "tests.xml", SOURCE, [INTERPRETED])
+    slow = [INTERPRETED] if not files or INTERPRETED in files else []
+    coverage = ["-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-p", "no:cacheprovider"]
+    for kernels, part, replaced in ((False, fast, files), (True, slow, slow)):
+        if part:
+            (MAP / "coverage").unlink(missing_ok=True)
+            tests = ["-m", "interpreter" if kernels else FAST, *(str(ROOT / name) for name in part)]
+            command = [sys.executable, *coverage, f"--junitxml={MAP / 'tests.xml'}", *tests]
+            subprocess.run(command, cwd=ROOT, env=surroundings(kernels=kernels))
+            keep(MAP / "coverage", MAP / "tests.xml", SOURCE, replaced)
 
 
 def keep(data: Path, report: Path, source: Path, files: list[str]) -> None:

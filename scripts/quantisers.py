@@ -27,7 +27,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -364,6 +363,8 @@ def main() -> None:
         methods = list(dict.fromkeys(["lora", *given.methods]))
         print("\n" + json.dumps({"row": row(given.one, methods), "versions": versions()}))
         return
+    from weftlora.runs.precision import cpu_name
+
     if unknown := [name for name in given.rows if name not in ROWS]:
         parser.error(f"no quantiser {unknown[0]!r}: {', '.join(ROWS)}")
     folder = install()
@@ -377,7 +378,7 @@ def main() -> None:
         record["rows"][name] = found["row"]
         print(name, json.dumps(found["row"], ensure_ascii=False), flush=True)
         said = f"python scripts/quantisers.py --methods {' '.join(given.methods)}"
-        head = {"command": said, "versions": found["versions"], "processor": processor()}
+        head = {"command": said, "versions": found["versions"], "processor": cpu_name()}
         rows = {each: record["rows"][each] for each in ROWS if each in record["rows"]}
         record = {**head, "rows": rows}
         given.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -391,11 +392,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "missing"
     return found
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

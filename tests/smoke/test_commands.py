@@ -72,16 +72,24 @@ def test_doctor_names_the_nearest_row(weftlora: Callable[..., Any]) -> None:
     assert json.loads(weftlora("doctor", "--json").stdout)["nearest"]["name"]
 
 
-def test_runs_are_compared_and_drawn(weftlora: Callable[..., Any], tmp_path: Path, needs: Callable[..., None]) -> None:
-    """Statistics, and a page with its charts: what the extras `compare` and `report` are for."""
-    needs("scipy", "jinja2", "vl-convert-python", "sacrebleu", "rouge-score")
-    recipe = tmp_path / "compare.yaml"
-    recipe.write_text(
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """The file of a small one, whose runs go into runs/ beside it."""
+    file = tmp_path / "compare.yaml"
+    file.write_text(
         "{model: demo, data: {train: demo, limit: 8, validation_limit: 4, test_limit: 4}, train: {steps: 1, batch_size: 4}, "
         f"methods: [lora, tied_lora], baseline: lora, seeds: 2, out: {tmp_path / 'runs'}}}",
         encoding="utf-8",
     )
-    done = weftlora("compare", str(recipe), "--quiet", "--json")
+    return file
+
+
+def test_runs_are_compared_and_drawn(
+    weftlora: Callable[..., Any], comparison: Path, tmp_path: Path, needs: Callable[..., None]
+) -> None:
+    """Statistics, and a page with its charts: what the extras `compare` and `report` are for."""
+    needs("scipy", "jinja2", "vl-convert-python", "sacrebleu", "rouge-score")
+    done = weftlora("compare", str(comparison), "--quiet", "--json")
     assert done.exit_code == 0, done.output
     page = tmp_path / "page.html"
     done = weftlora("report", str(tmp_path / "runs"), "-o", str(page))
@@ -107,17 +115,11 @@ def test_a_search_ends_with_an_export(
 
 
 def test_a_comparison_runs_on_a_cluster(
-    python: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, needs: Callable[..., None]
+    python: Callable[..., subprocess.CompletedProcess[str]], comparison: Path, needs: Callable[..., None]
 ) -> None:
     """A Ray cluster of this machine alone: what the extra `ray` is for."""
     needs("ray", "scipy")
-    recipe = tmp_path / "compare.yaml"
-    recipe.write_text(
-        "{model: demo, data: {train: demo, limit: 8, validation_limit: 4, test_limit: 4}, train: {steps: 1, batch_size: 4}, "
-        f"methods: [lora, tied_lora], baseline: lora, seeds: 2, out: {tmp_path / 'runs'}}}",
-        encoding="utf-8",
-    )
-    done = python("-m", "weftlora", "compare", str(recipe), "--engine", "ray", "--quiet", "--json")
+    done = python("-m", "weftlora", "compare", str(comparison), "--engine", "ray", "--quiet", "--json")
     assert json.loads(done.stdout)["complete"] is True
 
 

@@ -40,6 +40,7 @@ from weftlora.adapter.shards import is_shard, on_one
 from weftlora.adapter.site import Site
 from weftlora.errors import AdapterError, ConfigError, MergeError
 from weftlora.kernel import Linear, Work, add_by_row, current, linears
+from weftlora.kernel.switches import triton_runs
 from weftlora.schedule.schedule import Member
 from weftlora.settings import is_number
 from weftlora.terms.axes import mergeable_structures
@@ -373,6 +374,8 @@ class WeftLinear(WeftLayer):
 
     def _by_table(self, names: list[str], rows: Sequence[str], read: Tensor, y: Tensor) -> Tensor | None:
         """The same in one launch per product for all of these adapters, where the Triton kernels can compute it."""
+        if not triton_runs(read.device, read.dtype):  # before anything is looked at: as a rule they do not
+            return None
         sites = [self.site(name) for name in names]
         if not sites or self._add is not None or any(site.outside or watched(site) for site in sites):
             return None

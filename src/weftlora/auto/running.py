@@ -251,19 +251,11 @@ class _Auto:
         """How many runs at once, where that is left to us: by an estimate, and by what runs took once some have ended."""
         if self.asked != "auto":
             return
-        decision = at_once.decided("auto", runs, self._trained(), None)
+        decision = at_once.decided("auto", runs, trained(self.folder), None)
         self.jobs = decision.jobs
         if decision.said != self.room:
             self.room = decision.said
             self._say("runs", decision.said)
-
-    def _trained(self) -> list[Path]:
-        """The folders of all runs, those that were timed among them."""
-        return [
-            file.parent
-            for form in ("profile/*", "search/*/*", f"{FINALISTS}/runs/*/*")
-            for file in self.folder.glob(f"{form}/run.json")
-        ]
 
     def _comparison(self, train: dict[str, Any], methods: list[Any], r: int, **more: Any) -> Any:
         recipe = self.recipe.model_copy(update={"train": type(self.recipe.train).parse(train)})
@@ -495,7 +487,7 @@ class _Auto:
             outcomes=[] if comparison is None else comparison.outcomes,
             rows=[] if comparison is None else comparison.rows,
             at_once=self.room or plan.at_once,
-            peak_bytes=at_once.peak(self._trained()),
+            peak_bytes=at_once.peak(trained(self.folder)),
         )
         pages.write(found, comparison, self.folder)
         found = replace(found, spent=round(self.clock.spent, 3))
@@ -685,6 +677,12 @@ def read_found(folder: Path) -> Found:
         return Found(**fields | made)
     except (TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{folder / FOUND} is damaged: {type(error).__name__}: {error}.") from None
+
+
+def trained(folder: Path) -> list[Path]:
+    """The folders of all runs of a search, those that were timed among them."""
+    forms = ("profile/*", "search/*/*", f"{FINALISTS}/runs/*/*")
+    return [file.parent for form in forms for file in folder.glob(f"{form}/run.json")]
 
 
 def _check_place(folder: Path, recipe: AutoRecipe, overwrite: bool) -> None:

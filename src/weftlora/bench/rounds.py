@@ -13,10 +13,9 @@ import platform
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -43,7 +42,7 @@ from weftlora.bench.cases import (
 from weftlora.bench.record import CLOCKS, CaseResult, Clock, Setting, Spread, StepBench, targets
 from weftlora.kernel import switched
 from weftlora.progress import Progress, Tick, ignore
-from weftlora.runs.precision import cpu_kind
+from weftlora.runs.precision import cpu_kind, has_amx
 from weftlora.version import __version__
 
 if TYPE_CHECKING:
@@ -239,13 +238,6 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _has_amx() -> bool:
-    """Whether Linux counts bfloat16 in tiles among the CPU's instructions; False where nobody says so."""
-    with suppress(OSError):
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
-    return False
-
-
 def versions() -> dict[str, str]:
     """What was measured, and on what: the CPU's name, what torch says that it can do, and whether it has bfloat16 in tiles (AMX)."""
     found = {name: version(name) for name in ("torch", "peft", "transformers")}
@@ -253,5 +245,5 @@ def versions() -> dict[str, str]:
         "weftlora": __version__,
         **found,
         "python": platform.python_version(),
-        "cpu": f"{cpu_kind()}, {'with' if _has_amx() else 'without'} AMX",
+        "cpu": f"{cpu_kind()}, {'with' if has_amx() else 'without'} AMX",
     }

@@ -77,13 +77,7 @@ class Store:
     def bring_plan(self, folder: Path) -> Plan | None:
         """The plan, which is then in `folder` too; None where there is none yet."""
         text = self.top.read(PLAN)
-        if text is None:
-            return None
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / PLAN) as file:
-            file.write(text.encode())
-        return Plan.load(folder)
+        return None if text is None else _plan_in(folder, text)
 
     def put(self, folder: Path, name: str) -> None:
         """A file of the comparison itself, under its name."""
@@ -230,6 +224,15 @@ class Store:
                     )
 
 
+def _plan_in(folder: Path, text: str) -> Plan:
+    """The plan that a text is, which is then in `folder`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / PLAN) as file:
+        file.write(text.encode())
+    return Plan.load(folder)
+
+
 def newest_step(run: Path) -> int:
     """The step of a run's newest complete checkpoint; -1 where it has none."""
     found = checkpoint.marked(run / "checkpoints")
@@ -262,14 +265,12 @@ def fetch(place: str, folder: Path, whole: bool = True) -> None:
         if (folder / PLAN).is_file():
             before = Plan.load(folder)
             with tempfile.TemporaryDirectory() as looked_at:
-                there = store.bring_plan(Path(looked_at))
-            if there is None or (before.hashes, before.slugs) != (there.hashes, there.slugs):
+                there = _plan_in(Path(looked_at), text)
+            if (before.hashes, before.slugs) != (there.hashes, there.slugs):
                 raise RunError(f"{folder} holds another comparison than {place}: choose another folder with --out.")
         elif folder.is_dir() and (other := next(folder.iterdir(), None)) is not None:
             raise RunError(f"{folder} holds other files, such as {other.name}: choose another folder with --out.")
-        plan = store.bring_plan(folder)
-        assert plan is not None
-        store.bring(plan.every_job(), folder, whole)
+        store.bring(_plan_in(folder, text).every_job(), folder, whole)
 
 
 @contextmanager

@@ -91,9 +91,23 @@ def measured_gain() -> float:
 
 
 def cpu_kind() -> str:
-    """What tells one kind of CPU from another: its name under Linux, with what torch says that it can do."""
-    name = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+    """What tells one kind of CPU from another: its name, with what torch says that it can do."""
+    return f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cpu_name() -> str:
+    """The CPU's name under Linux, and elsewhere that of its architecture."""
+    lines = _cpuinfo().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def has_amx() -> bool:
+    """Whether Linux counts bfloat16 in tiles among the CPU's instructions; False where nobody says so."""
+    return "amx_bf16" in _cpuinfo().split()
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the CPUs; empty where it says nothing."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return ""

@@ -173,9 +173,8 @@ def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer]) -> None:
         optimizer.step()
     except Exception:  # whatever a library's optimiser asks for beside parameters with a gradient
         return
-    for name, value in optimizer.state[probe].items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            _check_lies_by_slot(optimizer, name, value, probe)
+    for name, value in _tensors(optimizer, probe):
+        _check_lies_by_slot(optimizer, name, value, probe)
 
 
 def _check_lies_by_slot(optimizer: Optimizer, name: str, value: Tensor, parameter: nn.Parameter) -> None:
@@ -256,9 +255,14 @@ def _kept(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, str, Tensor]]:
     """What optimisers keep about `parameter` that is more than one number."""
     for optimizer in schedule.owners(parameter):
         if parameter in optimizer.state:
-            for name, value in optimizer.state[parameter].items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    yield optimizer, name, value
+            yield from ((optimizer, name, value) for name, value in _tensors(optimizer, parameter))
+
+
+def _tensors(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """Of what one of them keeps about it."""
+    for name, value in optimizer.state[parameter].items():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            yield name, value
 
 
 def _count_anew(state: dict[str, Any]) -> None:
