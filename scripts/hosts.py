@@ -77,6 +77,7 @@ def tried(host: dict[str, Any]) -> dict[str, Any]:
     about = {"name": host["name"], "host": said.replace("==", " "), "versions": row["versions"]}
     with tempfile.TemporaryDirectory() as folder:
         env["MODELSCOPE_CACHE"] = folder
+        env["PYTHONPATH"] = os.pathsep.join([str(offered(Path(folder) / "offered")), env["PYTHONPATH"]])
         done = subprocess.run(
             [sys.executable, str(Path(__file__).resolve()), "--inside", host["name"]],
             env=env, cwd=folder, capture_output=True, text=True, timeout=LIMIT, check=False,
@@ -110,6 +111,20 @@ def packages(host: dict[str, Any]) -> Path:
                 archive.extractall(download, filter="data")
             shutil.copytree(next(Path(download).glob(f"*/{inside}")), making / host["into"], dirs_exist_ok=True)
     making.rename(folder)
+    return folder
+
+
+def offered(folder: Path) -> Path:
+    """What an installed weftlora tells its hosts: the entry points that pyproject.toml has now."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    about = folder / "weftlora-0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: weftlora\nVersion: 0\n", encoding="utf-8")
+    groups = [
+        "\n".join([f"[{group}]", *(f"{name} = {where}" for name, where in points.items())])
+        for group, points in project["entry-points"].items()
+    ]
+    (about / "entry_points.txt").write_text("\n\n".join(groups) + "\n", encoding="utf-8")
     return folder
 
 
@@ -188,7 +203,6 @@ def in_axolotl() -> dict[str, Any]:
     )
     settings: dict[str, Any] = {
         "base_model": demo(),
-        "plugins": ["weftlora.integrations.axolotl.WeftPlugin"],
         "adapter": "weft",
         "weft": {"recipe": "lora_dash", "after": 3, "directions": 2, "lora_plus_ratio": 4, "export": True},
         "lora_r": 4,
@@ -214,7 +228,11 @@ def in_axolotl() -> dict[str, Any]:
     }
     Path("run.yaml").write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
     command("-m", "axolotl.cli.train", "run.yaml")
-    did = [*loaded(Path("out"), "LoRA-Dash, LoRA+ rates by role,"), "checkpoints marked as whole"]
+    did = [
+        "the plug-in found by its entry point",
+        *loaded(Path("out"), "LoRA-Dash, LoRA+ rates by role,"),
+        "checkpoints marked as whole",
+    ]
     if not (Path("out") / "checkpoint-6" / "complete.json").is_file():
         raise RuntimeError("a checkpoint has no marker")
     apart = (
@@ -269,21 +287,45 @@ def in_ms_swift() -> dict[str, Any]:
 
 
 def in_llamafactory() -> dict[str, Any]:
-    """LLaMA-Factory's v1 table of adapters; its trainer is not started, since it loads no plug-in by itself."""
+    """LLaMA-Factory's v1 trainer from a script of three lines, since it loads no plug-in by itself; then its table of adapters."""
     import torch
+    from peft import PeftModel
+
+    Path("train.py").write_text(
+        "import weftlora.integrations.llamafactory\nfrom llamafactory.cli import main\n\nmain()\n", encoding="utf-8"
+    )
+    rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in SUMS]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    source = {"rows": {"path": "rows.jsonl", "source": "local", "converter": "alpaca"}}
+    Path("rows.yaml").write_text(json.dumps(source), encoding="utf-8")  # JSON is YAML
+    settings: dict[str, Any] = {
+        "model": demo(), "template": "chatml", "train_dataset": "rows.yaml", "output_dir": "out", "max_steps": 6,
+        "micro_batch_size": 2, "global_batch_size": 4, "cutoff_len": 128, "learning_rate": 0.001, "bf16": False,
+        "batching_workers": 0,
+        "peft_config": {"name": "weft", "recipe": "lora_dash", "after": 3, "directions": 2, "r": 4, "target_modules": "all"},
+    }  # fmt: skip
+    Path("run.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    os.environ["USE_V1"] = "1"
+    command("train.py", "sft", "run.yaml")
+    did = loaded(Path("out"), "LoRA-Dash")
+    wrong = {**settings, "peft_config": {"name": "weft", "recipe": "hydralora", "haeds": 3}, "output_dir": "no"}
+    Path("wrong.yaml").write_text(json.dumps(wrong), encoding="utf-8")
+    try:
+        command("train.py", "sft", "wrong.yaml")
+    except RuntimeError as error:
+        if "heads" not in str(error):
+            raise
+    else:
+        raise RuntimeError("a misspelt field was accepted")
+
+    import weftlora.integrations.llamafactory  # noqa: F401, I001  # before its table is asked
     from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin
 
-    import weftlora.integrations.llamafactory  # noqa: F401
-
-    config = {"name": "weft", "recipe": "lora_dash", "after": 3, "directions": 2, "r": 4, "target_modules": "all"}
-    model = PeftPlugin(config["name"])(base(), config, True)
-    train(model, 6, 1e-3)
-    model.save_pretrained("out")
-    did = loaded(Path("out"), "LoRA-Dash")
     again = PeftPlugin("weft")(base(), {"name": "weft", "adapter_name_or_path": "out"}, False)
-    if not torch.equal(logits(again), logits(model)):
+    if not torch.equal(logits(again), logits(PeftModel.from_pretrained(base(), "out"))):
         raise RuntimeError("adapter_name_or_path gives another adapter")
-    return {"way": "its v1 table `PeftPlugin`, in a loop of our own", "did": [*did, "adapter_name_or_path loads it"]}
+    did += ["adapter_name_or_path loads it", "a misspelt field refused"]
+    return {"way": "its v1 trainer, `USE_V1=1 python train.py sft`", "did": did}
 
 
 def in_trl() -> dict[str, Any]:
@@ -291,7 +333,7 @@ def in_trl() -> dict[str, Any]:
     import torch
     import trl
     from datasets import Dataset
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     import weftlora
@@ -392,14 +434,28 @@ def in_trl() -> dict[str, Any]:
         if not torch.equal(reference(policy, other), expected):
             raise RuntimeError(f"{name}: the reference policy has moved")
         did.append(f"{name} from a trained adapter: the reference equals it, and rests")
-    torch.manual_seed(0)
-    scored = AutoModelForSequenceClassification.from_pretrained(demo(), trust_remote_code=False, num_labels=1)
-    scored.config.pad_token_id = tokenizer.pad_token_id
+
+    def scored() -> Any:
+        """A base with a head for one number, the same at every call."""
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            demo(), trust_remote_code=False, num_labels=1
+        ).float()
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model.eval()
+
     config = weftlora.LoraDashConfig(r=4, after=3, directions=2, target_modules="all-linear", task_type="SEQ_CLS")
-    trl.RewardTrainer(
-        scored, args=trl.RewardConfig(**common), train_dataset=pairs, processing_class=tokenizer, peft_config=config
-    ).train()
-    did.append("Reward from a new adapter")
+    trainer = trl.RewardTrainer(
+        scored(), args=trl.RewardConfig(**common), train_dataset=pairs, processing_class=tokenizer, peft_config=config
+    )
+    trainer.train()
+    trainer.save_model("out-Reward")
+    model = PeftModel.from_pretrained(scored(), "out-Reward")
+    if not any(".boost." in name for name, _ in model.named_buffers()) or torch.equal(logits(model), logits(scored())):
+        raise RuntimeError("Reward: the adapter that was saved has not learnt, or has not launched")
+    if not torch.equal(logits(model), logits(trainer.accelerator.unwrap_model(trainer.model))):
+        raise RuntimeError("Reward: the adapter that was saved gives other rewards")
+    did.append("Reward from a new adapter, launched, saved and loaded")
     return {
         "way": "`peft_config=` of its trainers, or a model with an adapter",
         "did": did,
