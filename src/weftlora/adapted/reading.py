@@ -82,11 +82,11 @@ class ConvReading(Reading):
 
     def add(self, x: Tensor, y: Tensor, work: Work) -> Tensor:
         channels = -(self.base.weight.dim() - 1)  # counted from the end: a single image has no batch axis
-        groups, f = cast(int, self.base.groups), work.factors
+        groups = cast(int, self.base.groups)
         x_dropped = dropped(x, work.dropout, work.mask) if work.dropout else x
-        if groups > 1 and f.router is None and all(each.keep is None for each in (f, *f.extra)):
+        if groups > 1 and work.factors.router is None and not work.scored:
             # ΔW is small; what every slot reads of every group is r times as large as y where a group is a channel
-            update = self.base._conv_forward(x_dropped, self.stored(delta_weights(f, 1)[0]).to(x), None)
+            update = self.base._conv_forward(x_dropped, self.stored(delta_weights(work.factors, 1)[0]).to(x), None)
             return y + cast(Tensor, update).to(y.dtype)
 
         def read(matrix: Tensor, through_dropout: bool) -> Tensor:

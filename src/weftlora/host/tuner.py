@@ -303,7 +303,7 @@ class WeftTuner(BaseTuner):
         check_adaptable(current_key, target, parent)
         if isinstance(target, (nn.MultiheadAttention, WeftAttention)):
             attention = target if isinstance(target, WeftAttention) else WeftAttention(target, current_key)
-            for _, part in attention.layers():
+            for part in dict(attention.layers()).values():
                 self._adapt(peft_config, adapter_name, part)
             setattr(parent, target_name, attention)
             return
