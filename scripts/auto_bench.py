@@ -95,7 +95,7 @@ def main() -> None:
         **{"default": against_the_default, "regret": regret, "rates": by_rate, "budget": budgets}[given.part](given),
     }
     content = read_json(given.out) if given.out.is_file() else {}
-    write_json(given.out, content | {given.part: made})
+    write_json(given.out, content | {given.part + "_at_the_least" * given.least: made})
 
 
 def default_rate() -> float:
@@ -217,6 +217,7 @@ def regret(given: argparse.Namespace) -> dict[str, Any]:
             of_tasks.append([run.scores["loss"] for run in compared.of(label)])
         made[name] = {
             "search": said(found, top / "search"),
+            "tried": [vars(each) for each in found.tried],
             "search_steps": trained,
             "grid_steps": len(grid) * given.steps,
             "grid": grid,
