@@ -25,6 +25,7 @@ Run as a pytest plugin in the tests' process by itself (`-p peft_suite`).
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import inspect
@@ -590,17 +591,37 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         if named:
             return any(kind is LoraConfig for kind in named)
         owner = [item.cls] if item.cls is not None else []
-        with contextlib.suppress(OSError, TypeError):
-            return any("LoraConfig" in inspect.getsource(each) for each in (item.function, *owner))
-        return False
+        return any("LoraConfig" in _source(each) for each in (item.function, *owner))
 
-    kept = [item for item in items if uses(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    kept = [uses(item) for item in items]
+    config.hook.pytest_deselected(items=[item for item, one in zip(items, kept, strict=True) if not one])
+    items[:] = [item for item, one in zip(items, kept, strict=True) if one]
 
 
 def _is_ours(kind: type) -> bool:
     return any(base.__module__ == "weftlora.errors" for base in kind.__mro__)
+
+
+@functools.cache
+def _statements(path: str) -> dict[int, str]:
+    """Line of a file → the statement that it belongs to, of a compound one its head; pytest's own parses the file at every look."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines, found = text.splitlines(), {}
+    for node in ast.walk(ast.parse(text)):  # those inside come after what they are in
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            end = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno or node.lineno
+            whole = " ".join(line.strip() for line in lines[node.lineno - 1 : max(end, node.lineno)])
+            found |= dict.fromkeys(range(node.lineno, max(end, node.lineno) + 1), whole)
+    return found
+
+
+@functools.cache
+def _source(of: Any) -> str:
+    """What a test or its class is written as; read once, since Python parses the file for a class."""
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(of)
+    return ""
 
 
 def pytest_runtest_makereport(item: Any, call: Any) -> None:
@@ -617,7 +638,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> None:
             if _is_ours(kind):
                 each["ours"], each["kind"], each["says"] = True, kind.__name__, said[:300]
             own = [entry for entry in call.excinfo.traceback if "/tests/test" in str(entry.path)]
-            each["at"] = str(own[-1].statement).strip()[:200] if own else ""
+            each["at"] = _statements(str(own[-1].path)).get(own[-1].lineno + 1, "")[:200] if own else ""
 
 
 def pytest_sessionfinish(session: Any) -> None:
