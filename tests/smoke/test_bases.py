@@ -117,7 +117,8 @@ def test_a_quantised_base_trains_ranks_directions_comes_back_and_exports(
     train(model)
     found = logits(model)
     with model.disable_adapter():
-        assert not torch.allclose(logits(model), found)
+        bare = logits(model)
+    assert not torch.allclose(bare, found)
     happened = [e["event"] for s in weftlora.state_dict(model).values() for e in s["events"]]
     assert {"dash_launch", "start_switch"} <= set(happened)
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -127,4 +128,7 @@ def test_a_quantised_base_trains_ranks_directions_comes_back_and_exports(
         quantised(), str(tmp_path / "lora")
     ).train()  # evaluated, bitsandbytes rounds more
     with torch.no_grad():
-        torch.testing.assert_close(stock(input_ids=IDS).logits, found, rtol=1e-3, atol=1e-4)
+        off = (stock(input_ids=IDS).logits - found).norm() / (found - bare).norm()
+    assert off < (
+        0.1 if form == "int8" else 1e-3
+    )  # int8 rounds x too, so a sum in another order is rounded to another step
