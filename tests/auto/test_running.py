@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from weftlora.auto import Found, plan, running
 from weftlora.auto.plan import Size
 from weftlora.auto.running import Standing, read_found
 from weftlora.compare import at_once
+from weftlora.disk.files import read_json, write_json
 from weftlora.errors import ConfigError, RunError
 from weftlora.runs.recipe import Recipe
 
@@ -151,6 +153,16 @@ def test_a_budget_that_is_too_small_is_said_before_and_leaves_nothing(place: Pat
     with pytest.raises(ConfigError, match="too small for a verdict"):
         weftlora.auto(made, jobs=0)
     assert [path.name for path in (place / "small").iterdir()] in ([], ["workers.lock"])
+
+
+def test_a_search_of_before_a_key_existed_goes_on(place: Path, whole: Found, tmp_path: Path):
+    shutil.copytree(place / "whole", tmp_path / "older")
+    path = tmp_path / "older" / "auto.json"
+    plan = read_json(path)
+    for section, key in (("model", "load_in_4bit"), ("data", "max_length")):
+        del plan["recipe"][section][key]
+    write_json(path, plan)
+    assert decided(weftlora.auto(asked(place, "whole") | {"out": str(tmp_path / "older")}, jobs=0)) == decided(whole)
 
 
 def test_another_recipe_or_other_files_in_the_folder_are_refused(place: Path, whole: Found, tmp_path: Path):

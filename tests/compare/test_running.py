@@ -215,6 +215,18 @@ def test_another_recipe_in_the_folder_is_refused_by_its_first_difference(copied)
         compare(made | {"budget": {"r": 6}}, jobs=0)
 
 
+def test_a_comparison_of_before_a_key_existed_goes_on(copied, tried: Tried):
+    made, folder = copied
+    path = folder / "compare.json"
+    plan = read_json(path)
+    model, data, train = (dict(plan["recipe"][name]) for name in ("model", "data", "train"))
+    del model["load_in_4bit"], data["max_length"], train["best"], plan["recipe"]["answers"]
+    write_json(path, plan | {"recipe": plan["recipe"] | {"model": model, "data": data, "train": train}})
+    assert quality(compare(made, jobs=0).record()) == quality(tried[1].record())
+    with pytest.raises(ConfigError, match=r"model\.load_in_4bit=False, not True"):
+        compare(made | {"model": model | {"load_in_4bit": True}}, jobs=0)
+
+
 def test_more_seeds_go_into_the_same_folder_and_repeat_nothing(copied, tried: Tried):
     made, folder = copied
     before = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/s?/run.json")}

@@ -32,7 +32,7 @@ from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, MergeError, TargetError
-from weftlora.kernel import Grouping, Work, add_grouped, delta_weights, grouped_linear
+from weftlora.kernel import Grouping, Order, Work, add_grouped, delta_weights, grouped_linear
 from weftlora.schedule.schedule import Member
 
 IMPLEMENTATION = "weftlora"
@@ -525,8 +525,7 @@ def experts_forward(
     Source: `transformers.integrations.moe` says what the function has to do; the order of its steps is that of the host's own.
     """
     layers: dict[str, WeftExpertWeight] = self.__dict__["_weft_layers"]
-    tokens, width = hidden_states.shape
-    k, experts = top_k_index.shape[-1], cast(int, self.num_experts)
+    tokens, k, experts = len(hidden_states), top_k_index.shape[-1], cast(int, self.num_experts)
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     counts = torch.bincount(expert, minlength=experts)
     if len(counts) > experts:
@@ -537,29 +536,30 @@ def experts_forward(
     scored = next((site.keep for layer in layers.values() for site in _sites(layer) if site.keep is not None), None)
     part = None if scored is None else source // (tokens // scored.shape[1])
     grouping = Grouping(counts.cumsum(0).to(torch.int32), expert, part)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    pairs = Order(grouping, source, order, back.view(tokens, k))
 
     def project(name: str, x: Tensor) -> Tensor:
         weight = cast(Tensor, getattr(self, name))
         biased = getattr(self, f"{name}_bias", None) if getattr(self, "has_bias", False) else None
         matrix = weight.transpose(-2, -1) if self.is_transposed else weight
         x = x.to(weight.dtype)
-        y = grouped_linear(x, matrix, grouping, biased)
-        if (layer := layers.get(name)) is not None:
-            for adapter in layer.at_work:
-                y = add_grouped(y, x, layer.work(adapter, grouping), grouping)
+        layer = layers.get(name)
+        works = [] if layer is None else [layer.work(adapter, grouping) for adapter in layer.at_work]
+        y = grouped_linear(x, matrix, grouping, biased, works[0] if works else None)
+        for work in works[1:]:
+            y = add_grouped(y, x, work, grouping)
         return y
 
-    x = hidden_states[source]
+    x = pairs.apart(hidden_states)
     up = UP[0] if getattr(self, "has_gate", True) else UP[1]
     inner = project(up, x)
     inner = cast(Any, self)._apply_gate(inner) if up == UP[0] else cast(Any, self).act_fn(inner)
     y = project(DOWN, inner)
     if getattr(self, "has_post_expert_norm", False):
         y = cast(Any, self).post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, k, width).sum(1).to(hidden_states.dtype)
+    return pairs.together(y, top_k_weights).to(hidden_states.dtype)
 
 
 def _sites(layer: WeftExpertWeight) -> Iterator[Site]:

@@ -64,6 +64,8 @@ class WeftLayer(nn.Module, BaseTunerLayer):
         _move_adapter_to_device_of_base_layer: Callable[[str], None]
     reading: Reading | None = None
     """Of an embedding or a convolution, how it is a matrix."""
+    within: str | None = None
+    """Of a matrix of a module that is adapted as a whole, what the model calls that module."""
 
     def __init__(self, module_name: str, base_layer: nn.Module | None = None):
         super().__init__()

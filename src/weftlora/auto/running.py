@@ -694,7 +694,7 @@ def _check_place(folder: Path, recipe: AutoRecipe, overwrite: bool) -> None:
 
 
 def _check_same(plan: AutoPlan, recipe: AutoRecipe, folder: Path) -> None:
-    for key, (before, after) in differences(plan.recipe, recipe.model_dump(mode="json"), ""):
+    for key, (before, after) in differences(recipe.with_newer_keys(plan.recipe), recipe.model_dump(mode="json"), ""):
         if key not in ("out", "budget"):
             raise ConfigError(
                 f"{folder} holds a search with {key}={before!r}, not {after!r}: continue it as it was, choose another folder with "

@@ -22,7 +22,6 @@ from weftlora.disk.files import read_json, why_no_file, write_json, writing
 from weftlora.disk.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
 from weftlora.errors import ConfigError, RunError
 from weftlora.progress import Tick
-from weftlora.runs.recipe import TrainConfig
 from weftlora.runs.run import differences
 
 RESULT = "comparison.json"
@@ -142,10 +141,8 @@ def check_same(plan: Plan, recipe: CompareRecipe, folder: Path) -> None:
     """Refuse to go on with another recipe than the plan's. Raises ConfigError."""
     given = recipe.model_dump(mode="json")
     given["train"]["num_threads"] = recipe.train.num_threads or 1
-    defaults = TrainConfig().model_dump(mode="json")  # of keys that are newer than the comparison
     given["model"]["dtype"] = recipe.model.dtype or plan.recipe["model"].get("dtype")
-    started = {**plan.recipe, "train": {**defaults, **plan.recipe["train"]}}
-    for key, (before, after) in differences(started, given, ""):
+    for key, (before, after) in differences(recipe.with_newer_keys(plan.recipe), given, ""):
         if key == "train.lr" and after is None and plan.rates == recipe.all_rates:
             continue  # a comparison of before a rate could be left out
         if key != "out" and not (key == "seeds" and _adds_seeds(plan, recipe)):

@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import to_jsonable_python
 
 from weftlora.data.paths import resolve_path
 from weftlora.errors import ConfigError, DataError, unknown_key
@@ -66,6 +67,17 @@ class RecipeSection(BaseModel):
             raise ConfigError(
                 f"{cls.where}: {field}={nearest.get('input')!r} is not valid: {_it(nearest['msg'])}."
             ) from None
+
+    def with_newer_keys(self, dump: Mapping[str, Any]) -> dict[str, Any]:
+        """`dump`, which an older version may have made of such a section, with the defaults of keys that did not exist then."""
+        whole = dict(dump)
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name not in whole and not field.is_required():
+                whole[name] = to_jsonable_python(field.get_default(call_default_factory=True))
+            elif isinstance(value, RecipeSection) and isinstance(whole.get(name), Mapping):
+                whole[name] = value.with_newer_keys(whole[name])
+        return whole
 
     @classmethod
     def _keys(cls, loc: Sequence[Any]) -> list[str]:

@@ -24,6 +24,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from weftlora.adapted.attention import WeftAttention
 from weftlora.adapted.experts import WeftExperts
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.errors import AdapterError
@@ -53,7 +54,7 @@ def stock_config(
     told = dict(parameters or {})
     named = {told.get(name, name): r for name, r in ranks.items()}
     largest = max(ranks.values())
-    pattern = {_key(name, named): r for name, r in named.items() if r != largest}
+    pattern = {pattern_key(name, named): r for name, r in named.items() if r != largest}
     sites = set(ranks) - told.keys()
     targets: Any = sites or None
     if any(name.endswith(f".{site}") for name in modules if name not in sites for site in sites):
@@ -182,7 +183,7 @@ def check_resolution(
             )
 
 
-def _key(name: str, sites: Collection[str]) -> str:
+def pattern_key(name: str, sites: Collection[str]) -> str:
     """A regex for one site; anchored where peft would take it for the end of another site's name too."""
     anchored = any(other.endswith(f".{name}") for other in sites)
     return f"^{re.escape(name)}" if anchored else re.escape(name)
@@ -228,7 +229,9 @@ def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
             replace_module(model, name, module.original_module if kept is None else kept)
         elif isinstance(module, WeftExperts):
             replace_module(model, name, module.bare())
-        elif isinstance(module, WeftLinear):
+        elif isinstance(module, WeftAttention):
+            replace_module(model, name, module.base_layer)
+        elif isinstance(module, WeftLinear) and module.within is None:
             replace_module(model, name, module.get_base_layer())
     if getattr(model, "_hf_peft_config_loaded", False):
         # transformers' own load_adapter: it would now save the adapters instead of the model, under the adapter's prefix

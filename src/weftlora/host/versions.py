@@ -155,9 +155,10 @@ def _saved(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         found = original(*args, **kwargs)
         if not _is_ours(model, name):
             return found
-        from weftlora.host.attach import warn_of_missing
+        from weftlora.host.attach import say_ranks, warn_of_missing
 
         warn_of_missing(model, name)
+        say_ranks(model, model.peft_config[name], name)
         return {_without(key, name): tensor for key, tensor in found.items() if _belongs(key, name)}
 
     return get_peft_model_state_dict
