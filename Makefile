@@ -106,7 +106,7 @@ endif
 matrix: $(STAMP) ## tests/smoke beside every host of matrix.toml; three rows fetch a CUDA torch of several GB (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py
 
-matrix-ci: $(STAMP) ## the two rows of matrix.toml that every change is tried on (three minutes)
+matrix-ci: $(STAMP) ## the three rows of matrix.toml that every change is tried on (three minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/matrix.py --ci
 
 docs-run: $(STAMP) ## run every code block of README and docs, and compare the generated tables

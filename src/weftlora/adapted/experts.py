@@ -275,11 +275,6 @@ class WeftExpertWeight(WeftLayer):
         """Of every expert."""
         return self.layout.out
 
-    @property
-    def turned_by_stock(self) -> bool:
-        """Whether stock peft takes the two sides of the matrices for one another: it reads [in, out] where a flag says so alone."""
-        return self.layout.transposed != bool(getattr(self._experts[0], "is_transposed", False))
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         site, weight = self.site(adapter_name), self.weight
         if not any(p.is_meta for p in site.parameters()):

@@ -245,6 +245,8 @@ class WeftTuner(BaseTuner):
         for name in names:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._adapt_experts(peft_config, adapter_name, name)
+        noted = self.targeted_parameter_names  # where peft before 0.21 looks, which takes no answer
+        noted += [name for name in names if name not in noted]
         return names
 
     def _adapt_experts(self, config: WeftConfig, adapter_name: str, name: str) -> None:
