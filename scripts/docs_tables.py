@@ -242,7 +242,7 @@ def matrix() -> str:
 def peft_suite() -> str:
     """What peft's own tests say of every method that they were run with (`scripts/peft_suite.py`)."""
     record = json.loads((BENCH.parent / "evidence" / "peft-suite.json").read_text(encoding="utf-8"))
-    kinds = ("refused", "names", "words", "defaults", "mathematics", "unexplained")
+    kinds = ("refused", "names", "words", "defaults", "mathematics", "chance", "unexplained")
     rows = []
     for method, found in record["methods"].items():
         wanted = found["stock"] - sum(found.get(kind, 0) for kind in kinds[:5]) - found.get("skipped", 0)
