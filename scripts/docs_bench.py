@@ -130,7 +130,7 @@ def quantisers() -> tuple[Row, list[Row]]:
     for name, row in found["rows"].items():
         trained = {key.removeprefix("train "): row[key] for key in row if key.startswith("train ")}
         if "loss" not in trained["lora"]:
-            rows.append((f"`{name}`", f"refused: {_why(trained['lora'])}", *[""] * (len(head) - 2)))
+            rows.append((_base(name, row), f"refused: {_why(trained['lora'])}", *["no base"] * (len(head) - 2)))
             continue
         failed = [f"{method}: {_why(each)}" for method, each in trained.items() if "loss" not in each]
         methods = ", ".join(f"{method}" for method, each in trained.items() if "loss" in each)
@@ -138,7 +138,7 @@ def quantisers() -> tuple[Row, list[Row]]:
         checked = [row[f"checkpointing {kind}"] for kind in ("reentrant", "non_reentrant")]
         rows.append(
             (
-                f"`{name}`" + (f": {row['form']}" if row["form"] else ""),
+                _base(name, row),
                 "; ".join([methods, *failed]),
                 _cell(row["resume"], lambda each: "bit for bit" if each["same"] else "**differs**"),
                 *(
@@ -153,6 +153,14 @@ def quantisers() -> tuple[Row, list[Row]]:
             )
         )
     return head, rows
+
+
+def _base(name: str, row: dict[str, Any]) -> str:
+    """The name of a row, what its base is kept as, and its sides where it is not the bundled model."""
+    sides = row.get("sides")
+    own = f"random weights, {sides['hidden_size']} and {sides['intermediate_size']} wide" if sides else ""
+    said = ", ".join(filter(None, (row.get("form"), own)))
+    return f"`{name}`" + (f": {said}" if said else "")
 
 
 def _cell(found: dict[str, Any], shown: Any) -> str:

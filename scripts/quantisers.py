@@ -3,7 +3,9 @@
     python scripts/quantisers.py                    all of them, into bench/quantisers.json (ten minutes on a quiet machine)
     python scripts/quantisers.py nf4 torchao-int8   these, beside what is in the file
 
-The base is the bundled model, the rows are the bundled tasks, and each quantiser has a process of its own. The packages of the
+The base is the bundled model, the rows are the bundled tasks, and each quantiser has a process of its own. A quantiser whose kernels
+refuse the bundled model's sides has a row of that refusal and one, NAME-sides, on a random Llama with sides that it takes, quantised
+once and saved. The packages of the
 quantisers are no part of the environment, since peft imports some at every start: they go into .venv/quantisers, without dependencies,
 the first time. A row is what `weftlora train` and its Python calls did:
 
@@ -24,6 +26,7 @@ need gptqmodel and what it imports in it (pypcre, device-smi, logbar, tokenicer,
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -34,6 +37,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -60,9 +64,22 @@ ROWS: dict[str, dict[str, Any]] = {
     "quanto-int4": {"quantization": {"quant_method": "quanto", "weights": "int4"}},
     "hqq": {"quantization": {"quant_method": "hqq", "nbits": 4, "group_size": 64}},
     "gptq": {"quantization": {"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": TEXTS}},
+    "gptq-sides": {  # the kernel that it takes on a CPU unasked has no backward
+        "quantization": {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 32,
+            "dataset": TEXTS,
+            "backend": "gptq_torch_aten",
+        }
+    },
     "awq": {"quantization": {"quant_method": "awq", "bits": 4}},
 }
 """Name → the keys of a recipe's model section."""
+SIDES: dict[str, dict[str, int]] = {
+    "gptq-sides": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+"""Name → the sides of a base with random weights, for a row whose base is not the bundled model."""
 METHODS = ("lora", "hydralora", "tied_lora", "lora_dash", "alora", "flexora")
 STEPS = 6
 
@@ -79,12 +96,50 @@ def recipe(row: str, method: str, out: Path) -> dict[str, Any]:
     if method == "alora":
         adapter |= {"first": 2, "every": 1, "max_rounds": 2, "rows": 8}
     return {
-        "model": {"path": "demo", "dtype": "float32", **ROWS[row]},
+        "model": {"dtype": "float32", **base_section(row)},
         "data": {"train": "demo", "max_length": 64, "limit": 64},
         "adapter": adapter,
         "train": {"steps": STEPS, "batch_size": 8, "lr": 5e-3, "save_every": 3, "eval_every": 3, "keep": 9},
         "out": str(out),
     }
+
+
+@cache
+def original_of(row: str) -> str:
+    """The folder of the unquantised base of a row: the bundled model, or a random one with the bundled tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from weftlora.data.demo import demo_model_path
+
+    if row not in SIDES:
+        return str(demo_model_path())
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SIDES[row])).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@cache
+def base_section(row: str) -> dict[str, Any]:
+    """The model section of a row's recipes. Of a base with sides of its own it names a folder that is quantised already, once."""
+    if row not in SIDES:
+        return {"path": "demo", **ROWS[row]}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from weftlora.runs import quantisation
+
+    original = original_of(row)
+    settings = quantisation.asked(False, False, ROWS[row]["quantization"], "float32")
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    how = quantisation.loading(settings or {}, original)
+    AutoModelForCausalLM.from_pretrained(original, quantization_config=how).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(original).save_pretrained(folder)
+    return {"path": str(folder)}
 
 
 def row(name: str, methods: list[str]) -> dict[str, Any]:
@@ -94,13 +149,13 @@ def row(name: str, methods: list[str]) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()
-    found: dict[str, Any] = {"model": ROWS[name]}
+    found: dict[str, Any] = {"model": ROWS[name], **({"sides": SIDES[name]} if name in SIDES else {})}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for method in methods:
             found[f"train {method}"] = told(lambda m=method: trained(name, m, folder))
         if "loss" not in found["train lora"]:
-            return {"model": ROWS[name], "train lora": found["train lora"]}
+            return {key: found[key] for key in ("model", "sides", "train lora") if key in found}
         found["form"] = found["train lora"].pop("form")
         found["resume"] = told(lambda: resumed(name, folder))
         for where in ("memory", "original"):
@@ -110,7 +165,7 @@ def row(name: str, methods: list[str]) -> dict[str, Any]:
         found["speaks"] = told(lambda: spoken(folder / "lora"))
         found["export"] = told(lambda: exported(folder))
         for way in ("as it is", "bfloat16", "original"):
-            found[f"merge {way}"] = told(lambda w=way: merged(folder, w))
+            found[f"merge {way}"] = told(lambda w=way: merged(name, folder, w))
         found["merge in memory"] = told(lambda: merged_in_memory(name))
         found["evaluated"] = told(lambda: evaluated(name))
     return found
@@ -173,14 +228,13 @@ def resumed(name: str, folder: Path) -> dict[str, Any]:
     return {"same": one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)}
 
 
-def base_of(name: str) -> tuple[Any, str]:
-    """The quantised base by itself, and where its original is."""
+def base_of(name: str) -> Any:
+    """The quantised base by itself."""
     from weftlora.runs import base_model
     from weftlora.runs.recipe import Recipe
 
     read = Recipe.read(recipe(name, "lora", Path("none")))
-    found = base_model.find(read.model, Path.cwd())
-    return base_model.load(found, "causal"), found.source
+    return base_model.load(base_model.find(read.model, Path.cwd()), "causal")
 
 
 def batch(size: int) -> Any:
@@ -194,12 +248,13 @@ def ranked(name: str, where: str) -> dict[str, Any]:
     """LoRA-TSD on the base; how many of its first eight directions are those of the unquantised base, on average over modules."""
     import torch
     from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
 
     import weftlora
 
-    def launched(row: str, original: str | None) -> dict[str, Any]:
+    def launched(quantised: bool, original: str | None) -> dict[str, Any]:
         torch.manual_seed(0)
-        plain, _ = base_of(row)
+        plain = base_of(name) if quantised else AutoModelForCausalLM.from_pretrained(original_of(name))
         model = get_peft_model(plain, weftlora.LoraTsdConfig(r=4, after=2, directions=8))
         weftlora.attach(model, total_steps=4, original=original)
         optimizer = torch.optim.AdamW(weftlora.param_groups(model, lr=5e-3))
@@ -215,8 +270,7 @@ def ranked(name: str, where: str) -> dict[str, Any]:
         events = weftlora.state_dict(model)["default"]["events"]
         return next(event["sites"] for event in events if event["event"] == "dash_launch")
 
-    source = base_of(name)[1]
-    mine, plain = launched(name, source if where == "original" else None), launched("none", None)
+    mine, plain = launched(True, original_of(name) if where == "original" else None), launched(False, None)
     shared = [len({*mine[site]["index"]} & {*plain[site]["index"]}) / len(plain[site]["index"]) for site in plain]
     return {"on": sorted({each["ranked_on"] for each in mine.values()}), "shared": round(sum(shared) / len(shared), 3)}
 
@@ -230,7 +284,7 @@ def checkpointed(name: str, kind: str) -> dict[str, Any]:
 
     def gradients(checkpointing: bool) -> Any:
         torch.manual_seed(0)
-        plain, _ = base_of(name)
+        plain = base_of(name)
         plain.config.use_cache = False
         told = {"use_reentrant": kind == "reentrant"}
         plain = prepare_model_for_kbit_training(plain, checkpointing, gradient_checkpointing_kwargs=told)
@@ -263,17 +317,16 @@ def exported(folder: Path) -> dict[str, Any]:
     return {"error": weftlora.export_lora(folder / "lora", folder / "stock").proof.error}
 
 
-def merged(folder: Path, way: str) -> dict[str, Any]:
+def merged(name: str, folder: Path, way: str) -> dict[str, Any]:
     """A folder of merged weights; losses are taken whatever they are, and told."""
     import weftlora
-    from weftlora.data.demo import demo_model_path
 
     # a process of stock libraries takes seconds to start, and merges are proved in the tests
     options: dict[str, Any] = {"accept_loss": True, "verify": False}
     if way == "bfloat16":
         options["dtype"] = way
     if way == "original":
-        options |= {"original": demo_model_path(), "dtype": "float32"}
+        options |= {"original": original_of(name), "dtype": "float32"}
     found = weftlora.merge(folder / "lora", folder / f"merged-{way}", **options)
     return {"dtype": found.dtype, "lost": found.lost, "lost_logits": found.lost_logits}
 
@@ -286,7 +339,7 @@ def merged_in_memory(name: str) -> dict[str, Any]:
     import weftlora
 
     torch.manual_seed(0)
-    plain, _ = base_of(name)
+    plain = base_of(name)
     model = get_peft_model(plain, weftlora.PlainLoraConfig(r=4, init_lora_weights=False)).eval()
     ids = batch(plain.config.vocab_size)
 
@@ -315,16 +368,19 @@ def evaluated(name: str) -> dict[str, Any]:
     import weftlora
     from weftlora.runs import quantisation
 
-    asked = [ROWS[name].get(key) for key in ("load_in_4bit", "load_in_8bit", "quantization")]
-    settings = quantisation.asked(bool(asked[0]), bool(asked[1]), asked[2], "float32")
-    sides = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
     moved = {}
     with tempfile.TemporaryDirectory() as place:
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**sides, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(place)
+        if name in SIDES:
+            place, options = base_section(name)["path"], {}
+        else:
+            asked = [ROWS[name].get(key) for key in ("load_in_4bit", "load_in_8bit", "quantization")]
+            settings = quantisation.asked(bool(asked[0]), bool(asked[1]), asked[2], "float32")
+            options = {} if settings is None else {"quantization_config": quantisation.loading(settings, "demo")}
+            sides = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**sides, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(place)
         stock = LoraConfig(r=4, target_modules="all-linear")
         for who, config in (("weftlora", weftlora.PlainLoraConfig(r=4)), ("stock", stock)):
-            options = {} if settings is None else {"quantization_config": quantisation.loading(settings, "demo")}
             plain = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
             ids = batch(plain.config.vocab_size)
             before = plain.train()(input_ids=ids).logits.detach()

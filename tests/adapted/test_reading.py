@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -24,14 +25,22 @@ class Sees(nn.Module):
         self.line = nn.Conv1d(6, 5, 3, padding=1, padding_mode="zeros" if usual else "circular")
         self.image = nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, dilation=(1, 1 if usual else 2), bias=False)
         self.volume = nn.Conv3d(2, 5, 2)
+        self.grouped = nn.Conv2d(6, 10, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv1d(5, 5, 3, padding=1, groups=5)
         self.head = nn.Linear(5, 4)
 
     def forward(self, ids: torch.Tensor, image: torch.Tensor, volume: torch.Tensor) -> torch.Tensor:
-        seen = [self.line(self.tokens(ids).mT), self.image(image).flatten(2), self.volume(volume).flatten(2)]
+        twice = self.grouped(torch.cat([image, image.flip(1)], 1)).flatten(2)
+        seen = [
+            self.depthwise(self.line(self.tokens(ids).mT)),
+            self.image(image).flatten(2),
+            self.volume(volume).flatten(2),
+        ]
+        seen.append(twice.unflatten(1, (5, 2)).sum(2))
         return self.head(torch.cat(seen, -1).mT).tanh()
 
 
-KINDS = ("tokens", "line", "image", "volume")
+KINDS = ("tokens", "line", "image", "volume", "grouped", "depthwise")
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -92,9 +101,18 @@ def test_the_update_is_that_of_a_merge(structure: str, fields: dict) -> None:
 
 
 def test_plain_is_stock_lora(tmp_path) -> None:
-    """With the same tensors in both, on every kind of module; stock's convolutions know no dilation and no padding but zeros."""
+    """With the same tensors in both, on every kind of module; stock's convolutions know no dilation and no padding but zeros, and
+    where the base has groups its A reads all of them: ours of one group, once for every group, is what it has to be."""
     base, model = adapted(lora_alpha=3, usual=True)
-    stock = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=3, target_modules=list(KINDS))).eval()
+    times = {"grouped": 2, "depthwise": 5}
+    patterns = {
+        "rank_pattern": {n: 2 * g for n, g in times.items()},
+        "alpha_pattern": {n: 3 * g for n, g in times.items()},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be merged
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=list(KINDS), **patterns)
+        stock = get_peft_model(copy.deepcopy(base), config).eval()
     randomise(model)
     with torch.no_grad():
         for name, layer in stock.named_modules():
@@ -105,7 +123,9 @@ def test_plain_is_stock_lora(tmp_path) -> None:
                     if len(layer.lora_embedding_A)
                     else (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
                 )
-                a.copy_(site.A.view(a.shape))
+                g = times.get(name.rpartition(".")[2], 1)
+                own = site.A.view(2, -1, *a.shape[2:])
+                a.copy_(torch.block_diag(*[own.flatten(1)] * g).view(a.shape) if g > 1 else own.view(a.shape))
                 b.copy_(site.B.view(b.shape))
     assert torch.allclose(model(**batch()), stock(**batch()), atol=1e-6)
 
@@ -138,11 +158,49 @@ def test_an_embedding_that_scales_what_it_gives_is_scaled_with_its_adapter() -> 
     assert torch.allclose((layer.weight + layer.get_delta_weight("default"))[ids] * 3, expected, atol=1e-6)
 
 
-def test_grouped_convolutions_and_whole_attentions_are_refused_by_name() -> None:
-    with pytest.raises(weftlora.TargetError, match="0 is a torch MultiheadAttention, which reads its weights directly"):
-        get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), weftlora.PlainLoraConfig(target_modules=["0"]))
-    with pytest.raises(weftlora.TargetError, match="0 is a Conv1d with groups=2"):
-        get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), weftlora.PlainLoraConfig(target_modules=["0"]))
+@pytest.mark.parametrize("kind", ["grouped", "depthwise"])
+def test_slots_of_a_grouped_convolution_are_scored_one_by_one(kind: str) -> None:
+    """With a gate per part of the batch h is computed for every group, and without one ΔW: both are the same function."""
+    _, model = adapted("plain", [kind], lora_dropout=0.0)
+    randomise(model)
+    layer = model.base_model.model.get_submodule(kind)
+    site, x = layer.site("default"), torch.randn(4, layer.base_layer.in_channels, *[6] * (layer.weight.dim() - 2))
+    expected = layer(x)
+    site.keep = torch.ones(2, 2)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+    site.keep = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    with model.disable_adapter():
+        base = layer(x)
+    assert torch.allclose(layer(x), torch.cat([expected[:2], base[2:]]), atol=1e-6)
+
+
+def test_a_convolution_whose_weight_is_read_without_a_call_is_refused() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1d = nn.Conv1d(4, 4, 3, groups=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv1d(x, self.conv1d.weight, groups=4)
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1d = nn.Conv1d(4, 4, 3, groups=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv1d(x.to(self.conv1d.weight.dtype))
+
+    model = get_peft_model(nn.Sequential(Calls()), weftlora.PlainLoraConfig(target_modules=["conv1d"]))
+    assert type(model.base_model.model[0].conv1d) is WeftLinear
+    with pytest.raises(
+        weftlora.TargetError, match=r"0\.conv1d belongs to a Mixer, whose code reads its weight without calling it"
+    ):
+        get_peft_model(nn.Sequential(Mixer()), weftlora.PlainLoraConfig(target_modules=["conv1d"]))
+    with pytest.raises(
+        weftlora.TargetError, match="0 is a ConvTranspose1d; of convolutions Conv1d, Conv2d and Conv3d carry"
+    ):
+        get_peft_model(nn.Sequential(nn.ConvTranspose1d(4, 4, 1)), weftlora.PlainLoraConfig(target_modules=["0"]))
 
 
 def test_an_embedding_of_a_language_model_trains_beside_its_linears(tmp_path) -> None:

@@ -303,6 +303,9 @@ def test_a_config_of_stock_lora_needs_no_line_taken_out():
         ({"bias": "al"}, "did you mean 'all'?"),
         ({"layer_replication": [(0, 2)]}, "no layer of the base is doubled"),
         ({"init_lora_weights": "pissa"}, "start=weftlora.Directions()"),
+        ({"patterns_at_start": {"rank_pattern": {}}}, "as it is written where rank slots have moved"),
+        ({"patterns_at_start": {"rank_pattern": {"q": 0}, "alpha_pattern": {}}}, "rank_pattern['q']=0 is not a rank"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern['q']=0 is not a rank"),
     ],
 )
 def test_what_only_stock_lora_can_is_refused_by_its_name(fields, says):

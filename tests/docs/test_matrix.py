@@ -40,8 +40,8 @@ def test_a_result_is_of_the_rows_versions(name: str) -> None:
         assert RESULTS[name]["reason"]
 
 
-def test_two_rows_are_run_on_every_change() -> None:
-    assert {name for name, row in ROWS.items() if row.get("ci")} == {"oldest", "axolotl"}
+def test_three_rows_are_run_on_every_change() -> None:
+    assert {name for name, row in ROWS.items() if row.get("ci")} == {"oldest", "axolotl", "quantised"}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_row_that_was_asked_for_and_could_not_be_run_is_no_success(
     monkeypatch.setattr(matrix, "write", lambda rows, results: None)
     monkeypatch.setattr("sys.argv", ["matrix.py", *arguments])
     assert matrix.main() == code
-    assert set(ran) == ({"oldest", "axolotl"} if "--ci" in arguments else {*arguments} or {*ROWS})
+    assert set(ran) == ({"oldest", "axolotl", "quantised"} if "--ci" in arguments else {*arguments} or {*ROWS})
 
 
 def test_what_a_row_leaves_out_is_said_without_folders_of_the_machine() -> None:

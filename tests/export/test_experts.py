@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -143,3 +144,38 @@ def test_the_proof_holds_for_moved_ranks(make: Any, tmp_path: Path) -> None:
     merged = weftlora.merge(model, tmp_path / "merged", inputs=[{"input_ids": IDS}])
     assert merged.proof is not None
     assert merged.proof.error < 1e-5
+
+
+class Sixteenths(nn.Module):
+    """A parametrisation as bitsandbytes makes one of experts: whole numbers are kept, and their sixteenths computed with."""
+
+    def forward(self, kept: torch.Tensor) -> torch.Tensor:
+        return kept.float() / 16
+
+
+@pytest.mark.filterwarnings("ignore:Could not find any LoRA")
+def test_stock_peft_computes_no_experts_in_4_bits_twice_so_exports_are_for_the_plain_base(tmp_path: Path) -> None:
+    """Why docs/experts.md says so. On a parameter that torch's parametrisation computes, stock peft 0.21 nests the parameters of a
+    module in another order, and leaves its ΔW in the parameter after each forward: the second one has it twice."""
+    model = adapted(gpt_oss, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    weftlora.export_lora(model, tmp_path / "lora", verify=False)
+    config = LoraConfig.from_pretrained(str(tmp_path / "lora"))
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    base = gpt_oss()
+    for layer in base.model.layers:
+        for name in ("gate_up_proj", "down_proj"):
+            whole = (getattr(layer.mlp.experts, name).detach() * 16).round().to(torch.int8)
+            setattr(layer.mlp.experts, name, nn.Parameter(whole, requires_grad=False))
+            parametrize.register_parametrization(layer.mlp.experts, name, Sixteenths(), unsafe=True)
+    stock = get_peft_model(base, config).eval()
+    shapes = {n.replace(".default", ""): p.shape for n, p in stock.state_dict().items() if ".lora_" in n}
+    assert shapes.keys() == tensors.keys()
+    assert shapes != {name: value.shape for name, value in tensors.items()}, (
+        "the names mean what they do on a plain base"
+    )
+    with torch.no_grad():
+        for name, p in stock.named_parameters():
+            if ".lora_" in name:
+                p.normal_(std=0.2)
+        one, two = stock(IDS).logits, stock(IDS).logits
+    assert not torch.allclose(one, two), "stock peft takes its ΔW out again: exports for such bases can be offered"

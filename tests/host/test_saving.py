@@ -11,13 +11,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 import weftlora
 from families import FAMILIES, STRUCTURES, logits, randomise, trainable
 from weftlora.host.versions import saves_biases
+from weftlora.schedule.rank_slots import move
 
 D, KV, LAYERS, R, N = 32, 16, 2, 4, 3
 PAIR = {
@@ -196,3 +198,70 @@ def test_biases_of_the_base_are_trained_saved_and_refused_where_nothing_could_ca
         model.add_adapter("second", weftlora.PlainLoraConfig(**fields))
     assert list(model.peft_config) == ["default"]
     assert torch.allclose(logits(model.merge_and_unload(), batch), logits(again, batch), atol=1e-6)
+
+
+def moved(llama: torch.nn.Module, **fields: object) -> PeftModel:
+    """An adapter of which k_proj of block 0 has lost all slots, q_proj one, and v_proj of block 1 has one more."""
+    given = {
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": QKV,
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"v_proj": 1.5},
+    }
+    model = get_peft_model(llama, weftlora.WeftConfig(**{**given, "ranks": weftlora.Reallocate(), **fields}))
+    randomise(model)
+    sites = {
+        n.removesuffix(".weft_site.default"): m for n, m in model.named_modules() if n.endswith("weft_site.default")
+    }
+    for end, gone, made in (
+        ("0.self_attn.k_proj", [0, 1], []),
+        ("0.self_attn.q_proj", [1], []),
+        ("1.self_attn.v_proj", [], [2]),
+    ):
+        site = next(site for name, site in sites.items() if name.endswith(end))
+        move(site, gone, made, [torch.randn(D) for _ in made], 1)
+    with torch.no_grad():
+        site.structure.B[:, 2] = torch.randn(KV)
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_ranks_that_moved_are_written_back_and_read_by_stock_peft_and_by_us(
+    rslora: bool, llama, tmp_path: Path
+) -> None:
+    batch = FAMILIES["llama"].batch()
+    model = moved(llama, use_rslora=rslora)
+    sites = {m.module_name: m.site("default") for m in model.modules() if hasattr(m, "weft_site")}
+    before = logits(model, batch)
+    model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    stock = LoraConfig(**{k: told[k] for k in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")})
+    for name, site in sites.items():  # as stock peft reads them
+        r = stock.rank_pattern.get(get_pattern_key(stock.rank_pattern, name), stock.r)
+        alpha = stock.alpha_pattern.get(get_pattern_key(stock.alpha_pattern, name), stock.lora_alpha)
+        assert r == len(site.live())
+        assert r == 0 or alpha / (r**0.5 if rslora else r) == pytest.approx(site.scale)
+    assert sorted(told["rank_pattern"].values()) == [0, 3, 3]
+    assert told["patterns_at_start"] == {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 1.5}}
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)
+    assert torch.equal(logits(loaded, batch), before)
+    again = {m.module_name: m.site("default") for m in loaded.modules() if hasattr(m, "weft_site")}
+    assert {n: (s.initial_rank, s.scale, len(s.mask)) for n, s in again.items()} == {
+        n: (s.initial_rank, s.scale, len(s.mask)) for n, s in sites.items()
+    }
+    loaded.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert {k: written[k] for k in told if "pattern" in k} == {k: told[k] for k in told if "pattern" in k}
+    ranks = {site.site: site.rank for site in weftlora.inspect(tmp_path).sites}
+    assert ranks == {name: len(site.live()) for name, site in sites.items()}
+
+
+def test_ranks_that_have_not_moved_leave_the_config_as_it_was_given(llama, tmp_path: Path) -> None:
+    model = get_peft_model(llama, weftlora.AllocLoraConfig(r=2, target_modules=QKV, rank_pattern={"q_proj": 3}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no round has come yet
+        model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert told["rank_pattern"] == {"q_proj": 3}
+    assert "patterns_at_start" not in told

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from weftlora.kernel import Factors, Grouping, Slots, Work, add_grouped, delta_weights, draw, reference, use_reference
+from weftlora.kernel import (
+    Factors,
+    Grouping,
+    Order,
+    Slots,
+    Work,
+    add_grouped,
+    delta_weights,
+    draw,
+    grouped_linear,
+    reference,
+    use_reference,
+)
 from weftlora.kernel.grouped import of_expert
 
 E, S, IN, OUT, R, N = 5, 23, 12, 8, 3, 2
@@ -59,6 +71,47 @@ def test_is_the_equation_of_each_expert_on_its_own_tokens(case: str, p: float, d
         found.append([out, *torch.autograd.grad((out * weights).sum(), [x, y, *_leaves(f)])])
     for fast, slow in zip(*found, strict=True):
         torch.testing.assert_close(fast, slow, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("case", list(_cases(torch.float64)))
+def test_a_node_that_owns_the_base_is_the_base_and_its_update(case: str, p: float) -> None:
+    x, _, grouping = _given()
+    f, bits = _cases(torch.float64)[case], draw(x, p) if p else None
+    weight, bias = torch.randn(E, OUT, IN, dtype=torch.float64), torch.randn(E, OUT, dtype=torch.float64)
+    found = []
+    for plain in (False, True):
+        told: list[Tensor] = []
+        with use_reference(plain):
+            out = grouped_linear(x, weight, grouping, bias, Work(f, p, mask=bits, on_mix=told.append))
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        loss = (out * weights).sum()
+        if told:  # the reference tells every expert's mixture of all tokens
+            own = torch.cat([m[s] for m, s in zip(told, grouping.slices(), strict=True)]) if plain else told[0]
+            loss = loss + own[:, 0].square().sum()
+        found.append([out, *torch.autograd.grad(loss, [x, *_leaves(f)])])
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("of_w", [torch.float64, torch.float32])
+def test_pairs_go_apart_and_come_together_as_by_plain_indices(of_w: torch.dtype) -> None:
+    chosen = torch.stack([torch.randperm(E)[:2] for _ in range(S)])
+    expert, order = torch.sort(chosen.flatten(), stable=True)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(2 * S)
+    ends = torch.bincount(expert, minlength=E).cumsum(0).to(torch.int32)
+    pairs = Order(Grouping(ends, expert), order // 2, order, back.view(S, 2))
+    x, w = _leaf(S, IN), _leaf(S, 2, dtype=of_w)
+    apart = pairs.apart(x)
+    found = pairs.together(apart * expert[:, None], w)
+    plain = x[order // 2]
+    expected = ((plain * expert[:, None]) * w.flatten()[order][:, None])[back].view(S, 2, IN).sum(1)
+    assert torch.equal(apart, plain)
+    weights = torch.linspace(-1, 1, found.numel(), dtype=found.dtype).view_as(found)
+    ours, theirs = (torch.autograd.grad((y * weights).sum(), [x, w], retain_graph=True) for y in (found, expected))
+    for one, other in zip((found, *ours), (expected, *theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=TOLERANCE[of_w], atol=TOLERANCE[of_w])
 
 
 def test_the_reference_is_a_loop_over_experts() -> None:

@@ -32,7 +32,7 @@ from weftlora.adapted.layer import WeftLayer
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, MergeError, TargetError
-from weftlora.kernel import Grouping, Work, add_grouped, delta_weights, grouped_linear
+from weftlora.kernel import Grouping, Order, Work, add_grouped, delta_weights, grouped_linear
 from weftlora.schedule.schedule import Member
 
 IMPLEMENTATION = "weftlora"
@@ -275,11 +275,6 @@ class WeftExpertWeight(WeftLayer):
         """Of every expert."""
         return self.layout.out
 
-    @property
-    def turned_by_stock(self) -> bool:
-        """Whether stock peft takes the two sides of the matrices for one another: it reads [in, out] where a flag says so alone."""
-        return self.layout.transposed != bool(getattr(self._experts[0], "is_transposed", False))
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         site, weight = self.site(adapter_name), self.weight
         if not any(p.is_meta for p in site.parameters()):
@@ -416,7 +411,7 @@ class WeftExperts(nn.Module):
             return self.base_layer(*args, **kwargs)
         if not active:
             return self.base_layer(*args, **kwargs)
-        return _called_with(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
+        return called_with(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -446,18 +441,27 @@ class _Given(nn.Module):
         return cast(Tensor, self.__dict__["value"])
 
 
-def _called_with(module: nn.Module, given: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """What a module gives with other values of some of its parameters, those that a parametrisation computes among them."""
+def called_with(module: nn.Module, given: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """What a module gives with other values of some of its parameters, those that a parametrisation computes among them.
+
+    For the length of a forward FSDP1 shows views of its own beside the parameters, in front of which nothing that torch puts is seen:
+    where there are such, they are changed.
+    """
     computed = {name: w for name, w in given.items() if is_computed(module, name)}
-    if not computed:
-        return functional_call(module, given, args, kwargs)
-    table = cast(nn.ModuleDict, module.parametrizations)._modules
+    rest = {name: w for name, w in given.items() if name not in computed}
+    table = cast(nn.ModuleDict, module.parametrizations)._modules if computed else {}
+    owners = {name: (vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2]) for name in rest}
+    shown = {name: (at, last, at[last]) for name, (at, last) in owners.items() if last in at}
     before = {name: table[name] for name in computed}
     table.update({name: _Given(w) for name, w in computed.items()})
+    for name, (at, last, _) in shown.items():
+        at[last] = rest[name]
     try:
-        return functional_call(module, {n: w for n, w in given.items() if n not in computed}, args, kwargs)
+        return functional_call(module, {n: w for n, w in rest.items() if n not in shown}, args, kwargs)
     finally:
         table.update(before)
+        for at, last, view in shown.values():
+            at[last] = view
 
 
 def _whole(layer: WeftExpertWeight) -> Tensor:
@@ -525,8 +529,7 @@ def experts_forward(
     Source: `transformers.integrations.moe` says what the function has to do; the order of its steps is that of the host's own.
     """
     layers: dict[str, WeftExpertWeight] = self.__dict__["_weft_layers"]
-    tokens, width = hidden_states.shape
-    k, experts = top_k_index.shape[-1], cast(int, self.num_experts)
+    tokens, k, experts = len(hidden_states), top_k_index.shape[-1], cast(int, self.num_experts)
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
     counts = torch.bincount(expert, minlength=experts)
     if len(counts) > experts:
@@ -537,29 +540,30 @@ def experts_forward(
     scored = next((site.keep for layer in layers.values() for site in _sites(layer) if site.keep is not None), None)
     part = None if scored is None else source // (tokens // scored.shape[1])
     grouping = Grouping(counts.cumsum(0).to(torch.int32), expert, part)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    pairs = Order(grouping, source, order, back.view(tokens, k))
 
     def project(name: str, x: Tensor) -> Tensor:
         weight = cast(Tensor, getattr(self, name))
         biased = getattr(self, f"{name}_bias", None) if getattr(self, "has_bias", False) else None
         matrix = weight.transpose(-2, -1) if self.is_transposed else weight
         x = x.to(weight.dtype)
-        y = grouped_linear(x, matrix, grouping, biased)
-        if (layer := layers.get(name)) is not None:
-            for adapter in layer.at_work:
-                y = add_grouped(y, x, layer.work(adapter, grouping), grouping)
+        layer = layers.get(name)
+        works = [] if layer is None else [layer.work(adapter, grouping) for adapter in layer.at_work]
+        y = grouped_linear(x, matrix, grouping, biased, works[0] if works else None)
+        for work in works[1:]:
+            y = add_grouped(y, x, work, grouping)
         return y
 
-    x = hidden_states[source]
+    x = pairs.apart(hidden_states)
     up = UP[0] if getattr(self, "has_gate", True) else UP[1]
     inner = project(up, x)
     inner = cast(Any, self)._apply_gate(inner) if up == UP[0] else cast(Any, self).act_fn(inner)
     y = project(DOWN, inner)
     if getattr(self, "has_post_expert_norm", False):
         y = cast(Any, self).post_expert_norm(y)
-    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(tokens, k, width).sum(1).to(hidden_states.dtype)
+    return pairs.together(y, top_k_weights).to(hidden_states.dtype)
 
 
 def _sites(layer: WeftExpertWeight) -> Iterator[Site]:

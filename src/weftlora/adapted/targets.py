@@ -19,6 +19,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from weftlora.adapted.attention import WeftAttention, check_attention
 from weftlora.adapted.experts import WeftExperts, check_experts, expert_parameters
+from weftlora.adapted.quantised import is_quantised
 from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import attention_inputs
 from weftlora.adapter.spec import WeftConfig
@@ -41,26 +44,23 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
     """(in, out) features of a module that can carry an adapter.
 
     Raises:
-        TargetError: a grouped convolution, 3-D expert parameters, a module whose caller reads its weight instead of
+        TargetError: a transposed convolution, 3-D expert parameters, a module whose caller reads its weight instead of
             calling it, or anything else without in and out features; says what to do.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = type(base).__name__
-    if isinstance(base, nn.MultiheadAttention):
-        raise TargetError(
-            f"{name} is a torch MultiheadAttention, which reads its weights directly, so an adapter on it would do "
-            "nothing: leave it out, or train it in full (modules_to_save)."
-        )
     if isinstance(parent, nn.MultiheadAttention):
         raise TargetError(
-            f"{name} belongs to a torch MultiheadAttention, which reads its weight directly, so an adapter "
-            "on it would do nothing: leave it out."
+            f"{name} belongs to a torch MultiheadAttention, which reads its weight directly, so an adapter on it would do nothing: "
+            f"leave it out, or name {name.rpartition('.')[0] or 'the attention'}, which is adapted as a whole."
         )
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise TargetError(
             f"{name} belongs to a torch TransformerEncoderLayer, whose fast path skips adapters in evaluation: call "
             "torch.backends.mha.set_fastpath_enabled(False) first."
         )
+    if isinstance(base, (nn.MultiheadAttention, WeftAttention)):
+        return base.embed_dim, base.embed_dim
     if _is_state_space(parent) and _last(name) in READ_BY_STATE_SPACE:
         raise TargetError(
             f"{name} belongs to a state-space mixer ({type(parent).__name__}), which reads its weight without calling it, on every "
@@ -74,12 +74,16 @@ def check_adaptable(name: str, module: nn.Module, parent: nn.Module) -> tuple[in
             raise TargetError(f"{name} is a {kind}, which {why}: leave it out.")
         return base.in_features, base.out_features
     if (reading := reading_of(base)) is not None:
+        if isinstance(base, nn.modules.conv._ConvNd) and base.groups > 1 and _reads_weight(parent, _last(name)):
+            raise TargetError(
+                f"{name} belongs to a {type(parent).__name__}, whose code reads its weight without calling it, as mixers do while "
+                "they generate: leave it out."
+            )
         return reading.sides
     if isinstance(base, nn.modules.conv._ConvNd):
-        grouped = f"{kind} with groups={base.groups}" if base.groups > 1 else kind
         raise TargetError(
-            f"{name} is a {grouped}; of convolutions those without groups (Conv1d, Conv2d, Conv3d) carry an adapter: leave it out, or "
-            "train it with modules_to_save."
+            f"{name} is a {kind}; of convolutions Conv1d, Conv2d and Conv3d carry an adapter: leave it out, or train it with "
+            "modules_to_save."
         )
     if cubes := expert_parameters(base):
         raise TargetError(
@@ -140,11 +144,12 @@ def why_not_linear(base: nn.Linear) -> str | None:
 
 
 def check_reading(config: WeftConfig, name: str, module: nn.Module) -> None:
-    """Refuse an embedding or a convolution where the structure or its dropout is defined on the x of a linear module alone.
+    """Refuse an embedding, convolution or attention where the structure or its dropout is defined on the x of a linear module alone.
 
     Raises:
         TargetError: names the module.
     """
+    check_attention(config, name, module)
     if reading_of(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module) is None:
         return
     structure = config.structure
@@ -159,6 +164,19 @@ READ_BY_STATE_SPACE = ("out_proj", "dt_proj")
 """What a state-space mixer (Mamba and its kin) never calls on some device, by its last name. Stock peft refuses out_proj as well."""
 READ_BY_KERNELS = (*READ_BY_STATE_SPACE, "x_proj")
 """What it does not call where its kernels are installed: a good target on a CPU, a dead one in training on a GPU."""
+
+
+def _reads_weight(module: nn.Module, child: str) -> bool:
+    """Whether the code of a module's class asks for the weight of the child called so; where it is and of which kind may be asked."""
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        with suppress(OSError, TypeError):  # no source
+            if re.search(
+                rf"self\.{child}\.weight\b(?!\.(dtype|device|shape|size|dim|ndim)\b)", inspect.getsource(kind)
+            ):
+                return True
+    return False
 
 
 def _is_state_space(module: nn.Module) -> bool:
@@ -190,7 +208,8 @@ def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
     """
     of = copy.copy(config)
     of.target_modules = "all-linear"
-    found = cast("set[str]", _maybe_include_all_linear_layers(of, model).target_modules)
+    found = cast("set[str]", _maybe_include_all_linear_layers(of, model).target_modules) | in_other_classes(model)
+    of.target_modules = "all-linear"  # peft has put the names in its place
     modules = dict(model.named_modules())
     wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
     found = {
@@ -219,6 +238,21 @@ def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
         also = f" (and {len(names) - 1} more such modules)" if len(names) > 1 else ""
         warnings.warn(f"all-linear leaves out what cannot carry an adapter: {refused[names[0]]}{also}", stacklevel=6)
     return left
+
+
+def in_other_classes(model: nn.Module) -> set[str]:
+    """The full names of what a quantiser put in the place of linear modules in classes of its own (GPTQ, AWQ, HQQ), but the output
+    layer's: peft's "all-linear" sees subclasses of torch's Linear alone."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return set()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, (nn.Linear, BaseTunerLayer)) and module is not head and not [*module.children()]
+        if isinstance(getattr(module, "out_features", None), int) and is_quantised(module)
+        if not inside_adapter(model, name)
+    }
 
 
 def all_experts(config: WeftConfig, model: nn.Module) -> set[str]:
@@ -347,7 +381,7 @@ def inside_adapter(model: nn.Module, name: str) -> bool:
     """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
-    return any(isinstance(module, (BaseTunerLayer, WeftExperts)) for module in above)
+    return any(isinstance(module, (BaseTunerLayer, WeftExperts, WeftAttention)) for module in above)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -358,6 +392,7 @@ def linear_names(model: nn.Module) -> list[str]:
         if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
         and not inside_adapter(model, name)
     }
+    found |= {_last(name) for name in in_other_classes(model)}
     return sorted(found - {""})
 
 
@@ -474,6 +509,16 @@ def no_match(config: WeftConfig, model: nn.Module) -> str:
 def by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
     """What rank_pattern or alpha_pattern says of the module `name`, as the host reads it: the first regex that matches."""
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
+def rank_and_alpha(config: WeftConfig, name: str, within: str | None = None) -> tuple[int, float]:
+    """r and lora_alpha of the site called `name` at the start; of a matrix `within` a module that is adapted as a whole, what a
+    pattern says of that, unless one names the matrix."""
+    r, alpha = config.r, cast(float, config.lora_alpha)
+    for each in (name,) if within is None else (within, name):
+        r = by_pattern(config.at_start("rank_pattern"), each, r)
+        alpha = by_pattern(config.at_start("alpha_pattern"), each, alpha)
+    return r, alpha
 
 
 class Blocks:

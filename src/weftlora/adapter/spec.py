@@ -129,6 +129,9 @@ class WeftConfig(PeftConfig):
         layers_pattern: name of the list of blocks, where peft cannot tell.
         rank_pattern, alpha_pattern: {regex of a module's name: its own rank or alpha}; the first match wins. Expert 3 of a fused
             parameter is called "experts.gate_up_proj.3".
+        patterns_at_start: of a saved adapter whose rank slots have moved: the two patterns as you gave them, {"rank_pattern": ...,
+            "alpha_pattern": ...}. It is loaded by these, and its own two say each module's rank now, with the alpha of an unchanged
+            scale. Written when it is saved; leave it out.
         modules_to_save: modules trained and saved in full beside the adapter, such as a classification head.
         trainable_token_indices: numbers of tokens whose embeddings are trained and saved beside the adapter, such as those that
             a chat template adds (trl fills it in): a list, for the input embeddings, or {name of an embedding: list}.
@@ -164,6 +167,7 @@ class WeftConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    patterns_at_start: dict[str, dict[str, Any]] | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
@@ -245,10 +249,35 @@ class WeftConfig(PeftConfig):
             setattr(self, name, dict(pattern))
         for regex in (*self.rank_pattern, *self.alpha_pattern):
             _check_regex(regex, "rank_pattern" if regex in self.rank_pattern else "alpha_pattern")
+        moved = self.patterns_at_start is not None
         for regex, rank in self.rank_pattern.items():
-            _check_rank(rank, f"rank_pattern[{regex!r}]")
+            if not (moved and is_whole(rank) and rank == 0):  # a module may have given all of its slots away
+                _check_rank(rank, f"rank_pattern[{regex!r}]")
         for regex, alpha in self.alpha_pattern.items():
             _check_alpha(alpha, f"alpha_pattern[{regex!r}]")
+        if moved:
+            self._check_start()
+
+    def _check_start(self) -> None:
+        """The patterns that a saved adapter began with are two tables of the same kinds."""
+        given = self.patterns_at_start
+        if not isinstance(given, Mapping) or given.keys() != {"rank_pattern", "alpha_pattern"}:
+            raise ConfigError(
+                f"patterns_at_start={given!r} is not {{'rank_pattern': ..., 'alpha_pattern': ...}}, as it is written where rank slots "
+                "have moved: leave it out."
+            )
+        for name, pattern in given.items():
+            if not isinstance(pattern, Mapping):
+                raise ConfigError(f"patterns_at_start has {name}={pattern!r}, which is not a table: leave it out.")
+            for regex, value in pattern.items():
+                _check_regex(regex, f"patterns_at_start of {name}")
+                (_check_rank if name == "rank_pattern" else _check_alpha)(
+                    value, f"patterns_at_start: {name}[{regex!r}]"
+                )
+
+    def at_start(self, name: str) -> dict[str, Any]:
+        """rank_pattern or alpha_pattern as it was given: what an adapter is built of, whose rank slots may have moved since."""
+        return dict(getattr(self, name) if self.patterns_at_start is None else self.patterns_at_start[name])
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -287,7 +316,8 @@ class WeftConfig(PeftConfig):
             out[axis] = encode_choice(out[axis])
         for name in ("target_modules", "target_parameters", "exclude_modules"):
             out[name] = sorted(out[name]) if isinstance(out[name], set) else out[name]
-        unsaid = {"bias": "none", "init_lora_weights": True, "ensure_weight_tying": False, "target_parameters": None}
+        unsaid = {"bias": "none", "init_lora_weights": True, "ensure_weight_tying": False}
+        unsaid |= {"target_parameters": None, "patterns_at_start": None}
         for name, usual in unsaid.items():
             if out[name] == usual:  # files of those who do not ask for it are as they were
                 del out[name]

@@ -31,7 +31,7 @@ from weftlora.export.live import Gates, mean_gates
 from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
 from weftlora.export.source import Inputs, Source, check_linear, drawn_parts, in_full, inputs_of
-from weftlora.host.stock_lora import HOST, trained_modules
+from weftlora.host.stock_lora import HOST, trained_modules, turned_by_stock
 from weftlora.runs.identity import folder_of
 
 MEAN_GATE = "mean-gate"
@@ -171,7 +171,7 @@ def pairs(source: Source, gates: Gates) -> dict[str, Pair | Stack]:
 def as_stock_reads(source: Source, found: Mapping[str, Pair | Stack]) -> dict[str, Pair | Stack]:
     """The same updates; those of experts whose sides stock peft takes for one another as the pairs of ΔWᵀ."""
     turned = {
-        layer.module_name for layer in source.layers if isinstance(layer, WeftExpertWeight) and layer.turned_by_stock
+        layer.module_name for layer in source.layers if isinstance(layer, WeftExpertWeight) and turned_by_stock(layer)
     }
     return {name: update.transposed() if name in turned else update for name, update in found.items()}
 

@@ -273,15 +273,17 @@ PARTS = frozenset({*HEADS, "pooler"})
 
 
 def check_linear(source: Source) -> None:
-    """Refuse adapters on embeddings and convolutions, whose updates are no pair of matrices of a linear module.
+    """Refuse adapters on embeddings, convolutions and attentions as a whole, whose updates are no pair of matrices of a linear module.
 
     Raises:
         MergeError: names the first such module.
     """
     for layer in source.layers:
-        if layer.reading is not None and any(name in layer.weft_site for name in source.adapters):
+        other = layer.reading is not None or layer.within is not None
+        if other and any(name in layer.weft_site for name in source.adapters):
+            kind = "MultiheadAttention" if layer.within is not None else type(layer.get_base_layer()).__name__
             raise MergeError(
-                f"{layer.module_name} is a {type(layer.get_base_layer()).__name__}; weftlora writes adapters of linear modules alone: "
+                f"{layer.within or layer.module_name} is a {kind}; weftlora writes adapters of linear modules alone: "
                 "put the update into the model with model.merge_and_unload(), or leave such modules out of target_modules."
             )
 

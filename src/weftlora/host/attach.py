@@ -25,6 +25,7 @@ from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig, encode_choice
 from weftlora.errors import ConfigError
+from weftlora.host.stock_lora import pattern_key
 from weftlora.progress import Progress, ignore
 from weftlora.schedule.direction_ranking import Ranker
 from weftlora.schedule.launch import LaunchController, forget_moments
@@ -127,6 +128,29 @@ def warn_of_missing(model: nn.Module, adapter_name: str | None = None, *, over: 
     for name, schedule in schedules(model).items():
         if adapter_name in (None, name) and (sentence := schedule.missing(over=over)):
             warnings.warn(sentence, stacklevel=3)
+
+
+def say_ranks(model: nn.Module, config: WeftConfig, adapter_name: str) -> None:
+    """Let the patterns of an adapter whose rank slots have moved say each module's rank as it is now, as peft's AdaLoRA does, and with
+    it the alpha that keeps its scale; `patterns_at_start` keeps what the adapter is loaded by.
+
+    Called where it is saved. A config of which nothing has moved, or everything back, says what it was given.
+    """
+    members = [m for layer in model.modules() if isinstance(layer, WeftLayer) for m in layer.members(adapter_name)]
+    sites = {member.name: member.site for member in members}
+    if any(site.mask is None or site.mask.is_meta for site in sites.values()):
+        return
+    given = {name: config.at_start(name) for name in ("rank_pattern", "alpha_pattern")}
+    ranks = {name: len(site.live()) for name, site in sites.items()}
+    if all(ranks[name] == site.initial_rank for name, site in sites.items()):
+        config.rank_pattern, config.alpha_pattern = given["rank_pattern"], given["alpha_pattern"]
+        config.patterns_at_start = None
+        return
+    config.patterns_at_start = given
+    keys = {name: pattern_key(name, sites) for name in sorted(sites)}
+    config.rank_pattern = {keys[name]: ranks[name] for name in keys if ranks[name] != config.r}
+    alphas = {n: sites[n].scale * (math.sqrt(ranks[n]) if config.use_rslora else ranks[n]) for n in keys if ranks[n]}
+    config.alpha_pattern = {keys[name]: alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def attach(

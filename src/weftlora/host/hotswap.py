@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.sharing import shared_keys
-from weftlora.adapted.targets import by_pattern
+from weftlora.adapted.targets import rank_and_alpha
 from weftlora.adapter.site import Owners, Site, build_site
 from weftlora.adapter.spec import WeftConfig, read_config
 from weftlora.errors import AdapterError, suggest
@@ -120,11 +120,10 @@ def _matched(
     extra, missing, wrong = [], [], []
     for layer in layers:
         name, here = layer.module_name, layer.site(adapter_name)
-        r = by_pattern(config.rank_pattern, name, config.r)
+        r, alpha = rank_and_alpha(config, name, layer.within)
         size = (r, layer.in_features, layer.out_features)
         keys = shared_keys(config.structure, name, size)
         theirs: Owners = {part: owners[part, key] for part, key in keys.items() if (part, key) in owners}
-        alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
         with torch.device("meta"):
             there = build_site(
                 config.structure,

@@ -24,9 +24,11 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from weftlora.adapted.experts import WeftExperts
+from weftlora.adapted.attention import WeftAttention
+from weftlora.adapted.experts import WeftExperts, WeftExpertWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.errors import AdapterError
+from weftlora.host.versions import asks_how_experts_lie
 
 HOST = "base_model.model."
 """What peft puts in front of the names of a model that it wraps."""
@@ -53,7 +55,7 @@ def stock_config(
     told = dict(parameters or {})
     named = {told.get(name, name): r for name, r in ranks.items()}
     largest = max(ranks.values())
-    pattern = {_key(name, named): r for name, r in named.items() if r != largest}
+    pattern = {pattern_key(name, named): r for name, r in named.items() if r != largest}
     sites = set(ranks) - told.keys()
     targets: Any = sites or None
     if any(name.endswith(f".{site}") for name in modules if name not in sites for site in sites):
@@ -92,6 +94,13 @@ def as_parameters(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
     """{site: its weight's name} of the linear modules that stock peft would rename in target_modules, and leaves as parameters."""
     renamed = renamed_targets(model)
     return {name: f"{name}.weight" for name in sites if name.rpartition(".")[2] in renamed}
+
+
+def turned_by_stock(layer: WeftExpertWeight) -> bool:
+    """Whether stock peft takes the two sides of these matrices for one another: it reads [in, out] where a flag says so alone, and
+    older versions always."""
+    reads = bool(getattr(layer.get_base_layer(), "is_transposed", False)) if asks_how_experts_lie() else True
+    return layer.layout.transposed != reads
 
 
 def names_in_file(model: nn.Module, names: Collection[str]) -> dict[str, str]:
@@ -182,7 +191,7 @@ def check_resolution(
             )
 
 
-def _key(name: str, sites: Collection[str]) -> str:
+def pattern_key(name: str, sites: Collection[str]) -> str:
     """A regex for one site; anchored where peft would take it for the end of another site's name too."""
     anchored = any(other.endswith(f".{name}") for other in sites)
     return f"^{re.escape(name)}" if anchored else re.escape(name)
@@ -228,7 +237,9 @@ def without_adapters(model: nn.Module, *, trained: bool) -> nn.Module:
             replace_module(model, name, module.original_module if kept is None else kept)
         elif isinstance(module, WeftExperts):
             replace_module(model, name, module.bare())
-        elif isinstance(module, WeftLinear):
+        elif isinstance(module, WeftAttention):
+            replace_module(model, name, module.base_layer)
+        elif isinstance(module, WeftLinear) and module.within is None:
             replace_module(model, name, module.get_base_layer())
     if getattr(model, "_hf_peft_config_loaded", False):
         # transformers' own load_adapter: it would now save the adapters instead of the model, under the adapter's prefix

@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from weftlora.adapted.attention import PARTS, WeftAttention
 from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, check_experts, expert_parameters
 from weftlora.adapted.fusion import forget, fuse, unfuse
 from weftlora.adapted.layer import BASE, WeftLayer, WeftLinear
@@ -42,6 +43,7 @@ from weftlora.adapted.targets import (
     language_part,
     named_experts,
     no_match,
+    rank_and_alpha,
     trained_in_full,
     warn_of_unmatched,
 )
@@ -49,7 +51,7 @@ from weftlora.adapter.site import Owners, Site, build_batch, build_site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, ConfigError, MergeError, NoMatchError, TargetError, suggest
 from weftlora.host import weighted
-from weftlora.host.attach import await_copy, make_schedule, warn_of_missing
+from weftlora.host.attach import await_copy, make_schedule, say_ranks, warn_of_missing
 from weftlora.host.loading import OtherShape, count_on_first_site, passing_over_sizes, tensor_mismatch
 from weftlora.host.optimizer import watch
 from weftlora.host.versions import saves_biases, ties_weights
@@ -128,11 +130,22 @@ class WeftTuner(BaseTuner):
         found = super()._check_target_module_exists(peft_config, key)
         if not found:  # an object of peft's that says why, and is false
             return found
+        if self._within_whole(key):
+            return False
         return found if peft_config.layers.adapts(self._blocks, key) else False
 
     @cached_property
     def _blocks(self) -> Blocks:
         return Blocks(self.model)
+
+    def _within_whole(self, key: str) -> bool:
+        """Whether `key` names a part of a module that is adapted as a whole, which is no target."""
+        module: nn.Module | None = self.model
+        for part in key.split(".")[:-1]:
+            module = None if module is None else module._modules.get(part)
+            if isinstance(module, WeftAttention):
+                return True
+        return False
 
     def _prepare_model(self, peft_config: WeftConfig, model: nn.Module) -> None:
         """Refuse up front what cannot work, while the model is still untouched."""
@@ -141,6 +154,8 @@ class WeftTuner(BaseTuner):
             for name, _ in model.named_modules()
             if name and not inside_adapter(model, name) and self._check_target_module_exists(peft_config, name)
         ]
+        wholes = {n for n in matched if isinstance(model.get_submodule(n), (nn.MultiheadAttention, WeftAttention))}
+        matched = [name for name in matched if name.rpartition(".")[0] not in wholes]  # their parts come with them
         self._check_layers(peft_config, model)
         if peft_config.ensure_weight_tying and not ties_weights():
             raise ConfigError(
@@ -210,11 +225,11 @@ class WeftTuner(BaseTuner):
 
     def _expert_ranks(self, config: WeftConfig, name: str) -> tuple[list[int], list[float]]:
         """Rank and scale of every expert of the parameter `name`, as a pattern says of the expert or of the parameter."""
-        r = by_pattern(config.rank_pattern, name, config.r)
-        alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
+        r = by_pattern(config.at_start("rank_pattern"), name, config.r)
+        alpha = by_pattern(config.at_start("alpha_pattern"), name, cast(float, config.lora_alpha))
         numbers = range(len(self._expert_weight(name)))
-        ranks_of = [by_pattern(config.rank_pattern, f"{name}.{e}", r) for e in numbers]
-        alphas = [by_pattern(config.alpha_pattern, f"{name}.{e}", alpha) for e in numbers]
+        ranks_of = [by_pattern(config.at_start("rank_pattern"), f"{name}.{e}", r) for e in numbers]
+        alphas = [by_pattern(config.at_start("alpha_pattern"), f"{name}.{e}", alpha) for e in numbers]
         return ranks_of, [config.scale(one, own) for one, own in zip(ranks_of, alphas, strict=True)]
 
     def _expert_weight(self, name: str) -> Tensor:
@@ -230,6 +245,8 @@ class WeftTuner(BaseTuner):
         for name in names:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._adapt_experts(peft_config, adapter_name, name)
+        noted = self.targeted_parameter_names  # where peft before 0.21 looks, which takes no answer
+        noted += [name for name in names if name not in noted]
         return names
 
     def _adapt_experts(self, config: WeftConfig, adapter_name: str, name: str) -> None:
@@ -285,12 +302,26 @@ class WeftTuner(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        fan_in, out = check_adaptable(current_key, target, parent)
-        r = by_pattern(peft_config.rank_pattern, current_key, peft_config.r)
-        alpha = by_pattern(peft_config.alpha_pattern, current_key, cast(float, peft_config.lora_alpha))
-        size, structure = (r, fan_in, out), peft_config.structure
-        keys = shared_keys(structure, current_key, size)
+        check_adaptable(current_key, target, parent)
+        if isinstance(target, (nn.MultiheadAttention, WeftAttention)):
+            attention = target if isinstance(target, WeftAttention) else WeftAttention(target, current_key)
+            for part in dict(attention.layers()).values():
+                self._adapt(peft_config, adapter_name, part)
+            setattr(parent, target_name, attention)
+            return
+        layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
+        layer.quantiser = getattr(self.model, "hf_quantizer", None)
+        self._adapt(peft_config, adapter_name, layer)
+        if layer is not target:
+            layer.train(target.training)
+            self._replace_module(parent, target_name, layer, target)
 
+    def _adapt(self, peft_config: WeftConfig, adapter_name: str, layer: WeftLinear) -> None:
+        """Put a fresh site of this config on one matrix of the base."""
+        name, structure = layer.module_name, peft_config.structure
+        r, alpha = rank_and_alpha(peft_config, name, layer.within)
+        size = (r, layer.in_features, layer.out_features)
+        keys = shared_keys(structure, name, size)
         site = build_site(
             structure,
             size,
@@ -303,12 +334,7 @@ class WeftTuner(BaseTuner):
             layers=peft_config.layers,
         )
         site.one_mask = peft_config.dropout_mask == "input"
-        layer = target if isinstance(target, WeftLinear) else WeftLinear(target, current_key)
-        layer.quantiser = getattr(self.model, "hf_quantizer", None)
         self._add_site(layer, adapter_name, peft_config, site, keys)
-        if layer is not target:
-            layer.train(target.training)
-            self._replace_module(parent, target_name, layer, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter on every target, then say once what a user should know about the sites that came out.
@@ -324,6 +350,10 @@ class WeftTuner(BaseTuner):
                 if self.peft_config[adapter_name].target_parameters is not None or expert_parameters(model):
                     # peft compares patterns with modules alone; those of experts are checked in `_check_expert_patterns`
                     warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                if any(isinstance(m, (nn.MultiheadAttention, WeftAttention)) for m in model.modules()):
+                    parts = "|".join(PARTS)  # nor does it know the matrices of an attention
+                    message = rf"The following (rank|alpha)_pattern keys did not match .*\.({parts})"
+                    warnings.filterwarnings("ignore", message=message)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             layers = [layer for _, layer in _sites(model) if adapter_name in layer.weft_site]
             _report_sites({layer.module_name: layer.site(adapter_name) for layer in layers})
@@ -380,7 +410,7 @@ class WeftTuner(BaseTuner):
         try:
             for module in self.model.modules():
                 rows = list(adapter_names) if module in once else repeated
-                if isinstance(module, (WeftLinear, WeftExperts)):
+                if isinstance(module, (WeftLinear, WeftExperts, WeftAttention)):
                     module.rows = rows
                     layers.append(module)
                 elif isinstance(module, AuxiliaryTrainingWrapper):
@@ -457,10 +487,17 @@ class WeftTuner(BaseTuner):
             return
         way = weighted.check(self.peft_config, adapters, weights, combination_type)
         _check_adapter_name(adapter_name, self.peft_config[adapters[0]])
+        trained = weighted.trained_in_full(self.model, adapters)
         found = weighted.sums(self._layers(), adapters, weights, way, svd_rank)
-        self.peft_config[adapter_name] = weighted.config_of(found, self.peft_config[adapters[0]])
+        saved = {name: None for each in adapters for name in self.peft_config[each].modules_to_save or ()}
+        targets = {layer.within or layer.module_name for layer in self._layers() if layer.module_name in found}
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = weighted.config_of(found, targets, first, list(saved) or None)
         self.inject_adapter(self.model, adapter_name)
         weighted.fill(self._layers(), adapter_name, found)
+        for wrapper, source in trained:
+            if adapter_name in wrapper.modules_to_save:
+                wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[source].state_dict())
 
     # ------------------------------------------------------------------ merging
 
@@ -523,8 +560,10 @@ class WeftTuner(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: WeftConfig, adapter_name: str, **options: Any
     ) -> dict[str, Tensor]:
-        """What peft saves, with a warning if the adapter is still without something that its config asks for."""
+        """What peft saves, with a warning if the adapter is still without something that its config asks for. The config, which peft
+        saves next, then says the ranks that there are."""
         warn_of_missing(model, adapter_name)
+        say_ranks(model, config, adapter_name)
         return cast("dict[str, Tensor]", super()._get_adapter_state_dict(model, config, adapter_name, **options))
 
     @classmethod

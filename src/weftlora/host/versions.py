@@ -103,6 +103,21 @@ def saves_biases() -> bool:
     return _has("peft.tuners.tuners_utils", "BaseTuner._get_learnable_bias_state_dict")
 
 
+@functools.cache
+def asks_how_experts_lie() -> bool:
+    """Whether stock LoRA reads matrices of experts as [out, in] unless their module says `is_transposed`; before peft 0.20 it reads
+    all as [in, out]."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    holder = torch.nn.Module()
+    holder.experts = torch.nn.Module()
+    holder.experts.weight = torch.nn.Parameter(torch.empty(2, 3, 4))
+    get_peft_model(holder, LoraConfig(r=1, target_modules=[], target_parameters=["experts.weight"]))
+    read = next(p for name, p in holder.named_parameters() if ".lora_A." in name)
+    return int(read.shape[1]) == 4
+
+
 def bridge_saving() -> None:
     """Let a peft without a tuner's hooks save and load weftlora's adapters as later ones do; where it has them, let the one for
     loading know whether tensors of another size are to be passed over, which peft does not tell it.
@@ -155,9 +170,10 @@ def _saved(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
         found = original(*args, **kwargs)
         if not _is_ours(model, name):
             return found
-        from weftlora.host.attach import warn_of_missing
+        from weftlora.host.attach import say_ranks, warn_of_missing
 
         warn_of_missing(model, name)
+        say_ranks(model, model.peft_config[name], name)
         return {_without(key, name): tensor for key, tensor in found.items() if _belongs(key, name)}
 
     return get_peft_model_state_dict

@@ -7,6 +7,7 @@ own has a shape that no file knows; such sites are counted, not shown.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from weftlora.adapted.attention import PARTS
 from weftlora.adapted.sharing import shared_keys
-from weftlora.adapted.targets import by_pattern
+from weftlora.adapted.targets import by_pattern, rank_and_alpha
 from weftlora.adapted.updates import Update
 from weftlora.adapter.site import Owners, Site, build_batch, build_site
 from weftlora.adapter.spec import WeftConfig, read_config
@@ -168,7 +170,20 @@ def _size(config: WeftConfig, name: str, tensors: Tensors) -> Size:
     own = {key.removeprefix(STRUCTURE): tensor for key, tensor in tensors.items() if key.startswith(STRUCTURE)}
     if _is_experts(config, name):  # what all share has no axis of experts
         own = {key: t[0] if t.dim() == 3 or key in ("u", "v") else t for key, t in own.items()}
-    return by_pattern(config.rank_pattern, name, config.r), *config.structure.sides(own)
+    return rank_and_alpha(config, name, _within(config, name))[0], *config.structure.sides(own)
+
+
+def _within(config: WeftConfig, name: str) -> str | None:
+    """Of a matrix of an attention that is adapted as a whole, what that is called: nothing else that is a target has modules in it."""
+    above, _, last = name.rpartition(".")
+    return above if last in PARTS and _is_target(config, above) else None
+
+
+def _is_target(config: WeftConfig, name: str) -> bool:
+    wanted = config.target_modules or ()
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in wanted)
 
 
 def _is_experts(config: WeftConfig, name: str) -> bool:
@@ -222,7 +237,7 @@ def _read_site(
     r, fan_in, out = size
     keys = _keys(config, name, size)
     theirs: Owners = {part: owners[part, key] for part, key in keys.items() if (part, key) in owners}
-    alpha = by_pattern(config.alpha_pattern, name, cast(float, config.lora_alpha))
+    _, alpha = rank_and_alpha(config, name, _within(config, name))
     made: dict[str, Any] = {"dropout": 0.0, "owners": theirs}
     made |= {axis: getattr(config, axis) for axis in ("boost", "start", "ranks", "layers")}
     with torch.device("meta"):
@@ -231,8 +246,8 @@ def _read_site(
                 len(t) for key, t in tensors.items() if t.dim() == 3 or key in (f"{STRUCTURE}u", f"{STRUCTURE}v")
             )
             own = [f"{name}.{e}" for e in range(count)]
-            ranks_of = [by_pattern(config.rank_pattern, each, r) for each in own]
-            alphas = [by_pattern(config.alpha_pattern, each, alpha) for each in own]
+            ranks_of = [by_pattern(config.at_start("rank_pattern"), each, r) for each in own]
+            alphas = [by_pattern(config.at_start("alpha_pattern"), each, alpha) for each in own]
             scales = [config.scale(one, its) for one, its in zip(ranks_of, alphas, strict=True)]
             site = build_batch(config.structure, ranks_of, (fan_in, out), scales=scales, shares=list(keys), **made)
         else:

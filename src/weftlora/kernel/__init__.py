@@ -23,7 +23,7 @@ from weftlora.kernel.dropout import draw
 from weftlora.kernel.equation import reference
 from weftlora.kernel.factors import AXES, Axis, Factors, Role, RouterInput, Slots, Work, delta_weight, used
 from weftlora.kernel.fast_path import Linear, add_low_rank, add_read, gated_mlp, linears
-from weftlora.kernel.grouped import Grouping, add_grouped, delta_weights, grouped_linear
+from weftlora.kernel.grouped import Grouping, Order, add_grouped, delta_weights, grouped_linear
 from weftlora.kernel.mixed_batch import add_by_row
 from weftlora.kernel.switches import Switches, current, switched, use_reference
 
@@ -33,6 +33,7 @@ __all__ = [
     "Factors",
     "Grouping",
     "Linear",
+    "Order",
     "Role",
     "RouterInput",
     "Slots",

@@ -117,11 +117,15 @@ def _scored(y: Tensor, x: Tensor, work: Work) -> Tensor:
     return add_read(y, read, work)
 
 
-def add_read(y: Tensor, read: Read, work: Work) -> Tensor:
+def add_read(y: Tensor, read: Read, work: Work, groups: int = 1) -> Tensor:
     """y + h B̃ᵀ where only `read` knows how x is multiplied with a matrix, left to autograd.
 
     Of an embedding x is the one-hot row of a token, of a convolution the patch at every position (`weftlora.adapted.reading`).
     One dropout mask serves all heads.
+
+    Args:
+        groups: of how many parts of x that are read one by one, so that `read` gives [..., groups, rows], each part of y takes the
+            one of its own.
     """
     f = work.factors
     u = read(joined([f.A, *(s.down for s in f.extra)], 0), True)
@@ -143,5 +147,9 @@ def add_read(y: Tensor, read: Read, work: Work) -> Tensor:
             work.on_mix(omega.view(*lead, omega.shape[1]))
         h = mixture(h, used(omega, b.top), b.r)
     with without_autocast(y):
-        out = torch.addmm(y.reshape(-1, y.shape[-1]), h.to(y.dtype), like(b.up, y).T, alpha=b.scale)
-    return out.view(y.shape)
+        up, h = like(b.up, y), h.to(y.dtype)
+        if groups == 1:
+            return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.T, alpha=b.scale).view(y.shape)
+        own, up = y.reshape(-1, groups, y.shape[-1] // groups).transpose(0, 1), up.unflatten(0, (groups, -1))
+        h = h.view(own.shape[1], groups, -1).transpose(0, 1)
+        return torch.baddbmm(own, h, up.mT, alpha=b.scale).transpose(0, 1).reshape(y.shape)

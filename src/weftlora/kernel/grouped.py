@@ -8,14 +8,16 @@ all experts. A factor that all experts share has no axis of experts and is multi
 E × out × in is made or kept, forward or backward; kept are x (once per product that trains what reads it), the bits of
 a mask, u and h.
 
-torch's own grouped product is taken where it has one for the dtype and the widths, else a loop over the experts. Where the Triton
-kernels run, products with factors are theirs, with a table of which expert each token has.
+torch's own grouped product is taken where it has one for the dtype and the widths, else a loop over the experts. One autograd node has
+the base's product and the update, and adds into what it has: on a CPU a fresh tensor of S × out costs as much as a product with r
+columns. Where the Triton kernels run, products with factors are theirs, with a table of which expert each token has.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,19 @@ from torch.autograd.function import once_differentiable
 
 from weftlora.kernel.dropout import draw, is_counted, masked
 from weftlora.kernel.equation import reference
-from weftlora.kernel.factors import Factors, Slots, Work, branch, mixture, softmax, used, without_autocast
+from weftlora.kernel.factors import (
+    Branch,
+    Factors,
+    Slots,
+    Work,
+    branch,
+    joined,
+    mixture,
+    mixture_backward,
+    softmax,
+    used,
+    without_autocast,
+)
 from weftlora.kernel.node import fast_width
 from weftlora.kernel.switches import current, triton_runs
 
@@ -43,6 +57,12 @@ class Grouping:
     ends: Tensor  # [E] int32
     expert: Tensor  # [S] int64, ascending
     part: Tensor | None = None  # [S] int64
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many tokens each expert has."""
+        ends = self.ends.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def slices(self) -> list[slice]:
         """Where each expert's tokens are."""
@@ -88,6 +108,34 @@ def _outer(g: Tensor, x: Tensor, ends: Tensor, shared: bool) -> Tensor:
             torch.mm(g[start:end].T, x[start:end], out=one)
         start = end
     return out
+
+
+def _summed(terms: list[tuple[Tensor, Tensor, float]], grouping: Grouping) -> Tensor:
+    """Σ s · a M_e over (a [S, k], M [E, k, o] or [k, o] of all, s): [S, o]; expert by expert on a CPU, as what is added to is then in
+    its cache."""
+    first, matrix, _ = terms[0]
+    y = first.new_empty(first.shape[0], matrix.shape[-1])
+    if y.device.type == "cpu":
+        parts = [(a.split(grouping.sizes), m.unbind() if m.dim() == 3 else None, m, s) for a, m, s in terms]
+        for e, own in enumerate(y.split(grouping.sizes)):
+            for i, (a, each, m, s) in enumerate(parts):
+                own.addmm_(a[e], m if each is None else each[e], beta=float(i > 0), alpha=s)
+        return y
+    for i, (a, m, s) in enumerate(terms):
+        rows = _rows(a, m, grouping.ends)
+        y = y.add_(rows, alpha=s) if i else rows if s == 1.0 else rows.mul_(s)
+    return y
+
+
+def _add_rows(y: Tensor, h: Tensor, m: Tensor, grouping: Grouping, scale: float) -> Tensor:
+    """y + scale · h M_e, into y [S, o] itself, of h [S, k], M [E, k, o] or [k, o] of all."""
+    if m.dim() == 2:
+        return y.addmm_(h, m, alpha=scale)
+    if y.device.type != "cpu":
+        return y.add_(_rows(h, m, grouping.ends), alpha=scale)
+    for part, own, one in zip(y.split(grouping.sizes), h.split(grouping.sizes), m.unbind(), strict=True):
+        part.addmm_(own, one, alpha=scale)
+    return y
 
 
 def _table(x: Tensor, grouping: Grouping) -> Table | None:
@@ -196,10 +244,213 @@ class _Write(Function):
         return g, gh, gm, None, None, None
 
 
-def grouped_linear(x: Tensor, weight: Tensor, grouping: Grouping, bias: Tensor | None = None) -> Tensor:
-    """x W_eᵀ + b_e of each token's expert: a fresh [S, out] of x [S, in], W [E, out, in] (a transposed view will do), b [E, out]."""
-    y = cast(Tensor, _Read.apply(x, weight, grouping.ends, None, 0.0, None))
-    return y if bias is None else y.add_(bias.to(y.dtype)[grouping.expert])
+def _bags(x: Tensor) -> bool:
+    """Whether torch's embedding bags sum rows of x as exactly as x is: on a CPU, without a tensor of all rows that are summed."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+class _ToExperts(Function):
+    """x [T, in] of every pair of a token and an expert, in the order of the experts; apply(x, source [S], back [T, k])."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, source)  # a quarter of the time of x[source]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        if _bags(g):
+            return F.embedding_bag(back, g, mode="sum"), None, None
+        return g.index_select(0, back.flatten()).unflatten(0, tuple(back.shape)).sum(1), None, None
+
+
+class _Weighed(Function):
+    """z [T, out], with the derivatives of Σ w y for y; apply(z, y [S, out], w [S] in the order of y, source [S])."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, w: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(w, source)
+        return cast(Tensor, torch.ops.aten._unsafe_view(z, list(z.shape)))  # no view: a model may write into it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        w, source = ctx.saved_tensors
+        return g, g.index_select(0, source).mul_(w.unsqueeze(1)), None, None
+
+
+@dataclass(frozen=True)
+class Order:
+    """T tokens with k experts each as S = T · k pairs in the order of the experts: whose each is, and where it stands."""
+
+    grouping: Grouping
+    source: Tensor  # [S], the token of each pair
+    order: Tensor  # [S], which of the pairs, token by token, stands there
+    back: Tensor  # [T, k], where each pair stands
+
+    def apart(self, x: Tensor) -> Tensor:
+        """x [T, in] for every pair, [S, in]."""
+        return cast(Tensor, _ToExperts.apply(x, self.source, self.back))
+
+    def together(self, y: Tensor, w: Tensor) -> Tensor:
+        """Σ w y [T, out] over the experts of each token, of y [S, out] and what they are weighed with, w [T, k]."""
+        sorted_w = w.reshape(-1).index_select(0, self.order)
+        if y.dtype == w.dtype and _bags(y):
+            z = F.embedding_bag(self.back, y.detach(), mode="sum", per_sample_weights=w)
+            return cast(Tensor, _Weighed.apply(z, y, sorted_w.detach(), self.source))
+        return (y * sorted_w.unsqueeze(1)).index_select(0, self.back.flatten()).unflatten(0, tuple(w.shape)).sum(1)
+
+
+class _Plan(NamedTuple):
+    """What of an update is no tensor. `together`: the router's rows are read beside those of A."""
+
+    grouping: Grouping
+    scale: float
+    p: float
+    heads: int
+    r: int
+    top: int | None
+    together: bool
+    told: bool  # whether ω is handed out
+
+
+class _Adapted(Function):
+    """x W_eᵀ + s · h B̃_eᵀ, or y + s · h B̃_eᵀ into y; apply(plan, x, W or None, y or None, bits or None, down, up, route, mix).
+
+    Gives y, or (y, ω). The factors are padded to widths that grouped products take.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: _Plan, x: Tensor, weight: Tensor | None, y: Tensor | None, bits: Tensor | None,
+        down: Tensor, up: Tensor, route: Tensor | None, mix: Tensor | None,
+    ) -> Any:  # fmt: skip
+        ends = plan.grouping.ends
+        x_slots = x if bits is None else masked(x, bits, plan.p)
+        readers = _readers(plan, x, down, route)
+        u = h = _rows(x_slots, readers[0].transpose(-2, -1), ends)
+        omega = q = None
+        if plan.heads:
+            n = down.shape[-2]
+            if plan.together:
+                q = u[:, n : n + cast(Tensor, route).shape[-2]]
+            elif route is not None:
+                q = _rows(x, readers[1].transpose(-2, -1), ends)[:, : route.shape[-2]]
+            else:
+                q = u[:, : plan.r]
+            omega = softmax(q if mix is None else _mixed(q, mix, x, ends))
+            h = mixture(u[:, :n], used(omega, plan.top), plan.r)
+            q = q if mix is not None else None
+        up_t = _padded(up.to(x.dtype), x, -1).transpose(-2, -1).contiguous()  # both products that read it are then fast
+        h = F.pad(h, (0, up_t.shape[-2] - h.shape[1])) if h.shape[1] < up_t.shape[-2] else h[:, : up_t.shape[-2]]
+        if y is None:
+            assert weight is not None
+            y = _summed([(x, weight.to(x.dtype).transpose(-2, -1), 1.0), (h, up_t, plan.scale)], plan.grouping)
+        else:
+            ctx.mark_dirty(y)
+            _add_rows(y, h.to(y.dtype), up_t.to(y.dtype), plan.grouping, plan.scale)
+        ctx.plan, ctx.columns, ctx.up_dtype = plan, up.shape[-1], up.dtype
+        ctx.save_for_backward(x, weight, bits, down, route, mix, up_t, h, u if plan.heads else None, q, omega)
+        ctx.set_materialize_grads(False)
+        return (y, omega) if plan.told else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor | None, gomega: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, weight, bits, down, route, mix, up_t, h, u, q, omega = ctx.saved_tensors
+        plan: _Plan = ctx.plan
+        ends, n = plan.grouping.ends, down.shape[-2]
+        gh = gup = groute = gmix = gx = None
+        gq: Any = None
+        if g is not None:
+            g_x = g.to(x.dtype)
+            gh = _rows(g_x, up_t.transpose(-2, -1), ends).mul_(plan.scale)
+            gup = _outer(h, g_x, ends, up_t.dim() == 2).mul_(plan.scale).transpose(-2, -1)[..., : ctx.columns]
+        gu = gh
+        if plan.heads:
+            gu, gq = mixture_backward(gh, gomega, u[:, :n], omega, plan.r, plan.top)
+            if mix is not None:
+                gq, gmix = _mixed_backward(gq, q, mix, ends)
+            if route is None:
+                gu[:, : plan.r] += gq
+        if gu is None:
+            return (None,) * 9
+        x_slots = x if bits is None else masked(x, bits, plan.p)
+        readers = _readers(plan, x, down, route)
+        given = [torch.cat([gu, gq], 1)] if plan.together else [gu, gq][: len(readers)]
+        given = [F.pad(t, (0, m.shape[-2] - t.shape[1])) for t, m in zip(given, readers, strict=True)]
+        grows = [
+            _outer(t, source, ends, m.dim() == 2) for t, source, m in zip(given, (x_slots, x), readers, strict=False)
+        ]
+        gdown = grows[0][..., :n, :].to(down.dtype)
+        if route is not None:
+            groute = grows[-1][..., n if plan.together else 0 :, :][..., : route.shape[-2], :].to(route.dtype)
+        if ctx.needs_input_grad[1]:
+            terms = [] if weight is None or g is None else [(g_x, weight.to(x.dtype), 1.0)]
+            terms += [(t, m, 1.0) for t, m in zip(given, readers, strict=True)][bits is not None :]
+            gx = _summed(terms, plan.grouping) if terms else torch.zeros_like(x)
+            if bits is not None:
+                gx.add_(masked(_rows(given[0], readers[0], ends), bits, plan.p))
+        gy = None if weight is not None else g
+        return None, gx, None, gy, None, gdown, None if gup is None else gup.to(ctx.up_dtype), groute, gmix
+
+
+def _readers(plan: _Plan, x: Tensor, down: Tensor, route: Tensor | None) -> list[Tensor]:
+    """What reads x, in its dtype: A and the rows of the router, `together` below one another; of two the second reads x unmasked."""
+    rows = [down.to(x.dtype), *([] if route is None else [route.to(x.dtype)])]
+    return [_padded(m, x, -2) for m in ([joined(rows, -2)] if plan.together else rows)]
+
+
+def _mixed(q: Tensor, mix: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """q M_eᵀ [S, heads] of what the router reads, q [S, r], and M [E, heads, r]."""
+    m = _padded(_padded(mix.to(x.dtype), x, -2), x, -1)
+    q = F.pad(q, (0, m.shape[-1] - q.shape[1]))
+    return _rows(q, m.transpose(-2, -1), ends)[:, : mix.shape[-2]]
+
+
+def _mixed_backward(g: Tensor, q: Tensor, mix: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and M of `_mixed`."""
+    m = _padded(_padded(mix.to(g.dtype), g, -2), g, -1)
+    g, wide = F.pad(g, (0, m.shape[-2] - g.shape[1])), F.pad(q, (0, m.shape[-1] - q.shape[1]))
+    gmix = _outer(g, wide, ends, mix.dim() == 2)[..., : mix.shape[-2], : mix.shape[-1]]
+    return _rows(g, m, ends)[:, : q.shape[1]], gmix.to(mix.dtype)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, grouping: Grouping, bias: Tensor | None = None, work: Work | None = None
+) -> Tensor:
+    """x W_eᵀ + b_e of each token's expert, and the update of `work`: a fresh [S, out] of x [S, in], W [E, out, in] (a transposed view
+    will do), b [E, out]."""
+    owned = work is not None and not weight.requires_grad and _by_node(x, work, grouping)
+    if owned:
+        y = _by_one_node(x, weight, None, cast(Work, work), grouping)
+    else:
+        y = cast(Tensor, _Read.apply(x, weight, grouping.ends, None, 0.0, None))
+    y = y if bias is None else y.add_(bias.to(y.dtype)[grouping.expert])
+    return y if owned or work is None else add_grouped(y, x, work, grouping)
+
+
+def _by_node(x: Tensor, work: Work, grouping: Grouping) -> bool:
+    """Whether `_Adapted` computes this update."""
+    return not (current().reference or work.plain or work.scored) and _table(x, grouping) is None
+
+
+def _by_one_node(x: Tensor, weight: Tensor | None, y: Tensor | None, work: Work, grouping: Grouping) -> Tensor:
+    """`_Adapted` with a mask drawn where there has to be one."""
+    p = work.dropout
+    b: Branch = branch(work.factors, x.device, p > 0)
+    bits = None if not p else draw(x, p) if work.mask is None else work.mask
+    together = b.route is not None and bits is None and b.route.dim() == b.down.dim()
+    plan = _Plan(grouping, b.scale / (1 - p), p, b.heads, b.r, b.top, together, work.on_mix is not None and b.heads > 0)
+    with without_autocast(x):
+        found = _Adapted.apply(plan, x, weight, y, bits, b.down, b.up, b.route, b.mix)
+    if not plan.told:
+        return cast(Tensor, found)
+    y, omega = found
+    cast(Any, work.on_mix)(omega)
+    return cast(Tensor, y)
 
 
 def read_by_table(x: Tensor, m: Tensor, table: Table) -> Tensor:
@@ -223,6 +474,8 @@ def add_grouped(y: Tensor, x: Tensor, work: Work, grouping: Grouping) -> Tensor:
     """
     if current().reference or work.plain:
         return _by_expert(y, x, work, grouping)
+    if _by_node(x, work, grouping):
+        return _by_one_node(x, None, y, work, grouping)
     p, ends = work.dropout, grouping.ends
     f = work.factors
     b = branch(f, x.device, p > 0)
