@@ -64,7 +64,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "quanto-int4": {"quantization": {"quant_method": "quanto", "weights": "int4"}},
     "hqq": {"quantization": {"quant_method": "hqq", "nbits": 4, "group_size": 64}},
     "gptq": {"quantization": {"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": TEXTS}},
-    "gptq-sides": {"quantization": {"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": TEXTS}},
+    "gptq-sides": {  # the kernel that it takes on a CPU unasked has no backward
+        "quantization": {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 32,
+            "dataset": TEXTS,
+            "backend": "gptq_torch_aten",
+        }
+    },
     "awq": {"quantization": {"quant_method": "awq", "bits": 4}},
 }
 """Name → the keys of a recipe's model section."""

@@ -416,3 +416,19 @@ def test_a_layer_is_called_where_its_matrix_cannot_be_shared() -> None:
             assert called(lambda: model(**batch)) == [1] * 14  # noqa: B023
         with torch.autocast("cpu", torch.bfloat16):
             assert called(lambda: model(**batch))[0] == 1  # noqa: B023 (q_proj, which reads fp32)
+
+
+def test_all_linear_takes_what_a_quantiser_put_in_classes_of_its_own() -> None:
+    """As GPTQ does it: without, nothing is left of such a model. The output layer stays, and an embedding is no linear module."""
+    base = FAMILIES["llama"].build()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(base.get_submodule(parent), last, InCode(module))
+    config = weftlora.WeftConfig(r=2, target_modules="all-linear")
+    with pytest.raises(TargetError, match="has no linear module"):
+        get_peft_model(base, config)
+    base.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model = get_peft_model(base, weftlora.WeftConfig(r=2))
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, WeftLinear)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -68,7 +68,7 @@ def test_a_row_that_was_asked_for_and_could_not_be_run_is_no_success(
     monkeypatch.setattr(matrix, "write", lambda rows, results: None)
     monkeypatch.setattr("sys.argv", ["matrix.py", *arguments])
     assert matrix.main() == code
-    assert set(ran) == ({"oldest", "axolotl"} if "--ci" in arguments else {*arguments} or {*ROWS})
+    assert set(ran) == ({"oldest", "axolotl", "quantised"} if "--ci" in arguments else {*arguments} or {*ROWS})
 
 
 def test_what_a_row_leaves_out_is_said_without_folders_of_the_machine() -> None:

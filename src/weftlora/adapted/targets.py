@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.attention import WeftAttention, check_attention
 from weftlora.adapted.experts import WeftExperts, check_experts, expert_parameters
+from weftlora.adapted.quantised import is_quantised
 from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import attention_inputs
 from weftlora.adapter.spec import WeftConfig
@@ -207,7 +208,8 @@ def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
     """
     of = copy.copy(config)
     of.target_modules = "all-linear"
-    found = cast("set[str]", _maybe_include_all_linear_layers(of, model).target_modules)
+    found = cast("set[str]", _maybe_include_all_linear_layers(of, model).target_modules) | in_other_classes(model)
+    of.target_modules = "all-linear"  # peft has put the names in its place
     modules = dict(model.named_modules())
     wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper))
     found = {
@@ -236,6 +238,21 @@ def all_linear(config: WeftConfig, model: nn.Module) -> set[str]:
         also = f" (and {len(names) - 1} more such modules)" if len(names) > 1 else ""
         warnings.warn(f"all-linear leaves out what cannot carry an adapter: {refused[names[0]]}{also}", stacklevel=6)
     return left
+
+
+def in_other_classes(model: nn.Module) -> set[str]:
+    """The full names of what a quantiser put in the place of linear modules in classes of its own (GPTQ, AWQ, HQQ), but the output
+    layer's: peft's "all-linear" sees subclasses of torch's Linear alone."""
+    if getattr(getattr(model, "config", None), "quantization_config", None) is None:
+        return set()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, (nn.Linear, BaseTunerLayer)) and module is not head and not [*module.children()]
+        if isinstance(getattr(module, "out_features", None), int) and is_quantised(module)
+        if not inside_adapter(model, name)
+    }
 
 
 def all_experts(config: WeftConfig, model: nn.Module) -> set[str]:
@@ -375,6 +392,7 @@ def linear_names(model: nn.Module) -> list[str]:
         if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, (nn.Linear, Conv1D))
         and not inside_adapter(model, name)
     }
+    found |= {_last(name) for name in in_other_classes(model)}
     return sorted(found - {""})
 
 
