@@ -166,6 +166,12 @@ CLASSED: tuple[tuple[str, str, str, str], ...] = (
         "chance",
         "it sets no seed, and some tensor moves by less than it asks for in 3 of 20 draws with stock LoRA, and in 7 of 20 here",
     ),
+    (
+        ".*",
+        r"fsdp_wrapped_learnable_bias\[bias_all-MHA",
+        "names",
+        "it fills every bias that a module shows; in_proj shows the attention's in_proj_bias, and peft's bias='all' trains names in .bias",
+    ),
     (".*", r"TestDefaultTargetModules", "defaults", "it names no targets"),
     (
         ".*",

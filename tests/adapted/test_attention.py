@@ -153,9 +153,14 @@ def test_what_is_said_of_the_whole_goes_for_both_matrices_and_is_read_from_the_f
             {"kdim": 4},
             "keys or values have another size than its queries",
         ),
+        (
+            weftlora.PlainLoraConfig(target_modules=["attn"], bias="lora_only"),
+            {},
+            "whose biases peft would train and not save",
+        ),
         (weftlora.PlainLoraConfig(target_modules=["attn.out_proj"]), {}, "or name attn, which is adapted as a whole"),
     ],
-    ids=["routed", "moving ranks", "three weights", "a part"],
+    ids=["routed", "moving ranks", "three weights", "biases", "a part"],
 )
 def test_what_is_no_update_of_its_weights_is_refused_before_anything_changes(config, base, says: str) -> None:
     model = Looks(**base)

@@ -140,6 +140,11 @@ def check_attention(config: WeftConfig, name: str, module: nn.Module) -> None:
             f"{name} is a torch MultiheadAttention, which reads its weights itself, so its rank slots cannot be scored one by one: "
             "use ranks=Uniform(), or leave it out."
         )
+    if config.bias not in ("none", "all"):
+        raise TargetError(
+            f"{name} is a torch MultiheadAttention, whose biases peft would train and not save with bias={config.bias!r}: leave bias "
+            "out, or leave the attention out."
+        )
     if config.lora_dropout:
         warnings.warn(
             f"lora_dropout={config.lora_dropout:g} drops nothing in {name}, a torch MultiheadAttention, which reads its weights "

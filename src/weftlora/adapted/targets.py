@@ -511,6 +511,12 @@ def by_pattern(pattern: Mapping[str, T], name: str, default: T) -> T:
     return pattern.get(get_pattern_key(pattern.keys(), name), default)
 
 
+def pattern_key(name: str, sites: Collection[str]) -> str:
+    """A regex for one site; anchored where peft would take it for the end of another site's name too."""
+    anchored = any(other.endswith(f".{name}") for other in sites)
+    return f"^{re.escape(name)}" if anchored else re.escape(name)
+
+
 def rank_and_alpha(config: WeftConfig, name: str, within: str | None = None) -> tuple[int, float]:
     """r and lora_alpha of the site called `name` at the start; of a matrix `within` a module that is adapted as a whole, what a
     pattern says of that, unless one names the matrix."""

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from weftlora.adapted.frozen_weights import Checkpoint, Decomposer, OriginalWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapted.targets import pattern_key
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig, encode_choice
 from weftlora.errors import ConfigError
-from weftlora.host.stock_lora import pattern_key
 from weftlora.progress import Progress, ignore
 from weftlora.schedule.direction_ranking import Ranker
 from weftlora.schedule.launch import LaunchController, forget_moments

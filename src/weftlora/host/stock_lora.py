@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from weftlora.adapted.attention import WeftAttention
 from weftlora.adapted.experts import WeftExperts, WeftExpertWeight
 from weftlora.adapted.layer import WeftLayer, WeftLinear
+from weftlora.adapted.targets import pattern_key
 from weftlora.errors import AdapterError
 from weftlora.host.versions import asks_how_experts_lie
 
@@ -189,12 +190,6 @@ def check_resolution(
                 f"stock peft would read r={r} and alpha={alpha} for {name}, which has rank {rank}: report this name to weftlora, and "
                 "export with uniform=True, which needs no patterns."
             )
-
-
-def pattern_key(name: str, sites: Collection[str]) -> str:
-    """A regex for one site; anchored where peft would take it for the end of another site's name too."""
-    anchored = any(other.endswith(f".{name}") for other in sites)
-    return f"^{re.escape(name)}" if anchored else re.escape(name)
 
 
 def trained_modules(model: nn.Module, adapters: Sequence[str]) -> dict[str, Tensor]:
