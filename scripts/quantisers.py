@@ -139,6 +139,11 @@ def base_section(row: str) -> dict[str, Any]:
     how = quantisation.loading(settings or {}, original)
     AutoModelForCausalLM.from_pretrained(original, quantization_config=how).save_pretrained(folder)
     AutoTokenizer.from_pretrained(original).save_pretrained(folder)
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said["quantization_config"] |= {
+        k: v for k, v in ROWS[row]["quantization"].items() if k == "backend"
+    }  # saved as auto
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
     return {"path": str(folder)}
 
 
