@@ -162,6 +162,7 @@ families: $(STAMP) ## every family of transformers that can be built small, with
 soak: $(STAMP) ## kill, stop and hinder commands at the boundaries of their phases and at random moments, twelve minutes; every result must be the undisturbed one (as root)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m kills
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/soak_engines.py
 
 fuzz: $(STAMP) ## bad files through every reader, names of strangers through every writer: a part of 25 minutes, added to evidence/fuzz.json
 	$(BIN)/python scripts/fuzz.py --minutes 25

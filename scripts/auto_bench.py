@@ -1,15 +1,18 @@
 """What `weftlora auto` chooses, against the defaults and against a grid, and whether its budget holds, into bench/auto.json.
 
     python scripts/auto_bench.py default --folder FOLDER --out bench/auto.json [--budget 30m] [--steps 60] [--seeds 5]
-    python scripts/auto_bench.py regret  --folder FOLDER --out bench/auto.json [--budget 8m] [--steps 40] [--seeds 5]
+    python scripts/auto_bench.py regret  --folder FOLDER --out bench/auto.json [--budget 8m] [--steps 40] [--seeds 5] [--least]
+    python scripts/auto_bench.py rates   --folder FOLDER --out bench/auto.json [--steps 40] [--task T]
     python scripts/auto_bench.py budget  --folder FOLDER --out bench/auto.json [--budget 4m] [--steps 20] [--searches 4]
 
 All on the bundled model. `default`: a search on the bundled task; then the chosen method at its rate, and plain LoRA at the rate
 that `weftlora train` takes where none is named, at equal trainable parameters and steps, on seeds that the search has not seen.
-`regret`: on three tasks that the search was not made on, the same, and beside it the best of a full grid of methods and rates, by
-validation loss, of as many optimiser steps as the whole search has taken. `budget`: searches one after the other, and what each took
-of its budget; the last is stopped once it has planned and goes on with a third of the time that it needs, so that the clock ends it.
-What was searched and measured already in the folder is taken from there.
+`regret`: on three tasks that the search was not made on (--task for some of them), the same, and beside it the best of a full grid
+of methods and rates, by validation loss, of as many optimiser steps as the whole search has taken. With --least the search has the
+smallest size that there is, whatever the budget has room for: where other work loads the machine, timing would choose at random.
+`rates`: plain LoRA and HydraLoRA at a rate and at twice that, after a third of a run, where halving decides, and after all of it.
+`budget`: searches one after the other, and what each took of its budget; the last is stopped once it has planned and goes on with a
+third of the time that it needs, so that the clock ends it. What was searched and measured already in the folder is taken from there.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from zlib import crc32
 
 import weftlora
 from weftlora.auto import Found
+from weftlora.auto import plan as planning
 from weftlora.auto.candidates import EARLY
 from weftlora.auto.plan import AutoPlan
 from weftlora.auto.running import Standing, trained
@@ -60,31 +64,38 @@ TASKS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     },
 }
 ROWS = {"train": 2048, "validation": 256, "test": 512}
+TWO_RATES, R = [0.0061, 0.012], 8
+"""What `rates` tries: what a search found for plain LoRA, and about twice that; at the rank that a search takes for these rows."""
 SPAN = 4.0
 """How far the grid's rates reach from the default, either way: as far as the first rates of a search."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("default", "regret", "budget"))
+    parser.add_argument("part", choices=("default", "regret", "rates", "budget"))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", default=None, help="of a search; 30m, 8m or 4m")
     parser.add_argument("--steps", type=int, default=None, help="of a full run; 60, 40 or 20")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--searches", type=int, default=4)
+    parser.add_argument("--least", action="store_true", help="search at the smallest size; for regret")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this one; repeatable; for regret")
     given = parser.parse_args()
-    budget, steps = {"default": ("30m", 60), "regret": ("8m", 40), "budget": ("4m", 20)}[given.part]
+    budget, steps = {"default": ("30m", 60), "regret": ("8m", 40), "rates": ("", 40), "budget": ("4m", 20)}[given.part]
     given.budget, given.steps = given.budget or budget, given.steps or steps
-    more = f"--searches {given.searches}" if given.part == "budget" else f"--seeds {given.seeds}"
+    more = f"--budget {given.budget} " * (given.part != "rates") + f"--steps {given.steps}"
+    more += {"budget": f" --searches {given.searches}", "rates": ""}.get(given.part, f" --seeds {given.seeds}")
+    more += " --least" * given.least + "".join(f' --task "{name}"' for name in given.task or ())
+    if given.least:
+        planning.SIZES = planning.SIZES[-1:]
     made = {
-        "command": f"python scripts/auto_bench.py {given.part} --folder FOLDER --out bench/auto.json --budget {given.budget} "
-        f"--steps {given.steps} {more}",
+        "command": f"python scripts/auto_bench.py {given.part} --folder FOLDER --out bench/auto.json {more}",
         "machine": f"{platform.machine()}, shared with other work",
-        **{"default": against_the_default, "regret": regret, "budget": budgets}[given.part](given),
+        **{"default": against_the_default, "regret": regret, "rates": by_rate, "budget": budgets}[given.part](given),
     }
     content = read_json(given.out) if given.out.is_file() else {}
-    write_json(given.out, content | {given.part: made})
+    write_json(given.out, content | {given.part + "_at_the_least" * given.least: made})
 
 
 def default_rate() -> float:
@@ -158,16 +169,21 @@ def rows(name: str, split: str) -> Iterable[dict[str, str]]:
     return [{"prompt": prompt, "completion": completion} for prompt, completion in drawn.items()]
 
 
-def searched(
-    name: str, folder: Path, budget: str, steps: int, watch: Callable[[Standing], None] | None = None
-) -> tuple[Found, dict[str, Any]]:
-    """A search on a task, and the part of a recipe that all that is compared with it shares."""
+def subject_of(name: str, folder: Path, steps: int) -> dict[str, Any]:
+    """The part of a recipe that says which model, rows and length; the rows are in the folder then."""
     folder.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {"max_length": 64}
     for split in ROWS:
         data[split] = str(folder / f"{split}.jsonl")
         write_text(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows(name, split)))
-    subject = {"model": "demo", "data": data, "train": {"steps": steps, "batch_size": 16}}
+    return {"model": "demo", "data": data, "train": {"steps": steps, "batch_size": 16}}
+
+
+def searched(
+    name: str, folder: Path, budget: str, steps: int, watch: Callable[[Standing], None] | None = None
+) -> tuple[Found, dict[str, Any]]:
+    """A search on a task, and the part of a recipe that all that is compared with it shares."""
+    subject = subject_of(name, folder, steps)
     asked = subject | {"methods": METHODS, "budget": budget, "out": str(folder / "search")}
     return weftlora.auto(asked, watch=watch), subject
 
@@ -175,7 +191,7 @@ def searched(
 def regret(given: argparse.Namespace) -> dict[str, Any]:
     made: dict[str, Any] = {}
     losses: dict[str, list[list[float]]] = {"default": [], "chosen": [], "grid": []}
-    for name in TASKS:
+    for name in given.task or TASKS:
         top = given.folder / name.split(",")[0].replace(" ", "-")
         found, subject = searched(name, top, given.budget, given.steps)
         plan = read_json(top / "search" / "auto.json")
@@ -201,6 +217,7 @@ def regret(given: argparse.Namespace) -> dict[str, Any]:
             of_tasks.append([run.scores["loss"] for run in compared.of(label)])
         made[name] = {
             "search": said(found, top / "search"),
+            "tried": [vars(each) for each in found.tried],
             "search_steps": trained,
             "grid_steps": len(grid) * given.steps,
             "grid": grid,
@@ -235,25 +252,55 @@ def steps_of(search: Path) -> int:
 
 def the_grid(top: Path, subject: dict[str, Any], plan: dict[str, Any], steps: int) -> list[dict[str, Any]]:
     """Every method at every rate, with one seed, in no more optimiser steps than `steps`; their validation losses."""
-    methods = list(plan["methods"].values())
-    count = max(2, steps // (subject["train"]["steps"] * len(methods)))
+    methods, full = list(plan["methods"].values()), subject["train"]["steps"]
+    count = max(2, steps // (full * len(methods)))
     middle = default_rate()
     tried = [float(f"{middle * SPAN ** (2 * k / (count - 1) - 1):.3g}") for k in range(count)]
-    asked = {"methods": [method | {"lr": middle} for method in methods], "seeds": 1, "out": str(top / "unused")}
-    runs = make(CompareRecipe.read(subject | asked))
-    jobs = [
-        runs.trial(method, TUNING_SEED, lr, subject["train"]["steps"], f"grid/{runs.slugs[method.name]}/lr{lr:g}")
+    return losses_at(top, subject, methods, tried, [full])
+
+
+def losses_at(
+    top: Path, subject: dict[str, Any], methods: list[Any], tried: list[float], lengths: list[int]
+) -> list[dict[str, Any]]:
+    """Every method at every rate and length, with one seed: the validation losses of those that end in one."""
+    asked = {
+        "methods": [method | {"lr": default_rate()} for method in methods],
+        "seeds": 1,
+        "out": str(top / "unused"),
+    }
+    runs, full = make(CompareRecipe.read(subject | asked)), subject["train"]["steps"]
+    jobs = {
+        (method.name, lr, steps): runs.trial(
+            method,
+            TUNING_SEED,
+            lr,
+            steps,
+            f"grid/{runs.slugs[method.name]}/lr{lr:g}{'' if steps == full else f'-n{steps}'}",
+        )
         for method in runs.methods
         for lr in tried
-    ]
-    left = iter([job for job in jobs if workers.status(top / job.folder, True) == "missing"])
-    workers.in_this_process(top, lambda: next(left, None), lambda job, tick: None)
+        for steps in lengths
+    }
+    left = iter([job for job in jobs.values() if workers.status(top / job.folder, True) == "missing"])
+    workers.InThisProcess(top).run(lambda: next(left, None), lambda job, tick: None)
     found = []
-    for job in jobs:
+    for (method, lr, steps), job in jobs.items():
         complete = workers.status(top / job.folder, True) == "complete"
         loss = Run.load(top / job.folder).metrics["validation_loss"] if complete else math.inf
-        found.append({"method": job.method, "lr": job.lr, "validation_loss": loss})
+        length = {} if lengths == [full] else {"steps": steps}
+        found.append({"method": method, "lr": lr, **length, "validation_loss": loss})
     return [each for each in found if math.isfinite(each["validation_loss"])]
+
+
+def by_rate(given: argparse.Namespace) -> dict[str, Any]:
+    """What a rate and twice that come to, after a third of a run and after all of it."""
+    methods = [{"recipe": name} for name in ("lora", "hydralora")]
+    made = {}
+    for name in given.task or TASKS:
+        top = given.folder / name.split(",")[0].replace(" ", "-")
+        subject = subject_of(name, top, given.steps) | {"budget": {"equal": "parameters", "r": R}, "metric": "loss"}
+        made[name] = losses_at(top, subject, methods, TWO_RATES, planning.rungs(given.steps))
+    return {"tasks": made}
 
 
 # ---------------------------------------------------------------------- budgets

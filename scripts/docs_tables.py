@@ -242,7 +242,7 @@ def matrix() -> str:
 def peft_suite() -> str:
     """What peft's own tests say of every method that they were run with (`scripts/peft_suite.py`)."""
     record = json.loads((BENCH.parent / "evidence" / "peft-suite.json").read_text(encoding="utf-8"))
-    kinds = ("refused", "names", "words", "defaults", "mathematics", "unexplained")
+    kinds = ("refused", "names", "words", "defaults", "mathematics", "chance", "unexplained")
     rows = []
     for method, found in record["methods"].items():
         wanted = found["stock"] - sum(found.get(kind, 0) for kind in kinds[:5]) - found.get("skipped", 0)
@@ -458,6 +458,34 @@ def scaling_bytes() -> str:
     )
 
 
+def soak_engines() -> str:
+    """Engine × what came of killing one of its processes, and in which part of its work that was (`scripts/soak_engines.py`)."""
+    found = json.loads((EVIDENCE / "soak.json").read_text(encoding="utf-8"))["engines"]
+    names = dict.fromkeys(name.partition(":")[0] for name in WORLDS)
+    shown = {name: WORLDS[f"{name}:2"].partition(",")[0] for name in names}
+    rows = [
+        (
+            shown[name],
+            str(each["kills"]),
+            f"{each['identical']} of {each['tries']}",
+            str(each["other_number"]),
+            ", ".join(f"`{method}`" for method in each["methods"]),
+            ", ".join(f"{stage} {count}" for stage, count in each["stages"].items()),
+        )
+        for name in names
+        if (each := found.get(name)) is not None
+    ]
+    head = (
+        "",
+        "kills",
+        "runs that ended as the undisturbed one",
+        "of them ended by one process",
+        "methods, in turn",
+        "where it was killed",
+    )
+    return _table(head, rows)
+
+
 def peft_board(form: str) -> str:
     """What runs of peft's method comparison came to (`scripts/peft_board.py`)."""
     rows = []
@@ -504,6 +532,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling": lambda: scaling(WORLDS),
     "scaling-ways": lambda: scaling(WAYS),
     "scaling-bytes": scaling_bytes,
+    "soak-engines": soak_engines,
     "hosts": hosts,
     "peft-examples": peft_examples,
     "model-families": model_families,

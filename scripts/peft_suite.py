@@ -17,6 +17,7 @@ launched too, at random. A test that fails belongs to a class:
     words         it looks for the words of peft's own refusal, and weftlora refuses in others (which are kept)
     defaults      it expects what stock LoRA adapts where no targets are named
     mathematics   what it asks for does not exist for the method: a routed update depends on the token, so it has no ΔW
+    chance        the last digits of fp32, or a draw without a seed, decide it, as they do with stock LoRA
     unexplained   everything else: work to do
 
 Run as a pytest plugin in the tests' process by itself (`-p peft_suite`).
@@ -25,6 +26,7 @@ Run as a pytest plugin in the tests' process by itself (`-p peft_suite`).
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import functools
 import inspect
@@ -71,7 +73,8 @@ CLASSED: tuple[tuple[str, str, str, str], ...] = (
     # pattern of methods, pattern of ids, class, why
     (
         ".*",
-        r"TestMixedAdapterTypes|test_mixed_model_raises",
+        r"TestMixedAdapterTypes|test_mixed_model_raises|rejects_duplicate_name_without_mutation\[True\]"
+        r"|test_mixed_model_from_pretrained|PeftMixedModel",
         "refused",
         "mixed=True takes peft's own types alone, a closed list of peft's",
     ),
@@ -114,6 +117,67 @@ CLASSED: tuple[tuple[str, str, str, str], ...] = (
         r"target_same_layers\[LoRA-Roberta\]",
         "defaults",
         "it names no targets; the default here has the head, whose two outputs are fewer than the rank, which a warning says",
+    ),
+    (
+        ".*",
+        r"TestHotSwapping|hotswap",
+        "refused",
+        "peft's own hotswap_adapter takes stock LoRA alone, a closed list of peft's; weftlora.hotswap is for its own adapters",
+    ),
+    (
+        ".*",
+        r"test_get_peft_model_(with_task_type_)?low_cpu_mem_usage_works",
+        "names",
+        "it looks at the devices of tensors with 'lora_' in their names",
+    ),
+    (
+        ".*",
+        r"test_mha_exposes_attributes",
+        "names",
+        "it asks that the attention's out_proj be the base's own object; here it is the adapted one, with the same weight",
+    ),
+    (
+        ".*",
+        r"test_get_base_model_state_dict\[MHA",
+        "names",
+        "peft takes base_layer out of the keys of its own kinds of layers alone, and an attention as a whole is none",
+    ),
+    (
+        ".*",
+        r"test_error_raised_if_rank_not_divisible_by_groups",
+        "mathematics",
+        "an adapter of a convolution with groups reads the patch of a group, so the rank has nothing to be divided by",
+    ),
+    (
+        ".*",
+        r"test_from_pretrained_missing_keys_warning",
+        "names",
+        "it takes a tensor out of the file by stock LoRA's name",
+    ),
+    (
+        ".*",
+        r"test_safe_merge\[MHA 2|partly_overlapping_target_layers\[LoRA",
+        "chance",
+        "fp32 rounds two ways of computing the same apart by 5e-6 and 2e-5 (logits up to 90), and it allows 1e-6 and 1e-5 of each number",
+    ),
+    (
+        ".*",
+        r"test_only_params_are_updated\[Embedding \+ transformers Conv1D 2 LoRA",
+        "chance",
+        "it sets no seed, and some tensor moves by less than it asks for in 3 of 20 draws with stock LoRA, and in 7 of 20 here",
+    ),
+    (".*", r"TestDefaultTargetModules", "defaults", "it names no targets"),
+    (
+        ".*",
+        r"TestDynamicDispatch",
+        "names",
+        "it registers a layer of its own with a method that only LoraConfig has",
+    ),
+    (
+        ".*",
+        r"test_mha_gradients_set_correctly",
+        "names",
+        "it looks for stock LoRA's layer inside the attention",
     ),
     (".*", r"TestRankAndAlphaPattern", "defaults", "lora_alpha that is left out is 2 r, and 8 in stock LoRA"),
     (".*", r"(Excluded|Targeted)ModuleNames::test_realistic_example", "defaults", "it names no targets"),
@@ -245,10 +309,15 @@ def classed(method: str, test: str, each: dict[str, str]) -> tuple[str, str]:
     for methods, ids, kind, why in CLASSED:
         if re.fullmatch(methods, method) and re.search(ids, test):
             return kind, why
+    if each["says"].startswith("Failed: DID NOT WARN") and each.get("refusal"):
+        return "refused", each["refusal"]
     if "Regex pattern did not match" in each["says"] and each.get("refusal", True):
         return "words", each.get("refusal") or each["says"].partition("Actual message:")[2].strip()
-    if NAMES.search(each.get("at", "")) or re.search(
-        r"(object|module) has no attribute '(lora_|scaling|embedding)|KeyError: '.*lora", each["says"]
+    expected = each["says"].startswith("AssertionError: Expected (") and "lora_" in each["says"]
+    if (
+        expected
+        or NAMES.search(each.get("at", ""))
+        or re.search(r"(object|module) has no attribute '(lora_|scaling|embedding)|KeyError: '.*lora", each["says"])
     ):
         return "names", each.get("at", "")
     return "unexplained", each["says"]
@@ -590,17 +659,37 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         if named:
             return any(kind is LoraConfig for kind in named)
         owner = [item.cls] if item.cls is not None else []
-        with contextlib.suppress(OSError, TypeError):
-            return any("LoraConfig" in inspect.getsource(each) for each in (item.function, *owner))
-        return False
+        return any("LoraConfig" in _source(each) for each in (item.function, *owner))
 
-    kept = [item for item in items if uses(item)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    kept = [uses(item) for item in items]
+    config.hook.pytest_deselected(items=[item for item, one in zip(items, kept, strict=True) if not one])
+    items[:] = [item for item, one in zip(items, kept, strict=True) if one]
 
 
 def _is_ours(kind: type) -> bool:
     return any(base.__module__ == "weftlora.errors" for base in kind.__mro__)
+
+
+@functools.cache
+def _statements(path: str) -> dict[int, str]:
+    """Line of a file → the statement that it belongs to, of a compound one its head; pytest's own parses the file at every look."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines, found = text.splitlines(), {}
+    for node in ast.walk(ast.parse(text)):  # those inside come after what they are in
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None)
+            end = body[0].lineno - 1 if isinstance(body, list) and body else node.end_lineno or node.lineno
+            whole = " ".join(line.strip() for line in lines[node.lineno - 1 : max(end, node.lineno)])
+            found |= dict.fromkeys(range(node.lineno, max(end, node.lineno) + 1), whole)
+    return found
+
+
+@functools.cache
+def _source(of: Any) -> str:
+    """What a test or its class is written as; read once, since Python parses the file for a class."""
+    with contextlib.suppress(OSError, TypeError):
+        return inspect.getsource(of)
+    return ""
 
 
 def pytest_runtest_makereport(item: Any, call: Any) -> None:
@@ -617,7 +706,7 @@ def pytest_runtest_makereport(item: Any, call: Any) -> None:
             if _is_ours(kind):
                 each["ours"], each["kind"], each["says"] = True, kind.__name__, said[:300]
             own = [entry for entry in call.excinfo.traceback if "/tests/test" in str(entry.path)]
-            each["at"] = str(own[-1].statement).strip()[:200] if own else ""
+            each["at"] = _statements(str(own[-1].path)).get(own[-1].lineno + 1, "")[:200] if own else ""
 
 
 def pytest_sessionfinish(session: Any) -> None:

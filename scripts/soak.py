@@ -775,6 +775,12 @@ def read_parts(out: Path) -> dict[str, Any]:
     return json.loads(out.read_text(encoding="utf-8"))["parts"] if out.is_file() else {}
 
 
+def of_engines(out: Path) -> dict[str, Any]:
+    """What scripts/soak_engines.py has put into the file."""
+    found = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    return {"engines": found["engines"]} if "engines" in found else {}
+
+
 def tallies_of(part: dict[str, Any]) -> dict[str, Tally]:
     counted = {"troubles", "phases"}
     return {
@@ -842,7 +848,7 @@ def soak(top: Path, minutes: float, seed: int, share: float, out: Path, only: li
         part["commands"] = {each: found.plain() for each, found in tallies.items()}
         part["seconds"] = before + round(time.monotonic() - began)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record(parts), indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(record(parts) | of_engines(out), indent=1) + "\n", encoding="utf-8")
         print(f"{place.name}: {tally.kills} kills, {tally.identical}/{tally.tries} identical", flush=True)
     return sum(len(tally.failures) for tally in tallies.values())
 

@@ -172,3 +172,17 @@ def test_dropout_is_said_to_drop_nothing_and_a_fast_path_is_not_adapted() -> Non
         weftlora.TargetError, match=r"0\.self_attn belongs to a torch TransformerEncoderLayer, whose fast path"
     ):
         get_peft_model(encoder, weftlora.PlainLoraConfig(target_modules=["self_attn"]))
+
+
+def test_a_view_that_stands_before_a_parameter_is_changed_for_the_forward_too() -> None:
+    """As FSDP1 has them for the length of a forward."""
+    _, model = adapted(init_lora_weights=False)
+    expected, attention = model(X), model.base_model.model.attn.base_layer
+    views = {
+        "in_proj_weight": attention.in_proj_weight.detach().clone(),
+        "out_proj": attention.out_proj.weight.detach().clone(),
+    }
+    vars(attention)["in_proj_weight"], vars(attention.out_proj)["weight"] = views.values()
+    assert torch.allclose(model(X), expected, atol=1e-6)
+    assert vars(attention)["in_proj_weight"] is views["in_proj_weight"]
+    assert vars(attention.out_proj)["weight"] is views["out_proj"]

@@ -183,6 +183,16 @@ def test_a_convolution_whose_weight_is_read_without_a_call_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return F.conv1d(x, self.conv1d.weight, groups=4)
 
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1d = nn.Conv1d(4, 4, 3, groups=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv1d(x.to(self.conv1d.weight.dtype))
+
+    model = get_peft_model(nn.Sequential(Calls()), weftlora.PlainLoraConfig(target_modules=["conv1d"]))
+    assert type(model.base_model.model[0].conv1d) is WeftLinear
     with pytest.raises(
         weftlora.TargetError, match=r"0\.conv1d belongs to a Mixer, whose code reads its weight without calling it"
     ):

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ import weftlora
 from weftlora.auto import Found, plan, running
 from weftlora.auto.plan import Size
 from weftlora.auto.running import Standing, read_found
+from weftlora.auto.storing import Kept
 from weftlora.compare import at_once
+from weftlora.compare.leases import Files
 from weftlora.disk.files import read_json, write_json
 from weftlora.errors import ConfigError, RunError
 from weftlora.runs.recipe import Recipe
@@ -123,6 +126,55 @@ def test_a_stop_anywhere_changes_nothing(place: Path, whole: Found):
         with pytest.raises(StopError):
             weftlora.auto(made, jobs=0, watch=stopped_after(count))
     assert decided(weftlora.auto(made, jobs=0)) == decided(whole)
+
+
+@pytest.mark.kills
+def test_a_search_that_was_stopped_goes_on_from_its_store_on_another_machine(place: Path, whole: Found, tmp_path: Path):
+    store = f"memory://{tmp_path.name}"
+    with pytest.raises(StopError):
+        weftlora.auto(asked(place, "one"), jobs=0, watch=stopped_after(6), store=store)  # in the rates
+    begun = {file.parent.relative_to(place / "one") for file in (place / "one" / "search").rglob("run.json")}
+    assert begun
+    assert decided(weftlora.auto(asked(place, "two"), jobs=0, store=store)) == decided(whole)
+    for run in begun:  # was not trained again
+        said = json.loads((place / "two" / run / "run.json").read_text(encoding="utf-8"))
+        assert Path(said["folder"]) == place / "one" / run
+    told: list[Standing] = []
+    assert decided(weftlora.auto(asked(place, "three"), jobs=0, watch=told.append, store=store)) == decided(whole)
+    assert not told
+    exported = [place / name / "export" / "adapter_model.safetensors" for name in ("two", "three")]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    assert (place / "three" / whole.run / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(RunError, match="holds another search than memory://"):
+        weftlora.auto(asked(place, "two") | {"out": str(place / "whole")}, jobs=0, store=_another(store))
+    with pytest.raises(ConfigError, match="choose another --store"):
+        weftlora.auto(asked(place, "two"), jobs=0, store=store, overwrite=True)
+
+
+def _another(store: str) -> str:
+    """A store whose search has another length."""
+    files = Files(f"{store}-another")
+    files.write("auto.json", json.dumps(json.loads(Files(store).read("auto.json") or "") | {"steps": 13}))
+    return files.place
+
+
+def test_one_machine_at_a_time_is_at_work_on_a_search_in_a_store(tmp_path: Path):
+    place = f"memory://{tmp_path.name}"
+    first, second = Kept(place, tmp_path, 0.6), Kept(place, tmp_path, 0.6)
+    lease = first.claim()
+    beating = Thread(target=first.renew, args=(lease,))
+    beating.start()
+    with pytest.raises(RunError, match="another machine is at work on the search at memory://"):
+        second.claim()
+    first.over.set()  # it is killed
+    beating.join()
+    taken = second.claim()
+    assert (taken.job, taken.n) == ("search-0", 1)
+    first.lost = not first.claims.renew(lease)
+    with pytest.raises(RunError, match="another machine has taken over the search"):
+        first.put(lease)
+    second.claims.end(taken)
+    assert first.claim().job == "search-1"  # at once, after one that was stopped
 
 
 @pytest.mark.kills

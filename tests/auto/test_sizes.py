@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from weftlora.auto.candidates import rank
 from weftlora.auto.plan import SIZES, Profile, cost, fitting, in_words, rungs, too_small
 from weftlora.auto.recipe import AutoRecipe, seconds
 from weftlora.errors import ConfigError
@@ -16,9 +20,10 @@ PROFILE = Profile(
 def test_a_larger_budget_takes_a_larger_search_and_its_cost_is_the_sum_of_its_runs():
     names = ["lora", "good"]
     assert rungs(90) == [30, 90]
-    by_hand = 3 * 11 + (5 + 7.5) + (1 + 2) * (11 + 16.5) / 2 + 2 * 3 * ((11 + 16.5) / 2 + 1)
+    by_hand = 5 * 11 + (5 + 7.5) + (1 + 1) * (11 + 16.5) / 2 + 2 * 3 * ((11 + 16.5) / 2 + 1)
     assert cost(SIZES[-1], names, 90, PROFILE, 1) == pytest.approx(by_hand)
-    assert cost(SIZES[-1], names, 90, PROFILE, 2) == pytest.approx(by_hand / 2)
+    first_side_by_side = (by_hand - 2 * 11) / 2 + 2 * 11  # of five rates three, and everything after them
+    assert cost(SIZES[-1], names, 90, PROFILE, 2) == pytest.approx(first_side_by_side)
     fits = [fitting(budget, names, 90, PROFILE, 1) for budget in (by_hand - 1, by_hand, 10**5)]
     assert fits == [None, SIZES[-1], SIZES[0]]
     costs = [cost(size, [*names, "bad"] * 3, 90, PROFILE, 1) for size in SIZES]
@@ -35,6 +40,13 @@ def test_too_small_a_budget_says_what_would_do():
     steps = int(str(error).split("train.steps=")[1].removesuffix("."))
     assert fitting(0.9 * (120 - 30 - PROFILE.ending), names, steps, PROFILE, 1) is not None
     assert fitting(0.9 * (120 - 30 - PROFILE.ending), names, steps + 1, PROFILE, 1) is None
+
+
+@pytest.mark.parametrize(("tokens", "rows", "r"), [(16_000, 9, 8), (16_001, 9, 16), (0, 20_000, 16), (10**9, 9, 256)])
+def test_the_rank_is_the_smallest_whose_parameters_hold_the_answers(tokens: int, rows: int, r: int):
+    scales: Any = SimpleNamespace(trained=lambda section: 1000 * section["r"])  # 2 bits each
+    data: Any = SimpleNamespace(counts={"train": SimpleNamespace(answer_tokens=tokens, rows=rows)})
+    assert rank(scales, data) == r  # a row of classes holds one token
 
 
 # ---------------------------------------------------------------------- the recipe

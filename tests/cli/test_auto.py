@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ import pytest
 from weftlora.auto import Found, Left, Tried, running
 from weftlora.auto.pages import page
 from weftlora.auto.plan import AutoPlan, Profile, Size
+from weftlora.auto.recipe import AutoRecipe
 from weftlora.auto.running import Standing, _choice
 from weftlora.cli.auto import progress, result, watching
 from weftlora.cli.output import Screen
 from weftlora.compare import Comparison, Interval, Method, Outcome, Row, Verdict
 from weftlora.compare.running import Running
+from weftlora.errors import MergeError
 from weftlora.progress import Tick
 
 BASELINE = Row("lora", Interval(0.26, 0.22, 0.30, 5), None, 0, Verdict("baseline", "what the others are compared with"))
@@ -125,6 +129,28 @@ def test_plain_lora_stays_unless_another_is_better(
     assert why in found[2]
 
 
+@pytest.mark.parametrize(
+    ("serve", "note"), [("any", "It is an approximation"), ("vllm", "its router cannot be merged")]
+)
+def test_a_router_leaves_as_its_approximation_only_where_no_server_is_named(
+    serve: str, note: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    asked: list[Any] = []
+
+    def export(folder: Path, out: Path, **options: Any) -> str:
+        asked.append(options.get("approximate"))
+        if asked[-1] is None:
+            raise MergeError("its router cannot be merged.")
+        return "made"
+
+    monkeypatch.setattr(running, "export_lora", export)
+    recipe = AutoRecipe.read({"data": "demo", "budget": "1h", "serve": serve})
+    search: Any = SimpleNamespace(recipe=recipe, folder=tmp_path)
+    made, said = running._Auto._export(search, SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type]
+    assert said.startswith(note)
+    assert (made, asked) == (("made", [None, "mean-gate"]) if serve == "any" else (None, [None]))
+
+
 def test_what_cannot_work_is_one_sentence(weftlora: Callable[..., Any]):
     said = weftlora("auto", "data=demo", "budget=never")
     assert (said.code, said.err) == (
@@ -135,7 +161,7 @@ def test_what_cannot_work_is_one_sentence(weftlora: Callable[..., Any]):
         said = weftlora("compare", "nothing.yaml", "--jobs", jobs)
         assert (said.code, "is not a number of runs" in " ".join(said.err.split())) == (2, True), said.err
     said = weftlora("compare", "nothing.yaml", "--store", "s3://bucket/prefix")
-    assert (said.code, "give --worker with it" in said.err) == (1, True)
+    assert (said.code, "give --worker or --engine ray with it" in " ".join(said.err.split())) == (1, True)
     said = weftlora("compare", "s3://bucket/prefix", "--fetch")
     assert (said.code, "the folder to bring it to" in said.err) == (1, True)
     said = weftlora("compare", "nothing.yaml", "--worker", "--jobs", "2")

@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from comparing import quality, recipe
 
-from weftlora.compare import compare, on_ray
+from weftlora.compare import compare, fetch, on_ray
+from weftlora.compare.engine import Resources
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.running import Standing
 from weftlora.errors import ConfigError, RunError
@@ -137,6 +139,54 @@ def _nodes(cluster: Any) -> list[dict[str, Any]]:
     if not ray.is_initialized():
         ray.init(address=cluster.address, log_to_driver=False)
     return list(ray.nodes())
+
+
+def test_nodes_that_share_only_a_store_end_as_one_comparison(server: str, cluster: object, tmp_path: Path):
+    cluster.add_node(num_cpus=1, object_store_memory=80 << 20)  # type: ignore[attr-defined]
+    made = recipe(tmp_path, methods=["lora", "none"], seeds=2)
+    whole = compare(made | {"out": str(tmp_path / "alone")}, jobs=0)
+    place, told = f"{server}/{tmp_path.name}", list[Standing]()
+    asked = CompareRecipe.read(made | {"out": str(tmp_path / "driver")})
+    found = on_ray.compare(asked, cluster.address, None, None, told.append, LEASE, place)  # type: ignore[attr-defined]
+    assert quality(found.record()) == quality(whole.record())
+    assert any(each.said.endswith("runs/lora/s1: complete") for each in told)  # out of the store too
+    assert not [*(tmp_path / "driver").rglob("adapter*"), *(tmp_path / "driver").glob("leases")]
+    brought = fetch(place, tmp_path / "brought")
+    assert quality(brought.record()) == quality(whole.record())
+    assert (tmp_path / "brought" / "runs" / "lora" / "s1" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_shares_of_gpus_are_assigned_as_asked(cluster: object, tmp_path: Path):
+    def task(folder: str) -> None:
+        began = time.time()
+        time.sleep(2)
+        said = {"gpus": os.environ["CUDA_VISIBLE_DEVICES"], "began": began, "ended": time.time()}
+        Path(folder, f"{time.time_ns()}-{os.getpid()}.json").write_text(json.dumps(said), encoding="utf-8")
+
+    cluster.add_node(num_cpus=8, num_gpus=2, object_store_memory=80 << 20)  # type: ignore[attr-defined]
+    ray.init(address=cluster.address, log_to_driver=False)  # type: ignore[attr-defined]
+    rooms = {(1.0, 0.5): 4, (1.0, 0.25): 8, (3.0, 0.25): 2, (1.0, 2.0): 1, (1.0, 0.0): 9}
+    assert {each: on_ray._room(ray, Resources(*each)) for each in rooms} == rooms
+
+    def carried_out(gpus: float, count: int) -> list[dict[str, Any]]:
+        folder = tmp_path / f"{gpus}"
+        folder.mkdir()
+        left = iter(range(count))
+        engine = on_ray.Cluster(ray, Resources(1.0, gpus), count, (task, str(folder)), 0.2)
+        engine.run(lambda: next(left, None), lambda worker, tick: None)
+        assert not engine.failed
+        return [json.loads(file.read_text(encoding="utf-8")) for file in folder.iterdir()]
+
+    found = carried_out(0.5, 6)
+    assert {each["gpus"] for each in found} == {"0", "1"}  # each sees the one that it has half of
+    for one in found:
+        beside = [
+            each for each in found if each["gpus"] == one["gpus"] and each["began"] <= one["began"] < each["ended"]
+        ]
+        assert len(beside) <= 2
+    assert [sorted(each["gpus"].split(",")) for each in carried_out(2.0, 1)] == [["0", "1"]]
+    assert on_ray._gpus(SimpleNamespace(device="cuda"), None) == 1.0  # type: ignore[arg-type]
+    assert on_ray._gpus(SimpleNamespace(device="cuda"), 0.25) == 0.25  # type: ignore[arg-type]
 
 
 def test_a_cluster_that_is_not_there_or_has_no_room_is_one_sentence(cluster: object, tmp_path: Path):

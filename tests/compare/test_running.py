@@ -20,9 +20,10 @@ import yaml
 from comparing import quality, recipe
 
 from weftlora.compare import Comparison, at_once, compare, load
+from weftlora.compare.engine import BEGUN
 from weftlora.compare.plan import Plan
 from weftlora.compare.running import Standing
-from weftlora.compare.workers import BEGUN, in_charge
+from weftlora.compare.workers import in_charge
 from weftlora.disk.files import read_json, write_json
 from weftlora.errors import ConfigError, DataError, RunError
 from weftlora.runs.run import Run

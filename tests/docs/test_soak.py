@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import soak
+import soak_engines
 import stages
+import torch
 
 from weftlora.disk.files import write_text
 from weftlora.train import checkpoint
@@ -39,6 +41,39 @@ def test_the_committed_soak_had_no_failure_and_its_parts_add_up(tmp_path: Path) 
     assert {key: found[key] for key in SUMS} == dict(sum(counted.values(), Counter()))
     assert set(found["troubles"]) == set(soak.TROUBLES)
     assert min(tally["kills"] for tally in counted.values()) > 0
+
+
+def test_a_process_of_every_engine_was_killed_ten_times_and_the_runs_ended_as_undisturbed() -> None:
+    found = json.loads((ROOT / "evidence" / "soak.json").read_text())["engines"]
+    engines = {name: each for name, each in found.items() if name not in ("command", "versions")}
+    assert engines.keys() >= {"ddp", "fsdp2", "fsdp1", "tp"}, "ZeRO where DeepSpeed is installed"
+    for name, each in engines.items():
+        assert each["failures"] == [], name
+        assert each["kills"] >= 10, name
+        assert each["identical"] == each["tries"] == sum(each["methods"].values())
+        assert sum(each["stages"].values()) == sum(each["ranks"].values()) == each["kills"]
+        assert each["lives"] >= each["kills"] + each["tries"]
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({}, ""),
+        ({"events": [{"event": "dash_launch", "step": 4}]}, "decided otherwise"),
+        ({"tensors": {"A": torch.ones(2), "mask": torch.ones(1)}}, "other tensors"),
+        ({"tensors": {"A": torch.ones(2) + 1e-6}}, "other weights"),
+    ],
+)
+def test_a_run_that_ends_otherwise_than_the_undisturbed_one_is_a_failure(change: dict[str, Any], wrong: str) -> None:
+    whole = {"events": [{"event": "dash_launch", "step": 3}], "tensors": {"A": torch.ones(2)}}
+    said = soak_engines.wrong_with(whole, [whole, {**whole, **change}], exact=True)
+    assert (wrong in said and "process 1" in said) if wrong else not said
+
+
+def test_what_the_engines_came_to_stays_where_commands_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "soak.json").write_text(json.dumps({"parts": {}, "engines": {"ddp": {"kills": 3}}}))
+    assert soak.of_engines(tmp_path / "soak.json") == {"engines": {"ddp": {"kills": 3}}}
+    assert soak.of_engines(tmp_path / "none.json") == {}
 
 
 def run_folder(out: Path, status: str = "running") -> Path:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 import weftlora
 from families import FAMILIES, STRUCTURES, logits, randomise
@@ -181,3 +182,27 @@ def test_an_adapter_is_weighed_for_the_length_of_a_block(structure: str) -> None
         weftlora.rescale_adapter_scale(FAMILIES["llama"].build(), 0.5),
     ):
         pass
+
+
+def test_a_sum_takes_over_the_one_module_that_is_trained_in_full_and_two_are_refused() -> None:
+    """As in stock peft one of the adapters may train a head; here the sum has its values, too. An attention is summed as a whole."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "head": nn.Linear(4, 2)})
+    fields = {"r": 2, "target_modules": ["attn"], "init_lora_weights": False}
+    model = get_peft_model(base, weftlora.PlainLoraConfig(modules_to_save=["head"], **fields))
+    model.add_adapter("other", weftlora.PlainLoraConfig(**fields))
+    head = model.base_model.model["head"]
+    torch.nn.init.ones_(head.modules_to_save["default"].weight)
+    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "both", combination_type="cat")
+    assert torch.equal(head.modules_to_save["both"].weight, torch.ones(2, 4))
+    assert head.modules_to_save["both"] is not head.modules_to_save["default"]
+    for _, layer in model.base_model.model["attn"].layers():
+        delta = 0.5 * layer.get_delta_weight("default") + 2.0 * layer.get_delta_weight("other")
+        assert torch.allclose(layer.get_delta_weight("both"), delta, atol=1e-6)
+        assert layer.r == {"default": 2, "other": 2, "both": 4}
+        seen = layer.scaling
+    with pytest.raises(weftlora.MergeError, match="adapters 'default' and 'both' each train head in full"):
+        model.add_weighted_adapter(["default", "both"], [1.0, 1.0], "more", combination_type="cat")
+    assert set(model.peft_config) == {"default", "other", "both"}
+    model.delete_adapter("both")
+    assert "both" not in seen

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from dashing import (
     Net,
     adam,
@@ -28,6 +31,12 @@ from dashing import (
 )
 from peft import get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -393,6 +402,27 @@ def test_a_frozen_adapter_never_counts(tmp_path) -> None:
         head(loaded(batch(n))).square().mean().backward()
         optimizer.step()
     assert (steps(loaded), launched(loaded)) == (1, False)
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_torch_distributed_checkpoint_takes_no_step_and_goes_on_as_one_run(saved: int, tmp_path: Path) -> None:
+    """It makes an optimiser's state by a step of its own. At 2 the launch has just made the gains' moments new."""
+
+    def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+    whole, begun, resumed = (dash(after=2) for _ in range(3))
+    train(whole, 5)
+    train(begun, saved, optimizer := adam(begun))
+    dcp.save(state_of(begun, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    found = state_of(resumed, optimizer := adam(resumed))
+    assert (steps(resumed), launched(resumed)) == (0, False)
+    dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(resumed, found["model"])
+    set_optimizer_state_dict(resumed, optimizer, found["optimizer"])
+    assert (steps(resumed), launched(resumed)) == (saved, saved >= 2)
+    train(resumed, 5 - saved, optimizer, start=saved)
+    assert_same(tensors(resumed), tensors(whole))
 
 
 # ---------------------------------------------------------------------- hosts that replace things

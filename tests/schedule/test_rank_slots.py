@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import weftlora
 from weftlora.schedule import direction_ranking, processes
-from weftlora.schedule.rank_slots import agreement, block_of, kind_of, scores
+from weftlora.schedule.rank_slots import Share, agreement, block_of, kind_of, scores
 
 
 def scored(score: str, **fields) -> nn.Module:
@@ -230,6 +230,20 @@ def test_an_event_counts_the_parameters_of_the_slots_that_are_there() -> None:
 
 
 # ---------------------------------------------------------------------- several processes, as far as one can tell
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shares_of_the_rows_add_up_to_all_of_them_in_equally_many_passes(processes: int) -> None:
+    """Also where they do not divide; each share counts all labels of the batch."""
+    s = scorer(scored("shortlist"))
+    ids, batch = controller(s.model).scoring.live()[:3], s.drawn("a")
+    assert len(batch["labels"]) % 3
+    each = [Share(number, processes) for number in range(processes)]
+    assert len({len(share.of(batch)["labels"]) for share in each}) == 1
+    for measure in (s.exact, s.estimate):
+        parts = [measure(ids, "a", share=share) for share in each]
+        assert all(bool((part == 0).all(0).all(0).any()) for part in parts)
+        torch.testing.assert_close(sum(parts), measure(ids, "a"), rtol=1e-3, atol=1e-6)
 
 
 def test_with_two_processes_rows_are_compared_before_they_are_scored_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ import sys
 import traceback
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,18 @@ def model_of(name: str, dtype: torch.dtype) -> PeftModel:
     return model
 
 
+class Keeper(Protocol):
+    """Checkpoints of a loop."""
+
+    def begin(self, optimizer: torch.optim.Optimizer) -> int:
+        """Take over the newest, if there is one; how many steps it has taken."""
+        ...
+
+    def keep(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Write one."""
+        ...
+
+
 def steps(
     run: nn.Module,
     model: PeftModel,
@@ -81,16 +94,18 @@ def steps(
     world: int,
     parts: int = 1,
     around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    keeper: Keeper | None = None,
 ) -> None:
     """The global batch of every step, this process's rows of it, in so many micro-batches; the optimiser steps inside `around`.
 
-    One process alone takes the rows of all processes of `world`, where it accumulates: a micro-batch of its is theirs together.
+    With a `keeper` it begins where that says, and each step is kept. One process alone takes the rows of all processes of `world`,
+    where it accumulates: a micro-batch of its is theirs together.
     """
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-5)
     if isinstance(run, Zero):
         run.begin(optimizer, ROWS // world)
     mine = range(world) if rank < 0 else [rank]
-    for step in range(END):
+    for step in range(keeper.begin(optimizer) if keeper else 0, END):
         shares = IDS[ROWS * step : ROWS * (step + 1)].chunk(world)
         for part in range(parts):
             ids = torch.cat([shares[each].chunk(parts)[part] for each in mine])
@@ -104,6 +119,8 @@ def steps(
         with around():
             run.step() if isinstance(run, Zero) else optimizer.step()
         optimizer.zero_grad()
+        if keeper:
+            keeper.keep(optimizer, step + 1)
 
 
 def _sites(model: nn.Module) -> list[Any]:
@@ -269,11 +286,20 @@ PARTS = {"fsdp2-accumulation": 2}
 
 
 def watched() -> dict[str, Any]:
-    """What is gathered from now on: of each W, whether it was sent to this process, and the largest tensor that all had whole."""
-    from weftlora.adapted import layer
+    """What is gathered from now on: of each W, whether it was sent to this process, and the largest tensor that all had whole.
 
-    seen: dict[str, Any] = {"sent": [], "gathered": 0}
+    Beside it the number of rows of each scoring of rank slots.
+    """
+    from weftlora.adapted import layer
+    from weftlora.scoring import brackets
+
+    seen: dict[str, Any] = {"sent": [], "gathered": 0, "scored": []}
     real, its = REAL.setdefault("full", DTensor.full_tensor), REAL.setdefault("one", layer.on_one)
+    score = REAL.setdefault("score", brackets.exact_brackets)
+
+    def exact_brackets(*given: Any, **more: Any) -> Tensor:
+        seen["scored"].append(len(given[4]["labels"]))
+        return score(*given, **more)
 
     def full_tensor(self: DTensor, **given: Any) -> Tensor:
         seen["gathered"] = max(seen["gathered"], self.numel())
@@ -285,30 +311,40 @@ def watched() -> dict[str, Any]:
         return found
 
     DTensor.full_tensor, layer.on_one = full_tensor, on_one  # type: ignore[method-assign]
+    brackets.exact_brackets = exact_brackets  # type: ignore[assignment]
     return seen
 
 
 REAL: dict[str, Any] = {}
 
 
+NO_MESSAGES = ("wait_tensor", "_wrap_tensor_autograd")
+"""What torch.distributed names among its operations and nothing is sent by."""
+
+
 class Memory(TorchDispatchMode):
     """Bytes on this process: of an adapter's parameters and their moments, and of what optimisers' steps and their events make.
 
-    Counted are storages, as long as they live, in what happens inside `with memory():`; what was there before is not.
+    Counted are storages, as long as they live, in what happens inside `with memory():`; what was there before is not. Each such
+    block is a step, of which the messages between processes are counted, by what they are, and the largest tensor made.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
         self.live: dict[int, int] = {}
-        self.peak = self.largest = 0
+        self.peak = 0
+        self.steps: list[dict[str, Any]] = []
 
     def __call__(self) -> Memory:
         self.live.clear()
+        self.steps.append({"messages": Counter[str](), "largest": 0})
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        made, step = func(*args, **(kwargs or {})), self.steps[-1]
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname not in NO_MESSAGES:
+            step["messages"][func._opname.strip("_")] += 1
         before = {id(storage) for storage in self._storages((args, kwargs))}
         for storage in self._storages(made):
             if id(storage) in before or id(storage) in self.live:
@@ -316,7 +352,7 @@ class Memory(TorchDispatchMode):
             size = storage.nbytes()
             self.live[id(storage)] = size
             weakref.finalize(storage, self.live.pop, id(storage), None)
-            self.largest = max(self.largest, size)
+            step["largest"] = max(step["largest"], size)
         self.peak = max(self.peak, sum(self.live.values()))
         return made
 
@@ -325,11 +361,16 @@ class Memory(TorchDispatchMode):
         local = [t.to_local() if isinstance(t, DTensor) else t for t in plain]
         return [t.untyped_storage() for t in local]
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, Any]:
         """Of this process; an adapter has, in AdamW, its gradient and two moments beside each parameter."""
         own = [p for p in self.model.parameters() if p.requires_grad]
         sizes = [(p.to_local() if isinstance(p, DTensor) else p).nbytes for p in own]
-        return {"adapter_bytes": sum(sizes), "event_largest": self.largest, "event_peak": self.peak}
+        return {
+            "adapter_bytes": sum(sizes),
+            "event_largest": max(step["largest"] for step in self.steps),
+            "event_peak": self.peak,
+            "steps": [{**step, "messages": dict(step["messages"])} for step in self.steps],
+        }
 
 
 def work(
@@ -422,13 +463,13 @@ def forked(world: int, work: Callable[[int], None], failed: Callable[[int, BaseE
     return children
 
 
-def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+def main(world: int, folder: str, engine: str, names: Sequence[str], kinds: Sequence[str], weigh: bool = False) -> None:
     """Be all processes of a world, each forked after the imports, and meanwhile the one that they are compared with."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     children = forked(
         world,
-        lambda rank: be(rank, world, folder, engine, names, kinds),
+        lambda rank: be(rank, world, folder, engine, names, kinds, weigh),
         lambda rank, error: traceback.print_exception(error),
     )
     torch.save(alone(names, kinds), f"{folder}/alone.pt")
@@ -458,5 +499,6 @@ if __name__ == "__main__":
     given.add_argument("engine", choices=ENGINES)
     given.add_argument("methods", nargs="*")
     given.add_argument("--kinds", nargs="+", default=list(DTYPES))
+    given.add_argument("--weigh", action="store_true")
     asked = given.parse_args()
-    main(asked.world, asked.folder, asked.engine, asked.methods or list(METHODS), asked.kinds)
+    main(asked.world, asked.folder, asked.engine, asked.methods or list(METHODS), asked.kinds, asked.weigh)

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from weftlora.adapted.experts import called_with
 from weftlora.adapted.layer import WeftLinear
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, TargetError
@@ -103,7 +103,7 @@ class WeftAttention(nn.Module):
                 f"adapter_names=[...] names an adapter per row, and {self.module_name} reads its weights for all rows at once: infer "
                 "with one adapter at a time."
             )
-        return functional_call(self.base_layer, given, args, kwargs) if given else self.base_layer(*args, **kwargs)
+        return called_with(self.base_layer, given, args, kwargs) if given else self.base_layer(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -411,7 +411,7 @@ class WeftExperts(nn.Module):
             return self.base_layer(*args, **kwargs)
         if not active:
             return self.base_layer(*args, **kwargs)
-        return _called_with(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
+        return called_with(self.base_layer, {layer.name: _whole(layer) for layer in active}, args, kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -441,18 +441,27 @@ class _Given(nn.Module):
         return cast(Tensor, self.__dict__["value"])
 
 
-def _called_with(module: nn.Module, given: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
-    """What a module gives with other values of some of its parameters, those that a parametrisation computes among them."""
+def called_with(module: nn.Module, given: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """What a module gives with other values of some of its parameters, those that a parametrisation computes among them.
+
+    For the length of a forward FSDP1 shows views of its own beside the parameters, in front of which nothing that torch puts is seen:
+    where there are such, they are changed.
+    """
     computed = {name: w for name, w in given.items() if is_computed(module, name)}
-    if not computed:
-        return functional_call(module, given, args, kwargs)
-    table = cast(nn.ModuleDict, module.parametrizations)._modules
+    rest = {name: w for name, w in given.items() if name not in computed}
+    table = cast(nn.ModuleDict, module.parametrizations)._modules if computed else {}
+    owners = {name: (vars(module.get_submodule(name.rpartition(".")[0])), name.rpartition(".")[2]) for name in rest}
+    shown = {name: (at, last, at[last]) for name, (at, last) in owners.items() if last in at}
     before = {name: table[name] for name in computed}
     table.update({name: _Given(w) for name, w in computed.items()})
+    for name, (at, last, _) in shown.items():
+        at[last] = rest[name]
     try:
-        return functional_call(module, {n: w for n, w in given.items() if n not in computed}, args, kwargs)
+        return functional_call(module, {n: w for n, w in rest.items() if n not in shown}, args, kwargs)
     finally:
         table.update(before)
+        for at, last, view in shown.values():
+            at[last] = view
 
 
 def _whole(layer: WeftExpertWeight) -> Tensor:

@@ -10,10 +10,10 @@ and unmerging puts it back bit for bit; `merge_and_unload` keeps nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -255,6 +255,28 @@ class WeftLayer(nn.Module, BaseTunerLayer):
         return "weftlora." + super().__repr__()
 
 
+V = TypeVar("V")
+
+
+class _OfAdapters(Mapping[str, V]):
+    """Something of every adapter on a layer as it is when it is looked at, so that an adapter that goes is gone from here too."""
+
+    def __init__(self, layer: WeftLayer, of: Callable[[Site], V]):
+        self._layer, self._of = layer, of
+
+    def __getitem__(self, name: str) -> V:
+        return self._of(self._layer.site(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.weft_site)
+
+    def __len__(self) -> int:
+        return len(self._layer.weft_site)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
 class WeftLinear(WeftLayer):
     """A linear module, an embedding or a convolution, and the adapters on it. Of a linear module the input is [..., in] and the
     output [..., out] in the base's dtype; of the others what the base takes and gives.
@@ -296,14 +318,14 @@ class WeftLinear(WeftLayer):
         return self._sides()[1]
 
     @property
-    def r(self) -> dict[str, int]:
+    def r(self) -> Mapping[str, int]:
         """The rank of each adapter as its config has it, as stock LoRA's layers say it."""
-        return {name: self.site(name).initial_rank for name in self.weft_site}
+        return _OfAdapters(self, lambda site: site.initial_rank)
 
     @property
-    def scaling(self) -> dict[str, float]:
+    def scaling(self) -> Mapping[str, float]:
         """What multiplies B A of each adapter now; `set_scale` changes it."""
-        return {name: self.site(name).scale * self.site(name).strength for name in self.weft_site}
+        return _OfAdapters(self, lambda site: site.scale * site.strength)
 
     def _sides(self) -> tuple[int, int]:
         base = self.get_base_layer()

@@ -167,12 +167,14 @@ READ_BY_KERNELS = (*READ_BY_STATE_SPACE, "x_proj")
 
 
 def _reads_weight(module: nn.Module, child: str) -> bool:
-    """Whether the code of a module's class asks for the weight of the child called so."""
+    """Whether the code of a module's class asks for the weight of the child called so; where it is and of which kind may be asked."""
     for kind in type(module).__mro__:
         if kind is nn.Module:
             break
         with suppress(OSError, TypeError):  # no source
-            if re.search(rf"self\.{child}\.weight\b", inspect.getsource(kind)):
+            if re.search(
+                rf"self\.{child}\.weight\b(?!\.(dtype|device|shape|size|dim|ndim)\b)", inspect.getsource(kind)
+            ):
                 return True
     return False
 

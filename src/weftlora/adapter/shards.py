@@ -47,6 +47,18 @@ def is_sharded(module: nn.Module) -> bool:
     return any(is_shard(p) for p in module.parameters())
 
 
+def has_own_rows(module: nn.Module) -> bool:
+    """Whether a forward of `module`, which takes all processes, computes the rows that each of them gives: all have a part or a copy
+    of its parameters. Where a base is split in the forward, parameters are whole, and all processes compute the same rows."""
+    split = [p for p in module.parameters() if is_shard(p)]
+    return bool(split) and all(_holders(p) == dist.get_world_size() for p in split)
+
+
+def _holders(t: Tensor) -> int:
+    """How many processes hold a part or a copy of `t`."""
+    return cast(int, cast(Any, t).device_mesh.size()) if _is_dtensor(t) else dist.get_world_size(_piece_of(t).group)
+
+
 def _is_dtensor(t: Tensor) -> bool:
     return type(t) is not Tensor and hasattr(t, "full_tensor")
 

@@ -29,6 +29,7 @@ def auto(
     jobs: int | Literal["auto"] = 1,
     overwrite: bool = False,
     watch: Watch | None = None,
+    store: str | None = None,
 ) -> Found:
     """Find an adapter for a model and rows within a budget of time, and export it for the server that will run it.
 
@@ -45,6 +46,8 @@ def auto(
             cores and free memory have room for.
         overwrite: delete the search in `out` and start again.
         watch: called with a `weftlora.auto.running.Standing` whenever something has come on.
+        store: a URL that fsspec knows, such as s3://bucket/prefix, into which everything that has ended is put as it ends, so that
+            the same call goes on from there on another machine.
 
     Returns:
         What was chosen, why, and what it cost; `report.html` in the folder shows it.
@@ -52,13 +55,14 @@ def auto(
     Raises:
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work, or the budget is too small for a
             verdict, which is said before the search starts.
-        RunError: the folder is in use, holds something else, or cannot be written; or no run gave an adapter.
+        RunError: the folder is in use, holds something else, or cannot be written; the store cannot be reached, or another machine
+            is at work on the search there; or no run gave an adapter.
     """
     with needs("auto", "weftlora.auto"):
         from weftlora.auto import running
         from weftlora.auto.recipe import AutoRecipe
 
-        return running.auto(AutoRecipe.read(recipe, *overrides), jobs, overwrite, watch or running.ignore)
+        return running.auto(AutoRecipe.read(recipe, *overrides), jobs, overwrite, watch or running.ignore, store)
 
 
 class _Callable(ModuleType):

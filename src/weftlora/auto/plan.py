@@ -4,9 +4,9 @@
     scoring a run        e
     a search of a size   rates c(S) + tries Σ_m c_m(S/3) + p c̄(S) + finalists · seeds (c̄(S) + e)          all in seconds
 
-Letters: S steps of a full run; p runs that successive halving lets on, a third of the tries and `LUCKY` early ones; c̄ the mean
-over methods. The largest size that fits into what is left of the budget is taken; where the user has named no length, the longest for
-which a middle size fits.
+Letters: S steps of a full run; p runs that successive halving lets on, a third of the tries and `LUCKY` early ones beside plain
+LoRA's, which has been trained by then; c̄ the mean over methods. The largest size that fits into what is left of the budget is taken;
+where the user has named no length, the longest for which a middle size fits.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from weftlora.records import Record
 NAME = "auto.json"
 ETA = 3
 """Of successive halving: a run's length grows by this factor, and about one in so many goes on."""
-LUCKY = 2
-"""Runs that go on because they come early: the first always does."""
+LUCKY = 1
+"""Runs that go on because they come early, beside the first, which always does."""
 SHARE = 0.9
 """Of what is left of the budget, how much is planned with: times are of a few short runs."""
 EPOCHS = (3.0, 2.0, 1.0, 0.5, 0.25, 0.125)
@@ -53,12 +53,13 @@ SIZES = (
     Size(6, 99, 3, 3, 7),
     Size(5, 99, 3, 3, 5),
     Size(5, 99, 2, 3, 5),
-    Size(4, 99, 1, 2, 5),
-    Size(4, 6, 1, 2, 5),
-    Size(3, 4, 1, 2, 4),
-    Size(3, 3, 1, 2, 3),
+    Size(5, 99, 1, 2, 5),
+    Size(5, 6, 1, 2, 5),
+    Size(5, 4, 1, 2, 4),
+    Size(5, 3, 1, 2, 3),
 )
-"""Largest first. Below the last there is no verdict worth the name: three pairs of seeds."""
+"""Largest first. Below the last there is no verdict worth the name: three pairs of seeds. The first three rates are a factor of four
+apart, so that it takes two more to find one, while a second rate of every method finds little (the lab log)."""
 MIDDLE = SIZES[4]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from weftlora.auto import pages, search
+from weftlora.auto import pages, search, storing
 from weftlora.auto.candidates import PLAIN, SERVERS, choose, comparison
 from weftlora.auto.plan import (
     EPOCHS,
@@ -42,6 +42,8 @@ from weftlora.auto.recipe import AutoRecipe
 from weftlora.auto.record import Found, Left, Tried
 from weftlora.compare import at_once, results, workers
 from weftlora.compare import running as comparing
+from weftlora.compare.engine import BEGUN
+from weftlora.compare.leases import TTL
 from weftlora.compare.plan import TUNING_SEED, Job, Plan, make
 from weftlora.compare.record import METRICS, Comparison, Interval, Method, Outcome, Rate, Row, Verdict
 from weftlora.compare.workers import PROBLEM, in_charge, status
@@ -128,9 +130,13 @@ class Clock:
         return self.spent + seconds + self.ending <= self.budget
 
 
-def auto(recipe: AutoRecipe, jobs: at_once.Jobs, overwrite: bool, watch: Watch) -> Found:
+def auto(
+    recipe: AutoRecipe, jobs: at_once.Jobs, overwrite: bool, watch: Watch, store: str | None = None, ttl: float = TTL
+) -> Found:
     """See `weftlora.auto.auto`."""
     at_once.check(jobs)
+    if overwrite and store:
+        raise ConfigError("--overwrite does not delete what is in a store: choose another --store.")
     pages.check_extra()
     recipe.check_places()
     folder = Path(recipe.out).expanduser()
@@ -138,15 +144,24 @@ def auto(recipe: AutoRecipe, jobs: at_once.Jobs, overwrite: bool, watch: Watch) 
     arguments.check(recipe.train)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with in_charge(folder) as lock:
+    with in_charge(folder) as lock, storing.kept(store, folder, ttl) as keep:
         if overwrite:
             _clear(folder)
-        return _Auto(recipe, folder, jobs, lock, watch).run()
+        _check_place(folder, recipe, False)  # what was brought
+        return _Auto(recipe, folder, jobs, lock, watch, keep).run()
 
 
 class _Auto:
-    def __init__(self, recipe: AutoRecipe, folder: Path, jobs: at_once.Jobs, lock: int, watch: Watch) -> None:
-        self.recipe, self.folder, self.lock, self.watch = recipe, folder, lock, watch
+    def __init__(
+        self,
+        recipe: AutoRecipe,
+        folder: Path,
+        jobs: at_once.Jobs,
+        lock: int,
+        watch: Watch,
+        keep: Callable[[], None],
+    ) -> None:
+        self.recipe, self.folder, self.lock, self.watch, self.keep = recipe, folder, lock, watch, keep
         self.asked, self.jobs, self.room = jobs, 1 if jobs == "auto" else jobs, ""
         """Runs at once as they were asked for and as they are, and why, where that was left to us."""
         self.clock = Clock(folder / CLOCK, recipe.seconds)
@@ -242,6 +257,7 @@ class _Auto:
             at_once=self.room,
         )
         plan.save(self.folder)
+        self.keep()
         one = profile.run(PLAIN, steps)
         fit = int(for_what_is_left(self.recipe.seconds, self.clock.spent, profile) / one * max(self.jobs, 1))
         self._say("timing", f"a run of {steps} steps takes {one:.1f} s: about {fit} fit; {_in_counts(size, len(kept))}")
@@ -352,8 +368,14 @@ class _Auto:
         methods = [plan.methods[name] | {"lr": lr} for name, lr in chosen]
         asked = self._comparison(plan.train, methods, plan.r, seeds=plan.size.seeds, baseline=PLAIN)
 
+        done = 0
+
         def watch(standing: comparing.Standing) -> None:
+            nonlocal done
             self.clock.tick()
+            if standing.done > done:
+                done = standing.done
+                self.keep()
             self.watch(
                 Standing(
                     *(
@@ -393,11 +415,12 @@ class _Auto:
             return waiting.pop(0)
 
         def told(job: Job, tick: Tick | None) -> None:
-            if tick == workers.BEGUN:
+            if tick == BEGUN:
                 began[job.folder] = self.clock.now()
             if tick is None:
                 at_work.pop(job.folder, None)
                 self.timed[job.folder, job.tuning] = self.clock.now() - began[job.folder]
+                self.keep()
             else:
                 at_work[job.folder] = (job, tick)
             self.clock.tick()
@@ -405,11 +428,9 @@ class _Auto:
             done = len(jobs) - len(waiting) - len(at_work)
             self.watch(Standing(stage, done, len(jobs), running, self.clock.spent, self.recipe.seconds))
 
-        if left and self.jobs == 0:
-            workers.in_this_process(self.folder, following, told)
-        elif left:
-            with workers.Pool(self.jobs, self.folder, self.lock) as processes:
-                processes.run(following, told, self.clock.is_over)
+        if left:
+            with workers.here(self.jobs, self.folder, self.lock) as engine:
+                engine.run(following, told, self.clock.is_over)
         self.clock.tick(0.0)
         if cut or any(self._state(job) == "missing" for job in by_folder.values()):
             raise _TimeIsUpError

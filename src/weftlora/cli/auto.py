@@ -29,6 +29,13 @@ def auto(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the search in the folder and start again.")
     ] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Put what has ended into this too, such as s3://bucket/prefix, and go on from there on any machine.",
+        ),
+    ] = None,
     trust_terms: TrustTerms = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -42,7 +49,7 @@ def auto(
     with output.calling(as_json, quiet=True), watching(not (quiet or as_json)) as watch:
         from weftlora.auto import auto as call
 
-        found = call(recipe, *given, jobs=jobs_of(jobs), overwrite=overwrite, watch=watch)
+        found = call(recipe, *given, jobs=jobs_of(jobs), overwrite=overwrite, watch=watch, store=store)
     output.show(found.record(), as_json, lambda: result(found))
 
 

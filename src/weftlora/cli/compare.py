@@ -45,7 +45,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Keep results in this, such as s3://bucket/prefix, instead of a shared folder; with --worker.",
+            help="Keep results in this, such as s3://bucket/prefix, not in a shared folder; with --worker or --engine ray.",
         ),
     ] = None,
     fetch: Annotated[
@@ -91,8 +91,8 @@ def compare(
             raise ConfigError(
                 "--fetch takes the URL of a store and the folder to bring it to, with --out, and nothing else."
             )
-        if store is not None and not worker:
-            raise ConfigError(f"--store {store} is for workers: give --worker with it.")
+        if store is not None and not worker and engine == "local":
+            raise ConfigError(f"--store {store} is for workers: give --worker or --engine ray with it.")
         if worker and (overwrite or jobs != "1"):
             wrong = "--overwrite" if overwrite else f"--jobs {jobs}"
             raise ConfigError(f"--worker is one of many that share the runs, and takes no {wrong}: leave it out.")
@@ -110,6 +110,7 @@ def compare(
                 engine=cast(Any, engine),
                 address=address,
                 gpus=gpus,
+                store=store,
             )
     output.show(found.record(), as_json, lambda: result(found))
     if any(run.status == "failed" for run in found.outcomes):

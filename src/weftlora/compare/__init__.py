@@ -41,6 +41,7 @@ def compare(
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
     gpus: float | None = None,
+    store: str | None = None,
 ) -> Comparison:
     """Compare methods on one model and data set: choose each one's rate, train it with every seed, and say what holds.
 
@@ -59,6 +60,7 @@ def compare(
             or "auto" as many as there is room for.
         address: of that cluster; None starts one on this machine.
         gpus: with Ray, the share of a GPU that a run gets; None is a whole one where the model is on one.
+        store: with Ray, a URL as for `work`, where its nodes do not mount the folder: `out` has results, `fetch` brings adapters.
 
     Raises:
         ConfigError, DataError, ModelError, TargetError: something in the recipe cannot work; nothing was trained.
@@ -71,8 +73,10 @@ def compare(
         read.check_places()
         if engine not in ("local", "ray"):
             raise ConfigError(f"there is no engine {engine!r}: {suggest(str(engine), ['local', 'ray'])}")
-        if engine == "local" and (address or gpus is not None):
-            raise ConfigError("address and gpus are of a Ray cluster: give engine=ray (--engine ray) with them.")
+        if engine == "local" and (address or gpus is not None or store):
+            raise ConfigError(
+                "address, gpus and store are of a Ray cluster: give engine=ray (--engine ray) with them, or --worker with --store."
+            )
         if engine == "ray":
             if overwrite:
                 raise ConfigError(
@@ -82,7 +86,7 @@ def compare(
 
             at_once.check(jobs)
             count = None if jobs == "auto" or jobs <= 1 else jobs
-            return on_ray.compare(read, address, count, gpus, watch or running.ignore, LEASE)
+            return on_ray.compare(read, address, count, gpus, watch or running.ignore, LEASE, store)
         from weftlora.compare import running
 
         return running.compare(read, (), jobs, overwrite, watch or running.ignore)

@@ -287,3 +287,8 @@ def name_of(folder: str) -> str:
     'runs+lora+s0'
     """
     return folder.replace("/", "+")
+
+
+def run_of(name: str) -> str:
+    """The folder of the run whose job has this name."""
+    return name.replace("+", "/")

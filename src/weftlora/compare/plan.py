@@ -125,6 +125,10 @@ class Plan(Record):
         """All runs; the rate of a reported one is not known here, and its folder does not depend on it."""
         return [job for method in self.methods for job in (*self.tuning(method), *self.reported(method, self.rates[0]))]
 
+    def every_run(self) -> list[str]:
+        """Their folders."""
+        return [job.folder for job in self.every_job()]
+
     def reported_seeds(self, method: Method) -> list[int]:
         """The seeds that a method is reported with; nothing of the frozen base depends on one."""
         return self.seeds[:1] if method.frozen else self.seeds

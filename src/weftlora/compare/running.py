@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weftlora.compare import at_once, results, workers
+from weftlora.compare import at_once, results
+from weftlora.compare.engine import Over, never
 from weftlora.compare.leases import check_none
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
 from weftlora.compare.record import Comparison, Method
-from weftlora.compare.workers import NAMES, SCORES, in_charge, status
+from weftlora.compare.workers import NAMES, SCORES, here, in_charge, status
 from weftlora.disk.files import read_json, why_no_file, write_json, writing
 from weftlora.disk.ownership import FOLDERS, delete, files_of, is_temporary, of_run, without_empty
 from weftlora.errors import ConfigError, RunError
@@ -69,7 +70,7 @@ def compare(
     jobs: at_once.Jobs,
     overwrite: bool,
     watch: Watch,
-    over: workers.Over = workers.never,
+    over: Over = never,
 ) -> Comparison:
     """See `weftlora.compare.compare`; once it is `over`, no run begins and those at work are stopped where they are."""
     at_once.check(jobs)
@@ -91,11 +92,8 @@ def compare(
             dataclasses.replace(plan, jobs=numbers, at_once=decision.said or plan.at_once).save(folder)
             if decision.said:
                 watch(dataclasses.replace(queue.standing(), said=decision.said))
-            if jobs == 0:
-                workers.in_this_process(folder, lambda: None if over() else queue.following(), queue.told)
-            else:
-                with workers.Pool(decision.jobs, folder, lock) as processes:
-                    processes.run(queue.following, queue.told, over)
+            with here(jobs and decision.jobs, folder, lock) as engine:
+                engine.run(queue.following, queue.told, over)
         comparison = results.read(folder)
         write_json(folder / RESULT, comparison.record())
     return comparison

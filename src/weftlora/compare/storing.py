@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from weftlora.compare.leases import Files, name_of
-from weftlora.compare.plan import Job, Plan
+from weftlora.compare.plan import Plan
 from weftlora.disk.files import file_digest, replacing, writing
 from weftlora.disk.ownership import CHECKPOINT, delete, files_of, inside, is_temporary, of_run
 from weftlora.errors import RunError
@@ -97,36 +97,36 @@ class Store:
                     found[take.job] = take
         return found
 
-    def bring(self, jobs: Iterable[Job], folder: Path, whole: bool = False) -> set[str]:
-        """Have what ended of these jobs in `folder`, without their adapters unless `whole`; the folders of those that ended."""
+    def bring(self, runs: Iterable[str], folder: Path, whole: bool = False) -> set[str]:
+        """Have what ended of these runs in `folder`, without their adapters unless `whole`; those of them that ended."""
         latest = self.latest()
         ended = set()
-        for job in jobs:
-            take = latest.get(name_of(job.folder))
+        for run in runs:
+            take = latest.get(name_of(run))
             if take is None or take.state != "ended":
                 continue
             if self.brought.get(take.job) != take.n:
-                self._fetch(take, job.folder, folder, lambda name: whole or "/" not in name)
+                self._fetch(take, run, folder, lambda name: whole or "/" not in name)
                 self.brought[take.job] = take.n
-            ended.add(job.folder)
+            ended.add(run)
         return ended
 
-    def go_on(self, job: Job, folder: Path) -> None:
+    def go_on(self, name: str, folder: Path) -> None:
         """Have what others came to in a run that has not ended, unless this folder is as far as they are."""
-        take = self.latest().get(name_of(job.folder))
+        take = self.latest().get(name_of(name))
         if take is None or take.state != "begun":
             return
         manifest = self._manifest(take)
-        run = inside(folder, job.folder)
+        run = inside(folder, name)
         if manifest is None or newest_step(run) >= manifest["step"]:
             return
         with writing(run):
             delete(of_run(run, vouched=True), folder)
-        self._fetch(take, job.folder, folder, lambda name: True)
+        self._fetch(take, name, folder, lambda name: True)
 
     def put_run(
         self,
-        job: Job,
+        name: str,
         n: int,
         folder: Path,
         state: Literal["begun", "ended"],
@@ -135,10 +135,11 @@ class Store:
         """Put a run there, as the n-th to claim it; False where it was not ours any more, or changed too much meanwhile to be whole.
 
         Args:
+            name: its folder in the comparison's, as a job has it.
             state: begun: with its newest checkpoint; ended: without checkpoints.
             is_ours: asked before the take is written.
         """
-        run, take = inside(folder, job.folder), Take(name_of(job.folder), n, state)
+        run, take = inside(folder, name), Take(name_of(name), n, state)
         step = newest_step(run)
         if state == "begun" and step < 0:
             return False
@@ -147,8 +148,8 @@ class Store:
             for path in _of_take(run, state):
                 if not is_ours():
                     return False
-                name = path.relative_to(run).as_posix()
-                files[name] = self.top.upload(path, f"{take.place(job.folder, step)}/{name}")
+                file = path.relative_to(run).as_posix()
+                files[file] = self.top.upload(path, f"{take.place(name, step)}/{file}")
         except FileNotFoundError as error:
             if state == "ended" or Path(str(error.filename)).exists():
                 raise
@@ -156,13 +157,13 @@ class Store:
         if not is_ours() or (state == "begun" and f"checkpoints/checkpoint-{step}/{checkpoint.MARKER}" not in files):
             return False
         before = self._manifest(take) if state == "begun" else None
-        content = {"format": FORMAT, "folder": job.folder, "step": step, "files": files}
+        content = {"format": FORMAT, "folder": name, "step": step, "files": files}
         self.takes.write(take.name, json.dumps(content, indent=1))
         if before is not None and before["step"] != step:
-            self._remove(take.place(job.folder, before["step"]), before)
+            self._remove(take.place(name, before["step"]), before)
         if state == "ended":
             self.brought[take.job] = n
-            self._tidy(take, job.folder)
+            self._tidy(take, name)
         return True
 
     def _tidy(self, ended: Take, folder: str) -> None:
@@ -270,7 +271,7 @@ def fetch(place: str, folder: Path, whole: bool = True) -> None:
                 raise RunError(f"{folder} holds another comparison than {place}: choose another folder with --out.")
         elif folder.is_dir() and (other := next(folder.iterdir(), None)) is not None:
             raise RunError(f"{folder} holds other files, such as {other.name}: choose another folder with --out.")
-        store.bring(_plan_in(folder, text).every_job(), folder, whole)
+        store.bring(_plan_in(folder, text).every_run(), folder, whole)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -41,6 +41,7 @@ from types import ModuleType
 from typing import Any, cast
 
 import weftlora.train as training
+from weftlora.compare.engine import BEGUN, LOOK_EVERY, Engine, Told
 from weftlora.compare.methods import seeded
 from weftlora.compare.plan import Job
 from weftlora.compare.record import Status
@@ -168,40 +169,48 @@ IMPORTED = (
 )
 """What the server imports, so that no run has to: ours, and what scores are counted with (seconds)."""
 
-Next = Callable[[], Job | None]
-Told = Callable[[Job, Tick | None], None]
-"""A run has begun or come on (a tick), or has ended (None)."""
-BEGUN = Tick("start", 0, 1)
 
-
-Over = Callable[[], bool]
-"""Whether what is at work is to be stopped where it is: it goes on the next time."""
-LOOK_EVERY = 0.5
-"""Seconds between two looks at whether it is over."""
-
-
-def never() -> bool:
-    """Stop nothing."""
-    return False
-
-
-def in_this_process(top: Path, following: Next, told: Told) -> None:
+class InThisProcess(Engine[Job]):
     """The runs one after the other in this process, on one torch thread. Raises what `carry_out` raises."""
-    import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        while (job := following()) is not None:
-            told(job, BEGUN)
-            carry_out(job, top, lambda tick, job=job: told(job, tick))  # type: ignore[misc]
-            told(job, None)
-    finally:
-        torch.set_num_threads(threads)
+    count = 1
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.at_work: list[Job] = []
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cancel()
+
+    def submit(self, job: Job) -> None:
+        self.at_work.append(job)
+
+    def watch(self, told: Told[Job]) -> None:
+        import torch
+
+        job, threads = self.at_work[0], torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            carry_out(job, self.top, lambda tick: told(job, tick))
+        finally:
+            torch.set_num_threads(threads)
+        self.at_work.clear()
+        told(job, None)
+
+    def cancel(self) -> None:
+        self.at_work.clear()
 
 
-class Pool:
-    """Up to `count` processes at once, each of which holds on to the descriptor `lock`. Use `run` inside a `with`."""
+def here(jobs: int, top: Path, lock: int) -> InThisProcess | Pool:
+    """The engine of this machine for so many runs at once, 0 for none but this process."""
+    return Pool(jobs, top, lock) if jobs else InThisProcess(top)
+
+
+class Pool(Engine[Job]):
+    """A process a run, each of which holds on to the descriptor `lock`. Use it inside a `with`."""
 
     def __init__(self, count: int, top: Path, lock: int) -> None:
         self.count, self.top, self.lock = count, top, _Held(lock)
@@ -223,32 +232,9 @@ class Pool:
         process.join()
 
     def __exit__(self, *error: object) -> None:
-        self._end()
+        self.cancel()
 
-    def _end(self) -> None:
-        """End what is still at work; a run that is cut short goes on the next time."""
-        for _, process in self.at_work.values():
-            process.terminate()
-        for _, process in self.at_work.values():
-            process.join()
-        self.at_work.clear()
-
-    def run(self, following: Next, told: Told, over: Over = never) -> None:
-        """Carry out what `following` gives until it gives none and all have ended, or it is `over`, which ends those at work.
-
-        Raises RunError if the disk refuses.
-        """
-        while not over():
-            while len(self.at_work) < self.count and (job := following()) is not None:
-                self._start(job)
-                told(job, BEGUN)
-            if not self.at_work:
-                return
-            for connection in wait(list(self.at_work), None if over is never else LOOK_EVERY):
-                self._hear(cast(Connection, connection), told)
-        self._end()
-
-    def _start(self, job: Job) -> None:
+    def submit(self, job: Job) -> None:
         ours, theirs = self.context.Pipe(duplex=False)
         process = self.context.Process(target=_life, args=(theirs, self.lock, self.top, job), daemon=True)
         with _unnamed_main():
@@ -256,7 +242,18 @@ class Pool:
         theirs.close()
         self.at_work[ours] = (job, process)
 
-    def _hear(self, connection: Connection, told: Told) -> None:
+    def watch(self, told: Told[Job]) -> None:
+        for connection in wait(list(self.at_work), LOOK_EVERY):
+            self._hear(cast(Connection, connection), told)
+
+    def cancel(self) -> None:
+        for _, process in self.at_work.values():
+            process.terminate()
+        for _, process in self.at_work.values():
+            process.join()
+        self.at_work.clear()
+
+    def _hear(self, connection: Connection, told: Told[Job]) -> None:
         job, process = self.at_work[connection]
         try:
             said = connection.recv()

@@ -18,13 +18,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from weftlora.compare import results, workers
+from weftlora.compare.engine import LOOK_EVERY, Engine, Told
 from weftlora.compare.leases import LOOKS, TTL, Claims, Files, Lease, name_of
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
@@ -35,6 +36,7 @@ from weftlora.compare.storing import Store, newest_step, said
 from weftlora.disk.files import read_json, write_json, writing
 from weftlora.disk.lock import NAME, holder, holding, is_held
 from weftlora.errors import ConfigError, RunError
+from weftlora.progress import Tick
 from weftlora.settings import is_number
 
 T = TypeVar("T")
@@ -44,12 +46,16 @@ PLAN = "plan"
 
 
 def work(
-    source: str | Path, overrides: tuple[str, ...], watch: Watch, ttl: float = TTL, store: str | None = None
+    source: str | Path | CompareRecipe,
+    overrides: tuple[str, ...],
+    watch: Watch,
+    ttl: float = TTL,
+    store: str | None = None,
 ) -> Comparison:
     """Be a worker until no run is left that one could begin; what the comparison says then.
 
     Args:
-        source: a comparison's recipe, or the folder of one that has its plan.
+        source: a comparison's recipe, its file, or the folder of one that has its plan.
         ttl: seconds after which a worker that is not heard of is taken for lost; the same for all of them.
         store: where results, leases and adapters go, where workers do not share the folder.
 
@@ -60,7 +66,7 @@ def work(
     if not is_number(ttl) or not 1 <= ttl <= 86400:
         raise ConfigError(f"a lease of {ttl!r} seconds cannot be held: give 1 to 86400.")
     recipe: CompareRecipe | None = None
-    if (Path(source) / "compare.json").is_file():
+    if not isinstance(source, CompareRecipe) and (Path(source) / "compare.json").is_file():
         if overrides or store is not None:
             wrong = overrides[0] if overrides else f"--store {store}"
             raise ConfigError(
@@ -97,7 +103,7 @@ def _check_free(folder: Path) -> None:
         )
 
 
-def _planned(folder: Path, recipe: CompareRecipe | None, worker: _Worker) -> Plan:
+def _planned(folder: Path, recipe: CompareRecipe | None, worker: Leased) -> Plan:
     """The plan, made by the one worker who claims that; the others wait for it."""
     while not worker.has_plan():
         assert recipe is not None
@@ -122,10 +128,10 @@ def _planned(folder: Path, recipe: CompareRecipe | None, worker: _Worker) -> Pla
     return plan
 
 
-def planned(recipe: CompareRecipe, ttl: float = TTL) -> Plan:
+def planned(recipe: CompareRecipe, ttl: float = TTL, store: str | None = None) -> Plan:
     """The plan of a comparison that workers are to be started on, made where there is none. Raises as `work` does."""
     folder = _checked(recipe)
-    return _planned(folder, recipe, _worker(folder, ttl, lambda standing: None))
+    return _planned(folder, recipe, _worker(folder, ttl, lambda standing: None, store))
 
 
 def _checked(recipe: CompareRecipe) -> Path:
@@ -136,21 +142,28 @@ def _checked(recipe: CompareRecipe) -> Path:
     return folder
 
 
-def _worker(folder: Path, ttl: float, watch: Watch, store: str | None = None) -> _Worker:
+def _worker(folder: Path, ttl: float, watch: Watch, store: str | None = None) -> Leased:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if store is None:
         _check_free(folder)
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     shared = None if store is None else Store(store)
-    return _Worker(
+    return Leased(
         folder, Claims(Files(str(folder / LEASES)) if shared is None else shared.leases, owner, ttl), watch, shared
     )
 
 
-class _Worker:
+class Leased(Engine[Job]):
+    """Runs on which nobody else is at work, one at a time: each under a lease, and in the store too where there is one."""
+
+    count = 1
+
     def __init__(self, folder: Path, claims: Claims, watch: Watch, store: Store | None) -> None:
-        self.folder, self.claims, self.watch, self.store = folder, claims, watch, store
+        self.folder, self.claims, self.told_of, self.store = folder, claims, watch, store
+        self.at_work: dict[Any, tuple[Job, Any]] = {}
+        self.gone: set[str] = set()
+        """The folders of runs that have ended while they were ours, whatever came of them."""
 
     def has_plan(self) -> bool:
         """Whether there is a plan, which is then in the folder."""
@@ -162,75 +175,102 @@ class _Worker:
 
     def work(self, plan: Plan) -> None:
         """Runs until none is left but those that have ended badly."""
+        with self.ready():
+            self.run(lambda: self.claimed(plan), lambda job, tick: self.queue.told(job, tick))
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within this, runs can be carried out."""
         held = os.open(os.devnull, os.O_RDONLY)  # in place of the lock of one comparison in charge
-        gone: set[str] = set()
         try:
-            with workers.Pool(1, self.folder, held) as processes:
-                processes.warm()  # a claim is not renewed meanwhile
-                while True:
-                    if self.store is None:
-                        _check_free(self.folder)
-                    unsent = self._brought(plan)
-                    queue = Queue(plan, self.folder, self.watch)
-                    left = [*unsent, *(job for job in queue.waiting if job.folder not in gone)]
-                    wanted = {name_of(job.folder): job for job in left}
-                    if not wanted:
-                        return
-                    lease = self.claims.claim(wanted)
-                    if lease is None:
-                        if not self.claims.unended(wanted):  # they failed, and are left to a `weftlora compare`
-                            return
-                        self.pause()
-                        continue
-                    job = wanted[lease.job]
-                    if self._carry_out(processes, queue, job, lease, job in unsent):
-                        gone.add(job.folder)
-                        self.claims.end(lease)
+            with workers.Pool(1, self.folder, held) as self.processes:
+                self.processes.warm()  # a claim is not renewed meanwhile
+                self.at_work = self.processes.at_work
+                yield
         finally:
             os.close(held)
+
+    def claimed(self, plan: Plan) -> Job | None:
+        """The next run, once a lease of it is ours; None where none is left that one could begin."""
+        while True:
+            if self.store is None:
+                _check_free(self.folder)
+            unsent = self._brought(plan)
+            self.queue = Queue(plan, self.folder, self.told_of)
+            left = [*unsent, *(job for job in self.queue.waiting if job.folder not in self.gone)]
+            wanted = {name_of(job.folder): job for job in left}
+            if not wanted:
+                return None
+            lease = self.claims.claim(wanted)
+            if lease is None:
+                if not self.claims.unended(wanted):  # they failed, and are left to a `weftlora compare`
+                    return None
+                self.pause()
+                continue
+            job, self.claim = wanted[lease.job], _Claimed(self.claims, lease)
+            if job not in unsent:
+                log.info("%s: %s", job.folder, "begun" if lease.n == 0 else "taken over")
+                return job
+            log.info("%s: it is put into the store", job.folder)
+            self._ended(job)
 
     def _brought(self, plan: Plan) -> list[Job]:
         """Have what others have ended in our folder; the runs that ended here and are not in the store yet."""
         if self.store is None:
             return []
-        jobs = plan.every_job()
-        ended = self.store.bring(jobs, self.folder)
-        here = (job for job in jobs if job.folder not in ended)
+        ended = self.store.bring(plan.every_run(), self.folder)
+        here = (job for job in plan.every_job() if job.folder not in ended)
         final = ("complete", "diverged")
         return [job for job in here if workers.status(self.folder / job.folder, job.tuning, job.frozen) in final]
 
-    def _carry_out(self, processes: workers.Pool, queue: Queue, job: Job, lease: Lease, is_done: bool) -> bool:
-        """A run under its lease, in the store too where there is one; whether all of that ended while it was ours.
+    def submit(self, job: Job) -> None:
+        store, folder = self.store, self.folder
+        if store is not None:
+            self.claim.during(lambda: store.go_on(job.folder, folder))
+            self.sending = _Sending(store, job, self.claim.lease, folder, self.claim)
+        self.processes.submit(job)
 
-        Args:
-            is_done: it has ended here, and is only to be put into the store.
-        """
-        claim, store, folder = _Claimed(self.claims, lease), self.store, self.folder
-        following = iter([job])
-        log.info(
-            "%s: %s", job.folder, "it is put into the store" if is_done else "begun" if lease.n == 0 else "taken over"
-        )
-        if store is None:
-            processes.run(lambda: next(following, None), queue.told, claim.is_lost)
-            log.info("%s: %s", job.folder, self._outcome(job, claim))
-            return not claim.lost
-        if not is_done:
-            claim.during(lambda: store.go_on(job, folder))
-            sending = _Sending(store, job, lease, folder, claim)
-            processes.run(lambda: next(following, None), queue.told, sending.is_over)
-            claim.during(sending.end)
-            log.info("%s: %s", job.folder, self._outcome(job, claim))
-        return not claim.lost and claim.during(
-            lambda: store.put_run(job, lease.n, folder, "ended", lambda: not claim.lost)
-        )
+    def watch(self, told: Told[Job]) -> None:
+        is_lost = self.claim.is_lost() if self.store is None else self.sending.is_over()
+        if is_lost:
+            [(job, _)] = self.at_work.values()
+            self.cancel()
+            self._come_to(job)
+            return
 
-    def _outcome(self, job: Job, claim: _Claimed) -> str:
-        """What came of a run, in words."""
-        if claim.lost:
-            return "stopped, since its lease could not be renewed or was taken over"
-        found = workers.status(self.folder / job.folder, job.tuning, job.frozen)
-        file = self.folder / job.folder / workers.PROBLEM
-        return found if found not in ("diverged", "failed") else f"{found}: {read_json(file).get('problem')}"
+        def heard(job: Job, tick: Tick | None) -> None:
+            told(job, tick)
+            if tick is None:
+                self._come_to(job)
+                self._ended(job)
+
+        self.processes.watch(heard)
+
+    def cancel(self) -> None:
+        self.processes.cancel()
+
+    def _come_to(self, job: Job) -> None:
+        """Say what came of a run."""
+        if self.store is not None:
+            self.claim.during(self.sending.end)
+        if self.claim.lost:
+            said = "stopped, since its lease could not be renewed or was taken over"
+        else:
+            said = workers.status(self.folder / job.folder, job.tuning, job.frozen)
+            if said in ("diverged", "failed"):
+                said += f": {read_json(self.folder / job.folder / workers.PROBLEM).get('problem')}"
+        log.info("%s: %s", job.folder, said)
+
+    def _ended(self, job: Job) -> None:
+        """Put a run that has ended into the store, and its lease aside, as long as it is ours."""
+        store, claim, folder = self.store, self.claim, self.folder
+        if claim.lost or not (
+            store is None
+            or claim.during(lambda: store.put_run(job.folder, claim.lease.n, folder, "ended", lambda: not claim.lost))
+        ):
+            return
+        self.gone.add(job.folder)
+        self.claims.end(claim.lease)
 
 
 class _Claimed:
@@ -250,7 +290,7 @@ class _Claimed:
             made = pool.submit(call)
             while not made.done():
                 self.is_lost()
-                wait([made], workers.LOOK_EVERY)
+                wait([made], LOOK_EVERY)
         return made.result()
 
 
@@ -277,6 +317,6 @@ class _Sending:
 
     def _send(self) -> None:
         try:
-            self.store.put_run(self.job, self.lease.n, self.folder, "begun", lambda: not self.claim.lost)
+            self.store.put_run(self.job.folder, self.lease.n, self.folder, "begun", lambda: not self.claim.lost)
         except (OSError, RunError) as error:
             log.warning("a checkpoint of %s could not be put into %s: %s", self.job.folder, self.store.place, error)

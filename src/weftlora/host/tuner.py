@@ -487,10 +487,17 @@ class WeftTuner(BaseTuner):
             return
         way = weighted.check(self.peft_config, adapters, weights, combination_type)
         _check_adapter_name(adapter_name, self.peft_config[adapters[0]])
+        trained = weighted.trained_in_full(self.model, adapters)
         found = weighted.sums(self._layers(), adapters, weights, way, svd_rank)
-        self.peft_config[adapter_name] = weighted.config_of(found, self.peft_config[adapters[0]])
+        saved = {name: None for each in adapters for name in self.peft_config[each].modules_to_save or ()}
+        targets = {layer.within or layer.module_name for layer in self._layers() if layer.module_name in found}
+        first = self.peft_config[adapters[0]]
+        self.peft_config[adapter_name] = weighted.config_of(found, targets, first, list(saved) or None)
         self.inject_adapter(self.model, adapter_name)
         weighted.fill(self._layers(), adapter_name, found)
+        for wrapper, source in trained:
+            if adapter_name in wrapper.modules_to_save:
+                wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[source].state_dict())
 
     # ------------------------------------------------------------------ merging
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from weftlora.adapted.layer import WeftLayer, WeftLinear
@@ -140,15 +141,41 @@ def truncated(one: Sum, rank: int) -> Sum:
     return Sum(a, b, float(sigma[k:].square().sum()), float(sigma.square().sum()))
 
 
-def config_of(found: Mapping[str, Sum], first: WeftConfig) -> WeftConfig:
-    """A plain adapter of scale 1 on exactly these modules, each of its rank."""
+def trained_in_full(model: nn.Module, adapters: Sequence[str]) -> list[tuple[ModulesToSaveWrapper, str]]:
+    """The modules that one of the adapters trains in full, which its sum with others takes over, and whose they are.
+
+    Raises:
+        MergeError: two of the adapters train the same module.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            mine = [adapter for adapter in adapters if adapter in module.modules_to_save]
+            if len(mine) > 1:
+                raise MergeError(
+                    f"adapters {mine[0]!r} and {mine[1]!r} each train {name} in full, and two of one module do not add up: "
+                    "add adapters of which one at most trains it."
+                )
+            found += [(module, adapter) for adapter in mine]
+    return found
+
+
+def config_of(
+    found: Mapping[str, Sum], targets: set[str], first: WeftConfig, saved: list[str] | None = None
+) -> WeftConfig:
+    """A plain adapter of scale 1 on exactly these modules, each of its rank, with the modules `saved` trained in full.
+
+    Args:
+        targets: the modules, of matrices of one that is adapted as a whole that one.
+    """
     ranks = {name: len(one.a) for name, one in found.items()}
     r = max(ranks.values())
     own = {re.escape(name): rank for name, rank in ranks.items() if rank != r}
     return WeftConfig(
         r=r,
         lora_alpha=r,
-        target_modules=set(found),
+        target_modules=targets,
+        modules_to_save=saved,
         rank_pattern=own,
         alpha_pattern={**own},
         task_type=first.task_type,

@@ -25,6 +25,7 @@ from weftlora.adapter.site import Site, held_by
 from weftlora.errors import ConfigError
 from weftlora.schedule import schedule
 from weftlora.schedule.direction_ranking import Ranked, Ranker, Rule
+from weftlora.schedule.rank_slots import begin_anew
 from weftlora.schedule.schedule import Member
 from weftlora.settings import resolve
 from weftlora.terms.events import Event, Launch, Length, Validation, check_possible
@@ -111,7 +112,7 @@ class LaunchController:
                 forget_moments(parameter)
             for parameter in resting:
                 held_by(parameter).grad = None
-                forget_moments(parameter)
+                forget_moments(parameter, rests=True)
             told[member.name] = {
                 "index": found.index.tolist(),
                 "sigma": found.sigma.tolist(),
@@ -130,14 +131,16 @@ class LaunchController:
         return {"event": self.launch.event, "seconds": measured + clocks.perf_counter() - started, "sites": told}
 
 
-def forget_moments(parameter: nn.Parameter) -> None:
+def forget_moments(parameter: nn.Parameter, *, rests: bool = False) -> None:
     """Let a parameter start fresh: moments of what it was before would shape, or stretch, its first steps.
 
-    That of an expert is a part of its batch's, all experts of which start at once.
+    That of an expert is a part of its batch's, all experts of which start at once. Where an optimiser's first state is known, its
+    state is set to that, so that a checkpoint before the next step has it; else, and where the parameter `rests`, it is dropped.
     """
     parameter = held_by(parameter)
     for optimizer in schedule.owners(parameter):
-        optimizer.state.pop(parameter, None)
+        if parameter in optimizer.state and (rests or not begin_anew(optimizer.state[parameter], parameter)):
+            del optimizer.state[parameter]
 
 
 def _warn(names: list[str], sentence: str) -> None:

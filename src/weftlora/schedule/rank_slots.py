@@ -11,7 +11,8 @@ slots have them, and by which of the `Scorer`'s ways, is the choice's word:
     random       numbers drawn by name, slot and round
 
 Beside them stands how far to trust them: how well two ways agree, and whether a decision is above the noise of its rows. Scoring
-changes nothing. With several processes each scores its share of the slots and all hold the same brackets.
+changes nothing. With several processes each scores its share of the slots, or, where a forward takes all of them, all slots on its
+share of the rows, and all hold the same brackets.
 
 Moving slots changes tensors and moments:
 
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from weftlora.adapter.shards import edited, is_piece, is_sharded, is_split_as, whole
+from weftlora.adapter.shards import edited, has_own_rows, is_piece, is_sharded, is_split_as, whole
 from weftlora.adapter.site import ExpertOf, Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, ignore
@@ -265,6 +266,22 @@ def _tensors(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[st
             yield name, value
 
 
+ADAM = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "mu_product", "step"})
+"""What torch's Adam, AdamW and NAdam keep, which at 0 is what they begin with."""
+
+
+@torch.no_grad()
+def begin_anew(state: dict[str, Any], parameter: nn.Parameter) -> bool:
+    """Set what an optimiser keeps about `parameter` to what it begins with; False where that is not known, and nothing is set."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor) and value.dim() > 0]
+    if "exp_avg" not in state or not state.keys() <= ADAM or not all(is_split_as(t, parameter) for t in tensors):
+        return False
+    for value in tensors:
+        value.zero_()
+    _count_anew(state)
+    return True
+
+
 def _count_anew(state: dict[str, Any]) -> None:
     if isinstance(step := state.get("step"), Tensor):
         step.zero_()
@@ -280,6 +297,41 @@ SlotId = tuple[int, int]
 """(number of the member, slot)."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one of several processes measures, as many as any other does: their forwards wait for each other.
+
+    Where the rows do not divide, the last ones of some shares are measured again and count for nobody.
+    """
+
+    number: int
+    count: int
+
+    def of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its part of a batch."""
+        if self.count == 1:
+            return dict(batch)
+        rows = len(batch["labels"])
+        at = self._at(rows)
+        at += [0] * (math.ceil(rows / self.count) - len(at))
+        return {name: value[torch.tensor(at, device=value.device)] for name, value in batch.items()}
+
+    def among_all(self, found: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What was measured of its rows [..., rows of the part], in their places among all rows; 0 in the others."""
+        if self.count == 1:
+            return found
+        at = self._at(rows := len(batch["labels"]))
+        out = found.new_zeros(*found.shape[:-1], rows)
+        out[..., at] = found[..., : len(at)]
+        return out
+
+    def _at(self, rows: int) -> list[int]:
+        return list(range(self.number, rows, self.count))
+
+
+ALL = Share(0, 1)
+
+
 class Scorer(Protocol):
     """What measures slots; `weftlora.host.attach` makes it from the model and its validation rows."""
 
@@ -287,12 +339,12 @@ class Scorer(Protocol):
         """The rows that `draw` seeds; with `other`, as many that it does not take."""
         ...
 
-    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False) -> Tensor:
-        """Brackets [slots, 2, rows] by switching each slot off, and on alone, on these rows."""
+    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False, share: Share = ALL) -> Tensor:
+        """Brackets [slots, 2, rows] by switching each slot off, and on alone, on these rows; shares add up to all of them."""
         ...
 
-    def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
-        """Brackets [slots, 2, rows] to second order, from gradients with respect to the gates."""
+    def estimate(self, slots: Sequence[SlotId], draw: str, *, share: Share = ALL) -> Tensor:
+        """Brackets [slots, 2, rows] to second order, from gradients with respect to the gates; shares add up to all of them."""
         ...
 
     def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
@@ -451,9 +503,10 @@ class Scoring:
         loud = [n for n, each in enumerate(ids) if each not in silent]
         scorer = cast(Scorer, self.scorer)
         if self.in_lockstep:
-            found = self._together(lambda: scorer.exact([ids[n] for n in loud], draw, other=other))
+            share = self._share
+            found = self._together(lambda: scorer.exact([ids[n] for n in loud], draw, other=other, share=share))
             out = torch.zeros(len(ids), *found.shape[1:], dtype=torch.float64)
-            out[loud] = processes.from_main(found, self._device)
+            out[loud] = self._joined(found, share)
             return out
         mine = loud[processes.rank() :: processes.world()]
         found = self._together(lambda: scorer.exact([ids[n] for n in mine], draw, other=other))
@@ -472,7 +525,8 @@ class Scoring:
             found = self.exact(ids, draw)
             return everything, found, scores(found, terms), None
         scorer = cast(Scorer, self.scorer)
-        estimate = processes.from_main(self._together(lambda: scorer.estimate(ids, draw)), self._device)
+        share = self._share
+        estimate = self._joined(self._together(lambda: scorer.estimate(ids, draw, share=share)), share)
         worth = scores(estimate, terms)
         if self.choice.way == "taylor":
             return everything, estimate, worth, None
@@ -517,8 +571,20 @@ class Scoring:
 
     @property
     def in_lockstep(self) -> bool:
-        """Whether a forward takes all processes, so that they must run the same ones: each scores all slots, on the same rows."""
+        """Whether a forward takes all processes, so that they run equally many: each scores all slots, on its share of the rows."""
         return any(is_sharded(member.site) or member.is_split() for member in self.members)
+
+    @property
+    def _share(self) -> Share:
+        """The rows of this process in a lockstep: all of them where the processes compute one forward together."""
+        return Share(processes.rank(), processes.world()) if all(has_own_rows(m.site) for m in self.members) else ALL
+
+    def _joined(self, found: Tensor, share: Share) -> Tensor:
+        """The brackets of all rows, the same on all processes."""
+        if share.count == 1:
+            return processes.from_main(found, self._device)
+        processes.sum_up([found], self._device)
+        return found
 
     @property
     def _device(self) -> torch.device:

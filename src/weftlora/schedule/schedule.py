@@ -3,9 +3,10 @@
 A step is counted by torch's global hook after `optimizer.step`, if the optimiser that took it holds the schedule's anchor
 parameter, looked up by identity at that moment, because hosts replace parameters. Skipped steps do not count: without fused kernels
 a GradScaler does not call `step` at all; with them it does and leaves a non-zero `found_inf` on the optimiser. Nor does a step count
-that finds no gradient: it changes nothing. Forward calls, evaluation, accumulation and recomputation take no optimiser step and so
-cannot count. An optimiser that steps within another's step (ZeroRedundancyOptimizer, Lookahead) holds the same
-parameters: the outer step is the one that counts, because only after it are the weights what the next forward sees.
+that finds no gradient, or by which torch.distributed.checkpoint makes an optimiser's state: it changes nothing. Forward calls,
+evaluation, accumulation and recomputation take no optimiser step and so cannot count. An optimiser that steps within another's step
+(ZeroRedundancyOptimizer, Lookahead) holds the same parameters: the outer step is the one that counts, because only after it are the
+weights what the next forward sees.
 
 The schedule hangs on the adapter's first site, because nothing else survives every way a host puts adapters into a model. The step
 count is that site's buffer `steps`, so it is saved and loaded with the adapter.
@@ -103,7 +104,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     skipped = getattr(optimizer, "found_inf", None)
-    if (skipped is not None and float(skipped) != 0) or _is_empty(optimizer):
+    if (skipped is not None and float(skipped) != 0) or _is_empty(optimizer) or _only_makes_state(optimizer):
         return
     others = [other for other in _optimizers if other is not optimizer]
     for listener in list(_listeners.values()):
@@ -117,6 +118,17 @@ def _is_empty(optimizer: Optimizer) -> bool:
     if any(is_piece(p) for group in optimizer.param_groups for p in group["params"]):
         return not processes.any_of(not empty, optimizer.param_groups[0]["params"][0].device)
     return empty
+
+
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether the step is one without gradients and rate, by which torch.distributed.checkpoint makes what it loads into."""
+    if any(float(group.get("lr", 1)) for group in optimizer.param_groups):
+        return False
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+    return False
 
 
 def _is_running(optimizer: Optimizer) -> bool:

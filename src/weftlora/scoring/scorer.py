@@ -23,7 +23,8 @@ from weftlora.adapter.shards import outermost
 from weftlora.adapter.site import Site
 from weftlora.errors import ConfigError
 from weftlora.progress import Progress, Tick, ignore
-from weftlora.schedule.rank_slots import TERMS
+from weftlora.schedule import processes
+from weftlora.schedule.rank_slots import ALL, TERMS, Share
 from weftlora.scoring import brackets
 from weftlora.scoring.brackets import SlotId
 from weftlora.scoring.network import Network, RowLoss, recognise, recognised
@@ -101,18 +102,20 @@ class Ablation:
         rows = self.rows.draw(self.choice.rows, draw, other=other)
         return {k: v.to(device) for k, v in rows.items()}
 
-    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False) -> Tensor:
-        """[slots, 2, rows] fp64."""
+    def exact(self, slots: Sequence[SlotId], draw: str, *, other: bool = False, share: Share = ALL) -> Tensor:
+        """[slots, 2, rows] fp64, of rows outside of the share 0. A loss without parts per row is the first share's alone."""
         batch, terms = self.drawn(draw, other=other), TERMS[self.choice.terms]
         with undisturbed(self.model, self.held):
             if not slots:
                 return torch.zeros(0, 2, len(batch["labels"]) if self._way(batch) else 1, dtype=torch.float64)
             if way := self._way(batch):
-                tokens = self.choice.chunk_tokens
-                return brackets.exact_brackets(
-                    way, self.layer_of, self.sites, slots, batch, chunk_tokens=tokens, terms=terms, tell=self._tell
+                mine, tokens = share.of(batch), self.choice.chunk_tokens
+                found = brackets.exact_brackets(
+                    way, self.layer_of, self.sites, slots, mine, chunk_tokens=tokens, terms=terms, tell=self._tell
                 )
-            return brackets.brackets_by_definition(self.sites, slots, lambda: self._whole_loss(batch))
+                return share.among_all(found, batch)
+            found = brackets.brackets_by_definition(self.sites, slots, lambda: self._whole_loss(batch))
+            return found if share.number == 0 else torch.zeros_like(found)
 
     def watch(self, progress: Progress) -> None:
         """See `weftlora.schedule.rank_slots.Scorer`."""
@@ -131,9 +134,14 @@ class Ablation:
         if estimated and way is None:
             raise self._refusal()
 
-    def estimate(self, slots: Sequence[SlotId], draw: str) -> Tensor:
-        """[slots, 2, rows] fp64."""
-        return self._by_gradients(brackets.estimated_brackets, slots, draw)
+    def estimate(self, slots: Sequence[SlotId], draw: str, *, share: Share = ALL) -> Tensor:
+        """[slots, 2, rows] fp64, of rows outside of the share 0."""
+
+        def measure(way: Network, sites: Sequence[Site], some: Sequence[SlotId], batch: Batch, **how: Any) -> Tensor:
+            found = brackets.estimated_brackets(way, sites, some, share.of(batch), **how)
+            return share.among_all(found, batch)
+
+        return self._by_gradients(measure, slots, draw)
 
     def sensitivity(self, slots: Sequence[SlotId], draw: str) -> Tensor:
         """[slots] fp64: |w ∂L/∂w|, averaged over the slot's part of every parameter, summed over these."""
@@ -215,6 +223,8 @@ class Ablation:
             site.keep = keep
             got = way.losses(batch, 3, prefix).sum(1)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if processes.ends_a_wait(error):  # says nothing of the way
+                raise
             logger.debug("%s", error)
             return False
         finally:
