@@ -82,6 +82,8 @@ SIDES: dict[str, dict[str, int]] = {
 """Name → the sides of a base with random weights, for a row whose base is not the bundled model."""
 METHODS = ("lora", "hydralora", "tied_lora", "lora_dash", "alora", "flexora")
 STEPS = 6
+LINEAR = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+"""The linear modules of a Llama, by their last names."""
 
 
 def recipe(row: str, method: str, out: Path) -> dict[str, Any]:
@@ -139,6 +141,11 @@ def base_section(row: str) -> dict[str, Any]:
     how = quantisation.loading(settings or {}, original)
     AutoModelForCausalLM.from_pretrained(original, quantization_config=how).save_pretrained(folder)
     AutoTokenizer.from_pretrained(original).save_pretrained(folder)
+    said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    said["quantization_config"] |= {
+        k: v for k, v in ROWS[row]["quantization"].items() if k == "backend"
+    }  # saved as auto
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
     return {"path": str(folder)}
 
 
@@ -379,7 +386,7 @@ def evaluated(name: str) -> dict[str, Any]:
             sides = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
             torch.manual_seed(0)
             LlamaForCausalLM(LlamaConfig(**sides, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(place)
-        stock = LoraConfig(r=4, target_modules="all-linear")
+        stock = LoraConfig(r=4, target_modules=LINEAR)  # "all-linear" of stock peft sees no class of GPTQ's
         for who, config in (("weftlora", weftlora.PlainLoraConfig(r=4)), ("stock", stock)):
             plain = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
             ids = batch(plain.config.vocab_size)

@@ -190,6 +190,11 @@ def test_an_original_is_known_by_what_the_layer_computes(tmp_path: Path) -> None
     name, right = "model.layers.0.mlp.up_proj", base.model.layers[0].mlp.up_proj
     layer = WeftLinear(InCode(right, "wrong"), name)
     assert torch.equal(OriginalWeight(layer, Checkpoint(tmp_path))(), right.weight)
+    in_buffers = InCode(right)  # as GPTQ keeps everything
+    kept = in_buffers.W_q.data
+    del in_buffers.W_q
+    in_buffers.register_buffer("W_q", kept)
+    assert torch.equal(OriginalWeight(WeftLinear(in_buffers, name), Checkpoint(tmp_path))(), right.weight)
     torch.manual_seed(1)
     other = nn.Linear(right.in_features, right.out_features)
     with pytest.raises(ModelError, match="differs from the weight in memory"):

@@ -21,6 +21,7 @@ import time
 import uuid
 import warnings
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -233,7 +234,7 @@ class OriginalWeight:
             # by what the layer computes; a quantised layer in a Conv1D's place is [out, in], and the checkpoint is not
             near = [(distance(base, w), w) for w in (stored, stored.T)]
             far, w = min(near, key=lambda each: each[0])
-            w = w.to(next(base.parameters()).device)
+            w = w.to(next(chain(base.parameters(), base.buffers())).device)  # GPTQ keeps buffers alone
         else:
             here = self.layer.base_matrix()
             stored = stored.to(here.device)

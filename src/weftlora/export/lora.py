@@ -31,7 +31,8 @@ from weftlora.export.live import Gates, mean_gates
 from weftlora.export.proof import Prover
 from weftlora.export.record import LoraExport, Rounding
 from weftlora.export.source import Inputs, Source, check_linear, drawn_parts, in_full, inputs_of
-from weftlora.host.stock_lora import HOST, trained_modules, turned_by_stock
+from weftlora.host.stock_lora import HOST, trained_modules
+from weftlora.host.versions import asks_how_experts_lie
 from weftlora.runs.identity import folder_of
 
 MEAN_GATE = "mean-gate"
@@ -174,6 +175,13 @@ def as_stock_reads(source: Source, found: Mapping[str, Pair | Stack]) -> dict[st
         layer.module_name for layer in source.layers if isinstance(layer, WeftExpertWeight) and turned_by_stock(layer)
     }
     return {name: update.transposed() if name in turned else update for name, update in found.items()}
+
+
+def turned_by_stock(layer: WeftExpertWeight) -> bool:
+    """Whether stock peft takes the two sides of these matrices for one another: it reads [in, out] where a flag says so alone, and
+    older versions always."""
+    reads = bool(getattr(layer.get_base_layer(), "is_transposed", False)) if asks_how_experts_lie() else True
+    return layer.layout.transposed != reads
 
 
 def laid_out(found: Mapping[str, Pair | Stack], choices: Choices) -> dict[str, Pair | Stack]:

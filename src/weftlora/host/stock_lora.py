@@ -25,11 +25,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from weftlora.adapted.attention import WeftAttention
-from weftlora.adapted.experts import WeftExperts, WeftExpertWeight
+from weftlora.adapted.experts import WeftExperts
 from weftlora.adapted.layer import WeftLayer, WeftLinear
 from weftlora.adapted.targets import pattern_key
 from weftlora.errors import AdapterError
-from weftlora.host.versions import asks_how_experts_lie
 
 HOST = "base_model.model."
 """What peft puts in front of the names of a model that it wraps."""
@@ -95,13 +94,6 @@ def as_parameters(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
     """{site: its weight's name} of the linear modules that stock peft would rename in target_modules, and leaves as parameters."""
     renamed = renamed_targets(model)
     return {name: f"{name}.weight" for name in sites if name.rpartition(".")[2] in renamed}
-
-
-def turned_by_stock(layer: WeftExpertWeight) -> bool:
-    """Whether stock peft takes the two sides of these matrices for one another: it reads [in, out] where a flag says so alone, and
-    older versions always."""
-    reads = bool(getattr(layer.get_base_layer(), "is_transposed", False)) if asks_how_experts_lie() else True
-    return layer.layout.transposed != reads
 
 
 def names_in_file(model: nn.Module, names: Collection[str]) -> dict[str, str]:
