@@ -100,7 +100,7 @@ class Kept:
         if self.lost:
             raise RunError(
                 f"another machine has taken over the search at {self.place}, or the store could not be reached for too long: give "
-                "the same command again to go on from what is there."
+                "the same command again to continue from what is there."
             )
 
     def _ended(self) -> Iterator[str]:

@@ -33,7 +33,7 @@ def auto(
         str | None,
         typer.Option(
             metavar="URL",
-            help="Put what has ended into this too, such as s3://bucket/prefix, and go on from there on any machine.",
+            help="Put what has ended into this too, such as s3://bucket/prefix, and continue from there on any machine.",
         ),
     ] = None,
     trust_terms: TrustTerms = None,
