@@ -156,3 +156,16 @@ def test_only_a_rows_solution_is_labelled(rows: dict[str, str], monkeypatch: pyt
     assert solution[-1] == tokenizer.eos_token_id
     assert len(found.train) == 20  # the four that are validated on are held out
     assert not {tuple(row["input_ids"]) for row in found.validation} & set(map(tuple, found.train))
+
+
+def test_the_committed_results_are_what_the_board_reads() -> None:
+    record = json.loads((Path(__file__).parents[2] / "evidence" / "peft-board.json").read_text(encoding="utf-8"))
+    names = {}
+    for form in ("full", "reduced"):
+        for content in record[form]:
+            check_result(content, Path(form))
+        names[form] = {content["run_info"]["experiment_name"].partition("/")[0] for content in record[form]}
+        assert all(content["reduced"]["note"] == "not a row of the board" for content in record[form])
+    assert (
+        names["full"] == names["reduced"] == {f"weft_{recipe}" for recipe in RECIPES if not recipe.startswith("peft:")}
+    )
