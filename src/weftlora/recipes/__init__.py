@@ -51,7 +51,15 @@ CONFIG_KEYS = frozenset(
         "dropout_mask",
         "target_modules",
     }
-    | {"exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save"}
+    | {
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "patterns_at_start",
+        "modules_to_save",
+    }
     | {"target_parameters", "bias", "use_rslora", "trainable_token_indices", "init_lora_weights", "ensure_weight_tying"}
 )
 """Fields of `WeftConfig` that a recipe file may set; the others are filled in by peft and weftlora."""
