@@ -449,8 +449,19 @@ def room(place: Path, size: int | None) -> Iterator[None]:
 # ---------------------------------------------------------------------- a try
 
 
+class Counts:
+    """A dataclass of numbers, of how often each of several things was, and of lists."""
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            key: dict(sorted(value.items())) if isinstance(value, Counter) else value
+            for key, value in vars(self).items()
+        }
+
+
 @dataclass
-class Tally:
+class Tally(Counts):
     """What happened to one command."""
 
     tries: int = 0
@@ -467,13 +478,6 @@ class Tally:
     phases: Counter[str] = field(default_factory=Counter)
     """Of kills: where they came."""
     failures: list[str] = field(default_factory=list)
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            key: dict(sorted(value.items())) if isinstance(value, Counter) else value
-            for key, value in vars(self).items()
-        }
 
 
 KILLS = {"compare --jobs 2": 14, "export": 14, "export --to merged": 14, "export --overwrite": 14}

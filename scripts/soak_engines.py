@@ -46,6 +46,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from soak import Counts
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -55,7 +56,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+from claims import ROOT
+
 OUT = ROOT / "evidence" / "soak.json"
 sys.path[:0] = [str(ROOT / "tests" / "sharding"), str(ROOT / "tests"), str(ROOT / "src")]
 
@@ -182,7 +184,7 @@ def begun(world: int, engine: str, method: str, folder: Path, stage: mmap.mmap, 
 
 
 @dataclass
-class Tally:
+class Tally(Counts):
     """What the tries of one engine came to."""
 
     tries: int = 0
@@ -195,9 +197,6 @@ class Tally:
     ranks: Counter[str] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-
-    def plain(self) -> dict[str, Any]:
-        return {name: dict(sorted(v.items())) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
 def ended(child: int, seconds: float) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from weftlora.adapted.experts import called_with
-from weftlora.adapted.layer import WeftLinear
+from weftlora.adapted.layer import WeftLinear, WeftWhole
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, TargetError
 from weftlora.kernel import delta_weights
@@ -69,25 +69,14 @@ class WeftAttentionMatrix(WeftLinear):
         return w
 
 
-class WeftAttention(nn.Module):
+class WeftAttention(WeftWhole):
     """The host's attention with adapters on its two matrices; takes and gives what that does."""
 
     def __init__(self, base_layer: nn.MultiheadAttention, module_name: str):
-        super().__init__()
-        self.base_layer = base_layer
-        self.module_name = module_name
-        self.rows: Any = None
+        super().__init__(base_layer, module_name)
         for part in PARTS:
             setattr(self, part, WeftAttentionMatrix(base_layer, part, f"{module_name}.{part}"))
         self.train(base_layer.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__"):  # how it is copied or pickled is its own
-                raise
-            return getattr(super().__getattr__("base_layer"), name)  # what the model asks its attention for
 
     def layers(self) -> Iterator[tuple[str, WeftAttentionMatrix]]:
         """The name of each matrix and its adapters."""

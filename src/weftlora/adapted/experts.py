@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weftlora.adapted.layer import WeftLayer
+from weftlora.adapted.layer import WeftLayer, WeftWhole
 from weftlora.adapter.site import Site
 from weftlora.adapter.spec import WeftConfig
 from weftlora.errors import AdapterError, MergeError, TargetError
@@ -349,24 +349,13 @@ class _Matrix:
         return self.layer.base_matrix(self.e)
 
 
-class WeftExperts(nn.Module):
+class WeftExperts(WeftWhole):
     """The host's experts module with adapters on its fused parameters; takes and gives what that does."""
 
     def __init__(self, base_layer: nn.Module, module_name: str):
-        super().__init__()
-        self.base_layer = base_layer
-        self.module_name = module_name
+        super().__init__(base_layer, module_name)
         self.by_weights = why_by_weights(base_layer)
-        self.rows: Any = None
         self._configs = self._own_configs()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__"):  # how it is copied or pickled is its own
-                raise
-            return getattr(super().__getattr__("base_layer"), name)  # what the model asks its experts for
 
     def layer(self, name: str) -> WeftExpertWeight:
         """The adapters of the parameter `name`, made if there are none yet."""

@@ -255,6 +255,25 @@ class WeftLayer(nn.Module, BaseTunerLayer):
         return "weftlora." + super().__repr__()
 
 
+class WeftWhole(nn.Module):
+    """What stands around a module of the host's that is adapted as a whole, whose matrices are no modules by themselves."""
+
+    def __init__(self, base_layer: nn.Module, module_name: str):
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.rows: Sequence[str] | None = None
+        """As of a `WeftLayer`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):  # how it is copied or pickled is its own
+                raise
+            return getattr(super().__getattr__("base_layer"), name)  # what the model asks its module for
+
+
 V = TypeVar("V")
 
 

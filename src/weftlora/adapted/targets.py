@@ -30,7 +30,8 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from weftlora.adapted.attention import WeftAttention, check_attention
-from weftlora.adapted.experts import WeftExperts, check_experts, expert_parameters
+from weftlora.adapted.experts import check_experts, expert_parameters
+from weftlora.adapted.layer import WeftWhole
 from weftlora.adapted.quantised import is_quantised
 from weftlora.adapted.reading import reading_of
 from weftlora.adapted.sharing import attention_inputs
@@ -381,7 +382,7 @@ def inside_adapter(model: nn.Module, name: str) -> bool:
     """Whether a module called `name` is a part of an adapted layer (its base, an adapter) rather than a target."""
     parts = name.split(".")
     above = (model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts)))
-    return any(isinstance(module, (BaseTunerLayer, WeftExperts, WeftAttention)) for module in above)
+    return any(isinstance(module, (BaseTunerLayer, WeftWhole)) for module in above)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -519,7 +520,7 @@ def pattern_key(name: str, sites: Collection[str]) -> str:
 
 def rank_and_alpha(config: WeftConfig, name: str, within: str | None = None) -> tuple[int, float]:
     """r and lora_alpha of the site called `name` at the start; of a matrix `within` a module that is adapted as a whole, what a
-    pattern says of that, unless one names the matrix."""
+    pattern says of that, unless one names the matrix; so too of an expert `within` a fused parameter."""
     r, alpha = config.r, cast(float, config.lora_alpha)
     for each in (name,) if within is None else (within, name):
         r = by_pattern(config.at_start("rank_pattern"), each, r)

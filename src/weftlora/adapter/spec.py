@@ -277,7 +277,8 @@ class WeftConfig(PeftConfig):
 
     def at_start(self, name: str) -> dict[str, Any]:
         """rank_pattern or alpha_pattern as it was given: what an adapter is built of, whose rank slots may have moved since."""
-        return dict(getattr(self, name) if self.patterns_at_start is None else self.patterns_at_start[name])
+        given: dict[str, Any] = getattr(self, name) if self.patterns_at_start is None else self.patterns_at_start[name]
+        return given
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

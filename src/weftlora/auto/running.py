@@ -40,6 +40,7 @@ from weftlora.auto.plan import (
 )
 from weftlora.auto.recipe import AutoRecipe
 from weftlora.auto.record import Found, Left, Tried
+from weftlora.auto.storing import CLOCK, EXPORT, FINALISTS, FOUND, RECIPE
 from weftlora.compare import at_once, results, workers
 from weftlora.compare import running as comparing
 from weftlora.compare.engine import BEGUN
@@ -59,7 +60,6 @@ from weftlora.runs import rates as default_rates
 from weftlora.runs.run import Run, differences
 from weftlora.train import arguments
 
-FOUND, CLOCK, FINALISTS, EXPORT, RECIPE = "found.json", "clock.json", "finalists", "export", "recipe.yaml"
 OURS = {
     NAME,
     FOUND,

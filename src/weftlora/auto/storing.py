@@ -9,9 +9,6 @@ The k-th start of a search that was stopped by itself is the k-th job; one that 
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weftlora.auto.plan import NAME
-from weftlora.compare.leases import BEATS, LOOKS, TTL, Claims, Files, Lease, run_of
+from weftlora.compare.leases import BEATS, LOOKS, TTL, Claims, Files, Lease, run_of, this_process
 from weftlora.compare.storing import Store, answering
 from weftlora.compare.workers import status
 from weftlora.disk.files import file_stamp, read_json, replacing, writing
@@ -28,8 +25,8 @@ from weftlora.disk.ownership import of_export
 from weftlora.errors import RunError
 from weftlora.foreign_text import from_json
 
-CLOCK, FINALISTS, EXPORT = "clock.json", "finalists", "export"
-FILES = (NAME, CLOCK, "recipe.yaml", "report.html", "finalists.html", f"{FINALISTS}/compare.json", "found.json")
+FOUND, CLOCK, FINALISTS, EXPORT, RECIPE = "found.json", "clock.json", "finalists", "export", "recipe.yaml"
+FILES = (NAME, CLOCK, RECIPE, "report.html", "finalists.html", f"{FINALISTS}/compare.json", FOUND)
 """The search's own, in the order in which they come to be there: the last says that it has ended."""
 SAME = ("hashes", "methods", "steps", "size", "lr", "r")
 """What two plans of one search have in common."""
@@ -44,8 +41,7 @@ class Kept:
         self.place, self.folder = place.rstrip("/"), folder
         self.store = Store(place)
         self.exports, self.finalists = Files(f"{self.place}/{EXPORT}"), Files(f"{self.place}/{FINALISTS}")
-        owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self.claims = Claims(self.store.leases, owner, ttl)
+        self.claims = Claims(self.store.leases, this_process(), ttl)
         self.lost, self.over = False, threading.Event()
         self.stamps: dict[str, Any] = {}
         """File → what it was when it was put there."""

@@ -16,6 +16,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import secrets
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -287,6 +290,11 @@ def name_of(folder: str) -> str:
     'runs+lora+s0'
     """
     return folder.replace("/", "+")
+
+
+def this_process() -> str:
+    """An owner that no other process is, nor a later one with our number."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def run_of(name: str) -> str:

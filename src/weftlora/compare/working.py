@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from typing import Any, TypeVar
 
 from weftlora.compare import results, workers
 from weftlora.compare.engine import LOOK_EVERY, Engine, Told
-from weftlora.compare.leases import LOOKS, TTL, Claims, Files, Lease, name_of
+from weftlora.compare.leases import LOOKS, TTL, Claims, Files, Lease, name_of, this_process
 from weftlora.compare.methods import check_saved, contenders
 from weftlora.compare.plan import Job, Plan, check_rows, make
 from weftlora.compare.recipe import CompareRecipe
@@ -147,10 +145,12 @@ def _worker(folder: Path, ttl: float, watch: Watch, store: str | None = None) ->
         folder.mkdir(parents=True, exist_ok=True)
     if store is None:
         _check_free(folder)
-    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     shared = None if store is None else Store(store)
     return Leased(
-        folder, Claims(Files(str(folder / LEASES)) if shared is None else shared.leases, owner, ttl), watch, shared
+        folder,
+        Claims(Files(str(folder / LEASES)) if shared is None else shared.leases, this_process(), ttl),
+        watch,
+        shared,
     )
 
 

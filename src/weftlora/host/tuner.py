@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from weftlora.adapted.attention import PARTS, WeftAttention
 from weftlora.adapted.experts import WeftExperts, WeftExpertWeight, check_experts, expert_parameters
 from weftlora.adapted.fusion import forget, fuse, unfuse
-from weftlora.adapted.layer import BASE, WeftLayer, WeftLinear
+from weftlora.adapted.layer import BASE, WeftLayer, WeftLinear, WeftWhole
 from weftlora.adapted.quantised import check_gradients, keep_differentiable
 from weftlora.adapted.sharing import shared_keys
 from weftlora.adapted.targets import (
@@ -32,7 +32,6 @@ from weftlora.adapted.targets import (
     all_experts,
     all_linear,
     by_last_names,
-    by_pattern,
     check_adaptable,
     check_reading,
     check_saved_modules,
@@ -225,12 +224,8 @@ class WeftTuner(BaseTuner):
 
     def _expert_ranks(self, config: WeftConfig, name: str) -> tuple[list[int], list[float]]:
         """Rank and scale of every expert of the parameter `name`, as a pattern says of the expert or of the parameter."""
-        r = by_pattern(config.at_start("rank_pattern"), name, config.r)
-        alpha = by_pattern(config.at_start("alpha_pattern"), name, cast(float, config.lora_alpha))
-        numbers = range(len(self._expert_weight(name)))
-        ranks_of = [by_pattern(config.at_start("rank_pattern"), f"{name}.{e}", r) for e in numbers]
-        alphas = [by_pattern(config.at_start("alpha_pattern"), f"{name}.{e}", alpha) for e in numbers]
-        return ranks_of, [config.scale(one, own) for one, own in zip(ranks_of, alphas, strict=True)]
+        each = [rank_and_alpha(config, f"{name}.{e}", name) for e in range(len(self._expert_weight(name)))]
+        return [r for r, _ in each], [config.scale(r, alpha) for r, alpha in each]
 
     def _expert_weight(self, name: str) -> Tensor:
         path, _, last = name.rpartition(".")
@@ -410,7 +405,7 @@ class WeftTuner(BaseTuner):
         try:
             for module in self.model.modules():
                 rows = list(adapter_names) if module in once else repeated
-                if isinstance(module, (WeftLinear, WeftExperts, WeftAttention)):
+                if isinstance(module, (WeftLinear, WeftWhole)):
                     module.rows = rows
                     layers.append(module)
                 elif isinstance(module, AuxiliaryTrainingWrapper):

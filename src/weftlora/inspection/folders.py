@@ -245,10 +245,8 @@ def _read_site(
             count = next(
                 len(t) for key, t in tensors.items() if t.dim() == 3 or key in (f"{STRUCTURE}u", f"{STRUCTURE}v")
             )
-            own = [f"{name}.{e}" for e in range(count)]
-            ranks_of = [by_pattern(config.at_start("rank_pattern"), each, r) for each in own]
-            alphas = [by_pattern(config.at_start("alpha_pattern"), each, alpha) for each in own]
-            scales = [config.scale(one, its) for one, its in zip(ranks_of, alphas, strict=True)]
+            each = [rank_and_alpha(config, f"{name}.{e}", name) for e in range(count)]
+            ranks_of, scales = [r for r, _ in each], [config.scale(r, alpha) for r, alpha in each]
             site = build_batch(config.structure, ranks_of, (fan_in, out), scales=scales, shares=list(keys), **made)
         else:
             site = build_site(config.structure, size, scale=config.scale(r, alpha), **made)

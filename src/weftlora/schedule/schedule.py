@@ -122,12 +122,10 @@ def _is_empty(optimizer: Optimizer) -> bool:
 
 def _only_makes_state(optimizer: Optimizer) -> bool:
     """Whether the step is one without gradients and rate, by which torch.distributed.checkpoint makes what it loads into."""
-    if any(float(group.get("lr", 1)) for group in optimizer.param_groups):
-        return False
     frame = sys._getframe()
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
+        if frame.f_code.co_name == "_init_optim_state":  # asked before the rates, which may be on a GPU
+            return not any(float(group.get("lr", 1)) for group in optimizer.param_groups)
     return False
 
 
