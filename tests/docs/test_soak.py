@@ -134,7 +134,7 @@ def test_what_is_marked_is_there(where: str) -> None:
 
 
 def well(place: Path) -> None:
-    time.sleep(0.02)
+    time.sleep(0.1)  # as long as a try expects, so that moments drawn from that are moments of a life
     write_text(place / "out.txt", "whole")
 
 
