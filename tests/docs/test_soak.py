@@ -134,8 +134,13 @@ def test_what_is_marked_is_there(where: str) -> None:
 
 
 def well(place: Path) -> None:
-    time.sleep(0.1)  # as long as a try expects, so that moments drawn from that are moments of a life
+    time.sleep(0.02)
     write_text(place / "out.txt", "whole")
+
+
+def slowly(place: Path) -> None:
+    time.sleep(0.1)  # as long as a try expects, so that moments drawn from that are moments of a life
+    well(place)
 
 
 def in_place(place: Path) -> None:
@@ -166,7 +171,7 @@ def without_a_sentence(place: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "wanted"),
     [
-        (well, ""),
+        (slowly, ""),
         (in_place, "looks finished"),
         (with_a_child, "outlive it"),
         (taking_notes_away, "the user's file"),
